@@ -1,0 +1,1 @@
+"""Compiled kernels, built from native/; native/README.md lists their functions."""

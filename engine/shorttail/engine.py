@@ -1,0 +1,231 @@
+"""The embedded API: everything that a server does, in the calling process."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from shorttail import pipeline
+from shorttail import plan as planning
+from shorttail.config import LIMITS
+from shorttail.errors import InvalidArgument, Unavailable
+from shorttail.models import registry
+from shorttail.models.session import Session
+from shorttail.models.signature import request_columns
+from shorttail.pipeline import BatchResult, Plan, PlanOutdated
+from shorttail.results import Features, Prediction
+from shorttail.store import Store
+
+if TYPE_CHECKING:
+    from shorttail._native.columns import Columns
+    from shorttail.definitions import Definitions
+    from shorttail.store.apply import Change
+
+Progress = Callable[[int, int | None], None]  # rows done, rows in all if known
+
+
+class Engine:
+    """A store opened in this process by `Engine.open(path)`. A context manager; threads may share it."""
+
+    def __init__(self, store: Store):
+        self._store = store
+        self._plans: dict[tuple[Any, ...], Plan] = {}
+        self._sessions: dict[tuple[str, int], Session] = {}
+        self._compile_lock = threading.Lock()
+
+    @classmethod
+    def open(cls, path: str | Path, *, create: bool = False) -> Engine:
+        """Open the store at `path`. Raises NotFound when there is none, unless `create`."""
+        return cls(Store.open(path, create=create))
+
+    def close(self) -> None:
+        self._plans.clear()
+        self._sessions.clear()
+        self._store.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def store(self) -> Store:
+        return self._store
+
+    # -- asking ----------------------------------------------------------------------------------------------
+
+    def predict(self, model: str, columns: Mapping[str, Any], *, version: int | None = None) -> Prediction:
+        """Run `model` on {column: value or values}: the keys of its views and its request columns.
+
+        A scalar beside arrays is repeated. Raises NotFound, InvalidArgument, Internal.
+        """
+        plan = self.plan_for_model(model, version)
+        result = self._ask(plan, columns)
+        statuses = dict(zip(plan.view_names, result.view_statuses, strict=True))
+        return Prediction(model, result.version, dict(result.outputs), statuses)
+
+    def get_online_features(self, features: Sequence[str], columns: Mapping[str, Any]) -> Features:
+        """Look up "view:feature" references for {key column: value or values}. Raises NotFound, InvalidArgument."""
+        if isinstance(features, str):
+            raise InvalidArgument(f"features must be a list of references: [{features!r}]")
+        plan = self.plan_for_features(tuple(features))
+        result = self._ask(plan, columns)
+        assert result.feature_statuses is not None
+        return Features(plan.feature_names, [a for _, a in result.outputs], result.feature_statuses, plan.has_default)
+
+    def _ask(self, plan: Plan, values: Mapping[str, Any]) -> BatchResult:
+        # list.pop and append are atomic, so threads share the spare batches without a lock.
+        columns = plan.spare.pop() if plan.spare else plan.new_columns()
+        try:
+            columns.append(values)
+            return self.run(plan, columns)
+        finally:
+            columns.reset()
+            plan.spare.append(columns)
+
+    def run(self, plan: Plan, columns: Columns) -> BatchResult:
+        """Run a batch. When the catalog changed since `plan` was compiled, its successor runs in its place.
+
+        Raises Unavailable if the successor takes other columns.
+        """
+        while True:
+            try:
+                return pipeline.run_batch(plan, self._store, columns)
+            except PlanOutdated:
+                plan = self._plan(plan.key)
+                if plan.names != columns.names or plan.dtypes != columns.dtypes:
+                    raise Unavailable("the definitions changed while this request waited; send it again") from None
+
+    # -- plans -----------------------------------------------------------------------------------------------
+
+    def plan_for_model(self, name: str, version: int | None = None) -> Plan:
+        """The compiled plan of a model (the current version, or that one). Raises NotFound."""
+        return self._plan(("predict", name, version))
+
+    def plan_for_features(self, references: tuple[str, ...]) -> Plan:
+        """The compiled plan of a list of feature references. Raises NotFound, InvalidArgument."""
+        return self._plan(("features", references))
+
+    def _plan(self, key: tuple[Any, ...]) -> Plan:
+        plan = self._plans.get(key)
+        if plan is not None and plan.catalog_version == self._store.catalog_version:
+            return plan
+        with self._compile_lock:
+            self.refresh()  # what is asked for may be newer than the snapshot
+            plan = self._compile(key)
+            if len(self._plans) >= LIMITS.feature_plans_cached:
+                self._forget_features()
+            self._plans[key] = plan
+            return plan
+
+    def _forget_features(self) -> None:
+        for key in [key for key in self._plans if key[0] == "features"]:
+            del self._plans[key]
+
+    def _compile(self, key: tuple[Any, ...]) -> Plan:
+        if key[0] == "features":
+            return planning.compile_features(self._store, key[1], key)
+        _, name, version = key
+        entry = self._store.catalog.model(name)
+        number = entry.current if version is None else version
+        session = self._sessions.get((name, number))
+        if session is None:
+            info = entry.version(number)
+            path = registry.model_path(self._store.path, name, number)
+            session = Session(path, outputs=[tensor.name for tensor in info.outputs])
+        plan = planning.compile_model(self._store, name, number, session, key)
+        for rows in (1, 64):  # no request pays for a first run
+            session.run([buffer.example(rows) for buffer in plan.buffers[: len(session.inputs)]])
+        self._sessions[name, number] = session
+        return plan
+
+    # -- changing --------------------------------------------------------------------------------------------
+
+    def apply(
+        self, definitions: str | Path | Definitions, *, dry_run: bool = False, reset: bool = False
+    ) -> list[Change]:
+        """Validate definitions (a file, or collected objects) and register them. All or nothing.
+
+        dry_run: only report the changes. reset: empty the views whose schema changes. Raises InvalidArgument.
+        """
+        from shorttail.definitions import collect
+        from shorttail.store.apply import apply
+
+        if isinstance(definitions, str | Path):
+            definitions = collect(definitions)
+        return apply(self._store, definitions, dry_run=dry_run, reset=reset)
+
+    def materialize(self, view: str, progress: Progress | None = None) -> int:
+        """Replace the rows of a view by those of its source, at once for every reader. Returns the rows stored."""
+        from shorttail.ingest.parquet import parquet_batches
+
+        definition = self._store.catalog.view(view)
+        if definition.source is None:
+            raise InvalidArgument(
+                f"view '{view}' has no source; give it source=st.ParquetSource(...), or push its rows"
+            )
+        total, batches = parquet_batches(definition.source.path, definition, definition.source.timestamp)
+        return self._store.load(view, batches, progress=progress, total=total)
+
+    def push(self, view: str, rows: Any) -> int:
+        """Upsert rows (dict of columns, pandas, polars or pyarrow); durable when it returns the rows taken.
+
+        The view's timestamp column (or `event_time`) holds event times; without it they are now. A row older than
+        the one stored is dropped. Raises NotFound, InvalidArgument.
+        """
+        from shorttail.ingest.rows import column_batch
+
+        return self._store.upsert(view, column_batch(self._store.catalog.view(view), rows))
+
+    def delete(self, view: str, keys: Mapping[str, Any]) -> int:
+        """Delete the rows of these keys; durable when it returns how many there were."""
+        from shorttail.ingest.rows import key_arrays
+
+        return self._store.delete(view, key_arrays(self._store.catalog.view(view), keys))
+
+    def deploy(self, model: str, path: str | Path) -> int:
+        """Register an ONNX file as the next version of `model` and make it current. Returns the version."""
+        return registry.deploy(self._store, model, Path(path))
+
+    def refresh(self) -> bool:
+        """Move to the newest snapshot; True if there was one. Calls that look up do so by themselves."""
+        with self._store.lock:
+            return self._store.refresh()
+
+    # -- what there is ---------------------------------------------------------------------------------------
+
+    def models(self) -> list[dict[str, Any]]:
+        """[{"name", "version", "columns": {column: type}, "outputs": [name]}] of the current versions."""
+        self.refresh()
+        catalog = self._store.catalog
+        listed = []
+        for name, entry in catalog.models.items():
+            info = entry.version()
+            columns = request_columns(catalog, info.model, info.inputs)
+            listed.append(
+                {
+                    "name": name,
+                    "version": entry.current,
+                    "columns": {column: dtype.name for column, dtype in columns.items()},
+                    "outputs": [tensor.name for tensor in info.outputs],
+                }
+            )
+        return listed
+
+    def views(self) -> list[dict[str, Any]]:
+        """[{"name", "keys": {column: type}, "features": {feature: type}}]."""
+        self.refresh()
+        return [
+            {
+                "name": view.name,
+                "keys": {key: dtype.name for key, dtype in view.keys.items()},
+                "features": {feature.name: feature.dtype.name for feature in view.features},
+            }
+            for view in self._store.catalog.views.values()
+        ]

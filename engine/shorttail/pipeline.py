@@ -1,0 +1,129 @@
+"""The path of a batch, from request columns to answers. Read this page first.
+
+A request reaches this page as rows of a `Columns` (filled by native/wire on the server, by a dict in embedded use),
+together with whatever else was pending for the same plan. A plan is compiled once (plan.py) and says, in numbers
+instead of names, where each value comes from and where it goes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shorttail._native.columns import Columns, CopyColumns
+from shorttail._native.pages import Lookup, lookup
+from shorttail.dtypes import DType
+from shorttail.results import Statuses
+
+if TYPE_CHECKING:
+    from shorttail.models.session import Session
+    from shorttail.store import Store
+
+
+@dataclass(frozen=True, slots=True)
+class Buffer:
+    """An array that a batch fills: a model input, an argument of an on-demand function, a feature column."""
+
+    dtype: Any  # numpy
+    width: int | None  # None: [rows]; else [rows, width]
+
+    def allocate(self, rows: int) -> NDArray[Any]:
+        return np.empty(rows if self.width is None else (rows, self.width), self.dtype)
+
+    def example(self, rows: int) -> NDArray[Any]:
+        """Zeros, or empty strings: what a model is warmed up with."""
+        array = self.allocate(rows)
+        array.fill("" if self.dtype is np.object_ else 0)
+        return array
+
+
+@dataclass(frozen=True, slots=True)
+class Transform:
+    """An on-demand function: buffers[arguments] -> column `offset` of buffers[output]."""
+
+    function: Callable[..., None]
+    arguments: tuple[int, ...]
+    output: int
+    offset: int
+
+
+@dataclass(slots=True)
+class Plan:
+    """One model version, or one list of features, ready to run."""
+
+    kind: str  # "predict" or "features"
+    key: tuple[Any, ...]  # what was asked for; finds this plan's successor when the catalog changes
+    catalog_version: int
+    model: str  # "" for features
+    version: int  # 0 for features
+    names: tuple[str, ...]  # request columns
+    dtypes: tuple[DType, ...]
+    view_names: tuple[str, ...]
+    lookups: tuple[Lookup, ...]  # one a view
+    buffers: tuple[Buffer, ...]  # the model's inputs come first, in its order
+    copy: CopyColumns
+    transforms: tuple[Transform, ...]
+    session: Session | None
+    feature_names: tuple[str, ...]  # () for models
+    has_default: tuple[bool, ...]
+    status_rows: list[int] | None  # features: where the lookup wrote each one's statuses, unless in order
+    spare: list[Columns] = field(default_factory=list)
+
+    def new_columns(self) -> Columns:
+        """An empty batch for this plan."""
+        return Columns(self.names, self.dtypes)
+
+
+@dataclass(frozen=True, slots=True)
+class BatchResult:
+    """What a batch of n rows gave; every array's first axis is n.
+
+    outputs: (name, array); view_statuses: uint8 [views, n]; feature_statuses: uint8 [features, n] or None.
+    """
+
+    outputs: list[tuple[str, NDArray[Any]]]
+    view_statuses: Statuses
+    feature_statuses: Statuses | None
+    version: int
+
+
+class PlanOutdated(Exception):
+    """The catalog changed after the plan was compiled; compile it again."""
+
+
+def run_batch(plan: Plan, store: Store, columns: Columns) -> BatchResult:
+    """Look up, transform, infer: every row that `columns` holds, at once."""
+    rows = columns.n_rows
+    buffers = [buffer.allocate(rows) for buffer in plan.buffers]
+    view_statuses = np.empty((len(plan.lookups), rows), np.uint8)
+    feature_statuses = np.empty((len(plan.feature_names), rows), np.uint8) if plan.feature_names else None
+
+    # The addresses in a directory hold only while its snapshot does, so the lookup runs under the store's lock. In a
+    # server nobody else wants it: there is one thread.
+    with store.lock:
+        store.refresh()
+        if store.catalog_version != plan.catalog_version:
+            raise PlanOutdated
+        directories = [store.directory(view) for view in plan.view_names]
+        now_us = time.time_ns() // 1000
+        lookup(directories, plan.lookups, columns, buffers, view_statuses, now_us, feature_statuses)
+
+    plan.copy.run(columns, buffers)
+    for step in plan.transforms:
+        out = buffers[step.output]
+        step.function(*[buffers[i] for i in step.arguments], out if out.ndim == 1 else out[:, step.offset])
+
+    if feature_statuses is not None and plan.status_rows is not None:
+        feature_statuses = feature_statuses[plan.status_rows]
+
+    if plan.session is None:
+        outputs = list(zip(plan.feature_names, buffers, strict=True))
+    else:
+        inputs = buffers[: len(plan.session.inputs)]
+        outputs = list(zip(plan.session.output_names, plan.session.run(inputs), strict=True))
+    return BatchResult(outputs, view_statuses, feature_statuses, plan.version)

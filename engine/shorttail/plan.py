@@ -1,0 +1,142 @@
+"""From definitions to a plan: names become column numbers, buffers and offsets, once, before any request."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from shorttail._native.columns import CopyColumns
+from shorttail._native.pages import Lookup
+from shorttail.dtypes import DType, String
+from shorttail.errors import InvalidArgument
+from shorttail.models.session import Session
+from shorttail.models.signature import column_width, key_columns, request_columns
+from shorttail.names import split_reference
+from shorttail.ondemand import OnDemandFeature
+from shorttail.pipeline import Buffer, Plan, Transform
+from shorttail.store import Store
+from shorttail.store.catalog import TENSOR_TYPES
+from shorttail.transforms import compile_on_demand
+
+
+def compile_model(store: Store, name: str, version: int | None, session: Session, key: tuple[Any, ...]) -> Plan:
+    """The plan of a model's version (None: the current one). Raises NotFound, InvalidArgument."""
+    catalog = store.catalog
+    entry = catalog.model(name)
+    number = entry.current if version is None else version
+    model = entry.version(number).model
+    builder = PlanBuilder(store, request_columns(catalog, model, session.inputs))
+    by_name = model.inputs_by_name([tensor.name for tensor in session.inputs])
+    pending: list[tuple[OnDemandFeature, int, int]] = []
+    for tensor in session.inputs:
+        columns = by_name[tensor.name]
+        dtype = TENSOR_TYPES[tensor.dtype]
+        widths = [column_width(catalog, column, tensor, len(columns)) for column in columns]
+        buffer = builder.add_buffer(dtype, None if len(tensor.shape) == 1 else sum(widths))
+        offset = 0
+        for column, width in zip(columns, widths, strict=True):
+            if isinstance(column, OnDemandFeature):
+                pending.append((column, buffer, offset))
+            else:
+                builder.fill(column, buffer, offset, null_string="")
+            offset += width
+    # Arguments get buffers after the inputs, so that the inputs stay first.
+    for feature, buffer, offset in pending:
+        builder.transform(feature, buffer, offset)
+    return builder.finish("predict", key, model=name, version=number, session=session)
+
+
+def compile_features(store: Store, references: Sequence[str], key: tuple[Any, ...]) -> Plan:
+    """The plan of a get_online_features call. Raises NotFound, InvalidArgument."""
+    if not references:
+        raise InvalidArgument("no features asked for: give at least one 'view:feature'")
+    catalog = store.catalog
+    found = [catalog.feature(reference) for reference in references]
+    builder = PlanBuilder(store, key_columns(view for view, _ in found))
+    for reference, (_, feature) in zip(references, found, strict=True):
+        buffer = builder.add_buffer(feature.dtype, feature.dtype.width if feature.dtype.is_vector else None)
+        builder.fill(reference, buffer, 0, null_string=None)
+    return builder.finish("features", key, feature_names=tuple(references))
+
+
+class PlanBuilder:
+    """Collects buffers and the operations that fill them."""
+
+    def __init__(self, store: Store, columns: dict[str, DType]):
+        self.store = store
+        # The version before the catalog: should a writer come between, the plan counts as outdated, not as new.
+        self.catalog_version = store.catalog_version
+        self.catalog = store.catalog
+        self.columns = columns
+        self.column_number = {name: number for number, name in enumerate(columns)}
+        self.buffers: list[Buffer] = []
+        self.copies: list[tuple[int, int, int]] = []
+        self.gathers: dict[str, list[tuple[int, int, int, Any]]] = {}  # view -> operations of its lookup
+        self.transforms: list[Transform] = []
+        self.arguments: dict[tuple[str, str], int] = {}  # (reference, type) -> buffer
+
+    def add_buffer(self, dtype: DType, width: int | None) -> int:
+        self.buffers.append(Buffer(dtype.numpy, width))
+        return len(self.buffers) - 1
+
+    def fill(self, reference: str, buffer: int, offset: int, null_string: str | None) -> None:
+        """A feature or request column into a buffer."""
+        view_name, name = split_reference(reference)
+        if view_name == "request":
+            self.copies.append((self.column_number[name], buffer, offset))
+            return
+        view, feature = self.catalog.feature(reference)
+        default = feature.default
+        if default is None and feature.dtype == String:
+            default = null_string
+        self.gathers.setdefault(view_name, []).append((view.feature_index[name], buffer, offset, default))
+
+    def transform(self, feature: OnDemandFeature, buffer: int, offset: int) -> None:
+        arguments = []
+        for (_, dtype), reference in zip(feature.function.params, feature.args, strict=True):
+            key = (reference, dtype.name)
+            if key not in self.arguments:
+                self.arguments[key] = self.add_buffer(dtype, None)
+                self.fill(reference, self.arguments[key], 0, null_string=None)
+            arguments.append(self.arguments[key])
+        target = self.buffers[buffer]
+        function = compile_on_demand(feature.function, target.dtype, contiguous=target.width is None)
+        self.transforms.append(Transform(function, tuple(arguments), buffer, offset))
+
+    def finish(
+        self,
+        kind: str,
+        key: tuple[Any, ...],
+        *,
+        model: str = "",
+        version: int = 0,
+        session: Session | None = None,
+        feature_names: tuple[str, ...] = (),
+    ) -> Plan:
+        lookups = []
+        for view_name, operations in self.gathers.items():
+            view = self.catalog.views[view_name]
+            keys = [self.column_number[name] for name in view.keys]
+            lookups.append(Lookup(self.store.layout(view_name), keys, operations, view.ttl_us))
+        # The lookup writes statuses view by view; an answer's columns are in the order that was asked for.
+        gathered = [operation[1] for operations in self.gathers.values() for operation in operations]
+        status_rows = sorted(range(len(gathered)), key=gathered.__getitem__)
+        in_order = status_rows == list(range(len(gathered)))
+        return Plan(
+            kind=kind,
+            key=key,
+            catalog_version=self.catalog_version,
+            model=model,
+            version=version,
+            names=tuple(self.columns),
+            dtypes=tuple(self.columns.values()),
+            view_names=tuple(self.gathers),
+            lookups=tuple(lookups),
+            buffers=tuple(self.buffers),
+            copy=CopyColumns(self.copies),
+            transforms=tuple(self.transforms),
+            session=session,
+            feature_names=feature_names,
+            status_rows=None if in_order else status_rows,
+            has_default=tuple(self.catalog.feature(name)[1].default is not None for name in feature_names),
+        )

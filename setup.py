@@ -1,0 +1,58 @@
+"""Builds native/*.pyx into shorttail._native.*; everything else is in pyproject.toml.
+
+Switches (environment): DEBUG=1 no optimisation, assertions on; SANITIZE=1 ASan and UBSan; ANNOTATE=1 Cython's HTML.
+"""
+
+import os
+from pathlib import Path
+
+import numpy
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+
+DEBUG, SANITIZE, ANNOTATE = (os.environ.get(name, "0") == "1" for name in ("DEBUG", "SANITIZE", "ANNOTATE"))
+
+flags = ["-O0", "-g", "-UNDEBUG"] if DEBUG else ["-O3", "-g1"]
+link_flags = []
+if SANITIZE:
+    flags += ["-fsanitize=address,undefined", "-fno-omit-frame-pointer"]
+    link_flags += ["-fsanitize=address,undefined"]
+
+# A module here cimports another by the name it has once installed (shorttail._native.columns), so give
+# Cython a folder in which native/ bears that name.
+alias = Path("build/cimport/shorttail/_native")
+alias.parent.mkdir(parents=True, exist_ok=True)
+if alias.is_symlink():
+    alias.unlink()
+alias.symlink_to(Path("native").resolve())
+
+# kernel -> plain C files compiled beside it
+sources = {"columns": [], "pages": ["native/page.c"], "wire": []}
+
+setup(
+    ext_modules=cythonize(
+        [
+            Extension(
+                f"shorttail._native.{name}",
+                [f"native/{name}.pyx", *c_files],
+                include_dirs=["native", numpy.get_include()],
+                define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION")],
+                depends=[str(path) for path in Path("native").glob("*.[hp]*")],
+                extra_compile_args=flags,
+                extra_link_args=link_flags,
+            )
+            for name, c_files in sources.items()
+        ],
+        include_path=["build/cimport"],
+        build_dir="build/cython",
+        annotate=ANNOTATE,
+        compiler_directives={
+            "language_level": 3,
+            "boundscheck": DEBUG,
+            "wraparound": False,
+            "cdivision": True,
+            "initializedcheck": False,
+            "embedsignature": False,
+        },
+    )
+)
