@@ -27,7 +27,7 @@ if alias.is_symlink():
 alias.symlink_to(Path("native").resolve())
 
 # kernel -> plain C files compiled beside it
-sources = {"columns": [], "pages": ["native/page.c"], "wire": []}
+sources = {"columns": [], "pages": ["native/page.c", "native/lookup.c"], "wire": []}
 
 setup(
     ext_modules=cythonize(

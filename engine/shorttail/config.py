@@ -24,6 +24,7 @@ class Limits:
 
     # Caches.
     feature_plans_cached: int = 256  # distinct lists of feature references
+    feature_list_bytes: int = 65_536  # one such list on the wire; what a cached plan's key may weigh
 
     # The store.
     map_bytes: int = 256 << 30  # address space, not disk: LMDB grows the file as it is written

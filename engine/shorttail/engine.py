@@ -21,7 +21,7 @@ from shorttail.store import Store
 
 if TYPE_CHECKING:
     from shorttail._native.columns import Columns
-    from shorttail.definitions import Definitions
+    from shorttail.collect import Definitions
     from shorttail.store.apply import Change
 
 Progress = Callable[[int, int | None], None]  # rows done, rows in all if known
@@ -154,11 +154,8 @@ class Engine:
 
         dry_run: only report the changes. reset: empty the views whose schema changes. Raises InvalidArgument.
         """
-        from shorttail.definitions import collect
         from shorttail.store.apply import apply
 
-        if isinstance(definitions, str | Path):
-            definitions = collect(definitions)
         return apply(self._store, definitions, dry_run=dry_run, reset=reset)
 
     def materialize(self, view: str, progress: Progress | None = None) -> int:
@@ -171,7 +168,15 @@ class Engine:
                 f"view '{view}' has no source; give it source=st.ParquetSource(...), or push its rows"
             )
         total, batches = parquet_batches(definition.source.path, definition, definition.source.timestamp)
-        return self._store.load(view, batches, progress=progress, total=total)
+        done = 0
+
+        def report(rows: int) -> None:
+            nonlocal done
+            done += rows
+            if progress is not None:
+                progress(done, total)
+
+        return self._store.load(view, batches, report)
 
     def push(self, view: str, rows: Any) -> int:
         """Upsert rows (dict of columns, pandas, polars or pyarrow); durable when it returns the rows taken.

@@ -1,0 +1,203 @@
+"""The server against the floor: what it costs to look up, predict and encode, over moving the same bytes.
+
+    python bench/serve.py [--json] [--quick] [--rounds N]
+
+One worker with the demo's model, and a bare epoll echo in C (bench/c/echo.c) with messages of the same size, in turn,
+driven by the same compiled client (bench/c/loadgen.c): one row a request, thousands of distinct flights that the model
+was not trained on. The server runs on one CPU and the client on another. Needs the demo's store; when there is none it
+runs demo/run.py first, which takes half a minute.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import re
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+DEMO = ROOT / "demo"
+STORE = DEMO / "out" / "store"
+sys.path[:0] = [str(ROOT / "engine"), str(DEMO)]
+
+import loadgen  # noqa: E402
+import report  # noqa: E402
+from loadgen import BenchError  # noqa: E402
+
+from shorttail import protocol  # noqa: E402
+
+MODEL = "late"
+FLIGHTS = 20_000
+P50_RATIO_MAX = 1.6
+RATE_RATIO_MIN = 0.5
+START_TIMEOUT_S = 60
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "engine"), os.environ.get("PYTHONPATH", "")])}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--quick", action="store_true", help="fewer and shorter rounds; ends within 50 s")
+    parser.add_argument("--rounds", type=int, help="rounds to take the medians of (9; 5 with --quick)")
+    options = parser.parse_args()
+    rounds = options.rounds or (5 if options.quick else 9)
+    duration_s = 1.0 if options.quick else 4.0
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            figures = measure(Path(folder), rounds, duration_s)
+    except BenchError as error:
+        raise SystemExit(f"error: {error}") from None
+    ratios = figures["ratios"]
+    bars = [
+        report.at_most("P50 of 1 row, 1 connection: server / C echo", ratios["p50_1"]["median"], P50_RATIO_MAX, "x"),
+        report.at_least(
+            "requests/s, 64 connections: server / C echo", ratios["rate_64"]["median"], RATE_RATIO_MIN, "x"
+        ),
+    ]
+    if options.json:
+        report.print_json(figures, bars)
+    else:
+        show(figures)
+        report.print_bars(bars)
+
+
+def measure(folder: Path, rounds: int, duration_s: float) -> dict[str, Any]:
+    """All figures; every round measures both rivals, each round starting with the other one."""
+    if not STORE.exists():
+        make_store()
+    cpus = sorted(os.sched_getaffinity(0))
+    server_cpu, client_cpu = (cpus[0], cpus[1]) if len(cpus) > 1 else (None, None)
+    requests = flight_requests()
+    loadgen.write_payload(folder / "requests", requests)
+    request_bytes = round(statistics.mean(map(len, requests)))
+    loadgen.write_payload(folder / "blanks", [bytes(request_bytes)])
+
+    runs: dict[str, list[dict[str, Any]]] = {}
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(start_server(folder / "log", server_cpu))
+        answer_bytes = mean_reply_bytes(server, requests[:500])
+        echo = stack.enter_context(loadgen.start_echo(request_bytes, answer_bytes, server_cpu))
+        for number in range(rounds):
+            rivals = [("server", server, "requests", None), ("echo", echo, "blanks", answer_bytes)]
+            for name, address, payload, raw in rivals[:: 1 if number % 2 == 0 else -1]:
+                for connections in (1, 64):
+                    figures = loadgen.run(
+                        address, folder / payload, connections, duration_s, 1, 0.3, client_cpu, raw_reply_bytes=raw
+                    )
+                    check(figures, name)
+                    runs.setdefault(f"{name}_{connections}", []).append(figures)
+    return {
+        "request_bytes": request_bytes,
+        "reply_bytes": answer_bytes,
+        "pinned": server_cpu is not None,
+        **{
+            name: {key: report.spread([run[key] for run in all_runs]) for key in ("requests_per_s", "p50_us", "p99_us")}
+            for name, all_runs in runs.items()
+        },
+        "ratios": {
+            "p50_1": ratio(runs["server_1"], runs["echo_1"], "p50_us"),
+            "p99_1": ratio(runs["server_1"], runs["echo_1"], "p99_us"),
+            "rate_64": ratio(runs["server_64"], runs["echo_64"], "requests_per_s"),
+        },
+    }
+
+
+def ratio(server: list[dict[str, Any]], echo: list[dict[str, Any]], key: str) -> dict[str, float | int]:
+    """Of the two figures of each round, which saw the same machine: server over echo."""
+    return report.spread([ours[key] / floor[key] for ours, floor in zip(server, echo, strict=True)])
+
+
+def check(figures: dict[str, Any], name: str) -> None:
+    failed = {key: figures[key] for key in ("errors", "bad_nonce", "unanswered") if figures[key]}
+    if failed or not figures["requests"]:
+        raise BenchError(f"{name}: not every request was answered well: {failed} {figures.get('first_error', '')}")
+
+
+def make_store() -> None:
+    print("no demo store yet: running demo/run.py", file=sys.stderr, flush=True)
+    done = subprocess.run([sys.executable, str(DEMO / "run.py")], env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    if done.returncode != 0 or not STORE.exists():
+        raise BenchError("demo/run.py did not make demo/out/store; run it by itself to see why")
+
+
+def flight_requests() -> list[bytes]:
+    """predict requests of one flight each, as any client would send them."""
+    try:
+        import flights as data
+    except ImportError as error:
+        raise BenchError(f"the demo's data needs {error.name}; run: pip install 'shorttail[demo]'") from None
+    _, held_out = data.load()
+    chosen = held_out.sample(min(FLIGHTS, len(held_out)), random_state=1)
+    columns = [chosen[name].tolist() for name in data.REQUEST]
+    rows = (dict(zip(data.REQUEST, values, strict=True)) for values in zip(*columns, strict=True))
+    # The client writes its own message id, which has to take five bytes.
+    return [protocol.pack_request(protocol.MSGID_LIMIT - 1, "predict", [MODEL, row]) for row in rows]
+
+
+@contextlib.contextmanager
+def start_server(log: Path, cpu: int | None) -> Iterator[str]:
+    """`shorttail serve` with one worker on a free port. Yields its address."""
+    command = [sys.executable, "-m", "shorttail", "serve", "--store", str(STORE), "--port", "0", "--workers", "1"]
+    with log.open("wb") as output, loadgen.pinned(cpu):
+        server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=ENVIRONMENT)
+    with server:
+        try:
+            deadline = time.monotonic() + START_TIMEOUT_S
+            while not (ready := re.search(r"serving on (\S+:\d+)", log.read_text())):
+                if server.poll() is not None or time.monotonic() > deadline:
+                    last = (log.read_text().strip().splitlines() or ["it said nothing"])[-1]
+                    raise BenchError(f"the server did not start: {last}")
+                time.sleep(0.01)
+            yield ready[1]
+        finally:
+            server.terminate()
+
+
+def mean_reply_bytes(address: str, requests: list[bytes]) -> int:
+    """Of the answers to a few requests, sent one at a time."""
+    host, _, port = address.rpartition(":")
+    with socket.create_connection((host.strip("[]"), int(port)), 10) as connection:
+        return round(statistics.mean(reply_bytes(connection, request) for request in requests))
+
+
+def reply_bytes(connection: socket.socket, request: bytes) -> int:
+    connection.sendall(request)
+    unpacker, size = protocol.new_unpacker(), 0
+    while data := connection.recv(65_536):
+        size += len(data)
+        unpacker.feed(data)
+        for message in unpacker:
+            if error := protocol.read_response(message)[1]:
+                raise BenchError(f"the server refuses the demo's requests: {error}")
+            return size
+    raise BenchError("the server closed the connection")
+
+
+def show(figures: dict[str, Any]) -> None:
+    print(
+        f"one row a request; {figures['request_bytes']} bytes there, {figures['reply_bytes']} back; median (min..max)"
+    )
+    for connections in (1, 64):
+        for name in ("server", "echo"):
+            row = figures[f"{name}_{connections}"]
+            rate, p50, p99 = row["requests_per_s"], row["p50_us"], row["p99_us"]
+            print(
+                f"{name:7} {connections:3} conn  {rate['median']:9,.0f}/s ({rate['min']:,.0f}..{rate['max']:,.0f})"
+                f"   P50 {p50['median']:7.1f} us ({p50['min']:.1f}..{p50['max']:.1f})"
+                f"   P99 {p99['median']:7.1f} us ({p99['min']:.1f}..{p99['max']:.1f})"
+            )
+    for name, value in figures["ratios"].items():
+        print(f"server / echo, {name:8} {value['median']:.3f} ({value['min']:.3f}..{value['max']:.3f})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""`python -m shorttail` is the `shorttail` command."""
+
+from shorttail.cli import main
+
+main()

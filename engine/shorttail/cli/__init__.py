@@ -1,0 +1,340 @@
+"""The `shorttail` command. What it prints is an interface: one line a fact, `--json` for programs.
+
+Nothing heavy is imported here but inside the commands, so that `shorttail --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from shorttail import __version__
+from shorttail.cli.models import models
+from shorttail.cli.options import json_option, opened, source_options, store_option
+from shorttail.cli.values import parse_columns, print_json, print_table, status_notes
+from shorttail.config import DEFAULT_HOST, DEFAULT_PORT
+from shorttail.errors import InvalidArgument, NotFound, ShorttailError
+
+if TYPE_CHECKING:
+    from shorttail.client import Client
+    from shorttail.engine import Engine
+
+
+def main() -> None:
+    """Entry point: exit 0, or 1 with one line `error: ...` on stderr; 2 for wrong usage."""
+    try:
+        code = cli.main(prog_name="shorttail", standalone_mode=False)
+    except ShorttailError as error:
+        fail(error.message, 1)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        sys.exit(2)
+    except click.UsageError as error:
+        command = error.ctx.command_path if error.ctx else "shorttail"
+        fail(f"{error.format_message()} (see `{command} --help`)", 2)
+    except click.ClickException as error:
+        fail(error.format_message(), 1)
+    except (click.Abort, KeyboardInterrupt):
+        fail("interrupted", 130)
+    except BrokenPipeError:
+        # Whoever read the output has gone; keep the interpreter from failing on it again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def fail(message: str, code: int) -> None:
+    click.echo(f"error: {' '.join(message.split())}", err=True)
+    sys.exit(code)
+
+
+@contextlib.contextmanager
+def answerer(store: str | None, server: str | None) -> Iterator[Engine | Client]:
+    """Who answers: an engine on the store, or a client of the server."""
+    if (store is None) == (server is None):
+        raise click.UsageError("give either --store STORE or --server ADDR", click.get_current_context())
+    if store is not None:
+        from shorttail.engine import Engine
+
+        with Engine.open(store) as engine:
+            yield engine
+    else:
+        from shorttail.client import Client
+
+        assert server is not None
+        with Client(server) as client:
+            yield client
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="shorttail")
+def cli() -> None:
+    """shorttail: features and predictions for structured-data models, with a short latency tail.
+
+    \b
+    shorttail apply definitions.py --store store      register views and models
+    shorttail materialize --store store               load the views from their sources
+    shorttail serve --store store                     answer on 127.0.0.1:7711
+    """
+
+
+@cli.command()
+@click.argument("definitions")
+@store_option
+@click.option("--dry-run", is_flag=True, help="Only say what would change.")
+@click.option("--reset", is_flag=True, help="Drop the rows of views whose schema changes.")
+@json_option
+def apply(definitions: str, store: str, dry_run: bool, reset: bool, as_json: bool) -> None:
+    """Register what a definitions file declares.
+
+    All of it, or nothing if any of it is wrong. Creates STORE if it is not there. Views and models
+    that the file does not mention are kept.
+
+    \b
+    Example:
+      shorttail apply definitions.py --store store
+    """
+    from shorttail.store import apply as applying
+    from shorttail.store.catalog import Catalog
+
+    prepared = applying.prepare(definitions)
+    if not Path(store).exists():
+        # Checked against an empty catalog first, so that wrong definitions leave no new folder behind.
+        changes = applying.plan_changes(Catalog(), prepared, lambda view: 0).changes
+    if Path(store).exists() or not dry_run:
+        with opened(store, create=not dry_run) as target:
+            changes = applying.apply(target, prepared, dry_run=dry_run, reset=reset)
+    if as_json:
+        listed = [{"change": c.kind, "what": c.what, "detail": c.detail} for c in changes]
+        return print_json({"store": store, "dry_run": dry_run, "changes": listed})
+    width = max(len(change.what) for change in changes)
+    for change in changes:
+        click.echo(f"{change.kind} {change.what:<{width}}  {change.detail}".rstrip())
+    count = sum(change.kind != "=" for change in changes)
+    summary = f"{count} change{'' if count == 1 else 's'}" if count else "no changes"
+    click.echo(f"{summary}; dry run, nothing written" if dry_run else f"{store}: {summary}")
+
+
+@cli.command()
+@click.argument("views", nargs=-1, metavar="[VIEW]...")
+@store_option
+@json_option
+def materialize(views: tuple[str, ...], store: str, as_json: bool) -> None:
+    """Load views from their sources.
+
+    The rows of a view are replaced at once for every reader. Without VIEW: every view that has a source.
+
+    \b
+    Example:
+      shorttail materialize --store store
+      shorttail materialize --store store user_stats
+    """
+    from shorttail.engine import Engine
+    from shorttail.ingest import parquet  # noqa: F401  here, to be outside the time that is measured
+
+    loaded = []
+    with Engine.open(store) as engine:
+        engine.refresh()
+        catalog = engine.store.catalog
+        chosen = list(views) or [name for name, view in catalog.views.items() if view.source]
+        if not chosen:
+            raise InvalidArgument(f"{store} has no view with a source; give one source=st.ParquetSource(...) and apply")
+        for name in chosen:
+            catalog.view(name)
+        for name in chosen:
+            with progress_bar(name) as progress:
+                start_s = time.perf_counter()
+                rows = engine.materialize(name, progress)
+                seconds = time.perf_counter() - start_s
+            loaded.append({"view": name, "rows": rows, "seconds": round(seconds, 6)})
+            if not as_json:
+                click.echo(f"{name}: {rate(rows, seconds)}")
+    if as_json:
+        print_json(loaded)
+
+
+def rate(rows: int, seconds: float) -> str:
+    """ "3,322 rows in 0.02 s (166,000 rows/s)", the rate to three digits."""
+    per_s = rows / max(seconds, 1e-9)
+    rounded = round(per_s, 3 - len(str(int(per_s))))
+    return f"{rows:,} row{'' if rows == 1 else 's'} in {seconds:.2f} s ({rounded:,.0f} rows/s)"
+
+
+@contextlib.contextmanager
+def progress_bar(name: str) -> Iterator[Callable[[int, int | None], None]]:
+    """A bar on stderr while it is a terminal; yields progress(rows done, rows in all if known)."""
+    from tqdm import tqdm
+
+    with tqdm(desc=name, unit=" rows", unit_scale=True, leave=False, disable=None) as bar:
+
+        def progress(done: int, total: int | None = None) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield progress
+
+
+@cli.command()
+@click.argument("view")
+@click.argument("file")
+@store_option
+@json_option
+def push(view: str, file: str, store: str, as_json: bool) -> None:
+    """Upsert the rows of a file into VIEW.
+
+    FILE is Parquet, Arrow (.arrow, .feather) or CSV (.csv). Columns are found by name. A row older
+    than the one stored is dropped.
+
+    \b
+    Example:
+      shorttail push user_stats today.parquet --store store
+    """
+    from shorttail.ingest.parquet import parquet_batches
+
+    with opened(store) as target:
+        definition = target.catalog.view(view)
+        total, batches = parquet_batches(file, definition, definition.timestamp)
+        rows, start_s = 0, time.perf_counter()
+        with progress_bar(view) as progress:
+            for batch in batches:
+                rows += target.upsert(view, batch)
+                progress(rows, total)
+        seconds = time.perf_counter() - start_s
+    if as_json:
+        return print_json({"view": view, "rows": rows, "seconds": round(seconds, 6)})
+    click.echo(f"{view}: {rate(rows, seconds)}")
+
+
+@cli.command()
+@store_option
+@click.option("--host", default=DEFAULT_HOST, show_default=True, help="Address to listen on.")
+@click.option("--port", default=DEFAULT_PORT, show_default=True, help="TCP port; 0 takes a free one.")
+@click.option("--uds", metavar="PATH", help="Listen on this Unix socket.")
+@click.option("--workers", default=1, show_default=True, type=click.IntRange(1), help="Serving processes.")
+@click.option("--check", is_flag=True, help="Open the store, load the models, and exit.")
+def serve(store: str, host: str, port: int, uds: str | None, workers: int, check: bool) -> int:
+    """Serve features and predictions.
+
+    MessagePack-RPC over TCP or a Unix socket, until SIGTERM or Ctrl-C.
+
+    \b
+    Example:
+      shorttail serve --store store --workers 4
+    """
+    from shorttail.server import supervisor
+
+    return supervisor.serve(store, host=host, port=port, uds=uds, workers=workers, check=check)
+
+
+@cli.command()
+@click.argument("model")
+@click.argument("values", nargs=-1, metavar="COLUMN=VALUE...")
+@source_options
+@click.option("--version", type=int, help="A version other than the current one.")
+@json_option
+def predict(
+    model: str, values: tuple[str, ...], store: str | None, server: str | None, version: int | None, as_json: bool
+) -> None:
+    """Run MODEL on keys and request columns.
+
+    `a,b,c` makes a batch; one value beside it is repeated.
+
+    \b
+    Example:
+      shorttail predict fraud user_id=1,2,3 amount=9.5 --store store
+      shorttail predict fraud user_id=1 amount=9.5 --server 127.0.0.1:7711
+    """
+    with answerer(store, server) as source:
+        by_name = {item["name"]: item for item in source.models()}
+        if model not in by_name:
+            raise NotFound(f"no model '{model}'; models: {', '.join(by_name) or 'none'}")
+        columns = parse_columns(values, by_name[model]["columns"], f"model '{model}'")
+        options: dict[str, Any] = {"statuses": True} if store is None else {}
+        result = source.predict(model, columns, version=version, **options)
+    if as_json:
+        return print_json(result.to_dict())
+    click.echo(f"{model} version {result.version}")
+    # A model of one output a row gives [rows, 1]: shown as the number it is.
+    arrays = {name: a.ravel() if a.shape[1:] == (1,) else a for name, a in result.outputs.items()}
+    outputs = {name: array.tolist() for name, array in arrays.items()}
+    print_table(*batch_table(columns, outputs, status_notes(result.statuses)))
+
+
+@cli.command()
+@click.argument("arguments", nargs=-1, required=True, metavar="VIEW:FEATURE... KEY=VALUE...")
+@source_options
+@json_option
+def features(arguments: tuple[str, ...], store: str | None, server: str | None, as_json: bool) -> None:
+    """Look features up.
+
+    `a,b,c` makes a batch; one value beside it is repeated.
+
+    \b
+    Example:
+      shorttail features user_stats:age user_stats:tier user_id=1,2,3 --store store
+    """
+    references = [argument for argument in arguments if "=" not in argument]
+    values = [argument for argument in arguments if "=" in argument]
+    asked = {reference.partition(":")[0] for reference in references}
+    with answerer(store, server) as source:
+        keys: dict[str, str] = {}
+        for view in source.views():
+            if view["name"] in asked:
+                keys |= view["keys"]
+        columns = parse_columns(values, keys, ", ".join(sorted(asked)) or "a view") if keys else {}
+        result = source.get_online_features(references, columns)
+    found = result.to_dict()
+    if as_json:
+        from shorttail.results import Status
+
+        statuses = {ref: [Status(code).name for code in codes] for ref, codes in result.feature_statuses.items()}
+        return print_json({"features": found, "statuses": statuses})
+    print_table(*batch_table(columns, found, status_notes(result.statuses, result.feature_statuses)))
+
+
+def batch_table(
+    columns: dict[str, Any], results: dict[str, list[Any]], notes: list[str]
+) -> tuple[list[str], list[list[Any]]]:
+    """Header and rows: what was asked, the answers, and what was not PRESENT if anything was not."""
+    count = max((len(values) for values in results.values()), default=0)
+    lists = {name: value if isinstance(value, list) else [value] for name, value in columns.items()}
+    asked = {name: values * count if len(values) == 1 else values for name, values in lists.items()}
+    shown: dict[str, list[Any]] = {**asked, **results}
+    if any(notes):
+        shown["status"] = notes
+    return list(shown), [list(row) for row in zip(*shown.values(), strict=False)]
+
+
+@cli.command()
+@store_option
+@json_option
+def stat(store: str, as_json: bool) -> None:
+    """Rows of each view.
+
+    \b
+    Example:
+      shorttail stat --store store
+    """
+    with opened(store) as target:
+        views = [(view, target.count(name)) for name, view in target.catalog.views.items()]
+    if as_json:
+        listed = [
+            {"view": view.name, "keys": list(view.keys), "features": len(view.features), "rows": rows}
+            for view, rows in views
+        ]
+        return print_json(listed)
+    if not views:
+        click.echo("no views; register some with `shorttail apply`")
+        return
+    table = [[view.name, ", ".join(view.keys), len(view.features), rows] for view, rows in views]
+    print_table(["view", "keys", "features", "rows"], table)
+
+
+cli.add_command(models)

@@ -1,0 +1,123 @@
+"""How the commands read values and print results."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+import click
+
+from shorttail.errors import InvalidArgument
+
+# The types are known by name here: over --server nothing else of them arrives.
+INTEGERS = ("Int32", "Int64")
+FLOATS = ("Float32", "Float64")
+BOOLS = {"true": True, "1": True, "false": False, "0": False}
+
+
+def parse_columns(arguments: Sequence[str], dtypes: Mapping[str, str], taker: str) -> dict[str, Any]:
+    """{column: value, or list of values} of "column=value" arguments, typed by the names of types in `dtypes`.
+
+    "1,2,3" is a list ("..." keeps a comma in a string). A vector's numbers are separated by commas, vectors by
+    semicolons; even one is a list of vectors. Nothing after the = is an empty string, or null for other types.
+    Raises InvalidArgument.
+    """
+    columns: dict[str, Any] = {}
+    for argument in arguments:
+        name, equals, text = argument.partition("=")
+        known = ", ".join(f"{column} {dtype}" for column, dtype in dtypes.items())
+        if not equals:
+            raise InvalidArgument(f"'{argument}' is not column=value; columns of {taker}: {known}")
+        if name not in dtypes:
+            raise InvalidArgument(f"{taker} takes no column '{name}'; columns: {known}")
+        if name in columns:
+            raise InvalidArgument(f"'{name}' is given twice; write {name}=a,b for a batch")
+        columns[name] = parse_values(name, text, dtypes[name])
+    return columns
+
+
+def parse_values(name: str, text: str, dtype: str) -> Any:
+    if dtype.startswith("Vector("):
+        return [[parse_value(name, item, "Float32") for item in part.split(",")] for part in text.split(";")]
+    items = next(csv.reader([text]), None) or [""]
+    values = [parse_value(name, item, dtype) for item in items]
+    return values if len(values) > 1 else values[0]
+
+
+def parse_value(name: str, text: str, dtype: str) -> Any:
+    if dtype == "String":
+        return text
+    if text == "":
+        return None
+    try:
+        if dtype in INTEGERS:
+            return int(text)
+        if dtype in FLOATS:
+            return float(text)
+        if dtype == "Bool":
+            return BOOLS[text.lower()]
+        return int(text) if text.lstrip("-").isdigit() else datetime.fromisoformat(text)
+    except (ValueError, KeyError):
+        hint = {"Bool": " (true or false)", "Timestamp": " (microseconds, or like 2026-01-31T12:00:00)"}.get(dtype, "")
+        raise InvalidArgument(f"{name}={text}: column '{name}' is {dtype}{hint}") from None
+
+
+def status_notes(by_view: Mapping[str, Any], by_feature: Mapping[str, Any] | None = None) -> list[str]:
+    """For each row, what was not PRESENT: "plane NOT_FOUND, weather:wind NULL"."""
+    from shorttail.results import Status
+
+    count = max((len(codes) for codes in by_view.values()), default=0)
+    notes: list[list[str]] = [[] for _ in range(count)]
+    for view, codes in by_view.items():
+        for row, code in enumerate(codes):
+            if code != Status.PRESENT:
+                notes[row].append(f"{view} {Status(code).name}")
+    for feature, codes in (by_feature or {}).items():
+        for row, code in enumerate(codes):
+            if code == Status.NULL:
+                notes[row].append(f"{feature} NULL")
+    return [", ".join(note) for note in notes]
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Aligned columns; numbers to the right."""
+    cells = [[show(value) for value in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
+    right = [all(is_number(row[c]) for row in rows) and bool(rows) for c in range(len(header))]
+    for line in (list(header), *cells):
+        padded = [f"{cell:>{w}}" if r else f"{cell:<{w}}" for cell, w, r in zip(line, widths, right, strict=True)]
+        click.echo("  ".join(padded).rstrip())
+
+
+def is_number(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
+def show(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, list):
+        shown = [show(item) for item in value[:8]] + ["..."] * (len(value) > 8)
+        return f"[{', '.join(shown)}]"
+    return str(value)
+
+
+def print_json(document: Any) -> None:
+    click.echo(json.dumps(plain(document), indent=2))
+
+
+def plain(value: Any) -> Any:
+    """JSON has no NaN or infinity: null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {name: plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value

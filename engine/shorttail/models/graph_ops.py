@@ -1,0 +1,140 @@
+"""The few operators that converters put around a tree ensemble, over NumPy arrays.
+
+Each entry of OPERATORS makes, from a node, a function of its input arrays. Only what is sure to mean the same as in
+ONNX Runtime is here; a graph with anything else goes to ONNX Runtime.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shorttail.models.ensemble import NotAForest
+from shorttail.models.onnx_graph import ELEMENTS, Node
+
+Array = NDArray[Any]
+Operation = Callable[..., Array]
+
+
+def binary(function: Operation) -> Callable[[Node], Operation]:
+    return lambda node: function
+
+
+def cast(node: Node) -> Operation:
+    name, code = ELEMENTS.get(int(node.attributes.get("to", 0)), ("", ""))
+    if name not in ("float", "double", "int64", "int32"):
+        raise NotAForest(f"a Cast to {name or 'a type that is not known'}")
+    dtype = np.dtype(code)
+
+    def run(x: Array) -> Array:
+        if x.dtype == object:
+            raise NotAForest("a Cast of strings")
+        return x.astype(dtype, copy=False)
+
+    return run
+
+
+def total(node: Node) -> Operation:
+    def run(*arrays: Array) -> Array:
+        result = arrays[0]
+        for array in arrays[1:]:
+            result = result + array
+        return result
+
+    return run
+
+
+def sigmoid(node: Node) -> Operation:
+    def run(x: Array) -> Array:
+        one = x.dtype.type(1)
+        v = one / (one + np.exp(-np.abs(x)))
+        return np.where(x < 0, one - v, v)
+
+    return run
+
+
+def softmax(node: Node) -> Operation:
+    axis = int(node.attributes.get("axis", -1))
+
+    def run(x: Array) -> Array:
+        if x.ndim != 2 or axis not in (1, -1):
+            raise NotAForest("a Softmax along another axis than the last")
+        powers = np.exp(x - x.max(axis=1, keepdims=True, initial=-np.inf))
+        result: Array = powers / powers.sum(axis=1, keepdims=True)
+        return result
+
+    return run
+
+
+def concat(node: Node) -> Operation:
+    axis = int(node.attributes["axis"])
+    return lambda *arrays: np.concatenate(arrays, axis=axis)
+
+
+def argmax(node: Node) -> Operation:
+    axis, keep = int(node.attributes.get("axis", 0)), bool(node.attributes.get("keepdims", 1))
+    if node.attributes.get("select_last_index", 0):
+        raise NotAForest("an ArgMax that selects the last index")
+    return lambda x: np.argmax(x, axis=axis, keepdims=keep)
+
+
+def feature_extractor(node: Node) -> Operation:
+    """ArrayFeatureExtractor: columns by number; of a vector, as ONNX Runtime has it, a matrix of one row."""
+
+    def run(x: Array, which: Array) -> Array:
+        taken = np.take(x, which.reshape(-1), axis=-1)
+        return taken.reshape(1, -1) if x.ndim == 1 else taken
+
+    return run
+
+
+def reshape(node: Node) -> Operation:
+    if node.attributes.get("allowzero", 0):
+        raise NotAForest("a Reshape with allowzero")
+
+    def run(x: Array, shape: Array) -> Array:
+        return x.reshape([x.shape[i] if size == 0 else int(size) for i, size in enumerate(shape)])
+
+    return run
+
+
+OPERATORS: dict[str, Callable[[Node], Operation]] = {
+    "Add": binary(np.add),
+    "Sub": binary(np.subtract),
+    "Mul": binary(np.multiply),
+    "Div": binary(np.divide),
+    "Neg": binary(np.negative),
+    "Exp": binary(np.exp),
+    "Sum": total,
+    "Cast": cast,
+    "Sigmoid": sigmoid,
+    "Softmax": softmax,
+    "Concat": concat,
+    "ArgMax": argmax,
+    "ArrayFeatureExtractor": feature_extractor,
+    "Reshape": reshape,
+}
+
+
+def keeps_value(node: Node, dtype: str, constants: dict[str, Array]) -> str | None:
+    """The input that a node merely passes on, when it does: Identity, Cast to the same type, a product with 1."""
+    if node.op_type == "Identity":
+        return node.inputs[0]
+    if node.op_type == "Cast" and ELEMENTS.get(int(node.attributes.get("to", 0)), ("", ""))[0] == dtype:
+        return node.inputs[0]
+    if node.op_type == "Mul" and len(node.inputs) == 2:
+        for value, factor in (node.inputs, node.inputs[::-1]):
+            constant = constants.get(factor)
+            if constant is not None and constant.size == 1 and constant.ndim <= 1 and constant.reshape(()) == 1:
+                return value
+    return None
+
+
+def result_dtype(op_type: str, node: Node, dtypes: Sequence[str]) -> str:
+    """Element type of a node's result from those of its inputs."""
+    if op_type == "Cast":
+        return ELEMENTS[int(node.attributes["to"])][0]
+    return "int64" if op_type == "ArgMax" else dtypes[0]

@@ -1,0 +1,253 @@
+"""What an ONNX file takes and gives, and whether a model's definition fits it.
+
+Everything that can be wrong between a definition, the views and the file is found here, before the file is
+registered: afterwards a request can only fail for what is in the request.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from shorttail.definitions import Column, FeatureView, Model, column_label
+from shorttail.dtypes import Bool, DType, Float64, Int32, Int64, String, Timestamp, Vector
+from shorttail.errors import InvalidArgument, NotFound
+from shorttail.models.onnx_file import uses_external_data
+from shorttail.names import split_reference
+from shorttail.ondemand import OnDemandFeature
+from shorttail.store.catalog import TENSOR_TYPES, Catalog, TensorInfo
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """An ONNX file read once, so that what was checked is what is copied."""
+
+    model_name: str
+    path: Path
+    data: bytes
+    sha256: str
+
+    @classmethod
+    def read(cls, path: str | Path, model_name: str) -> ModelFile:
+        """Raises NotFound, or InvalidArgument for what cannot be a model file on its own."""
+        path = Path(path)
+        where = f"model '{model_name}'"
+        if path.is_symlink():
+            raise InvalidArgument(f"{where}: {path} is a symbolic link; give the path of the file itself")
+        if not path.is_file():
+            raise NotFound(f"{where}: there is no file {path}")
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise InvalidArgument(f"{where}: cannot read {path}: {error.strerror}") from None
+        if uses_external_data(data):
+            raise InvalidArgument(
+                f"{where}: {path.name} keeps weights in other files; save it as one file:"
+                " onnx.save_model(model, path, save_as_external_data=False)"
+            )
+        return cls(model_name, path, data, hashlib.sha256(data).hexdigest())
+
+    @cached_property
+    def tensors(self) -> tuple[list[TensorInfo], list[TensorInfo]]:
+        """Its inputs and outputs. Loads the whole model into ONNX Runtime, once: tens of ms and more."""
+        from shorttail.models.session import Session
+
+        try:
+            session = Session(self.path)
+        except InvalidArgument as error:
+            raise InvalidArgument(f"model '{self.model_name}': {error.message}") from None
+        return session.inputs, session.outputs
+
+
+def select_outputs(model: Model, outputs: Sequence[TensorInfo], label: str) -> tuple[TensorInfo, ...]:
+    """The outputs that the definition names, or all. Raises InvalidArgument for unknown names and for maps."""
+    where = f"model '{model.name}'"
+    by_name = {tensor.name: tensor for tensor in outputs}
+    for name in model.outputs or ():
+        if name not in by_name:
+            raise InvalidArgument(f"{where}: {label} has no output '{name}'; its outputs: {', '.join(by_name)}")
+    selected = tuple(by_name[name] for name in model.outputs or by_name)
+    for tensor in selected:
+        if tensor.dtype.startswith(("seq(", "map(", "optional(")):
+            raise InvalidArgument(
+                f"{where}: output '{tensor.name}' of {label} is {tensor.dtype}, not a tensor;"
+                " convert with options={'zipmap': False} (onnxmltools: zipmap=False)"
+            )
+        if tensor.dtype not in TENSOR_TYPES:
+            raise InvalidArgument(
+                f"{where}: output '{tensor.name}' of {label} is {tensor.dtype}; supported: {', '.join(TENSOR_TYPES)}"
+            )
+    return selected
+
+
+def check_inputs(catalog: Catalog, model: Model, inputs: Sequence[TensorInfo], label: str) -> None:
+    """That the definition's columns exist and fit the file's inputs in number and type.
+
+    Raises NotFound for a view or feature that is not there, InvalidArgument for the rest.
+    """
+    where = f"model '{model.name}'"
+    names = [tensor.name for tensor in inputs]
+    if isinstance(model.inputs, Mapping):
+        if set(model.inputs) != set(names):
+            takes, given = (", ".join(f"'{name}'" for name in side) for side in (names, model.inputs))
+            raise InvalidArgument(f"{where}: {label} takes the inputs {takes}, but inputs feeds {given}")
+    elif len(names) != 1:
+        wanted = ", ".join(f"'{name}': [...]" for name in names)
+        raise InvalidArgument(f"{where}: {label} takes {len(names)} inputs; write inputs={{{wanted}}}")
+    try:
+        for reference in model.references:
+            stored_dtype(catalog, reference)
+    except NotFound as error:
+        raise NotFound(f"{where}: {error.message}") from None
+    columns = model.inputs_by_name(names)
+    for tensor in inputs:
+        check_shape(f"{where}: input '{tensor.name}' of {label}", tensor)
+        check_width(where, label, tensor, columns[tensor.name], catalog)
+    request_columns(catalog, model, inputs)
+    for tensor in inputs:
+        for column in columns[tensor.name]:
+            check_types(f"{where}: {column_label(column)}", label, tensor, column, catalog)
+
+
+def check_shape(where: str, tensor: TensorInfo) -> None:
+    """That it is a matrix or a column of a type we have, of any number of rows."""
+    if tensor.dtype not in TENSOR_TYPES:
+        raise InvalidArgument(f"{where} is {tensor.dtype}; supported: {', '.join(TENSOR_TYPES)}")
+    if len(tensor.shape) not in (1, 2):
+        raise InvalidArgument(f"{where} has {len(tensor.shape)} axes; it must be [rows, columns] or [rows]")
+    if tensor.shape[0] is not None:
+        raise InvalidArgument(
+            f"{where} takes exactly {tensor.shape[0]} rows; export it with a dynamic first axis, to take batches"
+        )
+
+
+def check_width(where: str, label: str, tensor: TensorInfo, columns: Sequence[Column], catalog: Catalog) -> None:
+    """That as many columns arrive as the tensor has."""
+    takes = tensor.shape[1] if len(tensor.shape) == 2 else 1
+    width = sum(column_width(catalog, column, tensor, len(columns)) for column in columns)
+    if takes is None or takes == width:
+        return
+    given = f"{width}" if width == len(columns) else f"{len(columns)} entries that make {width} columns"
+    shown = ", ".join(column_label(column) for column in columns[:5]) + (", ..." if len(columns) > 5 else "")
+    raise InvalidArgument(
+        f"{where}: {label} takes {takes} column{'s' * (takes != 1)} (input '{tensor.name}'),"
+        f" but inputs lists {given}; first: {shown}"
+    )
+
+
+def check_types(where: str, label: str, tensor: TensorInfo, column: Column, catalog: Catalog) -> None:
+    """That a column's values can become the tensor's, and those of an on-demand's arguments its parameters."""
+    if isinstance(column, OnDemandFeature):
+        for (name, dtype), argument in zip(column.function.params, column.args, strict=True):
+            stored = stored_dtype(catalog, argument)
+            if stored is not None and not fits(stored, dtype):
+                raise InvalidArgument(f"{where}: parameter '{name}' is {dtype}, but {argument} is {stored}")
+    gives = column.function.returns if isinstance(column, OnDemandFeature) else stored_dtype(catalog, column)
+    if gives is not None and not fits(gives, TENSOR_TYPES[tensor.dtype]):
+        raise InvalidArgument(
+            f"{where} is {gives}, but input '{tensor.name}' of {label} takes {tensor.dtype}, which cannot hold it"
+        )
+
+
+def fits(source: DType, target: DType) -> bool:
+    """Whether every value of one type can be given where the other is wanted; to floats it may be rounded."""
+    if source == target:
+        return True
+    if String in (source, target) or target.is_vector:
+        return False
+    if target.is_float:
+        return True
+    allowed = {Int32: (Bool,), Int64: (Bool, Int32, Timestamp), Timestamp: (Int64,)}
+    return source in allowed.get(target, ())
+
+
+def stored_dtype(catalog: Catalog, reference: str) -> DType | None:
+    """The type of a stored feature; None for a request column. Raises NotFound."""
+    return None if reference.startswith("request:") else catalog.feature(reference)[1].dtype
+
+
+def column_width(catalog: Catalog, column: Column, tensor: TensorInfo, entries: int) -> int:
+    """Columns of the tensor that one of its `entries` entries fills: a vector's length, else 1.
+
+    A request column that is all of an input is a vector as wide as that input.
+    """
+    if isinstance(column, OnDemandFeature):
+        return 1
+    stored = stored_dtype(catalog, column)
+    if stored is not None:
+        return stored.width
+    fixed = tensor.shape[1] if len(tensor.shape) == 2 else None
+    return fixed if entries == 1 and fixed is not None else 1
+
+
+def key_columns(views: Iterable[FeatureView]) -> dict[str, DType]:
+    """The key columns that a request for these views must give. Raises InvalidArgument where two disagree."""
+    keys: dict[str, DType] = {}
+    origin: dict[str, str] = {}
+    for view in views:
+        for name, dtype in view.keys.items():
+            if keys.setdefault(name, dtype) != dtype:
+                raise InvalidArgument(
+                    f"key '{name}' is {keys[name]} in view '{origin[name]}' but {dtype} in view '{view.name}';"
+                    " rename one, so that a request can carry both"
+                )
+            origin.setdefault(name, view.name)
+    return keys
+
+
+@dataclass(frozen=True)
+class Use:
+    """Where a request column goes: the type wanted there, the type that a request would best give for it."""
+
+    wanted: DType
+    natural: DType
+    where: str
+
+
+def request_columns(catalog: Catalog, model: Model, inputs: Sequence[TensorInfo]) -> dict[str, DType]:
+    """Every column that a request for the model carries, with its type: the keys of its views first.
+
+    A request column that is also a key has the key's type. Others take the type of what they feed: a parameter of an
+    on-demand function, or an input (Float64 for a float matrix, which takes whole numbers too).
+    Raises InvalidArgument where its uses cannot be served by one type.
+    """
+    views = dict.fromkeys(split_reference(reference)[0] for reference in model.references)
+    try:
+        columns = key_columns(catalog.view(view) for view in views if view != "request")
+    except InvalidArgument as error:
+        raise InvalidArgument(f"model '{model.name}': {error.message}") from None
+    for name, uses in request_uses(catalog, model, inputs).items():
+        candidates = [columns[name]] if name in columns else [use.natural for use in uses]
+        fitting = [dtype for dtype in candidates if all(fits(dtype, use.wanted) for use in uses)]
+        if not fitting:
+            key = f" is a key of type {columns[name]}, but" if name in columns else ""
+            wanted = " and ".join(dict.fromkeys(f"{use.wanted} for {use.where}" for use in uses))
+            raise InvalidArgument(f"model '{model.name}': request:{name}{key} must be {wanted}")
+        columns[name] = fitting[0]
+    return columns
+
+
+def request_uses(catalog: Catalog, model: Model, inputs: Sequence[TensorInfo]) -> dict[str, list[Use]]:
+    """Request column -> its uses, in order of first mention."""
+    by_input = model.inputs_by_name([tensor.name for tensor in inputs])
+    uses: dict[str, list[Use]] = {}
+    for tensor in inputs:
+        entries = by_input[tensor.name]
+        for column in entries:
+            if isinstance(column, OnDemandFeature):
+                for argument, (_, dtype) in zip(column.args, column.function.params, strict=True):
+                    use = Use(dtype, Float64 if dtype.is_float else dtype, column_label(column))
+                    add_use(uses, argument, use)
+            else:
+                dtype, width = TENSOR_TYPES[tensor.dtype], column_width(catalog, column, tensor, len(entries))
+                natural = Vector(width) if width > 1 else Float64 if dtype.is_float else dtype
+                add_use(uses, column, Use(dtype, natural, f"input '{tensor.name}'"))
+    return uses
+
+
+def add_use(uses: dict[str, list[Use]], reference: str, use: Use) -> None:
+    if reference.startswith("request:"):
+        uses.setdefault(reference.removeprefix("request:"), []).append(use)

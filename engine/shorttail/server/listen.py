@@ -1,0 +1,140 @@
+"""The sockets that the server listens on."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import ipaddress
+import os
+import socket
+import stat
+from pathlib import Path
+from types import TracebackType
+from typing import Final
+
+from shorttail.errors import InvalidArgument, ShorttailError, Unavailable
+
+BACKLOG: Final = 1024
+
+
+class Listeners:
+    """A TCP socket and, if `uds` is given, a Unix socket. A context manager; leaving it closes them.
+
+    bind=False only checks the addresses. Raises InvalidArgument for an address that cannot be served, Unavailable
+    for one that is taken. `str()` shows where it listens.
+    """
+
+    def __init__(self, host: str, port: int, uds: str | Path | None, *, bind: bool = True):
+        self.sockets: list[socket.socket] = []
+        self._names: list[str] = []
+        self._uds: Path | None = None
+        family, address = _resolve(host, port)
+        if not bind:
+            return
+        try:
+            self.sockets.append(_listen_tcp(family, address, host, port))
+            bound = self.sockets[0].getsockname()[1]
+            self._names.append(f"[{host}]:{bound}" if ":" in host else f"{host}:{bound}")
+            if uds is not None:
+                self.sockets.append(_listen_unix(Path(uds)))
+                self._uds = Path(uds)
+                self._names.append(f"unix:{uds}")
+        except BaseException:
+            self.close()
+            raise
+
+    def __str__(self) -> str:
+        first, *more = self._names
+        return first + (f" ({', '.join(more)} too)" if more else "")
+
+    def close(self) -> None:
+        """Stop listening here; workers that inherited the sockets stop by themselves."""
+        if self._uds is not None:
+            with contextlib.suppress(FileNotFoundError):
+                self._uds.unlink()
+            self._uds = None
+        for listener in self.sockets:
+            listener.close()
+        self.sockets.clear()
+
+    def __enter__(self) -> Listeners:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _resolve(host: str, port: int) -> tuple[socket.AddressFamily, tuple[object, ...]]:
+    if not 0 <= port <= 65535:
+        raise InvalidArgument(f"port {port} is not a port; ports are 0 to 65535, 0 takes a free one")
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (socket.gaierror, UnicodeError):
+        raise InvalidArgument(f"host {host!r} is not known; use 127.0.0.1, or a name of this machine") from None
+    # IPv4 first: "localhost" is both, and most callers try 127.0.0.1.
+    found.sort(key=lambda entry: entry[0] != socket.AF_INET)
+    family, _, _, _, address = found[0]
+    if not ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback:
+        raise InvalidArgument(
+            f"host {host} is not a loopback address, and whoever can reach it would need a token, which this version "
+            f"does not have: serve on 127.0.0.1, and reach it from elsewhere through a proxy that authenticates"
+        )
+    return family, address
+
+
+def _listen_tcp(family: socket.AddressFamily, address: tuple[object, ...], host: str, port: int) -> socket.socket:
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise _bind_error(error, host, port) from None
+    listener.setblocking(False)
+    return listener
+
+
+def _bind_error(error: OSError, host: str, port: int) -> ShorttailError:
+    if error.errno == errno.EADDRINUSE:
+        return Unavailable(f"port {port} on {host} is in use; stop the other process or choose another with --port")
+    if error.errno == errno.EACCES:
+        return InvalidArgument(f"port {port} on {host} is not allowed for this user; choose another with --port")
+    return InvalidArgument(f"cannot listen on {host} port {port}: {error.strerror}")
+
+
+def _listen_unix(path: Path) -> socket.socket:
+    _remove_stale(path)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        listener.bind(os.fspath(path))
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        reason = error.strerror or str(error)  # a path that is too long has no errno
+        raise InvalidArgument(
+            f"cannot listen on unix socket {path}: {reason}; choose another path with --uds"
+        ) from None
+    listener.setblocking(False)
+    return listener
+
+
+def _remove_stale(path: Path) -> None:
+    """Remove what a server that was killed left behind: a socket on which nobody listens."""
+    try:
+        mode = path.lstat().st_mode
+    except OSError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise InvalidArgument(f"{path} exists and is not a socket; choose another path with --uds")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(os.fspath(path))
+        except ConnectionRefusedError:
+            path.unlink(missing_ok=True)
+            return
+        except OSError as error:
+            raise InvalidArgument(f"cannot use unix socket {path}: {error.strerror}") from None
+    raise Unavailable(f"unix socket {path} is in use; stop the other process or choose another path with --uds")

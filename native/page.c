@@ -1,0 +1,363 @@
+#include "page.h"
+
+#include "row.h"
+
+#if defined(__x86_64__)
+#include <nmmintrin.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <arm_acle.h>
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
+/* ---- crc32c -------------------------------------------------------------------------------------------------- */
+
+static uint32_t crc_byte(uint32_t crc, uint8_t byte)
+{
+    /* Castagnoli polynomial, reflected, four bits at a time. */
+    static const uint32_t table[16] = {
+        0x00000000, 0x105ec76f, 0x20bd8ede, 0x30e349b1, 0x417b1dbc, 0x5125dad3, 0x61c69362, 0x7198540d,
+        0x82f63b78, 0x92a8fc17, 0xa24bb5a6, 0xb21572c9, 0xc38d26c4, 0xd3d3e1ab, 0xe330a81a, 0xf36e6f75,
+    };
+    crc ^= byte;
+    crc = (crc >> 4) ^ table[crc & 15];
+    return (crc >> 4) ^ table[crc & 15];
+}
+
+static uint32_t crc_portable(const uint8_t *data, size_t n)
+{
+    uint32_t crc = 0xffffffffu;
+    while (n--) crc = crc_byte(crc, *data++);
+    return ~crc;
+}
+
+#if defined(__x86_64__)
+__attribute__((target("sse4.2"))) static uint32_t crc_native(const uint8_t *data, size_t n)
+{
+    uint64_t crc = 0xffffffffu;
+    for (; n >= 8; data += 8, n -= 8) crc = _mm_crc32_u64(crc, st_load64(data));
+    while (n--) crc = _mm_crc32_u8((uint32_t)crc, *data++);
+    return ~(uint32_t)crc;
+}
+static int crc_has_native(void) { return __builtin_cpu_supports("sse4.2"); }
+#elif defined(__aarch64__) && defined(__linux__)
+__attribute__((target("+crc"))) static uint32_t crc_native(const uint8_t *data, size_t n)
+{
+    uint32_t crc = 0xffffffffu;
+    for (; n >= 8; data += 8, n -= 8) crc = __crc32cd(crc, st_load64(data));
+    while (n--) crc = __crc32cb(crc, *data++);
+    return ~crc;
+}
+static int crc_has_native(void) { return (getauxval(AT_HWCAP) & HWCAP_CRC32) != 0; }
+#else
+static uint32_t crc_native(const uint8_t *data, size_t n) { return crc_portable(data, n); }
+static int crc_has_native(void) { return 0; }
+#endif
+
+uint32_t st_crc32c(const uint8_t *data, size_t n)
+{
+    return crc_has_native() ? crc_native(data, n) : crc_portable(data, n);
+}
+
+/* ---- layout and rows ------------------------------------------------------------------------------------------- */
+
+static uint32_t field_bytes(const st_field *f)
+{
+    switch (f->code) {
+    case ST_BOOL: return 1;
+    case ST_INT32: case ST_FLOAT32: return 4;
+    case ST_VECTOR: return 4 * f->width;
+    default: return 8;
+    }
+}
+
+enum { FRAME_BYTES = ST_HEADER_BYTES + ST_FOOTER_BYTES };
+
+static uint64_t tag_bytes_for(uint64_t rows) { return (rows + ST_TAG_ALIGN - 1) / ST_TAG_ALIGN * ST_TAG_ALIGN; }
+
+static uint64_t whole_pages(uint64_t bytes)
+{
+    uint64_t pages = (bytes + ST_PAGE_OVERHEAD + ST_PAGE_BYTES - 1) / ST_PAGE_BYTES;
+    return pages * ST_PAGE_BYTES - ST_PAGE_OVERHEAD;
+}
+
+int st_layout_finish(st_layout *l)
+{
+    uint64_t at = 8u * l->n_keys;
+    l->n_strings = 0;
+    for (uint32_t k = 0; k < l->n_keys; k++)
+        if (l->key_is_string[k]) l->string_offsets[l->n_strings++] = 8 * k;
+    l->time_offset = (uint32_t)at;
+    l->null_offset = l->time_offset + 8;
+    l->null_bytes = (l->n_features + 7) / 8;
+    at = (uint64_t)l->null_offset + l->null_bytes;
+    for (uint32_t f = 0; f < l->n_features; f++) {
+        st_field *field = &l->features[f];
+        field->offset = (uint32_t)at;
+        field->bytes = field_bytes(field);
+        if (field->code == ST_STRING) l->string_offsets[l->n_strings++] = field->offset;
+        at += field->bytes;
+        if (at > (64u << 20)) return -1;
+    }
+    l->row_bytes = (uint32_t)at;
+    l->second = st_fold(l->seed ^ 0x2545f4914f6cdd1du, 0xd6e8feb86659fd93u) | 1;
+    if (!l->page_bytes) l->page_bytes = (uint32_t)whole_pages(FRAME_BYTES + ST_TAG_ALIGN + 8 * at);
+    uint64_t rows = (l->page_bytes - FRAME_BYTES) / (at + 1);
+    while (rows && FRAME_BYTES + tag_bytes_for(rows) + rows * at > l->page_bytes) rows--;
+    l->rows_per_page = (uint32_t)(rows < ST_ROWS_MAX ? rows : ST_ROWS_MAX);
+    return rows ? 0 : -1;
+}
+
+uint64_t st_hash_row(const st_layout *l, const uint8_t *row, const uint8_t *heap)
+{
+    uint64_t h = l->seed;
+    for (uint32_t k = 0; k < l->n_keys; k++) {
+        const uint8_t *at = row + 8 * k;
+        h = l->key_is_string[k] ? st_hash_string(l, h, heap + st_load32(at), st_load32(at + 4))
+                                : st_hash_int(l, h, st_load64(at));
+    }
+    return st_hash_end(l, h);
+}
+
+static int same_key(const st_layout *l, const st_item *a, const st_item *b)
+{
+    for (uint32_t k = 0; k < l->n_keys; k++) {
+        const uint8_t *x = a->row + 8 * k, *y = b->row + 8 * k;
+        if (!l->key_is_string[k]) {
+            if (st_load64(x) != st_load64(y)) return 0;
+        } else {
+            uint32_t length = st_load32(x + 4);
+            if (length != st_load32(y + 4) || memcmp(a->heap + st_load32(x), b->heap + st_load32(y), length)) return 0;
+        }
+    }
+    return 1;
+}
+
+uint64_t st_heap_bytes(const st_layout *l, const st_item *item)
+{
+    uint64_t bytes = 0;
+    for (uint32_t s = 0; s < l->n_strings; s++) bytes += st_load32(item->row + l->string_offsets[s] + 4);
+    return bytes;
+}
+
+/* ---- sorted items ---------------------------------------------------------------------------------------------- */
+
+static int64_t event_time(const st_layout *l, const st_item *item)
+{
+    return (int64_t)st_load64(item->row + l->time_offset);
+}
+
+size_t st_dedupe(const st_layout *l, st_item *items, size_t n)
+{
+    size_t kept = 0, run = 0; /* run: first kept item with the present hash */
+    for (size_t i = 0; i < n; i++) {
+        if (kept == 0 || items[kept - 1].hash != items[i].hash) run = kept;
+        size_t j = run;
+        while (j < kept && !same_key(l, &items[j], &items[i])) j++;
+        if (j == kept)
+            items[kept++] = items[i];
+        else if (event_time(l, &items[i]) >= event_time(l, &items[j]))
+            items[j] = items[i];
+    }
+    return kept;
+}
+
+size_t st_without(const st_layout *l, const st_item *a, size_t n_a, const st_item *b, size_t n_b, st_item *out)
+{
+    size_t kept = 0, at = 0;
+    for (size_t i = 0; i < n_a; i++) {
+        while (at < n_b && b[at].hash < a[i].hash) at++;
+        size_t j = at;
+        while (j < n_b && b[j].hash == a[i].hash && !same_key(l, &a[i], &b[j])) j++;
+        if (j == n_b || b[j].hash != a[i].hash) out[kept++] = a[i];
+    }
+    return kept;
+}
+
+/* Bits of the hash that the first pass sorts by, so that about eight items are left to the second. */
+static unsigned sort_bits(size_t n)
+{
+    unsigned bits = n < 32 ? 0 : 60 - (unsigned)__builtin_clzll(n);
+    return bits < 20 ? bits : 20;
+}
+
+size_t st_sort_counts(size_t n) { return sort_bits(n) ? (size_t)1 << sort_bits(n) : 0; }
+
+void st_sort(const st_item *from, st_item *to, size_t n, size_t *counts)
+{
+    unsigned shift = 64 - sort_bits(n);
+    size_t n_counts = st_sort_counts(n);
+    if (n_counts) {
+        memset(counts, 0, n_counts * sizeof *counts);
+        for (size_t i = 0; i < n; i++) counts[from[i].hash >> shift]++;
+        for (size_t c = 0, sum = 0; c < n_counts; c++) {
+            size_t count = counts[c];
+            counts[c] = sum;
+            sum += count;
+        }
+        for (size_t i = 0; i < n; i++) to[counts[from[i].hash >> shift]++] = from[i];
+    } else if (n) {
+        memcpy(to, from, n * sizeof *to);
+    }
+    for (size_t i = 1; i < n; i++) { /* nearly sorted now: nothing moves far */
+        st_item item = to[i];
+        size_t j = i;
+        for (; j && to[j - 1].hash > item.hash; j--) to[j] = to[j - 1];
+        to[j] = item;
+    }
+}
+
+uint32_t st_page_rows(const uint8_t *page) { return st_rows(page); }
+uint32_t st_page_depth(const uint8_t *page) { return st_depth(page); }
+
+void st_page_items(const st_layout *l, const uint8_t *page, st_item *out)
+{
+    uint32_t n = st_rows(page);
+    for (uint32_t i = 0; i < n; i++) {
+        out[i].row = st_row(l, page, i);
+        out[i].heap = page;
+        out[i].hash = st_hash_row(l, out[i].row, page);
+    }
+}
+
+/* ---- buckets --------------------------------------------------------------------------------------------------- */
+
+/* The last hash of the bucket (key, depth). */
+static uint64_t last_of(uint64_t key, uint32_t depth) { return depth ? key | (UINT64_MAX >> depth) : UINT64_MAX; }
+
+void st_splitter_init(st_splitter *s, const st_layout *l, const st_item *items, size_t n, uint64_t key,
+                      uint32_t depth, uint32_t depth_grow)
+{
+    *s = (st_splitter){.layout = l, .items = items, .n = n, .key = key, .last = last_of(key, depth), .depth = depth,
+                       .depth_min = depth, .depth_grow = depth_grow};
+}
+
+/* First item from start on whose hash is above last. */
+static size_t stop_of(const st_splitter *s, size_t start, uint64_t last)
+{
+    size_t low = start, high = s->n;
+    while (low < high) {
+        size_t middle = low + (high - low) / 2;
+        if (s->items[middle].hash <= last) low = middle + 1; else high = middle;
+    }
+    return low;
+}
+
+/* Bytes of an image of these items, or 0 when they are too many for one page. */
+static uint64_t bytes_if_one_page(const st_splitter *s, size_t start, size_t stop)
+{
+    const st_layout *l = s->layout;
+    size_t rows = stop - start;
+    if (rows > l->rows_per_page) return 0;
+    if (l->n_strings) {
+        uint64_t bytes = FRAME_BYTES + tag_bytes_for(rows) + (uint64_t)rows * l->row_bytes;
+        for (size_t i = start; i < stop; i++) bytes += st_heap_bytes(l, &s->items[i]);
+        if (bytes > l->page_bytes) return 0;
+    }
+    return l->page_bytes;
+}
+
+static uint64_t bytes_grown(const st_splitter *s, size_t start, size_t stop)
+{
+    uint64_t bytes = FRAME_BYTES + tag_bytes_for(stop - start) + (uint64_t)(stop - start) * s->layout->row_bytes;
+    for (size_t i = start; i < stop; i++) bytes += st_heap_bytes(s->layout, &s->items[i]);
+    return whole_pages(bytes);
+}
+
+int st_splitter_next(st_splitter *s, st_bucket *bucket)
+{
+    if (s->done) return 0;
+    size_t start = s->next, stop;
+    uint64_t bytes;
+    for (;;) {
+        stop = stop_of(s, start, last_of(s->key, s->depth));
+        bytes = bytes_if_one_page(s, start, stop);
+        if (bytes) break;
+        /* Splitting cannot help one long row, nor rows whose hashes share so many bits; it would only make every
+         * reader's directory longer. */
+        if (stop - start == 1 || s->depth >= s->depth_grow || s->depth >= 60) {
+            bytes = bytes_grown(s, start, stop);
+            if (stop - start > ST_ROWS_MAX || bytes > (uint64_t)ST_IMAGE_PAGES_MAX * ST_PAGE_BYTES) return -1;
+            break;
+        }
+        s->depth++;
+    }
+    *bucket = (st_bucket){.key = s->key, .depth = s->depth, .start = start, .stop = stop, .bytes = bytes};
+    s->next = stop;
+    uint64_t last = last_of(s->key, s->depth);
+    if (last == s->last) {
+        s->done = 1;
+    } else { /* the right sibling of this bucket, or of its nearest ancestor that is a left child */
+        s->key = last + 1;
+        s->depth = 64 - (uint32_t)__builtin_ctzll(s->key);
+    }
+    return 1;
+}
+
+void st_build(const st_layout *l, const st_item *items, size_t n, uint32_t depth, uint32_t table_id, uint8_t *image,
+              uint32_t bytes)
+{
+    uint32_t tags = (uint32_t)tag_bytes_for(n > l->rows_per_page ? n : l->rows_per_page);
+    /* With many strings the full room for tags may not be there, nor is it needed. */
+    if (l->n_strings || bytes != l->page_bytes) tags = (uint32_t)tag_bytes_for(n);
+    memset(image, 0, bytes);
+    uint8_t *row = image + ST_HEADER_BYTES + tags;
+    uint32_t heap = bytes - ST_FOOTER_BYTES;
+    for (size_t i = 0; i < n; i++, row += l->row_bytes) {
+        image[ST_HEADER_BYTES + i] = st_tag(items[i].hash);
+        memcpy(row, items[i].row, l->row_bytes);
+        for (uint32_t s = 0; s < l->n_strings; s++) {
+            uint8_t *reference = row + l->string_offsets[s];
+            uint32_t length = st_load32(reference + 4);
+            const uint8_t *from = items[i].heap + st_load32(reference);
+            heap -= length;
+            if (length) memcpy(image + heap, from, length);
+            st_store32(reference, heap);
+        }
+    }
+    st_store16(image, (uint16_t)n);
+    st_store16(image + 2, (uint16_t)tags);
+    image[4] = (uint8_t)depth;
+    st_store16(image + 6, (uint16_t)((bytes + ST_PAGE_OVERHEAD) / ST_PAGE_BYTES));
+    uint8_t *footer = image + bytes - ST_FOOTER_BYTES;
+    st_store32(footer, table_id);
+    st_store32(footer + 4, l->row_bytes);
+    st_store32(footer + 8, heap);
+    st_store32(footer + 12, st_crc32c(image, bytes - 4));
+}
+
+/* ---- checks ---------------------------------------------------------------------------------------------------- */
+
+const char *st_check_header(const st_layout *l, const uint8_t *page, size_t bytes, uint32_t table_id)
+{
+    if (bytes < FRAME_BYTES || st_image_bytes(page) != bytes) return "its length is not the one in its header";
+    const uint8_t *footer = st_footer(page);
+    if (table_id && st_load32(footer) != table_id) return "it belongs to another table";
+    if (st_load32(footer + 4) != l->row_bytes) return "its rows have another layout";
+    uint64_t n = st_rows(page), tags = st_tag_bytes(page), heap = st_load32(footer + 8);
+    if (tags % ST_TAG_ALIGN || n > tags) return "its rows are more than its tags";
+    if (ST_HEADER_BYTES + tags + n * l->row_bytes > heap || heap > bytes - ST_FOOTER_BYTES) return "its rows do not fit";
+    if (st_depth(page) > 60) return "its depth is impossible";
+    return NULL;
+}
+
+const char *st_check_page(const st_layout *l, const uint8_t *page, size_t bytes, uint32_t table_id, uint64_t key)
+{
+    const char *wrong = st_check_header(l, page, bytes, table_id);
+    if (wrong) return wrong;
+    if (st_load32(page + bytes - 4) != st_crc32c(page, bytes - 4)) return "its checksum is wrong";
+    uint32_t n = st_rows(page);
+    uint64_t heap = st_load32(st_footer(page) + 8), last = last_of(key, st_depth(page));
+    if (key & (UINT64_MAX >> st_depth(page))) return "its key does not start a bucket of its depth";
+    for (uint32_t i = 0; i < n; i++) {
+        const uint8_t *row = st_row(l, page, i);
+        for (uint32_t s = 0; s < l->n_strings; s++) {
+            uint64_t at = st_load32(row + l->string_offsets[s]), length = st_load32(row + l->string_offsets[s] + 4);
+            if (at < heap || at + length > bytes - ST_FOOTER_BYTES) return "a string lies outside its heap";
+        }
+        uint64_t hash = st_hash_row(l, row, page);
+        if (hash < key || hash > last) return "a row lies in the wrong bucket";
+        if (page[ST_HEADER_BYTES + i] != st_tag(hash)) return "a tag is not that of its row";
+    }
+    return NULL;
+}

@@ -1,0 +1,168 @@
+"""Feature tables: page images, the directory of a snapshot, and the batch lookup.
+
+The work is done in page.c and lookup.c; this file checks arguments, owns memory and talks to Python. No function here
+calls LMDB: pages are read at the addresses of buffers that py-lmdb handed out, and stay valid only as long as the read
+transaction behind them.
+"""
+
+from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from cpython.mem cimport PyMem_Free, PyMem_Malloc, PyMem_Realloc
+from cpython.object cimport PyObject
+from cpython.ref cimport Py_DECREF, Py_INCREF
+from cpython.unicode cimport PyUnicode_DecodeUTF8
+from libc.stdint cimport INT64_MIN, UINT64_MAX, int64_t, uint8_t, uint32_t, uint64_t
+from libc.string cimport memcpy, memset
+
+import numpy as np
+cimport numpy as cnp
+
+from shorttail._native.columns cimport KIND_I64, KIND_STR, Columns, column_t
+
+cnp.import_array()
+
+cdef extern from "page.h" nogil:
+    enum: ST_KEYS_MAX
+    enum: ST_STRING
+    enum: ST_VECTOR
+    enum: ST_OUT_FLOAT32, ST_OUT_FLOAT64, ST_OUT_INT64, ST_OUT_INT32, ST_OUT_BOOL, ST_OUT_OBJECT
+    ctypedef struct st_field:
+        uint32_t code, width, offset, bytes
+    ctypedef struct st_layout:
+        uint64_t seed
+        uint32_t n_keys, n_features, n_strings
+        uint8_t *key_is_string
+        uint32_t time_offset, null_offset, null_bytes, row_bytes, page_bytes, rows_per_page
+        st_field *features
+        uint32_t *string_offsets
+    ctypedef struct st_item:
+        uint64_t hash
+        const uint8_t *row
+        const uint8_t *heap
+    ctypedef struct st_key_column:
+        const uint8_t *data
+        const uint32_t *ends
+        const uint8_t *nulls
+    ctypedef struct st_output:
+        uint8_t *data
+        size_t stride
+    ctypedef struct st_string:
+        const uint8_t *data
+        size_t length
+    ctypedef void (*st_convert)(const uint8_t *, uint8_t *, uint32_t) noexcept nogil
+    ctypedef struct st_run:
+        st_convert convert
+        uint32_t row_offset, output, column_offset, count, bytes, fill_offset
+    ctypedef struct st_op:
+        uint32_t null_byte, null_bit, row_offset, output, column_offset, bytes, fill_offset, string_index
+    ctypedef struct st_null_word:
+        uint32_t null_offset
+        uint64_t mask
+    ctypedef struct st_plan:
+        uint32_t n_runs, n_ops, n_null_words
+        st_run *runs
+        st_op *ops
+        st_null_word *null_words
+        uint8_t *fill
+    ctypedef struct st_view:
+        const st_plan *plan
+        const st_layout *layout
+        const uint8_t *const *pages
+        uint32_t depth
+        int64_t oldest_us
+        st_key_column *keys
+        const st_output *outputs
+        uint8_t *status
+        uint8_t *feature_status
+        st_string *strings
+    ctypedef struct st_splitter:
+        pass
+    ctypedef struct st_bucket:
+        uint64_t key
+        uint32_t depth
+        size_t start, stop
+        uint64_t bytes
+    int st_layout_finish(st_layout *)
+    uint64_t st_hash_row(const st_layout *, const uint8_t *, const uint8_t *)
+    st_convert st_conversion(uint32_t, uint32_t)
+    uint32_t st_output_bytes(uint32_t)
+    void st_lookup(const st_view *, size_t, size_t)
+    size_t st_dedupe(const st_layout *, st_item *, size_t)
+    uint32_t st_page_rows(const uint8_t *)
+    uint32_t st_page_depth(const uint8_t *)
+    void st_page_items(const st_layout *, const uint8_t *, st_item *)
+    size_t st_sort_counts(size_t)
+    void st_sort(const st_item *, st_item *, size_t, size_t *)
+    size_t st_without(const st_layout *, const st_item *, size_t, const st_item *, size_t, st_item *)
+    void st_splitter_init(st_splitter *, const st_layout *, const st_item *, size_t, uint64_t, uint32_t, uint32_t)
+    int st_splitter_next(st_splitter *, st_bucket *)
+    uint64_t st_heap_bytes(const st_layout *, const st_item *)
+    void st_build(const st_layout *, const st_item *, size_t, uint32_t, uint32_t, uint8_t *, uint32_t)
+    const char *st_check_header(const st_layout *, const uint8_t *, size_t, uint32_t)
+    const char *st_check_page(const st_layout *, const uint8_t *, size_t, uint32_t, uint64_t)
+    uint32_t st_crc32c(const uint8_t *, size_t)
+
+cdef extern from *:
+    """
+    #define st_word_load(p) __atomic_load_n((p), __ATOMIC_ACQUIRE)
+    #define st_word_bump(p) __atomic_add_fetch((p), 1, __ATOMIC_ACQ_REL)
+    """
+    uint64_t st_word_load(uint64_t *) nogil
+    uint64_t st_word_bump(uint64_t *) nogil
+
+cdef enum:
+    STACK_VIEWS = 16      # lookups of up to so many views and outputs allocate nothing
+    DEPTH_MAX = 32        # 2^32 entries of a directory are 32 GiB
+    HELD_GIL_LOOKUPS = 16 # fewer take less time than letting go of the GIL and waiting to get it back
+
+
+include "pages_layout.pxi"
+include "pages_rows.pxi"
+include "pages_lookup.pxi"
+
+
+def crc32c(data):
+    """The CRC-32C (Castagnoli) of a buffer."""
+    cdef Py_buffer view
+    PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+    cdef uint32_t crc = st_crc32c(<const uint8_t *>view.buf, view.len)
+    PyBuffer_Release(&view)
+    return crc
+
+
+cdef class GenerationWord:
+    """The word of shared memory that counts commits; `buffer` is the writable mapping of 8 bytes or more."""
+    cdef uint64_t *word
+    cdef uint64_t poison_value
+    cdef Py_buffer view
+    cdef bint held
+
+    def __cinit__(self, buffer):
+        PyObject_GetBuffer(buffer, &self.view, PyBUF_SIMPLE | PyBUF_WRITABLE)
+        self.held = True
+        if self.view.len < 8:
+            raise ValueError("the generation word needs 8 bytes")
+        self.word = <uint64_t *>self.view.buf
+
+    def __dealloc__(self):
+        self.release()
+
+    def load(self):
+        """The present count, in one load from memory."""
+        return st_word_load(self.word)
+
+    def bump(self):
+        """Count a commit; returns the new count."""
+        return st_word_bump(self.word)
+
+    def poison(self):
+        """After a fork: from now on load() gives a value that no commit has, so that its user looks closer."""
+        self.poison_value = UINT64_MAX
+        self.word = &self.poison_value
+
+    cpdef release(self):
+        """Let go of the mapping, so that it can be closed; load() then gives the value of poison()."""
+        self.poison()
+        if self.held:
+            self.held = False
+            PyBuffer_Release(&self.view)

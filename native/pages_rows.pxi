@@ -1,0 +1,224 @@
+# SortedRows, the writer's side: see pages.pyx.
+
+cdef class SortedRows:
+    """SortedRows(layout, parts): rows to write, by hash, one for each key (the latest event time; the last if equal).
+
+    parts: pairs (rows, arena) of buffers: rows are n * layout.row_bytes bytes in the row format, and their strings are
+    u32 offsets and lengths in the arena. The buffers are kept and read in place. Raises ValueError when the rows
+    refer to what is not in the arena.
+    """
+    cdef readonly Layout layout
+    cdef st_item *items
+    cdef size_t n
+    cdef Py_buffer *views
+    cdef size_t n_views
+
+    def __cinit__(self, Layout layout not None, parts):
+        cdef size_t total = 0, at = 0, v
+        cdef st_item *unsorted
+        cdef size_t *counts
+        self.layout = layout
+        parts = list(parts)
+        self.views = <Py_buffer *>PyMem_Malloc((2 * len(parts) + 1) * sizeof(Py_buffer))
+        if self.views is NULL:
+            raise MemoryError
+        for pair in parts:
+            for buffer in pair:
+                PyObject_GetBuffer(buffer, &self.views[self.n_views], PyBUF_SIMPLE)
+                self.n_views += 1
+            total += self.views[self.n_views - 2].len // layout.c.row_bytes
+        self.items = <st_item *>PyMem_Malloc((total + 1) * sizeof(st_item))
+        unsorted = <st_item *>PyMem_Malloc((total + 1) * sizeof(st_item))
+        counts = <size_t *>PyMem_Malloc((st_sort_counts(total) + 1) * sizeof(size_t))
+        try:
+            if self.items is NULL or unsorted is NULL or counts is NULL:
+                raise MemoryError
+            for v in range(0, self.n_views, 2):
+                at += self._read(&self.views[v], &self.views[v + 1], unsorted + at)
+            with nogil:
+                st_sort(unsorted, self.items, total, counts)
+                self.n = st_dedupe(&self.layout.c, self.items, total)
+        finally:
+            PyMem_Free(unsorted)
+            PyMem_Free(counts)
+
+    def __dealloc__(self):
+        cdef size_t v
+        for v in range(self.n_views):
+            PyBuffer_Release(&self.views[v])
+        PyMem_Free(self.views)
+        PyMem_Free(self.items)
+
+    def __len__(self):
+        return self.n
+
+    cdef size_t _read(self, Py_buffer *rows, Py_buffer *arena, st_item *out) except? 0:
+        cdef const st_layout *c = &self.layout.c
+        cdef size_t n = rows.len // c.row_bytes, i
+        cdef uint32_t s
+        cdef uint32_t reference[2]
+        with nogil:
+            for i in range(n):
+                out[i].row = <const uint8_t *>rows.buf + i * c.row_bytes
+                out[i].heap = <const uint8_t *>arena.buf
+                for s in range(c.n_strings):
+                    memcpy(reference, out[i].row + c.string_offsets[s], 8)
+                    if <uint64_t>reference[0] + reference[1] > <uint64_t>arena.len:
+                        with gil:
+                            raise ValueError("a row refers to a string outside of its arena")
+                out[i].hash = st_hash_row(c, out[i].row, out[i].heap)
+        return n
+
+    def hash(self, size_t i):
+        """Hash of row i, as the 8 bytes that a bucket key is made of."""
+        if i >= self.n:
+            raise IndexError(i)
+        return int(self.items[i].hash).to_bytes(8, "big")
+
+    def image_bytes(self):
+        """Bytes that the rows take up, strings included, and tags."""
+        cdef uint64_t bytes = self.n * (<uint64_t>self.layout.c.row_bytes + 1)
+        cdef size_t i
+        if self.layout.c.n_strings:
+            with nogil:
+                for i in range(self.n):
+                    bytes += st_heap_bytes(&self.layout.c, &self.items[i])
+        return bytes
+
+    def buckets(self, Layout layout not None, uint32_t table_id, uint32_t depth_grow):
+        """Iterate (bucket key, page image) of a new table in the order of the keys.
+
+        layout: that of the rows but for its page size. depth_grow: from this local depth on a full bucket gets a longer
+        image instead of being split. Raises ValueError.
+        """
+        _check_same_columns(self.layout, layout)
+        if layout.c.seed != self.layout.c.seed:
+            raise ValueError("the rows were hashed with another seed")
+        return _Buckets(self, layout, table_id, depth_grow)
+
+    def merge(self, size_t i, bytes bucket_key, page, uint32_t table_id, uint32_t depth_grow):
+        """Put rows i, i + 1, ... that belong to the bucket into it. page: its image, None for the first of a table.
+
+        Returns (next i, [(bucket key, page image), ...]): one image, or several when the bucket was split. A stored
+        row with a later event time stays. Raises ValueError when the page is not sound.
+        """
+        cdef _Bucket bucket = _Bucket(self, i, bucket_key, page, table_id)
+        cdef size_t n_new = bucket.stop - i, n_all = bucket.n + n_new
+        cdef st_item *both = <st_item *>PyMem_Malloc((2 * n_all + 1) * sizeof(st_item))
+        cdef size_t *counts = <size_t *>PyMem_Malloc((st_sort_counts(n_all) + 1) * sizeof(size_t))
+        cdef _Buckets buckets
+        try:
+            if both is NULL or counts is NULL:
+                raise MemoryError
+            # Stored rows first: of equal event times the last stays.
+            memcpy(both, bucket.items, bucket.n * sizeof(st_item))
+            memcpy(both + bucket.n, self.items + i, n_new * sizeof(st_item))
+            st_sort(both, both + n_all, n_all, counts)
+            buckets = _Buckets(None, self.layout, table_id, depth_grow)
+            buckets.start(both + n_all, st_dedupe(&self.layout.c, both + n_all, n_all), bucket.key, bucket.depth)
+            return bucket.stop, list(buckets)
+        finally:
+            PyMem_Free(both)
+            PyMem_Free(counts)
+
+    def remove(self, size_t i, bytes bucket_key, page, uint32_t table_id):
+        """Take the keys of rows i, i + 1, ... that belong to the bucket out of it.
+
+        Returns (next i, rows removed, page image), with None for the image when nothing was removed.
+        Raises ValueError when the page is not sound.
+        """
+        cdef _Bucket bucket = _Bucket(self, i, bucket_key, page, table_id)
+        cdef st_item *left = <st_item *>PyMem_Malloc((bucket.n + 1) * sizeof(st_item))
+        cdef _Buckets buckets
+        try:
+            if left is NULL:
+                raise MemoryError
+            kept = st_without(&self.layout.c, bucket.items, bucket.n, self.items + i, bucket.stop - i, left)
+            if kept == bucket.n:
+                return bucket.stop, 0, None
+            buckets = _Buckets(None, self.layout, table_id, bucket.depth)  # never splits: a long image stays long
+            buckets.start(left, kept, bucket.key, bucket.depth)
+            return bucket.stop, bucket.n - kept, next(buckets)[1]
+        finally:
+            PyMem_Free(left)
+
+
+cdef class _Bucket:
+    """A bucket to be edited: its rows by hash, and which of the rows to write belong to it."""
+    cdef Py_buffer view
+    cdef bint held
+    cdef uint64_t key
+    cdef uint32_t depth
+    cdef st_item *items
+    cdef size_t n, stop
+
+    def __cinit__(self, SortedRows rows, size_t i, bytes bucket_key, page, uint32_t table_id):
+        cdef const uint8_t *at
+        cdef const char *wrong
+        cdef size_t *counts
+        cdef uint64_t last
+        self.key = _key_of(bucket_key)
+        if page is not None:
+            PyObject_GetBuffer(page, &self.view, PyBUF_SIMPLE)
+            self.held = True
+            at = <const uint8_t *>self.view.buf
+            wrong = st_check_page(&rows.layout.c, at, self.view.len, table_id, self.key)
+            if wrong is not NULL:
+                raise ValueError(f"bucket {bucket_key.hex()}: {wrong.decode()}")
+            self.n = st_page_rows(at)
+            self.depth = st_page_depth(at)
+            self.items = <st_item *>PyMem_Malloc((2 * self.n + 1) * sizeof(st_item))
+            counts = <size_t *>PyMem_Malloc((st_sort_counts(self.n) + 1) * sizeof(size_t))
+            if self.items is NULL or counts is NULL:
+                PyMem_Free(counts)
+                raise MemoryError
+            st_page_items(&rows.layout.c, at, self.items + self.n)
+            st_sort(self.items + self.n, self.items, self.n, counts)
+            PyMem_Free(counts)
+        last = self.key | (UINT64_MAX >> self.depth)
+        if i >= rows.n or not self.key <= rows.items[i].hash <= last:
+            raise ValueError("the row does not belong to this bucket")
+        self.stop = i
+        while self.stop < rows.n and rows.items[self.stop].hash <= last:
+            self.stop += 1
+
+    def __dealloc__(self):
+        PyMem_Free(self.items)
+        if self.held:
+            PyBuffer_Release(&self.view)
+
+
+cdef class _Buckets:
+    """Iterator over the images of sorted items."""
+    cdef object owner  # of the items
+    cdef Layout layout
+    cdef uint32_t table_id, depth_grow
+    cdef st_splitter splitter
+    cdef const st_item *items
+
+    def __cinit__(self, SortedRows rows, Layout layout not None, uint32_t table_id, uint32_t depth_grow):
+        self.owner = rows
+        self.layout = layout
+        self.table_id = table_id
+        self.depth_grow = depth_grow
+        if rows is not None:
+            self.start(rows.items, rows.n, 0, 0)
+
+    cdef void start(self, const st_item *items, size_t n, uint64_t key, uint32_t depth) noexcept:
+        self.items = items
+        st_splitter_init(&self.splitter, &self.layout.c, items, n, key, depth, self.depth_grow)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        cdef st_bucket bucket
+        cdef int found = st_splitter_next(&self.splitter, &bucket)
+        if found == 0:
+            raise StopIteration
+        if found < 0:
+            raise ValueError("more rows share a bucket than a page image can hold")
+        image = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>bucket.bytes)
+        st_build(&self.layout.c, self.items + bucket.start, bucket.stop - bucket.start, bucket.depth, self.table_id,
+                 <uint8_t *>PyBytes_AS_STRING(image), <uint32_t>bucket.bytes)
+        return int(bucket.key).to_bytes(8, "big"), image

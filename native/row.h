@@ -1,0 +1,68 @@
+/* Reading rows and hashing keys: what page.c and lookup.c must agree on. Part of the table format. */
+#ifndef SHORTTAIL_ROW_H
+#define SHORTTAIL_ROW_H
+
+#include <string.h>
+
+#include "page.h"
+
+/* Images start 16 bytes into a page and rows have any length: nothing is aligned. */
+static inline uint16_t st_load16(const uint8_t *p) { uint16_t v; memcpy(&v, p, 2); return v; }
+static inline uint32_t st_load32(const uint8_t *p) { uint32_t v; memcpy(&v, p, 4); return v; }
+static inline uint64_t st_load64(const uint8_t *p) { uint64_t v; memcpy(&v, p, 8); return v; }
+static inline void st_store16(uint8_t *p, uint16_t v) { memcpy(p, &v, 2); }
+static inline void st_store32(uint8_t *p, uint32_t v) { memcpy(p, &v, 4); }
+
+/* Header: rows u16 | tag bytes u16 | local depth u8 | zero u8 | LMDB pages u16. It is short so that with up to 40 tags
+ * it lies in one cache line, which is all that a lookup reads besides the row. What else there is to say about a page
+ * stands at its end: table id u32 | row bytes u32 | heap start u32 | crc32c u32 of all before. */
+static inline uint32_t st_rows(const uint8_t *page) { return st_load16(page); }
+static inline uint32_t st_tag_bytes(const uint8_t *page) { return st_load16(page + 2); }
+static inline uint32_t st_depth(const uint8_t *page) { return page[4]; }
+static inline uint32_t st_image_bytes(const uint8_t *page)
+{
+    return st_load16(page + 6) * (uint32_t)ST_PAGE_BYTES - ST_PAGE_OVERHEAD;
+}
+static inline const uint8_t *st_footer(const uint8_t *page) { return page + st_image_bytes(page) - ST_FOOTER_BYTES; }
+static inline const uint8_t *st_row(const st_layout *l, const uint8_t *page, uint32_t i)
+{
+    return page + ST_HEADER_BYTES + st_tag_bytes(page) + (size_t)i * l->row_bytes;
+}
+
+#define ST_MIX_INT 0x9e3779b97f4a7c15u
+#define ST_MIX_LENGTH 0xd1b54a32d192ed03u
+#define ST_MIX_END 0x8bb84b93962eacc9u
+
+/* Both halves of a 128-bit product: every bit of the result depends on every bit of a and b. */
+static inline uint64_t st_fold(uint64_t a, uint64_t b)
+{
+    unsigned __int128 product = (unsigned __int128)a * b;
+    return (uint64_t)product ^ (uint64_t)(product >> 64);
+}
+
+/* The hash of a key: h = seed, then each column in turn, then the end. Both factors of every product hold something
+ * that only the store knows, so a sender cannot choose keys that collide. */
+static inline uint64_t st_hash_int(const st_layout *l, uint64_t h, uint64_t value)
+{
+    return st_fold(value ^ h, l->second ^ ST_MIX_INT);
+}
+
+static inline uint64_t st_hash_string(const st_layout *l, uint64_t h, const uint8_t *data, size_t length)
+{
+    h = st_fold(h ^ length, l->second ^ ST_MIX_LENGTH);
+    for (; length >= 16; data += 16, length -= 16)
+        h = st_fold(st_load64(data) ^ h, st_load64(data + 8) ^ l->second);
+    if (length) {
+        uint8_t tail[16] = {0};
+        memcpy(tail, data, length);
+        h = st_fold(st_load64(tail) ^ h, st_load64(tail + 8) ^ l->second);
+    }
+    return h;
+}
+
+static inline uint64_t st_hash_end(const st_layout *l, uint64_t h) { return st_fold(h ^ l->second, ST_MIX_END ^ l->seed); }
+
+/* Buckets take the top bits of the hash, tags the lowest byte. */
+static inline uint8_t st_tag(uint64_t hash) { return (uint8_t)hash; }
+
+#endif

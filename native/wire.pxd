@@ -1,0 +1,121 @@
+from cpython.ref cimport PyObject
+from libc.stdint cimport int64_t, uint8_t, uint32_t
+
+from shorttail._native.columns cimport Columns
+from shorttail._native.wire_c cimport array_part, mp_out, mp_scan, mp_value
+
+
+cdef enum:
+    WANTS_STATUSES = 1
+    AS_TENSORS = 2
+    SILENT = 4          # a notification: nobody reads the answer
+
+cdef struct request_t:
+    PyObject *connection    # owned; NULL once answered, and for notifications
+    uint32_t msgid
+    int flags
+    int64_t deadline_ns     # CLOCK_MONOTONIC; 0 = none
+    Py_ssize_t first        # its rows in the batch
+    Py_ssize_t rows
+
+cdef struct options_t:
+    int flags
+    int64_t deadline_ns
+    int64_t version         # -1 = the current one
+
+
+cdef class ColumnNames:
+    cdef tuple names            # bytes, as they come on the wire
+    cdef bytes booleans         # 1 where a column is Bool
+    cdef int n
+    cdef bint matches(self, int c, const mp_value *name) noexcept
+    cdef int find(self, int guess, const mp_value *name) noexcept
+
+
+cdef class Route:
+    """One model version or one list of features: its plan, its open batch, the constant bytes of its replies."""
+    cdef readonly object plan
+    cdef readonly bint stale        # the catalog changed since: find the plan anew
+    cdef bytes key                  # the bytes on the wire that lead here: a model name, or an array of references
+    cdef bint features
+    cdef int64_t asked              # the version asked for; -1 = the current one
+    cdef int64_t version
+    cdef Batch open                 # takes requests; None until one comes
+    cdef Batch spare                # kept for its memory
+    cdef ColumnNames names
+    cdef Encoder encoder            # made at the first result, with what follows
+    cdef list pieces                # bytes before each output, and after the last
+    cdef list view_pieces           # encoded names of the views
+    cdef bytes defaults             # 1 where a feature has a default
+    cdef bint leads_from(self, bint features, const uint8_t *key, Py_ssize_t size, int64_t version) noexcept
+    cdef int describe(self, list output_names) except -1
+
+
+cdef class Batch:
+    """Requests that will run together."""
+    cdef readonly Route route
+    cdef readonly Columns columns
+    cdef request_t *request
+    cdef Py_ssize_t n_requests, capacity
+    cdef bint has_deadlines
+    cdef int add(self, Connection connection, uint32_t msgid, const options_t *options, Py_ssize_t rows) except -1
+    cdef int forget(self, request_t *request) except -1
+    cdef int recycle(self) except -1
+    cdef int put_reply(self, mp_out *out, request_t *request, Encoder encoder, const uint8_t *statuses,
+                       Py_ssize_t n_statuses, int64_t version) except -1
+
+
+cdef class Encoder:
+    """The arrays of one result, ready to be cut into replies."""
+    cdef array_part *parts          # whole arrays; dims[0] and data are set for each request
+    cdef int n
+    cdef list names                 # of the outputs
+    cdef list kept                  # copies made of arrays that cannot travel as they are
+    cdef int load(self, list outputs, Py_ssize_t n_rows) except -1
+    cdef int put(self, mp_out *out, int k, Py_ssize_t first, Py_ssize_t rows, bint as_tensor,
+                 const uint8_t *missing) except -1
+
+
+cdef class Router:
+    """What the connections of one worker share."""
+    cdef readonly object engine, loop
+    cdef public object run          # called once in a loop turn that brought work
+    cdef public object fault        # told of every exception that nobody foresaw
+    cdef readonly dict handlers
+    cdef readonly set connections
+    cdef dict models                # name bytes, or (name bytes, version) -> Route
+    cdef dict features              # bytes of the array of references -> Route
+    cdef list pending               # batches with requests
+    cdef list touched               # connections with replies to write
+    cdef bint awake                 # `run` is scheduled
+    cdef int wake(self) except -1
+    cdef Route model_route(self, const uint8_t *name, Py_ssize_t size, int64_t version)
+    cdef Route features_route(self, const uint8_t *refs, Py_ssize_t size)
+
+
+cdef class Connection:
+    """One peer. The protocol is in the methods below; asyncio's are in wire.pyx."""
+    cdef Router router
+    cdef object transport
+    cdef mp_out out                 # replies that wait for the end of this turn
+    cdef mp_out held                # the beginning of a message whose end has not arrived
+    cdef mp_scan scan               # how far it has been checked
+    cdef Route last                 # where the last request went
+    cdef readonly Py_ssize_t in_flight
+    cdef readonly bint paused       # the peer does not read its replies
+    cdef bint touched
+    cdef int state
+    cdef int hold(self, const uint8_t *data, size_t size) except -1
+    cdef int drop_held(self, size_t size) except -1
+    cdef size_t take(self, const uint8_t *data, size_t size) except? 0
+    cdef int refuse(self, str code, str reason) except -1
+    cdef int message(self, const uint8_t *p) except -1
+    cdef int call(self, const mp_value *method, const uint8_t *params, uint32_t msgid, int flags) except -1
+    cdef int predict(self, const uint8_t *p, uint32_t n, uint32_t msgid, int flags) except -1
+    cdef int get_online_features(self, const uint8_t *p, uint32_t n, uint32_t msgid, int flags) except -1
+    cdef int enqueue(self, Route route, const uint8_t *columns, uint32_t msgid, const options_t *options) except -1
+    cdef int handle(self, str method, const uint8_t *params, uint32_t msgid, int flags) except -1
+    cdef int touch(self) except -1
+    cdef int put_error(self, int64_t msgid, str code, str message) except -1
+    cdef int write_out(self) except -1
+    cdef int maybe_end(self) except -1

@@ -1,0 +1,404 @@
+"""The wire: MessagePack-RPC in, batches of requests; results in, replies.
+
+A `Connection` is one peer: bytes that arrive become requests in the open `Batch` of their `Route` (a model, or a list
+of features), values going straight into the batch's `Columns`. server/batcher.py runs each batch once a loop turn and
+calls `reply`, which writes every request's rows into its connection's output. The `Router` is what connections share.
+
+Everything runs in the loop's thread with the GIL held. wire_decode.pxi reads columns, wire_encode.pxi writes arrays,
+wire_connection.pxi is the protocol.
+"""
+
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.ref cimport PyObject, Py_DECREF, Py_INCREF
+from cpython.unicode cimport PyUnicode_AsUTF8AndSize
+from libc.math cimport NAN
+from libc.stdint cimport int64_t, uint8_t, uint32_t
+from libc.stdlib cimport calloc, free, malloc, realloc
+from libc.string cimport memcmp, memmove, memset
+from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
+
+import msgpack
+import numpy as np
+cimport numpy as cnp
+
+from shorttail._native.columns cimport KIND_F64, KIND_I64, KIND_STR, KIND_VEC, Columns, column_t
+from shorttail._native.wire_c cimport *
+from shorttail._native.columns import (
+    empty_column, finish_error, string_too_long, too_many_rows, unknown_column, wrong_type,
+)
+from shorttail.config import LIMITS
+from shorttail.errors import DeadlineExceeded, Internal, InvalidArgument, NotFound, ResourceExhausted, ShorttailError
+
+cnp.import_array()
+
+cdef Py_ssize_t STRING_BYTES = LIMITS.string_bytes
+cdef Py_ssize_t REQUEST_ROWS = LIMITS.rows_per_request
+cdef Py_ssize_t BATCH_ROWS = LIMITS.batch_rows
+cdef Py_ssize_t FEATURE_LIST_BYTES = LIMITS.feature_list_bytes
+cdef Py_ssize_t KEPT_BYTES = 1 << 20  # a buffer that a large request made larger than this is not kept
+
+cdef mp_limits MESSAGE
+MESSAGE.frame_bytes = LIMITS.frame_bytes
+MESSAGE.nesting_depth = LIMITS.nesting_depth
+MESSAGE.declared_elements = LIMITS.declared_elements
+assert LIMITS.nesting_depth <= MP_MAX_DEPTH
+
+_ELEMENT_NAMES = {
+    ELEMENT_BOOL: "bool", ELEMENT_I32: "int32", ELEMENT_I64: "int64", ELEMENT_F32: "float32", ELEMENT_F64: "float64",
+    ELEMENT_U8: "uint8",
+}
+
+include "wire_decode.pxi"
+include "wire_encode.pxi"
+
+
+cdef int64_t _now_ns() noexcept:
+    cdef timespec now
+    clock_gettime(CLOCK_MONOTONIC, &now)
+    return <int64_t>now.tv_sec * 1_000_000_000 + now.tv_nsec
+
+
+cdef class Route:
+    def __cinit__(self, plan, bytes key, int64_t asked):
+        self.plan = plan
+        self.key = key
+        self.asked = asked
+        self.features = plan.kind == "features"
+        self.version = plan.version
+        self.view_pieces = [msgpack.packb(name) for name in plan.view_names]
+        self.defaults = bytes(plan.has_default)
+        self.spare = Batch(self, plan.new_columns())
+        self.names = ColumnNames(self.spare.columns)
+
+    cdef bint leads_from(self, bint features, const uint8_t *key, Py_ssize_t size, int64_t version) noexcept:
+        if self.stale or self.features != features or PyBytes_GET_SIZE(self.key) != size:
+            return False
+        if memcmp(PyBytes_AS_STRING(self.key), key, size) != 0:
+            return False
+        return version == self.asked or (self.asked < 0 and version == self.version)
+
+    cdef int describe(self, list output_names) except -1:
+        """Make the constant bytes of replies. Done at the first result: only that knows the outputs' names."""
+        packer = msgpack.Packer()
+        if self.features:
+            opening = packer.pack("feature_names") + packer.pack(output_names)
+            opening += packer.pack("values") + packer.pack_array_header(len(output_names))
+            pieces = [b""] * len(output_names)
+            closing = packer.pack("statuses") + packer.pack_array_header(len(output_names))
+        else:
+            opening = packer.pack("outputs") + packer.pack_map_header(len(output_names))
+            pieces = [packer.pack(name) for name in output_names]
+            closing = packer.pack("version")
+        pieces.append(closing)
+        pieces[0] = opening + pieces[0]
+        self.pieces = pieces
+        self.encoder = Encoder(output_names)
+        return 0
+
+
+cdef class Batch:
+    def __cinit__(self, Route route, Columns columns):
+        self.route = route
+        self.columns = columns
+
+    def __dealloc__(self):
+        cdef Py_ssize_t i
+        for i in range(self.n_requests):
+            if self.request[i].connection is not NULL:
+                Py_DECREF(<object>self.request[i].connection)
+        free(self.request)
+
+    cdef int add(self, Connection connection, uint32_t msgid, const options_t *options, Py_ssize_t rows) except -1:
+        """Enter a request whose rows are the last of `columns`."""
+        cdef request_t *entry
+        cdef void *grown
+        if self.n_requests == self.capacity:
+            grown = realloc(self.request, (2 * self.capacity + 16) * sizeof(request_t))
+            if grown is NULL:
+                raise MemoryError
+            self.request = <request_t *>grown
+            self.capacity = 2 * self.capacity + 16
+        entry = &self.request[self.n_requests]
+        entry.msgid = msgid
+        entry.flags = options.flags
+        entry.deadline_ns = options.deadline_ns
+        entry.first = self.columns.n_rows - rows
+        entry.rows = rows
+        entry.connection = NULL
+        if not options.flags & SILENT:
+            entry.connection = <PyObject *>connection
+            Py_INCREF(connection)
+            connection.in_flight += 1
+        self.has_deadlines |= options.deadline_ns != 0
+        self.n_requests += 1
+        return 0
+
+    cdef int forget(self, request_t *request) except -1:
+        """A request has its answer, or nobody waits for one."""
+        if request.connection is not NULL:
+            (<Connection>request.connection).in_flight -= 1
+            Py_DECREF(<object>request.connection)
+            request.connection = NULL
+        request.flags = 0
+        return 0
+
+    cdef int recycle(self) except -1:
+        """Empty, and back to the route for the next batch, unless some large request left it large."""
+        cdef Columns columns = self.columns
+        cdef column_t *col
+        cdef int c
+        self.n_requests = 0
+        self.has_deadlines = False
+        columns.reset()
+        for c in range(columns.n_columns):
+            col = &columns.col[c]
+            if col.data_cap > KEPT_BYTES or col.row_cap * 8 * (col.width if col.kind == KIND_VEC else 1) > KEPT_BYTES:
+                return 0
+        if self.route.spare is None:
+            self.route.spare = self
+        return 0
+
+    def wanted(self):
+        """Answer what is past its deadline, forget what has no reader left. Returns how many requests remain."""
+        cdef Py_ssize_t i, remain = 0
+        cdef int64_t now_ns = _now_ns() if self.has_deadlines else 0
+        cdef request_t *entry
+        cdef Connection connection
+        for i in range(self.n_requests):
+            entry = &self.request[i]
+            if entry.connection is NULL:
+                remain += (entry.flags & SILENT) != 0
+                continue
+            connection = <Connection>entry.connection
+            if connection.state == GONE:
+                self.forget(entry)
+            elif entry.deadline_ns and entry.deadline_ns <= now_ns:
+                connection.put_error(entry.msgid, "DEADLINE_EXCEEDED", "the deadline passed while the request waited")
+                self.forget(entry)
+            else:
+                remain += 1
+        if remain == 0:
+            self.recycle()
+        return remain
+
+    def fail(self, str code, str message):
+        """Answer every request that has no answer yet with this error."""
+        cdef Py_ssize_t i
+        cdef request_t *entry
+        for i in range(self.n_requests):
+            entry = &self.request[i]
+            if entry.connection is not NULL:
+                (<Connection>entry.connection).put_error(entry.msgid, code, message)
+                self.forget(entry)
+        self.recycle()
+
+    def reply(self, result):
+        """Answer every request with its rows of a pipeline.BatchResult. Raises Internal for arrays of a wrong shape.
+
+        When it raises, requests that have no answer yet still wait for `fail`.
+        """
+        cdef Py_ssize_t i, n_statuses, n_rows = self.columns.n_rows
+        cdef cnp.ndarray statuses
+        cdef Encoder encoder = self.route.encoder
+        cdef list outputs = result.outputs
+        cdef request_t *entry
+        cdef Connection connection
+        cdef size_t mark
+        cdef int64_t version = result.version
+        if encoder is None or not encoder.load(outputs, n_rows):
+            self.route.describe([name for name, _ in outputs])
+            encoder = self.route.encoder
+            encoder.load(outputs, n_rows)
+        statuses = result.feature_statuses if self.route.features else result.view_statuses
+        n_statuses = encoder.n if self.route.features else len(self.route.view_pieces)
+        if (cnp.PyArray_NDIM(statuses) != 2 or cnp.PyArray_DIM(statuses, 0) != n_statuses
+                or cnp.PyArray_DIM(statuses, 1) != n_rows or cnp.PyArray_TYPE(statuses) != cnp.NPY_UINT8):
+            raise Internal("statuses of another shape than the batch")
+        if not cnp.PyArray_IS_C_CONTIGUOUS(statuses):
+            statuses = np.ascontiguousarray(statuses)
+        for i in range(self.n_requests):
+            entry = &self.request[i]
+            if entry.connection is NULL:
+                continue
+            connection = <Connection>entry.connection
+            if connection.state != GONE:
+                mark = connection.out.size
+                try:
+                    self.put_reply(&connection.out, entry, encoder,
+                                   <const uint8_t *>cnp.PyArray_DATA(statuses), n_statuses, version)
+                except BaseException:
+                    connection.out.size = mark
+                    raise
+                connection.touch()
+            self.forget(entry)
+        self.recycle()
+
+    cdef int put_reply(self, mp_out *out, request_t *request, Encoder encoder, const uint8_t *statuses,
+                       Py_ssize_t n_statuses, int64_t version) except -1:
+        cdef Route route = self.route
+        cdef bint as_tensor = request.flags & AS_TENSORS
+        cdef bint with_views = not route.features and request.flags & WANTS_STATUSES
+        cdef Py_ssize_t stride = self.columns.n_rows
+        cdef const uint8_t *missing
+        cdef int k
+        if n_statuses:
+            statuses += request.first
+        _need(out, 16)
+        mp_put_byte(out, 0x94)
+        mp_put_byte(out, 1)
+        mp_put_int(out, request.msgid)
+        mp_put_byte(out, 0xC0)
+        mp_put_byte(out, 0x83 if route.features or with_views else 0x82)
+        for k in range(encoder.n):
+            _put_bytes(out, <bytes>route.pieces[k])
+            missing = NULL
+            if route.features and not PyBytes_AS_STRING(route.defaults)[k]:
+                missing = statuses + k * stride
+            encoder.put(out, k, request.first, request.rows, as_tensor, missing)
+        _put_bytes(out, <bytes>route.pieces[encoder.n])
+        if not route.features:
+            _need(out, 32)
+            mp_put_int(out, version)
+            if with_views:
+                _put_bytes(out, msgpack.packb("statuses") + msgpack.Packer().pack_map_header(n_statuses))
+        if route.features or with_views:
+            for k in range(n_statuses):
+                if with_views:
+                    _put_bytes(out, <bytes>route.view_pieces[k])
+                _put_statuses(out, statuses + k * stride, request.rows, as_tensor)
+        return 0
+
+
+cdef class Router:
+    """Router(loop, engine, handlers): what the connections of one worker share.
+
+    loop: for call_soon and call_later. engine: plan_for_model(name, version | None) and plan_for_features(refs).
+    handlers: method -> function of the list of params, for the methods that are not batched. Set `run` (called
+    once in a loop turn that brought work: `take` the batches, answer them, `flush`) and, if wanted, `fault` (told
+    of exceptions that nobody foresaw).
+    """
+
+    def __init__(self, loop, engine, handlers):
+        self.loop = loop
+        self.engine = engine
+        self.handlers = dict(handlers)
+        self.connections = set()
+        self.models = {}
+        self.features = {}
+        self.pending = []
+        self.touched = []
+        self.run = self.flush
+        self.fault = None
+
+    cdef int wake(self) except -1:
+        if not self.awake:
+            self.awake = True
+            self.loop.call_soon(self.run)
+        return 0
+
+    def take(self):
+        """The batches that wait, in the order in which they were opened. They take no more requests."""
+        cdef Batch batch
+        batches = self.pending
+        self.pending = []
+        for batch in batches:
+            if batch.route.open is batch:
+                batch.route.open = None
+        return batches
+
+    def flush(self):
+        """Write what connections owe their peers: one write each. Ends the turn."""
+        cdef Connection connection
+        touched = self.touched
+        self.touched = []
+        self.awake = False
+        for connection in touched:
+            connection.write_out()
+
+    def forget_plans(self):
+        """The catalog changed: find every plan anew. Batches that wait run by the plan they were parsed for."""
+        cdef Route route
+        for routes in (self.models, self.features):
+            for route in routes.values():
+                route.stale = True
+            routes.clear()
+
+    cdef Route model_route(self, const uint8_t *name, Py_ssize_t size, int64_t version):
+        cdef Route route
+        name_bytes = PyBytes_FromStringAndSize(<const char *>name, size)
+        key = name_bytes if version < 0 else (name_bytes, version)
+        route = self.models.get(key)
+        if route is None:
+            plan = self.engine.plan_for_model(name_bytes.decode("utf-8", "replace"), None if version < 0 else version)
+            route = Route(plan, name_bytes, version)
+            self.models[key] = route
+        return route
+
+    cdef Route features_route(self, const uint8_t *refs, Py_ssize_t size):
+        cdef Route route
+        if size > FEATURE_LIST_BYTES:
+            raise InvalidArgument(f"a list of features of {size} bytes; at most {FEATURE_LIST_BYTES} are taken")
+        key = PyBytes_FromStringAndSize(<const char *>refs, size)
+        route = self.features.get(key)
+        if route is None:
+            names = _as_python(refs)
+            if not all([isinstance(name, str) for name in names]):
+                raise InvalidArgument("features must be an array of references, each a string 'view:feature'")
+            route = Route(self.engine.plan_for_features(tuple(names)), key, -1)
+            if len(self.features) >= LIMITS.feature_plans_cached:
+                self.features.clear()
+            self.features[key] = route
+        return route
+
+
+include "wire_connection.pxi"
+
+
+# -- the codec by itself, for tests and tools ---------------------------------------------------------------------
+
+
+def read_columns(Columns columns, bytes message):
+    """Append one request from the MessagePack map {column: value or array}, as `predict` carries it.
+
+    Returns its rows. Raises InvalidArgument or ResourceExhausted with nothing appended.
+    """
+    if scan(message) != len(message):
+        raise InvalidArgument("not one whole MessagePack value")
+    if message[0] >> 4 != 8 and message[0] not in (0xDE, 0xDF):
+        raise InvalidArgument("not a map {column: value or array}")
+    return _read_columns(columns, ColumnNames(columns), <const uint8_t *>PyBytes_AS_STRING(message))
+
+
+def write_array(array, encoding="list", missing=None):
+    """The bytes of an array in a reply. missing: uint8 [rows], not 0 where a row is sent as nil (lists only)."""
+    cdef Encoder encoder = Encoder([""])
+    cdef mp_out out
+    cdef const uint8_t[::1] nil = missing
+    cdef const uint8_t *rows_missing = NULL
+    memset(&out, 0, sizeof(out))
+    if missing is not None and nil.shape[0] == len(array) and nil.shape[0]:
+        rows_missing = &nil[0]
+    try:
+        encoder.load([("", array)], len(array))
+        encoder.put(&out, 0, 0, encoder.parts[0].dims[0], encoding == "tensor", rows_missing)
+        return PyBytes_FromStringAndSize(<const char *>out.data, out.size)
+    finally:
+        free(out.data)
+
+
+def scan(bytes data, cuts=()):
+    """The length of the first message in `data`, or 0 if it is not whole. cuts: look after these many bytes first.
+
+    Raises InvalidArgument or ResourceExhausted as a connection would.
+    """
+    cdef mp_scan state
+    cdef int found
+    mp_scan_reset(&state)
+    for size in (*cuts, len(data)):
+        found = mp_scan_on(&state, <const uint8_t *>PyBytes_AS_STRING(data), size, &MESSAGE)
+        if found == MP_WHOLE:
+            return state.position
+        if found != MP_MORE:
+            code, reason = _scan_error(found)
+            raise (InvalidArgument if code == "INVALID_ARGUMENT" else ResourceExhausted)(reason)
+    return 0

@@ -1,0 +1,356 @@
+# The protocol: what a peer may say, and what it hears.
+
+cdef enum:
+    OPEN = 0
+    ENDING = 1      # no new requests; closed when what is in flight is answered
+    REFUSED = 2     # as ENDING, after a message that cannot be understood
+    LINGERING = 3   # told so; what it still sends is dropped until it closes
+    GONE = 4
+
+# Closing at once, with input unread, would reset the connection and could destroy the error that was just sent.
+cdef double LINGER_S = 1.0
+
+NOT_RPC = "not a MessagePack-RPC message: expected [0, msgid, method, [params]] or [2, method, [params]]"
+
+
+cdef tuple _scan_error(int found):
+    if found == MP_NOT_MSGPACK:
+        return "INVALID_ARGUMENT", "not MessagePack: a byte 0xc1, which it does not use"
+    if found == MP_TOO_LONG:
+        return "RESOURCE_EXHAUSTED", f"a message of more than {LIMITS.frame_bytes} bytes; send it in parts"
+    if found == MP_TOO_DEEP:
+        return "RESOURCE_EXHAUSTED", f"a message nested more than {LIMITS.nesting_depth} deep"
+    return "RESOURCE_EXHAUSTED", f"a message of more than {LIMITS.declared_elements} elements; send it in parts"
+
+
+cdef str _text(const mp_value *v):
+    return v.body[:v.size].decode("utf-8", "replace")
+
+
+cdef bint _is(const mp_value *v, const char *text, uint32_t size) noexcept:
+    return v.size == size and memcmp(v.body, text, size) == 0
+
+
+cdef int _read_options(const uint8_t *p, bint features, options_t *options) except -1:
+    cdef mp_value v, name
+    cdef uint32_t k
+    cdef const uint8_t *value
+    p = mp_read(p, &v)
+    if v.kind == MP_NIL:
+        return 0
+    if v.kind != MP_MAP:
+        raise InvalidArgument("options must be a map")
+    for k in range(v.size):
+        value = mp_read(p, &name)
+        if name.kind != MP_STR:
+            raise InvalidArgument(f"unknown option {_as_python(p)!r}")
+        p = _read_option(&name, value, features, options)
+    return 0
+
+
+cdef const uint8_t *_read_option(const mp_value *name, const uint8_t *p, bint features, options_t *options) except NULL:
+    cdef mp_value v
+    cdef const uint8_t *end = mp_skip(p)
+    cdef double milliseconds
+    mp_read(p, &v)
+    if _is(name, b"deadline_ms", 11):
+        if v.kind != MP_INT and v.kind != MP_FLOAT or v.kind == MP_FLOAT and v.number.f != v.number.f:
+            raise InvalidArgument(f"option 'deadline_ms' must be a number of milliseconds; got {_as_python(p)!r}")
+        milliseconds = v.number.f if v.kind == MP_FLOAT else <double>v.number.i
+        if milliseconds <= 0:
+            raise DeadlineExceeded(f"deadline_ms {milliseconds:g}: the deadline had passed when the request came")
+        options.deadline_ns = _now_ns() + <int64_t>(min(milliseconds, 1e9) * 1e6)
+    elif _is(name, b"encoding", 8):
+        if v.kind == MP_STR and _is(&v, b"tensor", 6):
+            options.flags |= AS_TENSORS
+        elif v.kind != MP_STR or not _is(&v, b"list", 4):
+            raise InvalidArgument(f"option 'encoding' must be 'list' or 'tensor'; got {_as_python(p)!r}")
+    elif _is(name, b"version", 7) and not features:
+        if v.kind != MP_INT or v.number.i < 1:
+            raise InvalidArgument(f"option 'version' must be the number of a version; got {_as_python(p)!r}")
+        options.version = v.number.i
+    elif _is(name, b"statuses", 8) and not features:
+        if v.kind != MP_BOOL:
+            raise InvalidArgument(f"option 'statuses' must be true or false; got {_as_python(p)!r}")
+        if v.number.i:
+            options.flags |= WANTS_STATUSES
+    else:
+        known = "deadline_ms, encoding" if features else "deadline_ms, encoding, statuses, version"
+        raise InvalidArgument(f"unknown option {_text(name)!r}; options: {known}")
+    return end
+
+
+cdef class Connection:
+    """Connection(router): an asyncio protocol for one peer."""
+
+    def __cinit__(self, Router router):
+        self.router = router
+        mp_scan_reset(&self.scan)
+
+    def __dealloc__(self):
+        free(self.out.data)
+        free(self.held.data)
+
+    # -- asyncio's side ----------------------------------------------------------------------------------------
+
+    def connection_made(self, transport):
+        self.transport = transport
+        transport.set_write_buffer_limits(high=LIMITS.output_high_water_bytes, low=LIMITS.output_low_water_bytes)
+        self.router.connections.add(self)
+
+    def connection_lost(self, error):
+        self.state = GONE
+        self.transport = None
+        self.router.connections.discard(self)
+
+    def data_received(self, bytes data not None):
+        cdef const uint8_t *p = <const uint8_t *>PyBytes_AS_STRING(data)
+        cdef size_t size = PyBytes_GET_SIZE(data)
+        cdef size_t taken
+        if self.held.size == 0:
+            taken = self.take(p, size)
+            if taken < size:
+                self.hold(p + taken, size - taken)
+        elif self.state == OPEN:
+            self.hold(p, size)
+            self.drop_held(self.take(self.held.data, self.held.size))
+
+    def eof_received(self):
+        """The peer sends no more. True keeps the connection until what it is owed is written."""
+        if self.state < LINGERING:
+            self.state = ENDING
+            return bool(self.in_flight or self.touched)
+        return False
+
+    def pause_writing(self):
+        self.paused = True
+        if not self.transport.is_closing():
+            self.transport.pause_reading()
+
+    def resume_writing(self):
+        self.paused = False
+        if not self.transport.is_closing():
+            self.transport.resume_reading()
+
+    def finish(self):
+        """Take no more requests; close when those in flight are answered."""
+        if self.state == OPEN:
+            self.state = ENDING
+        self.maybe_end()
+
+    def abort(self):
+        """Close now, whatever is owed."""
+        if self.transport is not None:
+            self.transport.abort()
+
+    # -- bytes in ----------------------------------------------------------------------------------------------
+
+    cdef int hold(self, const uint8_t *data, size_t size) except -1:
+        # Grows with what has arrived, never with what a header announces.
+        _need(&self.held, size)
+        mp_put_raw(&self.held, data, size)
+        return 0
+
+    cdef int drop_held(self, size_t size) except -1:
+        self.held.size -= size
+        if self.held.size:
+            memmove(self.held.data, self.held.data + size, self.held.size)
+        elif self.held.capacity > <size_t>KEPT_BYTES:
+            free(self.held.data)
+            memset(&self.held, 0, sizeof(mp_out))
+        return 0
+
+    cdef size_t take(self, const uint8_t *data, size_t size) except? 0:
+        """Handle the whole messages at the start of `data`; returns their bytes. No message is scanned twice."""
+        cdef size_t start = 0
+        cdef size_t length
+        cdef int found
+        while start < size and self.state == OPEN:
+            found = mp_scan_on(&self.scan, data + start, size - start, &MESSAGE)
+            if found == MP_MORE:
+                return start
+            if found != MP_WHOLE:
+                code, reason = _scan_error(found)
+                self.refuse(code, reason)
+                break
+            length = self.scan.position
+            mp_scan_reset(&self.scan)
+            self.message(data + start)
+            start += length
+        return size
+
+    cdef int refuse(self, str code, str reason) except -1:
+        """The peer does not speak the protocol, or where its next message starts is lost: say so, and close."""
+        self.put_error(-1, code, reason)
+        self.state = REFUSED
+        return 0
+
+    cdef int message(self, const uint8_t *p) except -1:
+        """One message that the scanner has passed: answered, in a batch, or refused."""
+        cdef mp_value v, method
+        cdef uint32_t msgid = 0
+        cdef uint32_t n
+        cdef int flags = 0
+        p = mp_read(p, &v)
+        n = v.size if v.kind == MP_ARRAY else 0
+        if n:
+            p = mp_read(p, &v)
+        if n == 4 and v.kind == MP_INT and v.number.i == 0:
+            p = mp_read(p, &v)
+            if v.kind != MP_INT or not 0 <= v.number.i <= 0xFFFFFFFF:
+                return self.refuse("INVALID_ARGUMENT", "msgid must be a whole number from 0 to 4294967295")
+            msgid = <uint32_t>v.number.i
+        elif n == 3 and v.kind == MP_INT and v.number.i == 2:
+            flags = SILENT
+        else:
+            return self.refuse("INVALID_ARGUMENT", NOT_RPC)
+        try:
+            p = mp_read(p, &method)
+            if method.kind != MP_STR:
+                raise InvalidArgument("method must be a string")
+            self.call(&method, p, msgid, flags)
+        except ShorttailError as error:
+            if not flags & SILENT:
+                self.put_error(msgid, error.code, error.message)
+        except Exception as error:
+            if self.router.fault is not None:
+                self.router.fault(error)
+            if not flags & SILENT:
+                self.put_error(msgid, "INTERNAL", f"{type(error).__name__} while reading the request")
+        return 0
+
+    cdef int call(self, const mp_value *method, const uint8_t *params, uint32_t msgid, int flags) except -1:
+        cdef mp_value v
+        cdef const uint8_t *p = mp_read(params, &v)
+        if v.kind != MP_ARRAY:
+            raise InvalidArgument(f"params of {_text(method)!r} must be an array")
+        if _is(method, b"predict", 7):
+            return self.predict(p, v.size, msgid, flags)
+        if _is(method, b"get_online_features", 19):
+            return self.get_online_features(p, v.size, msgid, flags)
+        return self.handle(_text(method), params, msgid, flags)
+
+    cdef int predict(self, const uint8_t *p, uint32_t n, uint32_t msgid, int flags) except -1:
+        cdef mp_value model, columns
+        cdef options_t options
+        cdef const uint8_t *map_at = p
+        options.flags = flags
+        options.deadline_ns = 0
+        options.version = -1
+        model.kind = columns.kind = MP_NIL
+        if 2 <= n <= 3:
+            map_at = mp_read(p, &model)
+            if model.kind == MP_STR:
+                mp_read(map_at, &columns)
+        if columns.kind != MP_MAP:
+            raise InvalidArgument("predict takes [model, {column: value or array}, {option: value}?]")
+        if n == 3:
+            _read_options(mp_skip(map_at), False, &options)
+        if self.last is None or not self.last.leads_from(False, model.body, model.size, options.version):
+            self.last = self.router.model_route(model.body, model.size, options.version)
+        return self.enqueue(self.last, map_at, msgid, &options)
+
+    cdef int get_online_features(self, const uint8_t *p, uint32_t n, uint32_t msgid, int flags) except -1:
+        cdef mp_value refs, columns
+        cdef options_t options
+        cdef const uint8_t *map_at = p
+        options.flags = flags
+        options.deadline_ns = 0
+        options.version = -1
+        refs.kind = columns.kind = MP_NIL
+        if 2 <= n <= 3:
+            mp_read(p, &refs)
+            if refs.kind == MP_ARRAY:
+                map_at = mp_skip(p)
+                mp_read(map_at, &columns)
+        if columns.kind != MP_MAP:
+            raise InvalidArgument("get_online_features takes [[feature reference], {key column: value or array}, {option: value}?]")
+        if n == 3:
+            _read_options(mp_skip(map_at), True, &options)
+        if self.last is None or not self.last.leads_from(True, p, map_at - p, -1):
+            self.last = self.router.features_route(p, map_at - p)
+        return self.enqueue(self.last, map_at, msgid, &options)
+
+    cdef int enqueue(self, Route route, const uint8_t *columns, uint32_t msgid, const options_t *options) except -1:
+        """Read the columns into the route's open batch."""
+        cdef Batch batch = route.open
+        cdef Py_ssize_t rows
+        if batch is None:
+            batch = route.spare
+            route.spare = None
+            if batch is None:
+                batch = Batch(route, route.plan.new_columns())
+            route.open = batch
+        rows = _read_columns(batch.columns, route.names, columns)
+        batch.add(self, msgid, options, rows)
+        if batch.n_requests == 1:
+            self.router.pending.append(batch)
+            self.router.wake()
+        if batch.columns.n_rows >= BATCH_ROWS:
+            route.open = None
+        return 0
+
+    cdef int handle(self, str method, const uint8_t *params, uint32_t msgid, int flags) except -1:
+        """A method that is not batched: any MessagePack in, any out."""
+        handler = self.router.handlers.get(method)
+        if handler is None:
+            known = ", ".join(["predict", "get_online_features", *self.router.handlers])
+            raise NotFound(f"unknown method {method!r}; methods: {known}")
+        result = msgpack.packb(handler(_as_python(params)))
+        if flags & SILENT:
+            return 0
+        _need(&self.out, 16)
+        mp_put_byte(&self.out, 0x94)
+        mp_put_byte(&self.out, 1)
+        mp_put_int(&self.out, msgid)
+        mp_put_byte(&self.out, 0xC0)
+        _put_bytes(&self.out, result)
+        return self.touch()
+
+    # -- bytes out ---------------------------------------------------------------------------------------------
+
+    cdef int touch(self) except -1:
+        if not self.touched:
+            self.touched = True
+            self.router.touched.append(self)
+            self.router.wake()
+        return 0
+
+    cdef int put_error(self, int64_t msgid, str code, str message) except -1:
+        """msgid: -1 when it is not known."""
+        _need(&self.out, 16)
+        mp_put_byte(&self.out, 0x94)
+        mp_put_byte(&self.out, 1)
+        if msgid < 0:
+            mp_put_byte(&self.out, 0xC0)
+        else:
+            mp_put_int(&self.out, msgid)
+        _put_bytes(&self.out, msgpack.packb({"code": code, "message": message}, unicode_errors="replace"))
+        _need(&self.out, 1)
+        mp_put_byte(&self.out, 0xC0)
+        return self.touch()
+
+    cdef int write_out(self) except -1:
+        self.touched = False
+        if self.state != GONE and self.out.size:
+            data = PyBytes_FromStringAndSize(<const char *>self.out.data, self.out.size)
+            self.out.size = 0
+            self.transport.write(data)
+        if self.out.capacity > <size_t>KEPT_BYTES:
+            free(self.out.data)
+            memset(&self.out, 0, sizeof(mp_out))
+        if self.state != OPEN:
+            self.maybe_end()
+        return 0
+
+    cdef int maybe_end(self) except -1:
+        """Close once nothing is owed."""
+        if self.in_flight or self.touched:
+            return 0
+        if self.state == ENDING:
+            self.transport.close()
+        elif self.state == REFUSED:
+            self.state = LINGERING
+            self.transport.write_eof()
+            self.router.loop.call_later(LINGER_S, self.transport.abort)
+        return 0

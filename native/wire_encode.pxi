@@ -1,0 +1,166 @@
+# Results: from NumPy arrays into a connection's output, one request's rows at a time.
+
+
+cdef int _need(mp_out *out, size_t bytes) except -1:
+    if mp_reserve(out, bytes) < 0:
+        raise MemoryError
+    return 0
+
+
+cdef int _put_bytes(mp_out *out, bytes piece) except -1:
+    _need(out, len(piece))
+    mp_put_raw(out, <const char *>piece, len(piece))
+    return 0
+
+
+cdef int _put_text(mp_out *out, str text) except -1:
+    cdef Py_ssize_t size
+    cdef const char *utf8
+    try:
+        utf8 = PyUnicode_AsUTF8AndSize(text, &size)
+    except UnicodeEncodeError:  # a lone surrogate: MessagePack strings are UTF-8 and readers may insist on it
+        text = text.encode("utf-8", "replace").decode()
+        utf8 = PyUnicode_AsUTF8AndSize(text, &size)
+    _need(out, size + 5)
+    mp_put_str(out, size)
+    mp_put_raw(out, utf8, size)
+    return 0
+
+
+cdef int _put_statuses(mp_out *out, const uint8_t *statuses, Py_ssize_t rows, bint as_tensor) except -1:
+    cdef array_part part
+    part.code = ELEMENT_U8
+    part.n_dims = 1
+    part.dims[0] = rows
+    part.data = statuses
+    if as_tensor:
+        if put_tensor(out, &part) < 0:
+            raise MemoryError
+        return 0
+    _need(out, part_list_bytes(&part))
+    put_lists(out, &part, 0, &part.data)
+    return 0
+
+
+cdef class Encoder:
+    def __cinit__(self, list names):
+        self.names = names
+        self.n = len(names)
+        self.kept = []
+        self.parts = <array_part *>calloc(max(1, self.n), sizeof(array_part))
+        if self.parts is NULL:
+            raise MemoryError
+
+    def __dealloc__(self):
+        free(self.parts)
+
+    cdef int load(self, list outputs, Py_ssize_t n_rows) except -1:
+        """Describe [(name, array)]; the caller keeps the list alive. Returns 0 if they are not the outputs known."""
+        cdef tuple output
+        cdef int k
+        if len(outputs) != self.n:
+            return 0
+        self.kept.clear()
+        for k in range(self.n):
+            output = outputs[k]
+            if output[0] is not self.names[k] and output[0] != self.names[k]:
+                return 0
+            array = _prepare(output[1], &self.parts[k])
+            if array is not output[1]:
+                self.kept.append(array)
+            if self.parts[k].dims[0] != n_rows:
+                raise Internal(f"'{output[0]}' has {self.parts[k].dims[0]} rows for a batch of {n_rows}: "
+                               f"the first dimension of every output must be the batch")
+        return 1
+
+    cdef int put(self, mp_out *out, int k, Py_ssize_t first, Py_ssize_t rows, bint as_tensor,
+                 const uint8_t *missing) except -1:
+        """Rows [first, first + rows) of array k. missing: one byte a row of the request, not 0 = nil; or NULL."""
+        cdef array_part part = self.parts[k]
+        cdef Py_ssize_t row_bytes
+        part.dims[0] = rows
+        if part.code == ELEMENT_OBJECT:
+            row_bytes = part_elements(&part, 1) * sizeof(PyObject *)
+            part.data += first * row_bytes
+            return _put_objects(out, &part, 0, &part.data)
+        row_bytes = part_elements(&part, 1) * element_bytes(part.code)
+        part.data += first * row_bytes
+        if as_tensor:
+            if put_tensor(out, &part) < 0:
+                raise MemoryError
+            return 0
+        _need(out, part_list_bytes(&part))
+        if missing is NULL:
+            put_lists(out, &part, 0, &part.data)
+        else:
+            put_lists_or_nil(out, &part, missing)
+        return 0
+
+
+cdef object _prepare(array, array_part *s):
+    """Describe a NumPy array with at least one dimension; returns it, or a copy in a type that travels."""
+    cdef int k
+    cdef int code = _element_code(array)
+    if code == 0:
+        kind, size = array.dtype.kind, array.dtype.itemsize
+        if kind == "f" and size == 2:
+            array = array.astype(np.float32)
+        elif kind == "i" or (kind == "u" and size < 8):
+            array = array.astype(np.int64)
+        elif kind == "U":
+            array = array.astype(object)
+        else:
+            raise Internal(f"values of type {array.dtype} cannot be sent: cast them in the model")
+        code = _element_code(array)
+    if not cnp.PyArray_IS_C_CONTIGUOUS(array):
+        array = np.ascontiguousarray(array)
+    s.code = code
+    s.n_dims = cnp.PyArray_NDIM(array)
+    if not 1 <= s.n_dims <= TENSOR_MAX_DIMS:
+        raise Internal(f"an array of {s.n_dims} dimensions cannot be sent; 1 to {TENSOR_MAX_DIMS} can")
+    for k in range(s.n_dims):
+        s.dims[k] = cnp.PyArray_DIM(array, k)
+    s.data = <const uint8_t *>cnp.PyArray_DATA(array)
+    return array
+
+
+cdef int _element_code(cnp.ndarray array) noexcept:
+    cdef int number = cnp.PyArray_TYPE(array)
+    if number == cnp.NPY_FLOAT32:
+        return ELEMENT_F32
+    if number == cnp.NPY_FLOAT64:
+        return ELEMENT_F64
+    if number == cnp.NPY_INT64:
+        return ELEMENT_I64
+    if number == cnp.NPY_INT32:
+        return ELEMENT_I32
+    if number == cnp.NPY_BOOL:
+        return ELEMENT_BOOL
+    if number == cnp.NPY_UINT8:
+        return ELEMENT_U8
+    if number == cnp.NPY_OBJECT:
+        return ELEMENT_OBJECT
+    return 0
+
+
+cdef int _put_objects(mp_out *out, const array_part *s, int dim, const uint8_t **data) except -1:
+    """Strings, None as nil; tensors have no strings, so these are lists in either encoding."""
+    cdef int64_t i
+    if dim < s.n_dims:
+        _need(out, 5)
+        mp_put_array(out, s.dims[dim])
+        for i in range(s.dims[dim]):
+            _put_objects(out, s, dim + 1, data)
+        return 0
+    item = <object>(<PyObject **>data[0])[0]
+    data[0] += sizeof(PyObject *)
+    if item is None:
+        _need(out, 1)
+        mp_put_byte(out, 0xC0)
+    elif isinstance(item, str):
+        _put_text(out, item)
+    elif isinstance(item, bytes):
+        _put_text(out, item.decode("utf-8", "replace"))
+    else:
+        raise Internal(f"a value of type {type(item).__name__} cannot be sent as a string")
+    return 0

@@ -1,0 +1,343 @@
+"""The command as a user runs it: a process of its own, its output word for word, its errors in one line."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from shorttail.cli.values import parse_columns
+
+pa = pytest.importorskip("pyarrow")
+onnx = pytest.importorskip("onnx")
+import pyarrow.parquet  # noqa: E402
+from onnx import TensorProto, helper, numpy_helper  # noqa: E402
+
+DEFINITIONS = """
+import shorttail as st
+
+plane = st.Entity("plane", keys={"tailnum": st.String})
+route = st.Entity("route", keys={"origin": st.String, "dest_id": st.Int64})
+planes = st.FeatureView(
+    "plane", entity=plane, source=st.ParquetSource("planes.parquet", timestamp="at"),
+    features=[
+        st.Feature("year", st.Int32),
+        st.Feature("seats", st.Float32, default=100.0),
+        st.Feature("maker", st.String),
+    ],
+)
+routes = st.FeatureView("route", entity=route, features=[st.Feature("late", st.Float32)])
+delay = st.Model("delay", path="delay.onnx", inputs=["plane:year", "plane:seats", "request:hour"])
+"""
+
+
+@dataclass
+class Result:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+@dataclass
+class Project:
+    folder: Path
+
+    def command(self, *arguments: str) -> list[str]:
+        return [sys.executable, "-m", "shorttail", *arguments]
+
+    def run(self, *arguments: str) -> Result:
+        done = subprocess.run(self.command(*arguments), cwd=self.folder, capture_output=True, text=True, timeout=60)
+        return Result(done.returncode, done.stdout, done.stderr)
+
+    def ok(self, *arguments: str) -> Result:
+        result = self.run(*arguments)
+        assert (result.code, result.err) == (0, ""), result
+        return result
+
+    def fails(self, *arguments: str, code: int = 1) -> str:
+        result = self.run(*arguments)
+        assert result.code == code, result
+        assert re.fullmatch(r"error: .+\n", result.err), result.err
+        return result.err
+
+
+def write_model(path: Path, bias: float) -> None:
+    """score = the sum of three columns + bias."""
+    graph = helper.make_graph(
+        [helper.make_node("ReduceSum", ["x", "axes"], ["sum"]), helper.make_node("Add", ["sum", "bias"], ["score"])],
+        "sum",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 3])],
+        [helper.make_tensor_value_info("score", TensorProto.FLOAT, ["N", 1])],
+        [
+            numpy_helper.from_array(np.array([1], np.int64), "axes"),
+            numpy_helper.from_array(np.array([bias], np.float32), "bias"),
+        ],
+    )
+    onnx.save_model(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
+
+
+def write_project(folder: Path) -> Project:
+    (folder / "definitions.py").write_text(DEFINITIONS)
+    write_model(folder / "delay.onnx", bias=0.0)
+    planes = {
+        "tailnum": ["N1", "N2", "123"],
+        "year": [2001, None, 1999],
+        "seats": [50.0, 60.0, 70.0],
+        "maker": ["BOEING", "AIRBUS", None],
+        "at": pa.array([1, 1, 1], pa.timestamp("us")),
+    }
+    pyarrow.parquet.write_table(pa.table(planes), folder / "planes.parquet")
+    return Project(folder)
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A project whose store is applied and materialized; tests that use it only read."""
+    project = write_project(tmp_path_factory.mktemp("project"))
+    project.ok("apply", "definitions.py", "--store", "store")
+    project.ok("materialize", "--store", "store")
+    return project
+
+
+@pytest.fixture
+def fresh(tmp_path: Path) -> Project:
+    return write_project(tmp_path)
+
+
+COMMANDS = ["apply", "materialize", "push", "models", "serve", "predict", "features", "stat"]
+COMMANDS += ["models list", "models deploy", "models promote", "models rollback"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example(command: str, tmp_path: Path) -> None:
+    out = Project(tmp_path).ok(*command.split(), "--help").out
+    assert f"Example:\n    shorttail {command}" in out
+
+
+def test_help_imports_nothing_heavy() -> None:
+    heavy = ("onnxruntime", "pyarrow", "numba", "pandas", "lmdb", "tqdm")
+    program = f"import sys, shorttail.cli; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_no_command_shows_help(tmp_path: Path) -> None:
+    result = Project(tmp_path).run()
+    assert "Commands:" in result.out
+    assert result.code == 2
+
+
+def test_version(tmp_path: Path) -> None:
+    assert Project(tmp_path).ok("--version").out.startswith("shorttail, version ")
+
+
+def test_apply_says_what_changes(fresh: Project) -> None:
+    expected = [
+        "+ entity plane  tailnum String",
+        "+ entity route  origin String, dest_id Int64",
+        "+ view plane    tailnum -> 3 features",
+        "+ view route    origin, dest_id -> 1 feature",
+        "+ model delay   version 1: 3 columns -> score",
+    ]
+    dry = fresh.ok("apply", "definitions.py", "--store", "store", "--dry-run").out
+    assert dry.splitlines() == [*expected, "5 changes; dry run, nothing written"]
+    assert not (fresh.folder / "store").exists()
+
+    assert fresh.ok("apply", "definitions.py", "--store", "store").out.splitlines() == [*expected, "store: 5 changes"]
+    again = fresh.ok("apply", "definitions.py", "--store", "store", "--json").json
+    assert {change["change"] for change in again["changes"]} == {"="}
+
+
+def test_wrong_definitions_leave_no_store_behind(fresh: Project) -> None:
+    (fresh.folder / "definitions.py").write_text(DEFINITIONS.replace('"plane:year", ', ""))
+    message = fresh.fails("apply", "definitions.py", "--store", "store")
+    assert message == (
+        "error: model 'delay': delay.onnx takes 3 columns (input 'x'), but inputs lists 2;"
+        " first: plane:seats, request:hour\n"
+    )
+    assert not (fresh.folder / "store").exists()
+
+
+def test_materialize_says_rows_and_rate(fresh: Project) -> None:
+    fresh.ok("apply", "definitions.py", "--store", "store")
+    assert re.fullmatch(
+        r"plane: 3 rows in \d+\.\d\d s \([\d,]+ rows/s\)\n", fresh.ok("materialize", "--store", "store").out
+    )
+    (entry,) = fresh.ok("materialize", "plane", "--store", "store", "--json").json
+    assert (entry["view"], entry["rows"]) == ("plane", 3)
+    assert "'route' has no source" in fresh.fails("materialize", "route", "--store", "store")
+    assert "no feature view 'plain'; did you mean 'plane'" in fresh.fails("materialize", "plain", "--store", "store")
+    (fresh.folder / "planes.parquet").unlink()
+    assert "there is no file" in fresh.fails("materialize", "--store", "store")
+
+
+def test_a_schema_change_needs_reset(fresh: Project) -> None:
+    fresh.ok("apply", "definitions.py", "--store", "store")
+    fresh.ok("materialize", "--store", "store")
+    changed = DEFINITIONS.replace('st.Feature("year", st.Int32)', 'st.Feature("year", st.Float32)')
+    (fresh.folder / "definitions.py").write_text(changed)
+    assert "holds 3 rows and its schema changes (retyped year Int32 -> Float32); --reset" in fresh.fails(
+        "apply", "definitions.py", "--store", "store"
+    )
+    out = fresh.ok("apply", "definitions.py", "--store", "store", "--reset").out
+    assert "~ view plane    retyped year Int32 -> Float32; 3 rows dropped" in out.splitlines()
+
+
+def test_push_upserts(fresh: Project) -> None:
+    fresh.ok("apply", "definitions.py", "--store", "store")
+    (fresh.folder / "routes.csv").write_text("origin,dest_id,late\nEWR,7,1.5\nJFK,8,\n")
+    assert fresh.ok("push", "route", "routes.csv", "--store", "store").out.startswith("route: 2 rows in ")
+    found = fresh.ok("features", "route:late", "origin=EWR,JFK", "dest_id=7,8", "--store", "store", "--json").json
+    assert found == {"features": {"route:late": [1.5, None]}, "statuses": {"route:late": ["PRESENT", "NULL"]}}
+    assert "there is no file" in fresh.fails("push", "route", "gone.csv", "--store", "store")
+
+
+def test_predict_reads_well(loaded: Project) -> None:
+    out = loaded.ok("predict", "delay", "tailnum=N1,123,ZZ", "hour=5", "--store", "store").out
+    lines = [line.split() for line in out.splitlines()]
+    assert lines[0] == ["delay", "version", "1"]
+    assert lines[1][:3] == ["tailnum", "hour", "score"]
+    assert lines[2] == ["N1", "5", "2056"]
+    assert lines[3][0] == "123", "a key of digits is text where its type is String"
+    assert lines[4][-2:] == ["plane", "NOT_FOUND"]
+    answer = loaded.ok("predict", "delay", "tailnum=N1,123", "hour=5,6", "--store", "store", "--json").json
+    assert answer["outputs"]["score"] == [[2056.0], [2075.0]]
+    assert answer["version"] == 1
+
+
+def test_features_read_well(loaded: Project) -> None:
+    out = loaded.ok("features", "plane:maker", "plane:seats", "tailnum=N1,123,ZZ", "--store", "store").out
+    assert [line.split() for line in out.splitlines()] == [
+        ["tailnum", "plane:maker", "plane:seats", "status"],
+        ["N1", "BOEING", "50"],
+        ["123", "-", "70", "plane:maker", "NULL"],
+        ["ZZ", "-", "100", "plane", "NOT_FOUND"],
+    ]
+
+
+def test_stat(loaded: Project) -> None:
+    assert loaded.ok("stat", "--store", "store", "--json").json == [
+        {"view": "plane", "keys": ["tailnum"], "features": 3, "rows": 3},
+        {"view": "route", "keys": ["origin", "dest_id"], "features": 1, "rows": 0},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["apply", "gone.py", "--store", "store"], "gone.py: there is no such definitions file"),
+        (["predict", "delays", "tailnum=N1", "--store", "store"], "no model 'delays'; models: delay"),
+        (["predict", "delay", "tail=N1", "--store", "store"], "no column 'tail'; columns: tailnum String"),
+        (["predict", "delay", "tailnum", "--store", "store"], "'tailnum' is not column=value"),
+        (["predict", "delay", "tailnum=N1", "hour=five", "--store", "store"], "hour=five: column 'hour' is Float64"),
+        (["predict", "delay", "tailnum=N1", "--store", "store"], "hour"),
+        (["predict", "delay", "tailnum=N1", "hour=1", "--store", "nowhere"], "nowhere"),
+        (["predict", "delay", "tailnum=N1", "hour=1", "--server", "unix:nowhere.sock"], "nowhere.sock"),
+        (["predict", "delay", "tailnum=N1", "hour=1", "--version", "7", "--store", "store"], "has no version 7"),
+        (["features", "plane:yeah", "tailnum=N1", "--store", "store"], "has no feature 'yeah'; did you mean 'year'"),
+        (["features", "plane:year", "--store", "store"], "tailnum"),
+        (["features", "plane:year", "tailnum=N1", "tailnum=N2", "--store", "store"], "'tailnum' is given twice"),
+        (["models", "rollback", "delay", "--store", "store"], "has no earlier version"),
+        (["push", "nothing", "planes.parquet", "--store", "store"], "no feature view 'nothing'"),
+        (["stat", "--store", "planes.parquet"], "planes.parquet"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_one_line(loaded: Project, arguments: list[str], message: str) -> None:
+    assert message in loaded.fails(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["predict", "delay", "tailnum=N1"],
+            "give either --store STORE or --server ADDR (see `shorttail predict --help`)",
+        ),
+        (["stat"], "Missing option '--store'"),
+        (["models", "list"], "Missing option '--store'"),
+        (["nonsense"], "No such command 'nonsense'"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_exit_code_2(loaded: Project, arguments: list[str], message: str) -> None:
+    assert message in loaded.fails(*arguments, code=2)
+
+
+@pytest.mark.parametrize(
+    ("argument", "dtype", "value"),
+    [
+        ("c=123", "String", "123"),
+        ("c=123", "Int64", 123),
+        ("c=1,2", "Int32", [1, 2]),
+        ("c=1,,2", "Float32", [1.0, None, 2.0]),
+        ("c=", "String", ""),
+        ('c="Doe, J",b', "String", ["Doe, J", "b"]),
+        ("c=a=b", "String", "a=b"),
+        ("c=true,0", "Bool", [True, False]),
+        ("c=1970-01-02", "Timestamp", datetime(1970, 1, 2)),
+        ("c=-5", "Timestamp", -5),
+        ("c=1,2", "Vector(2)", [[1.0, 2.0]]),
+        ("c=1,2;3,4", "Vector(2)", [[1.0, 2.0], [3.0, 4.0]]),
+    ],
+)
+def test_values_are_read_by_type(argument: str, dtype: str, value: Any) -> None:
+    assert parse_columns([argument], {"c": dtype}, "x") == {"c": value}
+
+
+def test_versions_of_a_model(fresh: Project) -> None:
+    fresh.ok("apply", "definitions.py", "--store", "store")
+    write_model(fresh.folder / "new.onnx", bias=1000.0)
+    out = fresh.ok("models", "deploy", "delay", "new.onnx", "--store", "store").out
+    assert out == "delay version 2: version 2 serves\n"
+    listed = fresh.ok("models", "--store", "store").out.splitlines()
+    assert [line.split()[:2] for line in listed] == [["model", "version"], ["delay", "2*"], ["delay", "1"]]
+    asked = ["predict", "delay", "tailnum=ZZ", "hour=1", "--store", "store", "--json"]
+    assert fresh.ok(*asked).json["version"] == 2
+    assert fresh.ok("models", "--store", "store", "rollback", "delay").out == "delay version 1: serves again\n"
+    assert fresh.ok(*asked).json["version"] == 1
+    assert fresh.ok(*asked, "--version", "2").json["version"] == 2
+    promoted = fresh.ok("models", "promote", "delay", "2", "--store", "store", "--json").json
+    assert promoted == {"name": "delay", "version": 2, "serving": 2}
+
+
+@pytest.fixture
+def server(loaded: Project) -> Iterator[str]:
+    socket = loaded.folder / "s"
+    with subprocess.Popen(
+        loaded.command("serve", "--store", "store", "--port", "0", "--uds", "s"),
+        cwd=loaded.folder,
+        stderr=subprocess.PIPE,
+    ) as process:
+        try:
+            end_s = time.monotonic() + 60
+            while loaded.run("features", "plane:year", "tailnum=N1", "--server", f"unix:{socket}").code:
+                assert process.poll() is None, process.stderr.read() if process.stderr else ""
+                assert time.monotonic() < end_s, "the server did not start"
+            yield f"unix:{socket}"
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.communicate(timeout=30)
+
+
+def test_a_server_answers_like_a_store(loaded: Project, server: str) -> None:
+    for question in (
+        ["predict", "delay", "tailnum=N1,123,ZZ", "hour=5"],
+        ["features", "plane:maker", "plane:seats", "tailnum=N1,123,ZZ"],
+    ):
+        for options in ([], ["--json"]):
+            by_store = loaded.ok(*question, "--store", "store", *options).out
+            assert loaded.ok(*question, "--server", server, *options).out == by_store

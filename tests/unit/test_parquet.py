@@ -1,0 +1,181 @@
+"""Files become batches of columns: every type, nulls, and errors that name file, column and types."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import shorttail as st
+from shorttail.errors import InvalidArgument, NotFound, ShorttailError
+from shorttail.store import ColumnBatch
+
+pa = pytest.importorskip("pyarrow")
+import pyarrow.csv  # noqa: E402
+import pyarrow.feather  # noqa: E402
+import pyarrow.parquet  # noqa: E402
+
+from shorttail.ingest import parquet  # noqa: E402
+
+AT = datetime(2026, 1, 2, 3, 4, 5, 6, tzinfo=UTC)
+AT_US = 1_767_323_045_000_006
+
+VIEW = st.FeatureView(
+    "v",
+    entity=st.Entity("e", keys={"id": st.Int64, "code": st.String}),
+    features=[
+        st.Feature("b", st.Bool),
+        st.Feature("i", st.Int32),
+        st.Feature("l", st.Int64),
+        st.Feature("f", st.Float32),
+        st.Feature("d", st.Float64),
+        st.Feature("s", st.String),
+        st.Feature("t", st.Timestamp),
+        st.Feature("x", st.Vector(2)),
+    ],
+)
+ROWS: dict[str, Any] = {
+    "id": [1, 2, 3],
+    "code": ["a", "b", "0042"],
+    "b": [True, None, False],
+    "i": [1, None, -3],
+    "l": [1 << 40, None, 3],
+    "f": [0.5, None, float("nan")],
+    "d": [0.5, None, 2.0],
+    "s": ["gold", None, ""],
+    "t": [AT, None, AT],
+    "x": [[1.0, 2.0], None, [3.0, None]],
+    "at": [AT, AT, AT],
+    "not used": [1, 2, 3],
+}
+
+
+def table(**changes: Any) -> Any:
+    return pa.table({**ROWS, **changes})
+
+
+@pytest.fixture
+def read(tmp_path: Path) -> Callable[..., list[ColumnBatch]]:
+    """read(table, timestamp) writes a Parquet file and reads it as VIEW."""
+
+    def through_file(rows: Any, timestamp: str | None = "at") -> list[ColumnBatch]:
+        path = tmp_path / "rows.parquet"
+        pyarrow.parquet.write_table(rows, path)
+        total, batches = parquet.parquet_batches(path, VIEW, timestamp)
+        assert total == rows.num_rows
+        return list(batches)
+
+    return through_file
+
+
+def check(batch: ColumnBatch) -> None:
+    """That a batch holds ROWS."""
+    assert [key.tolist() for key in batch.keys] == [[1, 2, 3], ["a", "b", "0042"]]
+    assert batch.keys[0].dtype == np.int64
+    assert batch.event_time_us.tolist() == [AT_US] * 3
+    expected_dtypes = [np.bool_, np.int32, np.int64, np.float32, np.float64, object, np.int64, np.float32]
+    assert [values.dtype for values, _ in batch.features] == expected_dtypes
+    for feature, (values, nulls) in zip(VIEW.features, batch.features, strict=True):
+        assert nulls is not None, feature
+        assert nulls.tolist() == [False, True, feature.name == "f"], feature
+        assert values.flags.c_contiguous, feature
+        assert values.flags.writeable, feature
+    assert batch.features[2][0][0] == 1 << 40
+    assert batch.features[5][0].tolist() == ["gold", None, ""]
+    assert batch.features[6][0][0] == AT_US
+    np.testing.assert_array_equal(batch.features[7][0], [[1, 2], [np.nan, np.nan], [3, np.nan]])
+
+
+def test_every_type_with_nulls(read: Callable[..., list[ColumnBatch]]) -> None:
+    (batch,) = read(table())
+    check(batch)
+
+
+def test_arrow_files_read_alike(tmp_path: Path) -> None:
+    pyarrow.feather.write_feather(table(), tmp_path / "rows.arrow", compression="uncompressed")
+    total, batches = parquet.parquet_batches(tmp_path / "rows.arrow", VIEW, "at")
+    assert total == 3
+    check(next(batches))
+
+
+def test_csv_takes_its_types_from_the_view(tmp_path: Path) -> None:
+    view = st.FeatureView(
+        "v", entity=VIEW.entity, features=[f for f in VIEW.features if f.name in "bild" or f.name == "s"]
+    )
+    path = tmp_path / "rows.csv"
+    path.write_text(
+        "id,code,b,i,l,d,s,event_time\n1,0042,true,1,2,1,x,2026-01-02T03:04:05.000006Z\n2,b,,,,,,2026-01-02T03:04:05.000006Z\n"
+    )
+    total, batches = parquet.parquet_batches(path, view)
+    batch = next(batches)
+    assert total is None
+    assert batch.keys[1].tolist() == ["0042", "b"]
+    assert batch.event_time_us.tolist() == [AT_US] * 2
+    assert all(nulls is not None and nulls.tolist() == [False, True] for _, nulls in batch.features)
+
+
+def test_types_that_widen(read: Callable[..., list[ColumnBatch]]) -> None:
+    (batch,) = read(
+        table(
+            code=pa.array(["a", "b", "c"]).dictionary_encode(),
+            i=pa.array([1.0, 2.0, None]),
+            f=pa.array([1 << 25, 2, 3]),
+            t=pa.array([AT_US, None, 5]),
+            x=pa.array([[1, 2], [3, 4], [5, 6]], pa.list_(pa.int32(), 2)),
+            at=pa.array([AT_US * 1000 + 7] * 3, pa.timestamp("ns", "Europe/Paris")),
+        )
+    )
+    assert batch.keys[1].tolist() == ["a", "b", "c"]
+    assert batch.features[1][0].tolist() == [1, 2, 0]
+    assert batch.features[3][0].tolist() == [1 << 25, 2, 3]
+    assert batch.features[6][0][0] == AT_US
+    assert batch.features[7][0].tolist() == [[1, 2], [3, 4], [5, 6]]
+    assert batch.event_time_us.tolist() == [AT_US] * 3
+
+
+def test_without_times_rows_are_of_now(read: Callable[..., list[ColumnBatch]]) -> None:
+    (batch,) = read(table(), None)
+    age_s = datetime.now(UTC).timestamp() - batch.event_time_us / 1e6
+    assert ((age_s >= 0) & (age_s < 60)).all()
+
+
+def test_a_folder_is_read_file_by_file(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        pyarrow.parquet.write_table(table(), tmp_path / f"{name}.parquet")
+    total, batches = parquet.parquet_batches(tmp_path, VIEW, "at")
+    assert total == 6
+    assert sum(len(batch.event_time_us) for batch in batches) == 6
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (lambda: table().drop_columns("s"), "rows.parquet: no column 's' (feature of view 'v'); its columns: id, code"),
+        (lambda: table().drop_columns("at"), "no column 'at' (timestamp of view 'v')"),
+        (lambda: table(code=[1, 2, 3]), "column 'code' is int64, but as key of view 'v' it must be String"),
+        (lambda: table(d=["a", "b", "c"]), "column 'd' is string, but as feature of view 'v' it must be Float64"),
+        (lambda: table(x=[[1.0], [2.0], [3.0]]), "column 'x' has a list of 1 values, but the feature is Vector(2)"),
+        (lambda: table(i=[1, 2, 1 << 31]), "column 'i' cannot become Int32: Integer value 2147483648 not in range"),
+        (lambda: table(l=[1.5, 2.0, 3.0]), "column 'l' cannot become Int64: Float value 1.5"),
+        (lambda: table(id=[1, None, None]), "column 'id' is null in 2 of 3 rows read; every row needs a key"),
+        (lambda: table(at=[AT, None, AT]), "column 'at' is null in 1 of 3 rows read; every row needs a timestamp"),
+    ],
+)
+def test_what_does_not_fit_is_named(read: Callable[..., list[ColumnBatch]], rows: Any, message: str) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        read(rows())
+    assert message in caught.value.message
+    assert "\n" not in caught.value.message
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(NotFound, match="view 'v': there is no file"):
+        parquet.parquet_batches(tmp_path / "gone.parquet", VIEW)
+    (tmp_path / "text.parquet").write_text("hello")
+    with pytest.raises(ShorttailError, match="cannot be read as parquet") as caught:
+        parquet.parquet_batches(tmp_path / "text.parquet", VIEW)
+    assert "\n" not in caught.value.message

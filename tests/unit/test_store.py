@@ -1,0 +1,617 @@
+"""Stores on disk: load, upsert, delete, what other processes see, and what is not a store."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lmdb
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from shorttail import dtypes
+from shorttail._native.columns import Columns
+from shorttail._native.pages import Lookup, lookup
+from shorttail.config import LIMITS, Limits
+from shorttail.definitions import Entity, Feature, FeatureView
+from shorttail.errors import Internal, InvalidArgument, NotFound, ResourceExhausted
+from shorttail.store import ColumnBatch, Store, environment
+from shorttail.store import store as store_module
+
+USER = Entity("user", keys={"user_id": dtypes.Int64})
+VIEW = FeatureView("stats", entity=USER, features=[Feature("score", dtypes.Float64), Feature("tier", dtypes.String)])
+
+
+def rows(ids: Any, time_us: int = 0, version: int = 0) -> ColumnBatch:
+    ids = np.asarray(ids, np.int64)
+    tiers = np.empty(len(ids), object)
+    tiers[:] = [f"tier {i % 5} v{version}" for i in ids.tolist()]
+    score = (ids + version / 10, ids % 7 == 6)
+    return ColumnBatch([ids], np.full(len(ids), time_us, np.int64), [score, (tiers, None)])
+
+
+def make_store(path: Path) -> Store:
+    store = Store.open(path, create=True)
+    with store.edit_catalog() as catalog:
+        catalog.entities["user"] = USER
+        catalog.views["stats"] = VIEW
+        catalog.new_table("stats")
+    store.refresh()
+    return store
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "store"
+
+
+@pytest.fixture
+def store(path: Path) -> Iterator[Store]:
+    with make_store(path) as store:
+        yield store
+
+
+def scores(store: Store, ids: Any) -> list[float | None]:
+    """What a lookup of the newest snapshot gives; None where there is no such row."""
+    columns = Columns(["user_id"], [dtypes.Int64])
+    columns.append({"user_id": list(ids)})
+    out, status = np.empty(len(ids)), np.empty((1, len(ids)), np.uint8)
+    with store.lock:
+        store.refresh()
+        plan = Lookup(store.layout("stats"), [0], [(0, 0, 0, -1.0)], 0)
+        lookup([store.directory("stats")], [plan], columns, [out], status, 0)
+    return [None if s == 2 else float(v) for v, s in zip(out, status[0], strict=True)]
+
+
+def scanned(store: Store) -> dict[int, tuple[int, float | None, str]]:
+    found: dict[int, tuple[int, float | None, str]] = {}
+    for batch in store.scan("stats"):
+        (values, mask), (tiers, _) = batch.features
+        for i, (key, time_us) in enumerate(zip(batch.keys[0].tolist(), batch.event_time_us.tolist(), strict=True)):
+            assert key not in found
+            found[key] = (time_us, None if mask is not None and mask[i] else float(values[i]), tiers[i])
+    return found
+
+
+def test_load_upsert_delete_reopen(path: Path) -> None:
+    with make_store(path) as store:
+        assert store.directory("stats") is None
+        assert (store.count("stats"), scanned(store), scores(store, [1])) == (0, {}, [None])
+        seen: list[int] = []
+        assert store.load("stats", [rows(range(1000)), rows(range(900, 3000))], seen.append) == 3000
+        assert sum(seen) == 3100
+        assert store.count("stats") == 3000
+        assert scores(store, [5, 6, 2999, 3000]) == [5.0, -1.0, 2999.0, None]
+        assert store.upsert("stats", rows(range(2990, 5000), 1, version=1)) == 2010
+        assert scores(store, [2989, 2990, 4999]) == [2989.0, 2990.1, 4999.1]
+        assert store.delete("stats", [np.arange(100, 9000, 2)]) == 2450
+        assert store.delete("stats", [np.arange(100, 9000, 2)]) == 0
+        assert store.count("stats") == 2550
+        before = scanned(store)
+    with Store.open(path) as store:
+        assert scanned(store) == before
+        assert store.count("stats") == 2550
+        assert store.load("stats", [rows([7])]) == 1
+        assert (store.count("stats"), list(scanned(store))) == (1, [7])
+        assert store.load("stats", []) == 0
+        assert (store.count("stats"), scores(store, [7])) == (0, [None])
+
+
+def test_latest_event_time_wins(store: Store) -> None:
+    store.load("stats", [rows([1], 5, 1), rows([1], 7, 2), rows([1], 6, 3), rows([2], 1, 1), rows([2], 1, 2)])
+    assert scores(store, [1, 2]) == [1.2, 2.2]
+    store.upsert("stats", rows([1], 6, 4))
+    store.upsert("stats", rows([2], 1, 5))
+    assert scores(store, [1, 2]) == [1.2, 2.5]
+    store.upsert("stats", rows([1, 1, 1], 7, 6))
+    assert scores(store, [1]) == [1.6]
+
+
+def test_snapshot_stands_still_until_refresh(store: Store) -> None:
+    store.load("stats", [rows(range(500))])
+    with Store.open(store.path) as reader:
+        assert reader.count("stats") == 500
+        version = reader.catalog_version
+        assert reader.refresh() is False
+        store.upsert("stats", rows(range(500, 900)))
+        directory = reader.directory("stats")
+        assert directory is not None
+        assert directory.count_rows() == 500
+        assert reader.refresh() is True
+        assert directory is reader.directory("stats"), "changed buckets are patched, nothing is rebuilt"
+        assert directory.count_rows() == 900
+        assert reader.catalog_version == version
+        store.load("stats", [rows(range(10))])
+        assert reader.refresh() is True
+        assert reader.catalog_version > version
+        assert reader.count("stats") == 10
+
+
+def test_reader_far_behind_rebuilds(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.load("stats", [rows(range(2000))])
+    monkeypatch.setattr(environment, "LIMITS", Limits(change_log_commits=3))
+    with Store.open(store.path) as reader:
+        assert scores(reader, [1999, 2000]) == [1999.0, None]
+        for i in range(10):
+            store.upsert("stats", rows([2000 + i]))
+        assert scores(reader, [2000, 2009, 2010]) == [2000.0, 2009.0, None]
+        with reader.environment.read() as txn:
+            assert txn.stat(reader.environment.log)["entries"] == 3
+        monkeypatch.setattr(environment, "LOG_BYTES", 0)
+        store.upsert("stats", rows([2010]))
+        assert scores(reader, [2010]) == [2010.0]
+        with reader.environment.read() as txn:
+            assert txn.stat(reader.environment.log)["entries"] == 0
+
+
+def read_in_other_process(path: str, to_child: Any, to_parent: Any) -> None:
+    with Store.open(path) as store:
+        assert scores(store, [1, 2]) == [1.0, None]
+        to_parent.send(store.refresh())
+        to_child.recv()
+        to_parent.send((store.refresh(), scores(store, [1, 2])))
+        to_child.recv()
+        to_parent.send((store.refresh(), scores(store, [1, 2]), store.count("stats")))
+
+
+def test_other_process_sees_push_and_load(store: Store) -> None:
+    store.load("stats", [rows([1])])
+    context = multiprocessing.get_context("spawn")
+    child_in, to_child = context.Pipe(duplex=False)
+    from_child, child_out = context.Pipe(duplex=False)
+    process = context.Process(target=read_in_other_process, args=(store.path, child_in, child_out))
+    process.start()
+    try:
+        assert from_child.poll(30)
+        assert from_child.recv() is False
+        store.upsert("stats", rows([2], 1))
+        to_child.send(None)
+        assert from_child.poll(30)
+        assert from_child.recv() == (True, [1.0, 2.0])
+        store.load("stats", [rows([2, 3], 2, version=3)])
+        to_child.send(None)
+        assert from_child.poll(30)
+        assert from_child.recv() == (True, [None, 2.3], 2)
+        process.join(30)
+        assert process.exitcode == 0
+    finally:
+        process.kill()
+        process.join()
+
+
+def test_many_loads_use_few_tables(store: Store) -> None:
+    """LMDB handles cannot be closed, so tables must be used again rather than added."""
+    for i in range(8):
+        store.load("stats", [rows(range(i, i + 3))])
+        assert sorted(scanned(store)) == [i, i + 1, i + 2]
+    tables = [name for name in store.environment.database_names() if name.startswith(b"t")]
+    assert len(tables) == 2
+    assert store.catalog.next_table_id == 3
+
+
+def test_failed_load_changes_nothing_and_the_next_drops_what_it_left(store: Store, monkeypatch: Any) -> None:
+    store.load("stats", [rows([1])])
+
+    def broken() -> Iterator[ColumnBatch]:
+        yield rows([2])
+        raise OSError("the source went away")
+
+    with pytest.raises(OSError, match="went away"):
+        store.load("stats", broken())
+    with pytest.raises(InvalidArgument, match="tier"):
+        store.load("stats", [ColumnBatch([np.arange(2)], np.zeros(2, np.int64), [(np.zeros(2), None)] + [(np.array([1, 2]), None)])])  # fmt: skip  # noqa: E501
+    assert scores(store, [1, 2]) == [1.0, None]
+
+    monkeypatch.setattr(store_module, "LIMITS", Limits(load_commit_bytes=100_000))
+    killed = Store._is_current
+    monkeypatch.setattr(Store, "_is_current", lambda *_: False)  # the last commit is not reached
+    with pytest.raises(InvalidArgument, match="changed while it was loaded"):
+        store.load("stats", [rows(range(5000))])
+    monkeypatch.setattr(Store, "_is_current", killed)
+    assert scores(store, [1, 2]) == [1.0, None]
+    leftovers = [e for e in table_entries(store).values() if e > 1]
+    assert len(leftovers) == 1
+    store.load("stats", [rows([3])])
+    assert max(table_entries(store).values()) == 1
+    assert scores(store, [1, 3]) == [None, 3.0]
+
+
+def table_entries(store: Store) -> dict[bytes, int]:
+    names = [name for name in store.environment.database_names() if name.startswith(b"t")]
+    handles = {name: store.environment.handle(name) for name in names}
+    with store.environment.read() as txn:
+        return {name: txn.stat(handle)["entries"] for name, handle in handles.items()}
+
+
+def test_killed_load_leaves_the_store_as_it_was(store: Store) -> None:
+    store.load("stats", [rows(range(100))])
+    code = (
+        "import sys, os, signal\n"
+        "sys.path.insert(0, sys.argv[2])\n"
+        "import test_store as t\n"
+        "from shorttail.config import Limits\n"
+        "t.store_module.LIMITS = Limits(load_commit_bytes=100_000)\n"
+        "s = t.Store.open(sys.argv[1])\n"
+        "s._is_current = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "s.load('stats', [t.rows(range(5000))])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, store.path, str(Path(__file__).parent)], timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    assert store.count("stats") == 100
+    assert max(table_entries(store).values()) > 50
+    assert store.load("stats", [rows(range(10))]) == 10
+    assert max(table_entries(store).values()) == 1
+
+
+def test_views_that_go_away_are_emptied(store: Store) -> None:
+    store.load("stats", [rows(range(1000))])
+    store.refresh()
+    with store.edit_catalog() as catalog:
+        del catalog.views["stats"], catalog.tables["stats"]
+    assert store.refresh()
+    assert set(table_entries(store).values()) == {0}
+    with pytest.raises(NotFound, match="stats"):
+        store.count("stats")
+    with pytest.raises(NotFound, match="stats"):
+        store.upsert("stats", rows([1]))
+
+
+def test_edit_catalog_undoes_on_error_and_skips_no_change(store: Store) -> None:
+    version = store.catalog_version
+    with pytest.raises(ZeroDivisionError), store.edit_catalog() as catalog:
+        catalog.views.clear()
+        raise ZeroDivisionError
+    with store.edit_catalog():
+        pass
+    assert store.refresh() is False
+    assert store.catalog_version == version
+    assert list(store.catalog.views) == ["stats"]
+
+
+def test_threads_push_while_others_look_up(store: Store) -> None:
+    store.load("stats", [rows(range(2000))])
+    errors: list[BaseException] = []
+
+    def guarded(work: Any) -> threading.Thread:
+        def run() -> None:
+            try:
+                work()
+            except BaseException as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        return thread
+
+    def push(start: int) -> None:
+        for i in range(start, start + 100):
+            store.upsert("stats", rows([i, i + 10_000], i))
+
+    def look() -> None:
+        for _ in range(200):
+            assert scores(store, [0, 1, 1999]) == [0.0, 1.0, 1999.0]
+
+    threads = [guarded(lambda s=s: push(s)) for s in (2000, 2100)] + [guarded(look) for _ in range(2)]
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert store.count("stats") == 2400
+
+
+def test_wrong_columns_are_refused(store: Store) -> None:
+    good = rows([1, 2])
+    for wrong, message in [
+        (ColumnBatch(good.keys, good.event_time_us, good.features[:1]), "2 features"),
+        (ColumnBatch([np.arange(3)], good.event_time_us, good.features), "'user_id' has 3 values for 2 rows"),
+        (ColumnBatch([np.array([1.5, 2])], good.event_time_us, good.features), "'user_id'.*float64"),
+        (ColumnBatch(good.keys, good.event_time_us, [good.features[1], good.features[1]]), "'score'.*object"),
+        (
+            ColumnBatch(good.keys, good.event_time_us, [good.features[0], (np.array(["\ud800", ""], object), None)]),
+            "'tier'.*surrogate",
+        ),
+        (
+            ColumnBatch(good.keys, good.event_time_us, [good.features[0], (np.array(["x" * 65_536, ""], object), None)]),
+            "'tier'.*65536 bytes",
+        ),
+    ]:
+        with pytest.raises(InvalidArgument, match=message):
+            store.upsert("stats", wrong)
+    with pytest.raises(InvalidArgument, match="key columns"):
+        store.delete("stats", [np.arange(2), np.arange(2)])
+    assert store.count("stats") == 0
+
+
+def test_damaged_page_is_named(store: Store) -> None:
+    store.load("stats", [rows(range(10))])
+    handle = store.environment.handle(b"t%08x" % 2)
+    with store.environment.write() as writer:
+        page = bytearray(writer.txn.get(bytes(8), db=handle))
+        page[200] ^= 1
+        writer.txn.put(bytes(8), page, db=handle)
+    for use in (lambda: list(store.scan("stats")), lambda: store.upsert("stats", rows([1]))):
+        with pytest.raises(Internal, match=r"view 'stats' is damaged.*checksum.*load it again"):
+            use()
+
+
+# -- bad stores ----------------------------------------------------------------------------------------------------
+
+
+def test_missing_store(path: Path) -> None:
+    with pytest.raises(NotFound, match=r"no store at '.*store'; create it with `shorttail apply"):
+        Store.open(path)
+    path.mkdir()
+    with pytest.raises(NotFound, match="no store"):
+        Store.open(path)
+    assert list(path.iterdir()) == []
+
+
+def test_not_a_store(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("hello")
+    with pytest.raises(InvalidArgument, match="is a file, not a store"):
+        Store.open(file)
+    with pytest.raises(InvalidArgument, match="holds other files"):
+        Store.open(tmp_path, create=True)
+    other = tmp_path / "other"
+    lmdb.open(str(other)).close()
+    with pytest.raises(InvalidArgument, match="not a shorttail store"):
+        Store.open(other)
+    garbage = tmp_path / "garbage"
+    garbage.mkdir()
+    (garbage / "data.mdb").write_bytes(os.urandom(20_000))
+    with pytest.raises(InvalidArgument, match="truncated or damaged"):
+        Store.open(garbage)
+
+
+def test_newer_format(path: Path) -> None:
+    with make_store(path) as store, store.environment.write() as writer:
+        writer.txn.put(b"format", b"7", db=store.environment.meta)
+    with pytest.raises(InvalidArgument, match="format 7, and this shorttail reads up to 1; upgrade"):
+        Store.open(path)
+
+
+@pytest.mark.parametrize("keep", [0, 100, 8192, 40_000, -4096])
+def test_truncated_file(path: Path, keep: int) -> None:
+    with make_store(path) as store:
+        store.load("stats", [rows(range(5000))])
+    data = path / "data.mdb"
+    os.truncate(data, keep if keep >= 0 else data.stat().st_size + keep)
+    with pytest.raises(InvalidArgument, match="truncated or damaged"):
+        Store.open(path)
+
+
+def test_file_that_only_lacks_unused_pages_is_sound(path: Path) -> None:
+    with make_store(path) as store:
+        store.load("stats", [rows(range(5000))])
+        with store.environment.write() as writer:
+            handle = store.environment.handle(store.catalog.tables["stats"].database)
+            writer.txn.drop(handle, delete=False)
+        info = store.environment._env.info()
+    data = path / "data.mdb"
+    pages = data.stat().st_size // 4096
+    assert pages == info["last_pgno"] + 1
+    shutil.copytree(path, path.with_name("copy"))
+    shorter = path.with_name("copy") / "data.mdb"
+    for cut in range(1, 6):
+        os.truncate(shorter, (pages - cut) * 4096)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            try:
+                Store.open(path.with_name("copy")).close()
+            except InvalidArgument:
+                assert cut > 1  # a page that is in use is gone now
+                break
+
+
+def test_disk_full_fails_the_write_and_keeps_the_rest(store: Store) -> None:
+    store.load("stats", [rows(range(100))])
+    code = (
+        "import sys, resource\n"
+        "sys.path.insert(0, sys.argv[2])\n"
+        "import test_store as t\n"
+        "s = t.Store.open(sys.argv[1])\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))\n"
+        "try:\n    s.load('stats', [t.rows(range(20_000))])\n"
+        "except t.ResourceExhausted as error:\n    print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, store.path, str(Path(__file__).parent)], timeout=60, capture_output=True, text=True
+    )
+    assert "no space left" in done.stdout, done.stderr
+    assert store.count("stats") == 100
+    assert store.load("stats", [rows(range(20_000))]) == 20_000
+
+
+def test_map_full(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "LIMITS", Limits(map_bytes=1 << 20))
+    with make_store(path) as store:
+        store.load("stats", [rows(range(10))])
+        with pytest.raises(ResourceExhausted, match="limit of"):
+            store.load("stats", [rows(range(50_000))])
+        assert store.count("stats") == 10
+
+
+def test_use_after_fork_is_refused(store: Store) -> None:
+    store.load("stats", [rows([1])])
+    assert scores(store, [1]) == [1.0]
+    read_end, write_end = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # threads of earlier tests
+        pid = os.fork()
+    if pid == 0:
+        said = []
+        for use in (store.refresh, lambda: store.upsert("stats", rows([2])), lambda: Store.open(store.path)):
+            try:
+                use()
+                said.append("nothing")
+            except InvalidArgument as error:
+                said.append(str(error))
+        os.write(write_end, "\n".join(said).encode())
+        os._exit(0)
+    os.waitpid(pid, 0)
+    os.close(write_end)
+    with os.fdopen(read_end) as pipe:
+        said = pipe.read().split("\n")
+    assert len(said) == 3
+    assert all("before this process forked" in line for line in said)
+    assert scores(store, [1]) == [1.0]
+
+
+def test_one_environment_per_path(store: Store, path: Path) -> None:
+    link = path.with_name("link")
+    link.symlink_to(path)
+    with Store.open(link) as other:
+        assert other.environment is store.environment
+    store.load("stats", [rows([1])])
+    assert store.count("stats") == 1
+    assert LIMITS.readers > 1
+
+
+def test_closed_store_says_so(path: Path) -> None:
+    store = make_store(path)
+    store.close()
+    store.close()
+    with pytest.raises(InvalidArgument, match="is closed"):
+        store.refresh(force=True)
+
+
+# -- state machine -------------------------------------------------------------------------------------------------
+
+WIDE = FeatureView(
+    "stats",
+    entity=Entity("pair", keys={"a": dtypes.Int64, "b": dtypes.String}),
+    # So wide that a page holds a few rows and splits often.
+    features=[Feature("v", dtypes.Vector(100)), Feature("s", dtypes.String), Feature("n", dtypes.Int64)],
+)
+pairs = st.tuples(st.integers(0, 40), st.sampled_from(["", "x", "yy", "é" * 10]))
+batches = st.lists(st.tuples(pairs, st.integers(0, 5), st.integers(0, 9), st.integers(0, 3)), max_size=40)
+Row = tuple[int, int, str | None, int | None]
+
+
+class StoreMachine(RuleBasedStateMachine):
+    """A store against a dict: (a, b) -> (event time, number in the vector, string, n)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: dict[tuple[int, str], Row] = {}
+
+    @initialize()
+    def make(self) -> None:
+        import tempfile
+
+        self.folder = tempfile.mkdtemp()
+        self.store = Store.open(Path(self.folder) / "store", create=True)
+        with self.store.edit_catalog() as catalog:
+            catalog.entities["pair"], catalog.views["stats"] = WIDE.entity, WIDE
+            catalog.new_table("stats")
+        self.reader = Store.open(self.store.path)
+
+    def teardown(self) -> None:
+        if hasattr(self, "store"):
+            self.store.close()
+            self.reader.close()
+            shutil.rmtree(self.folder)
+
+    @staticmethod
+    def row(time_us: int, number: int, size: int) -> Row:
+        return time_us, number, None if size == 3 else "s" * size * 300, number if size else None
+
+    def to_batch(self, given: list[Any]) -> ColumnBatch:
+        stored = [self.row(*values) for _, *values in given]
+        a, b, s = np.array([k[0] for k, *_ in given], np.int64), np.empty(len(given), object), np.empty(len(given), object)
+        b[:], s[:] = [k[1] for k, *_ in given], [row[2] for row in stored]
+        v = np.repeat(np.array([row[1] for row in stored], np.float32)[:, None], 100, axis=1)
+        n = np.array([row[3] or 0 for row in stored], np.int64)
+        nulls = np.array([row[3] is None for row in stored], np.bool_)
+        return ColumnBatch([a, b], np.array([row[0] for row in stored], np.int64), [(v, None), (s, None), (n, nulls)])
+
+    def put(self, given: list[Any]) -> None:
+        for key, *values in given:
+            row = self.row(*values)
+            if key not in self.rows or row[0] >= self.rows[key][0]:
+                self.rows[key] = row
+
+    @rule(given=batches, cut=st.integers(1, 20))
+    def load(self, given: list[Any], cut: int) -> None:
+        self.rows = {}
+        self.put(given)
+        batch = self.to_batch(given)
+        parts = [batch.slice(start, start + cut) for start in range(0, len(batch), cut)]
+        assert self.store.load("stats", parts) == len(self.rows)
+
+    @rule(given=batches)
+    def upsert(self, given: list[Any]) -> None:
+        self.put(given)
+        assert self.store.upsert("stats", self.to_batch(given)) == len(given)
+
+    @rule(keys=st.lists(pairs, max_size=20))
+    def delete(self, keys: list[tuple[int, str]]) -> None:
+        b = np.empty(len(keys), object)
+        b[:] = [key[1] for key in keys]
+        there = {key for key in keys if key in self.rows}
+        assert self.store.delete("stats", [np.array([key[0] for key in keys], np.int64), b]) == len(there)
+        for key in there:
+            del self.rows[key]
+
+    @precondition(lambda self: hasattr(self, "store"))
+    @rule()
+    def reopen(self) -> None:
+        path = self.store.path
+        self.store.close()
+        self.reader.close()
+        self.store, self.reader = Store.open(path), Store.open(path)
+
+    @rule(keys=st.lists(pairs, min_size=1, max_size=50))
+    def look_up(self, keys: list[tuple[int, str]]) -> None:
+        columns = Columns(["a", "b"], [dtypes.Int64, dtypes.String])
+        columns.append({"a": [key[0] for key in keys], "b": [key[1] for key in keys]})
+        numbers, texts = np.empty((len(keys), 101)), np.empty(len(keys), object)
+        status = np.empty((1, len(keys)), np.uint8)
+        with self.reader.lock:
+            self.reader.refresh()
+            plan = Lookup(self.reader.layout("stats"), [0, 1], [(0, 0, 0, None), (1, 1, 0, None), (2, 0, 100, -1)], 0)
+            lookup([self.reader.directory("stats")], [plan], columns, [numbers, texts], status, 0)
+        for i, key in enumerate(keys):
+            if key not in self.rows:
+                assert (status[0, i], texts[i], numbers[i, 100]) == (2, None, -1)
+                continue
+            _, number, text, n = self.rows[key]
+            assert (status[0, i], texts[i], numbers[i, 100]) == (0, text, -1 if n is None else n)
+            assert (numbers[i, :100] == number).all()
+
+    @invariant()
+    def counts_agree(self) -> None:
+        if hasattr(self, "reader"):
+            assert self.reader.count("stats") == len(self.rows)
+            directory = self.reader.directory("stats")
+            rebuilt = 0 if directory is None else directory.n_buckets
+            assert rebuilt >= len(self.rows) / 9
+
+    @rule()
+    def scan(self) -> None:
+        found = {}
+        for batch in self.store.scan("stats"):
+            (v, _), (s, _), (n, nulls) = batch.features
+            for i in range(len(batch)):
+                null = nulls is not None and nulls[i]
+                found[batch.keys[0][i], batch.keys[1][i]] = (
+                    int(batch.event_time_us[i]), int(v[i, 99]), s[i], None if null else int(n[i]))  # fmt: skip
+        assert found == self.rows
+
+
+TestStoreMachine = StoreMachine.TestCase
+TestStoreMachine.settings = settings(
+    max_examples=25, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck)
+)
