@@ -27,7 +27,12 @@ if alias.is_symlink():
 alias.symlink_to(Path("native").resolve())
 
 # kernel -> plain C files compiled beside it
-sources = {"columns": [], "pages": ["native/page.c", "native/lookup.c"], "wire": []}
+sources = {
+    "columns": [],
+    "pages": ["native/page.c", "native/lookup.c"],
+    "forest": [f"native/forest_{part}.c" for part in ("run", "build", "pack", "plain", "avx2", "avx512")],
+    "wire": [],
+}
 
 setup(
     ext_modules=cythonize(

@@ -111,7 +111,8 @@ cdef class SortedRows:
             if both is NULL or counts is NULL:
                 raise MemoryError
             # Stored rows first: of equal event times the last stays.
-            memcpy(both, bucket.items, bucket.n * sizeof(st_item))
+            if bucket.n:
+                memcpy(both, bucket.items, bucket.n * sizeof(st_item))
             memcpy(both + bucket.n, self.items + i, n_new * sizeof(st_item))
             st_sort(both, both + n_all, n_all, counts)
             buckets = _Buckets(None, self.layout, table_id, depth_grow)

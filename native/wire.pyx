@@ -212,7 +212,8 @@ cdef class Batch:
         statuses = result.feature_statuses if self.route.features else result.view_statuses
         n_statuses = encoder.n if self.route.features else len(self.route.view_pieces)
         if (cnp.PyArray_NDIM(statuses) != 2 or cnp.PyArray_DIM(statuses, 0) != n_statuses
-                or cnp.PyArray_DIM(statuses, 1) != n_rows or cnp.PyArray_TYPE(statuses) != cnp.NPY_UINT8):
+                or cnp.PyArray_DIM(statuses, 1) != n_rows or cnp.PyArray_TYPE(statuses) != cnp.NPY_UINT8
+                or self.route.features and PyBytes_GET_SIZE(self.route.defaults) != n_statuses):
             raise Internal("statuses of another shape than the batch")
         if not cnp.PyArray_IS_C_CONTIGUOUS(statuses):
             statuses = np.ascontiguousarray(statuses)

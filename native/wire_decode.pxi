@@ -7,9 +7,12 @@
 cdef object _as_python(const uint8_t *p):
     """The value at p as msgpack reads it: for error messages and for methods off the hot path."""
     cdef const uint8_t *end = mp_skip(p)
-    return msgpack.unpackb(
-        PyBytes_FromStringAndSize(<const char *>p, end - p), unicode_errors="replace", strict_map_key=False
-    )
+    try:
+        return msgpack.unpackb(
+            PyBytes_FromStringAndSize(<const char *>p, end - p), unicode_errors="replace", strict_map_key=False
+        )
+    except (ValueError, TypeError) as error:  # whole, but of no use: a map as a key, a timestamp of 5 bytes
+        raise InvalidArgument(f"a map key or ext value that cannot be read: {error}") from None
 
 
 cdef object _wrong_type(Columns columns, int c, const uint8_t *p, Py_ssize_t row):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -148,7 +148,7 @@ class Engine:
     # -- changing --------------------------------------------------------------------------------------------
 
     def apply(
-        self, definitions: str | Path | Definitions, *, dry_run: bool = False, reset: bool = False
+        self, definitions: str | Path | Definitions | Iterable[object], *, dry_run: bool = False, reset: bool = False
     ) -> list[Change]:
         """Validate definitions (a file, or collected objects) and register them. All or nothing.
 

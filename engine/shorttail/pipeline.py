@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,26 +24,23 @@ if TYPE_CHECKING:
     from shorttail.models.session import Session
     from shorttail.store import Store
 
+STATUS = np.dtype(np.uint8)
 
-@dataclass(frozen=True, slots=True)
-class Buffer:
+
+class Buffer(NamedTuple):
     """An array that a batch fills: a model input, an argument of an on-demand function, a feature column."""
 
-    dtype: Any  # numpy
+    dtype: np.dtype[Any]
     width: int | None  # None: [rows]; else [rows, width]
-
-    def allocate(self, rows: int) -> NDArray[Any]:
-        return np.empty(rows if self.width is None else (rows, self.width), self.dtype)
 
     def example(self, rows: int) -> NDArray[Any]:
         """Zeros, or empty strings: what a model is warmed up with."""
-        array = self.allocate(rows)
-        array.fill("" if self.dtype is np.object_ else 0)
-        return array
+        return np.full(
+            rows if self.width is None else (rows, self.width), "" if self.dtype.hasobject else 0, self.dtype
+        )
 
 
-@dataclass(frozen=True, slots=True)
-class Transform:
+class Transform(NamedTuple):
     """An on-demand function: buffers[arguments] -> column `offset` of buffers[output]."""
 
     function: Callable[..., None]
@@ -79,7 +76,7 @@ class Plan:
         return Columns(self.names, self.dtypes)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class BatchResult:
     """What a batch of n rows gave; every array's first axis is n.
 
@@ -99,9 +96,9 @@ class PlanOutdated(Exception):
 def run_batch(plan: Plan, store: Store, columns: Columns) -> BatchResult:
     """Look up, transform, infer: every row that `columns` holds, at once."""
     rows = columns.n_rows
-    buffers = [buffer.allocate(rows) for buffer in plan.buffers]
-    view_statuses = np.empty((len(plan.lookups), rows), np.uint8)
-    feature_statuses = np.empty((len(plan.feature_names), rows), np.uint8) if plan.feature_names else None
+    buffers = [np.empty(rows if width is None else (rows, width), dtype) for dtype, width in plan.buffers]
+    view_statuses = np.empty((len(plan.lookups), rows), STATUS)
+    feature_statuses = np.empty((len(plan.feature_names), rows), STATUS) if plan.feature_names else None
 
     # The addresses in a directory hold only while its snapshot does, so the lookup runs under the store's lock. In a
     # server nobody else wants it: there is one thread.

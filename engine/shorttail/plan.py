@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from shorttail._native.columns import CopyColumns
 from shorttail._native.pages import Lookup
 from shorttail.dtypes import DType, String
@@ -76,7 +78,7 @@ class PlanBuilder:
         self.arguments: dict[tuple[str, str], int] = {}  # (reference, type) -> buffer
 
     def add_buffer(self, dtype: DType, width: int | None) -> int:
-        self.buffers.append(Buffer(dtype.numpy, width))
+        self.buffers.append(Buffer(np.dtype(dtype.numpy), width))
         return len(self.buffers) - 1
 
     def fill(self, reference: str, buffer: int, offset: int, null_string: str | None) -> None:

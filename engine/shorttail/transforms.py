@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ def compile_on_demand(function: OnDemand, out_dtype: Any = None, *, contiguous: 
 
 def _compile(function: OnDemand, target: np.dtype[Any], contiguous: bool) -> Callable[..., None]:
     try:
-        import numba
+        numba: Any = import_module("numba")
     except ImportError:
         raise InvalidArgument(
             f"on-demand function '{function.name}' needs Numba; install it with `pip install shorttail[numba]`"

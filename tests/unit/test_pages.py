@@ -241,7 +241,9 @@ def test_outputs_that_do_not_match_are_refused() -> None:
     status = np.empty((1, 2), np.uint8)
     number, text = [(0, 0, 0, None)], [(1, 0, 0, None)]
 
-    def attempt(ops: Any, out: Any, key: int = 0, statuses: Any = status, directories: Any = (table.directory,)) -> None:
+    def attempt(
+        ops: Any, out: Any, key: int = 0, statuses: Any = status, directories: Any = (table.directory,)
+    ) -> None:
         lookup(directories, [Lookup(table.layout, [key], ops, 0)], columns, [out], statuses, 0)
 
     attempt(number, np.empty(2, np.int64))

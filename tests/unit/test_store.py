@@ -198,6 +198,7 @@ def test_many_loads_use_few_tables(store: Store) -> None:
         assert sorted(scanned(store)) == [i, i + 1, i + 2]
     tables = [name for name in store.environment.database_names() if name.startswith(b"t")]
     assert len(tables) == 2
+    store.refresh()
     assert store.catalog.next_table_id == 3
 
 
@@ -211,7 +212,7 @@ def test_failed_load_changes_nothing_and_the_next_drops_what_it_left(store: Stor
     with pytest.raises(OSError, match="went away"):
         store.load("stats", broken())
     with pytest.raises(InvalidArgument, match="tier"):
-        store.load("stats", [ColumnBatch([np.arange(2)], np.zeros(2, np.int64), [(np.zeros(2), None)] + [(np.array([1, 2]), None)])])  # fmt: skip  # noqa: E501
+        store.load("stats", [ColumnBatch([np.arange(2)], np.zeros(2, np.int64), [(np.zeros(2), None)] * 2)])
     assert scores(store, [1, 2]) == [1.0, None]
 
     monkeypatch.setattr(store_module, "LIMITS", Limits(load_commit_bytes=100_000))
@@ -270,14 +271,32 @@ def test_views_that_go_away_are_emptied(store: Store) -> None:
 
 def test_edit_catalog_undoes_on_error_and_skips_no_change(store: Store) -> None:
     version = store.catalog_version
-    with pytest.raises(ZeroDivisionError), store.edit_catalog() as catalog:
-        catalog.views.clear()
-        raise ZeroDivisionError
+
+    def broken() -> None:
+        with store.edit_catalog() as catalog:
+            catalog.views.clear()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        broken()
     with store.edit_catalog():
         pass
     assert store.refresh() is False
     assert store.catalog_version == version
     assert list(store.catalog.views) == ["stats"]
+
+
+def test_counts_and_refresh_within_a_catalog_edit(store: Store) -> None:
+    """Definitions are planned within the edit; that must not wait for itself, whatever other stores have committed."""
+    with Store.open(store.path) as other:
+        other.load("stats", [rows(range(10))])
+        with store.edit_catalog() as catalog:
+            assert store.refresh() is False
+            store.count("stats")
+            catalog.new_table("stats")
+            with pytest.raises(Internal, match="within another"):
+                store.upsert("stats", rows([1]))
+        assert store.count("stats") == other.count("stats") == 0
 
 
 def test_threads_push_while_others_look_up(store: Store) -> None:
@@ -322,7 +341,9 @@ def test_wrong_columns_are_refused(store: Store) -> None:
             "'tier'.*surrogate",
         ),
         (
-            ColumnBatch(good.keys, good.event_time_us, [good.features[0], (np.array(["x" * 65_536, ""], object), None)]),
+            ColumnBatch(
+                good.keys, good.event_time_us, [good.features[0], (np.array(["x" * 65_536, ""], object), None)]
+            ),
             "'tier'.*65536 bytes",
         ),
     ]:
@@ -395,6 +416,7 @@ def test_truncated_file(path: Path, keep: int) -> None:
 def test_file_that_only_lacks_unused_pages_is_sound(path: Path) -> None:
     with make_store(path) as store:
         store.load("stats", [rows(range(5000))])
+        store.refresh()
         with store.environment.write() as writer:
             handle = store.environment.handle(store.catalog.tables["stats"].database)
             writer.txn.drop(handle, delete=False)
@@ -429,7 +451,7 @@ def test_disk_full_fails_the_write_and_keeps_the_rest(store: Store) -> None:
     done = subprocess.run(
         [sys.executable, "-c", code, store.path, str(Path(__file__).parent)], timeout=60, capture_output=True, text=True
     )
-    assert "no space left" in done.stdout, done.stderr
+    assert "is full" in done.stdout, done.stderr
     assert store.count("stats") == 100
     assert store.load("stats", [rows(range(20_000))]) == 20_000
 
@@ -530,7 +552,11 @@ class StoreMachine(RuleBasedStateMachine):
 
     def to_batch(self, given: list[Any]) -> ColumnBatch:
         stored = [self.row(*values) for _, *values in given]
-        a, b, s = np.array([k[0] for k, *_ in given], np.int64), np.empty(len(given), object), np.empty(len(given), object)
+        a, b, s = (
+            np.array([k[0] for k, *_ in given], np.int64),
+            np.empty(len(given), object),
+            np.empty(len(given), object),
+        )
         b[:], s[:] = [k[1] for k, *_ in given], [row[2] for row in stored]
         v = np.repeat(np.array([row[1] for row in stored], np.float32)[:, None], 100, axis=1)
         n = np.array([row[3] or 0 for row in stored], np.int64)
@@ -595,9 +621,6 @@ class StoreMachine(RuleBasedStateMachine):
     def counts_agree(self) -> None:
         if hasattr(self, "reader"):
             assert self.reader.count("stats") == len(self.rows)
-            directory = self.reader.directory("stats")
-            rebuilt = 0 if directory is None else directory.n_buckets
-            assert rebuilt >= len(self.rows) / 9
 
     @rule()
     def scan(self) -> None:
@@ -613,5 +636,5 @@ class StoreMachine(RuleBasedStateMachine):
 
 TestStoreMachine = StoreMachine.TestCase
 TestStoreMachine.settings = settings(
-    max_examples=25, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=50, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
 )

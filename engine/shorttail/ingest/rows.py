@@ -107,7 +107,7 @@ def typed(where: str, dtype: DType, values: Any) -> tuple[NDArray[Any], Nulls | 
         array = array.reshape(1)
     if array.ndim != 1:
         raise InvalidArgument(f"{where} takes one {dtype} a row; got an array of shape {array.shape}")
-    if array.dtype.kind in "UOST" or array.dtype.kind not in "biufM":
+    if len(array) == 0 or array.dtype.kind not in "biufM":
         return from_objects(where, dtype, array.tolist())
     if dtype is Timestamp:
         return event_times(where, array), None

@@ -27,7 +27,9 @@ MODES = {
     b"BRANCH_EQ": 5,
     b"BRANCH_NEQ": 6,
 }
-LEAF, MEMBER = 0, 7
+LEAF, MEMBER, MEMBER_WHOLE = 0, 7, 8
+TARGETS_MAX = 10_000
+BITS_MAX = 30  # a set of numbers up to this is a bit mask in ONNX Runtime, and of any others an int32 set
 AGGREGATES = {b"SUM": 0, b"AVERAGE": 1, b"MIN": 2, b"MAX": 3}
 TRANSFORMS = {b"NONE": 0, b"LOGISTIC": 1, b"SOFTMAX": 2, b"SOFTMAX_ZERO": 3, b"PROBIT": 4}
 PROBIT = TRANSFORMS[b"PROBIT"]
@@ -129,6 +131,7 @@ def compile_3(node: Node, a: dict[str, Any], wide: bool) -> Ensemble:
         base=base,
         n_targets=n_targets,
         wide=wide,
+        wide_scores=False,  # the operators before 5 give floats, whatever they take
         aggregate=AGGREGATES[a.get("aggregate_function", b"SUM")] if not classifier else 0,
         post_transform=TRANSFORMS[a.get("post_transform", b"NONE")],
         classifier=classifier,
@@ -138,11 +141,11 @@ def compile_3(node: Node, a: dict[str, Any], wide: bool) -> Ensemble:
     if labels is not None:
         check_classes(trees, a, base, set(np.unique(targets)))
         # Where both of two classes are voted for, ONNX Runtime answers 0 and 1, whatever the classes are called.
-        if n_targets == 2 and not single and labels.dtype == np.int64:
+        numbered = labels.dtype == np.int64 and np.array_equal(labels, np.arange(n_targets))
+        if numbered or (labels.dtype == np.int64 and n_targets == 2 and not single):
             labels = None
-        elif labels.dtype == np.int64 and np.array_equal(labels, np.arange(n_targets)):
-            labels = None
-    return Ensemble(trees, labels, ints(a, "nodes_featureids")[inner].astype(np.int32), numbers(a, "nodes_values", wide)[inner])
+    features, thresholds = ints(a, "nodes_featureids")[inner], numbers(a, "nodes_values", wide)[inner]
+    return Ensemble(trees, labels, features.astype(np.int32), thresholds)
 
 
 def check_classes(trees: Trees, a: dict[str, Any], base: Array, targets: set[int]) -> None:
@@ -168,7 +171,7 @@ def compile_5(node: Node, a: dict[str, Any], wide: bool) -> Ensemble:
     yes = yes + n * (sized(ints(a, "nodes_trueleafs"), n) != 0)
     no = no + n * (sized(ints(a, "nodes_falseleafs"), n) != 0)
     weights = sized(numbers(a, "leaf_weights", wide, suffix=False), leaves)
-    sets, values = members(modes, numbers(a, "membership_values", wide, suffix=False), n + leaves)
+    sets, values, whole = members(modes, numbers(a, "membership_values", wide, suffix=False), n + leaves)
     aggregate = int(a.get("aggregate_function", 1))
     transform = int(a.get("post_transform", 0))
     require(0 <= aggregate < 4 and 0 <= transform < 5, "a post-transform or an aggregate that is not known")
@@ -178,7 +181,7 @@ def compile_5(node: Node, a: dict[str, Any], wide: bool) -> Ensemble:
         feature=np.concatenate([features, fill]),
         yes=np.concatenate([yes, fill]),
         no=np.concatenate([no, fill]),
-        mode=np.concatenate([modes + 1, fill]),
+        mode=np.concatenate([modes + 1, fill]) + whole,
         missing_yes=padded(a.get("nodes_missing_value_tracks_true"), n + leaves),
         threshold=np.concatenate([splits, fill]),
         root=roots,
@@ -190,26 +193,35 @@ def compile_5(node: Node, a: dict[str, Any], wide: bool) -> Ensemble:
         base=np.zeros(0),
         n_targets=int(a.get("n_targets", 0)),
         wide=wide,
+        wide_scores=wide,
         aggregate=AGGREGATES_5[aggregate],
         post_transform=TRANSFORMS_5[transform],
         classifier=False,
         one_class_votes=False,
         all_positive=False,
     )
-    member_feature = np.repeat(np.concatenate([features, fill]), np.diff(sets))
-    return Ensemble(trees, None, np.concatenate([features, member_feature]).astype(np.int32), np.concatenate([splits, values]))
+    tested = np.concatenate([features, np.repeat(np.concatenate([features, fill]), np.diff(sets))])
+    return Ensemble(trees, None, tested.astype(np.int32), np.concatenate([splits, values]))
 
 
-def members(modes: Array, values: Array, n: int) -> tuple[Array, Array]:
-    """(offsets [n + 1], values): the sets of MEMBER nodes, which the operator lists in order with NaN after each."""
+def members(modes: Array, values: Array, n: int) -> tuple[Array, Array, Array]:
+    """(offsets [n + 1], values, flags [n]): the sets of MEMBER nodes, listed in order with NaN after each.
+
+    The flag says that ONNX Runtime looks a number up without its fraction: it does in sets that are no bit mask.
+    """
     set_nodes = np.flatnonzero(modes == MEMBER - 1)
     which = np.cumsum(np.isnan(values)) - np.isnan(values)  # number of the set that each value is in
     kept = ~np.isnan(values) & (which < len(set_nodes))
-    counts = np.zeros(n, np.int64)
+    which, values = which[kept], values[kept]
+    require(
+        bool(((values == np.trunc(values)) & (np.abs(values) < 1 << 31)).all()), "a set of other than whole numbers"
+    )
+    counts, whole = np.zeros(n, np.int64), np.zeros(n, np.int64)
     if len(set_nodes):
-        counts[set_nodes] = np.bincount(which[kept], minlength=len(set_nodes))[: len(set_nodes)]
+        counts[set_nodes] = np.bincount(which, minlength=len(set_nodes))
         require(bool((counts[set_nodes] > 0).all()), "a set with no members")
-    return np.concatenate([[0], np.cumsum(counts)]), values[kept]
+        whole[set_nodes[which[(values < 0) | (values > BITS_MAX)]]] = MEMBER_WHOLE - MEMBER
+    return np.concatenate([[0], np.cumsum(counts)]), values, whole
 
 
 class NodeFinder:
@@ -252,6 +264,7 @@ class NodeFinder:
 
 
 def make_trees(**arrays: Any) -> Trees:
+    require(0 < arrays["n_targets"] <= TARGETS_MAX, f"{arrays['n_targets']} targets or classes")
     types = {
         **dict.fromkeys(("feature", "yes", "no", "weight_target"), np.int32),
         **dict.fromkeys(("mode", "missing_yes"), np.uint8),
@@ -261,7 +274,7 @@ def make_trees(**arrays: Any) -> Trees:
     for name, dtype in types.items():
         given = np.asarray(arrays[name])
         if given.dtype.kind in "iu" and len(given):
-            require(-(1 << 31) <= int(given.min()) and int(given.max()) < 1 << 31, f"a {name} out of range")
+            require(int(given.min()) >= -(1 << 31) and int(given.max()) < 1 << 31, f"a {name} out of range")
         arrays[name] = np.ascontiguousarray(given, dtype)
     return Trees(**arrays)
 
@@ -293,8 +306,10 @@ def numbers(a: dict[str, Any], name: str, wide: bool, suffix: bool = True) -> ND
         require(value.dtype == (np.float64 if wide else np.float32), f"{name}_as_tensor is of another type")
     if value is None:
         return np.zeros(0)
-    require(isinstance(value, np.ndarray) and value.dtype.kind == "f" and value.ndim == 1, f"{name} is not a list of floats")
-    return value.astype(np.float64)
+    floats = isinstance(value, np.ndarray) and value.dtype.kind == "f" and value.ndim == 1
+    require(floats, f"{name} is not a list of floats")
+    result: NDArray[np.float64] = value.astype(np.float64)
+    return result
 
 
 def codes(value: tuple[Sequence[bytes], Array], known: dict[bytes, int]) -> NDArray[np.uint8]:

@@ -51,7 +51,8 @@ def sigmoid(node: Node) -> Operation:
     def run(x: Array) -> Array:
         one = x.dtype.type(1)
         v = one / (one + np.exp(-np.abs(x)))
-        return np.where(x < 0, one - v, v)
+        result: Array = np.where(x < 0, one - v, v)
+        return result
 
     return run
 

@@ -37,12 +37,15 @@ class Session:
         self.outputs = [_tensor(node) for node in self._session.get_outputs()]
         self.output_names = list(outputs) if outputs is not None else [tensor.name for tensor in self.outputs]
         self._input_names = [tensor.name for tensor in self.inputs]
+        # What InferenceSession.run calls once it has checked the names of what it was given, which takes as long as a
+        # small model does; here they come from the model itself.
+        self._run = self._session._sess.run
 
     def run(self, inputs: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
         """One array for each of `self.inputs` in, one for each of `output_names` out, in order. Drops the GIL."""
         try:
-            result: list[NDArray[Any]] = self._session.run(
-                self.output_names, dict(zip(self._input_names, inputs, strict=True))
+            result: list[NDArray[Any]] = self._run(
+                self.output_names, dict(zip(self._input_names, inputs, strict=True)), None
             )
         except Exception as error:
             raise Internal(f"the model failed: {' '.join(str(error).split())[:300]}") from error

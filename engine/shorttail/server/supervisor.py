@@ -95,18 +95,19 @@ class Supervisor:
                     self._restart_due()
                     self._wait(self._next_due_s())
             except StartFailed:
-                self._kill()
                 return 1
             except Stopped:
                 return self._stop()
+            finally:
+                self._kill()  # whoever is left, however this ends
 
     # -- workers -----------------------------------------------------------------------------------------------
 
     def _start(self, number: int, *more: str) -> None:
         ours, theirs = socket.socketpair()
         fds = [listener.fileno() for listener in self.listeners.sockets]
-        command = [sys.executable, "-P", "-m", "shorttail.server.worker", self.store]
-        command += ["--control-fd", str(theirs.fileno()), *(f"--listen-fd={fd}" for fd in fds), *more]
+        command = [sys.executable, "-P", "-m", "shorttail.server.worker"]
+        command += ["--control-fd", str(theirs.fileno()), *(f"--listen-fd={fd}" for fd in fds), *more, "--", self.store]
         with theirs:
             # In a group of its own: Ctrl-C in a terminal is for the supervisor, which passes it on once.
             process = subprocess.Popen(
@@ -193,12 +194,12 @@ class Supervisor:
         while self.workers:
             events = self.selector.select(deadline_s - time.monotonic())
             if not events or any(key.data is None for key, _ in events):
-                self._kill()
                 return 1
             for key, _ in events:
                 worker = key.data
                 if worker.control.recv(65536) == b"":
                     self.selector.unregister(worker.control)
+                    worker.control.close()
                     del self.workers[worker.number]
                     clean &= worker.process.wait() == 0 or worker.served is None
         return 0 if clean else 1
@@ -211,6 +212,7 @@ class Supervisor:
         for worker in self.workers.values():
             worker.process.kill()
             worker.process.wait()
+            worker.control.close()
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:

@@ -104,7 +104,7 @@ async def serve(engine: Engine, listeners: list[socket.socket], control: socket.
     loop.add_reader(control, stop.set)  # nothing is ever sent: readable means closed
 
     servers: list[asyncio.AbstractServer] = []
-    for listener in listeners:
+    for listener in listeners:  # uvloop sets TCP_NODELAY on what it accepts
         create: Any = loop.create_unix_server if listener.family == socket.AF_UNIX else loop.create_server
         servers.append(await create(lambda: Connection(router), sock=listener, backlog=BACKLOG))
 

@@ -24,7 +24,7 @@ from lmdb.verify import VerifyError, verify
 
 from shorttail._native.pages import GenerationWord
 from shorttail.config import LIMITS
-from shorttail.errors import InvalidArgument, NotFound, PermissionDenied, ResourceExhausted, ShorttailError
+from shorttail.errors import Internal, InvalidArgument, NotFound, PermissionDenied, ResourceExhausted, ShorttailError
 
 FORMAT_VERSION = 1
 LMDB_ENGINE = 0  # 0.9: page images are sized for its page header of 16 bytes
@@ -64,6 +64,7 @@ class Environment:
         self._handles: dict[bytes, Database] = {}
         self._handles_lock = threading.Lock()
         self._write_lock = threading.Lock()
+        self._writing_thread: int | None = None
         self.meta: Database = None
         self.log: Database = None
 
@@ -144,23 +145,29 @@ class Environment:
     def handle(self, name: bytes, create: bool = False) -> Database | None:
         """The database of that name, or None if it does not exist. Transactions begun before cannot use a new handle.
 
-        create: not inside write(), as it is a write transaction of its own.
+        The first time that a name is asked for this waits for writers, and not every py-lmdb call lets go of the GIL
+        meanwhile: ask has_database() first. Within write() only known handles are given.
         """
-        with self._handles_lock:
+        known = self._handles.get(name)
+        if known is not None or self.is_writing():
+            return known
+        # py-lmdb keeps a handle only if a write transaction opened it, and waits for that one holding the GIL: a writer
+        # of this process must be done before.
+        with self._handles_lock, self._write_lock:
             if name not in self._handles:
                 try:
-                    # py-lmdb keeps a handle only if a write transaction opened it, and waits for that one holding the
-                    # GIL: a writer of this process must be done before.
-                    with self._write_lock:
-                        self._handles[name] = self._env.open_db(name, create=create)
+                    self._handles[name] = self._env.open_db(name, create=create)
                 except lmdb.NotFoundError:
                     return None
             return self._handles[name]
 
     def handles(self) -> set[bytes]:
         """Names of the databases that transactions begun from now on can use."""
-        with self._handles_lock:
-            return set(self._handles)
+        return set(self._handles)
+
+    def has_database(self, name: bytes) -> bool:
+        """Whether there is a database of that name. Waits for nobody."""
+        return name in self._handles or name in self.database_names()
 
     def database_names(self) -> list[bytes]:
         return [bytes(name) for name in self._env.dbs()]
@@ -209,8 +216,11 @@ class Environment:
         Waits for the writer that is at work, of whatever process. Raises ResourceExhausted when disk or map are full.
         """
         self.check_process()
+        if self.is_writing():
+            raise Internal(f"store '{self.path}': a write was started within another one")
         with self._write_lock, translated(self.path):
             txn = self._env.begin(write=True, buffers=True)
+            self._writing_thread = threading.get_ident()
             try:
                 self._extend_file()
                 writer = Writer(self, txn)
@@ -219,9 +229,15 @@ class Environment:
             except BaseException:
                 txn.abort()
                 raise
+            finally:
+                self._writing_thread = None
             txn.commit()
         if changed:
             self.word.bump()
+
+    def is_writing(self) -> bool:
+        """Whether this thread is within write()."""
+        return self._writing_thread == threading.get_ident()
 
     def _extend_file(self) -> None:
         """Make the file as long as its page count says.
@@ -387,8 +403,8 @@ def translated(path: Path) -> Iterator[None]:
 
 def _of_errno(path: Path, error: Exception) -> Exception:
     number = error.errno if isinstance(error, OSError) else getattr(error, "code", 0)
-    if number in (errno.ENOSPC, errno.EDQUOT):
-        return ResourceExhausted(f"no space left on the disk of store '{path}'; nothing was written")
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):  # LMDB reports a short write as EIO
+        return ResourceExhausted(f"the disk of store '{path}' is full or failing; nothing was written")
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
         return _permission_denied(path)
     if isinstance(error, OSError):

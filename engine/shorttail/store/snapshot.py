@@ -32,7 +32,7 @@ class Snapshot:
         self.lock = threading.RLock()  # held while page addresses are in use
         self.catalog = Catalog()
         self.catalog_version = 0  # grows whenever the catalog, and so what plans were made from, changes
-        self._catalog_json: bytes | None = b""
+        self._parsed: tuple[bytes | None, Catalog] = (b"", self.catalog)  # the catalog and the JSON that it was
         self._word = environment.word
         self._generation = _NOTHING_SEEN
         self._sequence = 0
@@ -91,6 +91,8 @@ class Snapshot:
         """
         if self._word.load() == self._generation and not force:
             return False
+        if self.environment.is_writing():
+            return False  # handles cannot be opened now, and the caller reads through its own transaction
         with self.lock:
             return self._advance()
 
@@ -107,9 +109,10 @@ class Snapshot:
                 self._generation = generation
                 return False
             catalog_json = environment.read_catalog_json(txn)
-            catalog = Catalog.from_json(catalog_json) if catalog_json != self._catalog_json else self.catalog
+            catalog = self._parse(catalog_json)
             for table in catalog.tables.values():
-                environment.handle(table.database)
+                if environment.has_database(table.database):
+                    environment.handle(table.database)
             usable = environment.handles()
             if usable != self._usable:
                 # Handles were opened after this transaction began, so it cannot use them. Nothing is lost by taking a
@@ -119,7 +122,7 @@ class Snapshot:
                 self._usable = usable
                 sequence = environment.sequence(txn)
                 catalog_json = environment.read_catalog_json(txn)
-                catalog = Catalog.from_json(catalog_json)
+                catalog = self._parse(catalog_json)
             old, self._txn = self._txn, txn
             changes = environment.changes_since(txn, self._sequence) if old is not None else None
             self._take_catalog(catalog, catalog_json)
@@ -134,8 +137,13 @@ class Snapshot:
             old.abort()
         return True
 
+    def _parse(self, document: bytes | None) -> Catalog:
+        """The catalog, from memory if it is the one of the snapshot. Not to be changed."""
+        known_document, known = self._parsed  # a pair, so that no lock is needed: a writer must not wait for a reader
+        return known if document == known_document else Catalog.from_json(document)
+
     def _take_catalog(self, catalog: Catalog, catalog_json: bytes | None) -> None:
-        if catalog_json == self._catalog_json:
+        if catalog_json == self._parsed[0]:
             return
         before = self.catalog
         for name in list(self._layouts):
@@ -144,7 +152,7 @@ class Snapshot:
             if not same_table or catalog.views[name].features != before.views[name].features:
                 self._layouts.pop(name)
                 self._directories.pop(name, None)
-        self.catalog, self._catalog_json = catalog, catalog_json
+        self.catalog, self._parsed = catalog, (catalog_json, catalog)
         self.catalog_version += 1
 
     def _patch(self, changes: dict[int, set[bytes]] | None) -> None:
@@ -155,12 +163,12 @@ class Snapshot:
             if keys is None or (keys and directory is None):
                 self._directories.pop(name)  # built again when it is asked for
                 continue
-            handle = self.environment.handle(table.database) if keys else None
-            for key in sorted(keys):
-                page = self._txn.get(key, db=handle)
-                if directory is not None and page is not None:
-                    with self._sound(name):
-                        directory.put(key, page)
+            if directory is None or not keys:
+                continue
+            handle, get = self.environment.handle(table.database), self._txn.get
+            with self._sound(name):
+                for key in sorted(keys):  # in the order in which LMDB has them
+                    directory.put(key, get(key, db=handle))
 
     @contextmanager
     def _sound(self, view_name: str) -> Iterator[None]:
@@ -209,7 +217,7 @@ class Snapshot:
     # -- reading all of a view -------------------------------------------------------------------------------------
 
     def count(self, view_name: str) -> int:
-        """Rows of that view as of the newest commit; moves the snapshot there. Raises NotFound."""
+        """Rows of that view as of the newest commit; moves the snapshot there (unless within a write)."""
         with self.lock:
             self.refresh()
             directory = self.directory(view_name)
@@ -226,9 +234,9 @@ class Snapshot:
             with environment.read() as txn:
                 catalog = Catalog.from_json(environment.read_catalog_json(txn))
             view, table = catalog.view(view_name), catalog.tables[view_name]
-            handle = environment.handle(table.database)
-            if handle is None:
+            if not environment.has_database(table.database):
                 return
+            handle = environment.handle(table.database)
             with environment.read() as txn:  # begun after the handle was opened, as it must be
                 now = Catalog.from_json(environment.read_catalog_json(txn))
                 if now.tables.get(view_name) != table or now.view(view_name).features != view.features:

@@ -97,11 +97,6 @@ class Store(Snapshot):
         now = catalog.views.get(view.name)
         return now is not None and _same_columns(now, view) and catalog.tables[view.name] == table
 
-    def _parse(self, document: bytes | None) -> Catalog:
-        """The catalog, from memory if it is the one of the snapshot. Not to be changed."""
-        with self.lock:
-            return self.catalog if document == self._catalog_json else Catalog.from_json(document)
-
     def _merge(self, writer: Writer, handle: Any, table: TableInfo, rows: SortedRows) -> int:
         txn = writer.txn
         n_buckets = txn.stat(handle)["entries"] + rows.image_bytes() // rows.layout.page_bytes + 1
@@ -141,8 +136,9 @@ class Store(Snapshot):
         environment = self.environment
         with environment.read() as txn:
             known = self._parse(environment.read_catalog_json(txn))
-        handles = {table.id: environment.handle(table.database) for table in known.tables.values()}
-        with environment.write() as writer:
+        handles = {table.id: self._handle_if_any(table) for table in known.tables.values()}
+        # Its lock before the writer's, as in refresh(): the block may ask for counts.
+        with self.lock, environment.write() as writer:
             before = Catalog.from_json(writer.get_catalog())
             catalog = before.copy()
             yield catalog
@@ -155,6 +151,10 @@ class Store(Snapshot):
                 # One that was made a moment ago has no handle here; the next load empties it.
                 if table.id not in kept and handles.get(table.id) is not None:
                     writer.txn.drop(handles[table.id], delete=False)
+
+    def _handle_if_any(self, table: TableInfo) -> Any:
+        environment = self.environment
+        return environment.handle(table.database) if environment.has_database(table.database) else None
 
     # -- bulk load -------------------------------------------------------------------------------------------------
 
@@ -174,7 +174,7 @@ class Store(Snapshot):
             rows = _read_all(layout, view, batches, progress)
             layout, table = _with_page_size(view, table, rows)
             handle = self.environment.handle(table.database, create=True)
-            old_handle = self.environment.handle(old.database)
+            old_handle = self._handle_if_any(old)
             self._write_table(handle, layout, table, rows)
             with self.environment.write() as writer:
                 if not self._is_current(writer, view, old):

@@ -1,0 +1,207 @@
+"""Reads the graph of an ONNX file: its nodes, constants, inputs and outputs. The onnx package is not needed to serve.
+
+Attributes stay packed until they are asked for, and are then decoded in C, because a tree ensemble keeps its nodes in
+them: a thousand trees are some five megabytes of one-entry fields.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shorttail._native.forest import read_attribute
+from shorttail.models.onnx_file import fields, varint
+from shorttail.store.catalog import TensorInfo
+
+# TensorProto.DataType: our name of the element type, and its NumPy type.
+ELEMENTS: dict[int, tuple[str, str]] = {
+    1: ("float", "f4"),
+    6: ("int32", "i4"),
+    7: ("int64", "i8"),
+    8: ("string", "O"),
+    9: ("bool", "?"),
+    11: ("double", "f8"),
+}
+Array = NDArray[Any]
+EMPTY = memoryview(b"")
+
+
+@dataclass
+class Node:
+    """One operator of a graph. An input or output that is not given has the name ""."""
+
+    op_type: str = ""
+    domain: str = ""
+    inputs: list[str] = field(default_factory=list)
+    outputs: list[str] = field(default_factory=list)
+    packed: list[memoryview] = field(default_factory=list)
+
+    @cached_property
+    def attributes(self) -> dict[str, Any]:
+        """Name -> float, int, bytes, float32 or int64 array, Array of a tensor, or (distinct strings, their codes)."""
+        result: dict[str, Any] = {}
+        for data in self.packed:
+            name, value = read_attribute(data)
+            if not isinstance(value, tuple):
+                result[name] = value
+            elif len(value) == 2:
+                result[name] = tensor(memoryview(value[1]))[1]
+            else:
+                result[name] = value[1:]
+        return result
+
+
+@dataclass
+class Graph:
+    opsets: dict[str, int] = field(default_factory=dict)
+    nodes: list[Node] = field(default_factory=list)
+    constants: dict[str, Array] = field(default_factory=dict)
+    inputs: list[TensorInfo] = field(default_factory=list)
+    outputs: list[TensorInfo] = field(default_factory=list)
+    has_functions: bool = False
+
+
+def read_graph(data: bytes) -> Graph:
+    """The graph of a whole ONNX file. Raises ValueError (or IndexError) for what is not one."""
+    graph = Graph()
+    for number, value in fields(memoryview(data)):
+        if number == 8 and isinstance(value, memoryview):
+            parts = dict(fields(value))
+            graph.opsets[text(parts.get(1, EMPTY))] = whole(parts.get(2, 0))
+        elif number == 25:
+            graph.has_functions = True
+        elif number == 7 and isinstance(value, memoryview):
+            read_body(value, graph)
+    constant_names = graph.constants.keys()
+    graph.inputs = [info for info in graph.inputs if info.name not in constant_names]
+    return graph
+
+
+def read_body(data: memoryview, graph: Graph) -> None:
+    for number, value in fields(data):
+        if not isinstance(value, memoryview):
+            continue
+        if number == 1:
+            graph.nodes.append(read_node(value))
+        elif number == 5:
+            name, constant = tensor(value)
+            graph.constants[name] = constant
+        elif number == 11:
+            graph.inputs.append(value_info(value))
+        elif number == 12:
+            graph.outputs.append(value_info(value))
+        elif number == 15:
+            raise ValueError("it has sparse constants")
+
+
+def read_node(data: memoryview) -> Node:
+    node = Node()
+    for number, value in fields(data):
+        if not isinstance(value, memoryview):
+            continue
+        if number == 1:
+            node.inputs.append(text(value))
+        elif number == 2:
+            node.outputs.append(text(value))
+        elif number == 4:
+            node.op_type = text(value)
+        elif number == 5:
+            node.packed.append(value)
+        elif number == 7:
+            node.domain = text(value)
+    return node
+
+
+def value_info(data: memoryview) -> TensorInfo:
+    """dtype is "" for what is not a tensor of a type in ELEMENTS. No shape at all reads as ()."""
+    name, kind, shape = "", "", []
+    for number, value in fields(data):
+        if number == 1:
+            name = text(value)
+        elif number == 2 and isinstance(value, memoryview):
+            for which, inner in fields(value):
+                if which != 1 or not isinstance(inner, memoryview):
+                    continue
+                for part, content in fields(inner):
+                    if part == 1 and isinstance(content, int):
+                        kind = ELEMENTS.get(content, ("", ""))[0]
+                    elif part == 2 and isinstance(content, memoryview):
+                        shape = [dimension(dim) for which, dim in fields(content) if which == 1]
+    return TensorInfo(name, kind, tuple(shape))
+
+
+def dimension(data: int | memoryview) -> int | None:
+    """A fixed size, or None for one that has a name, is unknown, or is 0 (how some converters write "any")."""
+    assert isinstance(data, memoryview)
+    for number, value in fields(data):
+        if number == 1 and isinstance(value, int) and 0 < value < 1 << 62:
+            return value
+    return None
+
+
+def tensor(data: memoryview) -> tuple[str, Array]:
+    """(name, value) of a TensorProto. Raises ValueError for element types that are not in ELEMENTS."""
+    name, element, sizes = "", 0, []
+    raw: memoryview | None = None
+    chunks: dict[int, list[int | memoryview]] = {}
+    for number, value in fields(data):
+        if number == 1:
+            sizes += list(integers(value))
+        elif number == 2 and isinstance(value, int):
+            element = value
+        elif number == 8:
+            name = text(value)
+        elif number == 9 and isinstance(value, memoryview):
+            raw = value
+        elif number in (13, 14) and value != 0:
+            raise ValueError("a constant is kept in another file")
+        elif number in (4, 5, 6, 7, 10):
+            chunks.setdefault(number, []).append(value)
+    if element == 2 and raw is not None:
+        return name, np.frombuffer(raw, np.uint8).reshape(sizes)
+    if element not in ELEMENTS and element != 2:
+        raise ValueError(f"a constant has element type {element}")
+    dtype = np.dtype("u1" if element == 2 else ELEMENTS[element][1])
+    if raw is not None:
+        return name, np.frombuffer(raw, dtype).reshape(sizes)
+    if element in (1, 11):
+        packed = b"".join(
+            bytes(chunk) for chunk in chunks.get(4 if element == 1 else 10, []) if not isinstance(chunk, int)
+        )
+        return name, np.frombuffer(packed, dtype).reshape(sizes)
+    if element == 8:
+        return name, np.array([text(chunk) for chunk in chunks.get(6, [])], object).reshape(sizes)
+    numbers = [number for chunk in chunks.get(7 if element == 7 else 5, []) for number in integers(chunk)]
+    return name, np.array(numbers, np.int64).astype(dtype).reshape(sizes)
+
+
+def integers(value: int | memoryview) -> Iterator[int]:
+    """The numbers of a repeated int64 field, packed or not, with their signs."""
+    if isinstance(value, int):
+        yield signed(value)
+        return
+    at = 0
+    while at < len(value):
+        number, at = varint(value, at)
+        yield signed(number)
+
+
+def signed(number: int) -> int:
+    return number - (1 << 64) if number >> 63 else number
+
+
+def whole(value: int | memoryview) -> int:
+    if not isinstance(value, int):
+        raise ValueError("a number is a text")
+    return value
+
+
+def text(value: int | memoryview) -> str:
+    if isinstance(value, int):
+        raise ValueError("a name is a number")
+    return bytes(value).decode("utf-8", "replace")

@@ -1,0 +1,51 @@
+/* Shared by forest_build.c, which turns nodes into steps, and forest_pack.c, which makes of those what kernels read. */
+#ifndef SHORTTAIL_FOREST_BUILDER_H
+#define SHORTTAIL_FOREST_BUILDER_H
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "forest.h"
+
+typedef struct {
+    int32_t node;
+    uint32_t step, depth, first_leaf;
+    int32_t right;
+    int stage; /* 0: not seen, 1: left subtree is done, 2: both are */
+} frame;
+
+typedef struct {
+    st_forest *forest;
+    const st_source *source;
+    size_t step_room, leaf_room, vote_room, column_room, set_room, frame_room;
+    size_t n_votes, n_set_values, steps_allowed;
+    double *threshold;        /* of each step, before ranks replace doubles */
+    uint32_t *left_end;       /* of each step that is not a leaf: end of its left subtree's leaves */
+    uint32_t *left_first;
+    uint32_t *plain, *low;    /* feature -> column, 0 when there is none yet */
+    frame *frames;
+} st_builder;
+
+static inline int st_grow(void *array, size_t *room, size_t needed, size_t bytes) {
+    if (needed <= *room) return ST_OK;
+    size_t wanted = *room * 2 > needed ? *room * 2 : needed + 64;
+    void *grown = realloc(*(void **)array, wanted * bytes);
+    if (!grown) return ST_NO_MEMORY;
+    *(void **)array = grown;
+    *room = wanted;
+    return ST_OK;
+}
+
+static inline int st_by_value(const void *a, const void *b) {
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+/* 0, or ST_NO_MEMORY: also for more columns than a test can number. */
+int st_new_column(st_builder *b, st_column column, uint32_t *number);
+
+/* The whole of forest_pack.c: thresholds, columns of sets, tests, votes. 0 or a code of forest.h. */
+int st_forest_pack(st_builder *b);
+
+#endif

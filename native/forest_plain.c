@@ -1,0 +1,6 @@
+/* The kernels in plain C: four floats to a vector, which the compiler turns into SSE2 or NEON. */
+#define ST_LANES 4
+#define ST_NAME "scalar"
+#include "forest_kernel.h"
+
+const st_kernel *st_kernel_plain(void) { return &kernel; }
