@@ -9,6 +9,7 @@ cdef enum:
 cdef struct column_t:
     int kind
     int width           # floats a row for KIND_VEC, else 1
+    int narrow          # I64 of dtype Int32: finish() refuses what does not fit
     char *data          # I64: int64_t[]; F64: double[]; VEC: float[rows * width]; STR: arena of bytes
     uint32_t *ends      # STR: end offset of each row in data; a row starts where the one before ends
     uint8_t *nulls      # one byte a row, 1 = null
@@ -36,7 +37,7 @@ cdef class Columns:
     cdef int push_null(self, int c) noexcept nogil
     # End of one request: columns of one row are repeated to the length of the others.
     # Returns the rows added, or -(c + 1): column c has another length, or -(c + 1001): column c was not
-    # given, or -1000000: no memory. The caller then calls rollback().
+    # given, or -(c + 2001): a value of Int32 column c does not fit, or -1000000: no memory. The caller then calls rollback().
     cdef Py_ssize_t finish(self) noexcept nogil
     cdef void rollback(self) noexcept nogil
 

@@ -56,6 +56,7 @@ cdef class Columns:
         for c in range(self.n_columns):
             self.col[c].kind = _kind_of(self.dtypes[c])
             self.col[c].width = self.dtypes[c].width
+            self.col[c].narrow = self.dtypes[c].code == 2
             if self.reserve(c, 64) < 0:
                 raise MemoryError
 
@@ -216,10 +217,16 @@ cdef class Columns:
 
     cdef Py_ssize_t finish(self) noexcept nogil:
         cdef Py_ssize_t n = 1
-        cdef Py_ssize_t given
+        cdef Py_ssize_t given, i
+        cdef int64_t value
         cdef int c
         for c in range(self.n_columns):
             n = max(n, self.col[c].filled - self.n_rows)
+            if self.col[c].narrow:
+                for i in range(self.n_rows, self.col[c].filled):
+                    value = (<int64_t *>self.col[c].data)[i]
+                    if value != <int32_t>value:
+                        return -(c + 2001)
         for c in range(self.n_columns):
             given = self.col[c].filled - self.n_rows
             if given == n:
@@ -452,6 +459,9 @@ def finish_error(Columns columns, Py_ssize_t result):
     cdef int c
     if result == NO_MEMORY:
         return ResourceExhausted("no memory for this batch; send fewer rows")
+    if result <= -2001:
+        c = <int>(-result - 2001)
+        return InvalidArgument(f"column {columns.names[c]!r} takes Int32; got a value outside -2147483648..2147483647")
     if result <= -1001:
         missing = columns.names[-result - 1001]
         return InvalidArgument(f"missing column {missing!r}; columns: {', '.join(columns.names)}")

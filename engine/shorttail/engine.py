@@ -13,7 +13,7 @@ from shorttail import plan as planning
 from shorttail.config import LIMITS
 from shorttail.errors import InvalidArgument, Unavailable
 from shorttail.models import registry
-from shorttail.models.session import Session
+from shorttail.models.load import Runner, load
 from shorttail.models.signature import request_columns
 from shorttail.pipeline import BatchResult, Plan, PlanOutdated
 from shorttail.results import Features, Prediction
@@ -33,7 +33,7 @@ class Engine:
     def __init__(self, store: Store):
         self._store = store
         self._plans: dict[tuple[Any, ...], Plan] = {}
-        self._sessions: dict[tuple[str, int], Session] = {}
+        self._runners: dict[tuple[str, int], Runner] = {}
         self._compile_lock = threading.Lock()
 
     @classmethod
@@ -43,7 +43,7 @@ class Engine:
 
     def close(self) -> None:
         self._plans.clear()
-        self._sessions.clear()
+        self._runners.clear()
         self._store.close()
 
     def __enter__(self) -> Engine:
@@ -94,12 +94,13 @@ class Engine:
 
         Raises Unavailable if the successor takes other columns.
         """
+        asked = plan
         while True:
             try:
                 return pipeline.run_batch(plan, self._store, columns)
             except PlanOutdated:
                 plan = self._plan(plan.key)
-                if plan.names != columns.names or plan.dtypes != columns.dtypes:
+                if not plan.answers_for(asked, columns):
                     raise Unavailable("the definitions changed while this request waited; send it again") from None
 
     # -- plans -----------------------------------------------------------------------------------------------
@@ -134,15 +135,14 @@ class Engine:
         _, name, version = key
         entry = self._store.catalog.model(name)
         number = entry.current if version is None else version
-        session = self._sessions.get((name, number))
-        if session is None:
-            info = entry.version(number)
-            path = registry.model_path(self._store.path, name, number)
-            session = Session(path, outputs=[tensor.name for tensor in info.outputs])
-        plan = planning.compile_model(self._store, name, number, session, key)
+        runner = self._runners.get((name, number))
+        if runner is None:
+            outputs = [tensor.name for tensor in entry.version(number).outputs]
+            runner = load(registry.model_path(self._store.path, name, number), outputs)
+        plan = planning.compile_model(self._store, name, number, runner, key)
         for rows in (1, 64):  # no request pays for a first run
-            session.run([buffer.example(rows) for buffer in plan.buffers[: len(session.inputs)]])
-        self._sessions[name, number] = session
+            runner.run([buffer.example(rows) for buffer in plan.buffers[: len(runner.inputs)]])
+        self._runners[name, number] = runner
         return plan
 
     # -- changing --------------------------------------------------------------------------------------------

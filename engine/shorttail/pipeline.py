@@ -21,7 +21,7 @@ from shorttail.dtypes import DType
 from shorttail.results import Statuses
 
 if TYPE_CHECKING:
-    from shorttail.models.session import Session
+    from shorttail.models.load import Runner
     from shorttail.store import Store
 
 STATUS = np.dtype(np.uint8)
@@ -65,7 +65,7 @@ class Plan:
     buffers: tuple[Buffer, ...]  # the model's inputs come first, in its order
     copy: CopyColumns
     transforms: tuple[Transform, ...]
-    session: Session | None
+    runner: Runner | None
     feature_names: tuple[str, ...]  # () for models
     has_default: tuple[bool, ...]
     status_rows: list[int] | None  # features: where the lookup wrote each one's statuses, unless in order
@@ -74,6 +74,14 @@ class Plan:
     def new_columns(self) -> Columns:
         """An empty batch for this plan."""
         return Columns(self.names, self.dtypes)
+
+    def answers_for(self, asked: Plan, columns: Columns) -> bool:
+        """Whether a batch parsed for `asked` can be run by this plan, and its answer read by what `asked` says."""
+        return (
+            (self.names, self.dtypes) == (columns.names, columns.dtypes)
+            and self.view_names == asked.view_names
+            and self.has_default == asked.has_default
+        )
 
 
 @dataclass(slots=True)
@@ -118,9 +126,9 @@ def run_batch(plan: Plan, store: Store, columns: Columns) -> BatchResult:
     if feature_statuses is not None and plan.status_rows is not None:
         feature_statuses = feature_statuses[plan.status_rows]
 
-    if plan.session is None:
+    if plan.runner is None:
         outputs = list(zip(plan.feature_names, buffers, strict=True))
     else:
-        inputs = buffers[: len(plan.session.inputs)]
-        outputs = list(zip(plan.session.output_names, plan.session.run(inputs), strict=True))
+        inputs = buffers[: len(plan.runner.inputs)]
+        outputs = list(zip(plan.runner.output_names, plan.runner.run(inputs), strict=True))
     return BatchResult(outputs, view_statuses, feature_statuses, plan.version)

@@ -11,7 +11,7 @@ from shorttail._native.columns import CopyColumns
 from shorttail._native.pages import Lookup
 from shorttail.dtypes import DType, String
 from shorttail.errors import InvalidArgument
-from shorttail.models.session import Session
+from shorttail.models.load import Runner
 from shorttail.models.signature import column_width, key_columns, request_columns
 from shorttail.names import split_reference
 from shorttail.ondemand import OnDemandFeature
@@ -21,16 +21,16 @@ from shorttail.store.catalog import TENSOR_TYPES
 from shorttail.transforms import compile_on_demand
 
 
-def compile_model(store: Store, name: str, version: int | None, session: Session, key: tuple[Any, ...]) -> Plan:
+def compile_model(store: Store, name: str, version: int | None, runner: Runner, key: tuple[Any, ...]) -> Plan:
     """The plan of a model's version (None: the current one). Raises NotFound, InvalidArgument."""
     catalog = store.catalog
     entry = catalog.model(name)
     number = entry.current if version is None else version
     model = entry.version(number).model
-    builder = PlanBuilder(store, request_columns(catalog, model, session.inputs))
-    by_name = model.inputs_by_name([tensor.name for tensor in session.inputs])
+    builder = PlanBuilder(store, request_columns(catalog, model, runner.inputs))
+    by_name = model.inputs_by_name([tensor.name for tensor in runner.inputs])
     pending: list[tuple[OnDemandFeature, int, int]] = []
-    for tensor in session.inputs:
+    for tensor in runner.inputs:
         columns = by_name[tensor.name]
         dtype = TENSOR_TYPES[tensor.dtype]
         widths = [column_width(catalog, column, tensor, len(columns)) for column in columns]
@@ -45,7 +45,7 @@ def compile_model(store: Store, name: str, version: int | None, session: Session
     # Arguments get buffers after the inputs, so that the inputs stay first.
     for feature, buffer, offset in pending:
         builder.transform(feature, buffer, offset)
-    return builder.finish("predict", key, model=name, version=number, session=session)
+    return builder.finish("predict", key, model=name, version=number, runner=runner)
 
 
 def compile_features(store: Store, references: Sequence[str], key: tuple[Any, ...]) -> Plan:
@@ -112,7 +112,7 @@ class PlanBuilder:
         *,
         model: str = "",
         version: int = 0,
-        session: Session | None = None,
+        runner: Runner | None = None,
         feature_names: tuple[str, ...] = (),
     ) -> Plan:
         lookups = []
@@ -137,7 +137,7 @@ class PlanBuilder:
             buffers=tuple(self.buffers),
             copy=CopyColumns(self.copies),
             transforms=tuple(self.transforms),
-            session=session,
+            runner=runner,
             feature_names=feature_names,
             status_rows=None if in_order else status_rows,
             has_default=tuple(self.catalog.feature(name)[1].default is not None for name in feature_names),

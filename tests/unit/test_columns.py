@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as values
 from hypothesis.extra import numpy as arrays
 
-from shorttail import Bool, Float32, Float64, Int64, String, Timestamp, Vector
+from shorttail import Bool, Float32, Float64, Int32, Int64, String, Timestamp, Vector
 from shorttail._native.columns import Columns, CopyColumns
 from shorttail.errors import InvalidArgument
 
@@ -66,6 +66,15 @@ def test_a_wrong_value_is_named_and_leaves_the_batch_as_it_was(wrong, message):
     assert columns.n_rows == 1
     columns.append(GOOD | {"name": "after"})
     assert columns.column("name").tolist() == ["é", "after"]
+
+
+def test_a_value_that_does_not_fit_int32_is_refused():
+    columns = columns_of({"small": Int32})
+    assert columns.append({"small": [-(1 << 31), (1 << 31) - 1]}) == 2
+    for wrong in (1 << 31, np.array([0, -(1 << 31) - 1])):
+        with pytest.raises(InvalidArgument, match="column 'small' takes Int32; got a value outside"):
+            columns.append({"small": wrong})
+    assert columns.column("small").tolist() == [-(1 << 31), (1 << 31) - 1]
 
 
 def test_a_missing_column_is_named():

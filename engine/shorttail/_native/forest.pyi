@@ -1,12 +1,12 @@
-from typing import Any
+from typing import Any, Self
 
 from numpy import float64, int32, uint8, uint32
 from numpy.typing import NDArray
 
-Value = float | int | bytes | NDArray[Any] | tuple[str, bytes] | tuple[str, list[bytes], NDArray[uint32]] | None
+_Value = float | int | bytes | NDArray[Any] | tuple[str, bytes] | tuple[str, list[bytes], NDArray[uint32]] | None
 
 def simd_level() -> str: ...
-def read_attribute(data: memoryview | bytes | NDArray[uint8]) -> tuple[str, Value]: ...
+def read_attribute(data: memoryview | bytes | NDArray[uint8]) -> tuple[str, _Value]: ...
 
 class Trees:
     n_features: int
@@ -15,8 +15,8 @@ class Trees:
     n_leaves: int
     wide: bool
     classifier: bool
-    def __init__(
-        self,
+    def __new__(
+        cls,
         *,
         feature: NDArray[int32],
         yes: NDArray[int32],
@@ -39,7 +39,7 @@ class Trees:
         classifier: bool,
         one_class_votes: bool,
         all_positive: bool,
-    ) -> None: ...
+    ) -> Self: ...
     @property
     def simd(self) -> str: ...
     @property

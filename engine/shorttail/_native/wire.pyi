@@ -1,6 +1,6 @@
 from asyncio import AbstractEventLoop, BaseTransport
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from numpy.typing import NDArray
 
@@ -32,7 +32,7 @@ class Router:
 class Connection:
     in_flight: int
     paused: bool
-    def __init__(self, router: Router) -> None: ...
+    def __new__(cls, router: Router) -> Self: ...
     def connection_made(self, transport: BaseTransport) -> None: ...
     def connection_lost(self, error: Exception | None) -> None: ...
     def data_received(self, data: bytes) -> None: ...

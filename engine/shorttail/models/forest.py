@@ -219,8 +219,9 @@ def _mix(column: Array, thresholds: NDArray[np.float64], random: np.random.Gener
     if len(thresholds):
         at = random.choice(thresholds, len(column)).astype(column.dtype)
         side = random.integers(0, 4, len(column))
-        up, down = np.nextafter(at, np.inf, dtype=column.dtype), np.nextafter(at, -np.inf, dtype=column.dtype)
-        column[:] = np.select([side == 0, side == 1, side == 2], [at, up, down], column * np.abs(at).mean())
+        with np.errstate(over="ignore"):  # beside the largest number is infinity, which is to be tried as well
+            up, down = np.nextafter(at, np.inf, dtype=column.dtype), np.nextafter(at, -np.inf, dtype=column.dtype)
+            column[:] = np.select([side == 0, side == 1, side == 2], [at, up, down], column * np.abs(at).mean())
     special = random.random(len(column))
     for i, value in enumerate((np.nan, np.inf, -np.inf, 0.0)):
         column[(special >= i * 0.02) & (special < (i + 1) * 0.02)] = value

@@ -327,6 +327,7 @@ def _open_lmdb(path: Path, create: bool) -> Any:
     env = _lmdb_environment(path, create)
     size, needed = (path / "data.mdb").stat().st_size, (env.info()["last_pgno"] + 1) * PAGE_BYTES
     if size >= needed:
+        env.reader_check()  # frees what a killed process held: its slot, and with it old pages
         return env
     # Reading a page that a truncated file lacks kills the process. But maybe only unused pages are missing, see
     # Environment._extend_file. The verifier tells; it opens the file, so LMDB must not have it open.
