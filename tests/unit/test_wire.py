@@ -432,7 +432,8 @@ PREDICT = [0, 7, "predict", ["double", {"key": 3, "amount": 1.0}]]
 PREDICTED = [1, 7, None, {"outputs": {"label": [6], "p": [[3.0, -3.0]]}, "version": 2}]
 FEATURES = [0, 8, "get_online_features", [["v:a", "v:given"], {"key": [4, -1]}]]
 FEATURED = [1, 8, None, {
-    "feature_names": ["v:a", "v:given"], "values": [[4.0, None], [4.0, -1.0]], "has_default": [False, True], "statuses": [[0, 2], [0, 2]],
+    "feature_names": ["v:a", "v:given"], "values": [[4.0, None], [4.0, -1.0]],
+    "has_default": [False, True], "statuses": [[0, 2], [0, 2]],
 }]  # fmt: skip
 
 
