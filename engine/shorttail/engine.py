@@ -80,8 +80,12 @@ class Engine:
         return Features(plan.feature_names, [a for _, a in result.outputs], result.feature_statuses, plan.has_default)
 
     def _ask(self, plan: Plan, values: Mapping[str, Any]) -> BatchResult:
-        # list.pop and append are atomic, so threads share the spare batches without a lock.
-        columns = plan.spare.pop() if plan.spare else plan.new_columns()
+        # pop and append are atomic, so threads share the spare batches without a lock. Asking first whether there is
+        # one would not be: another thread may take it in between.
+        try:
+            columns = plan.spare.pop()
+        except IndexError:
+            columns = plan.new_columns()
         try:
             columns.append(values)
             return self.run(plan, columns)
@@ -198,10 +202,13 @@ class Engine:
         """Register an ONNX file as the next version of `model` and make it current. Returns the version."""
         return registry.deploy(self._store, model, Path(path))
 
-    def refresh(self) -> bool:
-        """Move to the newest snapshot; True if there was one. Calls that look up do so by themselves."""
+    def refresh(self, *, force: bool = False) -> bool:
+        """Move to the newest snapshot; True if there was one. Calls that look up do so by themselves.
+
+        force: ask LMDB even if nobody counted a commit.
+        """
         with self._store.lock:
-            return self._store.refresh()
+            return self._store.refresh(force)
 
     # -- what there is ---------------------------------------------------------------------------------------
 

@@ -112,7 +112,7 @@ async def serve(engine: Engine, listeners: list[socket.socket], control: socket.
         while True:
             await asyncio.sleep(LIMITS.idle_refresh_ms / 1000)
             try:
-                engine.refresh()
+                engine.refresh(force=True)  # sees even the commit of a writer that was killed before it counted it
                 batcher.follow_catalog()
             except Exception as error:
                 faults(error)
