@@ -7,12 +7,16 @@ transaction behind them.
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
-from cpython.mem cimport PyMem_Free, PyMem_Malloc, PyMem_Realloc
+from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF, Py_INCREF
 from cpython.unicode cimport PyUnicode_DecodeUTF8
+from libc.errno cimport errno
 from libc.stdint cimport INT64_MIN, UINT64_MAX, int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport free
 from libc.string cimport memcpy, memset
+
+import os
 
 import numpy as np
 cimport numpy as cnp
@@ -22,7 +26,7 @@ from shorttail._native.columns cimport KIND_I64, KIND_STR, Columns, column_t
 cnp.import_array()
 
 cdef extern from "page.h" nogil:
-    enum: ST_KEYS_MAX
+    enum: ST_KEYS_MAX, ST_PAGE_BYTES
     enum: ST_STRING
     enum: ST_VECTOR
     enum: ST_OUT_FLOAT32, ST_OUT_FLOAT64, ST_OUT_INT64, ST_OUT_INT32, ST_OUT_BOOL, ST_OUT_OBJECT
@@ -102,17 +106,41 @@ cdef extern from "page.h" nogil:
     const char *st_check_page(const st_layout *, const uint8_t *, size_t, uint32_t, uint64_t)
     uint32_t st_crc32c(const uint8_t *, size_t)
 
+cdef extern from "tree.h" nogil:
+    enum: ST_CHANGE_BYTES, ST_DIRECTORY_DEPTH_MAX
+    enum: ST_TREE_GONE, ST_TREE_UNKNOWN
+    ctypedef struct st_tree:
+        const uint8_t *base
+        uint64_t n_pages
+    ctypedef struct st_directory:
+        const uint8_t **pages
+        uint32_t depth
+    ctypedef struct st_fault:
+        const char *what
+        uint64_t key
+    int st_tree_open(st_tree *, const uint8_t *, uint64_t)
+    int64_t st_directory_build(const st_tree *, const st_layout *, uint32_t, st_directory *, st_fault *)
+    int64_t st_directory_update(const st_tree *, const st_layout *, uint32_t, const uint8_t *, size_t, st_directory *,
+                                st_fault *)
+    int st_directory_put(st_directory *, uint64_t, uint32_t, const uint8_t *)
+
 cdef extern from *:
     """
+    #include <sys/mman.h>
+    #ifndef MADV_POPULATE_READ
+    #define MADV_POPULATE_READ 22 /* Linux 5.14 */
+    #endif
     #define st_word_load(p) __atomic_load_n((p), __ATOMIC_ACQUIRE)
     #define st_word_bump(p) __atomic_add_fetch((p), 1, __ATOMIC_ACQ_REL)
     """
     uint64_t st_word_load(uint64_t *) nogil
     uint64_t st_word_bump(uint64_t *) nogil
+    enum: MADV_POPULATE_READ
+    int madvise(void *, size_t, int) nogil
+    int mlock(const void *, size_t) nogil
 
 cdef enum:
     STACK_VIEWS = 16      # lookups of up to so many views and outputs allocate nothing
-    DEPTH_MAX = 32        # 2^32 entries of a directory are 32 GiB
     HELD_GIL_LOOKUPS = 16 # fewer take less time than letting go of the GIL and waiting to get it back
 
 

@@ -83,14 +83,57 @@ cdef class Layout:
             raise ValueError(wrong.decode())
 
 
+cdef class Tree:
+    """Tree(value, txn_id): LMDB's B+tree as of a read transaction, read where it lies. See tree.h.
+
+    value: any value that the transaction gave, a buffer. Nothing is owned: the transaction must outlive its use.
+    """
+    cdef st_tree c
+    cdef readonly bint gone  # two commits were made since the transaction began, and its root cannot be found: renew it
+
+    def __cinit__(self, value, uint64_t txn_id):
+        cdef Py_buffer view
+        PyObject_GetBuffer(value, &view, PyBUF_SIMPLE)
+        cdef int outcome = st_tree_open(&self.c, <const uint8_t *>view.buf, txn_id)
+        PyBuffer_Release(&view)
+        if outcome == ST_TREE_UNKNOWN:
+            raise ValueError("its pages are not those of LMDB 0.9 with 4096 bytes")
+        self.gone = outcome == ST_TREE_GONE
+
+    @property
+    def map_bytes(self):
+        """Bytes of the map that this snapshot may use, from its start."""
+        return self.c.n_pages * ST_PAGE_BYTES
+
+    def populate(self):
+        """Map every page of the file into this process now, rather than by a fault at each first use.
+
+        Reads from disk what is not in memory. Without the GIL. Returns False where the system cannot.
+        """
+        cdef int failed
+        with nogil:
+            failed = madvise(<void *>self.c.base, self.c.n_pages * ST_PAGE_BYTES, MADV_POPULATE_READ)
+        return failed == 0
+
+    def lock(self, uint64_t from_bytes=0):
+        """Keep the file from from_bytes on in memory. Raises OSError, as when the limit of locked memory is too low."""
+        cdef int failed
+        cdef uint64_t bytes = self.c.n_pages * ST_PAGE_BYTES
+        if from_bytes >= bytes:
+            return
+        with nogil:
+            failed = mlock(<void *>(self.c.base + from_bytes), bytes - from_bytes)
+        if failed:
+            raise OSError(errno, os.strerror(errno))
+
+
 cdef class Directory:
     """Directory(layout, table_id=0): hash prefix -> page address, for the snapshot that the pages belong to.
 
     The pages' memory is not owned: the read transaction that gave them must outlive their use.
     """
     cdef readonly Layout layout
-    cdef const uint8_t **pages
-    cdef uint32_t c_depth
+    cdef st_directory c
     cdef uint32_t table_id
 
     def __cinit__(self, Layout layout not None, table_id=0):
@@ -98,63 +141,67 @@ cdef class Directory:
         self.table_id = table_id
 
     def __dealloc__(self):
-        PyMem_Free(self.pages)
+        free(<void *>self.c.pages)
 
     @property
     def depth(self):
-        return self.c_depth
+        return self.c.depth
 
     @property
     def n_buckets(self):
         cdef uint64_t i, n = 0
-        if self.pages is NULL:
+        if self.c.pages is NULL:
             return 0
-        for i in range(<uint64_t>1 << self.c_depth):
-            n += i == 0 or self.pages[i] != self.pages[i - 1]
+        for i in range(<uint64_t>1 << self.c.depth):
+            n += i == 0 or self.c.pages[i] != self.c.pages[i - 1]
         return n
 
     def count_rows(self):
         """Rows in the table. Reads the header of every page."""
         cdef uint64_t i, n = 0
-        if self.pages is NULL:
+        if self.c.pages is NULL:
             return 0
         with nogil:
-            for i in range(<uint64_t>1 << self.c_depth):
-                if self.pages[i] is not NULL and (i == 0 or self.pages[i] != self.pages[i - 1]):
-                    n += st_page_rows(self.pages[i])
+            for i in range(<uint64_t>1 << self.c.depth):
+                if self.c.pages[i] is not NULL and (i == 0 or self.c.pages[i] != self.c.pages[i - 1]):
+                    n += st_page_rows(self.c.pages[i])
         return n
+
+    def build(self, Tree tree not None):
+        """Start again from the table's pages in that tree; returns the number of buckets. Without the GIL.
+
+        Raises ValueError when a page or the tree is not sound.
+        """
+        cdef st_fault fault
+        cdef int64_t n
+        free(<void *>self.c.pages)
+        with nogil:
+            n = st_directory_build(&tree.c, &self.layout.c, self.table_id, &self.c, &fault)
+        if n < 0:
+            _raise_fault(&fault)
+        return n
+
+    def update(self, Tree tree not None, bytes changes):
+        """Move to that tree: changes are the entries of the change log since (12 bytes each, of any table).
+
+        Returns the number of pages that it looked up. Without the GIL. Raises ValueError; build() then.
+        """
+        cdef st_fault fault
+        cdef int64_t n_found
+        cdef size_t n = len(changes) // ST_CHANGE_BYTES
+        cdef const uint8_t *entries = <const uint8_t *>PyBytes_AS_STRING(changes)
+        with nogil:
+            n_found = st_directory_update(&tree.c, &self.layout.c, self.table_id, entries, n, &self.c, &fault)
+        if n_found < 0:
+            _raise_fault(&fault)
+        return n_found
 
     def put(self, bytes bucket_key, page):
         """Point the entries of a bucket at its page, a buffer. Raises ValueError when the page is not sound."""
-        self._put(_key_of(bucket_key), page)
-
-    def rebuild(self, items):
-        """Start again from (bucket key, page) buffers in the order of their keys, which must cover all hashes.
-
-        Returns the number of buckets; with none the directory is that of an empty table. Raises ValueError.
-        """
-        cdef uint64_t expected = 0, key, n = 0
-        cdef uint32_t depth
-        cdef bint complete = False
-        PyMem_Free(self.pages)
-        self.pages = NULL
-        self.c_depth = 0
-        for name, page in items:
-            key = _key_of(bytes(name))
-            if complete or key != expected:
-                raise ValueError(f"bucket {key:016x} follows where {expected:016x} should")
-            depth = self._put(key, page)
-            expected = key + ((<uint64_t>1 << (63 - depth)) << 1)
-            complete = expected == 0
-            n += 1
-        if n and not complete:
-            raise ValueError(f"bucket {expected:016x} is missing")
-        return n
-
-    cdef uint32_t _put(self, uint64_t key, page) except? 99:
         cdef Py_buffer view
         cdef const uint8_t *at
         cdef const char *wrong
+        cdef uint64_t key = _key_of(bucket_key)
         PyObject_GetBuffer(page, &view, PyBUF_SIMPLE)
         at = <const uint8_t *>view.buf
         wrong = st_check_header(&self.layout.c, at, view.len, self.table_id)
@@ -162,33 +209,35 @@ cdef class Directory:
         if wrong is not NULL:
             raise ValueError(f"bucket {key:016x}: {wrong.decode()}")
         cdef uint32_t depth = st_page_depth(at)
-        if depth > DEPTH_MAX or (depth < 64 and key & (UINT64_MAX >> depth)):
+        if depth > ST_DIRECTORY_DEPTH_MAX or key & (UINT64_MAX >> depth):
             raise ValueError(f"bucket {key:016x}: its depth of {depth} is impossible")
-        if self.pages is NULL or depth > self.c_depth:
-            self._grow(depth)
-        cdef uint64_t i, start = (key >> 1) >> (63 - self.c_depth)
-        for i in range(start, start + (<uint64_t>1 << (self.c_depth - depth))):
-            self.pages[i] = at
-        return depth
-
-    cdef int _grow(self, uint32_t depth) except -1:
-        """Double the directory until it has that depth: every entry becomes several."""
-        cdef uint64_t n_old = <uint64_t>1 << self.c_depth, i, j
-        cdef uint64_t times = <uint64_t>1 << (depth - self.c_depth)
-        cdef bint first = self.pages is NULL
-        cdef const uint8_t *page
-        cdef const uint8_t **pages = <const uint8_t **>PyMem_Realloc(self.pages, n_old * times * sizeof(void *))
-        if pages is NULL:
+        if st_directory_put(&self.c, key, depth, at):
             raise MemoryError
-        self.pages = pages
-        self.c_depth = depth
-        if first:
-            memset(pages, 0, n_old * times * sizeof(void *))
-            return 0
-        i = n_old
-        while i > 0:  # from the end, so that nothing is overwritten before it is read
-            i -= 1
-            page = pages[i]
-            for j in range(times):
-                pages[i * times + j] = page
-        return 0
+
+    def rebuild(self, items):
+        """Start again from (bucket key, page) buffers in the order of their keys, which must cover all hashes.
+
+        What build() does for pages that are in no tree. Returns the number of buckets; with none the directory is that
+        of an empty table. Raises ValueError.
+        """
+        cdef uint64_t expected = 0, key, n = 0
+        cdef uint32_t depth
+        free(<void *>self.c.pages)
+        memset(&self.c, 0, sizeof(st_directory))
+        for name, page in items:
+            key = _key_of(bytes(name))
+            if key != expected or (n and expected == 0):
+                raise ValueError(f"bucket {key:016x} follows where {expected:016x} should")
+            self.put(bytes(name), page)
+            depth = page[4]
+            expected = key + ((<uint64_t>1 << (63 - depth)) << 1)
+            n += 1
+        if expected:
+            raise ValueError(f"bucket {expected:016x} is missing")
+        return n
+
+
+cdef int _raise_fault(const st_fault *fault) except -1:
+    if fault.what is NULL:
+        raise MemoryError
+    raise ValueError(f"bucket {fault.key:016x}: {fault.what.decode()}")

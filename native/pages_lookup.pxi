@@ -321,8 +321,8 @@ def lookup(directories, lookups, Columns columns not None, outputs, cnp.ndarray 
                 directory = <Directory?>all_directories[v]
                 _check_same_columns(look.layout, directory.layout)
                 views[v].layout = &directory.layout.c
-                views[v].pages = <const uint8_t *const *>directory.pages
-                views[v].depth = directory.c_depth
+                views[v].pages = <const uint8_t *const *>directory.c.pages
+                views[v].depth = directory.c.depth
             views[v].oldest_us = INT64_MIN
             if look.ttl_us > 0 and now_us >= INT64_MIN + look.ttl_us:
                 views[v].oldest_us = now_us - look.ttl_us

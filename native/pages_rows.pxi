@@ -144,6 +144,52 @@ cdef class SortedRows:
             PyMem_Free(left)
 
 
+def join(Layout layout not None, uint32_t table_id, bytes bucket_key, page, bytes sibling_key, sibling):
+    """The image of the bucket that two siblings make together, or None unless they fit half a page (strings aside).
+
+    Half, so that a few rows more do not split them again. bucket_key, page: of the one of lower hashes.
+    Raises ValueError when a page is not sound.
+    """
+    cdef Py_buffer views[2]
+    cdef const uint8_t *pages[2]
+    cdef const char *wrong
+    cdef size_t n = 0, rows
+    cdef uint32_t depth
+    cdef st_item *items = NULL
+    cdef st_splitter splitter
+    cdef st_bucket bucket
+    cdef Py_ssize_t v, held = 0
+    try:
+        for v, (key, buffer) in enumerate(((bucket_key, page), (sibling_key, sibling))):
+            PyObject_GetBuffer(buffer, &views[v], PyBUF_SIMPLE)
+            held += 1
+            pages[v] = <const uint8_t *>views[v].buf
+            wrong = st_check_page(&layout.c, pages[v], views[v].len, table_id, _key_of(key))
+            if wrong is not NULL:
+                raise ValueError(f"bucket {key.hex()}: {wrong.decode()}")
+            n += st_page_rows(pages[v])
+        depth = st_page_depth(pages[0])
+        if depth == 0 or depth != st_page_depth(pages[1]) or 2 * n > layout.c.rows_per_page:
+            return None
+        items = <st_item *>PyMem_Malloc((n + 1) * sizeof(st_item))
+        if items is NULL:
+            raise MemoryError
+        rows = st_page_rows(pages[0])
+        st_page_items(&layout.c, pages[0], items)
+        st_page_items(&layout.c, pages[1], items + rows)
+        # In no order: one bucket needs none.
+        st_splitter_init(&splitter, &layout.c, items, n, _key_of(bucket_key), depth - 1, depth - 1)
+        if st_splitter_next(&splitter, &bucket) != 1 or bucket.stop != n or bucket.bytes != layout.c.page_bytes:
+            return None
+        image = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>bucket.bytes)
+        st_build(&layout.c, items, n, depth - 1, table_id, <uint8_t *>PyBytes_AS_STRING(image), <uint32_t>bucket.bytes)
+        return image
+    finally:
+        PyMem_Free(items)
+        for v in range(held):
+            PyBuffer_Release(&views[v])
+
+
 cdef class _Bucket:
     """A bucket to be edited: its rows by hash, and which of the rows to write belong to it."""
     cdef Py_buffer view

@@ -31,6 +31,8 @@ class Limits:
     readers: int = 1024
     views: int = 4096
     change_log_commits: int = 4096  # a reader further behind than this rebuilds its directories
+    change_log_bytes: int = 64 << 20  # the log is kept to so much, whatever the number of commits
+    drop_commit_pages: int = 16_384  # a table that is not needed any more is deleted so many pages a commit
     load_commit_bytes: int = 128 << 20  # a bulk load commits this much at a time
     idle_refresh_ms: int = 100  # an idle worker moves its snapshot forward this often
 

@@ -207,8 +207,7 @@ class Engine:
 
         force: ask LMDB even if nobody counted a commit.
         """
-        with self._store.lock:
-            return self._store.refresh(force)
+        return self._store.refresh(force)
 
     # -- what there is ---------------------------------------------------------------------------------------
 

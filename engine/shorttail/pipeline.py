@@ -108,15 +108,16 @@ def run_batch(plan: Plan, store: Store, columns: Columns) -> BatchResult:
     view_statuses = np.empty((len(plan.lookups), rows), STATUS)
     feature_statuses = np.empty((len(plan.feature_names), rows), STATUS) if plan.feature_names else None
 
-    # The addresses in a directory hold only while its snapshot does, so the lookup runs under the store's lock. In a
-    # server nobody else wants it: there is one thread.
-    with store.lock:
-        store.refresh()
+    # Between enter and leave the store's snapshot stays, and with it the addresses in its directories.
+    store.enter()
+    try:
         if store.catalog_version != plan.catalog_version:
             raise PlanOutdated
         directories = [store.directory(view) for view in plan.view_names]
         now_us = time.time_ns() // 1000
         lookup(directories, plan.lookups, columns, buffers, view_statuses, now_us, feature_statuses)
+    finally:
+        store.leave()
 
     plan.copy.run(columns, buffers)
     for step in plan.transforms:

@@ -68,8 +68,7 @@ def scores(store: Store, ids: Any) -> list[float | None]:
     columns = Columns(["user_id"], [dtypes.Int64])
     columns.append({"user_id": list(ids)})
     out, status = np.empty(len(ids)), np.empty((1, len(ids)), np.uint8)
-    with store.lock:
-        store.refresh()
+    with store.reading():
         plan = Lookup(store.layout("stats"), [0], [(0, 0, 0, -1.0)], 0)
         lookup([store.directory("stats")], [plan], columns, [out], status, 0)
     return [None if s == 2 else float(v) for v, s in zip(out, status[0], strict=True)]
@@ -147,13 +146,16 @@ def test_reader_far_behind_rebuilds(store: Store, monkeypatch: pytest.MonkeyPatc
         for i in range(10):
             store.upsert("stats", rows([2000 + i]))
         assert scores(reader, [2000, 2009, 2010]) == [2000.0, 2009.0, None]
-        with reader.environment.read() as txn:
-            assert txn.stat(reader.environment.log)["entries"] == 3
-        monkeypatch.setattr(environment, "LOG_BYTES", 0)
+        assert len(logged(reader)) == 3
+        monkeypatch.setattr(environment, "LIMITS", Limits(change_log_bytes=0))
         store.upsert("stats", rows([2010]))
         assert scores(reader, [2010]) == [2010.0]
-        with reader.environment.read() as txn:
-            assert txn.stat(reader.environment.log)["entries"] == 0
+        assert logged(reader) == []
+
+
+def logged(store: Store) -> list[bytes]:
+    with store.environment.read() as txn:
+        return [bytes(key) for key in txn.cursor().iternext(values=False) if bytes(key[:1]) == b"l"]
 
 
 def read_in_other_process(path: str, to_child: Any, to_parent: Any) -> None:
@@ -191,15 +193,36 @@ def test_other_process_sees_push_and_load(store: Store) -> None:
         process.join()
 
 
-def test_many_loads_use_few_tables(store: Store) -> None:
-    """LMDB handles cannot be closed, so tables must be used again rather than added."""
+def test_loads_and_changed_schemas_leave_no_tables(store: Store) -> None:
     for i in range(8):
         store.load("stats", [rows(range(i, i + 3))])
         assert sorted(scanned(store)) == [i, i + 1, i + 2]
-    tables = [name for name in store.environment.database_names() if name.startswith(b"t")]
-    assert len(tables) == 2
-    store.refresh()
-    assert store.catalog.next_table_id == 3
+    assert len(table_entries(store)) == 1
+    with store.edit_catalog() as catalog:
+        catalog.new_table("stats")
+    assert table_entries(store) == {}
+    assert scores(store, [7]) == [None]
+
+
+def test_a_table_shrinks_as_its_rows_are_deleted(store: Store) -> None:
+    store.load("stats", [rows(range(20_000))])
+    (full,) = table_entries(store).values()
+    with Store.open(store.path) as reader:
+        assert scores(reader, [19_999]) == [19_999.0]
+        order = np.random.default_rng(1).permutation(20_000)
+        for part in np.split(order, 40)[:-1]:
+            assert store.delete("stats", [part]) == len(part)
+            assert scores(reader, part[:50]) == [None] * 50
+        left = order[-500:]
+        assert sum(table_entries(store).values()) < full / 15
+        expected = [None if i % 7 == 6 else float(i) for i in left.tolist()]
+        assert [None if value == -1.0 else value for value in scores(reader, left)] == expected
+        assert reader.count("stats") == 500
+        assert store.delete("stats", [left]) == 500
+        assert list(table_entries(store).values()) == [1]
+        assert (scores(reader, left[:3]), reader.count("stats")) == ([None] * 3, 0)
+        store.upsert("stats", rows(range(3000), 1, version=1))
+        assert scores(reader, [1, 2999]) == [1.1, 2999.1]
 
 
 def test_failed_load_changes_nothing_and_the_next_drops_what_it_left(store: Store, monkeypatch: Any) -> None:
@@ -222,18 +245,16 @@ def test_failed_load_changes_nothing_and_the_next_drops_what_it_left(store: Stor
         store.load("stats", [rows(range(5000))])
     monkeypatch.setattr(Store, "_is_current", killed)
     assert scores(store, [1, 2]) == [1.0, None]
-    leftovers = [e for e in table_entries(store).values() if e > 1]
-    assert len(leftovers) == 1
+    assert len(table_entries(store)) == 2
     store.load("stats", [rows([3])])
-    assert max(table_entries(store).values()) == 1
+    assert list(table_entries(store).values()) == [1]
     assert scores(store, [1, 3]) == [None, 3.0]
 
 
-def table_entries(store: Store) -> dict[bytes, int]:
-    names = [name for name in store.environment.database_names() if name.startswith(b"t")]
-    handles = {name: store.environment.handle(name) for name in names}
+def table_entries(store: Store) -> dict[int, int]:
+    """Pages by table id."""
     with store.environment.read() as txn:
-        return {name: txn.stat(handle)["entries"] for name, handle in handles.items()}
+        return {number: sum(1 for _ in environment.table_pages(txn, number)) for number in environment.table_ids(txn)}
 
 
 def test_killed_load_leaves_the_store_as_it_was(store: Store) -> None:
@@ -262,7 +283,7 @@ def test_views_that_go_away_are_emptied(store: Store) -> None:
     with store.edit_catalog() as catalog:
         del catalog.views["stats"], catalog.tables["stats"]
     assert store.refresh()
-    assert set(table_entries(store).values()) == {0}
+    assert table_entries(store) == {}
     with pytest.raises(NotFound, match="stats"):
         store.count("stats")
     with pytest.raises(NotFound, match="stats"):
@@ -291,8 +312,7 @@ def test_counts_and_refresh_within_a_catalog_edit(store: Store) -> None:
     with Store.open(store.path) as other:
         other.load("stats", [rows(range(10))])
         with store.edit_catalog() as catalog:
-            assert store.refresh() is False
-            store.count("stats")
+            assert store.count("stats") == 10
             catalog.new_table("stats")
             with pytest.raises(Internal, match="within another"):
                 store.upsert("stats", rows([1]))
@@ -356,11 +376,12 @@ def test_wrong_columns_are_refused(store: Store) -> None:
 
 def test_damaged_page_is_named(store: Store) -> None:
     store.load("stats", [rows(range(10))])
-    handle = store.environment.handle(b"t%08x" % 2)
+    store.refresh()
+    key = environment.page_key(store.catalog.tables["stats"].id, bytes(8))
     with store.environment.write() as writer:
-        page = bytearray(writer.txn.get(bytes(8), db=handle))
+        page = bytearray(writer.txn.get(key))
         page[200] ^= 1
-        writer.txn.put(bytes(8), page, db=handle)
+        writer.txn.put(key, page)
     for use in (lambda: list(store.scan("stats")), lambda: store.upsert("stats", rows([1]))):
         with pytest.raises(Internal, match=r"view 'stats' is damaged.*checksum.*load it again"):
             use()
@@ -398,8 +419,15 @@ def test_not_a_store(tmp_path: Path) -> None:
 
 def test_newer_format(path: Path) -> None:
     with make_store(path) as store, store.environment.write() as writer:
-        writer.txn.put(b"format", b"7", db=store.environment.meta)
-    with pytest.raises(InvalidArgument, match="format 7, and this shorttail reads up to 1; upgrade"):
+        writer.txn.put(b"format", b"7")
+    with pytest.raises(InvalidArgument, match="format 7, and this shorttail reads 2; upgrade"):
+        Store.open(path)
+
+
+def test_older_format(path: Path) -> None:
+    with make_store(path) as store, store.environment.write() as writer:
+        writer.txn.put(b"format", b"1")
+    with pytest.raises(InvalidArgument, match="format 1, and this shorttail reads 2; make a new store"):
         Store.open(path)
 
 
@@ -417,9 +445,7 @@ def test_file_that_only_lacks_unused_pages_is_sound(path: Path) -> None:
     with make_store(path) as store:
         store.load("stats", [rows(range(5000))])
         store.refresh()
-        with store.environment.write() as writer:
-            handle = store.environment.handle(store.catalog.tables["stats"].database)
-            writer.txn.drop(handle, delete=False)
+        environment.drop_table(store.environment, store.catalog.tables["stats"].id)
         info = store.environment._env.info()
     data = path / "data.mdb"
     pages = data.stat().st_size // 4096
@@ -605,8 +631,7 @@ class StoreMachine(RuleBasedStateMachine):
         columns.append({"a": [key[0] for key in keys], "b": [key[1] for key in keys]})
         numbers, texts = np.empty((len(keys), 101)), np.empty(len(keys), object)
         status = np.empty((1, len(keys)), np.uint8)
-        with self.reader.lock:
-            self.reader.refresh()
+        with self.reader.reading():
             plan = Lookup(self.reader.layout("stats"), [0, 1], [(0, 0, 0, None), (1, 1, 0, None), (2, 0, 100, -1)], 0)
             lookup([self.reader.directory("stats")], [plan], columns, [numbers, texts], status, 0)
         for i, key in enumerate(keys):

@@ -158,8 +158,7 @@ def rollback(store: Store, name: str) -> int:
 
 
 def refresh(store: Store) -> None:
-    with store.lock:
-        store.refresh()
+    store.refresh()
 
 
 def list_versions(catalog: Catalog) -> list[dict[str, Any]]:

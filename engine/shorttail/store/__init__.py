@@ -1,6 +1,6 @@
 """The online store: paged hash tables in LMDB."""
 
-from shorttail.store.store import Store
+from shorttail.store.store import Delete, Edit, Store, Upsert
 from shorttail.store.table import ColumnBatch
 
-__all__ = ["ColumnBatch", "Store"]
+__all__ = ["ColumnBatch", "Delete", "Edit", "Store", "Upsert"]

@@ -69,8 +69,7 @@ def apply(store: Store, definitions: Any, dry_run: bool = False, reset: bool = F
     Raises NotFound or InvalidArgument for the first thing that is wrong; nothing is written then.
     """
     prepared = definitions if isinstance(definitions, Prepared) else prepare(definitions)
-    with store.lock:
-        store.refresh()
+    store.refresh()
     plan = plan_changes(store.catalog.copy(), prepared, store.count, reset)
     if dry_run or plan.catalog == store.catalog:
         return plan.changes
@@ -80,8 +79,7 @@ def apply(store: Store, definitions: Any, dry_run: bool = False, reset: bool = F
         for name, number in plan.new_versions.items():
             info = latest.models[name].version(number)
             registry.write_version(store.path, number, info, prepared.files[name])
-    with store.lock:
-        store.refresh()
+    store.refresh()
     return plan.changes
 
 

@@ -32,20 +32,15 @@ TENSOR_TYPES: dict[str, DType] = {
 
 @dataclass(frozen=True, slots=True)
 class TableInfo:
-    """The table that holds a view's rows. Empty until its first row: then its LMDB database need not exist yet.
+    """The table that holds a view's rows; it has no pages until its first row.
 
-    id: 1.. (0 in the change log stands for the catalog). seed: of the key hash.
+    id: 1.. (0 in the change log stands for the catalog), never used again. seed: of the key hash.
     page_bytes: 0 lets the layout choose.
     """
 
     id: int
     seed: int
     page_bytes: int = 0
-
-    @property
-    def database(self) -> bytes:
-        """The name of its LMDB database."""
-        return b"t%08x" % self.id
 
 
 @dataclass(frozen=True, slots=True)

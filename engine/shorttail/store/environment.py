@@ -1,8 +1,9 @@
 """One LMDB environment: opening it, its format version, write transactions with a change log, the generation word.
 
 A store is a directory: data.mdb and lock.mdb (LMDB), generation (8 bytes of shared memory that count commits),
-load.lock (held by the one bulk load that may run) and models/. Inside LMDB there are the databases "meta" (format
-version, state, catalog), "log" (what each commit changed) and one a table. docs/format.md has it all.
+load.lock (held by the one bulk load that may run) and models/. Inside LMDB there is one database, in which the first
+byte of a key says what it is: the format version, the catalog and the state; "l": what a commit changed; "t": a page of
+a table. docs/format.md has it all.
 
 LMDB must never be opened twice in one process, so environments are shared: see Environment.open.
 """
@@ -22,26 +23,39 @@ from typing import Any
 import lmdb
 from lmdb.verify import VerifyError, verify
 
-from shorttail._native.pages import GenerationWord
+from shorttail._native.pages import GenerationWord, Tree
 from shorttail.config import LIMITS
 from shorttail.errors import Internal, InvalidArgument, NotFound, PermissionDenied, ResourceExhausted, ShorttailError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 LMDB_ENGINE = 0  # 0.9: page images are sized for its page header of 16 bytes
 PAGE_BYTES = 4096
-LOG_BYTES = 64 << 20  # the change log is trimmed to so much, whatever the number of commits
-CATALOG_TABLE_ID = 0  # stands for the catalog in the change log
-CHANGE_BYTES = 12  # of one entry: u32 table id, 8-byte bucket key
+BUCKET_KEY_BYTES = 8
+ROOT_TRIES = 100  # a snapshot's root is gone once two commits were made since it was taken: take another
 
+_FORMAT, _CATALOG, _STATE_KEY = b"format", b"catalog", b"state"
 _STATE = struct.Struct("<QQQ")  # sequence number of the last commit, of the oldest one in the log, bytes of the log
-_CHANGE = struct.Struct("<I8s")
-_SEQUENCE = struct.Struct(">Q")  # big-endian: LMDB then keeps the log in order
-_NO_KEY = bytes(8)
+_LOG_KEY = struct.Struct(">cQ")  # big-endian: LMDB then keeps the log in order
+_TABLE_KEY = struct.Struct(">cI")
+_CATALOG_CHANGE = bytes(4 + BUCKET_KEY_BYTES)  # in the log: table 0 stands for the catalog
 _OWN_FILES = {"data.mdb", "lock.mdb", "generation", "load.lock", "models"}
 _NETWORK_FILESYSTEMS = ("nfs", "cifs", "smb", "fuse.sshfs", "afs", "ceph")
 
 Transaction = Any  # lmdb.Transaction: py-lmdb's stubs are not used
-Database = Any
+
+
+def table_prefix(table_id: int) -> bytes:
+    """What the keys of that table's pages begin with."""
+    return _TABLE_KEY.pack(b"t", table_id)
+
+
+def page_key(table_id: int, bucket_key: bytes) -> bytes:
+    """The key of a page in LMDB."""
+    return _TABLE_KEY.pack(b"t", table_id) + bucket_key
+
+
+def _log_key(sequence: int) -> bytes:
+    return _LOG_KEY.pack(b"l", sequence)
 
 
 class Environment:
@@ -61,12 +75,9 @@ class Environment:
         self._env = env
         self._users = 1
         self._pid = os.getpid()
-        self._handles: dict[bytes, Database] = {}
-        self._handles_lock = threading.Lock()
         self._write_lock = threading.Lock()
         self._writing_thread: int | None = None
-        self.meta: Database = None
-        self.log: Database = None
+        self._writer: Writer | None = None
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, create: bool = False) -> Environment:
@@ -90,7 +101,7 @@ class Environment:
                 env = _open_lmdb(path, create)
                 try:
                     environment = cls(path, env, _map_word(path / "generation"))
-                    environment._open_meta(create)
+                    environment._check_format(create)
                 except BaseException:
                     env.close()
                     raise
@@ -118,59 +129,33 @@ class Environment:
                 "processes with multiprocessing's 'spawn' method"
             )
 
-    def _open_meta(self, create: bool) -> None:
-        self.meta, self.log = self.handle(b"meta", create), self.handle(b"log", create)
-        if self.meta is None or self.log is None:
+    def _check_format(self, create: bool) -> None:
+        version = self._format()
+        if version is None and create and not self._env.stat()["entries"]:
+            with self.write() as writer:
+                writer.txn.put(_FORMAT, str(FORMAT_VERSION).encode(), overwrite=False)
+                writer.changed(_CATALOG_CHANGE)
+            version = self._format()
+        if version is None:
             raise InvalidArgument(
                 f"'{self.path}' is an LMDB database but not a shorttail store; choose another path for --store"
             )
-        with self.read() as txn:
-            version = txn.get(b"format", db=self.meta)
-            version = None if version is None else bytes(version)
-        if version is None and create:
-            with self.write() as writer:
-                writer.txn.put(b"format", str(FORMAT_VERSION).encode(), db=self.meta, overwrite=False)
-                writer.changed(CATALOG_TABLE_ID)
-            version = str(FORMAT_VERSION).encode()
-        if version is None or not version.isdigit():
-            raise InvalidArgument(f"'{self.path}' is not a shorttail store, or it is damaged; restore it from a backup")
-        if int(version) > FORMAT_VERSION:
+        if not version.isdigit():
+            raise InvalidArgument(f"store '{self.path}' is damaged; restore it from a backup")
+        if int(version) != FORMAT_VERSION:
+            remedy = (
+                "upgrade shorttail" if int(version) > FORMAT_VERSION else "make a new store, by apply and materialize"
+            )
             raise InvalidArgument(
-                f"store '{self.path}' has format {int(version)}, and this shorttail reads up to {FORMAT_VERSION}; "
-                "upgrade shorttail"
+                f"store '{self.path}' has format {int(version)}, and this shorttail reads {FORMAT_VERSION}; {remedy}"
             )
 
-    # -- databases and read transactions ---------------------------------------------------------------------------
+    def _format(self) -> bytes | None:
+        with self.read() as txn:
+            value = txn.get(_FORMAT)
+            return None if value is None else bytes(value)
 
-    def handle(self, name: bytes, create: bool = False) -> Database | None:
-        """The database of that name, or None if it does not exist. Transactions begun before cannot use a new handle.
-
-        The first time that a name is asked for this waits for writers, and not every py-lmdb call lets go of the GIL
-        meanwhile: ask has_database() first. Within write() only known handles are given.
-        """
-        known = self._handles.get(name)
-        if known is not None or self.is_writing():
-            return known
-        # py-lmdb keeps a handle only if a write transaction opened it, and waits for that one holding the GIL: a writer
-        # of this process must be done before.
-        with self._handles_lock, self._write_lock:
-            if name not in self._handles:
-                try:
-                    self._handles[name] = self._env.open_db(name, create=create)
-                except lmdb.NotFoundError:
-                    return None
-            return self._handles[name]
-
-    def handles(self) -> set[bytes]:
-        """Names of the databases that transactions begun from now on can use."""
-        return set(self._handles)
-
-    def has_database(self, name: bytes) -> bool:
-        """Whether there is a database of that name. Waits for nobody."""
-        return name in self._handles or name in self.database_names()
-
-    def database_names(self) -> list[bytes]:
-        return [bytes(name) for name in self._env.dbs()]
+    # -- read transactions -----------------------------------------------------------------------------------------
 
     def read(self) -> Transaction:
         """A read transaction, which gives values as memoryviews of the map. End it by abort() or `with`."""
@@ -178,33 +163,39 @@ class Environment:
         with translated(self.path):
             return self._env.begin(buffers=True)
 
+    def read_tree(self) -> tuple[Transaction, Tree]:
+        """A read transaction and its B+tree, to be read without LMDB. End the transaction by abort()."""
+        for _ in range(ROOT_TRIES):
+            txn = self.read()
+            try:
+                tree = Tree(txn.get(_FORMAT), txn.id())
+            except BaseException:
+                txn.abort()
+                raise
+            if not tree.gone:
+                return txn, tree
+            txn.abort()
+        raise Internal(f"store '{self.path}': commits follow each other too fast to read between them")
+
     def read_catalog_json(self, txn: Transaction) -> bytes | None:
         """The catalog as of that transaction."""
-        value = txn.get(b"catalog", db=self.meta)
+        value = txn.get(_CATALOG)
         return None if value is None else bytes(value)
 
     def sequence(self, txn: Transaction) -> int:
         """Number of the last commit as of that transaction."""
         return self._state(txn)[0]
 
-    def changes_since(self, txn: Transaction, sequence: int) -> dict[int, set[bytes]] | None:
-        """Bucket keys by table id that commits after that number changed; None when the log no longer reaches back."""
+    def changes_since(self, txn: Transaction, sequence: int) -> bytes | None:
+        """What commits after that number changed, as Directory.update() takes it; None when the log is too short."""
         last, oldest, _ = self._state(txn)
-        if last == sequence:
-            return {}
         if last < sequence or oldest > sequence + 1:
             return None
-        changes: dict[int, set[bytes]] = {}
-        for number in range(sequence + 1, last + 1):
-            entry = txn.get(_SEQUENCE.pack(number), db=self.log)
-            if entry is None:
-                return None
-            for table_id, key in _CHANGE.iter_unpack(entry):
-                changes.setdefault(table_id, set()).add(key)
-        return changes
+        entries = [txn.get(_log_key(number)) for number in range(sequence + 1, last + 1)]
+        return None if None in entries else b"".join(entries)
 
     def _state(self, txn: Transaction) -> tuple[int, int, int]:
-        value = txn.get(b"state", db=self.meta)
+        value = txn.get(_STATE_KEY)
         return (0, 1, 0) if value is None else _STATE.unpack(value)
 
     # -- writing ---------------------------------------------------------------------------------------------------
@@ -223,14 +214,14 @@ class Environment:
             self._writing_thread = threading.get_ident()
             try:
                 self._extend_file()
-                writer = Writer(self, txn)
+                self._writer = writer = Writer(self, txn)
                 yield writer
                 changed = writer.finish()
             except BaseException:
                 txn.abort()
                 raise
             finally:
-                self._writing_thread = None
+                self._writing_thread = self._writer = None
             txn.commit()
         if changed:
             self.word.bump()
@@ -238,6 +229,11 @@ class Environment:
     def is_writing(self) -> bool:
         """Whether this thread is within write()."""
         return self._writing_thread == threading.get_ident()
+
+    @property
+    def writer(self) -> Writer | None:
+        """What this thread is within, if it is within write()."""
+        return self._writer if self.is_writing() else None
 
     def _extend_file(self) -> None:
         """Make the file as long as its page count says.
@@ -258,35 +254,103 @@ class Writer:
         self.txn = txn
         self._environment = environment
         self._changes: set[bytes] = set()
+        self._cursor = txn.cursor()
 
     def get_catalog(self) -> bytes | None:
         return self._environment.read_catalog_json(self.txn)
 
     def put_catalog(self, document: bytes) -> None:
-        self.txn.put(b"catalog", document, db=self._environment.meta)
-        self.changed(CATALOG_TABLE_ID)
+        self.txn.put(_CATALOG, document)
+        self._changes.add(_CATALOG_CHANGE)
 
-    def changed(self, table_id: int, bucket_key: bytes = _NO_KEY) -> None:
-        """Tell readers that this bucket has a new page. Not needed for a table that no catalog names yet."""
-        self._changes.add(_CHANGE.pack(table_id, bucket_key))
+    def put_page(self, table_id: int, bucket_key: bytes, image: bytes) -> None:
+        """Write a page, and tell readers of it."""
+        key = page_key(table_id, bucket_key)
+        self.txn.put(key, image)
+        self.changed(key)
+
+    def delete_page(self, table_id: int, bucket_key: bytes) -> None:
+        """Delete the page of a bucket that was merged into another. Its readers are told of that one."""
+        self.txn.delete(page_key(table_id, bucket_key))
+
+    def changed(self, key: bytes) -> None:
+        """Tell readers that the page of that key is new. Not needed for a table that no catalog names yet."""
+        self._changes.add(key[-len(_CATALOG_CHANGE) :])
+
+    def find_bucket(self, table_id: int, row_hash: bytes) -> tuple[bytes, memoryview | None]:
+        """(key, page) of the bucket that the hash belongs to; the page is None in an empty table."""
+        cursor, wanted = self._cursor, page_key(table_id, row_hash)
+        found = cursor.set_range(wanted)
+        if not (found and bytes(cursor.key()) == wanted):
+            found = cursor.prev() if found else cursor.last()
+        if found:
+            key, page = cursor.item()
+            key = bytes(key)
+            if key.startswith(wanted[:-BUCKET_KEY_BYTES]):
+                return key[-BUCKET_KEY_BYTES:], page
+        return bytes(BUCKET_KEY_BYTES), None
+
+    def get_page(self, table_id: int, bucket_key: bytes) -> memoryview | None:
+        page: memoryview | None = self.txn.get(page_key(table_id, bucket_key))
+        return page
 
     def finish(self) -> bool:
         """Write the log; True if there was something for readers to see."""
         if not self._changes:
             return False
-        environment = self._environment
-        last, oldest, log_bytes = environment._state(self.txn)
+        last, oldest, log_bytes = self._environment._state(self.txn)
         entry = b"".join(sorted(self._changes))
         last += 1
-        self.txn.put(_SEQUENCE.pack(last), entry, db=environment.log, append=True)
+        self.txn.put(_log_key(last), entry)
         log_bytes += len(entry)
-        while oldest <= last and (last - oldest >= LIMITS.change_log_commits or log_bytes > LOG_BYTES):
-            value = self.txn.get(_SEQUENCE.pack(oldest), db=environment.log)
+        while oldest <= last and (last - oldest >= LIMITS.change_log_commits or log_bytes > LIMITS.change_log_bytes):
+            value = self.txn.get(_log_key(oldest))
             log_bytes -= 0 if value is None else len(value)
-            self.txn.delete(_SEQUENCE.pack(oldest), db=environment.log)
+            self.txn.delete(_log_key(oldest))
             oldest += 1
-        self.txn.put(b"state", _STATE.pack(last, oldest, log_bytes), db=environment.meta)
+        self.txn.put(_STATE_KEY, _STATE.pack(last, oldest, log_bytes))
         return True
+
+
+def table_pages(txn: Transaction, table_id: int) -> Iterator[tuple[bytes, memoryview]]:
+    """(bucket key, page) of that table, in order."""
+    prefix = table_prefix(table_id)
+    cursor = txn.cursor()
+    if cursor.set_range(prefix):
+        for key, page in cursor:
+            name = bytes(key)
+            if not name.startswith(prefix):
+                return
+            yield name[-BUCKET_KEY_BYTES:], page
+
+
+def table_ids(txn: Transaction) -> list[int]:
+    """Ids of the tables that have pages."""
+    found: list[int] = []
+    cursor = txn.cursor()
+    while cursor.set_range(table_prefix(found[-1] + 1 if found else 0)):
+        kind, table_id = _TABLE_KEY.unpack_from(cursor.key())
+        if kind != b"t":
+            break
+        found.append(table_id)
+    return found
+
+
+def drop_table(environment: Environment, table_id: int) -> None:
+    """Delete the pages of a table that no catalog names any more.
+
+    In commits of LIMITS.drop_commit_pages, so that other writers need not wait for all of a large table.
+    """
+    prefix, left = table_prefix(table_id), True
+    while left:
+        with environment.write() as writer:
+            cursor = writer.txn.cursor()
+            left = cursor.set_range(prefix)
+            for _ in range(LIMITS.drop_commit_pages):
+                left = left and bytes(cursor.key()).startswith(prefix)
+                if not left:
+                    break
+                left = cursor.delete() and cursor.key() != b""
 
 
 # -- opening -------------------------------------------------------------------------------------------------------
@@ -346,7 +410,6 @@ def _lmdb_environment(path: Path, create: bool) -> Any:
         str(path),
         map_size=LIMITS.map_bytes,
         max_readers=LIMITS.readers,
-        max_dbs=2 * LIMITS.views + 2,  # while a view is loaded it has two tables
         max_spare_txns=8,  # ended read transactions are renewed, not made anew
         create=create,
         lib_version=LMDB_ENGINE,

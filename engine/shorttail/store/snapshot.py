@@ -1,7 +1,8 @@
 """A store as seen by one reader: a snapshot that moves forward, and the directories of its tables.
 
 A snapshot is one LMDB read transaction. The page addresses in its directories are valid as long as that transaction
-lives, so whoever looks rows up holds `lock` from refresh() until the lookup is done.
+lives, so whoever looks rows up does it between enter() and leave(). Several threads may be in there at once; the
+snapshot moves on when none is.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any, Self
 from shorttail._native.pages import Directory, Layout
 from shorttail.errors import Internal, InvalidArgument
 from shorttail.store.catalog import Catalog
-from shorttail.store.environment import Environment, translated
+from shorttail.store.environment import Environment, table_pages, translated
 from shorttail.store.table import ColumnBatch, decode_page, make_layout, row_dtype
 
 _NOTHING_SEEN = -1  # generations: real ones count up from 0
@@ -29,7 +30,10 @@ class Snapshot:
     def __init__(self, environment: Environment) -> None:
         """For open() only."""
         self.environment = environment
-        self.lock = threading.RLock()  # held while page addresses are in use
+        self._gate = threading.Condition(threading.Lock())
+        self._inside = 0  # threads between enter() and leave()
+        self._waiting = 0  # threads that want to move the snapshot
+        self._build_lock = threading.Lock()
         self.catalog = Catalog()
         self.catalog_version = 0  # grows whenever the catalog, and so what plans were made from, changes
         self._parsed: tuple[bytes | None, Catalog] = (b"", self.catalog)  # the catalog and the JSON that it was
@@ -37,7 +41,7 @@ class Snapshot:
         self._generation = _NOTHING_SEEN
         self._sequence = 0
         self._txn: Any = None
-        self._usable: set[bytes] = set()  # databases that the snapshot's transaction can read
+        self._tree: Any = None  # Tree
         self._layouts: dict[str, Layout] = {}
         self._directories: dict[str, Directory | None] = {}
 
@@ -53,15 +57,15 @@ class Snapshot:
         return store
 
     def close(self) -> None:
-        """Give up the snapshot. Directories must not be used any more."""
-        with self.lock:
+        """Give up the snapshot, once nobody looks rows up any more."""
+        with self._alone():
             if self._generation == _CLOSED:
                 return
             self._generation = _CLOSED
             self._directories.clear()
             if self._txn is not None and self._same_process():
                 self._txn.abort()
-            self._txn = None
+            self._txn = self._tree = None
             self.environment.close()
 
     def __enter__(self) -> Self:
@@ -83,17 +87,57 @@ class Snapshot:
 
     # -- the snapshot ----------------------------------------------------------------------------------------------
 
-    def refresh(self, force: bool = False) -> bool:
-        """Move on to the newest commit; True if there was one. Hold `lock`: addresses of before become invalid.
+    def enter(self) -> None:
+        """Begin to use page addresses, of the newest commit; leave() ends it. Between them call nothing that writes.
 
-        Costs one load from shared memory when there is nothing new. force: ask LMDB even then, which also notices the
-        commit of a process that was killed before it could count it; worth doing now and then, as by an idle timer.
+        Costs one load from shared memory when there is nothing new. Otherwise it moves the snapshot on, and for that
+        waits until every thread that is inside has left: lookups are short.
+        """
+        with self._gate:
+            while self._waiting or self._word.load() != self._generation:
+                if not self._inside and not self._waiting:
+                    self._advance()
+                    break
+                self._gate.wait()
+            self._inside += 1
+
+    def leave(self) -> None:
+        with self._gate:
+            self._inside -= 1
+            if not self._inside:
+                self._gate.notify_all()
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """enter() and leave() for a `with` block."""
+        self.enter()
+        try:
+            yield
+        finally:
+            self.leave()
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Nobody else is inside, nor comes in."""
+        with self._gate:
+            self._waiting += 1
+            try:
+                while self._inside:
+                    self._gate.wait()
+                yield
+            finally:
+                self._waiting -= 1
+                self._gate.notify_all()
+
+    def refresh(self, force: bool = False) -> bool:
+        """Move on to the newest commit; True if there was one. Not between enter() and leave().
+
+        force: ask LMDB even when nothing was counted, which also notices the commit of a process that was killed before
+        it could count it; worth doing now and then, as by an idle timer.
         """
         if self._word.load() == self._generation and not force:
             return False
-        if self.environment.is_writing():
-            return False  # handles cannot be opened now, and the caller reads through its own transaction
-        with self.lock:
+        with self._alone():
             return self._advance()
 
     def _advance(self) -> bool:
@@ -101,7 +145,8 @@ class Snapshot:
         if self._generation == _CLOSED:
             raise InvalidArgument(f"store '{self.path}' is closed; open it again")
         generation = self._word.load()  # before the snapshot: a commit in between is found again, never missed
-        txn = environment.read()
+        with translated(environment.path):
+            txn, tree = environment.read_tree()
         try:
             sequence = environment.sequence(txn)
             if self._txn is not None and sequence == self._sequence:
@@ -110,29 +155,14 @@ class Snapshot:
                 return False
             catalog_json = environment.read_catalog_json(txn)
             catalog = self._parse(catalog_json)
-            for table in catalog.tables.values():
-                if environment.has_database(table.database):
-                    environment.handle(table.database)
-            usable = environment.handles()
-            if usable != self._usable:
-                # Handles were opened after this transaction began, so it cannot use them. Nothing is lost by taking a
-                # newer one: its catalog may name still newer tables, but then the word has moved and we come again.
-                txn.abort()
-                txn = environment.read()
-                self._usable = usable
-                sequence = environment.sequence(txn)
-                catalog_json = environment.read_catalog_json(txn)
-                catalog = self._parse(catalog_json)
-            old, self._txn = self._txn, txn
-            changes = environment.changes_since(txn, self._sequence) if old is not None else None
-            self._take_catalog(catalog, catalog_json)
-            self._sequence = sequence
-            self._patch(changes)
+            changes = environment.changes_since(txn, self._sequence) if self._txn is not None else None
         except BaseException:
-            if txn is not self._txn:
-                txn.abort()
+            txn.abort()
             raise
-        self._generation = generation
+        old, self._txn, self._tree = self._txn, txn, tree
+        self._take_catalog(catalog, catalog_json)
+        self._sequence, self._generation = sequence, generation
+        self._patch(changes)
         if old is not None:
             old.abort()
         return True
@@ -155,20 +185,19 @@ class Snapshot:
         self.catalog, self._parsed = catalog, (catalog_json, catalog)
         self.catalog_version += 1
 
-    def _patch(self, changes: dict[int, set[bytes]] | None) -> None:
+    def _patch(self, changes: bytes | None) -> None:
         """Bring the directories to the present snapshot: the changed buckets, or all when changes is None."""
+        if changes is None:
+            self._directories.clear()  # each is built again when it is asked for
+            return
         for name, directory in list(self._directories.items()):
-            table = self.catalog.tables[name]
-            keys = None if changes is None else changes.get(table.id, set())
-            if keys is None or (keys and directory is None):
-                self._directories.pop(name)  # built again when it is asked for
+            if directory is None:  # of an empty table: quickly built
+                del self._directories[name]
                 continue
-            if directory is None or not keys:
-                continue
-            handle, get = self.environment.handle(table.database), self._txn.get
-            with self._sound(name):
-                for key in sorted(keys):  # in the order in which LMDB has them
-                    directory.put(key, get(key, db=handle))
+            try:
+                directory.update(self._tree, changes)
+            except ValueError:
+                del self._directories[name]  # building it says what is wrong, to whoever asks for this view
 
     @contextmanager
     def _sound(self, view_name: str) -> Iterator[None]:
@@ -191,37 +220,36 @@ class Snapshot:
     def directory(self, view_name: str) -> Directory | None:
         """The directory of that view's table in the present snapshot; None if the table is empty. Raises NotFound.
 
-        The first call for a view reads the header of each of its pages.
+        For use between enter() and leave(). The first call for a view reads the header of each of its pages.
         """
         try:
             return self._directories[view_name]
         except KeyError:
-            with self.lock:
-                layout = self.layout(view_name)
-                directory = Directory(layout, self.catalog.tables[view_name].id)
-                with self._sound(view_name), translated(self.environment.path):
-                    n_buckets = directory.rebuild(self._pages(view_name))
-                self._directories[view_name] = directory if n_buckets else None
-                return self._directories[view_name]
+            with self._build_lock:
+                if view_name not in self._directories:
+                    self._directories[view_name] = self._build(view_name)
+            return self._directories[view_name]
 
-    def _pages(self, view_name: str) -> Iterator[tuple[memoryview, memoryview]]:
-        """(bucket key, page) of the view's table in the present snapshot."""
-        database = self.catalog.tables[view_name].database
-        if database not in self._usable:
-            return iter(())
-        pages: Iterator[tuple[memoryview, memoryview]] = iter(
-            self._txn.cursor(db=self.environment.handle(database)).iternext()
-        )
-        return pages
+    def _build(self, view_name: str) -> Directory | None:
+        directory = Directory(self.layout(view_name), self.catalog.tables[view_name].id)
+        with self._sound(view_name):
+            return directory if directory.build(self._tree) else None
 
     # -- reading all of a view -------------------------------------------------------------------------------------
 
     def count(self, view_name: str) -> int:
-        """Rows of that view as of the newest commit; moves the snapshot there (unless within a write)."""
-        with self.lock:
-            self.refresh()
+        """Rows of that view as of the newest commit; within a write as of that write."""
+        writer = self.environment.writer
+        if writer is not None:
+            table = Catalog.from_json(writer.get_catalog()).tables[view_name]
+            pages = table_pages(writer.txn, table.id)
+            return sum(int.from_bytes(page[:2], "little") for _, page in pages)
+        self.enter()
+        try:
             directory = self.directory(view_name)
             return directory.count_rows() if directory is not None else 0
+        finally:
+            self.leave()
 
     def scan(self, view_name: str) -> Iterator[ColumnBatch]:
         """The rows of that view, a page at a time and in no order, as of the newest commit when the iteration starts.
@@ -229,24 +257,14 @@ class Snapshot:
         Every page is checked in full. Has a snapshot of its own, so the caller may take its time between batches.
         Raises NotFound, and Internal if the table is damaged.
         """
-        environment = self.environment
-        while True:
-            with environment.read() as txn:
-                catalog = Catalog.from_json(environment.read_catalog_json(txn))
+        with self.environment.read() as txn:
+            catalog = Catalog.from_json(self.environment.read_catalog_json(txn))
             view, table = catalog.view(view_name), catalog.tables[view_name]
-            if not environment.has_database(table.database):
-                return
-            handle = environment.handle(table.database)
-            with environment.read() as txn:  # begun after the handle was opened, as it must be
-                now = Catalog.from_json(environment.read_catalog_json(txn))
-                if now.tables.get(view_name) != table or now.view(view_name).features != view.features:
-                    continue
-                layout = make_layout(view, table)
-                dtype = row_dtype(layout)
-                for key, page in txn.cursor(db=handle):
-                    with self._sound(view_name):
-                        layout.check(page, bytes(key), table.id)
-                    batch = decode_page(layout, dtype, page)
-                    if len(batch):
-                        yield batch
-                return
+            layout = make_layout(view, table)
+            dtype = row_dtype(layout)
+            for key, page in table_pages(txn, table.id):
+                with self._sound(view_name):
+                    layout.check(page, key, table.id)
+                batch = decode_page(layout, dtype, page)
+                if len(batch):
+                    yield batch

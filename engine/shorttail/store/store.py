@@ -7,16 +7,16 @@ import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import chain, islice
-from typing import Any
+from typing import Any, NamedTuple
 
-from shorttail._native.pages import Layout, SortedRows
+from shorttail._native.pages import Layout, SortedRows, join
 from shorttail.config import LIMITS
 from shorttail.definitions import FeatureView
-from shorttail.errors import InvalidArgument
+from shorttail.errors import Internal, InvalidArgument, ShorttailError
 from shorttail.store.catalog import Catalog, TableInfo
-from shorttail.store.environment import PAGE_BYTES, Writer, translated
+from shorttail.store.environment import PAGE_BYTES, Writer, drop_table, page_key, table_ids, translated
 from shorttail.store.snapshot import Snapshot
 from shorttail.store.table import (
     Array,
@@ -31,17 +31,49 @@ from shorttail.store.table import (
 LOAD_ROWS = 65_536  # rows that are encoded at a time
 COMMIT_ROWS = 65_536  # a longer upsert or delete takes several commits, so that its dirty pages fit LMDB's list
 ROWS_PER_PAGE_MIN = 8
-FIRST_BUCKET = bytes(8)
 
 Progress = Callable[[int], object]  # is given the number of rows read since its last call
+
+
+@dataclass(frozen=True, slots=True)
+class Upsert:
+    """Rows to put into a view."""
+
+    view: str
+    batch: ColumnBatch
+
+
+@dataclass(frozen=True, slots=True)
+class Delete:
+    """Rows to remove from a view: one column [n] for each key."""
+
+    view: str
+    keys: Sequence[Array]
+
+
+Edit = Upsert | Delete
+
+
+class _Encoded(NamedTuple):
+    view: FeatureView
+    table: TableInfo
+    rows: SortedRows
+
+
+class _Damaged(Exception):
+    """The edit of that number met a damaged table."""
+
+    def __init__(self, number: int, error: Internal) -> None:
+        super().__init__(number)
+        self.number = number
+        self.error = error
 
 
 class Store(Snapshot):
     """The feature views of one store directory, for reading and writing.
 
-    Many may be open on one path, in this and other processes; writers take turns. Thread-safe, but page addresses are
-    in use during a lookup: hold `lock` around refresh() and the lookup that follows. Writing does not move the
-    snapshot: refresh() shows what was written.
+    Many may be open on one path, in this and other processes; writers take turns. Thread-safe: see Snapshot.enter() for
+    lookups. Writing does not move the snapshot: enter() and refresh() show what was written.
     """
 
     def upsert(self, view_name: str, batch: ColumnBatch) -> int:
@@ -51,7 +83,7 @@ class Store(Snapshot):
         InvalidArgument (columns), ResourceExhausted (disk), Internal (damaged table).
         """
         for piece in pieces([batch], COMMIT_ROWS):
-            self._edit(view_name, piece, self._merge)
+            self._commit_one(Upsert(view_name, piece))
         return len(batch)
 
     def delete(self, view_name: str, keys: Sequence[Array]) -> int:
@@ -61,30 +93,43 @@ class Store(Snapshot):
         """
         removed = 0
         for start in range(0, len(keys[0]) if keys else 0, COMMIT_ROWS):
-            columns = [column[start : start + COMMIT_ROWS] for column in keys]
-            removed += self._edit(view_name, columns, self._remove)
+            removed += self._commit_one(Delete(view_name, [column[start : start + COMMIT_ROWS] for column in keys]))
         return removed
 
-    def _edit(
-        self,
-        view_name: str,
-        what: ColumnBatch | Sequence[Array],
-        apply: Callable[[Writer, Any, TableInfo, SortedRows], int],
-    ) -> int:
-        """Encode rows, or only their keys, for the view's table, then apply them to it in a write transaction."""
-        while True:
-            view, table = self._committed(view_name)
-            layout = make_layout(view, table)
-            encoded = (
-                encode_rows(layout, view, what) if isinstance(what, ColumnBatch) else _key_rows(layout, view, what)
-            )
-            rows = SortedRows(layout, [encoded])
-            handle = self.environment.handle(table.database, create=True)
-            with self.environment.write() as writer:
-                if self._is_current(writer, view, table):
-                    with self._sound(view_name):
-                        return apply(writer, handle, table, rows)
-            # A load has put another table in its place in between: encode again for that one.
+    def _commit_one(self, edit: Edit) -> int:
+        (outcome,) = self.commit([edit])
+        if isinstance(outcome, ShorttailError):
+            raise outcome
+        return outcome
+
+    def commit(self, edits: Sequence[Edit]) -> list[int | ShorttailError]:
+        """Apply all edits, in their order, in one durable commit.
+
+        Gives for each edit the rows given (Upsert) or removed (Delete), or its error: an edit that cannot be applied
+        (unknown view, wrong columns, damaged table) is left out and disturbs no other. Raises what concerns them all,
+        ResourceExhausted for one; then nothing was written.
+        """
+        outcomes: list[int | ShorttailError] = [0] * len(edits)
+        waiting = list(range(len(edits)))
+        while waiting:
+            # Encoded before the write lock is taken, for the tables as they are now.
+            encoded = [self._encode(edits[i]) for i in waiting]
+            again: list[int] = []
+            try:
+                with self.environment.write() as writer:
+                    for i, rows in zip(waiting, encoded, strict=True):
+                        if isinstance(rows, ShorttailError):
+                            outcomes[i] = rows
+                        elif not self._is_current(writer, rows.view, rows.table):
+                            again.append(i)  # a load has put another table in its place: encode again for that one
+                        else:
+                            outcomes[i] = self._apply(writer, i, edits[i], rows)
+            except _Damaged as damaged:
+                # What this edit had written is undone with all the rest: the others are applied again, without it.
+                outcomes[damaged.number] = damaged.error
+                again = [i for i in waiting if i != damaged.number]
+            waiting = again
+        return outcomes
 
     def _committed(self, view_name: str) -> tuple[FeatureView, TableInfo]:
         """That view and its table as of the last commit, of whatever process. Raises NotFound."""
@@ -97,31 +142,50 @@ class Store(Snapshot):
         now = catalog.views.get(view.name)
         return now is not None and _same_columns(now, view) and catalog.tables[view.name] == table
 
-    def _merge(self, writer: Writer, handle: Any, table: TableInfo, rows: SortedRows) -> int:
-        txn = writer.txn
-        n_buckets = txn.stat(handle)["entries"] + rows.image_bytes() // rows.layout.page_bytes + 1
+    def _encode(self, edit: Edit) -> _Encoded | ShorttailError:
+        """The rows of an edit, or only their keys, for the view's table as of the last commit."""
+        try:
+            view, table = self._committed(edit.view)
+            layout = make_layout(view, table)
+            parts = (
+                encode_rows(layout, view, edit.batch)
+                if isinstance(edit, Upsert)
+                else _key_rows(layout, view, edit.keys)
+            )
+            return _Encoded(view, table, SortedRows(layout, [parts]))
+        except ShorttailError as error:
+            return error
+
+    def _apply(self, writer: Writer, number: int, edit: Edit, encoded: _Encoded) -> int:
+        apply = self._merge if isinstance(edit, Upsert) else self._remove
+        try:
+            with self._sound(edit.view):
+                return apply(writer, encoded.table, encoded.rows)
+        except Internal as error:
+            raise _Damaged(number, error) from None
+
+    def _merge(self, writer: Writer, table: TableInfo, rows: SortedRows) -> int:
+        # LMDB counts the entries of all tables: a table among large ones is allowed to be deeper, which is harmless.
+        n_buckets = writer.txn.stat()["entries"] + rows.image_bytes() // rows.layout.page_bytes + 1
         depth_grow = depth_to_grow(n_buckets)
-        cursor = txn.cursor(db=handle)
         at = 0
         while at < len(rows):
-            key, page = _find_bucket(cursor, rows.hash(at))
+            key, page = writer.find_bucket(table.id, rows.hash(at))
             at, images = rows.merge(at, key, page, table.id, depth_grow)
             for new_key, image in images:
-                txn.put(new_key, image, db=handle)
-                writer.changed(table.id, new_key)
+                writer.put_page(table.id, new_key, image)
         return len(rows)
 
-    def _remove(self, writer: Writer, handle: Any, table: TableInfo, rows: SortedRows) -> int:
-        cursor = writer.txn.cursor(db=handle)
+    def _remove(self, writer: Writer, table: TableInfo, rows: SortedRows) -> int:
         at = removed_in_all = 0
         while at < len(rows):
-            key, page = _find_bucket(cursor, rows.hash(at))
+            key, page = writer.find_bucket(table.id, rows.hash(at))
             if page is None:
                 return 0
             at, removed, image = rows.remove(at, key, page, table.id)
             if image is not None:
-                writer.txn.put(key, image, db=handle)
-                writer.changed(table.id, key)
+                writer.put_page(table.id, key, image)
+                _join_siblings(writer, table, rows.layout, key, image)
             removed_in_all += removed
         return removed_in_all
 
@@ -131,14 +195,9 @@ class Store(Snapshot):
     def edit_catalog(self) -> Iterator[Catalog]:
         """A copy of the newest catalog to change; it is committed when the block ends, unless by an exception.
 
-        Tables that it no longer names are emptied in the same commit. Writers wait meanwhile: be quick.
+        Tables that it no longer names are deleted afterwards. Writers wait meanwhile: be quick.
         """
-        environment = self.environment
-        with environment.read() as txn:
-            known = self._parse(environment.read_catalog_json(txn))
-        handles = {table.id: self._handle_if_any(table) for table in known.tables.values()}
-        # Its lock before the writer's, as in refresh(): the block may ask for counts.
-        with self.lock, environment.write() as writer:
+        with self.environment.write() as writer:
             before = Catalog.from_json(writer.get_catalog())
             catalog = before.copy()
             yield catalog
@@ -146,15 +205,10 @@ class Store(Snapshot):
             if document == before.to_json():
                 return
             writer.put_catalog(document)
-            kept = {table.id for table in catalog.tables.values()}
-            for table in before.tables.values():
-                # One that was made a moment ago has no handle here; the next load empties it.
-                if table.id not in kept and handles.get(table.id) is not None:
-                    writer.txn.drop(handles[table.id], delete=False)
-
-    def _handle_if_any(self, table: TableInfo) -> Any:
-        environment = self.environment
-        return environment.handle(table.database) if environment.has_database(table.database) else None
+        kept = {table.id for table in catalog.tables.values()}
+        for table in before.tables.values():
+            if table.id not in kept:
+                drop_table(self.environment, table.id)
 
     # -- bulk load -------------------------------------------------------------------------------------------------
 
@@ -169,24 +223,21 @@ class Store(Snapshot):
         with self._loading():
             self._drop_leftovers()
             view, old = self._committed(view_name)
-            table = TableInfo(self._free_table_id(), secrets.randbits(63), 0)
+            table = self._new_table()
             layout = make_layout(view, table)
             rows = _read_all(layout, view, batches, progress)
             layout, table = _with_page_size(view, table, rows)
-            handle = self.environment.handle(table.database, create=True)
-            old_handle = self._handle_if_any(old)
-            self._write_table(handle, layout, table, rows)
+            self._write_table(layout, table, rows)
             with self.environment.write() as writer:
                 if not self._is_current(writer, view, old):
                     raise InvalidArgument(f"feature view '{view_name}' was changed while it was loaded; load it again")
                 catalog = Catalog.from_json(writer.get_catalog())
                 catalog.tables[view_name] = table
                 writer.put_catalog(catalog.to_json())
-                if old_handle is not None:
-                    writer.txn.drop(old_handle, delete=False)
+            drop_table(self.environment, old.id)
             return len(rows)
 
-    def _write_table(self, handle: Any, layout: Layout, table: TableInfo, rows: SortedRows) -> None:
+    def _write_table(self, layout: Layout, table: TableInfo, rows: SortedRows) -> None:
         """Write the table, which no catalog names yet, in several commits."""
         if not len(rows):
             return
@@ -196,7 +247,7 @@ class Store(Snapshot):
         while (first := next(pages, None)) is not None:
             with self.environment.write() as writer:
                 some = chain((first,), islice(pages, pages_per_commit - 1))
-                writer.txn.cursor(db=handle).putmulti(some, append=True)
+                writer.txn.cursor().putmulti((page_key(table.id, key), image) for key, image in some)
 
     @contextmanager
     def _loading(self) -> Iterator[None]:
@@ -210,25 +261,19 @@ class Store(Snapshot):
             os.close(fd)
 
     def _drop_leftovers(self) -> None:
-        """Empty the tables that no catalog names: of a load that was killed, or of views that were removed."""
-        environment = self.environment
-        names = [name for name in environment.database_names() if name[:1] == b"t"]
-        handles = {name: environment.handle(name) for name in names}
-        with environment.write() as writer:
-            catalog = Catalog.from_json(writer.get_catalog())
-            used = {table.database for table in catalog.tables.values()}
-            for name, handle in handles.items():
-                if name not in used and handle is not None and writer.txn.stat(handle)["entries"]:
-                    # The name stays and is used again: LMDB handles cannot be closed, so new names would add up.
-                    writer.txn.drop(handle, delete=False)
+        """Delete the tables that no catalog names: of a load that was killed, or of views that were removed."""
+        with self.environment.read() as txn:
+            used = {table.id for table in self._parse(self.environment.read_catalog_json(txn)).tables.values()}
+            leftovers = [table_id for table_id in table_ids(txn) if table_id not in used]
+        for table_id in leftovers:
+            drop_table(self.environment, table_id)
 
-    def _free_table_id(self) -> int:
-        """The lowest table id that is not in use. The load lock keeps it for us."""
+    def _new_table(self) -> TableInfo:
+        """A table whose id nobody else gets, and which no view has yet."""
         with self.edit_catalog() as catalog:
-            used = {table.id for table in catalog.tables.values()}
-            table_id = next(number for number in range(1, catalog.next_table_id + 1) if number not in used)
-            catalog.next_table_id = max(catalog.next_table_id, table_id + 1)  # others take their ids from there
-        return table_id
+            table = TableInfo(catalog.next_table_id, secrets.randbits(63))
+            catalog.next_table_id += 1
+        return table
 
 
 def _read_all(
@@ -242,15 +287,24 @@ def _read_all(
     return SortedRows(layout, parts)
 
 
-def _find_bucket(cursor: Any, row_hash: bytes) -> tuple[bytes, memoryview | None]:
-    """(key, page) of the bucket that the hash belongs to; the page is None in an empty table."""
-    found = cursor.set_range(row_hash)
-    if not (found and bytes(cursor.key()) == row_hash):
-        found = cursor.prev() if found else cursor.last()
-    if not found:
-        return FIRST_BUCKET, None
-    key, page = cursor.item()
-    return bytes(key), page
+def _join_siblings(writer: Writer, table: TableInfo, layout: Layout, key: bytes, page: bytes) -> None:
+    """Merge the bucket with its sibling while both together are small, so that a table shrinks as it grew."""
+    while depth := page[4]:
+        at = int.from_bytes(key)
+        sibling_at = at ^ (1 << (64 - depth))
+        sibling_key = sibling_at.to_bytes(8)
+        sibling = writer.get_page(table.id, sibling_key)
+        if sibling is None:
+            return
+        first, second = (
+            ((key, page), (sibling_key, sibling)) if at < sibling_at else ((sibling_key, sibling), (key, page))
+        )
+        joined = join(layout, table.id, *first, *second)
+        if joined is None:
+            return
+        writer.delete_page(table.id, second[0])
+        writer.put_page(table.id, first[0], joined)
+        key, page = first[0], joined
 
 
 def _key_rows(layout: Layout, view: FeatureView, keys: Sequence[Array]) -> tuple[Any, bytes]:

@@ -1,0 +1,346 @@
+/* See tree.h. */
+#include "tree.h"
+
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#include "row.h"
+
+#ifndef MADV_POPULATE_READ
+#define MADV_POPULATE_READ 22 /* Linux 5.14; where it is not known it does nothing */
+#endif
+
+enum {
+    META_MAGIC = 16, META_VERSION = 20, META_PAGE_BYTES = 40, META_DEPTH = 94, META_ROOT = 128, META_LAST_PAGE = 136,
+    META_TXN_ID = 144, /* offsets in a meta page; the main database's record starts at 88 */
+    PAGE_FLAGS = 10, PAGE_LOWER = 12, PAGE_COUNT = 12, PAGE_HEADER = 16,
+    FLAG_BRANCH = 1, FLAG_LEAF = 2, FLAG_OVERFLOW = 4, FLAG_META = 8,
+    NODE_HEADER = 8, NODE_BIG = 1, /* the value lies in overflow pages */
+    LEVELS_MAX = 32,
+    PREFETCH_PAGES = 12,
+    POPULATE_PAGES_MIN = 4096,
+};
+static const uint32_t MAGIC = 0xBEEFC0DE;
+
+typedef struct {
+    const uint8_t *key;
+    uint32_t key_bytes;
+    const uint8_t *node;
+} node_t;
+
+int st_tree_open(st_tree *t, const uint8_t *value, uint64_t txn_id)
+{
+    /* A value lies in a leaf page, or 16 bytes into the first of its overflow pages; each page knows its number. */
+    const uint8_t *page = (const uint8_t *)((uintptr_t)value & ~(uintptr_t)(ST_PAGE_BYTES - 1));
+    t->base = page - st_load64(page) * ST_PAGE_BYTES;
+    const uint8_t *meta = t->base + (txn_id & 1) * ST_PAGE_BYTES;
+    if (st_load64(meta) != (txn_id & 1) || st_load16(meta + PAGE_FLAGS) != FLAG_META ||
+        st_load32(meta + META_MAGIC) != MAGIC || st_load32(meta + META_VERSION) != 1 ||
+        st_load32(meta + META_PAGE_BYTES) != ST_PAGE_BYTES)
+        return ST_TREE_UNKNOWN;
+    /* Another process may be writing this page. The id is looked at before and after, as a seqlock's counter is. */
+    const uint64_t *id = (const uint64_t *)(const void *)(meta + META_TXN_ID);
+    if (__atomic_load_n(id, __ATOMIC_ACQUIRE) != txn_id) return ST_TREE_GONE;
+    t->depth = st_load16(meta + META_DEPTH);
+    t->root = st_load64(meta + META_ROOT);
+    t->n_pages = st_load64(meta + META_LAST_PAGE) + 1;
+    __atomic_thread_fence(__ATOMIC_ACQUIRE);
+    if (__atomic_load_n(id, __ATOMIC_ACQUIRE) != txn_id) return ST_TREE_GONE;
+    return t->depth <= LEVELS_MAX ? ST_TREE_OK : ST_TREE_UNKNOWN;
+}
+
+static const uint8_t *page_at(const st_tree *t, uint64_t number, uint32_t level)
+{
+    if (number < 2 || number >= t->n_pages) return NULL;
+    const uint8_t *page = t->base + number * ST_PAGE_BYTES;
+    uint32_t kind = level + 1 == t->depth ? FLAG_LEAF : FLAG_BRANCH;
+    if (st_load64(page) != number || !(st_load16(page + PAGE_FLAGS) & kind)) return NULL;
+    uint32_t lower = st_load16(page + PAGE_LOWER);
+    return lower >= PAGE_HEADER && lower <= ST_PAGE_BYTES ? page : NULL;
+}
+
+static uint32_t count_of(const uint8_t *page) { return (st_load16(page + PAGE_LOWER) - PAGE_HEADER) / 2u; }
+
+static int node_at(const uint8_t *page, uint32_t i, node_t *node)
+{
+    uint32_t offset = st_load16(page + PAGE_HEADER + 2 * i);
+    if (offset < PAGE_HEADER || offset + NODE_HEADER > ST_PAGE_BYTES) return -1;
+    node->node = page + offset;
+    node->key_bytes = st_load16(node->node + 6);
+    node->key = node->node + NODE_HEADER;
+    return offset + NODE_HEADER + node->key_bytes <= ST_PAGE_BYTES ? 0 : -1;
+}
+
+static uint64_t child_of(const node_t *node)
+{
+    return st_load32(node->node) | (uint64_t)st_load16(node->node + 4) << 32;
+}
+
+/* The value, or NULL when it lies outside of the file or is not what its page says. */
+static const uint8_t *value_of(const st_tree *t, const uint8_t *page, const node_t *node, uint64_t *bytes)
+{
+    const uint8_t *data = node->key + node->key_bytes;
+    *bytes = st_load32(node->node);
+    if (!(st_load16(node->node + 4) & NODE_BIG))
+        return (size_t)(data - page) + *bytes <= ST_PAGE_BYTES ? data : NULL;
+    if (data + 8 > page + ST_PAGE_BYTES) return NULL;
+    uint64_t number = st_load64(data), n = (PAGE_HEADER + *bytes + ST_PAGE_BYTES - 1) / ST_PAGE_BYTES;
+    if (number < 2 || number >= t->n_pages || n > t->n_pages - number) return NULL;
+    return t->base + number * ST_PAGE_BYTES + PAGE_HEADER;
+}
+
+/* Whether the first of a value's overflow pages is the page it should be. Apart from value_of so that a list of pages
+ * can be made without waiting for each of them to come from memory. */
+static int is_overflow(const st_tree *t, const uint8_t *value, uint64_t bytes)
+{
+    const uint8_t *page = value - PAGE_HEADER;
+    return st_load64(page) == (uint64_t)(page - t->base) / ST_PAGE_BYTES &&
+           st_load16(page + PAGE_FLAGS) & FLAG_OVERFLOW &&
+           st_load32(page + PAGE_COUNT) >= (PAGE_HEADER + bytes + ST_PAGE_BYTES - 1) / ST_PAGE_BYTES;
+}
+
+static int compare(const node_t *node, const uint8_t *key, uint32_t key_bytes)
+{
+    uint32_t n = node->key_bytes < key_bytes ? node->key_bytes : key_bytes;
+    int order = memcmp(node->key, key, n);
+    return order ? order : (node->key_bytes > key_bytes) - (node->key_bytes < key_bytes);
+}
+
+/* First node from `from` on whose key is at least that one; the number of nodes if there is none; -1: damaged. */
+static int64_t lower_bound(const uint8_t *page, uint32_t from, const uint8_t *key, uint32_t key_bytes)
+{
+    uint32_t low = from, high = count_of(page);
+    node_t node;
+    while (low < high) {
+        uint32_t middle = low + (high - low) / 2;
+        if (node_at(page, middle, &node)) return -1;
+        if (compare(&node, key, key_bytes) < 0) low = middle + 1; else high = middle;
+    }
+    return low;
+}
+
+/* The child in which a key lies. The first child's own key is empty, and means "less than all". */
+static int64_t child_index(const uint8_t *page, const uint8_t *key, uint32_t key_bytes)
+{
+    if (!count_of(page)) return -1;
+    int64_t i = lower_bound(page, 1, key, key_bytes);
+    node_t node;
+    if (i < 0 || (i < count_of(page) && node_at(page, (uint32_t)i, &node))) return -1;
+    return i < count_of(page) && compare(&node, key, key_bytes) == 0 ? i : i - 1;
+}
+
+/* 1 and the value of a key, 0: there is none, -1: damaged. */
+static int find(const st_tree *t, const uint8_t *key, uint32_t key_bytes, const uint8_t **value, uint64_t *bytes)
+{
+    uint64_t number = t->root;
+    node_t node;
+    for (uint32_t level = 0; level < t->depth; level++) {
+        const uint8_t *page = page_at(t, number, level);
+        if (!page) return -1;
+        int64_t i;
+        if (level + 1 < t->depth) {
+            i = child_index(page, key, key_bytes);
+            if (i < 0 || node_at(page, (uint32_t)i, &node)) return -1;
+            number = child_of(&node);
+            continue;
+        }
+        i = lower_bound(page, 0, key, key_bytes);
+        if (i < 0) return -1;
+        if (i == count_of(page) || node_at(page, (uint32_t)i, &node) || compare(&node, key, key_bytes)) return 0;
+        *value = value_of(t, page, &node, bytes);
+        return *value ? 1 : -1;
+    }
+    return 0;
+}
+
+/* ---- the list of a table's pages ------------------------------------------------------------------------------- */
+
+typedef struct {
+    uint64_t key;
+    const uint8_t *image;
+    uint64_t bytes;
+} bucket_t;
+
+typedef struct {
+    bucket_t *items;
+    size_t n, room;
+} list_t;
+
+static const char DAMAGED[] = "LMDB's tree is damaged", NO_MEMORY[] = "";
+
+static void page_key(uint8_t *key, uint32_t table_id)
+{
+    key[0] = 't';
+    table_id = __builtin_bswap32(table_id);
+    memcpy(key + 1, &table_id, 4);
+}
+
+static uint64_t bucket_key(const uint8_t *bytes) { return __builtin_bswap64(st_load64(bytes)); }
+
+static const char *add(const st_tree *t, const uint8_t *page, const node_t *node, list_t *list)
+{
+    if (list->n == list->room) {
+        size_t room = list->room ? 2 * list->room : 256;
+        bucket_t *items = realloc(list->items, room * sizeof *items);
+        if (!items) return NO_MEMORY;
+        list->items = items;
+        list->room = room;
+    }
+    bucket_t *item = &list->items[list->n];
+    if (node->key_bytes != ST_PAGE_KEY_BYTES) return DAMAGED;
+    item->key = bucket_key(node->key + ST_PAGE_KEY_BYTES - ST_BUCKET_KEY_BYTES);
+    item->image = value_of(t, page, node, &item->bytes);
+    if (!item->image || item->bytes < ST_PAGE_BYTES - PAGE_HEADER) return DAMAGED;
+    list->n++;
+    return NULL;
+}
+
+/* The entries below a page whose keys begin with prefix. */
+static const char *collect(const st_tree *t, uint64_t number, uint32_t level, const uint8_t *prefix, uint32_t n_prefix,
+                           list_t *list)
+{
+    const uint8_t *page = page_at(t, number, level);
+    if (!page) return DAMAGED;
+    int leaf = level + 1 == t->depth;
+    int64_t first = leaf ? lower_bound(page, 0, prefix, n_prefix) : child_index(page, prefix, n_prefix);
+    if (first < 0) return DAMAGED;
+    for (uint32_t i = (uint32_t)first, n = count_of(page); i < n; i++) {
+        node_t node;
+        if (node_at(page, i, &node)) return DAMAGED;
+        /* Of a branch the first child looked at may hold smaller keys; from the next on keys must fit. */
+        if ((leaf || i > first) && (node.key_bytes < n_prefix || memcmp(node.key, prefix, n_prefix))) break;
+        const char *wrong = leaf ? add(t, page, &node, list)
+                                 : collect(t, child_of(&node), level + 1, prefix, n_prefix, list);
+        if (wrong) return wrong;
+    }
+    return NULL;
+}
+
+/* ---- directories ----------------------------------------------------------------------------------------------- */
+
+/* Double the directory until it has that depth: every entry becomes several. */
+static int grow(st_directory *d, uint32_t depth)
+{
+    size_t n_old = (size_t)1 << d->depth, times = (size_t)1 << (depth - d->depth);
+    int first = d->pages == NULL;
+    const uint8_t **pages = realloc((void *)d->pages, n_old * times * sizeof *pages);
+    if (!pages) return -1;
+    d->pages = pages;
+    d->depth = depth;
+    if (first) {
+        memset((void *)pages, 0, n_old * times * sizeof *pages);
+        return 0;
+    }
+    for (size_t i = n_old; i-- > 0;) { /* from the end, so that nothing is overwritten before it is read */
+        const uint8_t *page = pages[i];
+        for (size_t j = 0; j < times; j++) pages[i * times + j] = page;
+    }
+    return 0;
+}
+
+int st_directory_put(st_directory *d, uint64_t key, uint32_t depth, const uint8_t *page)
+{
+    if ((!d->pages || depth > d->depth) && grow(d, depth)) return -1;
+    size_t start = (key >> 1) >> (63 - d->depth), n = (size_t)1 << (d->depth - depth);
+    for (size_t i = start; i < start + n; i++) d->pages[i] = page;
+    return 0;
+}
+
+static const char *check_bucket(const st_tree *t, const st_layout *layout, uint32_t table_id, uint64_t key,
+                                const uint8_t *image, uint64_t bytes)
+{
+    if (!is_overflow(t, image, bytes)) return DAMAGED;
+    const char *wrong = st_check_header(layout, image, bytes, table_id);
+    if (wrong) return wrong;
+    uint32_t depth = st_depth(image);
+    if (depth > ST_DIRECTORY_DEPTH_MAX || key & (UINT64_MAX >> depth)) return "its depth is impossible";
+    return NULL;
+}
+
+static int64_t fail(st_fault *fault, const char *what, uint64_t key)
+{
+    *fault = (st_fault){.what = what == NO_MEMORY ? NULL : what, .key = key};
+    return -1;
+}
+
+/* The pages of a loaded table lie together. Mapping them in one call costs a tenth of a fault for each, and what is on
+ * disk only is read in order. */
+static void populate(const list_t *list)
+{
+    uintptr_t first = UINTPTR_MAX, last = 0;
+    if (list->n < POPULATE_PAGES_MIN) return;
+    for (size_t i = 0; i < list->n; i++) {
+        uintptr_t start = (uintptr_t)list->items[i].image - PAGE_HEADER;
+        uintptr_t end = (uintptr_t)list->items[i].image + list->items[i].bytes;
+        if (start < first) first = start;
+        if (end > last) last = end;
+    }
+    if ((last - first) / ST_PAGE_BYTES <= 2 * list->n) madvise((void *)first, last - first, MADV_POPULATE_READ);
+}
+
+static int64_t fill(const st_tree *t, const st_layout *layout, uint32_t table_id, const list_t *list, st_directory *d,
+                    st_fault *fault)
+{
+    uint64_t expected = 0;
+    uint32_t deepest = 0;
+    for (size_t i = 0; i < list->n; i++) {
+        const bucket_t *item = &list->items[i];
+        if (i + PREFETCH_PAGES < list->n) {
+            const bucket_t *ahead = &list->items[i + PREFETCH_PAGES];
+            __builtin_prefetch(ahead->image);
+            __builtin_prefetch(ahead->image + ahead->bytes - ST_FOOTER_BYTES);
+        }
+        const char *wrong = check_bucket(t, layout, table_id, item->key, item->image, item->bytes);
+        if (wrong) return fail(fault, wrong, item->key);
+        if (item->key != expected || (i && !expected)) return fail(fault, "it follows where another one should", item->key);
+        expected = item->key + (((uint64_t)1 << (63 - st_depth(item->image))) << 1);
+        if (st_depth(item->image) > deepest) deepest = st_depth(item->image);
+    }
+    if (expected) return fail(fault, "it is missing", expected);
+    if (grow(d, deepest)) return fail(fault, NO_MEMORY, 0); /* at once: every step of growth would copy */
+    for (size_t i = 0; i < list->n; i++)
+        st_directory_put(d, list->items[i].key, st_depth(list->items[i].image), list->items[i].image);
+    return (int64_t)list->n;
+}
+
+int64_t st_directory_build(const st_tree *t, const st_layout *layout, uint32_t table_id, st_directory *d,
+                           st_fault *fault)
+{
+    uint8_t prefix[ST_PAGE_KEY_BYTES];
+    list_t list = {0};
+    page_key(prefix, table_id);
+    *d = (st_directory){0};
+    const char *wrong = t->depth ? collect(t, t->root, 0, prefix, ST_PAGE_KEY_BYTES - ST_BUCKET_KEY_BYTES, &list) : NULL;
+    if (!wrong) populate(&list);
+    int64_t n = wrong ? fail(fault, wrong, 0) : list.n ? fill(t, layout, table_id, &list, d, fault) : 0;
+    free(list.items);
+    if (n < 0) {
+        free((void *)d->pages);
+        *d = (st_directory){0};
+    }
+    return n;
+}
+
+int64_t st_directory_update(const st_tree *t, const st_layout *layout, uint32_t table_id, const uint8_t *changes,
+                            size_t n, st_directory *d, st_fault *fault)
+{
+    int64_t n_found = 0;
+    uint8_t key[ST_PAGE_KEY_BYTES];
+    page_key(key, table_id);
+    for (size_t i = 0; i < n; i++) {
+        const uint8_t *change = changes + i * ST_CHANGE_BYTES, *image;
+        if (memcmp(change, key + 1, ST_CHANGE_BYTES - ST_BUCKET_KEY_BYTES)) continue;
+        memcpy(key + 1, change, ST_CHANGE_BYTES);
+        uint64_t bytes, bucket = bucket_key(change + ST_CHANGE_BYTES - ST_BUCKET_KEY_BYTES);
+        int found = find(t, key, ST_PAGE_KEY_BYTES, &image, &bytes);
+        if (found < 0) return fail(fault, DAMAGED, bucket);
+        if (!found) continue;
+        const char *wrong = bytes < ST_PAGE_BYTES - PAGE_HEADER ? DAMAGED
+                                                                : check_bucket(t, layout, table_id, bucket, image, bytes);
+        if (wrong) return fail(fault, wrong, bucket);
+        if (st_directory_put(d, bucket, st_depth(image), image)) return fail(fault, NO_MEMORY, bucket);
+        n_found++;
+    }
+    return n_found;
+}
