@@ -68,7 +68,7 @@ class Engine:
         plan = self.plan_for_model(model, version)
         result = self._ask(plan, columns)
         statuses = dict(zip(plan.view_names, result.view_statuses, strict=True))
-        return Prediction(model, result.version, dict(result.outputs), statuses)
+        return Prediction(model, result.version, dict(zip(result.names, result.values, strict=True)), statuses)
 
     def get_online_features(self, features: Sequence[str], columns: Mapping[str, Any]) -> Features:
         """Look up "view:feature" references for {key column: value or values}. Raises NotFound, InvalidArgument."""
@@ -77,7 +77,7 @@ class Engine:
         plan = self.plan_for_features(tuple(features))
         result = self._ask(plan, columns)
         assert result.feature_statuses is not None
-        return Features(plan.feature_names, [a for _, a in result.outputs], result.feature_statuses, plan.has_default)
+        return Features(plan.feature_names, result.values, result.feature_statuses, plan.has_default)
 
     def _ask(self, plan: Plan, values: Mapping[str, Any]) -> BatchResult:
         # pop and append are atomic, so threads share the spare batches without a lock. Asking first whether there is

@@ -8,7 +8,7 @@ instead of names, where each value comes from and where it goes.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -63,10 +63,11 @@ class Plan:
     view_names: tuple[str, ...]
     lookups: tuple[Lookup, ...]  # one a view
     buffers: tuple[Buffer, ...]  # the model's inputs come first, in its order
-    copy: CopyColumns
+    copy: CopyColumns | None  # of request columns
     transforms: tuple[Transform, ...]
     runner: Runner | None
     feature_names: tuple[str, ...]  # () for models
+    feature_places: tuple[tuple[int, int | None], ...]  # of each its buffer, and the column if that is a matrix
     has_default: tuple[bool, ...]
     status_rows: list[int] | None  # features: where the lookup wrote each one's statuses, unless in order
     spare: list[Columns] = field(default_factory=list)
@@ -88,13 +89,36 @@ class Plan:
 class BatchResult:
     """What a batch of n rows gave; every array's first axis is n.
 
-    outputs: (name, array); view_statuses: uint8 [views, n]; feature_statuses: uint8 [features, n] or None.
+    names, values: of the outputs; view_statuses: uint8 [views, n]; feature_statuses: uint8 [features, n] or None.
     """
 
-    outputs: list[tuple[str, NDArray[Any]]]
+    names: Sequence[str]
+    values: Sequence[NDArray[Any]]
     view_statuses: Statuses
     feature_statuses: Statuses | None
     version: int
+
+    @property
+    def outputs(self) -> list[tuple[str, NDArray[Any]]]:
+        return list(zip(self.names, self.values, strict=True))
+
+
+class FeatureColumns(Sequence[NDArray[Any]]):
+    """The features of a batch, each a buffer or a column of one; made when asked for, because a view costs as much as
+    a lookup."""
+
+    __slots__ = ("buffers", "places")
+
+    def __init__(self, buffers: list[NDArray[Any]], places: Sequence[tuple[int, int | None]]):
+        self.buffers = buffers
+        self.places = places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, i: Any) -> Any:
+        buffer, column = self.places[i]
+        return self.buffers[buffer] if column is None else self.buffers[buffer][:, column]
 
 
 class PlanOutdated(Exception):
@@ -119,7 +143,8 @@ def run_batch(plan: Plan, store: Store, columns: Columns) -> BatchResult:
     finally:
         store.leave()
 
-    plan.copy.run(columns, buffers)
+    if plan.copy is not None:
+        plan.copy.run(columns, buffers)
     for step in plan.transforms:
         out = buffers[step.output]
         step.function(*[buffers[i] for i in step.arguments], out if out.ndim == 1 else out[:, step.offset])
@@ -128,8 +153,7 @@ def run_batch(plan: Plan, store: Store, columns: Columns) -> BatchResult:
         feature_statuses = feature_statuses[plan.status_rows]
 
     if plan.runner is None:
-        outputs = list(zip(plan.feature_names, buffers, strict=True))
-    else:
-        inputs = buffers[: len(plan.runner.inputs)]
-        outputs = list(zip(plan.runner.output_names, plan.runner.run(inputs), strict=True))
-    return BatchResult(outputs, view_statuses, feature_statuses, plan.version)
+        values: Sequence[NDArray[Any]] = FeatureColumns(buffers, plan.feature_places)
+        return BatchResult(plan.feature_names, values, view_statuses, feature_statuses, 0)
+    values = plan.runner.run(buffers[: len(plan.runner.inputs)])
+    return BatchResult(plan.runner.output_names, values, view_statuses, None, plan.version)

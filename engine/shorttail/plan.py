@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -55,10 +57,21 @@ def compile_features(store: Store, references: Sequence[str], key: tuple[Any, ..
     catalog = store.catalog
     found = [catalog.feature(reference) for reference in references]
     builder = PlanBuilder(store, key_columns(view for view, _ in found))
+    # Features of one type share a matrix: its rows are copied in one piece, and one array is allocated for all of them.
+    widths = Counter(feature.dtype.name for _, feature in found if not feature.dtype.is_vector)
+    shared: dict[str, tuple[int, Iterator[int]]] = {}
+    places: list[tuple[int, int | None]] = []
     for reference, (_, feature) in zip(references, found, strict=True):
-        buffer = builder.add_buffer(feature.dtype, feature.dtype.width if feature.dtype.is_vector else None)
-        builder.fill(reference, buffer, 0, null_string=None)
-    return builder.finish("features", key, feature_names=tuple(references))
+        dtype = feature.dtype
+        if dtype.is_vector:
+            places.append((builder.add_buffer(dtype, dtype.width), None))
+        else:
+            if dtype.name not in shared:
+                shared[dtype.name] = builder.add_buffer(dtype, widths[dtype.name]), itertools.count()
+            buffer, columns = shared[dtype.name]
+            places.append((buffer, next(columns)))
+        builder.fill(reference, places[-1][0], places[-1][1] or 0, null_string=None)
+    return builder.finish("features", key, feature_names=tuple(references), feature_places=tuple(places))
 
 
 class PlanBuilder:
@@ -114,6 +127,7 @@ class PlanBuilder:
         version: int = 0,
         runner: Runner | None = None,
         feature_names: tuple[str, ...] = (),
+        feature_places: tuple[tuple[int, int | None], ...] = (),
     ) -> Plan:
         lookups = []
         for view_name, operations in self.gathers.items():
@@ -121,9 +135,10 @@ class PlanBuilder:
             keys = [self.column_number[name] for name in view.keys]
             lookups.append(Lookup(self.store.layout(view_name), keys, operations, view.ttl_us))
         # The lookup writes statuses view by view; an answer's columns are in the order that was asked for.
-        gathered = [operation[1] for operations in self.gathers.values() for operation in operations]
-        status_rows = sorted(range(len(gathered)), key=gathered.__getitem__)
-        in_order = status_rows == list(range(len(gathered)))
+        gathered = [operation[1:3] for operations in self.gathers.values() for operation in operations]
+        row_of = {place: row for row, place in enumerate(gathered)}
+        status_rows = [row_of[buffer, column or 0] for buffer, column in feature_places]
+        in_order = status_rows == list(range(len(status_rows)))
         return Plan(
             kind=kind,
             key=key,
@@ -135,10 +150,11 @@ class PlanBuilder:
             view_names=tuple(self.gathers),
             lookups=tuple(lookups),
             buffers=tuple(self.buffers),
-            copy=CopyColumns(self.copies),
+            copy=CopyColumns(self.copies) if self.copies else None,
             transforms=tuple(self.transforms),
             runner=runner,
             feature_names=feature_names,
+            feature_places=feature_places,
             status_rows=None if in_order else status_rows,
             has_default=tuple(self.catalog.feature(name)[1].default is not None for name in feature_names),
         )

@@ -73,7 +73,7 @@ class Features:
         has_default: Sequence[bool] | None = None,
     ):
         self.feature_names = list(feature_names)
-        self._values = list(values)
+        self._values = values
         self._status_rows = feature_statuses
         self.has_default = list(has_default) if has_default is not None else [False] * len(self._values)
 

@@ -30,9 +30,11 @@ class Snapshot:
     def __init__(self, environment: Environment) -> None:
         """For open() only."""
         self.environment = environment
-        self._gate = threading.Condition(threading.Lock())
+        self._lock = threading.Lock()  # of what follows; held for moments, but while the snapshot moves
+        self._gate = threading.Condition(self._lock)
         self._inside = 0  # threads between enter() and leave()
-        self._waiting = 0  # threads that want to move the snapshot
+        self._waiting = 0  # threads that want to be alone
+        self._sleeping = 0  # threads in _gate.wait()
         self._build_lock = threading.Lock()
         self.catalog = Catalog()
         self.catalog_version = 0  # grows whenever the catalog, and so what plans were made from, changes
@@ -93,19 +95,30 @@ class Snapshot:
         Costs one load from shared memory when there is nothing new. Otherwise it moves the snapshot on, and for that
         waits until every thread that is inside has left: lookups are short.
         """
-        with self._gate:
-            while self._waiting or self._word.load() != self._generation:
-                if not self._inside and not self._waiting:
-                    self._advance()
-                    break
-                self._gate.wait()
+        with self._lock:
+            if self._waiting or self._word.load() != self._generation:
+                self._catch_up()
             self._inside += 1
 
     def leave(self) -> None:
-        with self._gate:
+        with self._lock:
             self._inside -= 1
-            if not self._inside:
+            if self._sleeping and not self._inside:
                 self._gate.notify_all()
+
+    def _catch_up(self) -> None:
+        while self._waiting or self._word.load() != self._generation:
+            if not self._inside and not self._waiting:
+                self._advance()
+                return
+            self._sleep()
+
+    def _sleep(self) -> None:
+        self._sleeping += 1
+        try:
+            self._gate.wait()
+        finally:
+            self._sleeping -= 1
 
     @contextmanager
     def reading(self) -> Iterator[None]:
@@ -119,11 +132,11 @@ class Snapshot:
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """Nobody else is inside, nor comes in."""
-        with self._gate:
+        with self._lock:
             self._waiting += 1
             try:
                 while self._inside:
-                    self._gate.wait()
+                    self._sleep()
                 yield
             finally:
                 self._waiting -= 1
