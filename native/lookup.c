@@ -2,7 +2,7 @@
  *
  * A lookup of one key is a chain of loads that miss the cache: directory entry, page header with tags, row. For one key
  * their times add up; for many they overlap, if all first loads are asked for before the first of the second loads is
- * needed. So groups of rows go through four short loops, each of which prefetches what the next one reads, and a group is
+ * needed. So groups of rows go through short loops, each of which prefetches what the next one reads, and a group is
  * one loop ahead of the one behind it: while rows are copied, pages and tags of the next groups are under way. The loops
  * run over all views at once, so that a batch of one row with four views overlaps too.
  * (Group prefetching and software-pipelined prefetching: Chen, Ailamaki, Gibbons, Mowry, "Improving hash join
@@ -92,7 +92,7 @@ static inline void copy_bytes(uint8_t *to, const uint8_t *from, uint32_t bytes)
     else memcpy(to, from, bytes);
 }
 
-/* ---- the four loops -------------------------------------------------------------------------------------------- */
+/* ---- the loops -------------------------------------------------------------------------------------------- */
 
 static inline size_t string_start(const st_key_column *keys, size_t i) { return i ? keys->ends[i - 1] : 0; }
 
@@ -103,6 +103,13 @@ typedef struct {
 
 /* Most tables have one integer for a key: those do without the loops over key columns. */
 static inline int one_int_key(const st_layout *l) { return l->n_keys == 1 && !l->key_is_string[0]; }
+
+static inline int has_string_key(const st_layout *l)
+{
+    for (uint32_t k = 0; k < l->n_keys; k++)
+        if (l->key_is_string[k]) return 1;
+    return 0;
+}
 
 /* 1. Hash the keys; ask for directory entries. */
 static void hash_keys(const st_view *v, group g, slots *s, size_t slot)
@@ -197,6 +204,36 @@ static void match_tags(const st_view *v, group g, slots *s, size_t slot)
     }
 }
 
+/* 4. Where there are strings, ask for those of the row. */
+static void ask_for_strings(const st_view *v, group g, slots *s, size_t slot)
+{
+    const st_layout *l = v->layout;
+    if (!l->n_strings || (!v->strings && !has_string_key(l))) return;
+    for (size_t end = slot + g.count; slot < end; slot++) {
+        const uint8_t *page = s->page[slot];
+        if (!page) continue;
+        const uint8_t *row = st_row(l, page, s->candidate[slot]);
+        for (uint32_t k = 0; k < l->n_keys; k++)
+            if (l->key_is_string[k]) __builtin_prefetch(page + st_load32(row + 8 * k));
+        for (uint32_t o = 0; v->strings && o < v->plan->n_ops; o++)
+            if (!v->plan->ops[o].bytes) __builtin_prefetch(page + st_load32(row + v->plan->ops[o].row_offset));
+    }
+}
+
+/* memcmp() == 0 for keys: short, and nearly always equal. */
+static inline int same_bytes(const uint8_t *a, const uint8_t *b, size_t n)
+{
+    if (n >= 8) {
+        for (size_t at = 0; at + 8 <= n; at += 8)
+            if (st_load64(a + at) != st_load64(b + at)) return 0;
+        return st_load64(a + n - 8) == st_load64(b + n - 8);
+    }
+    if (n >= 4) return st_load32(a) == st_load32(b) && st_load32(a + n - 4) == st_load32(b + n - 4);
+    for (size_t at = 0; at < n; at++)
+        if (a[at] != b[at]) return 0;
+    return 1;
+}
+
 static inline int key_matches(const st_view *v, const uint8_t *page, const uint8_t *row, size_t i)
 {
     const st_layout *l = v->layout;
@@ -211,7 +248,7 @@ static inline int key_matches(const st_view *v, const uint8_t *page, const uint8
         size_t start = string_start(keys, i), length = keys->ends[i] - start;
         uint64_t at = st_load32(stored);
         if (st_load32(stored + 4) != length || at + length > st_image_bytes(page)) return 0;
-        if (length && memcmp(page + at, keys->data + start, length)) return 0;
+        if (!same_bytes(page + at, keys->data + start, length)) return 0;
     }
     return 1;
 }
@@ -272,7 +309,7 @@ static inline void copy_row(const st_view *v, size_t i, const uint8_t *row)
     }
 }
 
-/* 4. Compare keys in full; copy rows. */
+/* 5. Compare keys in full; copy rows. */
 static void copy_rows(const st_view *v, group g, size_t n, slots *s, size_t slot)
 {
     const st_plan *p = v->plan;
@@ -323,27 +360,29 @@ static group group_at(size_t number, size_t rows, size_t n)
     return (group){first, n - first < rows ? n - first : rows};
 }
 
-/* Group g is hashed in step g, its pages are found in step g + 1, tags matched in g + 2 and rows copied in g + 3. */
+enum { LOOPS = 5, RING = 8 /* a power of two, so that a group finds its slots again by its number */ };
+
+/* Group g goes through loop k in step g + k. */
 static void look_up_together(const st_view *const *views, size_t n_views, size_t n)
 {
-    slots ring[4];
+    slots ring[RING];
     size_t rows = (GROUP + n_views - 1) / n_views, n_groups = (n + rows - 1) / rows;
-    for (size_t step = 0; step < n_groups + 3; step++) {
-        if (step < n_groups) {
-            group g = group_at(step, rows, n);
-            for (size_t v = 0; v < n_views; v++) hash_keys(views[v], g, &ring[step & 3], v * g.count);
-        }
-        if (step - 1 < n_groups) { /* in step 0 this is a number without end, and so below */
-            group g = group_at(step - 1, rows, n);
-            for (size_t v = 0; v < n_views; v++) find_pages(views[v], g, &ring[(step - 1) & 3], v * g.count);
-        }
-        if (step - 2 < n_groups) {
-            group g = group_at(step - 2, rows, n);
-            for (size_t v = 0; v < n_views; v++) match_tags(views[v], g, &ring[(step - 2) & 3], v * g.count);
-        }
-        if (step - 3 < n_groups) {
-            group g = group_at(step - 3, rows, n);
-            for (size_t v = 0; v < n_views; v++) copy_rows(views[v], g, n, &ring[(step - 3) & 3], v * g.count);
+    for (size_t step = 0; step < n_groups + LOOPS - 1; step++) {
+        for (size_t loop = 0; loop < LOOPS && loop <= step; loop++) {
+            size_t number = step - loop;
+            if (number >= n_groups) continue;
+            group g = group_at(number, rows, n);
+            slots *s = &ring[number % RING];
+            for (size_t v = 0; v < n_views; v++) {
+                size_t slot = v * g.count;
+                switch (loop) {
+                case 0: hash_keys(views[v], g, s, slot); break;
+                case 1: find_pages(views[v], g, s, slot); break;
+                case 2: match_tags(views[v], g, s, slot); break;
+                case 3: ask_for_strings(views[v], g, s, slot); break;
+                case 4: copy_rows(views[v], g, n, s, slot); break;
+                }
+            }
         }
     }
 }

@@ -185,17 +185,20 @@ size_t st_sort_counts(size_t n) { return sort_bits(n) ? (size_t)1 << sort_bits(n
 
 void st_sort(const st_item *from, st_item *to, size_t n, size_t *counts)
 {
-    unsigned shift = 64 - sort_bits(n);
+    unsigned shift = 64 - sort_bits(n), skip = 0;
     size_t n_counts = st_sort_counts(n);
     if (n_counts) {
+        uint64_t differ = 1; /* the bits in which not all hashes agree: by the first of them on it sorts */
+        for (size_t i = 1; i < n; i++) differ |= from[i].hash ^ from[0].hash;
+        skip = (unsigned)__builtin_clzll(differ);
         memset(counts, 0, n_counts * sizeof *counts);
-        for (size_t i = 0; i < n; i++) counts[from[i].hash >> shift]++;
+        for (size_t i = 0; i < n; i++) counts[from[i].hash << skip >> shift]++;
         for (size_t c = 0, sum = 0; c < n_counts; c++) {
             size_t count = counts[c];
             counts[c] = sum;
             sum += count;
         }
-        for (size_t i = 0; i < n; i++) to[counts[from[i].hash >> shift]++] = from[i];
+        for (size_t i = 0; i < n; i++) to[counts[from[i].hash << skip >> shift]++] = from[i];
     } else if (n) {
         memcpy(to, from, n * sizeof *to);
     }

@@ -5,15 +5,19 @@ calls LMDB: pages are read at the addresses of buffers that py-lmdb handed out, 
 transaction behind them.
 """
 
-from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.buffer cimport PyBUF_READ, PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.bytearray cimport PyByteArray_AS_STRING
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from cpython.buffer cimport PyBUF_READ
+from cpython.memoryview cimport PyMemoryView_FromMemory
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
+from cpython.memoryview cimport PyMemoryView_FromMemory
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF, Py_INCREF
 from cpython.unicode cimport PyUnicode_DecodeUTF8
 from libc.errno cimport errno
 from libc.stdint cimport INT64_MIN, UINT64_MAX, int64_t, uint8_t, uint32_t, uint64_t
-from libc.stdlib cimport free
+from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcpy, memset
 
 import os
@@ -80,7 +84,7 @@ cdef extern from "page.h" nogil:
         uint8_t *feature_status
         st_string *strings
     ctypedef struct st_splitter:
-        pass
+        const st_layout *layout
     ctypedef struct st_bucket:
         uint64_t key
         uint32_t depth
@@ -119,10 +123,40 @@ cdef extern from "tree.h" nogil:
         const char *what
         uint64_t key
     int st_tree_open(st_tree *, const uint8_t *, uint64_t)
+    int st_tree_bucket(const st_tree *, uint32_t, uint64_t, uint64_t *, const uint8_t **, uint64_t *)
     int64_t st_directory_build(const st_tree *, const st_layout *, uint32_t, st_directory *, st_fault *)
     int64_t st_directory_update(const st_tree *, const st_layout *, uint32_t, const uint8_t *, size_t, st_directory *,
                                 st_fault *)
     int st_directory_put(st_directory *, uint64_t, uint32_t, const uint8_t *)
+
+cdef extern from "load.h" nogil:
+    enum: ST_LOAD_OK, ST_LOAD_NO_MEMORY, ST_LOAD_ROW_TOO_LONG
+    ctypedef struct st_source:
+        const uint8_t *values
+        const void *offsets
+        uint32_t offset_bytes
+        const uint8_t *nulls
+    ctypedef struct st_chunk:
+        st_chunk *next
+        size_t bytes
+        uint32_t n_rows
+    ctypedef struct st_partition:
+        st_chunk *first
+        uint64_t n_rows, bytes
+    ctypedef struct st_load:
+        uint32_t bits
+        size_t memory_bytes
+        uint64_t n_rows, heap_bytes, file_bytes
+        st_partition *partitions
+    int st_load_init(st_load *, const st_layout *, uint32_t, uint32_t, size_t, size_t)
+    void st_load_free(st_load *)
+    size_t st_source_check(const st_source *, size_t, size_t, size_t)
+    int st_load_add(st_load *, const st_source *, size_t *, size_t)
+    int st_load_put(st_load *, const st_item *)
+    int st_load_spill(st_load *, int)
+    size_t st_chunks_file_bytes(const st_chunk *, const st_chunk *)
+    int st_chunks_read(const st_load *, const st_chunk *, const st_chunk *, int, uint8_t *, st_item *)
+    void st_partition_punch(const st_partition *, int)
 
 cdef extern from *:
     """
@@ -130,9 +164,11 @@ cdef extern from *:
     #ifndef MADV_POPULATE_READ
     #define MADV_POPULATE_READ 22 /* Linux 5.14 */
     #endif
+    #define st_prefetch(p) __builtin_prefetch(p)
     #define st_word_load(p) __atomic_load_n((p), __ATOMIC_ACQUIRE)
     #define st_word_bump(p) __atomic_add_fetch((p), 1, __ATOMIC_ACQ_REL)
     """
+    void st_prefetch(const void *) nogil
     uint64_t st_word_load(uint64_t *) nogil
     uint64_t st_word_bump(uint64_t *) nogil
     enum: MADV_POPULATE_READ
@@ -147,6 +183,7 @@ cdef enum:
 include "pages_layout.pxi"
 include "pages_rows.pxi"
 include "pages_lookup.pxi"
+include "pages_load.pxi"
 
 
 def crc32c(data):

@@ -12,6 +12,9 @@ cdef class SortedRows:
     cdef size_t n
     cdef Py_buffer *views
     cdef size_t n_views
+    # Where merge_all() builds images: in memory that stays, as getting a page from the system costs as much as filling it.
+    cdef bytearray arena
+    cdef size_t arena_used
 
     def __cinit__(self, Layout layout not None, parts):
         cdef size_t total = 0, at = 0, v
@@ -102,7 +105,46 @@ cdef class SortedRows:
         Returns (next i, [(bucket key, page image), ...]): one image, or several when the bucket was split. A stored
         row with a later event time stays. Raises ValueError when the page is not sound.
         """
-        cdef _Bucket bucket = _Bucket(self, i, bucket_key, page, table_id)
+        cdef _Bucket bucket = _Bucket()
+        cdef Py_buffer view
+        cdef list images = []
+        if page is None:
+            bucket.open(self, i, _key_of(bucket_key), NULL, 0, table_id)
+        else:
+            PyObject_GetBuffer(page, &view, PyBUF_SIMPLE)
+            try:
+                bucket.open(self, i, _key_of(bucket_key), <const uint8_t *>view.buf, view.len, table_id)
+                self._merge(i, bucket, table_id, depth_grow, b"", images)
+                return bucket.stop, images
+            finally:
+                PyBuffer_Release(&view)
+        self._merge(i, bucket, table_id, depth_grow, b"", images)
+        return bucket.stop, images
+
+    def merge_all(self, Tree tree not None, size_t i, size_t pages_max, uint32_t table_id, uint32_t depth_grow):
+        """merge() for rows i, i + 1, ... with the buckets as they are in a tree, which has the table as it is.
+
+        Returns (next i, [(page key, page image), ...], entries for the change log), of about pages_max pages. The
+        images are overwritten by the next call. Raises ValueError when a page or the tree is not sound.
+        """
+        cdef _Bucket bucket
+        cdef list images = []
+        cdef _Ahead ahead = _Ahead(self, tree, table_id, i)
+        prefix = b"t" + int(table_id).to_bytes(4, "big")
+        cdef size_t room = self.layout.c.page_bytes * (pages_max + 1)
+        if self.arena is None or <size_t>len(self.arena) != room:
+            self.arena = bytearray(room)
+        self.arena_used = 0
+        while i < self.n and <size_t>len(images) < pages_max:
+            ahead.take(i)
+            bucket = _Bucket()
+            bucket.open(self, i, ahead.key, ahead.page, ahead.n_bytes, table_id)
+            self._merge(i, bucket, table_id, depth_grow, prefix, images)
+            i = bucket.stop
+        return i, images, b"".join([key[1:] for key, _ in images])
+
+    cdef int _merge(self, size_t i, _Bucket bucket, uint32_t table_id, uint32_t depth_grow, bytes prefix,
+                    list images) except -1:
         cdef size_t n_new = bucket.stop - i, n_all = bucket.n + n_new
         cdef st_item *both = <st_item *>PyMem_Malloc((2 * n_all + 1) * sizeof(st_item))
         cdef size_t *counts = <size_t *>PyMem_Malloc((st_sort_counts(n_all) + 1) * sizeof(size_t))
@@ -116,8 +158,11 @@ cdef class SortedRows:
             memcpy(both + bucket.n, self.items + i, n_new * sizeof(st_item))
             st_sort(both, both + n_all, n_all, counts)
             buckets = _Buckets(None, self.layout, table_id, depth_grow)
+            buckets.arena_of = self if prefix else None
             buckets.start(both + n_all, st_dedupe(&self.layout.c, both + n_all, n_all), bucket.key, bucket.depth)
-            return bucket.stop, list(buckets)
+            for key, image in buckets:
+                images.append((prefix + key, image))
+            return 0
         finally:
             PyMem_Free(both)
             PyMem_Free(counts)
@@ -128,10 +173,14 @@ cdef class SortedRows:
         Returns (next i, rows removed, page image), with None for the image when nothing was removed.
         Raises ValueError when the page is not sound.
         """
-        cdef _Bucket bucket = _Bucket(self, i, bucket_key, page, table_id)
-        cdef st_item *left = <st_item *>PyMem_Malloc((bucket.n + 1) * sizeof(st_item))
+        cdef _Bucket bucket = _Bucket()
+        cdef Py_buffer view
+        cdef st_item *left = NULL
         cdef _Buckets buckets
+        PyObject_GetBuffer(page, &view, PyBUF_SIMPLE)
         try:
+            bucket.open(self, i, _key_of(bucket_key), <const uint8_t *>view.buf, view.len, table_id)
+            left = <st_item *>PyMem_Malloc((bucket.n + 1) * sizeof(st_item))
             if left is NULL:
                 raise MemoryError
             kept = st_without(&self.layout.c, bucket.items, bucket.n, self.items + i, bucket.stop - i, left)
@@ -142,6 +191,7 @@ cdef class SortedRows:
             return bucket.stop, bucket.n - kept, next(buckets)[1]
         finally:
             PyMem_Free(left)
+            PyBuffer_Release(&view)
 
 
 def join(Layout layout not None, uint32_t table_id, bytes bucket_key, page, bytes sibling_key, sibling):
@@ -190,36 +240,73 @@ def join(Layout layout not None, uint32_t table_id, bytes bucket_key, page, byte
             PyBuffer_Release(&views[v])
 
 
+cdef enum:
+    LOOK_AHEAD = 8  # a power of two
+
+
+cdef class _Ahead:
+    """Finds the buckets of rows that come next, so that their pages are on the way from memory when they are needed."""
+    cdef SortedRows rows
+    cdef Tree tree
+    cdef uint32_t table_id
+    cdef size_t next
+    cdef uint64_t keys[LOOK_AHEAD], bytes[LOOK_AHEAD]
+    cdef const uint8_t *pages[LOOK_AHEAD]
+    # Of the row taken last. Without a page: the table is empty.
+    cdef uint64_t key, n_bytes
+    cdef const uint8_t *page
+
+    def __cinit__(self, SortedRows rows, Tree tree, uint32_t table_id, size_t i):
+        self.rows = rows
+        self.tree = tree
+        self.table_id = table_id
+        self.next = i
+
+    cdef int take(self, size_t i) except -1:
+        cdef size_t slot, at
+        if self.next < i:
+            self.next = i
+        while self.next < self.rows.n and self.next < i + LOOK_AHEAD:
+            slot = self.next % LOOK_AHEAD
+            self.keys[slot] = self.bytes[slot] = 0
+            self.pages[slot] = NULL
+            if st_tree_bucket(&self.tree.c, self.table_id, self.rows.items[self.next].hash, &self.keys[slot],
+                              &self.pages[slot], &self.bytes[slot]) < 0:
+                raise ValueError("LMDB's tree is damaged")
+            if self.pages[slot] is not NULL:
+                for at in range(0, self.bytes[slot], 64):
+                    st_prefetch(self.pages[slot] + at)
+            self.next += 1
+        slot = i % LOOK_AHEAD
+        self.key, self.page, self.n_bytes = self.keys[slot], self.pages[slot], self.bytes[slot]
+        return 0
+
+
 cdef class _Bucket:
     """A bucket to be edited: its rows by hash, and which of the rows to write belong to it."""
-    cdef Py_buffer view
-    cdef bint held
     cdef uint64_t key
     cdef uint32_t depth
-    cdef st_item *items
+    cdef st_item *items  # in the page, which must outlive this
     cdef size_t n, stop
 
-    def __cinit__(self, SortedRows rows, size_t i, bytes bucket_key, page, uint32_t table_id):
-        cdef const uint8_t *at
+    cdef int open(self, SortedRows rows, size_t i, uint64_t key, const uint8_t *page, size_t n_bytes,
+                  uint32_t table_id) except -1:
         cdef const char *wrong
         cdef size_t *counts
         cdef uint64_t last
-        self.key = _key_of(bucket_key)
-        if page is not None:
-            PyObject_GetBuffer(page, &self.view, PyBUF_SIMPLE)
-            self.held = True
-            at = <const uint8_t *>self.view.buf
-            wrong = st_check_page(&rows.layout.c, at, self.view.len, table_id, self.key)
+        self.key = key
+        if page is not NULL:
+            wrong = st_check_page(&rows.layout.c, page, n_bytes, table_id, key)
             if wrong is not NULL:
-                raise ValueError(f"bucket {bucket_key.hex()}: {wrong.decode()}")
-            self.n = st_page_rows(at)
-            self.depth = st_page_depth(at)
+                raise ValueError(f"bucket {key:016x}: {wrong.decode()}")
+            self.n = st_page_rows(page)
+            self.depth = st_page_depth(page)
             self.items = <st_item *>PyMem_Malloc((2 * self.n + 1) * sizeof(st_item))
             counts = <size_t *>PyMem_Malloc((st_sort_counts(self.n) + 1) * sizeof(size_t))
             if self.items is NULL or counts is NULL:
                 PyMem_Free(counts)
                 raise MemoryError
-            st_page_items(&rows.layout.c, at, self.items + self.n)
+            st_page_items(&rows.layout.c, page, self.items + self.n)
             st_sort(self.items + self.n, self.items, self.n, counts)
             PyMem_Free(counts)
         last = self.key | (UINT64_MAX >> self.depth)
@@ -228,11 +315,10 @@ cdef class _Bucket:
         self.stop = i
         while self.stop < rows.n and rows.items[self.stop].hash <= last:
             self.stop += 1
+        return 0
 
     def __dealloc__(self):
         PyMem_Free(self.items)
-        if self.held:
-            PyBuffer_Release(&self.view)
 
 
 cdef class _Buckets:
@@ -242,6 +328,7 @@ cdef class _Buckets:
     cdef uint32_t table_id, depth_grow
     cdef st_splitter splitter
     cdef const st_item *items
+    cdef SortedRows arena_of  # images go to its arena while there is room
 
     def __cinit__(self, SortedRows rows, Layout layout not None, uint32_t table_id, uint32_t depth_grow):
         self.owner = rows
@@ -265,7 +352,15 @@ cdef class _Buckets:
             raise StopIteration
         if found < 0:
             raise ValueError("more rows share a bucket than a page image can hold")
-        image = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>bucket.bytes)
+        cdef uint8_t *to
+        cdef SortedRows rows = self.arena_of
+        if rows is not None and rows.arena_used + bucket.bytes <= <size_t>len(rows.arena):
+            to = <uint8_t *>PyByteArray_AS_STRING(rows.arena) + rows.arena_used
+            rows.arena_used += bucket.bytes
+            image = PyMemoryView_FromMemory(<char *>to, <Py_ssize_t>bucket.bytes, PyBUF_READ)
+        else:
+            image = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>bucket.bytes)
+            to = <uint8_t *>PyBytes_AS_STRING(image)
         st_build(&self.layout.c, self.items + bucket.start, bucket.stop - bucket.start, bucket.depth, self.table_id,
-                 <uint8_t *>PyBytes_AS_STRING(image), <uint32_t>bucket.bytes)
+                 to, <uint32_t>bucket.bytes)
         return int(bucket.key).to_bytes(8, "big"), image

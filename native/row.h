@@ -47,15 +47,34 @@ static inline uint64_t st_hash_int(const st_layout *l, uint64_t h, uint64_t valu
     return st_fold(value ^ h, l->second ^ ST_MIX_INT);
 }
 
+/* The last length % 16 bytes of a string as two words, padded with zeros. Without a call, and without a byte read that
+ * is not the string's: overlapping loads, shifted. */
+static inline void st_load_tail(const uint8_t *data, size_t length, uint64_t *x, uint64_t *y)
+{
+    size_t tail = length & 15;
+    const uint8_t *from = data + length - tail, *end = data + length;
+    *y = 0;
+    if (tail > 8) {
+        *x = st_load64(from);
+        *y = st_load64(end - 8) >> (8 * (16 - tail));
+    } else if (length >= 8) {
+        *x = st_load64(end - 8) >> (8 * (8 - tail));
+    } else if (tail >= 4) {
+        *x = st_load32(from) | (uint64_t)st_load32(end - 4) << (8 * (tail - 4));
+    } else {
+        *x = from[0] | (uint64_t)from[tail / 2] << (8 * (tail / 2)) | (uint64_t)end[-1] << (8 * (tail - 1));
+    }
+}
+
 static inline uint64_t st_hash_string(const st_layout *l, uint64_t h, const uint8_t *data, size_t length)
 {
     h = st_fold(h ^ length, l->second ^ ST_MIX_LENGTH);
-    for (; length >= 16; data += 16, length -= 16)
-        h = st_fold(st_load64(data) ^ h, st_load64(data + 8) ^ l->second);
-    if (length) {
-        uint8_t tail[16] = {0};
-        memcpy(tail, data, length);
-        h = st_fold(st_load64(tail) ^ h, st_load64(tail + 8) ^ l->second);
+    for (size_t at = 0; at + 16 <= length; at += 16)
+        h = st_fold(st_load64(data + at) ^ h, st_load64(data + at + 8) ^ l->second);
+    if (length & 15) {
+        uint64_t x, y;
+        st_load_tail(data, length, &x, &y);
+        h = st_fold(x ^ h, y ^ l->second);
     }
     return h;
 }

@@ -217,6 +217,47 @@ static const char *collect(const st_tree *t, uint64_t number, uint32_t level, co
     return NULL;
 }
 
+/* The last node at or before a key, below a page. 1, 0: there is none, -1: damaged. Below a child there may be none where
+ * its first entries were deleted: then it is in the child before. */
+static int floor_node(const st_tree *t, uint64_t number, uint32_t level, const uint8_t *key, const uint8_t **page,
+                      node_t *node)
+{
+    *page = page_at(t, number, level);
+    if (!*page) return -1;
+    if (level + 1 == t->depth) {
+        int64_t i = lower_bound(*page, 0, key, ST_PAGE_KEY_BYTES);
+        if (i < 0) return -1;
+        if (i < count_of(*page) && node_at(*page, (uint32_t)i, node)) return -1;
+        if (i < count_of(*page) && compare(node, key, ST_PAGE_KEY_BYTES) == 0) return 1;
+        return i == 0 ? 0 : node_at(*page, (uint32_t)i - 1, node) ? -1 : 1;
+    }
+    const uint8_t *branch = *page;
+    for (int64_t i = child_index(branch, key, ST_PAGE_KEY_BYTES); ; i--) {
+        if (i < 0 || node_at(branch, (uint32_t)i, node)) return -1;
+        int found = floor_node(t, child_of(node), level + 1, key, page, node);
+        if (found || i == 0) return found;
+    }
+}
+
+int st_tree_bucket(const st_tree *t, uint32_t table_id, uint64_t hash, uint64_t *key, const uint8_t **image,
+                   uint64_t *bytes)
+{
+    uint8_t wanted[ST_PAGE_KEY_BYTES];
+    const uint8_t *page;
+    node_t node;
+    page_key(wanted, table_id);
+    hash = __builtin_bswap64(hash);
+    memcpy(wanted + ST_PAGE_KEY_BYTES - ST_BUCKET_KEY_BYTES, &hash, sizeof hash);
+    int found = t->depth ? floor_node(t, t->root, 0, wanted, &page, &node) : 0;
+    if (found <= 0) return found;
+    if (node.key_bytes != ST_PAGE_KEY_BYTES ||
+        memcmp(node.key, wanted, ST_PAGE_KEY_BYTES - ST_BUCKET_KEY_BYTES))
+        return 0;
+    *key = bucket_key(node.key + ST_PAGE_KEY_BYTES - ST_BUCKET_KEY_BYTES);
+    *image = value_of(t, page, &node, bytes);
+    return *image && *bytes >= ST_PAGE_BYTES - PAGE_HEADER && is_overflow(t, *image, *bytes) ? 1 : -1;
+}
+
 /* ---- directories ----------------------------------------------------------------------------------------------- */
 
 /* Double the directory until it has that depth: every entry becomes several. */

@@ -42,6 +42,11 @@ enum { ST_TREE_OK = 0, ST_TREE_GONE = 1, ST_TREE_UNKNOWN = 2 };
  * not pages of LMDB 0.9 with 4096 bytes. */
 int st_tree_open(st_tree *tree, const uint8_t *value, uint64_t txn_id);
 
+/* The bucket of the table that a hash belongs to: 1, and its key, image and the image's bytes; 0: the table is empty; -1:
+ * damaged. */
+int st_tree_bucket(const st_tree *tree, uint32_t table_id, uint64_t hash, uint64_t *key, const uint8_t **image,
+                   uint64_t *bytes);
+
 /* Directory of all pages of the table, whose headers are checked. d->pages comes from malloc. Returns the number of
  * buckets, or -1 with fault set (what NULL: no memory). */
 int64_t st_directory_build(const st_tree *tree, const st_layout *layout, uint32_t table_id, st_directory *d,

@@ -17,10 +17,28 @@ class Limits:
 
     # One turn of the loop.
     batch_rows: int = 16_384  # a batch that is full runs, and the next one starts
+    loop_stall_us: float = 2_000.0  # a model that needs longer for its batch runs in another thread
+
+    # Loading a model.
+    warm_run_us: float = 20_000.0  # a warm-up goes no further once a batch takes this long,
+    warm_bytes: int = 64 << 20  # nor to batches whose inputs are larger
+    bucket_rows: int = 4096  # padded batches: the largest; a power of two
 
     # One connection.
     output_high_water_bytes: int = 4 << 20  # above this its requests are no longer read
     output_low_water_bytes: int = 1 << 20
+    pushes_per_connection: int = 1024  # pushes and deletes that wait for their commit
+
+    # Writing through a server.
+    forwarded_bytes: int = 64 << 20  # one worker's pushes and deletes that the writer has not answered
+    queued_rows: int = 262_144  # in the writer, waiting for the next commit, of all workers
+    queued_bytes: int = 256 << 20  # the same, as they came on the wire
+    commit_rows: int = 65_536  # one group commit, so that its dirty pages fit LMDB's list
+    commit_bytes: int = 32 << 20  # the same, as they came on the wire
+
+    # On-demand functions.
+    on_demand_depth: int = 8  # functions whose arguments are functions
+    constant_elements: int = 65_536  # of a NumPy array that a function uses
 
     # Caches.
     feature_plans_cached: int = 256  # distinct lists of feature references
@@ -33,14 +51,29 @@ class Limits:
     change_log_commits: int = 4096  # a reader further behind than this rebuilds its directories
     change_log_bytes: int = 64 << 20  # the log is kept to so much, whatever the number of commits
     drop_commit_pages: int = 16_384  # a table that is not needed any more is deleted so many pages a commit
-    load_commit_bytes: int = 128 << 20  # a bulk load commits this much at a time
+    load_commit_bytes: int = 32 << 20  # a bulk load commits this much at a time, while other writers wait
+    load_memory_bytes: int = 1 << 30  # what a bulk load takes in memory unless it is told otherwise
+    load_memory_bytes_min: int = 4 << 20
+    idle_rest_ms: int = 1000  # a snapshot that is out of date and not in use gives its pages back this soon
+    reader_check_ms: int = 1000  # a writer frees what dead readers hold no more often than this
     idle_refresh_ms: int = 100  # an idle worker moves its snapshot forward this often
 
     # The server.
     stop_grace_s: float = 10.0  # from SIGTERM until connections with work in flight are cut
     start_timeout_s: float = 120.0
+    writer_start_wait_s: float = 2.0  # the server is announced without its writer if that takes longer
     restart_backoff_min_s: float = 0.1
     restart_backoff_max_s: float = 10.0
+
+    # Load tests.
+    bench_rate_per_s: float = 10e6
+    bench_steps: int = 200  # of a sweep
+    bench_duration_s: float = 86_400.0  # of a step
+    bench_in_flight: int = 1 << 20  # connections times pipeline: each is a slot of 40 bytes
+    bench_threads: int = 64
+    bench_key_rows: int = 1_000_000  # keys read from a file or a store
+    bench_intervals: int = 120  # points of latency over time; a histogram each
+    bench_verified: int = 200  # answers kept for --verify
 
 
 LIMITS: Final = Limits()

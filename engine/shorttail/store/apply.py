@@ -221,7 +221,8 @@ def check_other_models(catalog: Catalog, wanted: Definitions) -> None:
 def compile_functions(wanted: Definitions) -> None:
     """Compile every on-demand function once, so that one that does not compile is refused here."""
     columns = [column for model in wanted.models.values() for column in model.columns]
-    functions = dict.fromkeys(column.function for column in columns if isinstance(column, OnDemandFeature))
+    features = [feature for column in columns if isinstance(column, OnDemandFeature) for feature in column.walk()]
+    functions = dict.fromkeys(feature.function for feature in features)
     if functions:
         from shorttail.transforms import compile_on_demand
 

@@ -64,7 +64,7 @@ class VersionInfo:
     """One version of a model: what its file is, and the definition it was registered with.
 
     The definition belongs to the version because versions may differ in their columns: rolling back brings back both.
-    outputs: those that the definition selects, in its order.
+    outputs: those that the definition selects, in its order. tuning: host -> settings (shorttail.models.settings).
     """
 
     model: Model
@@ -72,6 +72,7 @@ class VersionInfo:
     created_us: int
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
+    tuning: dict[str, Json] = field(default_factory=dict)
 
     def to_json(self) -> Json:
         return {
@@ -80,6 +81,7 @@ class VersionInfo:
             "created_us": self.created_us,
             "inputs": [tensor.to_json() for tensor in self.inputs],
             "outputs": [tensor.to_json() for tensor in self.outputs],
+            "tuning": self.tuning,
         }
 
     @classmethod
@@ -90,6 +92,7 @@ class VersionInfo:
             data["created_us"],
             tuple(TensorInfo.from_json(item) for item in data["inputs"]),
             tuple(TensorInfo.from_json(item) for item in data["outputs"]),
+            data.get("tuning", {}),
         )
 
 

@@ -10,27 +10,32 @@ LMDB must never be opened twice in one process, so environments are shared: see 
 
 from __future__ import annotations
 
-import errno
 import mmap
 import os
 import struct
 import threading
+import time
+import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import lmdb
-from lmdb.verify import VerifyError, verify
 
-from shorttail._native.pages import GenerationWord, Tree
+from shorttail._native.pages import GenerationWord, Tree, crc32c
 from shorttail.config import LIMITS
-from shorttail.errors import Internal, InvalidArgument, NotFound, PermissionDenied, ResourceExhausted, ShorttailError
+from shorttail.errors import Internal, InvalidArgument, ResourceExhausted, ShorttailError, Unavailable
+from shorttail.store.mapping import map_full, pages_to_use
+from shorttail.store.opening import PAGE_BYTES, check_directory, map_word, open_lmdb, translated
+from shorttail.store.sums import KEY as SUMS_KEY
+from shorttail.store.sums import Sums, entry_sum
 
 FORMAT_VERSION = 2
-LMDB_ENGINE = 0  # 0.9: page images are sized for its page header of 16 bytes
-PAGE_BYTES = 4096
 BUCKET_KEY_BYTES = 8
+PAGE_HEADER_BYTES = 16
+INLINE_BYTES = 2038 - 8 - 9  # the longest value that LMDB keeps in its tree, less a node's header and a log entry's key
+REOPEN_WAIT_S = 0.1  # for reads that are at work: they take milliseconds, but for a scan that its owner left open
 ROOT_TRIES = 100  # a snapshot's root is gone once two commits were made since it was taken: take another
 
 _FORMAT, _CATALOG, _STATE_KEY = b"format", b"catalog", b"state"
@@ -38,10 +43,22 @@ _STATE = struct.Struct("<QQQ")  # sequence number of the last commit, of the old
 _LOG_KEY = struct.Struct(">cQ")  # big-endian: LMDB then keeps the log in order
 _TABLE_KEY = struct.Struct(">cI")
 _CATALOG_CHANGE = bytes(4 + BUCKET_KEY_BYTES)  # in the log: table 0 stands for the catalog
-_OWN_FILES = {"data.mdb", "lock.mdb", "generation", "load.lock", "models"}
-_NETWORK_FILESYSTEMS = ("nfs", "cifs", "smb", "fuse.sshfs", "afs", "ceph")
 
 Transaction = Any  # lmdb.Transaction: py-lmdb's stubs are not used
+
+
+class Reader(Protocol):
+    """What holds a read transaction for longer than a call: a Snapshot."""
+
+    def alone(self) -> AbstractContextManager[None]:
+        """A block in which nobody uses what the transaction gave, and none begins."""
+
+    @property
+    def is_reading(self) -> bool:
+        """Whether it holds a transaction."""
+
+    def let_go(self) -> None:
+        """End the transaction and forget every address. Within alone()."""
 
 
 def table_prefix(table_id: int) -> bytes:
@@ -77,6 +94,11 @@ class Environment:
         self._pid = os.getpid()
         self._write_lock = threading.Lock()
         self._writing_thread: int | None = None
+        self._readers: weakref.WeakSet[Reader] = weakref.WeakSet()
+        self._n_reads = 0  # read transactions that are open
+        self._reads = threading.Condition()  # of the two above, and of _env while it is replaced
+        self._broken = False  # LMDB refuses all transactions until it is opened again
+        self._checked_s = time.monotonic()  # when the table of readers was last rid of dead ones
         self._writer: Writer | None = None
 
     @classmethod
@@ -94,13 +116,13 @@ class Environment:
                 known.check_process()
                 known._users += 1
                 return known
-            _check_directory(path, create)
+            check_directory(path, create)
             with translated(path):
                 if create:
                     path.mkdir(parents=True, exist_ok=True)
-                env = _open_lmdb(path, create)
+                env = open_lmdb(path, create)
                 try:
-                    environment = cls(path, env, _map_word(path / "generation"))
+                    environment = cls(path, env, map_word(path / "generation"))
                     environment._check_format(create)
                 except BaseException:
                     env.close()
@@ -157,25 +179,50 @@ class Environment:
 
     # -- read transactions -----------------------------------------------------------------------------------------
 
-    def read(self) -> Transaction:
-        """A read transaction, which gives values as memoryviews of the map. End it by abort() or `with`."""
-        self.check_process()
-        with translated(self.path):
-            return self._env.begin(buffers=True)
+    @contextmanager
+    def read(self) -> Iterator[Transaction]:
+        """A read transaction for a `with` block; it gives values as memoryviews of the map."""
+        self.recover()
+        txn = self._begin_read()
+        try:
+            yield txn
+        finally:
+            self.end_read(txn)
 
     def read_tree(self) -> tuple[Transaction, Tree]:
-        """A read transaction and its B+tree, to be read without LMDB. End the transaction by abort()."""
+        """A read transaction and its B+tree, to be read without LMDB. To be given to end_read().
+
+        Raises Unavailable when recover() must be called first.
+        """
         for _ in range(ROOT_TRIES):
-            txn = self.read()
+            txn = self._begin_read()
             try:
                 tree = Tree(txn.get(_FORMAT), txn.id())
             except BaseException:
-                txn.abort()
+                self.end_read(txn)
                 raise
             if not tree.gone:
                 return txn, tree
-            txn.abort()
+            self.end_read(txn)
         raise Internal(f"store '{self.path}': commits follow each other too fast to read between them")
+
+    def _begin_read(self) -> Transaction:
+        self.check_process()
+        with translated(self.path), self._reads:
+            self._check_usable()
+            try:
+                txn = self._env.begin(buffers=True)
+            except lmdb.PanicError:
+                self._broken = True
+                self._check_usable()
+            self._n_reads += 1
+            return txn
+
+    def end_read(self, txn: Transaction) -> None:
+        txn.abort()
+        with self._reads:
+            self._n_reads -= 1
+            self._reads.notify_all()
 
     def read_catalog_json(self, txn: Transaction) -> bytes | None:
         """The catalog as of that transaction."""
@@ -209,22 +256,47 @@ class Environment:
         self.check_process()
         if self.is_writing():
             raise Internal(f"store '{self.path}': a write was started within another one")
+        self.recover()
         with self._write_lock, translated(self.path):
+            self._check_usable()
             txn = self._env.begin(write=True, buffers=True)
             self._writing_thread = threading.get_ident()
             try:
                 self._extend_file()
+                self._check_readers()
                 self._writer = writer = Writer(self, txn)
                 yield writer
                 changed = writer.finish()
+                self._check_room(writer)
             except BaseException:
                 txn.abort()
                 raise
             finally:
                 self._writing_thread = self._writer = None
-            txn.commit()
+            self._commit(txn)
         if changed:
             self.word.bump()
+
+    def _check_room(self, writer: Writer) -> None:
+        """Raise ResourceExhausted if the write makes tables larger by what deletes need."""
+        if writer.grown_pages() > 0 and count_pages(writer.txn) > pages_to_use(self._env.info()["map_size"]):
+            raise map_full(self.path)
+
+    def _commit(self, txn: Transaction) -> None:
+        try:
+            txn.commit()
+        except lmdb.Error as error:
+            try:
+                self._env.begin().abort()
+            except lmdb.PanicError:
+                self._broken = True
+                with suppress(ShorttailError, lmdb.Error, OSError):  # then recover() tries again
+                    self._reopen()
+                raise ResourceExhausted(
+                    f"the disk of store '{self.path}' is full or failing; whether the last write is in the store is "
+                    "not known: look, or write it again"
+                ) from error
+            raise
 
     def is_writing(self) -> bool:
         """Whether this thread is within write()."""
@@ -234,6 +306,16 @@ class Environment:
     def writer(self) -> Writer | None:
         """What this thread is within, if it is within write()."""
         return self._writer if self.is_writing() else None
+
+    def _check_readers(self) -> None:
+        """Free what killed readers hold: a slot each, and the pages of their snapshot, which LMDB cannot use again.
+
+        Opening a store does it too; but a writer may run for days while its readers come and go.
+        """
+        now_s = time.monotonic()
+        if now_s - self._checked_s >= LIMITS.reader_check_ms / 1000:
+            self._checked_s = now_s
+            self._env.reader_check()
 
     def _extend_file(self) -> None:
         """Make the file as long as its page count says.
@@ -246,6 +328,56 @@ class Environment:
         if file.stat().st_size < needed:
             os.truncate(file, needed)
 
+    # -- after a failed commit -------------------------------------------------------------------------------------
+    #
+    # When the write of its meta page fails LMDB begins no transaction any more until it is opened again, as what other
+    # processes see of that page is unsure. Closing it takes all memory away that it gave, so nobody may be reading.
+
+    def watch(self, reader: Reader) -> None:
+        """Suspend that reader when LMDB must be opened again."""
+        with self._reads:
+            self._readers.add(reader)
+
+    def recover(self) -> None:
+        """Make LMDB usable again if a failed commit left it unusable. Not for one that holds a read transaction.
+
+        Raises Unavailable when others do, and what open() raises.
+        """
+        if self._broken and not self.is_writing():
+            with self._write_lock, translated(self.path):
+                if self._broken:
+                    self._reopen()
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether recover() has something to do. Read transactions that are open go on."""
+        return self._broken
+
+    def _check_usable(self) -> None:
+        if self._broken:
+            raise Unavailable(
+                f"store '{self.path}' must be opened again, as its disk failed; end the scans of it, and try again"
+            )
+
+    def _reopen(self) -> None:
+        """With the write lock held."""
+        with self._reads:
+            readers = list(self._readers)
+        with ExitStack() as all_alone:
+            for reader in readers:
+                all_alone.enter_context(reader.alone())
+            n_held = sum(reader.is_reading for reader in readers)
+            with self._reads:
+                if not self._reads.wait_for(lambda: self._n_reads == n_held, REOPEN_WAIT_S):
+                    self._check_usable()
+                if not all(os.access(self.path / name, os.W_OK) for name in ("data.mdb", "lock.mdb")):
+                    self._check_usable()  # a file system that is read-only now: what snapshots hold still serves
+                for reader in readers:
+                    reader.let_go()
+                self._env.close()
+                self._env = open_lmdb(self.path, create=False)
+                self._broken = False
+
 
 class Writer:
     """What is done inside Environment.write(). `txn` is the LMDB transaction."""
@@ -254,7 +386,9 @@ class Writer:
         self.txn = txn
         self._environment = environment
         self._changes: set[bytes] = set()
+        self._many_changes: list[bytes] = []
         self._cursor = txn.cursor()
+        self._value_pages: int = txn.stat()["overflow_pages"]
 
     def get_catalog(self) -> bytes | None:
         return self._environment.read_catalog_json(self.txn)
@@ -268,6 +402,30 @@ class Writer:
         key = page_key(table_id, bucket_key)
         self.txn.put(key, image)
         self.changed(key)
+
+    def put_pages(self, pages: list[tuple[bytes, Any]], changes: bytes) -> None:
+        """The same for many, by their keys in LMDB, and in the order of these. changes: the entries of the log."""
+        self._cursor.putmulti(pages)
+        self._many_changes.append(changes)
+
+    @contextmanager
+    def committed_tree(self) -> Iterator[Tree]:
+        """LMDB's tree as the last commit left it. What this write changed is not in it."""
+        txn, tree = self._environment.read_tree()
+        try:
+            yield tree
+        finally:
+            self._environment.end_read(txn)
+
+    @property
+    def path(self) -> Path:
+        return self._environment.path
+
+    @property
+    def n_entries(self) -> int:
+        """Keys in LMDB: pages of all tables, and a few others."""
+        count: int = self.txn.stat()["entries"]
+        return count
 
     def delete_page(self, table_id: int, bucket_key: bytes) -> None:
         """Delete the page of a bucket that was merged into another. Its readers are told of that one."""
@@ -294,22 +452,58 @@ class Writer:
         page: memoryview | None = self.txn.get(page_key(table_id, bucket_key))
         return page
 
+    def grown_pages(self) -> int:
+        """Pages of tables and the catalog that there are more than before."""
+        count: int = self.txn.stat()["overflow_pages"] - self._value_pages
+        return count
+
     def finish(self) -> bool:
         """Write the log; True if there was something for readers to see."""
-        if not self._changes:
+        if not self._changes and not self._many_changes:
             return False
         last, oldest, log_bytes = self._environment._state(self.txn)
-        entry = b"".join(sorted(self._changes))
+        known = Sums.unpack(self.txn.get(SUMS_KEY)) or Sums.of(self.get_catalog(), None, log_entries(self.txn))
+        entry = b"".join(self._many_changes + sorted(self._changes))
         last += 1
         self.txn.put(_log_key(last), entry)
+        self._value_pages += value_pages(entry)
         log_bytes += len(entry)
+        log_sum = known.log ^ entry_sum(_log_key(last), entry)
         while oldest <= last and (last - oldest >= LIMITS.change_log_commits or log_bytes > LIMITS.change_log_bytes):
             value = self.txn.get(_log_key(oldest))
-            log_bytes -= 0 if value is None else len(value)
-            self.txn.delete(_log_key(oldest))
+            if value is not None:
+                self._value_pages -= value_pages(value)
+                log_bytes -= len(value)
+                log_sum ^= entry_sum(_log_key(oldest), value)
+                self.txn.delete(_log_key(oldest))
             oldest += 1
-        self.txn.put(_STATE_KEY, _STATE.pack(last, oldest, log_bytes))
+        state = _STATE.pack(last, oldest, log_bytes)
+        self.txn.put(_STATE_KEY, state)
+        catalog_sum = crc32c(self.get_catalog() or b"") if _CATALOG_CHANGE in self._changes else known.catalog
+        self.txn.put(SUMS_KEY, Sums(catalog_sum, crc32c(state), log_sum).pack())
         return True
+
+
+def value_pages(value: Any) -> int:
+    """Pages of their own that LMDB gives the value of a log entry."""
+    return 0 if len(value) <= INLINE_BYTES else (len(value) + PAGE_HEADER_BYTES + PAGE_BYTES - 1) // PAGE_BYTES
+
+
+def count_pages(txn: Transaction) -> int:
+    """Pages in use as of that transaction, but for those that list the free ones."""
+    stat = txn.stat()
+    total: int = stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"]
+    return total
+
+
+def log_entries(txn: Transaction) -> Iterator[tuple[bytes, memoryview]]:
+    """Keys and values of the change log, oldest first."""
+    cursor = txn.cursor()
+    if cursor.set_range(_log_key(0)):
+        for key, value in cursor:
+            if bytes(key[:1]) != b"l":
+                return
+            yield bytes(key), value
 
 
 def table_pages(txn: Transaction, table_id: int) -> Iterator[tuple[bytes, memoryview]]:
@@ -351,129 +545,6 @@ def drop_table(environment: Environment, table_id: int) -> None:
                 if not left:
                     break
                 left = cursor.delete() and cursor.key() != b""
-
-
-# -- opening -------------------------------------------------------------------------------------------------------
-
-
-def _no_store(path: Path) -> NotFound:
-    return NotFound(f"no store at '{path}'; create it with `shorttail apply DEFINITIONS --store {path}`")
-
-
-def _check_directory(path: Path, create: bool) -> None:
-    """Raise a clear error for what is not a store, before LMDB makes one of it."""
-    data = path / "data.mdb"
-    try:
-        if not path.exists():
-            if create:
-                return
-            raise _no_store(path)
-        if not path.is_dir():
-            raise InvalidArgument(f"'{path}' is a file, not a store; a store is a directory")
-        names = {entry.name for entry in path.iterdir()}
-        size = data.stat().st_size if "data.mdb" in names else None
-    except PermissionError as error:
-        raise _permission_denied(path) from error
-    if filesystem := _network_filesystem(path):
-        raise InvalidArgument(f"store '{path}' is on {filesystem}, where LMDB is not safe; put it on a local disk")
-    if size is None:
-        if not create:
-            raise _no_store(path)
-        if others := sorted(names - _OWN_FILES):
-            raise InvalidArgument(
-                f"'{path}' holds other files ('{others[0]}') and is no store; choose an empty directory"
-            )
-    elif size < 2 * PAGE_BYTES:
-        raise _damaged(path, f"data.mdb has {size} bytes")
-
-
-def _open_lmdb(path: Path, create: bool) -> Any:
-    env = _lmdb_environment(path, create)
-    size, needed = (path / "data.mdb").stat().st_size, (env.info()["last_pgno"] + 1) * PAGE_BYTES
-    if size >= needed:
-        env.reader_check()  # frees what a killed process held: its slot, and with it old pages
-        return env
-    # Reading a page that a truncated file lacks kills the process. But maybe only unused pages are missing, see
-    # Environment._extend_file. The verifier tells; it opens the file, so LMDB must not have it open.
-    env.close()
-    try:
-        problems: list[str] = verify(str(path))  # type: ignore[no-untyped-call]
-    except (VerifyError, OSError) as error:
-        problems = [str(error)]
-    if problems:
-        raise _damaged(path, f"data.mdb has {size} bytes of {needed}")
-    return _lmdb_environment(path, create)
-
-
-def _lmdb_environment(path: Path, create: bool) -> Any:
-    return lmdb.open(
-        str(path),
-        map_size=LIMITS.map_bytes,
-        max_readers=LIMITS.readers,
-        max_spare_txns=8,  # ended read transactions are renewed, not made anew
-        create=create,
-        lib_version=LMDB_ENGINE,
-    )
-
-
-def _map_word(path: Path) -> mmap.mmap:
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        if os.fstat(fd).st_size < 8:
-            os.ftruncate(fd, 8)
-        return mmap.mmap(fd, 8)
-    finally:
-        os.close(fd)
-
-
-def _network_filesystem(path: Path) -> str | None:
-    """The type of the file system that holds path if it is a network one."""
-    device = path.stat().st_dev
-    wanted = f"{os.major(device)}:{os.minor(device)}"
-    with suppress(OSError), Path("/proc/self/mountinfo").open(errors="replace") as mounts:
-        for line in mounts:
-            before, _, after = line.partition(" - ")
-            filesystem = after.split(" ", 1)[0]
-            if before.split(" ")[2] == wanted and filesystem.startswith(_NETWORK_FILESYSTEMS):
-                return filesystem
-    return None
-
-
-# -- errors --------------------------------------------------------------------------------------------------------
-
-
-def _damaged(path: Path, what: str) -> InvalidArgument:
-    return InvalidArgument(f"store '{path}' is truncated or damaged ({what}); restore it from a backup")
-
-
-def _permission_denied(path: Path) -> PermissionDenied:
-    return PermissionDenied(f"permission denied on store '{path}'; this user must be able to read and write its files")
-
-
-@contextmanager
-def translated(path: Path) -> Iterator[None]:
-    """Turn errors of LMDB and the system into ones that name the store and the remedy."""
-    try:
-        yield
-    except lmdb.MapFullError as error:
-        raise ResourceExhausted(f"store '{path}' has reached its limit of {LIMITS.map_bytes >> 30} GiB") from error
-    except lmdb.ReadersFullError as error:
-        raise ResourceExhausted(f"store '{path}' has {LIMITS.readers} readers already; stop some processes") from error
-    except (lmdb.InvalidError, lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.VersionMismatchError) as error:
-        raise _damaged(path, str(error)) from error
-    except (lmdb.Error, OSError) as error:
-        raise _of_errno(path, error) from error
-
-
-def _of_errno(path: Path, error: Exception) -> Exception:
-    number = error.errno if isinstance(error, OSError) else getattr(error, "code", 0)
-    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):  # LMDB reports a short write as EIO
-        return ResourceExhausted(f"the disk of store '{path}' is full or failing; nothing was written")
-    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return _permission_denied(path)
-    if isinstance(error, OSError):
-        return InvalidArgument(f"store '{path}': {error.strerror or error}")
-    return ShorttailError(f"store '{path}': {error}")
 
 
 def _after_fork() -> None:

@@ -2,22 +2,28 @@
 
 A snapshot is one LMDB read transaction. The page addresses in its directories are valid as long as that transaction
 lives, so whoever looks rows up does it between enter() and leave(). Several threads may be in there at once; the
-snapshot moves on when none is.
+snapshot moves on when none is. A snapshot that is out of date and not in use gives its transaction back, within
+LIMITS.idle_rest_ms: LMDB cannot use the pages of a snapshot again while somebody reads it, and the file would grow.
 """
 
 from __future__ import annotations
 
 import os
 import threading
+import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
 from shorttail._native.pages import Directory, Layout
-from shorttail.errors import Internal, InvalidArgument
+from shorttail.config import LIMITS
+from shorttail.errors import InvalidArgument, Unavailable
 from shorttail.store.catalog import Catalog
-from shorttail.store.environment import Environment, table_pages, translated
+from shorttail.store.edits import damaged
+from shorttail.store.environment import Environment, table_pages
+from shorttail.store.opening import translated
 from shorttail.store.table import ColumnBatch, decode_page, make_layout, row_dtype
 
 _NOTHING_SEEN = -1  # generations: real ones count up from 0
@@ -41,8 +47,8 @@ class Snapshot:
         self._parsed: tuple[bytes | None, Catalog] = (b"", self.catalog)  # the catalog and the JSON that it was
         self._word = environment.word
         self._generation = _NOTHING_SEEN
-        self._sequence = 0
-        self._txn: Any = None
+        self._sequence: int | None = None  # of the commit that the directories are of
+        self._txn: Any = None  # None while it rests
         self._tree: Any = None  # Tree
         self._layouts: dict[str, Layout] = {}
         self._directories: dict[str, Directory | None] = {}
@@ -52,21 +58,23 @@ class Snapshot:
         """The store at path. Raises what Environment.open raises."""
         store = cls(Environment.open(path, create=create))
         try:
+            store.environment.watch(store)
             store.refresh(force=True)
         except BaseException:
             store.close()
             raise
+        _idle.watch(store)
         return store
 
     def close(self) -> None:
         """Give up the snapshot, once nobody looks rows up any more."""
-        with self._alone():
+        with self.alone():
             if self._generation == _CLOSED:
                 return
             self._generation = _CLOSED
             self._directories.clear()
             if self._txn is not None and self._same_process():
-                self._txn.abort()
+                self.environment.end_read(self._txn)
             self._txn = self._tree = None
             self.environment.close()
 
@@ -75,6 +83,10 @@ class Snapshot:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+    @property
+    def is_open(self) -> bool:
+        return self._generation != _CLOSED
 
     @property
     def path(self) -> str:
@@ -108,10 +120,20 @@ class Snapshot:
 
     def _catch_up(self) -> None:
         while self._waiting or self._word.load() != self._generation:
-            if not self._inside and not self._waiting:
+            if self._inside or self._waiting:
+                self._sleep()
+                continue
+            try:
                 self._advance()
                 return
-            self._sleep()
+            except Unavailable:
+                if self._txn is not None:
+                    return  # the snapshot that is there is as good as before
+            self._lock.release()  # whoever recovers the environment takes it
+            try:
+                self.environment.recover()
+            finally:
+                self._lock.acquire()
 
     def _sleep(self) -> None:
         self._sleeping += 1
@@ -130,7 +152,7 @@ class Snapshot:
             self.leave()
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
+    def alone(self) -> Iterator[None]:
         """Nobody else is inside, nor comes in."""
         with self._lock:
             self._waiting += 1
@@ -150,7 +172,9 @@ class Snapshot:
         """
         if self._word.load() == self._generation and not force:
             return False
-        with self._alone():
+        if self.environment.is_broken:
+            self.environment.recover()
+        with self.alone():
             return self._advance()
 
     def _advance(self) -> bool:
@@ -163,22 +187,49 @@ class Snapshot:
         try:
             sequence = environment.sequence(txn)
             if self._txn is not None and sequence == self._sequence:
-                txn.abort()
+                environment.end_read(txn)
                 self._generation = generation
                 return False
             catalog_json = environment.read_catalog_json(txn)
             catalog = self._parse(catalog_json)
-            changes = environment.changes_since(txn, self._sequence) if self._txn is not None else None
+            changes = None if self._sequence is None else environment.changes_since(txn, self._sequence)
         except BaseException:
-            txn.abort()
+            environment.end_read(txn)
             raise
         old, self._txn, self._tree = self._txn, txn, tree
+        moved = sequence != self._sequence
         self._take_catalog(catalog, catalog_json)
         self._sequence, self._generation = sequence, generation
         self._patch(changes)
         if old is not None:
-            old.abort()
-        return True
+            environment.end_read(old)
+        return moved
+
+    def rest(self) -> None:
+        """Give the read transaction back if it is out of date and nobody is inside; the next enter() takes a new one.
+
+        That costs no more than it would have to move the old one on.
+        """
+        with self._lock:
+            if self.environment.is_broken:
+                return  # there may be no new one
+            if not self._inside and self._txn is not None and self._word.load() != self._generation:
+                self.environment.end_read(self._txn)
+                self._txn = self._tree = None
+                self._generation = _NOTHING_SEEN
+
+    @property
+    def is_reading(self) -> bool:
+        return self._txn is not None
+
+    def let_go(self) -> None:
+        """Give up the transaction and all page addresses; the next enter() begins anew. Within alone()."""
+        if self._txn is not None:
+            self.environment.end_read(self._txn)
+        self._txn = self._tree = self._sequence = None
+        self._directories.clear()
+        if self.is_open:
+            self._generation = _NOTHING_SEEN
 
     def _parse(self, document: bytes | None) -> Catalog:
         """The catalog, from memory if it is the one of the snapshot. Not to be changed."""
@@ -190,7 +241,6 @@ class Snapshot:
             return
         before = self.catalog
         for name in list(self._layouts):
-            # A table is known by its id and seed: ids are used again, seeds are random.
             same_table = catalog.tables.get(name) == before.tables[name]
             if not same_table or catalog.views[name].features != before.views[name].features:
                 self._layouts.pop(name)
@@ -218,9 +268,7 @@ class Snapshot:
         try:
             yield
         except ValueError as error:
-            raise Internal(
-                f"store '{self.path}': the table of view '{view_name}' is damaged ({error}); load it again"
-            ) from None
+            raise damaged(self.path, view_name, error) from None
 
     def layout(self, view_name: str) -> Layout:
         """Where things lie in the rows of that view's table. Raises NotFound."""
@@ -281,3 +329,41 @@ class Snapshot:
                 batch = decode_page(layout, dtype, page)
                 if len(batch):
                     yield batch
+
+
+class _Idle:
+    """Lets snapshots rest that are not in use: one thread for all of this process, while there are any."""
+
+    def __init__(self) -> None:
+        self._snapshots: weakref.WeakSet[Snapshot] = weakref.WeakSet()
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def watch(self, snapshot: Snapshot) -> None:
+        with self._lock:
+            self._snapshots.add(snapshot)
+            if self._thread is None or not self._thread.is_alive():
+                self._thread = threading.Thread(target=self._run, name="shorttail-idle", daemon=True)
+                self._thread.start()
+
+    def _run(self) -> None:
+        while True:
+            time.sleep(LIMITS.idle_rest_ms / 1000)
+            with self._lock:
+                snapshots = [snapshot for snapshot in self._snapshots if snapshot.is_open]
+                if not snapshots:
+                    self._thread = None
+                    return
+            for snapshot in snapshots:
+                snapshot.rest()
+            del snapshot, snapshots  # or the last ones seen would live on here
+
+
+_idle = _Idle()
+
+
+def _after_fork() -> None:
+    _idle.__init__()  # type: ignore[misc]  # its thread is not in the child, and its lock may be held for good
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shorttail._native.pages import Layout
+from shorttail._native.pages import Layout, first_bad_string
 from shorttail.config import LIMITS
 from shorttail.definitions import FeatureView
-from shorttail.dtypes import DType, String
+from shorttail.dtypes import DType, Int64, String
 from shorttail.errors import InvalidArgument
 from shorttail.store.catalog import TableInfo
 
@@ -22,19 +23,43 @@ DEPTH_MARGIN = 3  # a bucket this much deeper than most gets a longer page inste
 Array = NDArray[Any]
 
 
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """n strings as UTF-8, as Arrow has them: string i is data[offsets[i]:offsets[i + 1]].
+
+    offsets: int32 or int64 [n + 1]. data: a buffer of bytes. Both may be read-only.
+    """
+
+    offsets: Array
+    data: Any
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, rows: slice) -> Texts:
+        start, stop, _ = rows.indices(len(self))
+        return Texts(self.offsets[start : max(start, stop) + 1], self.data)
+
+    def tolist(self) -> list[str]:
+        """The strings. Raises UnicodeDecodeError."""
+        data, ends = memoryview(self.data), self.offsets.tolist()
+        return [str(data[start:end], "utf-8") for start, end in pairwise(ends)]
+
+
 @dataclass
 class ColumnBatch:
     """n rows of a view as columns.
 
-    keys: a column for each key of the entity: int64 [n], or objects (str) [n]. event_time_us: int64 [n], microseconds
-    since 1970 UTC. features: for each feature of the view its values, of the NumPy type of its dtype ([n, width] for
-    vectors, objects (str) for strings), and a mask [n] that is True where it is null, or None. In a string feature None
-    is null as well. Values under a mask do not matter.
+    keys: a column for each key of the entity: int64 [n], or strings: objects (str) [n], or Texts of n. event_time_us:
+    int64 [n], microseconds since 1970 UTC. features: for each feature of the view its values, of the NumPy type of its
+    dtype ([n, width] for vectors, strings as in keys), and a mask [n] that is True where it is null, or None. None in
+    an array of strings and NaN in a Float32 or Float64 feature are null as well. Values under a mask do not matter.
+    Arrays may be read-only.
     """
 
-    keys: Sequence[Array]
+    keys: Sequence[Array | Texts]
     event_time_us: NDArray[np.int64]
-    features: Sequence[tuple[Array, NDArray[np.bool_] | None]]
+    features: Sequence[tuple[Array | Texts, NDArray[np.bool_] | None]]
 
     def __len__(self) -> int:
         return len(self.event_time_us)
@@ -91,6 +116,95 @@ def row_dtype(layout: Layout) -> np.dtype[Any]:
 
 # -- writing -------------------------------------------------------------------------------------------------------
 
+Source = tuple[Any, Any, Any]  # (values, offsets of strings, nulls), as RowPartitions.add() takes a column
+
+
+def source_columns(view: FeatureView, batch: ColumnBatch) -> list[Source]:
+    """Keys, event time and features as the native code takes them, copied only where they must be.
+
+    Raises InvalidArgument for wrong columns.
+    """
+    batch.check(view)
+    columns = _key_columns(view, batch.keys)
+    where = f"feature view '{view.name}': event times"
+    columns.append((_numbers(batch.event_time_us, Int64, len(batch), where), None, None))
+    for feature, (values, mask) in zip(view.features, batch.features, strict=True):
+        where = f"feature view '{view.name}': column '{feature.name}'"
+        nulls = None if mask is None else np.ascontiguousarray(mask, np.bool_)
+        if nulls is not None and nulls.shape != (len(batch),):
+            raise InvalidArgument(f"{where}: a mask of shape {nulls.shape} for {len(batch)} rows")
+        if feature.dtype == String:
+            columns.append(_strings(values, nulls, where))
+        else:
+            columns.append((_numbers(values, feature.dtype, len(batch), where), None, nulls))
+    return columns
+
+
+def _key_columns(view: FeatureView, keys: Sequence[Array | Texts]) -> list[Source]:
+    columns: list[Source] = []
+    for (name, dtype), values in zip(view.keys.items(), keys, strict=True):
+        where = f"feature view '{view.name}': key '{name}'"
+        if dtype == String:
+            columns.append(_strings(values, None, where, key=True))
+        else:
+            columns.append((_numbers(values, dtype, len(values), where), None, None))
+    return columns
+
+
+def _numbers(values: Array | Texts, dtype: DType, n: int, where: str) -> Array:
+    """The values as a C-contiguous array of the type's own; safe casts only, but that floats may be rounded."""
+    if isinstance(values, Texts):
+        raise InvalidArgument(f"{where}: strings given for {dtype!r}")
+    values = np.asarray(values)
+    shape = (n, dtype.width) if dtype.is_vector else (n,)
+    if values.shape != shape:
+        raise InvalidArgument(f"{where}: values of shape {values.shape} do not fit {n} rows of {dtype!r}")
+    wanted = np.dtype(dtype.numpy)
+    if not np.can_cast(values.dtype, wanted, "same_kind" if wanted.kind == "f" else "safe"):
+        raise InvalidArgument(f"{where}: values of type {values.dtype} given for {dtype!r}")
+    return np.ascontiguousarray(values, wanted)
+
+
+def _strings(values: Array | Texts, nulls: NDArray[np.bool_] | None, where: str, key: bool = False) -> Source:
+    if not isinstance(values, Texts):
+        values, nulls = _texts(values, nulls, where, key)
+    offsets = np.ascontiguousarray(values.offsets)
+    bad = first_bad_string(values.data, offsets, nulls, len(values), LIMITS.string_bytes)
+    if bad is not None:
+        start, end = int(offsets[bad]), int(offsets[bad + 1])
+        if not 0 <= start <= end <= memoryview(values.data).nbytes:
+            raise InvalidArgument(f"{where}: the string in row {bad} lies outside of the bytes given")
+        if end - start > LIMITS.string_bytes:
+            raise InvalidArgument(f"{where}: a string of {end - start} bytes; at most {LIMITS.string_bytes}")
+        raise InvalidArgument(f"{where}: the string in row {bad} is not valid UTF-8")
+    return values.data, offsets, nulls
+
+
+def _texts(
+    values: Array, nulls: NDArray[np.bool_] | None, where: str, key: bool
+) -> tuple[Texts, NDArray[np.bool_] | None]:
+    """An array of str objects as Texts, and which of them are null; None is."""
+    strings = list(values)
+    if not key and (nulls is not None or None in strings):
+        absent = np.fromiter((value is None for value in strings), np.bool_, len(strings))
+        nulls = absent if nulls is None else absent | nulls
+        strings = ["" if null else value for value, null in zip(strings, nulls.tolist(), strict=True)]
+    try:
+        text = "".join(strings)
+        if text.isascii():
+            data, lengths = text.encode(), np.fromiter(map(len, strings), np.int64, len(strings))
+        else:
+            encoded = [value.encode() for value in strings]
+            data, lengths = b"".join(encoded), np.fromiter(map(len, encoded), np.int64, len(encoded))
+    except TypeError:
+        wrong = next(value for value in strings if not isinstance(value, str))
+        raise InvalidArgument(f"{where}: {wrong!r} is not a string") from None
+    except UnicodeEncodeError:
+        raise InvalidArgument(f"{where}: a string holds half of a surrogate pair and cannot be stored") from None
+    offsets = np.zeros(len(strings) + 1, np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return Texts(offsets, data), nulls
+
 
 class _Arena:
     """The strings of a batch, one after the other."""
@@ -99,81 +213,57 @@ class _Arena:
         self.parts: list[bytes] = []
         self.bytes = 0
 
-    def add(self, values: list[str], where: str) -> NDArray[np.uint32]:
-        """References [n, 2] to the values, which are appended."""
-        try:
-            text = "".join(values)
-            if text.isascii():
-                data, lengths = text.encode(), np.fromiter(map(len, values), np.int64, len(values))
-            else:
-                encoded = [value.encode() for value in values]
-                data, lengths = b"".join(encoded), np.fromiter(map(len, encoded), np.int64, len(encoded))
-        except TypeError:
-            wrong = next(value for value in values if not isinstance(value, str))
-            raise InvalidArgument(f"{where}: {wrong!r} is not a string") from None
-        except UnicodeEncodeError:
-            raise InvalidArgument(f"{where}: a string holds half of a surrogate pair and cannot be stored") from None
-        if len(lengths) and lengths.max() > LIMITS.string_bytes:
-            raise InvalidArgument(f"{where}: a string of {lengths.max()} bytes; at most {LIMITS.string_bytes}")
-        ends = self.bytes + np.cumsum(lengths)
-        self.parts.append(data)
-        self.bytes += len(data)
+    def add(self, column: Source, where: str) -> NDArray[np.uint32]:
+        """References [n, 2] to the strings, which are appended."""
+        data, offsets, nulls = column
+        first, last = int(offsets[0]), int(offsets[-1])
+        starts = offsets[:-1].astype(np.int64) - first + self.bytes
+        lengths = np.diff(offsets)
+        if nulls is not None:
+            starts[nulls], lengths[nulls] = 0, 0
+        self.parts.append(bytes(memoryview(data)[first:last]))
+        self.bytes += last - first
         if self.bytes >= 1 << 32:
             raise InvalidArgument(f"{where}: the strings of one batch pass 4 GiB; give fewer rows at a time")
-        return np.stack([ends - lengths, lengths], axis=1).astype(np.uint32)
+        return np.stack([starts, lengths], axis=1).astype(np.uint32)
 
 
 def encode_rows(layout: Layout, view: FeatureView, batch: ColumnBatch) -> tuple[NDArray[np.void], bytes]:
     """Rows in the row format, and the arena that their strings refer to. Raises InvalidArgument for wrong columns."""
-    batch.check(view)
-    rows, arena = encode_keys(layout, view, batch.keys)
-    rows["time"] = batch.event_time_us
-    for f, (feature, (values, mask)) in enumerate(zip(view.features, batch.features, strict=True)):
-        where = f"feature view '{view.name}': column '{feature.name}'"
+    columns = source_columns(view, batch)
+    n_keys = len(view.keys)
+    rows, arena = _encode_keys(layout, view, columns[:n_keys])
+    rows["time"] = columns[n_keys][0]
+    for f, (feature, column) in enumerate(zip(view.features, columns[n_keys + 1 :], strict=True)):
+        values, _, nulls = column
         if feature.dtype == String:
-            texts, mask = _without_nulls(values, mask)
-            rows[f"f{f}"] = arena.add(texts, where)
+            rows[f"f{f}"] = arena.add(column, f"feature view '{view.name}': column '{feature.name}'")
         else:
-            column = rows[f"f{f}"]
-            _copy_numbers(column, values, feature.dtype, where)
-            if mask is not None:
-                column[mask] = 0
-        if mask is not None:
-            rows["nulls"][:, f // 8] |= mask.astype(np.uint8) << (f % 8)
+            if feature.dtype.is_float and (nan := np.isnan(values)).any():
+                nulls = nan if nulls is None else nan | nulls
+            rows[f"f{f}"] = values
+            if nulls is not None:
+                rows[f"f{f}"][nulls] = 0
+        if nulls is not None:
+            rows["nulls"][:, f // 8] |= nulls.astype(np.uint8) << (f % 8)
     return rows, b"".join(arena.parts)
 
 
 def encode_keys(layout: Layout, view: FeatureView, keys: Sequence[Array]) -> tuple[NDArray[np.void], _Arena]:
     """Rows of which only the keys are set."""
-    rows = np.zeros(len(keys[0]), row_dtype(layout))
+    return _encode_keys(layout, view, _key_columns(view, keys))
+
+
+def _encode_keys(layout: Layout, view: FeatureView, columns: Sequence[Source]) -> tuple[NDArray[np.void], _Arena]:
     arena = _Arena()
-    for k, ((name, dtype), values) in enumerate(zip(view.keys.items(), keys, strict=True)):
+    rows = np.zeros(0, row_dtype(layout))
+    for k, ((name, dtype), column) in enumerate(zip(view.keys.items(), columns, strict=True)):
+        values, offsets, _ = column
+        if k == 0:
+            rows = np.zeros(len(values) if offsets is None else len(offsets) - 1, rows.dtype)
         where = f"feature view '{view.name}': key '{name}'"
-        if dtype == String:
-            rows[f"k{k}"] = arena.add(list(values), where)
-        else:
-            _copy_numbers(rows[f"k{k}"], values, dtype, where)
+        rows[f"k{k}"] = values if dtype != String else arena.add(column, where)
     return rows, arena
-
-
-def _copy_numbers(column: Array, values: Array, dtype: DType, where: str) -> None:
-    values = np.asarray(values)
-    if values.shape != column.shape:
-        raise InvalidArgument(f"{where}: values of shape {values.shape} do not fit {len(column)} rows of {dtype!r}")
-    wanted = np.dtype(dtype.numpy)
-    if not np.can_cast(values.dtype, wanted, "same_kind" if wanted.kind == "f" else "safe"):
-        raise InvalidArgument(f"{where}: values of type {values.dtype} given for {dtype!r}")
-    column[...] = values
-
-
-def _without_nulls(values: Array, mask: NDArray[np.bool_] | None) -> tuple[list[str], NDArray[np.bool_] | None]:
-    """The strings with "" for nulls, and the mask of the nulls if there are any."""
-    absent = np.fromiter((value is None for value in values), np.bool_, len(values))
-    if mask is not None:
-        absent |= mask
-    if not absent.any():
-        return list(values), None
-    return ["" if null else value for value, null in zip(values, absent, strict=True)], absent
 
 
 # -- reading -------------------------------------------------------------------------------------------------------
@@ -181,9 +271,7 @@ def _without_nulls(values: Array, mask: NDArray[np.bool_] | None) -> tuple[list[
 
 def decode_page(layout: Layout, dtype: np.dtype[Any], page: memoryview) -> ColumnBatch:
     """The rows of a page that Layout.check() has passed, copied. dtype: row_dtype(layout)."""
-    n = int.from_bytes(page[0:2], "little")
-    tag_bytes = int.from_bytes(page[2:4], "little")
-    rows = np.frombuffer(page, dtype, n, HEADER_BYTES + tag_bytes)
+    rows = _rows_of(dtype, page)
     keys = [_decode_column(page, rows[f"k{k}"], code) for k, code in enumerate(layout.key_codes)]
     features: list[tuple[Array, NDArray[np.bool_] | None]] = []
     for f, (code, _) in enumerate(layout.features):
@@ -193,6 +281,18 @@ def decode_page(layout: Layout, dtype: np.dtype[Any], page: memoryview) -> Colum
             values[mask] = None
         features.append((values, mask if mask.any() else None))
     return ColumnBatch(keys, rows["time"].astype(np.int64), features)
+
+
+def decode_keys(layout: Layout, dtype: np.dtype[Any], page: memoryview) -> list[Array]:
+    """The key columns alone of such a page, copied."""
+    rows = _rows_of(dtype, page)
+    return [_decode_column(page, rows[f"k{k}"], code) for k, code in enumerate(layout.key_codes)]
+
+
+def _rows_of(dtype: np.dtype[Any], page: memoryview) -> Array:
+    n = int.from_bytes(page[0:2], "little")
+    tag_bytes = int.from_bytes(page[2:4], "little")
+    return np.frombuffer(page, dtype, n, HEADER_BYTES + tag_bytes)
 
 
 def _decode_column(page: memoryview, column: Array, code: int) -> Array:

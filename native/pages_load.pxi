@@ -1,0 +1,367 @@
+# RowPartitions, RowRange and PageImages, for bulk loads: see pages.pyx and load.h.
+
+cdef int _load_outcome(int outcome) except -1:
+    if outcome == ST_LOAD_OK:
+        return 0
+    if outcome == ST_LOAD_NO_MEMORY:
+        raise MemoryError
+    if outcome == ST_LOAD_ROW_TOO_LONG:
+        raise ValueError("the strings of one row pass 4 GiB")
+    raise OSError(outcome, os.strerror(outcome))
+
+
+cdef class _Sources:
+    """The columns of a batch, held as buffers."""
+    cdef st_source *sources
+    cdef Py_buffer *views
+    cdef size_t n_views
+
+    def __dealloc__(self):
+        self.release()
+
+    cdef void release(self) noexcept:
+        cdef size_t v
+        for v in range(self.n_views):
+            PyBuffer_Release(&self.views[v])
+        self.n_views = 0
+        PyMem_Free(self.views)
+        PyMem_Free(self.sources)
+        self.views, self.sources = NULL, NULL
+
+    cdef int hold(self, columns) except -1:
+        cdef Py_ssize_t n = len(columns)
+        self.sources = <st_source *>PyMem_Malloc((n + 1) * sizeof(st_source))
+        self.views = <Py_buffer *>PyMem_Malloc((3 * n + 1) * sizeof(Py_buffer))
+        if self.sources is NULL or self.views is NULL:
+            raise MemoryError
+        memset(self.sources, 0, (n + 1) * sizeof(st_source))
+        return 0
+
+    cdef Py_buffer *view(self, buffer) except NULL:
+        PyObject_GetBuffer(buffer, &self.views[self.n_views], PyBUF_SIMPLE)
+        self.n_views += 1
+        return &self.views[self.n_views - 1]
+
+
+cdef class RowPartitions:
+    """RowPartitions(layout, bits, skip_bits, chunk_bytes, memory_limit): rows of a bulk load, by the hashes of their keys.
+
+    There are 2^bits partitions, by the bits of the hash that follow its first skip_bits. Rows lie in chunks of
+    chunk_bytes; longer ones have one of their own. memory_limit: bytes of chunks with which add() stops.
+    """
+    cdef readonly Layout layout
+    cdef st_load c
+
+    def __cinit__(self, Layout layout not None, uint32_t bits, uint32_t skip_bits, size_t chunk_bytes,
+                  size_t memory_limit):
+        self.layout = layout
+        if bits + skip_bits > 60 or bits > 16 or not 4096 <= chunk_bytes <= 1 << 30:
+            raise ValueError("impossible partitions")
+        _load_outcome(st_load_init(&self.c, &layout.c, bits, skip_bits, chunk_bytes, memory_limit))
+
+    def __dealloc__(self):
+        st_load_free(&self.c)
+
+    def __len__(self):
+        """Rows added, equal keys included."""
+        return self.c.n_rows
+
+    @property
+    def memory_bytes(self):
+        """What chunks take up in memory."""
+        return self.c.memory_bytes
+
+    @property
+    def file_bytes(self):
+        """How far the file is written."""
+        return self.c.file_bytes
+
+    @property
+    def image_bytes(self):
+        """Bytes that the rows take up in pages, strings and tags included."""
+        return self.c.n_rows * (<uint64_t>self.layout.c.row_bytes + 1) + self.c.heap_bytes
+
+    def partition_bytes(self, uint32_t p):
+        """What its rows need in memory, there and in the file, to be sorted."""
+        self._check(p, p + 1)
+        return self.c.partitions[p].bytes + 2 * sizeof(st_item) * self.c.partitions[p].n_rows
+
+    cdef int _check(self, uint32_t first, uint32_t last) except -1:
+        if not first < last <= <uint32_t>1 << self.c.bits:
+            raise IndexError(f"no partitions {first} to {last}")
+        return 0
+
+    def add(self, columns, size_t start, size_t n):
+        """Add rows start .. n - 1 of a batch of n. Returns the next one to add: less than n when memory is used up.
+
+        columns: for each key, for the event time, and for each feature (values, offsets, nulls), all buffers: n values
+        one after the other, with no offsets; or the UTF-8 of strings, with n + 1 offsets of 4 or 8 bytes each. nulls: n
+        bytes, not 0 where there is no value, or None. A Float32 or Float64 that is NaN is null as well. Adds some
+        rows at least. Strings must have passed first_bad_string(). Raises ValueError for buffers that do not fit.
+        """
+        cdef const st_layout *c = &self.layout.c
+        cdef _Sources sources = _Sources()
+        cdef size_t i
+        cdef int outcome
+        if len(columns) != c.n_keys + 1 + c.n_features or start >= n:
+            raise ValueError(f"{len(columns)} columns, rows {start} to {n}")
+        sources.hold(columns)
+        for i, (values, offsets, nulls) in enumerate(columns):
+            self._hold(sources, i, n, values, offsets, nulls)
+        with nogil:
+            outcome = st_load_add(&self.c, sources.sources, &start, n)
+        sources.release()
+        _load_outcome(outcome)
+        return start
+
+    cdef int _hold(self, _Sources sources, size_t i, size_t n, values, offsets, nulls) except -1:
+        cdef const st_layout *c = &self.layout.c
+        cdef st_source *source = &sources.sources[i]
+        cdef bint is_string = c.key_is_string[i] if i < c.n_keys else (
+            i > c.n_keys and c.features[i - c.n_keys - 1].code == ST_STRING)
+        cdef uint32_t width = 8 if i <= c.n_keys else c.features[i - c.n_keys - 1].bytes
+        cdef Py_buffer *view = sources.view(values)
+        source.values = <const uint8_t *>view.buf
+        if is_string == (offsets is None) or (not is_string and <size_t>view.len != n * width):
+            raise ValueError(f"column {i}: values of {view.len} bytes")
+        if is_string:
+            view = sources.view(offsets)
+            source.offsets = view.buf
+            source.offset_bytes = <uint32_t>(view.len // (n + 1))
+            if <size_t>view.len != (n + 1) * source.offset_bytes or source.offset_bytes not in (4, 8):
+                raise ValueError(f"column {i}: offsets of {view.len} bytes")
+        if nulls is not None:
+            view = sources.view(nulls)
+            source.nulls = <const uint8_t *>view.buf
+            if i <= c.n_keys or <size_t>view.len != n:
+                raise ValueError(f"column {i}: nulls of {view.len} bytes")
+        return 0
+
+    def spill(self, int fd):
+        """Write all chunks to the end of the file and free their memory. The same file each time. Raises OSError."""
+        cdef int outcome
+        with nogil:
+            outcome = st_load_spill(&self.c, fd)
+        _load_outcome(outcome)
+
+    def move(self, uint32_t p, int fd, RowPartitions into not None, size_t group_bytes):
+        """Iterate over groups of a partition's chunks of about so many bytes; each is moved into another RowPartitions.
+
+        Of equal keys within a group one row is moved, so that a key given again and again does not fill a partition
+        of whatever number of bits.
+        """
+        _check_same_columns(self.layout, into.layout)
+        self._check(p, p + 1)
+        cdef const st_chunk *at = self.c.partitions[p].first
+        cdef const st_chunk *to
+        cdef size_t bytes, i, n
+        cdef RowRange rows
+        cdef int outcome = 0
+        while at is not NULL:
+            to, bytes, n = at, 0, 0
+            while to is not NULL and (to == at or bytes + to.bytes <= group_bytes):
+                bytes += to.bytes
+                n += to.n_rows
+                to = to.next
+            rows = RowRange(self)
+            rows.allocate(n, n, st_chunks_file_bytes(at, to))
+            rows.read(at, to, n, fd, 0)
+            with nogil:
+                for i in range(rows.n):
+                    outcome = st_load_put(&into.c, &rows.items[i])
+                    if outcome:
+                        break
+            _load_outcome(outcome)
+            at = to
+            yield n
+
+    def take(self, uint32_t first, uint32_t last, int fd):
+        """The rows of partitions first .. last - 1, sorted, as a RowRange; one for each key.
+
+        Of rows of equal keys that of the latest event time stays, of equal times the one added last. fd: the file, or -1
+        when there is none. Room in the file is given back; in memory the rows stay until this object goes.
+        """
+        self._check(first, last)
+        cdef RowRange rows = RowRange(self)
+        cdef size_t n = 0, largest = 0, file_bytes = 0
+        cdef uint32_t p
+        for p in range(first, last):
+            n += self.c.partitions[p].n_rows
+            largest = max(largest, self.c.partitions[p].n_rows)
+            file_bytes += st_chunks_file_bytes(self.c.partitions[p].first, NULL)
+        rows.allocate(n, largest, file_bytes)
+        file_bytes = 0
+        for p in range(first, last):
+            rows.read(self.c.partitions[p].first, NULL, self.c.partitions[p].n_rows, fd, file_bytes)
+            file_bytes += st_chunks_file_bytes(self.c.partitions[p].first, NULL)
+            if fd >= 0:
+                st_partition_punch(&self.c.partitions[p], fd)
+        return rows
+
+
+cdef class RowRange:
+    """Sorted rows of some partitions, from RowPartitions.take()."""
+    cdef RowPartitions owner
+    cdef st_item *items
+    cdef st_item *unsorted
+    cdef size_t *counts
+    cdef uint8_t *buffer  # rows that were in the file
+    cdef size_t n
+    cdef st_splitter splitter
+    cdef st_bucket waiting  # found, but there was no room for its image
+    cdef bint started, has_waiting
+
+    def __cinit__(self, RowPartitions owner not None):
+        self.owner = owner
+
+    def __dealloc__(self):
+        free(self.items)
+        free(self.unsorted)
+        free(self.counts)
+        free(self.buffer)
+
+    def __len__(self):
+        return self.n
+
+    cdef int allocate(self, size_t n, size_t largest, size_t file_bytes) except -1:
+        self.items = <st_item *>malloc((n + 1) * sizeof(st_item))
+        self.unsorted = <st_item *>malloc((largest + 1) * sizeof(st_item))
+        self.counts = <size_t *>malloc((st_sort_counts(largest) + 1) * sizeof(size_t))
+        self.buffer = <uint8_t *>malloc(file_bytes + 1)
+        if self.items is NULL or self.unsorted is NULL or self.counts is NULL or self.buffer is NULL:
+            raise MemoryError
+        return 0
+
+    cdef int read(self, const st_chunk *first, const st_chunk *to, size_t n, int fd, size_t buffer_at) except -1:
+        """Read and sort chunks, and append what is left of their rows. Hashes must be above those that are there."""
+        cdef int outcome
+        with nogil:
+            outcome = st_chunks_read(&self.owner.c, first, to, fd, self.buffer + buffer_at, self.unsorted)
+            if outcome == 0:
+                st_sort(self.unsorted, self.items + self.n, n, self.counts)
+                self.n += st_dedupe(&self.owner.layout.c, self.items + self.n, n)
+        return _load_outcome(outcome)
+
+
+cdef class PageImages:
+    """PageImages(layout, table_id, capacity_bytes): page images of a new table, in the order of their keys.
+
+    Iterating gives (LMDB key, page image): 13 bytes, and a memoryview that is valid until clear().
+    """
+    cdef readonly Layout layout
+    cdef uint32_t table_id
+    cdef uint8_t *data
+    cdef size_t capacity, used, n, n_max
+    cdef uint64_t n_rows
+    cdef uint64_t *keys
+    cdef size_t *ends
+
+    def __cinit__(self, Layout layout not None, uint32_t table_id, size_t capacity_bytes):
+        self.layout = layout
+        self.table_id = table_id
+        self.capacity = max(capacity_bytes, layout.c.page_bytes)
+        self.n_max = self.capacity // layout.c.page_bytes
+        self.data = <uint8_t *>malloc(self.capacity)
+        self.keys = <uint64_t *>malloc(self.n_max * sizeof(uint64_t))
+        self.ends = <size_t *>malloc(self.n_max * sizeof(size_t))
+        if self.data is NULL or self.keys is NULL or self.ends is NULL:
+            raise MemoryError
+
+    def __dealloc__(self):
+        free(self.data)
+        free(self.keys)
+        free(self.ends)
+
+    def __len__(self):
+        """Images."""
+        return self.n
+
+    @property
+    def rows(self):
+        """Rows in the images."""
+        return self.n_rows
+
+    def clear(self):
+        self.n = self.used = self.n_rows = 0
+
+    def fill(self, RowRange rows not None, uint64_t first, uint32_t depth, uint32_t depth_grow):
+        """Append the images of the rows' buckets. False when there is no more room; call again after clear().
+
+        The rows are all those of the table whose hashes agree with `first` in their top `depth` bits, which makes them
+        a bucket or several. depth_grow: from this depth on a full bucket gets a longer image instead of being split.
+        """
+        cdef st_bucket *bucket = &rows.waiting
+        cdef int found = 1
+        if not rows.started:
+            _check_same_columns(self.layout, rows.owner.layout)
+            if self.layout.c.seed != rows.owner.layout.c.seed:
+                raise ValueError("the rows were hashed with another seed")
+            st_splitter_init(&rows.splitter, &self.layout.c, rows.items, rows.n, first, depth, depth_grow)
+            rows.started = True
+        elif rows.splitter.layout != &self.layout.c:
+            raise ValueError("these rows were begun with another layout")
+        if rows.has_waiting and self.n == 0 and bucket.bytes > self.capacity:
+            self._widen(bucket.bytes)
+        with nogil:
+            while True:
+                if not rows.has_waiting:
+                    found = st_splitter_next(&rows.splitter, bucket)
+                    if found != 1:
+                        break
+                    rows.has_waiting = True
+                if self.n == self.n_max or bucket.bytes > self.capacity - self.used:
+                    break
+                st_build(&self.layout.c, rows.items + bucket.start, bucket.stop - bucket.start, bucket.depth,
+                         self.table_id, self.data + self.used, <uint32_t>bucket.bytes)
+                self.used += bucket.bytes
+                self.keys[self.n] = bucket.key
+                self.ends[self.n] = self.used
+                self.n_rows += bucket.stop - bucket.start
+                self.n += 1
+                rows.has_waiting = False
+        if found < 0:
+            raise ValueError("a row, or rows of one hash, are longer than a page image can be")
+        return found == 0
+
+    cdef int _widen(self, size_t bytes) except -1:
+        cdef uint8_t *data = <uint8_t *>realloc(self.data, bytes)
+        if data is NULL:
+            raise MemoryError
+        self.data, self.capacity = data, bytes
+        return 0
+
+    def __iter__(self):
+        cdef size_t i, start = 0
+        prefix = b"t" + int(self.table_id).to_bytes(4, "big")
+        for i in range(self.n):
+            yield (
+                prefix + int(self.keys[i]).to_bytes(8, "big"),
+                PyMemoryView_FromMemory(<char *>self.data + start, self.ends[i] - start, PyBUF_READ),
+            )
+            start = self.ends[i]
+
+
+def first_bad_string(values, offsets, nulls, size_t n, size_t length_max):
+    """The number of the first of n strings that is not UTF-8, is longer than length_max bytes or not within values.
+
+    None if all are good. Buffers as RowPartitions.add() takes them; what is null is good.
+    """
+    cdef _Sources sources = _Sources()
+    cdef Py_buffer *view
+    cdef size_t n_values, bad
+    sources.hold([None])
+    view = sources.view(values)
+    sources.sources[0].values, n_values = <const uint8_t *>view.buf, view.len
+    view = sources.view(offsets)
+    sources.sources[0].offsets = view.buf
+    sources.sources[0].offset_bytes = <uint32_t>(view.len // (n + 1))
+    if <size_t>view.len != (n + 1) * sources.sources[0].offset_bytes or sources.sources[0].offset_bytes not in (4, 8):
+        raise ValueError(f"offsets of {view.len} bytes for {n} strings")
+    if nulls is not None:
+        view = sources.view(nulls)
+        if <size_t>view.len != n:
+            raise ValueError(f"nulls of {view.len} bytes for {n} strings")
+        sources.sources[0].nulls = <const uint8_t *>view.buf
+    with nogil:
+        bad = st_source_check(&sources.sources[0], n, n_values, length_max)
+    return None if bad == n else bad

@@ -1,0 +1,118 @@
+"""Store.commit: several edits in one durable commit, each with an outcome of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from shorttail import dtypes
+from shorttail.definitions import Entity, Feature, FeatureView
+from shorttail.errors import Internal, InvalidArgument, NotFound
+from shorttail.store import ColumnBatch, Delete, Store, Upsert
+from shorttail.store.environment import page_key
+
+USER = Entity("user", keys={"user_id": dtypes.Int64})
+VIEWS = {name: FeatureView(name, entity=USER, features=[Feature("x", dtypes.Float64)]) for name in ("a", "b")}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    with Store.open(tmp_path / "store", create=True) as store:
+        with store.edit_catalog() as catalog:
+            catalog.entities["user"] = USER
+            for name, view in VIEWS.items():
+                catalog.views[name] = view
+                catalog.new_table(name)
+        store.refresh()
+        yield store
+
+
+def rows(keys: range | list[int], value: float, time_us: int = 0) -> ColumnBatch:
+    ids = np.array(keys, np.int64)
+    return ColumnBatch([ids], np.full(len(ids), time_us, np.int64), [(np.full(len(ids), value), None)])
+
+
+def keys(*values: int) -> list[np.ndarray]:
+    return [np.array(values, np.int64)]
+
+
+def content(store: Store, view: str) -> dict[int, float]:
+    return {
+        key: value
+        for batch in store.scan(view)
+        for key, value in zip(batch.keys[0].tolist(), batch.features[0][0].tolist(), strict=True)
+    }
+
+
+def commits(store: Store) -> int:
+    with store.environment.read() as txn:
+        return store.environment.sequence(txn)
+
+
+def test_edits_are_applied_in_their_order_in_one_commit(store: Store) -> None:
+    store.load("a", [rows(range(3000), 0)])
+    before = commits(store)
+    outcomes = store.commit(
+        [
+            Upsert("a", rows(range(10), 1)),
+            Upsert("b", rows([1], 5)),
+            Upsert("a", rows([3, 3, 5000], 2)),
+            Delete("a", keys(3, 4, 9999)),
+            Delete("a", keys(3, 7)),
+            Upsert("a", rows([4], 3)),
+            Delete("b", keys(1)),
+            Upsert("b", rows([2], 6)),
+        ]
+    )
+    assert outcomes == [10, 1, 3, 2, 1, 1, 1, 1]
+    assert commits(store) == before + 1
+    expected = dict.fromkeys(range(3000), 0.0) | dict.fromkeys(range(10), 1.0) | {5000: 2.0, 4: 3.0}
+    del expected[3], expected[7]
+    assert content(store, "a") == expected
+    assert content(store, "b") == {2: 6.0}
+
+
+def test_of_upserts_in_one_commit_the_latest_event_time_stays_and_of_equal_ones_the_last(store: Store) -> None:
+    store.commit([Upsert("a", rows([1, 2], 1, 5)), Upsert("a", rows([1, 2], 2, 4)), Upsert("a", rows([2], 3, 5))])
+    assert content(store, "a") == {1: 1.0, 2: 3.0}
+
+
+def test_an_edit_that_cannot_be_applied_disturbs_no_other(store: Store) -> None:
+    wrong = ColumnBatch([np.array(["x"])], np.zeros(1, np.int64), [(np.zeros(1), None)])
+    outcomes = store.commit(
+        [
+            Upsert("c", rows([1], 1)),
+            Upsert("a", rows([1], 1)),
+            Upsert("a", wrong),
+            Delete("b", [*keys(1), *keys(2)]),
+            Upsert("b", rows([2], 2)),
+        ]
+    )
+    assert [type(outcome) for outcome in outcomes] == [NotFound, int, InvalidArgument, InvalidArgument, int]
+    assert (content(store, "a"), content(store, "b")) == ({1: 1.0}, {2: 2.0})
+    before = commits(store)
+    assert store.commit([]) == []
+    (error,) = store.commit([Upsert("c", rows([1], 1))])
+    assert isinstance(error, NotFound)
+    assert commits(store) == before
+
+
+def test_only_the_edits_that_meet_a_damaged_page_fail(store: Store) -> None:
+    store.load("a", [rows(range(3000), 0)])
+    store.refresh()
+    table = store.catalog.tables["a"]
+    with store.environment.write() as writer:
+        page = bytearray(writer.get_page(table.id, bytes(8)) or b"")
+        page[100] ^= 1
+        writer.txn.put(page_key(table.id, bytes(8)), page)
+    outcomes = [store.commit([Upsert("a", rows([i], 1))])[0] for i in range(3000, 3200)]
+    bad = [i for i, outcome in enumerate(outcomes, 3000) if isinstance(outcome, Internal)]
+    assert 0 < len(bad) < 50
+    assert "view 'a' is damaged" in str(outcomes[bad[0] - 3000])
+    # The same in one commit, with others of the same view and of another one.
+    outcomes = store.commit([*(Upsert("a", rows([i], 2)) for i in range(3000, 3200)), Upsert("b", rows([1], 1))])
+    assert [i for i, outcome in enumerate(outcomes, 3000) if isinstance(outcome, Internal)] == bad
+    assert content(store, "b") == {1: 1.0}
