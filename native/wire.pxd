@@ -81,6 +81,7 @@ cdef class Router:
     cdef readonly object engine, loop
     cdef public object run          # called once in a loop turn that brought work
     cdef public object fault        # told of every exception that nobody foresaw
+    cdef public object forward      # hands a push or delete to the writer; None: there is none
     cdef readonly dict handlers
     cdef readonly set connections
     cdef dict models                # name bytes, or (name bytes, version) -> Route
@@ -102,6 +103,7 @@ cdef class Connection:
     cdef mp_scan scan               # how far it has been checked
     cdef Route last                 # where the last request went
     cdef readonly Py_ssize_t in_flight
+    cdef Py_ssize_t forwarded       # of them, what the writer has
     cdef readonly bint paused       # the peer does not read its replies
     cdef bint touched
     cdef int state
@@ -114,6 +116,7 @@ cdef class Connection:
     cdef int predict(self, const uint8_t *p, uint32_t n, uint32_t msgid, int flags) except -1
     cdef int get_online_features(self, const uint8_t *p, uint32_t n, uint32_t msgid, int flags) except -1
     cdef int enqueue(self, Route route, const uint8_t *columns, uint32_t msgid, const options_t *options) except -1
+    cdef int hand_on(self, str method, const uint8_t *params, uint32_t msgid, int flags) except -1
     cdef int handle(self, str method, const uint8_t *params, uint32_t msgid, int flags) except -1
     cdef int touch(self) except -1
     cdef int put_error(self, int64_t msgid, str code, str message) except -1

@@ -5,7 +5,7 @@ of features), values going straight into the batch's `Columns`. server/batcher.p
 calls `reply`, which writes every request's rows into its connection's output. The `Router` is what connections share.
 
 Everything runs in the loop's thread with the GIL held. wire_decode.pxi reads columns, wire_encode.pxi writes arrays,
-wire_connection.pxi is the protocol.
+wire_connection.pxi is the protocol, wire_options.pxi its options.
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
@@ -35,6 +35,7 @@ cdef Py_ssize_t STRING_BYTES = LIMITS.string_bytes
 cdef Py_ssize_t REQUEST_ROWS = LIMITS.rows_per_request
 cdef Py_ssize_t BATCH_ROWS = LIMITS.batch_rows
 cdef Py_ssize_t FEATURE_LIST_BYTES = LIMITS.feature_list_bytes
+cdef Py_ssize_t PUSHES_PER_CONNECTION = LIMITS.pushes_per_connection
 cdef Py_ssize_t KEPT_BYTES = 1 << 20  # a buffer that a large request made larger than this is not kept
 
 cdef mp_limits MESSAGE
@@ -277,7 +278,9 @@ cdef class Router:
     loop: for call_soon and call_later. engine: plan_for_model(name, version | None) and plan_for_features(refs).
     handlers: method -> function of the list of params, for the methods that are not batched. Set `run` (called
     once in a loop turn that brought work: `take` the batches, answer them, `flush`) and, if wanted, `fault` (told
-    of exceptions that nobody foresaw).
+    of exceptions that nobody foresaw) and `forward` (takes pushes and deletes, columns unread: called with connection
+    or None, msgid, method, params as bytes and deadline_ns, it raises, or sees to it that the connection is told the
+    outcome later by its `relay`; None is a notification, of which nobody is told).
     """
 
     def __init__(self, loop, engine, handlers):
@@ -291,6 +294,7 @@ cdef class Router:
         self.touched = []
         self.run = self.flush
         self.fault = None
+        self.forward = None
 
     cdef int wake(self) except -1:
         if not self.awake:
@@ -353,6 +357,7 @@ cdef class Router:
         return route
 
 
+include "wire_options.pxi"
 include "wire_connection.pxi"
 
 

@@ -23,63 +23,6 @@ cdef tuple _scan_error(int found):
     return "RESOURCE_EXHAUSTED", f"a message of more than {LIMITS.declared_elements} elements; send it in parts"
 
 
-cdef str _text(const mp_value *v):
-    return v.body[:v.size].decode("utf-8", "replace")
-
-
-cdef bint _is(const mp_value *v, const char *text, uint32_t size) noexcept:
-    return v.size == size and memcmp(v.body, text, size) == 0
-
-
-cdef int _read_options(const uint8_t *p, bint features, options_t *options) except -1:
-    cdef mp_value v, name
-    cdef uint32_t k
-    cdef const uint8_t *value
-    p = mp_read(p, &v)
-    if v.kind == MP_NIL:
-        return 0
-    if v.kind != MP_MAP:
-        raise InvalidArgument("options must be a map")
-    for k in range(v.size):
-        value = mp_read(p, &name)
-        if name.kind != MP_STR:
-            raise InvalidArgument(f"unknown option {_as_python(p)!r}")
-        p = _read_option(&name, value, features, options)
-    return 0
-
-
-cdef const uint8_t *_read_option(const mp_value *name, const uint8_t *p, bint features, options_t *options) except NULL:
-    cdef mp_value v
-    cdef const uint8_t *end = mp_skip(p)
-    cdef double milliseconds
-    mp_read(p, &v)
-    if _is(name, b"deadline_ms", 11):
-        if v.kind != MP_INT and v.kind != MP_FLOAT or v.kind == MP_FLOAT and v.number.f != v.number.f:
-            raise InvalidArgument(f"option 'deadline_ms' must be a number of milliseconds; got {_as_python(p)!r}")
-        milliseconds = v.number.f if v.kind == MP_FLOAT else <double>v.number.i
-        if milliseconds <= 0:
-            raise DeadlineExceeded(f"deadline_ms {milliseconds:g}: the deadline had passed when the request came")
-        options.deadline_ns = _now_ns() + <int64_t>(min(milliseconds, 1e9) * 1e6)
-    elif _is(name, b"encoding", 8):
-        if v.kind == MP_STR and _is(&v, b"tensor", 6):
-            options.flags |= AS_TENSORS
-        elif v.kind != MP_STR or not _is(&v, b"list", 4):
-            raise InvalidArgument(f"option 'encoding' must be 'list' or 'tensor'; got {_as_python(p)!r}")
-    elif _is(name, b"version", 7) and not features:
-        if v.kind != MP_INT or v.number.i < 1:
-            raise InvalidArgument(f"option 'version' must be the number of a version; got {_as_python(p)!r}")
-        options.version = v.number.i
-    elif _is(name, b"statuses", 8) and not features:
-        if v.kind != MP_BOOL:
-            raise InvalidArgument(f"option 'statuses' must be true or false; got {_as_python(p)!r}")
-        if v.number.i:
-            options.flags |= WANTS_STATUSES
-    else:
-        known = "deadline_ms, encoding" if features else "deadline_ms, encoding, statuses, version"
-        raise InvalidArgument(f"unknown option {_text(name)!r}; options: {known}")
-    return end
-
-
 cdef class Connection:
     """Connection(router): an asyncio protocol for one peer."""
 
@@ -228,6 +171,8 @@ cdef class Connection:
             return self.predict(p, v.size, msgid, flags)
         if _is(method, b"get_online_features", 19):
             return self.get_online_features(p, v.size, msgid, flags)
+        if self.router.forward is not None and (_is(method, b"push", 4) or _is(method, b"delete", 6)):
+            return self.hand_on(_text(method), params, msgid, flags)
         return self.handle(_text(method), params, msgid, flags)
 
     cdef int predict(self, const uint8_t *p, uint32_t n, uint32_t msgid, int flags) except -1:
@@ -245,7 +190,7 @@ cdef class Connection:
         if columns.kind != MP_MAP:
             raise InvalidArgument("predict takes [model, {column: value or array}, {option: value}?]")
         if n == 3:
-            _read_options(mp_skip(map_at), False, &options)
+            _read_options(mp_skip(map_at), PREDICT_OPTIONS, &options)
         if self.last is None or not self.last.leads_from(False, model.body, model.size, options.version):
             self.last = self.router.model_route(model.body, model.size, options.version)
         return self.enqueue(self.last, map_at, msgid, &options)
@@ -266,7 +211,7 @@ cdef class Connection:
         if columns.kind != MP_MAP:
             raise InvalidArgument("get_online_features takes [[feature reference], {key column: value or array}, {option: value}?]")
         if n == 3:
-            _read_options(mp_skip(map_at), True, &options)
+            _read_options(mp_skip(map_at), FEATURES_OPTIONS, &options)
         if self.last is None or not self.last.leads_from(True, p, map_at - p, -1):
             self.last = self.router.features_route(p, map_at - p)
         return self.enqueue(self.last, map_at, msgid, &options)
@@ -290,11 +235,54 @@ cdef class Connection:
             route.open = None
         return 0
 
+    cdef int hand_on(self, str method, const uint8_t *params, uint32_t msgid, int flags) except -1:
+        """A push or delete: to the writer with its columns unread. The answer comes by relay()."""
+        cdef mp_value v, view, columns
+        cdef options_t options
+        cdef const uint8_t *map_at
+        cdef const uint8_t *p = mp_read(params, &v)
+        cdef uint32_t n = v.size
+        options.flags = flags
+        options.deadline_ns = 0
+        columns.kind = MP_NIL
+        if 2 <= n <= 3:
+            map_at = mp_read(p, &view)
+            if view.kind == MP_STR:
+                mp_read(map_at, &columns)
+        if columns.kind != MP_MAP:
+            raise InvalidArgument(f"{method} takes [view, {{column: value or array}}, {{option: value}}?]")
+        if n == 3:
+            _read_options(mp_skip(map_at), WRITE_OPTIONS, &options)
+        if self.forwarded >= PUSHES_PER_CONNECTION:
+            raise ResourceExhausted(f"{self.forwarded} requests of this connection wait to be written; "
+                                    f"wait for their answers, then send it again")
+        silent = bool(flags & SILENT)
+        data = PyBytes_FromStringAndSize(<const char *>params, mp_skip(params) - params)
+        self.router.forward(None if silent else self, msgid, method, data, options.deadline_ns)
+        if not silent:
+            self.in_flight += 1
+            self.forwarded += 1
+        return 0
+
+    def relay(self, uint32_t msgid, bytes outcome not None):
+        """Answer what was handed on. outcome: the MessagePack of its error and then of its result."""
+        self.in_flight -= 1
+        self.forwarded -= 1
+        if self.state == GONE:
+            return
+        _need(&self.out, 16)
+        mp_put_byte(&self.out, 0x94)
+        mp_put_byte(&self.out, 1)
+        mp_put_int(&self.out, msgid)
+        _put_bytes(&self.out, outcome)
+        self.touch()
+
     cdef int handle(self, str method, const uint8_t *params, uint32_t msgid, int flags) except -1:
         """A method that is not batched: any MessagePack in, any out."""
         handler = self.router.handlers.get(method)
         if handler is None:
-            known = ", ".join(["predict", "get_online_features", *self.router.handlers])
+            writes = ["push", "delete"] if self.router.forward is not None else []
+            known = ", ".join(["predict", "get_online_features", *writes, *self.router.handlers])
             raise NotFound(f"unknown method {method!r}; methods: {known}")
         result = msgpack.packb(handler(_as_python(params)))
         if flags & SILENT:

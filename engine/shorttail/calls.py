@@ -41,6 +41,19 @@ def _options(deadline_ms: float | None) -> dict[str, Any]:
     return {"encoding": "tensor"} if deadline_ms is None else {"encoding": "tensor", "deadline_ms": deadline_ms}
 
 
+def write_params(view: str, columns: Any, deadline_ms: float | None) -> list[Any]:
+    """Of push and delete."""
+    params = [view, protocol.encode_columns(columns)]
+    return params if deadline_ms is None else [*params, {"deadline_ms": deadline_ms}]
+
+
+def read_rows(method: str, result: Any) -> int:
+    try:
+        return int(result["rows"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise Internal(f"{method}: the server's result is not understood: {error!r}") from None
+
+
 def read_prediction(model: str, result: Any) -> Prediction:
     try:
         outputs = {name: _to_array(values) for name, values in result["outputs"].items()}

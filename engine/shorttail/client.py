@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from shorttail import calls, protocol
 from shorttail.errors import DeadlineExceeded, Internal, ShorttailError, Unavailable
@@ -65,12 +65,25 @@ class Client:
         params = calls.features_params(features, columns, deadline_ms)
         return calls.read_features(self._call("get_online_features", params, deadline_ms))
 
+    def push(self, view: str, rows: Any, *, deadline_ms: float | None = None) -> int:
+        """Upsert rows: a dict of columns, pandas, polars or pyarrow. Returns the rows taken, which are durable then.
+
+        The view's timestamp column (or `event_time`) holds event times; without it they are now. A row older than the
+        one stored is dropped. deadline_ms: when it passes first, nothing is written. All rows of a call are written or
+        none; after Unavailable or DeadlineExceeded from the connection it may be either, and pushing again is safe.
+        """
+        return calls.read_rows("push", self._call("push", calls.write_params(view, rows, deadline_ms), deadline_ms))
+
+    def delete(self, view: str, keys: Any, *, deadline_ms: float | None = None) -> int:
+        """Delete the rows of these keys: columns, as for push. Returns how many there were; durable then."""
+        return calls.read_rows("delete", self._call("delete", calls.write_params(view, keys, deadline_ms), deadline_ms))
+
     def models(self) -> list[dict[str, Any]]:
         """The models served: name, version, columns {name: type name} and outputs [name] of each."""
         return calls.read_list("models", self._call("models", []))
 
     def views(self) -> list[dict[str, Any]]:
-        """The feature views served: name, keys {name: type name} and features {name: type name} of each."""
+        """The feature views served: name, keys {name: type name}, features {name: type name} and timestamp of each."""
         return calls.read_list("views", self._call("views", []))
 
     def ping(self) -> None:
@@ -205,6 +218,16 @@ class AsyncClient:
         params = calls.features_params(features, columns, deadline_ms)
         return calls.read_features(await self._call("get_online_features", params, deadline_ms))
 
+    async def push(self, view: str, rows: Any, *, deadline_ms: float | None = None) -> int:
+        """As Client.push. Calls that wait together share a commit."""
+        params = calls.write_params(view, rows, deadline_ms)
+        return calls.read_rows("push", await self._call("push", params, deadline_ms))
+
+    async def delete(self, view: str, keys: Any, *, deadline_ms: float | None = None) -> int:
+        """As Client.delete."""
+        params = calls.write_params(view, keys, deadline_ms)
+        return calls.read_rows("delete", await self._call("delete", params, deadline_ms))
+
     async def models(self) -> list[dict[str, Any]]:
         """As Client.models."""
         return calls.read_list("models", await self._call("models", []))
@@ -292,9 +315,8 @@ class _Connection(asyncio.Protocol):
             self._unsent.pop(msgid, None)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
-        transport.set_write_buffer_limits(high=WRITE_HIGH_WATER_BYTES, low=WRITE_HIGH_WATER_BYTES // 4)
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's are not of asyncio's classes
+        self._transport.set_write_buffer_limits(high=WRITE_HIGH_WATER_BYTES, low=WRITE_HIGH_WATER_BYTES // 4)
 
     def data_received(self, data: bytes) -> None:
         try:

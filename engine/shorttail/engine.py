@@ -8,12 +8,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from shorttail import pipeline
 from shorttail import plan as planning
 from shorttail.config import LIMITS
-from shorttail.errors import InvalidArgument, Unavailable
+from shorttail.errors import Internal, InvalidArgument, Unavailable
 from shorttail.models import registry
+from shorttail.models.device import CPU, Device, check_cuda
 from shorttail.models.load import Runner, load
+from shorttail.models.settings import Settings, tuned
 from shorttail.models.signature import request_columns
 from shorttail.pipeline import BatchResult, Plan, PlanOutdated
 from shorttail.results import Features, Prediction
@@ -30,16 +34,24 @@ Progress = Callable[[int, int | None], None]  # rows done, rows in all if known
 class Engine:
     """A store opened in this process by `Engine.open(path)`. A context manager; threads may share it."""
 
-    def __init__(self, store: Store):
+    def __init__(self, store: Store, device: Device = CPU):
         self._store = store
+        self._device = device
         self._plans: dict[tuple[Any, ...], Plan] = {}
-        self._runners: dict[tuple[str, int], Runner] = {}
+        self._runners: dict[tuple[str, int, Settings], Runner] = {}
         self._compile_lock = threading.Lock()
 
     @classmethod
-    def open(cls, path: str | Path, *, create: bool = False) -> Engine:
-        """Open the store at `path`. Raises NotFound when there is none, unless `create`."""
-        return cls(Store.open(path, create=create))
+    def open(cls, path: str | Path, *, create: bool = False, device: str = "cpu") -> Engine:
+        """Open the store at `path`. Raises NotFound when there is none, unless `create`.
+
+        device: "cuda" or "cuda:N" runs the models that are no forests on that GPU. Raises InvalidArgument when this
+        host lacks what that needs.
+        """
+        where = Device.parse(device)
+        if where.kind == "cuda":
+            check_cuda(where)
+        return cls(Store.open(path, create=create), where)
 
     def close(self) -> None:
         self._plans.clear()
@@ -98,10 +110,23 @@ class Engine:
 
         Raises Unavailable if the successor takes other columns.
         """
+        try:
+            return pipeline.run_batch(plan, self._store, columns)
+        except PlanOutdated:
+            plan, result = self.prepare(plan, columns)
+            if plan.runner is not None:
+                pipeline.infer(plan.runner, result)
+            return result
+
+    def prepare(self, plan: Plan, columns: Columns) -> tuple[Plan, BatchResult]:
+        """All of `run` but the model, with the plan that was used: `pipeline.infer(plan.runner, result)` is the rest.
+
+        For those that run a slow model in another thread. Raises Unavailable as `run` does.
+        """
         asked = plan
         while True:
             try:
-                return pipeline.run_batch(plan, self._store, columns)
+                return plan, pipeline.prepare(plan, self._store, columns)
             except PlanOutdated:
                 plan = self._plan(plan.key)
                 if not plan.answers_for(asked, columns):
@@ -139,14 +164,21 @@ class Engine:
         _, name, version = key
         entry = self._store.catalog.model(name)
         number = entry.current if version is None else version
-        runner = self._runners.get((name, number))
-        if runner is None:
-            outputs = [tensor.name for tensor in entry.version(number).outputs]
-            runner = load(registry.model_path(self._store.path, name, number), outputs)
-        plan = planning.compile_model(self._store, name, number, runner, key)
-        for rows in (1, 64):  # no request pays for a first run
-            runner.run([buffer.example(rows) for buffer in plan.buffers[: len(runner.inputs)]])
-        self._runners[name, number] = runner
+        info = entry.version(number)
+        settings, _ = tuned(info.tuning, str(self._device))
+        runner = self._runners.get((name, number, settings))
+        if runner is not None:
+            return planning.compile_model(self._store, name, number, runner, key)
+        path = registry.model_path(self._store.path, name, number)
+        try:
+            runner = load(path, [tensor.name for tensor in info.outputs], settings, self._device)
+            plan = planning.compile_model(self._store, name, number, runner, key)
+            random = np.random.default_rng(0)
+            runner.warm(lambda rows: [b.example(rows, random) for b in plan.buffers[: len(runner.inputs)]])
+        except (InvalidArgument, Internal) as error:
+            known = "" if error.message.startswith("model '") else f"model '{name}' version {number}: "
+            raise type(error)(f"{known}{error.message}") from error
+        self._runners[name, number, settings] = runner
         return plan
 
     # -- changing --------------------------------------------------------------------------------------------
@@ -162,16 +194,33 @@ class Engine:
 
         return apply(self._store, definitions, dry_run=dry_run, reset=reset)
 
-    def materialize(self, view: str, progress: Progress | None = None) -> int:
-        """Replace the rows of a view by those of its source, at once for every reader. Returns the rows stored."""
-        from shorttail.ingest.parquet import parquet_batches
+    def materialize(self, view: str, progress: Progress | None = None, *, memory_bytes: int | None = None) -> int:
+        """Replace the rows of a view by those of its source, at once for every reader. Returns the rows stored.
 
+        memory_bytes: see load(). Raises NotFound, InvalidArgument, ResourceExhausted (disk).
+        """
         definition = self._store.catalog.view(view)
         if definition.source is None:
             raise InvalidArgument(
                 f"view '{view}' has no source; give it source=st.ParquetSource(...), or push its rows"
             )
-        total, batches = parquet_batches(definition.source.path, definition, definition.source.timestamp)
+        return self.load(view, definition.source.path, progress, memory_bytes=memory_bytes)
+
+    def load(self, view: str, data: Any, progress: Progress | None = None, *, memory_bytes: int | None = None) -> int:
+        """Replace the rows of a view by those of a file or of Arrow data, at once for every reader.
+
+        data: the path of a Parquet, Arrow or CSV file or of a folder of Parquet files; or a pyarrow Table, RecordBatch,
+        RecordBatchReader or iterable of RecordBatches. Both are read a batch at a time. Event times come from the
+        view's timestamp column, else from `event_time`; without either they are now. Of rows of equal keys that of the
+        latest event time stays. What is pushed to the view during the load is replaced too. memory_bytes: what the load
+        may take in memory (default LIMITS.load_memory_bytes); rows beyond it wait in a file in the store's directory.
+        Returns the rows stored. Raises NotFound, InvalidArgument, ResourceExhausted (disk).
+        """
+        from shorttail.ingest.parquet import arrow_batches, parquet_batches
+
+        definition = self._store.catalog.view(view)
+        batches_of = parquet_batches if isinstance(data, str | Path) else arrow_batches
+        total, batches = batches_of(data, definition, definition.timestamp)
         done = 0
 
         def report(rows: int) -> None:
@@ -180,7 +229,7 @@ class Engine:
             if progress is not None:
                 progress(done, total)
 
-        return self._store.load(view, batches, report)
+        return self._store.load(view, batches, report, memory_bytes)
 
     def push(self, view: str, rows: Any) -> int:
         """Upsert rows (dict of columns, pandas, polars or pyarrow); durable when it returns the rows taken.
@@ -212,31 +261,37 @@ class Engine:
     # -- what there is ---------------------------------------------------------------------------------------
 
     def models(self) -> list[dict[str, Any]]:
-        """[{"name", "version", "columns": {column: type}, "outputs": [name]}] of the current versions."""
+        """[{"name", "version", "columns": {column: type}, "outputs": [name], "runs": text}] of the current versions.
+
+        runs: what runs the model and why; None until it is loaded.
+        """
         self.refresh()
         catalog = self._store.catalog
         listed = []
         for name, entry in catalog.models.items():
             info = entry.version()
             columns = request_columns(catalog, info.model, info.inputs)
+            runner = self._runners.get((name, entry.current, tuned(info.tuning, str(self._device))[0]))
             listed.append(
                 {
                     "name": name,
                     "version": entry.current,
                     "columns": {column: dtype.name for column, dtype in columns.items()},
                     "outputs": [tensor.name for tensor in info.outputs],
+                    "runs": runner.description if runner else None,
                 }
             )
         return listed
 
     def views(self) -> list[dict[str, Any]]:
-        """[{"name", "keys": {column: type}, "features": {feature: type}}]."""
+        """[{"name", "keys": {column: type}, "features": {feature: type}, "timestamp": column or None}]."""
         self.refresh()
         return [
             {
                 "name": view.name,
                 "keys": {key: dtype.name for key, dtype in view.keys.items()},
                 "features": {feature.name: feature.dtype.name for feature in view.features},
+                "timestamp": view.timestamp,
             }
             for view in self._store.catalog.views.values()
         ]

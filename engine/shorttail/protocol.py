@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import struct
 from collections.abc import Iterable, Mapping
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, cast
 
 import msgpack
 import numpy as np
@@ -113,7 +113,7 @@ def pack_request(msgid: int, method: str, params: list[Any]) -> bytes:
 
 def new_unpacker() -> msgpack.Unpacker:
     """A streaming decoder of replies: feed(bytes), then iterate. Tensors come out as numpy arrays of their own."""
-    return msgpack.Unpacker(ext_hook=_unpack_ext, max_buffer_size=REPLY_BYTES, strict_map_key=False)
+    return msgpack.Unpacker(ext_hook=unpack_ext, max_buffer_size=REPLY_BYTES, strict_map_key=False)
 
 
 def read_response(message: Any) -> tuple[int, ShorttailError | None, Any]:
@@ -143,13 +143,21 @@ def encode_columns(columns: Mapping[str, Any]) -> dict[str, Any]:
     """Columns as a caller holds them, as MessagePack values: numeric arrays as tensors, the rest as plain values.
 
     A column is a scalar, a list or tuple, a numpy array, or anything with a numpy form (pandas, pyarrow, polars).
-    `columns` is a dict or anything with its items(), such as a data frame. Raises InvalidArgument.
+    `columns` is a dict, or a table of pandas, polars or pyarrow. Raises InvalidArgument.
     """
-    try:
-        items: Iterable[tuple[str, Any]] = columns.items()
-    except AttributeError:
-        raise InvalidArgument(f"columns: expected a dict of column -> values, got {type(columns).__name__}") from None
-    return {str(name): encode_column(str(name), value) for name, value in items}
+    return {str(name): encode_column(str(name), value) for name, value in _items(columns)}
+
+
+def _items(columns: Any) -> Iterable[tuple[str, Any]]:
+    if hasattr(columns, "items"):  # a dict, pandas
+        return cast(Iterable[tuple[str, Any]], columns.items())
+    if hasattr(columns, "column_names"):  # pyarrow.Table, RecordBatch
+        return zip(columns.column_names, columns.columns, strict=True)
+    if hasattr(columns, "get_columns"):  # polars
+        return ((series.name, series) for series in columns.get_columns())
+    raise InvalidArgument(
+        f"columns of type {type(columns).__name__}; give a dict of column -> values, pandas, polars or pyarrow"
+    )
 
 
 def encode_column(name: str, value: Any) -> Any:
@@ -165,7 +173,11 @@ def encode_column(name: str, value: Any) -> Any:
     if _has_nulls(value):
         # As numpy, integers with a null would turn into floats.
         return [_plain(item) for item in _as_list(value)]
+    if getattr(getattr(value, "dtype", None), "tz", None) is not None:
+        value = value.to_numpy("datetime64[us]")  # pandas gives an object a time where there is a zone
     array = np.asarray(value)
+    if array.dtype.kind in "UT" and not isinstance(value, np.ndarray):
+        return _as_list(value)  # as fixed-width text, a string has lost the zero bytes at its end
     if array.ndim == 0:
         return _encode_scalar(name, array.item() if array.dtype.kind != "M" else array[()])
     return _encode_array(name, array)
@@ -180,6 +192,8 @@ def _encode_scalar(name: str, value: Any) -> Any:
 
 def _encode_array(name: str, array: Array) -> Any:
     kind = array.dtype.kind
+    if kind == "O" and len(array) and (rows := _stacked(array)) is not None:
+        array, kind = rows, rows.dtype.kind
     if kind in "OUT":
         return [_plain(item) for item in array.tolist()]
     if kind == "M":
@@ -196,6 +210,16 @@ def _encode_array(name: str, array: Array) -> Any:
         raise InvalidArgument(f"column {name!r}: {array.ndim} dimensions are more than {TENSOR_DIMS}")
     native = array.dtype.newbyteorder("=")
     return pack_tensor(array.astype(_WIDENED.get(native, native), copy=False))
+
+
+def _stacked(array: Array) -> Array | None:
+    """The matrix of an array of vectors, as a data frame has them; None if it holds something else."""
+    first = array[0]
+    if not isinstance(first, np.ndarray) or first.dtype.kind not in "biuf":
+        return None
+    if not all(isinstance(row, np.ndarray) and row.shape == first.shape for row in array):
+        return None
+    return np.stack(list(array))
 
 
 def _plain(item: Any) -> Any:
@@ -281,5 +305,5 @@ def unpack_tensor(payload: bytes | memoryview) -> Array:
     return np.frombuffer(payload, dtype, elements, start).reshape(shape).astype(dtype.newbyteorder("="), copy=True)
 
 
-def _unpack_ext(code: int, data: bytes) -> Any:
+def unpack_ext(code: int, data: bytes) -> Any:
     return unpack_tensor(data) if code == TENSOR_EXT else msgpack.ExtType(code, data)

@@ -1,5 +1,6 @@
 """`shorttail serve` as a process, spoken to through plain sockets in MessagePack that any language could have sent."""
 
+import contextlib
 import os
 import re
 import select
@@ -133,8 +134,17 @@ class Server:
         return Peer(self.address)
 
     def workers(self):
+        return self.children("worker")
+
+    def children(self, kind):
+        """Process ids of its workers, or of its writer."""
         pid = self.process.pid
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        found = []
+        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            with contextlib.suppress(FileNotFoundError):
+                if f"shorttail.server.{kind}\0" in Path(f"/proc/{child}/cmdline").read_text():
+                    found.append(int(child))
+        return found
 
     def stop(self, signum=signal.SIGTERM):
         self.process.send_signal(signum)

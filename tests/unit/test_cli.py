@@ -119,7 +119,7 @@ def fresh(tmp_path: Path) -> Project:
     return write_project(tmp_path)
 
 
-COMMANDS = ["apply", "materialize", "push", "models", "serve", "predict", "features", "stat"]
+COMMANDS = ["apply", "materialize", "push", "delete", "models", "serve", "predict", "features", "stat"]
 COMMANDS += ["models list", "models deploy", "models promote", "models rollback"]
 
 

@@ -279,10 +279,12 @@ def test_models_and_views_tell_what_a_request_needs(engine: st.Engine) -> None:
             "version": 1,
             "columns": {"user_id": "Int64", "country": "String", "shop_id": "Int64", "amount": "Float64"},
             "outputs": ["y"],
+            "runs": None,  # nobody has asked it yet
         }
     ]
     assert engine.views()[1] == {
         "name": "shops",
         "keys": {"country": "String", "shop_id": "Int64"},
         "features": {"open": "Bool", "rent": "Float64"},
+        "timestamp": None,
     }

@@ -5,26 +5,23 @@ Nothing heavy is imported here but inside the commands, so that `shorttail --hel
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from shorttail import __version__
+from shorttail.cli.bench import bench
 from shorttail.cli.models import models
-from shorttail.cli.options import json_option, opened, source_options, store_option
-from shorttail.cli.values import parse_columns, print_json, print_table, status_notes
-from shorttail.config import DEFAULT_HOST, DEFAULT_PORT
+from shorttail.cli.options import answerer, json_option, opened, progress_bar, source_options, store_option
+from shorttail.cli.rows import delete, push
+from shorttail.cli.tune import tune
+from shorttail.cli.values import parse_columns, print_json, print_table, rate, status_notes
+from shorttail.config import DEFAULT_HOST, DEFAULT_PORT, LIMITS
 from shorttail.errors import InvalidArgument, NotFound, ShorttailError
-
-if TYPE_CHECKING:
-    from shorttail.client import Client
-    from shorttail.engine import Engine
 
 
 def main() -> None:
@@ -53,24 +50,6 @@ def main() -> None:
 def fail(message: str, code: int) -> None:
     click.echo(f"error: {' '.join(message.split())}", err=True)
     sys.exit(code)
-
-
-@contextlib.contextmanager
-def answerer(store: str | None, server: str | None) -> Iterator[Engine | Client]:
-    """Who answers: an engine on the store, or a client of the server."""
-    if (store is None) == (server is None):
-        raise click.UsageError("give either --store STORE or --server ADDR", click.get_current_context())
-    if store is not None:
-        from shorttail.engine import Engine
-
-        with Engine.open(store) as engine:
-            yield engine
-    else:
-        from shorttail.client import Client
-
-        assert server is not None
-        with Client(server) as client:
-            yield client
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -125,8 +104,16 @@ def apply(definitions: str, store: str, dry_run: bool, reset: bool, as_json: boo
 @cli.command()
 @click.argument("views", nargs=-1, metavar="[VIEW]...")
 @store_option
+@click.option(
+    "--memory-mib",
+    metavar="N",
+    default=LIMITS.load_memory_bytes >> 20,
+    show_default=True,
+    type=click.IntRange(LIMITS.load_memory_bytes_min >> 20),
+    help="What the rows of a view may take in memory; others wait in a file in the store's directory.",
+)
 @json_option
-def materialize(views: tuple[str, ...], store: str, as_json: bool) -> None:
+def materialize(views: tuple[str, ...], store: str, memory_mib: int, as_json: bool) -> None:
     """Load views from their sources.
 
     The rows of a view are replaced at once for every reader. Without VIEW: every view that has a source.
@@ -134,7 +121,7 @@ def materialize(views: tuple[str, ...], store: str, as_json: bool) -> None:
     \b
     Example:
       shorttail materialize --store store
-      shorttail materialize --store store user_stats
+      shorttail materialize --store store user_stats --memory-mib 512
     """
     from shorttail.engine import Engine
     from shorttail.ingest import parquet  # noqa: F401  here, to be outside the time that is measured
@@ -151,7 +138,7 @@ def materialize(views: tuple[str, ...], store: str, as_json: bool) -> None:
         for name in chosen:
             with progress_bar(name) as progress:
                 start_s = time.perf_counter()
-                rows = engine.materialize(name, progress)
+                rows = engine.materialize(name, progress, memory_bytes=memory_mib << 20)
                 seconds = time.perf_counter() - start_s
             loaded.append({"view": name, "rows": rows, "seconds": round(seconds, 6)})
             if not as_json:
@@ -160,66 +147,15 @@ def materialize(views: tuple[str, ...], store: str, as_json: bool) -> None:
         print_json(loaded)
 
 
-def rate(rows: int, seconds: float) -> str:
-    """ "3,322 rows in 0.02 s (166,000 rows/s)", the rate to three digits."""
-    per_s = rows / max(seconds, 1e-9)
-    rounded = round(per_s, 3 - len(str(int(per_s))))
-    return f"{rows:,} row{'' if rows == 1 else 's'} in {seconds:.2f} s ({rounded:,.0f} rows/s)"
-
-
-@contextlib.contextmanager
-def progress_bar(name: str) -> Iterator[Callable[[int, int | None], None]]:
-    """A bar on stderr while it is a terminal; yields progress(rows done, rows in all if known)."""
-    from tqdm import tqdm
-
-    with tqdm(desc=name, unit=" rows", unit_scale=True, leave=False, disable=None) as bar:
-
-        def progress(done: int, total: int | None = None) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield progress
-
-
-@cli.command()
-@click.argument("view")
-@click.argument("file")
-@store_option
-@json_option
-def push(view: str, file: str, store: str, as_json: bool) -> None:
-    """Upsert the rows of a file into VIEW.
-
-    FILE is Parquet, Arrow (.arrow, .feather) or CSV (.csv). Columns are found by name. A row older
-    than the one stored is dropped.
-
-    \b
-    Example:
-      shorttail push user_stats today.parquet --store store
-    """
-    from shorttail.ingest.parquet import parquet_batches
-
-    with opened(store) as target:
-        definition = target.catalog.view(view)
-        total, batches = parquet_batches(file, definition, definition.timestamp)
-        rows, start_s = 0, time.perf_counter()
-        with progress_bar(view) as progress:
-            for batch in batches:
-                rows += target.upsert(view, batch)
-                progress(rows, total)
-        seconds = time.perf_counter() - start_s
-    if as_json:
-        return print_json({"view": view, "rows": rows, "seconds": round(seconds, 6)})
-    click.echo(f"{view}: {rate(rows, seconds)}")
-
-
 @cli.command()
 @store_option
 @click.option("--host", default=DEFAULT_HOST, show_default=True, help="Address to listen on.")
 @click.option("--port", default=DEFAULT_PORT, show_default=True, help="TCP port; 0 takes a free one.")
 @click.option("--uds", metavar="PATH", help="Listen on this Unix socket.")
 @click.option("--workers", default=1, show_default=True, type=click.IntRange(1), help="Serving processes.")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N: for models that are no forests.")
 @click.option("--check", is_flag=True, help="Open the store, load the models, and exit.")
-def serve(store: str, host: str, port: int, uds: str | None, workers: int, check: bool) -> int:
+def serve(store: str, host: str, port: int, uds: str | None, workers: int, device: str, check: bool) -> int:
     """Serve features and predictions.
 
     MessagePack-RPC over TCP or a Unix socket, until SIGTERM or Ctrl-C.
@@ -227,10 +163,11 @@ def serve(store: str, host: str, port: int, uds: str | None, workers: int, check
     \b
     Example:
       shorttail serve --store store --workers 4
+      shorttail serve --store store --device cuda
     """
     from shorttail.server import supervisor
 
-    return supervisor.serve(store, host=host, port=port, uds=uds, workers=workers, check=check)
+    return supervisor.serve(store, host=host, port=port, uds=uds, workers=workers, device=device, check=check)
 
 
 @cli.command()
@@ -337,4 +274,8 @@ def stat(store: str, as_json: bool) -> None:
     print_table(["view", "keys", "features", "rows"], table)
 
 
+cli.add_command(bench)
+cli.add_command(delete)
 cli.add_command(models)
+cli.add_command(push)
+cli.add_command(tune)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
+    from shorttail.client import Client
+    from shorttail.engine import Engine
     from shorttail.store import Store
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -23,9 +25,9 @@ def json_option(command: F) -> F:
 
 
 def source_options(command: F) -> F:
-    """--store or --server: where a question is put."""
+    """--store or --server: who answers."""
     command = click.option("--server", metavar="ADDR", help="Ask a server: host:port or unix:/path.sock.")(command)
-    return click.option("--store", metavar="STORE", help="Answer from a store in this process.")(command)
+    return click.option("--store", metavar="STORE", help="Use a store in this process.")(command)
 
 
 @contextlib.contextmanager
@@ -38,3 +40,35 @@ def opened(path: str, create: bool = False) -> Iterator[Store]:
         yield store
     finally:
         store.close()
+
+
+@contextlib.contextmanager
+def answerer(store: str | None, server: str | None) -> Iterator[Engine | Client]:
+    """Who answers: an engine on the store, or a client of the server."""
+    if (store is None) == (server is None):
+        raise click.UsageError("give either --store STORE or --server ADDR", click.get_current_context())
+    if store is not None:
+        from shorttail.engine import Engine
+
+        with Engine.open(store) as engine:
+            yield engine
+    else:
+        from shorttail.client import Client
+
+        assert server is not None
+        with Client(server) as client:
+            yield client
+
+
+@contextlib.contextmanager
+def progress_bar(name: str) -> Iterator[Callable[[int, int | None], None]]:
+    """A bar on stderr while it is a terminal; yields progress(rows done, rows in all if known)."""
+    from tqdm import tqdm
+
+    with tqdm(desc=name, unit=" rows", unit_scale=True, leave=False, disable=None) as bar:
+
+        def progress(done: int, total: int | None = None) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield progress

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from shorttail._native.wire import Batch, Router
 from shorttail.errors import ShorttailError
+from shorttail.server.faults import one_line
 
 if TYPE_CHECKING:
     from shorttail.engine import Engine
@@ -56,9 +57,3 @@ class Batcher:
 def describe(batch: Batch) -> str:
     plan = batch.route.plan
     return f"model '{plan.model}'" if plan.kind == "predict" else "get_online_features"
-
-
-def one_line(error: BaseException) -> str:
-    """The type and the first line of an exception."""
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0][:300]}" if text else type(error).__name__

@@ -6,8 +6,10 @@ import contextlib
 import errno
 import ipaddress
 import os
+import shutil
 import socket
 import stat
+import tempfile
 from pathlib import Path
 from types import TracebackType
 from typing import Final
@@ -15,6 +17,7 @@ from typing import Final
 from shorttail.errors import InvalidArgument, ShorttailError, Unavailable
 
 BACKLOG: Final = 1024
+UNIX_PATH_BYTES: Final = 100  # the system takes 107
 
 
 class Listeners:
@@ -64,6 +67,34 @@ class Listeners:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class WriterSocket:
+    """The Unix socket on which the writer listens to workers, in a folder that only this user may enter.
+
+    It is bound here, so that workers can find it again after the writer has been restarted. A context manager; leaving
+    it removes socket and folder.
+    """
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="shorttail-"))
+        if len(os.fsencode(self.folder / "writer")) > UNIX_PATH_BYTES:
+            self.folder.rmdir()
+            self.folder = Path(tempfile.mkdtemp(prefix="shorttail-", dir="/tmp"))
+        self.path = str(self.folder / "writer")
+        self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.listener.bind(self.path)
+        self.listener.listen(BACKLOG)
+        self.listener.setblocking(False)
+
+    def __enter__(self) -> WriterSocket:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.listener.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def _resolve(host: str, port: int) -> tuple[socket.AddressFamily, tuple[object, ...]]:

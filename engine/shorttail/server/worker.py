@@ -10,12 +10,9 @@ import argparse
 import asyncio
 import gc
 import json
-import os
 import signal
 import socket
 import sys
-import traceback
-from collections import Counter
 from typing import Any, Final
 
 import uvloop
@@ -24,32 +21,15 @@ from shorttail._native.wire import Connection, Router
 from shorttail.config import LIMITS
 from shorttail.engine import Engine
 from shorttail.errors import InvalidArgument, ShorttailError
-from shorttail.server.batcher import Batcher, one_line
+from shorttail.server.batcher import Batcher
+from shorttail.server.faults import FaultLog, one_line
+from shorttail.server.writer_link import WriterLink
 
 # A stopping worker reads on for this long, so that requests sent before it stopped listening are answered.
 LAST_READS_S: Final = 0.1
 # What the supervisor's patience exceeds the worker's by.
 STOP_MARGIN_S: Final = 1.0
 BACKLOG: Final = 1024
-
-
-class FaultLog:
-    """Unforeseen exceptions, counted as they come and written to stderr later: the serving loop does not wait."""
-
-    def __init__(self) -> None:
-        self.seen: Counter[str] = Counter()
-
-    def __call__(self, error: Exception) -> None:
-        frames = traceback.extract_tb(error.__traceback__)
-        place = f" ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno})" if frames else ""  # noqa: PTH119
-        if len(self.seen) < 100:  # a text that varies from call to call must not fill the memory
-            self.seen[one_line(error) + place] += 1
-
-    def write(self, loop: asyncio.AbstractEventLoop) -> None:
-        if self.seen:
-            lines = [f"error: {text}" + (f" ({n} times)" if n > 1 else "") for text, n in self.seen.items()]
-            self.seen.clear()
-            loop.run_in_executor(None, lambda: print("\n".join(lines), file=sys.stderr, flush=True))
 
 
 def handlers(engine: Engine) -> dict[str, Any]:
@@ -80,9 +60,9 @@ def _no_params(method: str, params: list[Any]) -> None:
         raise InvalidArgument(f"{method} takes no params: []")
 
 
-def load(store: str) -> tuple[Engine, dict[str, Any]]:
+def load(store: str, device: str) -> tuple[Engine, dict[str, Any]]:
     """Open the store and compile every model's plan, so that no request waits for it. Returns what is served."""
-    engine = Engine.open(store)
+    engine = Engine.open(store, device=device)
     models = engine.models()
     for model in models:
         engine.plan_for_model(model["name"])
@@ -93,12 +73,19 @@ def load(store: str) -> tuple[Engine, dict[str, Any]]:
     return engine, served
 
 
-async def serve(engine: Engine, listeners: list[socket.socket], control: socket.socket, served: dict[str, Any]) -> None:
-    """Answer requests until SIGTERM, or until the supervisor is gone; then finish what is in flight."""
+async def serve(
+    engine: Engine, listeners: list[socket.socket], control: socket.socket, served: dict[str, Any], writer: str
+) -> None:
+    """Answer requests until SIGTERM, or until the supervisor is gone; then finish what is in flight.
+
+    writer: the path of the writer's socket.
+    """
     loop = asyncio.get_running_loop()
     faults = FaultLog()
     router = Router(loop, engine, handlers(engine))
     batcher = Batcher(router, engine, faults)
+    link = WriterLink(writer, loop)
+    router.forward = link.forward
     stop = asyncio.Event()
     loop.add_signal_handler(signal.SIGTERM, stop.set)
     loop.add_reader(control, stop.set)  # nothing is ever sent: readable means closed
@@ -118,19 +105,21 @@ async def serve(engine: Engine, listeners: list[socket.socket], control: socket.
                 faults(error)
             faults.write(loop)
 
-    chores = asyncio.create_task(housekeeping())
+    tasks = [asyncio.create_task(housekeeping()), asyncio.create_task(link.run())]
     gc.collect()
     gc.freeze()  # what lives now lives for good: collections need not look at it
     control.sendall(json.dumps(served).encode() + b"\n")
     await stop.wait()
-    chores.cancel()
     for server in servers:
         server.close()
-    await drain(router)
+    await drain(router, link)
+    for task in tasks:
+        task.cancel()
+    link.close()
     faults.write(loop)
 
 
-async def drain(router: Router) -> None:
+async def drain(router: Router, link: WriterLink) -> None:
     """Answer what was sent, close every connection; cut those that have not ended in time."""
     loop = asyncio.get_running_loop()
     cut_at = loop.time() + LIMITS.stop_grace_s - STOP_MARGIN_S
@@ -138,7 +127,7 @@ async def drain(router: Router) -> None:
         await asyncio.sleep(LAST_READS_S)
     for connection in list(router.connections):
         connection.finish()
-    while router.connections and loop.time() < cut_at:
+    while (router.connections or link.outstanding) and loop.time() < cut_at:
         await asyncio.sleep(0.01)
     for connection in list(router.connections):
         connection.abort()
@@ -150,11 +139,13 @@ def main() -> int:
     parser.add_argument("store")
     parser.add_argument("--control-fd", type=int, required=True)
     parser.add_argument("--listen-fd", type=int, action="append", default=[])
+    parser.add_argument("--writer", metavar="PATH", default="", help="the writer's socket")
+    parser.add_argument("--device", default="cpu", help="where models run that are no forests")
     parser.add_argument("--check", action="store_true", help="load, report, exit")
     args = parser.parse_args()
     control = socket.socket(fileno=args.control_fd)
     try:
-        engine, served = load(args.store)
+        engine, served = load(args.store, args.device)
     except ShorttailError as error:
         print(f"error: {error.message}", file=sys.stderr, flush=True)
         return 1
@@ -167,7 +158,7 @@ def main() -> int:
             return 0
         listeners = [socket.socket(fileno=fd) for fd in args.listen_fd]
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(serve(engine, listeners, control, served))
+            runner.run(serve(engine, listeners, control, served, args.writer))
     return 0
 
 

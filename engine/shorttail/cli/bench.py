@@ -1,0 +1,355 @@
+"""`shorttail bench`: a load test of a server, and the comparison of several."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from shorttail.cli.values import print_json
+from shorttail.config import LIMITS
+from shorttail.errors import InvalidArgument, NotFound, ShorttailError
+
+if TYPE_CHECKING:
+    from shorttail.loadtest.plan import Plan, Workload
+    from shorttail.loadtest.rates import Objective, Rate
+    from shorttail.loadtest.result import Step
+    from shorttail.loadtest.runner import Capacity, LiveLine, Load
+    from shorttail.loadtest.target import Target
+
+MIXED = ("predict", "features", "push")
+HTTP_CONNECTIONS = 64  # one request in flight on each
+CONNECTIONS = 16
+STEP_OF_SEARCH_S = 3.0
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def options_of(*decorators: Decorator) -> Decorator:
+    def apply(command: Callable[..., Any]) -> Callable[..., Any]:
+        for decorate in reversed(decorators):
+            command = decorate(command)
+        return command
+
+    return apply
+
+
+what_options = options_of(
+    click.option("--predict", "--model", "predict", metavar="MODEL", help="Send predictions with this model."),
+    click.option("--features", metavar="REF,...", help="Send lookups of these features, view:feature."),
+    click.option("--push", metavar="VIEW", help="Send rows to this view."),
+    click.option("--mix", metavar="WEIGHTS", help="Share of each kind: predict=8,features=1,push=1."),
+    click.option("--rows", type=click.IntRange(1, LIMITS.rows_per_request), default=1, help="Rows a request. [1]"),
+    click.option("--push-rows", type=click.IntRange(1, LIMITS.rows_per_request), default=1, help="Rows a push. [1]"),
+    click.option("--shared", metavar="COLUMN", multiple=True, help="One value for all rows of a request."),
+    click.option("--keys", metavar="SPEC", multiple=True, help="COLUMN=uniform:1:1M, COLUMN=zipf:1:1M:0.99,"
+                 " file:PATH or store:PATH."),
+    click.option("--draw", default="uniform", metavar="DRAW", help="How rows of file: and store: are drawn: uniform,"
+                 " zipf:0.99 or in-turn. [uniform]"),
+    click.option("--value", "values", metavar="SPEC", multiple=True, help="COLUMN=5, COLUMN=uniform:0:100 or"
+                 " COLUMN=choice:a,b. Columns without one get something of their type."),
+    click.option("--encoding", type=click.Choice(["tensor", "list"]), default="tensor",
+                 help="How arrays travel. [tensor]"),
+    click.option("--body", metavar="FILE", help="HTTP: a JSON body; {{column}} is replaced, {{column...}} by --rows"
+                 " values, {{nonce}} by a number that the answer has to hold."),
+    click.option("--header", "headers", metavar="LINE", multiple=True, help="HTTP: one more header."),
+)  # fmt: skip
+
+how_options = options_of(
+    click.option("--rate", metavar="RATE", help="Requests/s: 10k, 1k,2k,5k, a sweep 1k:50k:x1.5 or 1k:10k:+1k, or a"
+                 " ramp 1k..10k. [1k]"),
+    click.option("--find-capacity", is_flag=True, help="Search for the highest rate that meets --slo."),
+    click.option("--slo", metavar="SLO", help="As p99=5ms."),
+    click.option("--closed", is_flag=True, help="Closed loop: the next request when an answer has come."),
+    click.option("--inflight", type=click.IntRange(1, 65_536), default=1, help="Closed loop: requests in flight on each"
+                 " connection. [1]"),
+    click.option("--arrivals", type=click.Choice(["poisson", "constant"]), default="poisson", help="[poisson]"),
+    click.option("--duration", default="20s", metavar="TIME", help="Of each rate, after the warm-up. [20s]"),
+    click.option("--warmup", default="1s", metavar="TIME", help="Load that is not counted. [1s]"),
+    click.option("--timeout", default="5s", metavar="TIME", help="When a request is given up on. [5s]"),
+    click.option("--connections", type=click.IntRange(1, 65_536), help="[16; HTTP 64]"),
+    click.option("--pipeline", type=click.IntRange(1, 65_536), default=64, help="Most requests in flight on each"
+                 " connection; HTTP 1. [64]"),
+    click.option("--threads", type=click.IntRange(1, LIMITS.bench_threads), default=1, help="Generator threads. [1]"),
+    click.option("--spin-us", type=click.FloatRange(0, 1000), help="Wait the last microseconds before a request is due"
+                 " awake. [50; 0 on one CPU]"),
+    click.option("--seed", type=click.IntRange(0, 2**31 - 1), help="Of arrivals and values. [a new one]"),
+    click.option("--verify", type=click.IntRange(1, LIMITS.bench_verified), metavar="N",
+                 help="Ask for N sampled answers again and compare."),
+)  # fmt: skip
+
+output_options = options_of(
+    click.option("--json", "as_json", is_flag=True, help="Print one JSON object."),
+    click.option("--report", metavar="FILE", help="Write an HTML page."),
+    click.option("--hdr", metavar="FILE", help="Write a log of HdrHistograms."),
+    click.option("--label", default="", help="Name of this run in reports."),
+)
+
+
+@click.command()
+@click.argument("words", nargs=-1, required=True, metavar="ADDR | compare FILE...")
+@what_options
+@how_options
+@output_options
+def bench(words: tuple[str, ...], **options: Any) -> int:
+    """Load-test a server.
+
+    ADDR is host:port or unix:/path.sock of a shorttail server, or http://host:port/path of any other.
+    Latency counts from the time a request was due, whether or not it could be sent then. Ctrl-C ends a
+    run early and reports.
+
+    \b
+    Example:
+      shorttail bench :7711 --predict fraud --keys user_id=zipf:1:1M --rate 10k --report out.html
+      shorttail bench :7711 --predict fraud --keys store:store --rate 1k:50k:x1.5 --json > a.json
+      shorttail bench :7711 --predict fraud --keys store:store --find-capacity --slo p99=5ms
+      shorttail bench http://127.0.0.1:8000/predict --body body.json --keys id=uniform:1:1000
+      shorttail bench compare a.json b.json --report out.html
+    """
+    from shorttail.loadtest import histogram
+
+    histogram.require_library()
+    for name in ("report", "hdr"):
+        if options[name] and not Path(options[name]).absolute().parent.is_dir():
+            raise NotFound(f"--{name} {options[name]}: there is no folder {Path(options[name]).parent}")
+    if words[0] == "compare":
+        return compare(words[1:], options)
+    if len(words) > 1:
+        raise click.UsageError(f"Got unexpected extra argument ({words[1]})", click.get_current_context())
+    return run(words[0], options)
+
+
+def compare(paths: tuple[str, ...], options: dict[str, Any]) -> int:
+    """Several results of --json side by side."""
+    from shorttail.loadtest import text
+    from shorttail.loadtest.document import read_document
+    from shorttail.loadtest.report import write_report
+
+    if not paths:
+        raise click.UsageError("compare needs results of `shorttail bench --json`", click.get_current_context())
+    documents = [read_document(path) for path in paths]
+    if options["report"]:
+        write_report(options["report"], documents)
+    if options["as_json"]:
+        print_json(documents)
+        return 0
+    rows = [{"run": d["label"], **text.step_row(step)} for d in documents for step in d["steps"]]
+    for line in text.table(rows):
+        click.echo(line)
+    return 0
+
+
+def run(address: str, options: dict[str, Any]) -> int:
+    from shorttail.loadtest import target as targets
+    from shorttail.loadtest import text
+    from shorttail.loadtest.document import make_document
+
+    # What can be known to be wrong is said before the server is asked anything.
+    rates, objective = parse_rates(options)
+    load = make_load(options, is_http=address.startswith("http"))
+    workload = make_workload(options, load.seed, is_http=address.startswith("http"))
+    found = targets.find(address)
+    load.check(found.protocol)
+    plan = make_plan(workload, found)
+    started_s = time.time()
+    steps, capacity = run_steps(plan, found, load, rates, objective)
+    verified = check_answers(found, load, steps)
+    document = make_document(
+        label=options["label"],
+        target=found,
+        workload=workload,
+        plan=plan,
+        load=load,
+        command=shlex.join(["shorttail", *sys.argv[1:]]),
+        started_s=started_s,
+        steps=steps,
+        capacity=capacity,
+        verified=verified,
+    )
+    write_files(options, document, steps, started_s)
+    if options["as_json"]:
+        print_json(document)
+    else:
+        for line in text.summary(document):
+            click.echo(line)
+    failed = any(step.fatal for step in steps) or (verified is not None and verified.different > 0)
+    return 1 if failed else 130 if any(step.interrupted for step in steps) else 0
+
+
+def parse_rates(options: dict[str, Any]) -> tuple[list[Rate | None], Objective | None]:
+    """The steps to run (None: closed loop), and what to search for. Raises InvalidArgument."""
+    from shorttail.loadtest import rates
+
+    objective = rates.parse_objective(options["slo"]) if options["slo"] else None
+    if options["find_capacity"]:
+        if objective is None:
+            raise InvalidArgument("--find-capacity needs an objective: --slo p99=5ms")
+        if options["closed"]:
+            raise InvalidArgument("--find-capacity searches for a rate, and --closed has none; leave one out")
+        start = rates.parse_rates(options["rate"] or "1k")
+        if len(start) > 1 or start[0].start != start[0].end:
+            raise InvalidArgument(f"--rate {options['rate']}: --find-capacity starts at one rate, as 1k")
+        return [start[0]], objective
+    if objective is not None:
+        raise InvalidArgument("--slo is for --find-capacity; add that")
+    if options["closed"]:
+        if options["rate"]:
+            raise InvalidArgument("--closed sends as answers come and has no --rate; leave one out")
+        return [None], None
+    return list(rates.parse_rates(options["rate"] or "1k")), None
+
+
+def make_load(options: dict[str, Any], is_http: bool) -> Load:
+    from shorttail.loadtest.rates import parse_seconds
+    from shorttail.loadtest.runner import Load, new_seed
+
+    spin_us = options["spin_us"]
+    if spin_us is None:
+        spin_us = 50.0 if len(os.sched_getaffinity(0)) > 1 else 0.0
+    if options["verify"] and is_http:
+        raise InvalidArgument(
+            "--verify asks through the Python client, which speaks no HTTP; use {{nonce}} in the body"
+        )
+    return Load(
+        connections=options["connections"] or (HTTP_CONNECTIONS if is_http else CONNECTIONS),
+        pipeline=1 if is_http else options["inflight"] if options["closed"] else options["pipeline"],
+        closed=options["closed"],
+        poisson=options["arrivals"] == "poisson",
+        duration_s=parse_seconds(options["duration"], "--duration"),
+        warmup_s=parse_seconds(options["warmup"], "--warmup", zero=True),
+        timeout_s=parse_seconds(options["timeout"], "--timeout"),
+        threads=options["threads"],
+        seed=new_seed() if options["seed"] is None else options["seed"],
+        spin_us=spin_us,
+        verified=options["verify"] or 0,
+    )
+
+
+def make_workload(options: dict[str, Any], seed: int, is_http: bool) -> Workload:
+    from shorttail.loadtest.plan import Workload
+
+    for name in ("predict", "features", "push", "mix", "shared") if is_http else ("body", "headers"):
+        if options[name]:
+            other = "a shorttail server, host:port" if is_http else "HTTP servers, http://host:port/path"
+            raise InvalidArgument(f"--{name.rstrip('s') if name == 'headers' else name} is for {other}")
+    body = None
+    if options["body"]:
+        try:
+            body = Path(options["body"]).read_text()
+        except OSError as error:
+            raise NotFound(f"--body {options['body']}: cannot be read: {os.strerror(error.errno or 0)}") from None
+    return Workload(
+        predict=options["predict"],
+        features=[item.strip() for item in (options["features"] or "").split(",") if item.strip()],
+        push=options["push"],
+        mix=parse_mix(options["mix"] or ""),
+        rows=options["rows"],
+        push_rows=options["push_rows"],
+        shared=options["shared"],
+        keys=options["keys"],
+        values=options["values"],
+        draw=options["draw"],
+        encoding=options["encoding"],
+        body=body,
+        headers=options["headers"],
+        seed=seed,
+    )
+
+
+def parse_mix(text: str) -> dict[str, float]:
+    """ "predict=8,push=1" -> {"predict": 8.0, "push": 1.0}. Raises InvalidArgument."""
+    weights: dict[str, float] = {}
+    for part in text.split(",") if text else []:
+        kind, _, weight = part.partition("=")
+        try:
+            weights[kind.strip()] = float(weight)
+        except ValueError:
+            weights[kind.strip()] = -1.0
+        if kind.strip() not in MIXED or not 0 <= weights[kind.strip()] < float("inf"):
+            raise InvalidArgument(f"--mix '{part}' is not understood; write predict=8,features=1,push=1")
+    if weights and not any(weights.values()):
+        raise InvalidArgument(f"--mix {text}: all weights are 0")
+    return weights
+
+
+def make_plan(workload: Workload, target: Target) -> Plan:
+    from shorttail.loadtest import plan
+
+    if target.protocol == "http":
+        return plan.plan_http(workload, target)
+    models, views = plan.list_catalog(target.text, timeout_s=5.0)
+    return plan.plan_rpc(workload, models, views)
+
+
+def run_steps(
+    plan: Plan, target: Target, load: Load, rates: list[Rate | None], objective: Objective | None
+) -> tuple[list[Step], Capacity | None]:
+    from shorttail.loadtest import runner
+
+    line = runner.LiveLine()
+    try:
+        if objective is None:
+            return [*each_rate(plan, target, load, rates, line)], None
+
+        def try_rate(rate: Rate, seconds: float) -> Step:
+            line.prefix = f"{rate}/s  "
+            return runner.run_step(plan, target, replace(load, duration_s=seconds), rate, line)
+
+        assert rates[0] is not None
+        capacity, steps = runner.find_capacity(try_rate, objective, rates[0].start, search_step_s(load))
+        return steps, capacity
+    finally:
+        line.clear()
+
+
+def search_step_s(load: Load) -> float:
+    return min(load.duration_s, STEP_OF_SEARCH_S)
+
+
+def each_rate(plan: Plan, target: Target, load: Load, rates: list[Rate | None], line: LiveLine) -> list[Step]:
+    """A step a rate, until one fails or is interrupted."""
+    from shorttail.loadtest import runner
+
+    steps: list[Step] = []
+    for i, rate in enumerate(rates):
+        line.prefix = (
+            f"{'closed loop' if rate is None else f'{rate}/s'} ({i + 1}/{len(rates)})  " if len(rates) > 1 else ""
+        )
+        try:
+            steps.append(runner.run_step(plan, target, load, rate, line))
+        except ShorttailError:
+            if not steps:
+                raise
+            break  # the server went away between two steps: report those before
+        if steps[-1].fatal or steps[-1].interrupted:
+            break
+    return steps
+
+
+def check_answers(target: Target, load: Load, steps: list[Step]) -> Any:
+    from shorttail.loadtest.verify import verify
+
+    if not load.verified or any(step.fatal for step in steps):
+        return None
+    return verify(target.text, [pair for step in steps for pair in step.captures][-load.verified :], load.timeout_s)
+
+
+def write_files(options: dict[str, Any], document: dict[str, Any], steps: list[Step], started_s: float) -> None:
+    from shorttail.loadtest.histogram import write_log
+    from shorttail.loadtest.report import write_report
+
+    if options["report"]:
+        write_report(options["report"], [document])
+    if options["hdr"]:
+        slices = []
+        for number, step in enumerate(steps):
+            tag = f"step{number + 1}" if len(steps) > 1 else ""
+            slices += [(tag, part.start_s, part.length_s, part.latency) for part in step.slices]
+        write_log(options["hdr"], started_s, slices)

@@ -1,0 +1,61 @@
+"""`shorttail tune`: measures how a model is best run on this host, and writes that down."""
+
+from __future__ import annotations
+
+import click
+
+from shorttail.cli.options import json_option, opened, store_option
+from shorttail.cli.values import print_json, print_table
+
+
+@click.command()
+@click.argument("model")
+@store_option
+@click.option("--version", type=int, help="A version other than the current one.")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
+@click.option("--seconds", default=1.0, show_default=True, type=click.FloatRange(0, 600), help="For each batch size.")
+@click.option("--dry-run", is_flag=True, help="Measure, but write nothing.")
+@json_option
+def tune(
+    model: str, store: str, version: int | None, device: str, seconds: float, dry_run: bool, as_json: bool
+) -> None:
+    """Choose how MODEL runs on this host.
+
+    Measures the compiled forest and ONNX Runtime with several settings, on random rows, and keeps the fastest
+    in the store. The choice holds for hosts with this CPU; others are tuned apart.
+
+    \b
+    Example:
+      shorttail tune fraud --store store
+    """
+    from shorttail.models import tune as tuning
+    from shorttail.models.device import Device, check_cuda
+
+    where = Device.parse(device)
+    if where.kind == "cuda":
+        check_cuda(where)
+    with opened(store) as target:
+        result = tuning.tune(target, model, version, where, seconds)
+        if not dry_run:
+            tuning.save(target, result)
+    if as_json:
+        return print_json(
+            {
+                "model": result.model,
+                "version": result.version,
+                "host": result.host,
+                "candidates": [
+                    {"settings": c.settings.to_json(), "runs": c.runner.model.description, "us": c.us}
+                    for c in result.candidates
+                ],
+                "chosen": result.best.settings.to_json(),
+                "written": not dry_run,
+            }
+        )
+    click.echo(f"{model} version {result.version} on {result.host}: microseconds for a batch, medians")
+    rows = [[c.runner.model.description, *(round(us, 1) for us in c.us.values())] for c in result.candidates]
+    print_table(["runs as", *(f"{n} row{'s' * (n != 1)}" for n in tuning.BATCHES)], rows)
+    if result.candidates[0].runner.kind != "forest":
+        click.echo(f"no compiled forest: {result.candidates[0].runner.why}")
+    note = "dry run, nothing written" if dry_run else f"written to {store}"
+    click.echo(f"chosen: {result.best.runner.model.description}; {note}")

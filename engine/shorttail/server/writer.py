@@ -1,0 +1,319 @@
+"""The writer: the one process of a server that changes its store. The supervisor starts it, workers connect to it.
+
+Group commit: whatever arrived while the last commit ran is the next commit, so a push waits for one commit and a
+little, however many come, and each is acknowledged once it is durable. Workers send `[0, id, method, params,
+deadline_ns]` (writer_link.py); every request gets one answer.
+
+It stops on SIGTERM, or when the control socket closes, after it has committed and answered what it has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import gc
+import json
+import signal
+import socket
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, cast
+
+import msgpack
+import uvloop
+
+from shorttail import protocol
+from shorttail.config import LIMITS
+from shorttail.errors import (
+    DeadlineExceeded,
+    Internal,
+    InvalidArgument,
+    NotFound,
+    ResourceExhausted,
+    ShorttailError,
+    Unavailable,
+)
+from shorttail.ingest.rows import column_batch, key_arrays
+from shorttail.server.faults import FaultLog, one_line
+from shorttail.server.writer_link import NIL, READY, REQUEST_BYTES, failed
+from shorttail.store import Delete, Edit, Store, Upsert
+
+# A message on its way is held in whole, and read in pieces of at most this much.
+READ_BYTES: Final = 1 << 20
+# Workers that do not take their last answers are given up after this long.
+LAST_WRITES_S: Final = 2.0
+BACKLOG: Final = 1024
+
+Outcome = int | ShorttailError
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One push or delete that waits for its commit."""
+
+    worker: WorkerConnection
+    number: int
+    edit: Edit
+    rows: int
+    bytes: int
+    deadline_ns: int
+
+    def answer(self, outcome: Outcome) -> None:
+        self.worker.answer(self.number, outcome)
+
+
+class Writer:
+    """The requests that wait, and their commits. fault: told of every exception that nobody foresaw."""
+
+    def __init__(self, store: Store, loop: asyncio.AbstractEventLoop, fault: FaultLog):
+        self.store = store
+        self.loop = loop
+        self.fault = fault
+        self.queue: deque[Request] = deque()
+        self.queued_rows = 0
+        self.queued_bytes = 0
+        self.stopping = False
+        self.workers: set[WorkerConnection] = set()
+        self._more = asyncio.Event()
+        self._thread = ThreadPoolExecutor(1, "commit")  # the loop reads on while it commits
+
+    # -- requests in -----------------------------------------------------------------------------------------------
+
+    def take(self, worker: WorkerConnection, message: Any) -> None:
+        """Queue one request, or answer why not."""
+        _, number, method, params, deadline_ns = message
+        size = len(params) + REQUEST_BYTES
+        try:
+            if self.stopping:
+                raise Unavailable("the writer is stopping; send it again")
+            if self.queued_bytes + size > LIMITS.queued_bytes:
+                raise ResourceExhausted(f"{self.queued_bytes} bytes wait to be written; send it again later")
+            edit = self._read(method, params)
+            rows = len(edit.batch) if isinstance(edit, Upsert) else len(edit.keys[0])
+            if rows > LIMITS.rows_per_request:
+                raise InvalidArgument(
+                    f"{rows} rows in one request; at most {LIMITS.rows_per_request} are taken: send it in parts"
+                )
+            if self.queued_rows + rows > LIMITS.queued_rows:
+                raise ResourceExhausted(f"{self.queued_rows} rows wait to be written; send it again later")
+        except ShorttailError as error:
+            worker.answer(number, error)
+            return
+        except Exception as error:
+            self.fault(error)
+            worker.answer(number, Internal(f"{method}: {one_line(error)}"))
+            return
+        self.queue.append(Request(worker, number, edit, rows, size, deadline_ns))
+        self.queued_rows += rows
+        self.queued_bytes += size
+        self._more.set()
+
+    def _read(self, method: str, params: bytes) -> Edit:
+        name, columns = read_params(params)
+        try:
+            self.store.refresh()
+            return make_edit(self.store, method, name, columns)
+        except (InvalidArgument, NotFound):
+            if not self.store.refresh(force=True):
+                raise
+            return make_edit(self.store, method, name, columns)  # by definitions that a moment ago were other ones
+
+    # -- commits ---------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Commit what comes, until stop() and nothing is left."""
+        while not (self.stopping and not self.queue):
+            self._more.clear()
+            group = self.next_group()
+            if group:
+                for request, outcome in zip(group, await self.commit([r.edit for r in group]), strict=True):
+                    request.answer(outcome)
+            elif not self.stopping:
+                await self._more.wait()
+        self._thread.shutdown()
+
+    def stop(self) -> None:
+        self.stopping = True
+        self._more.set()
+
+    def next_group(self) -> list[Request]:
+        """What the next commit is made of; what is past its deadline is answered instead."""
+        now_ns = time.monotonic_ns()
+        group: list[Request] = []
+        rows = size = 0
+        while self.queue:
+            request = self.queue[0]
+            rows, size = rows + request.rows, size + request.bytes
+            if group and (rows > LIMITS.commit_rows or size > LIMITS.commit_bytes):
+                break
+            self.queue.popleft()
+            self.queued_rows -= request.rows
+            self.queued_bytes -= request.bytes
+            if request.deadline_ns and request.deadline_ns <= now_ns:
+                request.answer(DeadlineExceeded("the deadline passed while the request waited; nothing was written"))
+                rows, size = rows - request.rows, size - request.bytes
+            else:
+                group.append(request)
+        return group
+
+    async def commit(self, edits: Sequence[Edit]) -> Sequence[Outcome]:
+        """One commit of all; if that fails for a reason that one of them may be, one for each."""
+        try:
+            return await self.loop.run_in_executor(self._thread, self.store.commit, edits)
+        except ResourceExhausted as error:
+            return [error] * len(edits)
+        except Exception as error:
+            if len(edits) > 1:
+                return [outcome for edit in edits for outcome in await self.commit([edit])]
+            if isinstance(error, ShorttailError):
+                return [error]
+            self.fault(error)
+            return [Internal(f"view '{edits[0].view}': {one_line(error)}")]
+
+
+def read_params(params: bytes) -> tuple[str, dict[Any, Any]]:
+    """View and columns. The worker has seen that params are one whole value and begin with a string and a map."""
+    try:
+        name, columns = msgpack.unpackb(
+            params,
+            ext_hook=protocol.unpack_ext,
+            object_pairs_hook=_without_repetition,
+            strict_map_key=False,
+            max_array_len=LIMITS.declared_elements,
+            max_map_len=LIMITS.declared_elements,
+        )[:2]
+    except UnicodeDecodeError:
+        raise InvalidArgument("a string is not valid UTF-8") from None
+    except protocol.UNPACK_ERRORS as error:  # whole, but of no use: a map as a key, a timestamp of 5 bytes
+        raise InvalidArgument(f"a map key or ext value that cannot be read: {error}") from None
+    return name, columns
+
+
+def _without_repetition(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise InvalidArgument(f"column {next(name for name in names if names.count(name) > 1)!r} is given twice")
+    return found
+
+
+def make_edit(store: Store, method: str, name: str, columns: dict[Any, Any]) -> Edit:
+    view = store.catalog.view(name)
+    if method == "push":
+        return Upsert(name, column_batch(view, columns))
+    return Delete(name, key_arrays(view, columns))
+
+
+class WorkerConnection(asyncio.Protocol):
+    """The writer's end of one worker's connection."""
+
+    def __init__(self, writer: Writer):
+        self.writer = writer
+        self.transport: asyncio.Transport | None = None
+        self._unpacker = msgpack.Unpacker(
+            max_buffer_size=LIMITS.frame_bytes + 2 * READ_BYTES, max_bin_len=LIMITS.frame_bytes
+        )
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's are not of asyncio's classes
+        self.writer.workers.add(self)
+        self.transport.write(msgpack.packb(READY))
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            for start in range(0, len(data), READ_BYTES):
+                self._unpacker.feed(data[start : start + READ_BYTES])
+                for message in self._unpacker:
+                    self.writer.take(self, message)
+        except Exception as error:
+            # Where the next message starts is lost. The worker connects again.
+            self.writer.fault(error)
+            assert self.transport is not None
+            self.transport.abort()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.transport = None
+        self.writer.workers.discard(self)
+
+    def answer(self, number: int, outcome: Outcome) -> None:
+        if self.transport is None:
+            return  # of a worker that died
+        result = failed(outcome) if isinstance(outcome, ShorttailError) else NIL + msgpack.packb({"rows": outcome})
+        self.transport.write(b"\x94\x01" + msgpack.packb(number) + result)
+
+
+async def serve(store: Store, listener: socket.socket, control: socket.socket) -> None:
+    """Write until SIGTERM, or until the supervisor is gone; then what is left."""
+    loop = asyncio.get_running_loop()
+    faults = FaultLog()
+    writer = Writer(store, loop, faults)
+
+    def supervisor_gone() -> None:  # nothing is ever sent: readable means closed
+        loop.remove_reader(control)
+        writer.stop()
+        with contextlib.suppress(OSError):  # it would have removed its socket and folder
+            path = Path(listener.getsockname())
+            path.unlink()
+            path.parent.rmdir()
+
+    loop.add_signal_handler(signal.SIGTERM, writer.stop)
+    loop.add_reader(control, supervisor_gone)
+    server = await loop.create_unix_server(lambda: WorkerConnection(writer), sock=listener, backlog=BACKLOG)
+
+    async def housekeeping() -> None:
+        while True:
+            await asyncio.sleep(LIMITS.idle_refresh_ms / 1000)
+            try:
+                store.refresh(force=True)  # an old snapshot would keep LMDB from using old pages again
+            except Exception as error:
+                faults(error)
+            faults.write(loop)
+
+    chores = asyncio.create_task(housekeeping())
+    gc.collect()
+    gc.freeze()
+    control.sendall(json.dumps({"ready": True}).encode() + b"\n")
+    await writer.run()
+    chores.cancel()
+    server.close()
+    await say_goodbye(writer)
+    faults.write(loop)
+
+
+async def say_goodbye(writer: Writer) -> None:
+    """Close every connection once the worker has its answers."""
+    loop = asyncio.get_running_loop()
+    cut_at = loop.time() + LAST_WRITES_S
+    for worker in list(writer.workers):
+        if worker.transport is not None:
+            worker.transport.close()
+    while writer.workers and loop.time() < cut_at:
+        await asyncio.sleep(0.01)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m shorttail.server.writer", description="started by the supervisor")
+    parser.add_argument("store")
+    parser.add_argument("--control-fd", type=int, required=True)
+    parser.add_argument("--listen-fd", type=int, required=True)
+    args = parser.parse_args()
+    control = socket.socket(fileno=args.control_fd)
+    try:
+        store = Store.open(args.store)
+    except Exception as error:
+        reason = error.message if isinstance(error, ShorttailError) else one_line(error)
+        control.sendall(json.dumps({"error": reason}).encode() + b"\n")  # the supervisor says it, if no worker does
+        return 1
+    with store, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(serve(store, socket.socket(fileno=args.listen_fd), control))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""A worker's connection to the writer: pushes and deletes go there with their columns unread, outcomes come back.
+
+A request on it is `[0, id, method, params, deadline_ns]`: MessagePack-RPC, but that params travel as they came in a
+bin, so that one that cannot be decoded spoils no other; and the moment (CLOCK_MONOTONIC; 0: none) at which the caller
+stops waiting. The writer answers `[1, id, error, result]`, and says READY first: the socket takes connections even
+while no writer runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from typing import Any, Final, cast
+
+import msgpack
+
+from shorttail._native.wire import Connection
+from shorttail.config import LIMITS
+from shorttail.errors import ResourceExhausted, ShorttailError, Unavailable
+
+READY: Final = [2, "ready", []]
+RETRY_S: Final = 0.1
+REQUEST_BYTES: Final = 512  # what keeping track of a request costs, whatever it carries
+
+NIL: Final = msgpack.packb(None)
+DIED: Final = Unavailable(
+    "the writer died before it answered; the rows may or may not be stored: push again, which is safe"
+)
+
+Caller = tuple[Connection | None, int, int]  # connection (None: a notification), msgid, bytes counted
+
+
+def failed(error: ShorttailError) -> bytes:
+    """The end of a response: error and result."""
+    return bytes(msgpack.packb({"code": error.code, "message": error.message}, unicode_errors="replace") + NIL)
+
+
+class WriterLink(asyncio.Protocol):
+    """Keeps connected to the writer at `path` while run() runs."""
+
+    def __init__(self, path: str, loop: asyncio.AbstractEventLoop):
+        self.path = path
+        self.loop = loop
+        self.is_ready = False
+        self.outstanding: dict[int, Caller] = {}
+        self.outstanding_bytes = 0
+        self._ids = itertools.count()
+        self._transport: asyncio.Transport | None = None
+        self._unpacker = msgpack.Unpacker()
+        self._lost: asyncio.Future[None] | None = None
+
+    async def run(self) -> None:
+        """Connect, and again whenever the connection is lost. Cancel it to end it."""
+        while True:
+            self._lost = self.loop.create_future()
+            try:
+                await self.loop.create_unix_connection(lambda: self, self.path)
+                await self._lost
+            except OSError:
+                await asyncio.sleep(RETRY_S)
+
+    def forward(self, connection: Connection | None, msgid: int, method: str, params: bytes, deadline_ns: int) -> None:
+        """Router.forward: send a request on. Raises Unavailable, ResourceExhausted."""
+        if not self.is_ready or self._transport is None:
+            raise Unavailable("the writer is starting again; send it again")
+        size = len(params) + REQUEST_BYTES
+        if self.outstanding_bytes + size > LIMITS.forwarded_bytes:
+            raise ResourceExhausted(
+                f"{self.outstanding_bytes} bytes of pushes and deletes wait for the writer; send it again later"
+            )
+        number = next(self._ids)
+        self.outstanding[number] = (connection, msgid, size)
+        self.outstanding_bytes += size
+        head = b"\x95\x00" + msgpack.packb(number) + msgpack.packb(method) + b"\xc6" + len(params).to_bytes(4)
+        self._transport.writelines([head, params, msgpack.packb(deadline_ns)])
+
+    def close(self) -> None:
+        """Cut the connection; what is outstanding is answered Unavailable."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    # -- asyncio's side --------------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's are not of asyncio's classes
+        self._unpacker = msgpack.Unpacker()
+
+    def data_received(self, data: bytes) -> None:
+        self._unpacker.feed(data)
+        for message in self._unpacker:
+            if message == READY:
+                self.is_ready = True
+            else:
+                self._relay(message)
+
+    def _relay(self, message: Any) -> None:
+        _, number, error, result = message
+        self._answer(number, msgpack.packb(error, unicode_errors="replace") + msgpack.packb(result))
+
+    def _answer(self, number: int, outcome: bytes) -> None:
+        connection, msgid, size = self.outstanding.pop(number)
+        self.outstanding_bytes -= size
+        if connection is not None:
+            connection.relay(msgid, outcome)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.is_ready = False
+        self._transport = None
+        outcome = failed(DIED)
+        for number in list(self.outstanding):
+            self._answer(number, outcome)
+        if self._lost is not None and not self._lost.done():
+            self._lost.set_result(None)

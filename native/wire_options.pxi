@@ -1,0 +1,63 @@
+# The options of a request.
+
+cdef enum:  # what a method takes besides deadline_ms
+    WRITE_OPTIONS = 0
+    FEATURES_OPTIONS = 1    # encoding
+    PREDICT_OPTIONS = 3     # encoding, statuses, version
+
+
+cdef str _text(const mp_value *v):
+    return v.body[:v.size].decode("utf-8", "replace")
+
+
+cdef bint _is(const mp_value *v, const char *text, uint32_t size) noexcept:
+    return v.size == size and memcmp(v.body, text, size) == 0
+
+
+cdef int _read_options(const uint8_t *p, int takes, options_t *options) except -1:
+    cdef mp_value v, name
+    cdef uint32_t k
+    cdef const uint8_t *value
+    p = mp_read(p, &v)
+    if v.kind == MP_NIL:
+        return 0
+    if v.kind != MP_MAP:
+        raise InvalidArgument("options must be a map")
+    for k in range(v.size):
+        value = mp_read(p, &name)
+        if name.kind != MP_STR:
+            raise InvalidArgument(f"unknown option {_as_python(p)!r}")
+        p = _read_option(&name, value, takes, options)
+    return 0
+
+
+cdef const uint8_t *_read_option(const mp_value *name, const uint8_t *p, int takes, options_t *options) except NULL:
+    cdef mp_value v
+    cdef const uint8_t *end = mp_skip(p)
+    cdef double milliseconds
+    mp_read(p, &v)
+    if _is(name, b"deadline_ms", 11):
+        if v.kind != MP_INT and v.kind != MP_FLOAT or v.kind == MP_FLOAT and v.number.f != v.number.f:
+            raise InvalidArgument(f"option 'deadline_ms' must be a number of milliseconds; got {_as_python(p)!r}")
+        milliseconds = v.number.f if v.kind == MP_FLOAT else <double>v.number.i
+        if milliseconds <= 0:
+            raise DeadlineExceeded(f"deadline_ms {milliseconds:g}: the deadline had passed when the request came")
+        options.deadline_ns = _now_ns() + <int64_t>(min(milliseconds, 1e9) * 1e6)
+    elif _is(name, b"encoding", 8) and takes >= FEATURES_OPTIONS:
+        if v.kind == MP_STR and _is(&v, b"tensor", 6):
+            options.flags |= AS_TENSORS
+        elif v.kind != MP_STR or not _is(&v, b"list", 4):
+            raise InvalidArgument(f"option 'encoding' must be 'list' or 'tensor'; got {_as_python(p)!r}")
+    elif _is(name, b"version", 7) and takes == PREDICT_OPTIONS:
+        if v.kind != MP_INT or v.number.i < 1:
+            raise InvalidArgument(f"option 'version' must be the number of a version; got {_as_python(p)!r}")
+        options.version = v.number.i
+    elif _is(name, b"statuses", 8) and takes == PREDICT_OPTIONS:
+        if v.kind != MP_BOOL:
+            raise InvalidArgument(f"option 'statuses' must be true or false; got {_as_python(p)!r}")
+        if v.number.i:
+            options.flags |= WANTS_STATUSES
+    else:
+        known = ["deadline_ms", "deadline_ms, encoding", "", "deadline_ms, encoding, statuses, version"][takes]
+        raise InvalidArgument(f"unknown option {_text(name)!r}; options: {known}")
+    return end

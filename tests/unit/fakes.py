@@ -1,0 +1,146 @@
+"""Servers that behave as a test wants, in a thread of their own: MessagePack-RPC and HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import msgpack
+
+from shorttail import protocol
+
+MODELS = [{"name": "m", "version": 1, "columns": {"user_id": "Int64", "amount": "Float64"}, "outputs": ["y"]}]
+VIEWS = [{"name": "v", "keys": {"user_id": "Int64"}, "features": {"age": "Float32", "tier": "String"}}]
+
+Answer = Callable[[list[Any]], bytes]  # of a request [0, msgid, method, params]; b"" is none
+
+
+def reply(msgid: Any, result: Any = None, error: Any = None) -> bytes:
+    return bytes(msgpack.packb([1, msgid, error, result]))
+
+
+def good(request: list[Any]) -> bytes:
+    return reply(request[1], {"outputs": {"y": [0.5]}, "version": 1})
+
+
+class Fake:
+    """address; requests: all that came, decoded; stalls: (start, end) of each, monotonic seconds."""
+
+    def __init__(self) -> None:
+        self.address = ""
+        self.requests: list[list[Any]] = []
+        self.stalls: list[tuple[float, float]] = []
+        self.n_connections = 0
+        self.transports: set[Any] = set()
+
+
+@contextlib.contextmanager
+def rpc_server(
+    answer: Answer = good,
+    *,
+    path: str | None = None,
+    stall_every_s: float = 0.0,
+    stall_s: float = 0.0,
+    close_after: int = 0,
+    keep: int = 5000,
+) -> Iterator[Fake]:
+    """`models` and `views` are answered; `answer` does the rest. close_after: requests until a connection is closed."""
+    fake = Fake()
+
+    class Server(asyncio.Protocol):
+        def connection_made(self, transport: Any) -> None:
+            self.transport = transport
+            self.unpacker = protocol.new_unpacker()
+            self.count = 0
+            fake.n_connections += 1
+            fake.transports.add(transport)
+
+        def connection_lost(self, error: Exception | None) -> None:
+            fake.transports.discard(self.transport)
+
+        def data_received(self, data: bytes) -> None:
+            self.unpacker.feed(data)
+            out = []
+            for request in self.unpacker:
+                if request[2] in ("models", "views"):
+                    out.append(reply(request[1], MODELS if request[2] == "models" else VIEWS))
+                    continue
+                self.count += 1
+                if len(fake.requests) < keep:
+                    fake.requests.append(request)
+                if close_after and self.count > close_after:
+                    self.transport.abort()
+                    return
+                out.append(answer(request))
+            self.transport.write(b"".join(out))
+
+    with running(fake, Server, path, stall_every_s, stall_s):
+        yield fake
+
+
+@contextlib.contextmanager
+def http_server(answer: Callable[[bytes, bytes], bytes]) -> Iterator[Fake]:
+    """answer(head, body) -> the bytes of the response; after one that ends in b"<close>" it closes."""
+    fake = Fake()
+
+    class Server(asyncio.Protocol):
+        def connection_made(self, transport: Any) -> None:
+            self.transport = transport
+            self.data = b""
+            fake.n_connections += 1
+            fake.transports.add(transport)
+
+        def connection_lost(self, error: Exception | None) -> None:
+            fake.transports.discard(self.transport)
+
+        def data_received(self, data: bytes) -> None:
+            self.data += data
+            while b"\r\n\r\n" in self.data:
+                head, _, rest = self.data.partition(b"\r\n\r\n")
+                length = int(head.lower().partition(b"content-length:")[2].split(b"\r\n")[0] or 0)
+                if len(rest) < length:
+                    return
+                body, self.data = rest[:length], rest[length:]
+                fake.requests.append([head, body])
+                response = answer(head, body)
+                self.transport.write(response.removesuffix(b"<close>"))
+                if response.endswith(b"<close>"):
+                    self.transport.close()
+
+    with running(fake, Server, None, 0.0, 0.0):
+        yield fake
+
+
+@contextlib.contextmanager
+def running(fake: Fake, factory: Any, path: str | None, stall_every_s: float, stall_s: float) -> Iterator[None]:
+    loop = asyncio.new_event_loop()
+    create = loop.create_unix_server(factory, path) if path else loop.create_server(factory, "127.0.0.1", 0)
+    server = loop.run_until_complete(create)
+    fake.address = f"unix:{path}" if path else f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+    def stall() -> None:
+        start = time.monotonic()
+        loop.call_at(loop.time() + stall_every_s, stall)
+        time.sleep(stall_s)
+        fake.stalls.append((start, time.monotonic()))
+
+    if stall_s:
+        loop.call_later(stall_every_s, stall)
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    try:
+        yield
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.run_until_complete(asyncio.sleep(0.005))  # what was being accepted is a transport then
+        server.close()
+        for transport in list(fake.transports):
+            transport.abort()
+        while fake.transports:
+            loop.run_until_complete(asyncio.sleep(0))
+        loop.close()

@@ -1,0 +1,100 @@
+"""push and delete of both clients: what they send, and what they make of the answer."""
+
+import asyncio
+from typing import Any
+
+import msgpack
+import numpy as np
+import pytest
+import uvloop
+from test_client import Peer, serving
+
+from shorttail import errors, protocol
+from shorttail.client import AsyncClient, Client
+
+
+def blocking(address: str, call: Any) -> Any:
+    with Client(address) as client:
+        return call(client)
+
+
+async def awaited(address: str, call: Any) -> Any:
+    async with await AsyncClient.connect(address) as client:
+        return await call(client)
+
+
+def with_asyncio(address: str, call: Any) -> Any:
+    return asyncio.run(awaited(address, call))
+
+
+def with_uvloop(address: str, call: Any) -> Any:
+    return uvloop.run(awaited(address, call))
+
+
+each = pytest.mark.parametrize("run", [blocking, with_asyncio, with_uvloop])
+
+
+class Recorder:
+    """Answers every push by 7 rows; keeps what it was sent, tensors as they travelled."""
+
+    def __init__(self, result: Any = None):
+        self.result = {"rows": 7} if result is None else result
+        self.seen: list[tuple[str, list[Any]]] = []
+
+    def __call__(self, peer: Peer) -> None:
+        peer.unpacker = msgpack.Unpacker()
+        while True:
+            msgid, method, params = peer.receive()
+            self.seen.append((method, params))
+            peer.answer(msgid, self.result)
+
+
+@each
+def test_arrays_go_as_tensors_and_strings_as_lists(run: Any) -> None:
+    recorder = Recorder()
+    rows = {"user_id": np.arange(3), "tier": ["a", None, "c"], "taste": np.ones((3, 2), np.float32), "age": 1.5}
+    with serving(recorder) as address:
+        assert run(address, lambda c: c.push("stats", rows)) == 7
+    [(method, [view, columns])] = recorder.seen
+    assert (method, view, list(columns)) == ("push", "stats", list(rows))
+    assert columns["user_id"] == protocol.pack_tensor(np.arange(3))
+    assert columns["taste"] == protocol.pack_tensor(np.ones((3, 2), np.float32))
+    assert (columns["tier"], columns["age"]) == (["a", None, "c"], 1.5)
+
+
+@each
+def test_delete_and_deadlines(run: Any) -> None:
+    recorder = Recorder()
+    with serving(recorder) as address:
+        assert run(address, lambda c: c.delete("stats", {"user_id": [1, 2]}, deadline_ms=500)) == 7
+        assert run(address, lambda c: c.push("stats", {"user_id": 1}, deadline_ms=250.5)) == 7
+    assert recorder.seen == [
+        ("delete", ["stats", {"user_id": [1, 2]}, {"deadline_ms": 500}]),
+        ("push", ["stats", {"user_id": 1}, {"deadline_ms": 250.5}]),
+    ]
+
+
+@each
+@pytest.mark.parametrize("result", ["7", {}, {"rows": None}, [7]])
+def test_another_result_is_a_fault_of_the_server(run: Any, result: Any) -> None:
+    with serving(Recorder(result)) as address, pytest.raises(errors.Internal, match="push: the server's result"):
+        run(address, lambda c: c.push("stats", {"user_id": 1}))
+
+
+@each
+def test_rows_that_are_no_table_are_refused_before_they_are_sent(run: Any) -> None:
+    recorder = Recorder()
+    with serving(recorder) as address, pytest.raises(errors.InvalidArgument, match="columns of type list; give a dict"):
+        run(address, lambda c: c.push("stats", [1, 2]))
+    assert recorder.seen == []
+
+
+@each
+def test_an_error_of_the_writer_is_raised_by_its_code(run: Any) -> None:
+    def script(peer: Peer) -> None:
+        msgid, _, _ = peer.receive()
+        peer.answer(msgid, None, {"code": "UNAVAILABLE", "message": "the writer died"})
+        peer.receive()
+
+    with serving(script) as address, pytest.raises(errors.Unavailable, match=r"^the writer died$"):
+        run(address, lambda c: c.push("stats", {"user_id": 1}))
