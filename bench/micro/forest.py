@@ -1,27 +1,24 @@
 """Compiled forests against ONNX Runtime, in one process and one thread.
 
-    python bench/micro/forest.py [--json FILE] [--models DIR] [--seconds 2]
+    python bench/micro/forest.py [--json] [--quick] [--models DIR] [--seconds S]
 
 Trains the models of the bars (LightGBM 100 x 31 and 500 x 63, XGBoost 300 x depth 6, random forest 200 x depth 12) on
 made-up data, converts them, and times both on the same rows, turn by turn, so that a neighbour on this machine slows
 both. Rows are new in every turn: rows that come again teach the branch predictor and flatter a walker of trees twofold.
-Figures are medians in microseconds. `--models` keeps the converted files for the next run. SHORTTAIL_SIMD=avx2 or
-scalar forces less than the best vector instructions.
+Figures are medians in microseconds. `--models` keeps the converted files for the next run; --quick trains on fewer rows
+and measures for a shorter time. SHORTTAIL_SIMD=avx2 or scalar forces less than the best vector instructions.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from typing import Any
 
 import numpy as np
@@ -29,22 +26,28 @@ import numpy as np
 from shorttail.models.forest import compile_forest
 from shorttail.models.session import Session
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import report
+
 WIDTH = 32
+TRAINING_ROWS = 20_000
+QUICK_TRAINING_ROWS = 8_000  # enough for trees of 63 leaves, and of depth 12
 BATCHES = (1, 8, 64, 500)
 TURNS_MIN, TURNS_MAX = 15, 5000
 LOAD_MS_BAR = 200
-# How many times ONNX Runtime's speed at batch 500, by vector instructions. At 1 and 8: never slower.
-BARS = {
+# How many times ONNX Runtime's speed at batch 500, by vector instructions (plain C has no bar). At 1, 8: never slower.
+BARS: dict[str, dict[str, float]] = {
     "lightgbm-100x31": {"avx512": 10, "avx2": 6},
     "lightgbm-500x63": {"avx512": 6, "avx2": 3},
     "xgboost-300x6": {"avx512": 6, "avx2": 3},
     "random-forest-200x12": {"avx512": 2, "avx2": 2},
 }
+training_rows = TRAINING_ROWS
 
 
 def training_data() -> tuple[Any, Any]:
     random = np.random.default_rng(0)
-    x = random.normal(size=(20_000, WIDTH)).astype(np.float32)
+    x = random.normal(size=(training_rows, WIDTH)).astype(np.float32)
     score = x[:, :8].sum(axis=1) + np.sin(3 * x[:, 8] * x[:, 9]) + random.normal(size=len(x))
     return x, (score > 0).astype(int)
 
@@ -103,8 +106,8 @@ def model_file(folder: Path, name: str) -> Path:
     return path
 
 
-def time_both(session: Session, forest: Any, batch: int, seconds: float) -> tuple[float, float]:
-    """Medians in microseconds (ONNX Runtime, forest) of one run over `batch` new rows, taken in turns."""
+def time_both(session: Session, forest: Any, batch: int, seconds: float) -> dict[str, Any]:
+    """Microseconds of one run over `batch` new rows, ONNX Runtime and the forest in turns."""
     random = np.random.default_rng()
     theirs: list[float] = []
     ours: list[float] = []
@@ -118,7 +121,18 @@ def time_both(session: Session, forest: Any, batch: int, seconds: float) -> tupl
         t2 = time.perf_counter_ns()
         theirs.append((t1 - t0) / 1e3)
         ours.append((t2 - t1) / 1e3)
-    return median(theirs), median(ours)
+    return {
+        "batch": batch,
+        "onnxruntime_us": middle(theirs),
+        "forest_us": middle(ours),
+        "times": median(theirs) / median(ours),
+    }
+
+
+def middle(values: list[float]) -> dict[str, float]:
+    """The median and the quartiles around it."""
+    low, mid, high = quantiles(values, n=4)
+    return {"median": mid, "p25": low, "p75": high, "turns": len(values)}
 
 
 def measure(path: Path, seconds: float) -> dict[str, Any]:
@@ -126,11 +140,8 @@ def measure(path: Path, seconds: float) -> dict[str, Any]:
     forest = compile_forest(path, session.output_names)
     forest.verify_against(session)
     trees = forest.ensembles[0].trees
-    rows = []
-    for batch in BATCHES:
-        theirs_us, ours_us = time_both(session, forest, batch, seconds)
-        rows.append({"batch": batch, "onnxruntime_us": theirs_us, "forest_us": ours_us, "times": theirs_us / ours_us})
-    return {"model": path.stem, "simd": trees.simd, "trees": trees.n_trees, "leaves": trees.n_leaves, "runs": rows}
+    runs = [time_both(session, forest, batch, seconds) for batch in BATCHES]
+    return {"model": path.stem, "simd": trees.simd, "trees": trees.n_trees, "leaves": trees.n_leaves, "runs": runs}
 
 
 def load_ms(path: Path) -> float:
@@ -143,44 +154,51 @@ def load_ms(path: Path) -> float:
     return median(taken)
 
 
-def bar_of(result: dict[str, Any], batch: int) -> float | None:
-    return 1.0 if batch in (1, 8) else BARS[result["model"]].get(result["simd"]) if batch == 500 else None
-
-
-def report(results: list[dict[str, Any]], load: float) -> bool:
-    """Prints the table; whether every bar is met."""
-    met = load < LOAD_MS_BAR
-    print(f"{'model':<22}{'simd':<8}{'rows':>5}{'onnxruntime us':>16}{'forest us':>11}{'times':>7}{'bar':>6}")
+def bars_of(results: list[dict[str, Any]], load: float) -> list[dict[str, Any]]:
+    bars = []
     for result in results:
         for run in result["runs"]:
-            bar = bar_of(result, run["batch"])
-            short = bar is not None and run["times"] < bar
-            met = met and not short
+            limit = 1.0 if run["batch"] in (1, 8) else BARS[result["model"]].get(result["simd"])
+            if limit is not None and run["batch"] != 64:
+                name = f"{result['model']} at {run['batch']} rows, ONNX Runtime / forest ({result['simd']})"
+                bars.append(report.at_least(name, run["times"], limit, "times"))
+    bars.append(report.at_most("load of 1,000 trees x 31 leaves", load, LOAD_MS_BAR, "ms"))
+    return bars
+
+
+def print_figures(results: list[dict[str, Any]], load: float) -> None:
+    print(f"{'model':<22}{'simd':<8}{'rows':>5}{'onnxruntime us':>16}{'forest us':>11}{'times':>7}")
+    for result in results:
+        for run in result["runs"]:
             print(
-                f"{result['model']:<22}{result['simd']:<8}{run['batch']:>5}{run['onnxruntime_us']:>16.1f}"
-                f"{run['forest_us']:>11.1f}{run['times']:>7.1f}{bar or '':>6}{'  MISSED' if short else ''}"
+                f"{result['model']:<22}{result['simd']:<8}{run['batch']:>5}{run['onnxruntime_us']['median']:>16.1f}"
+                f"{run['forest_us']['median']:>11.1f}{run['times']:>7.1f}"
             )
-    print(f"load of 1,000 trees x 31 leaves: {load:.0f} ms (bar {LOAD_MS_BAR})")
-    return met
+    print(f"load of 1,000 trees x 31 leaves: {load:.0f} ms")
 
 
 def main() -> int:
+    global training_rows
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the figures there")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--quick", action="store_true", help="end within 50 s on two cores")
     parser.add_argument("--models", type=Path, help="folder of converted models, made where they are missing")
-    parser.add_argument("--seconds", type=float, default=2.0, help="to spend on each model and batch size")
+    parser.add_argument("--seconds", type=float, help="to spend on each model and batch size (2, or 0.5 when quick)")
     options = parser.parse_args()
+    training_rows = QUICK_TRAINING_ROWS if options.quick else TRAINING_ROWS
+    seconds = options.seconds or (0.5 if options.quick else 2.0)
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.models or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
-        results = [measure(model_file(folder, name), options.seconds) for name in BARS]
+        results = [measure(model_file(folder, name), seconds) for name in BARS]
         load = load_ms(model_file(folder, "lightgbm-1000x31"))
-    met = report(results, load)
+    bars = bars_of(results, load)
     if options.json:
-        machine = {"machine": platform.machine(), "cpus": os.cpu_count(), "python": platform.python_version()}
-        body = machine | {"load_1000_trees_ms": load, "bars_met": met, "results": results}
-        options.json.write_text(json.dumps(body, indent=1) + "\n")
-    return 0 if met else 1
+        report.print_json({"models": results, "load_1000_trees_ms": load, "training_rows": training_rows}, bars)
+    else:
+        print_figures(results, load)
+        report.print_bars(bars)
+    return 0
 
 
 if __name__ == "__main__":

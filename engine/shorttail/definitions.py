@@ -332,7 +332,7 @@ class Model:
         """Every "view:feature" and "request:column" the model reads, arguments included, once each, in order."""
         found: dict[str, None] = {}
         for column in self.columns:
-            for reference in column.args if isinstance(column, OnDemandFeature) else (column,):
+            for reference in column.references if isinstance(column, OnDemandFeature) else (column,):
                 found[reference] = None
         return list(found)
 
@@ -392,4 +392,4 @@ def column_from_json(data: Any) -> Column:
 
 def column_label(column: Column) -> str:
     """A column as the user wrote it: a reference, or function(reference, ...)."""
-    return column if isinstance(column, str) else f"{column.function.name}({', '.join(column.args)})"
+    return column if isinstance(column, str) else column.label

@@ -8,7 +8,7 @@ instead of names, where each value comes from and where it goes.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from shorttail._native.columns import Columns, CopyColumns
 from shorttail._native.pages import Lookup, lookup
+from shorttail._native.transforms import TransformProgram
 from shorttail.dtypes import DType
 from shorttail.results import Statuses
 
@@ -33,20 +34,13 @@ class Buffer(NamedTuple):
     dtype: np.dtype[Any]
     width: int | None  # None: [rows]; else [rows, width]
 
-    def example(self, rows: int) -> NDArray[Any]:
-        """Zeros, or empty strings: what a model is warmed up with."""
-        return np.full(
-            rows if self.width is None else (rows, self.width), "" if self.dtype.hasobject else 0, self.dtype
-        )
-
-
-class Transform(NamedTuple):
-    """An on-demand function: buffers[arguments] -> column `offset` of buffers[output]."""
-
-    function: Callable[..., None]
-    arguments: tuple[int, ...]
-    output: int
-    offset: int
+    def example(self, rows: int, random: np.random.Generator) -> NDArray[Any]:
+        """Random values, for warming up and measuring a model: small enough to be an index, or a number as text."""
+        shape = rows if self.width is None else (rows, self.width)
+        if self.dtype.hasobject:
+            return np.full(shape, "0", self.dtype)
+        values = random.normal(size=shape) if self.dtype.kind == "f" else random.integers(0, 2, shape)
+        return values.astype(self.dtype)
 
 
 @dataclass(slots=True)
@@ -64,7 +58,7 @@ class Plan:
     lookups: tuple[Lookup, ...]  # one a view
     buffers: tuple[Buffer, ...]  # the model's inputs come first, in its order
     copy: CopyColumns | None  # of request columns
-    transforms: tuple[Transform, ...]
+    transforms: TransformProgram | None  # the on-demand functions
     runner: Runner | None
     feature_names: tuple[str, ...]  # () for models
     feature_places: tuple[tuple[int, int | None], ...]  # of each its buffer, and the column if that is a matrix
@@ -89,7 +83,8 @@ class Plan:
 class BatchResult:
     """What a batch of n rows gave; every array's first axis is n.
 
-    names, values: of the outputs; view_statuses: uint8 [views, n]; feature_statuses: uint8 [features, n] or None.
+    names, values: of the outputs (until `infer`, values are the model's inputs).
+    view_statuses: uint8 [views, n]; feature_statuses: uint8 [features, n] or None.
     """
 
     names: Sequence[str]
@@ -127,6 +122,17 @@ class PlanOutdated(Exception):
 
 def run_batch(plan: Plan, store: Store, columns: Columns) -> BatchResult:
     """Look up, transform, infer: every row that `columns` holds, at once."""
+    result = prepare(plan, store, columns)
+    if plan.runner is not None:
+        infer(plan.runner, result)
+    return result
+
+
+def prepare(plan: Plan, store: Store, columns: Columns) -> BatchResult:
+    """Look up and transform: all there is to do but `infer`, if there is a model. Raises PlanOutdated.
+
+    Nothing in the result refers to `columns`, which may be filled again at once.
+    """
     rows = columns.n_rows
     buffers = [np.empty(rows if width is None else (rows, width), dtype) for dtype, width in plan.buffers]
     view_statuses = np.empty((len(plan.lookups), rows), STATUS)
@@ -145,9 +151,8 @@ def run_batch(plan: Plan, store: Store, columns: Columns) -> BatchResult:
 
     if plan.copy is not None:
         plan.copy.run(columns, buffers)
-    for step in plan.transforms:
-        out = buffers[step.output]
-        step.function(*[buffers[i] for i in step.arguments], out if out.ndim == 1 else out[:, step.offset])
+    if plan.transforms is not None:
+        plan.transforms.run(buffers, rows)
 
     if feature_statuses is not None and plan.status_rows is not None:
         feature_statuses = feature_statuses[plan.status_rows]
@@ -155,5 +160,13 @@ def run_batch(plan: Plan, store: Store, columns: Columns) -> BatchResult:
     if plan.runner is None:
         values: Sequence[NDArray[Any]] = FeatureColumns(buffers, plan.feature_places)
         return BatchResult(plan.feature_names, values, view_statuses, feature_statuses, 0)
-    values = plan.runner.run(buffers[: len(plan.runner.inputs)])
-    return BatchResult(plan.runner.output_names, values, view_statuses, None, plan.version)
+    inputs = buffers[: len(plan.runner.inputs)]
+    return BatchResult(plan.runner.output_names, inputs, view_statuses, None, plan.version)
+
+
+def infer(runner: Runner, result: BatchResult) -> None:
+    """Run the model on what `prepare` gave. It touches nothing else, so that it may run in any thread.
+
+    A batch of more than `runner.loop_rows_max` rows would stall an event loop.
+    """
+    result.values = runner.run(result.values)

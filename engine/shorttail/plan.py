@@ -11,16 +11,17 @@ import numpy as np
 
 from shorttail._native.columns import CopyColumns
 from shorttail._native.pages import Lookup
+from shorttail._native.transforms import TransformProgram
 from shorttail.dtypes import DType, String
 from shorttail.errors import InvalidArgument
 from shorttail.models.load import Runner
 from shorttail.models.signature import column_width, key_columns, request_columns
 from shorttail.names import split_reference
 from shorttail.ondemand import OnDemandFeature
-from shorttail.pipeline import Buffer, Plan, Transform
+from shorttail.pipeline import Buffer, Plan
 from shorttail.store import Store
 from shorttail.store.catalog import TENSOR_TYPES
-from shorttail.transforms import compile_on_demand
+from shorttail.transforms import compile_on_demand, copy_function
 
 
 def compile_model(store: Store, name: str, version: int | None, runner: Runner, key: tuple[Any, ...]) -> Plan:
@@ -45,8 +46,9 @@ def compile_model(store: Store, name: str, version: int | None, runner: Runner, 
                 builder.fill(column, buffer, offset, null_string="")
             offset += width
     # Arguments get buffers after the inputs, so that the inputs stay first.
+    uses = Counter(part for feature, _, _ in pending for part in set(feature.walk()))
     for feature, buffer, offset in pending:
-        builder.transform(feature, buffer, offset)
+        builder.transform(feature, buffer, offset, used_again=uses[feature] > 1)
     return builder.finish("predict", key, model=name, version=number, runner=runner)
 
 
@@ -87,8 +89,8 @@ class PlanBuilder:
         self.buffers: list[Buffer] = []
         self.copies: list[tuple[int, int, int]] = []
         self.gathers: dict[str, list[tuple[int, int, int, Any]]] = {}  # view -> operations of its lookup
-        self.transforms: list[Transform] = []
-        self.arguments: dict[tuple[str, str], int] = {}  # (reference, type) -> buffer
+        self.transforms: list[tuple[int, list[tuple[int, Any, int]], tuple[int, Any, int, int]]] = []
+        self.arguments: dict[tuple[str | OnDemandFeature, str], int] = {}  # (argument, type) -> buffer
 
     def add_buffer(self, dtype: DType, width: int | None) -> int:
         self.buffers.append(Buffer(np.dtype(dtype.numpy), width))
@@ -106,17 +108,32 @@ class PlanBuilder:
             default = null_string
         self.gathers.setdefault(view_name, []).append((view.feature_index[name], buffer, offset, default))
 
-    def transform(self, feature: OnDemandFeature, buffer: int, offset: int) -> None:
-        arguments = []
-        for (_, dtype), reference in zip(feature.function.params, feature.args, strict=True):
-            key = (reference, dtype.name)
-            if key not in self.arguments:
-                self.arguments[key] = self.add_buffer(dtype, None)
-                self.fill(reference, self.arguments[key], 0, null_string=None)
-            arguments.append(self.arguments[key])
-        target = self.buffers[buffer]
-        function = compile_on_demand(feature.function, target.dtype, contiguous=target.width is None)
-        self.transforms.append(Transform(function, tuple(arguments), buffer, offset))
+    def transform(self, feature: OnDemandFeature, buffer: int, offset: int, used_again: bool = False) -> None:
+        """An on-demand feature into a buffer; by way of a buffer of its own if it is used again, to compute it once."""
+        function, args = feature.function, feature.args
+        if used_again:
+            function, args = copy_function(function.returns), (feature,)
+        arguments = [
+            (self.argument(argument, dtype), dtype.numpy, dtype.width)
+            for argument, (_, dtype) in zip(args, function.params, strict=True)
+        ]
+        target = self.buffers[buffer].dtype
+        address = compile_on_demand(function, target)
+        self.transforms.append((address, arguments, (buffer, target, function.returns.width, offset)))
+
+    def argument(self, argument: str | OnDemandFeature, dtype: DType) -> int:
+        """The buffer that holds an argument in that type; filled by an earlier step if it is itself on-demand."""
+        key = (argument, dtype.name)
+        if key not in self.arguments:
+            buffer = self.add_buffer(dtype, dtype.width if dtype.is_vector else None)
+            if isinstance(argument, str):
+                self.fill(argument, buffer, 0, null_string=None)
+            elif argument.function.returns != dtype:
+                self.transform(argument, buffer, 0, used_again=True)  # computed once, whatever the types it is used as
+            else:
+                self.transform(argument, buffer, 0)
+            self.arguments[key] = buffer
+        return self.arguments[key]
 
     def finish(
         self,
@@ -151,7 +168,7 @@ class PlanBuilder:
             lookups=tuple(lookups),
             buffers=tuple(self.buffers),
             copy=CopyColumns(self.copies) if self.copies else None,
-            transforms=tuple(self.transforms),
+            transforms=TransformProgram(self.transforms) if self.transforms else None,
             runner=runner,
             feature_names=feature_names,
             feature_places=feature_places,

@@ -206,7 +206,11 @@ def test_a_request_column_alone_is_a_vector(store: Store, matrix: Callable[..., 
     [
         (TWO, ["stats:age", "stats:txn_7d"], "takes 2 inputs; write inputs={'a': [...], 'b': [...]}"),
         (TWO, {"a": ["stats:age"]}, "takes the inputs 'a', 'b', but inputs feeds 'a'"),
-        ({"a": (FLOAT, [1, 2])}, ["stats:age", "stats:txn_7d"], "takes exactly 1 rows; export it with a dynamic"),
+        (
+            {"a": (FLOAT, [1, 1]), "b": (FLOAT, [2, 1])},
+            {"a": ["stats:age"], "b": ["stats:age"]},
+            "the inputs of x.onnx take different numbers of rows: [1, 2]",
+        ),
         ({"a": (FLOAT, ["N", 1, 1])}, {"a": ["stats:age"]}, "has 3 axes"),
         ({"a": (TensorProto.FLOAT16, ["N"])}, ["stats:age"], "is float16; supported"),
         ({"a": (FLOAT, ["N", 1])}, ["stats:tier"], "stats:tier is String, but input 'a' of x.onnx takes float"),

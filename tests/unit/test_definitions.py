@@ -152,10 +152,10 @@ def test_on_demand_keeps_bare_source() -> None:
 
 
 def test_on_demand_refuses_what_could_not_be_compiled_elsewhere() -> None:
-    limit = 3.0
+    limits = {"upper": 3.0}
 
     def closes(x: Float64) -> Float64:  # type: ignore[valid-type]
-        return min(x, limit)
+        return min(x, limits["upper"])
 
     def reads_global(x: Float64) -> Float64:  # type: ignore[valid-type]
         return USER if x else x
@@ -170,8 +170,8 @@ def test_on_demand_refuses_what_could_not_be_compiled_elsewhere() -> None:
         return x
 
     for function, message in (
-        (closes, "uses 'limit'"),
-        (reads_global, "uses 'USER'"),
+        (closes, "uses 'limits', which is a dict"),
+        (reads_global, "uses 'USER', which is an Entity"),
         (untyped, "parameter 'x' has no type"),
         (text, "parameter 'x' is String"),
         (defaulted, "plain parameter without a default"),

@@ -17,6 +17,7 @@ from shorttail.errors import Internal
 from shorttail.models.ensemble import Ensemble, NotAForest, compile_ensemble
 from shorttail.models.graph_ops import OPERATORS, Operation, keeps_value, result_dtype
 from shorttail.models.onnx_graph import ELEMENTS, Graph, Node, read_graph
+from shorttail.store.catalog import TensorInfo
 
 __all__ = ["Forest", "NotAForest", "compile_forest"]
 
@@ -30,9 +31,14 @@ TOLERANCE = 1e-5
 
 
 class Runs(Protocol):
-    """What a forest is checked against: shorttail.models.session.Session."""
+    """A forest, a session, or a session in padded sizes. What a forest is checked against is one too."""
 
+    inputs: list[TensorInfo]
     output_names: list[str]
+
+    @property
+    def description(self) -> str:
+        """What it is, without why."""
 
     def run(self, inputs: Sequence[Array]) -> list[Array]: ...
 
@@ -62,6 +68,12 @@ class Forest:
             if name not in self._dtypes:
                 raise NotAForest(f"no node makes its output {name!r}")
         self._single = self._only_step()
+
+    @property
+    def description(self) -> str:
+        """ "compiled forest, avx2, 300 trees"."""
+        trees = sum(ensemble.trees.n_trees for ensemble in self.ensembles)
+        return f"compiled forest, {self.ensembles[0].trees.simd}, {trees} tree{'s' * (trees != 1)}"
 
     def _add(self, node: Node) -> None:
         for name in node.inputs:
@@ -143,7 +155,7 @@ class Forest:
         Raises NotAForest, with what differs, when labels are not the same or numbers differ by more than 1e-5.
         """
         random = np.random.default_rng(seed)
-        inputs = self._example(rows, random)
+        inputs = self.example(rows, random)
         for batch in (inputs, [array[:1] for array in inputs]):
             expected = session.run(batch)
             try:
@@ -153,7 +165,7 @@ class Forest:
             for name, ours, theirs in zip(self.output_names, got, expected, strict=True):
                 _compare(name, ours, np.asarray(theirs))
 
-    def _example(self, rows: int, random: np.random.Generator) -> list[Array]:
+    def example(self, rows: int, random: np.random.Generator) -> list[Array]:
         """Random rows for each input. A feature that is tested gets the values at which its tests turn."""
         result = []
         feature = np.concatenate([ensemble.feature for ensemble in self.ensembles])

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from shorttail.definitions import Model, column_label
 from shorttail.errors import InvalidArgument, NotFound, ResourceExhausted
-from shorttail.models.signature import ModelFile, check_inputs, select_outputs
+from shorttail.models.signature import ModelFile, check_inputs, request_columns, select_outputs
 from shorttail.store.catalog import Catalog, ModelEntry, VersionInfo
 
 if TYPE_CHECKING:
@@ -177,3 +177,26 @@ def list_versions(catalog: Catalog) -> list[dict[str, Any]]:
         for name, entry in catalog.models.items()
         for number, info in sorted(entry.versions.items(), reverse=True)
     ]
+
+
+def describe(catalog: Catalog, name: str, version: int | None = None) -> dict[str, Any]:
+    """One version (None: the current one) as plain values: its definition, and what a request for it must give."""
+    entry = catalog.model(name)
+    number = entry.current if version is None else version
+    info = entry.version(number)
+    by_name = info.model.inputs_by_name([tensor.name for tensor in info.inputs])
+    columns = request_columns(catalog, info.model, info.inputs)
+    return {
+        "name": name,
+        "version": number,
+        "serving": number == entry.current,
+        "versions": sorted(entry.versions),
+        "created": iso_time(info.created_us),
+        "sha256": info.sha256,
+        "description": info.model.description,
+        "owner": info.model.owner,
+        "inputs": {tensor: [column_label(column) for column in entries] for tensor, entries in by_name.items()},
+        "outputs": {tensor.name: tensor.dtype for tensor in info.outputs},
+        "features": [reference for reference in info.model.references if not reference.startswith("request:")],
+        "columns": {column: dtype.name for column, dtype in columns.items()},
+    }

@@ -103,6 +103,8 @@ def check_inputs(catalog: Catalog, model: Model, inputs: Sequence[TensorInfo], l
     except NotFound as error:
         raise NotFound(f"{where}: {error.message}") from None
     columns = model.inputs_by_name(names)
+    if len(fixed := {tensor.shape[0] for tensor in inputs if tensor.shape and tensor.shape[0]}) > 1:
+        raise InvalidArgument(f"{where}: the inputs of {label} take different numbers of rows: {sorted(fixed)}")
     for tensor in inputs:
         check_shape(f"{where}: input '{tensor.name}' of {label}", tensor)
         check_width(where, label, tensor, columns[tensor.name], catalog)
@@ -113,15 +115,11 @@ def check_inputs(catalog: Catalog, model: Model, inputs: Sequence[TensorInfo], l
 
 
 def check_shape(where: str, tensor: TensorInfo) -> None:
-    """That it is a matrix or a column of a type we have, of any number of rows."""
+    """That it is a matrix or a column of a type we have."""
     if tensor.dtype not in TENSOR_TYPES:
         raise InvalidArgument(f"{where} is {tensor.dtype}; supported: {', '.join(TENSOR_TYPES)}")
     if len(tensor.shape) not in (1, 2):
         raise InvalidArgument(f"{where} has {len(tensor.shape)} axes; it must be [rows, columns] or [rows]")
-    if tensor.shape[0] is not None:
-        raise InvalidArgument(
-            f"{where} takes exactly {tensor.shape[0]} rows; export it with a dynamic first axis, to take batches"
-        )
 
 
 def check_width(where: str, label: str, tensor: TensorInfo, columns: Sequence[Column], catalog: Catalog) -> None:
@@ -141,15 +139,20 @@ def check_width(where: str, label: str, tensor: TensorInfo, columns: Sequence[Co
 def check_types(where: str, label: str, tensor: TensorInfo, column: Column, catalog: Catalog) -> None:
     """That a column's values can become the tensor's, and those of an on-demand's arguments its parameters."""
     if isinstance(column, OnDemandFeature):
-        for (name, dtype), argument in zip(column.function.params, column.args, strict=True):
-            stored = stored_dtype(catalog, argument)
-            if stored is not None and not fits(stored, dtype):
-                raise InvalidArgument(f"{where}: parameter '{name}' is {dtype}, but {argument} is {stored}")
+        for feature in column.walk():
+            check_arguments(where, feature, catalog)
     gives = column.function.returns if isinstance(column, OnDemandFeature) else stored_dtype(catalog, column)
     if gives is not None and not fits(gives, TENSOR_TYPES[tensor.dtype]):
         raise InvalidArgument(
             f"{where} is {gives}, but input '{tensor.name}' of {label} takes {tensor.dtype}, which cannot hold it"
         )
+
+
+def check_arguments(where: str, feature: OnDemandFeature, catalog: Catalog) -> None:
+    for (name, dtype), argument in zip(feature.function.params, feature.args, strict=True):
+        gives = stored_dtype(catalog, argument) if isinstance(argument, str) else argument.function.returns
+        if gives is not None and not (fits(gives, dtype) and gives.is_vector == dtype.is_vector):
+            raise InvalidArgument(f"{where}: parameter '{name}' is {dtype}, but {column_label(argument)} is {gives}")
 
 
 def fits(source: DType, target: DType) -> bool:
@@ -175,7 +178,7 @@ def column_width(catalog: Catalog, column: Column, tensor: TensorInfo, entries: 
     A request column that is all of an input is a vector as wide as that input.
     """
     if isinstance(column, OnDemandFeature):
-        return 1
+        return column.function.returns.width
     stored = stored_dtype(catalog, column)
     if stored is not None:
         return stored.width
@@ -206,6 +209,9 @@ class Use:
     natural: DType
     where: str
 
+    def takes(self, dtype: DType) -> bool:
+        return fits(dtype, self.wanted) and dtype.width == self.natural.width
+
 
 def request_columns(catalog: Catalog, model: Model, inputs: Sequence[TensorInfo]) -> dict[str, DType]:
     """Every column that a request for the model carries, with its type: the keys of its views first.
@@ -221,7 +227,7 @@ def request_columns(catalog: Catalog, model: Model, inputs: Sequence[TensorInfo]
         raise InvalidArgument(f"model '{model.name}': {error.message}") from None
     for name, uses in request_uses(catalog, model, inputs).items():
         candidates = [columns[name]] if name in columns else [use.natural for use in uses]
-        fitting = [dtype for dtype in candidates if all(fits(dtype, use.wanted) for use in uses)]
+        fitting = [dtype for dtype in candidates if all(use.takes(dtype) for use in uses)]
         if not fitting:
             key = f" is a key of type {columns[name]}, but" if name in columns else ""
             wanted = " and ".join(dict.fromkeys(f"{use.wanted} for {use.where}" for use in uses))
@@ -238,9 +244,11 @@ def request_uses(catalog: Catalog, model: Model, inputs: Sequence[TensorInfo]) -
         entries = by_input[tensor.name]
         for column in entries:
             if isinstance(column, OnDemandFeature):
-                for argument, (_, dtype) in zip(column.args, column.function.params, strict=True):
-                    use = Use(dtype, Float64 if dtype.is_float else dtype, column_label(column))
-                    add_use(uses, argument, use)
+                for feature in column.walk():
+                    for argument, (_, dtype) in zip(feature.args, feature.function.params, strict=True):
+                        if isinstance(argument, str):
+                            use = Use(dtype, Float64 if dtype.is_float else dtype, feature.label)
+                            add_use(uses, argument, use)
             else:
                 dtype, width = TENSOR_TYPES[tensor.dtype], column_width(catalog, column, tensor, len(entries))
                 natural = Vector(width) if width > 1 else Float64 if dtype.is_float else dtype
