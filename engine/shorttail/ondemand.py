@@ -1,45 +1,44 @@
-"""On-demand features: a small numeric function over request columns and stored features.
+"""On-demand features: a small numeric function over request columns, stored features and other on-demand features.
 
-The function is kept as source text with the types of its parameters, so that a server compiles it (Numba, see
-transforms.py) from the catalog alone and never needs the definitions file. That is why it may use nothing but its
-parameters, `math`, `np` and Python's builtins.
+The function is kept as source text with the types of its parameters (capture.py), so that a server compiles it (Numba,
+see transforms.py) from the catalog alone and never needs the definitions file.
 """
 
 from __future__ import annotations
 
-import ast
-import builtins
-import dis
 import inspect
-import textwrap
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from types import CodeType
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Union
 
+from shorttail.capture import Origin, capture
+from shorttail.config import LIMITS
 from shorttail.dtypes import DType, String, parse_dtype
 from shorttail.errors import InvalidArgument
 from shorttail.names import check_name, split_reference
 
 Json = dict[str, Any]
-MODULES = ("math", "np")
+Argument = Union[str, "OnDemandFeature"]
+"""What an on-demand function is called with: "view:feature", "request:column", or another on-demand feature."""
 
 
 @dataclass(frozen=True)
 class OnDemand:
     """A function declared with @on_demand. Equal when name, types and source are equal.
 
-    params: (name, dtype) of each parameter. source: the dedented `def`, without decorators and annotations.
+    params: (name, dtype) of each parameter. source: statements that define the function, `def` included, where
+    nothing but `math` and `np` is known. origin: where it was written, if this process has seen it.
     """
 
     name: str
     params: tuple[tuple[str, DType], ...]
     returns: DType
     source: str
+    origin: Origin | None = field(default=None, compare=False, repr=False)
 
-    def __call__(self, *references: str) -> OnDemandFeature:
-        """The feature this function gives for these arguments: "view:feature" or "request:column" each."""
-        return OnDemandFeature(self, references)
+    def __call__(self, *arguments: Argument) -> OnDemandFeature:
+        """The feature this function gives for these arguments: "view:feature", "request:column", or such a feature."""
+        return OnDemandFeature(self, arguments)
 
     def to_json(self) -> Json:
         return {
@@ -57,10 +56,10 @@ class OnDemand:
 
 @dataclass(frozen=True)
 class OnDemandFeature:
-    """One column of a model's input: a function and the references that are its arguments."""
+    """One column of a model's input (a vector: several): a function and its arguments."""
 
     function: OnDemand
-    args: tuple[str, ...]
+    args: tuple[Argument, ...]
 
     def __post_init__(self) -> None:
         name, params = self.function.name, self.function.params
@@ -69,23 +68,56 @@ class OnDemandFeature:
                 f"{name}(...) takes {len(params)} arguments ({', '.join(p for p, _ in params)}), not {len(self.args)}"
             )
         for arg in self.args:
+            if isinstance(arg, OnDemand):
+                raise InvalidArgument(
+                    f"argument of {name}(...): call {arg.name} with the references that are its arguments"
+                )
+            if isinstance(arg, OnDemandFeature):
+                continue
             try:
                 split_reference(arg)
             except InvalidArgument as error:
                 raise InvalidArgument(f"argument of {name}(...): {error.message}") from None
+        if self.depth > LIMITS.on_demand_depth:
+            raise InvalidArgument(f"{name}(...): on-demand features nest {LIMITS.on_demand_depth} deep at most")
+
+    @property
+    def depth(self) -> int:
+        return 1 + max((arg.depth for arg in self.args if isinstance(arg, OnDemandFeature)), default=0)
+
+    @property
+    def label(self) -> str:
+        """As the user wrote it: function(argument, ...)."""
+        shown = (arg if isinstance(arg, str) else arg.label for arg in self.args)
+        return f"{self.function.name}({', '.join(shown)})"
+
+    @property
+    def references(self) -> list[str]:
+        """Every "view:feature" and "request:column" below it, in order."""
+        return [name for feature in self.walk() for name in feature.args if isinstance(name, str)]
+
+    def walk(self) -> Iterator[OnDemandFeature]:
+        """This feature and those that are its arguments, the innermost first: an order to compute them in."""
+        for arg in self.args:
+            if isinstance(arg, OnDemandFeature):
+                yield from arg.walk()
+        yield self
 
     def to_json(self) -> Json:
-        return {"on_demand": self.function.to_json(), "args": list(self.args)}
+        args = [arg if isinstance(arg, str) else arg.to_json() for arg in self.args]
+        return {"on_demand": self.function.to_json(), "args": args}
 
     @classmethod
     def from_json(cls, data: Json) -> OnDemandFeature:
-        return cls(OnDemand.from_json(data["on_demand"]), tuple(data["args"]))
+        args = tuple(arg if isinstance(arg, str) else cls.from_json(arg) for arg in data["args"])
+        return cls(OnDemand.from_json(data["on_demand"]), args)
 
 
 def on_demand(function: Callable[..., Any]) -> OnDemand:
     """Declare a function over columns; it is compiled and run over the whole batch.
 
-    Parameters and return value are annotated with numeric types (st.Float64, ...). Raises InvalidArgument.
+    Parameters and return value are annotated with types (st.Float64, st.Vector(8), ...). Constants and plain functions
+    of the same file are taken as they are now. Raises InvalidArgument.
     """
     if not inspect.isfunction(function):
         raise InvalidArgument(f"@on_demand: {function!r} is not a function")
@@ -104,52 +136,16 @@ def on_demand(function: Callable[..., Any]) -> OnDemand:
     if not params:
         raise InvalidArgument(f"{where} takes no parameters; it needs at least one column to work on")
     returns = numeric(annotations.get("return"), f"{where}: the return value")
-    check_globals(function, where)
-    return OnDemand(name, tuple(params), returns, function_source(function, where))
+    source, origin = capture(function, where)
+    return OnDemand(name, tuple(params), returns, source, origin)
 
 
 def numeric(dtype: object, what: str) -> DType:
     if not isinstance(dtype, DType):
         raise InvalidArgument(f"{what} has no type; annotate it, for example with st.Float64")
-    if dtype == String or dtype.is_vector:
-        raise InvalidArgument(f"{what} is {dtype}; on-demand functions take and return single numbers")
+    if dtype == String:
+        raise InvalidArgument(
+            f"{what} is String; on-demand functions take and return numbers and vectors: store a number for the string,"
+            " or give the string to the model directly"
+        )
     return dtype
-
-
-def check_globals(function: Callable[..., Any], where: str) -> None:
-    """Refuse names that would not exist where the function is compiled again from its text alone."""
-    code: CodeType = function.__code__
-    for name in [*code.co_freevars, *global_names(code)]:
-        if name not in MODULES and (name in code.co_freevars or not hasattr(builtins, name)):
-            raise InvalidArgument(
-                f"{where} uses '{name}'; only its parameters, math, np and builtins are known where it is compiled:"
-                f" define '{name}' inside the function"
-            )
-
-
-def global_names(code: CodeType) -> Iterator[str]:
-    for instruction in dis.get_instructions(code):
-        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-            yield instruction.argval
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from global_names(constant)
-
-
-def function_source(function: Callable[..., Any], where: str) -> str:
-    """The function's text, dedented, without decorators, annotations or docstring."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-    except (OSError, SyntaxError):
-        raise InvalidArgument(f"{where}: its source text cannot be read; define it in a file with `def`") from None
-    definition = tree.body[0]
-    if not isinstance(definition, ast.FunctionDef):
-        raise InvalidArgument(f"{where} must be defined with a plain `def`")
-    definition.decorator_list = []
-    definition.returns = None
-    for argument in definition.args.args:
-        argument.annotation = None
-    if ast.get_docstring(definition) is not None:
-        definition.body = definition.body[1:] or [ast.Pass()]
-    # Printed from the tree: comments and layout do not make it a different function.
-    return ast.unparse(definition) + "\n"

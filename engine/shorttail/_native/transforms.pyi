@@ -1,0 +1,14 @@
+from collections.abc import Sequence
+from typing import Any, Self
+
+from numpy.typing import NDArray
+
+# (address, [(buffer number, dtype, width) of each argument], (the same of the output, and its column offset))
+_Step = tuple[int, Sequence[tuple[int, Any, int]], tuple[int, Any, int, int]]
+
+class TransformProgram:
+    steps: tuple[_Step, ...]
+    failed_rows: int
+    wrong_lengths: int
+    def __new__(cls, steps: Sequence[_Step]) -> Self: ...
+    def run(self, buffers: Sequence[NDArray[Any]], rows: int) -> None: ...

@@ -1,0 +1,127 @@
+"""Runs compiled on-demand functions (shorttail/transforms.py) over a batch: machine code at raw addresses."""
+
+from libc.stdint cimport int64_t, intptr_t, uintptr_t
+from libc.stdlib cimport calloc, free, malloc
+
+import numpy as np
+cimport numpy as cnp
+
+from shorttail.errors import Internal
+
+cnp.import_array()
+
+# What Numba compiles a function (table, rows) -> int64 to: 0 is success, and the result goes to the first argument.
+ctypedef int (*loop_t)(int64_t *failed, void **exception, const intptr_t *table, int64_t rows) noexcept nogil
+
+cdef enum:
+    FEW_VALUES = 256  # letting go of the GIL and taking it again costs about as much as computing so many
+    STACK_SLOTS = 256
+
+# An array that a step reads or writes: its slot in the table gets the address of its first element.
+cdef struct place_t:
+    int buffer
+    int type_number
+    Py_ssize_t width  # elements a row that the step touches
+    Py_ssize_t offset  # first of them
+
+
+cdef struct step_t:
+    loop_t loop
+    int first_place
+    int n_places  # arguments, then the output
+
+
+cdef class TransformProgram:
+    """TransformProgram(steps): on-demand functions, in order; later ones may read what earlier ones wrote.
+
+    steps: (address, arguments, output) each; an argument is (buffer number, dtype, width), the output (buffer number,
+    dtype, width, column offset). A width is the elements a row that are read or written: 1 for numbers.
+    The machine code at the addresses must outlive the program. Threads may share a program.
+    """
+    cdef step_t *step
+    cdef place_t *place
+    cdef Py_ssize_t n_steps, n_places
+    cdef readonly object steps
+    # Rows that were left without a value so far: for an index outside of a vector, say; for a vector's length.
+    cdef readonly int64_t failed_rows, wrong_lengths
+
+    def __cinit__(self, steps):
+        cdef Py_ssize_t s, p = 0
+        self.steps = tuple(steps)
+        self.n_steps = len(self.steps)
+        self.n_places = sum(len(arguments) + 1 for _, arguments, _ in self.steps)
+        self.step = <step_t *>calloc(max(1, self.n_steps), sizeof(step_t))
+        self.place = <place_t *>calloc(max(1, self.n_places), sizeof(place_t))
+        if self.step is NULL or self.place is NULL:
+            raise MemoryError
+        for s, (address, arguments, output) in enumerate(self.steps):
+            if not address:
+                raise ValueError("a step needs the address of its function")
+            self.step[s].loop = <loop_t><uintptr_t>address
+            self.step[s].first_place = p
+            self.step[s].n_places = len(arguments) + 1
+            for buffer, dtype, width, offset in [*((*argument, 0) for argument in arguments), output]:
+                self.place[p].buffer = buffer
+                self.place[p].type_number = np.dtype(dtype).num
+                self.place[p].width = width
+                self.place[p].offset = offset
+                p += 1
+
+    def __dealloc__(self):
+        free(self.step)
+        free(self.place)
+
+    def run(self, buffers, Py_ssize_t rows):
+        """Run every step over `rows` rows; the GIL is let go of once, and not at all for a few rows.
+
+        buffers: the plan's arrays, C-contiguous, [rows] or [rows, width]. Raises Internal where one is not what
+        the program was made for.
+        """
+        # The table of a step: an address for each argument and the output, then the output's elements a row.
+        cdef intptr_t stack[STACK_SLOTS]
+        cdef intptr_t *table = stack
+        cdef cnp.ndarray array
+        cdef place_t *place
+        cdef Py_ssize_t p, s, last, width = 1, slot = 0
+        cdef int64_t failed = 0
+        if self.n_places + self.n_steps > STACK_SLOTS:
+            table = <intptr_t *>malloc((self.n_places + self.n_steps) * sizeof(intptr_t))
+            if table is NULL:
+                raise MemoryError
+        try:
+            for s in range(self.n_steps):
+                last = self.step[s].first_place + self.step[s].n_places - 1
+                for p in range(self.step[s].first_place, last + 1):
+                    place = &self.place[p]
+                    array = <cnp.ndarray?>buffers[place.buffer]
+                    width = cnp.PyArray_DIM(array, 1) if cnp.PyArray_NDIM(array) == 2 else 1
+                    if (cnp.PyArray_TYPE(array) != place.type_number or not cnp.PyArray_IS_C_CONTIGUOUS(array) or
+                            cnp.PyArray_DIM(array, 0) < rows or place.offset + place.width > width or
+                            (p < last and place.width != width)):
+                        raise Internal(f"array {place.buffer} of a plan is {array.dtype} of shape {np.shape(array)}; "
+                                       f"its on-demand functions were compiled for another")
+                    table[slot] = <intptr_t>cnp.PyArray_DATA(array) + place.offset * cnp.PyArray_ITEMSIZE(array)
+                    slot += 1
+                table[slot] = width  # of the output, which is the last
+                slot += 1
+            if rows * self.n_steps <= FEW_VALUES:
+                failed = self._run(table, rows)
+            else:
+                with nogil:
+                    failed = self._run(table, rows)
+        finally:
+            if table is not stack:
+                free(table)
+        self.failed_rows += failed & 0xFFFFFFFF
+        self.wrong_lengths += failed >> 32
+
+    cdef int64_t _run(self, const intptr_t *table, Py_ssize_t rows) noexcept nogil:
+        cdef Py_ssize_t s
+        cdef int64_t failed, total = 0
+        cdef void *exception = NULL
+        for s in range(self.n_steps):
+            failed = 0
+            self.step[s].loop(&failed, &exception, table, rows)
+            total += failed
+            table += self.step[s].n_places + 1
+        return total
