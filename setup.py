@@ -29,9 +29,10 @@ alias.symlink_to(Path("native").resolve())
 # kernel -> plain C files compiled beside it
 sources = {
     "columns": [],
-    "pages": ["native/page.c", "native/lookup.c", "native/tree.c", "native/load.c"],
+    "pages": ["native/page.c", "native/lookup.c", "native/tree.c", "native/merge.c", "native/load.c"],
     "forest": [f"native/forest_{part}.c" for part in ("run", "build", "pack", "plain", "avx2", "avx512")],
     "wire": [],
+    "metrics": [],
     "transforms": [],
     "loadtest": [f"native/loadtest_{part}.c" for part in ("run", "open", "connection", "answer", "http", "encode")],
 }

@@ -28,6 +28,19 @@ class Limits:
     output_high_water_bytes: int = 4 << 20  # above this its requests are no longer read
     output_low_water_bytes: int = 1 << 20
     pushes_per_connection: int = 1024  # pushes and deletes that wait for their commit
+    requests_per_connection: int = 16_384  # in flight
+    stranger_frame_bytes: int = 16 << 10  # a message before `auth`, where a token is wanted
+    stranger_requests: int = 8  # before the right token
+    stranger_deadline_s: int = 10  # from connecting to the right token
+    frame_deadline_s: int = 30  # from the first byte of a message to its last
+    write_deadline_s: int = 30  # what is owed to a client has left by then, or the client is cut off
+    idle_deadline_s: int = 3600  # without a byte, and nothing in flight
+
+    # All connections of a worker.
+    connections: int = 16_384
+    waiting_rows: int = 524_288  # parsed, and not answered yet
+    waiting_bytes: int = 256 << 20  # the same, as they came on the wire
+    p99_budget_ms: float = 10.0  # what an accepted request may take under overload
 
     # Writing through a server.
     forwarded_bytes: int = 64 << 20  # one worker's pushes and deletes that the writer has not answered

@@ -1,9 +1,10 @@
-"""Servers that behave as a test wants, in a thread of their own: MessagePack-RPC and HTTP."""
+"""Servers that behave as a test wants, in a thread of their own: MessagePack-RPC and HTTP. And a quick load on them."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,9 +13,18 @@ from typing import Any
 import msgpack
 
 from shorttail import protocol
+from shorttail.loadtest import target
+from shorttail.loadtest.plan import Plan, Workload, plan_rpc
+from shorttail.loadtest.rates import Rate
+from shorttail.loadtest.result import Step
+from shorttail.loadtest.runner import Load, run_step
 
 MODELS = [{"name": "m", "version": 1, "columns": {"user_id": "Int64", "amount": "Float64"}, "outputs": ["y"]}]
 VIEWS = [{"name": "v", "keys": {"user_id": "Int64"}, "features": {"age": "Float32", "tier": "String"}}]
+
+USERS = "user_id=uniform:1:1000"
+QUICK = Load(connections=4, pipeline=16, duration_s=0.25, warmup_s=0.03, timeout_s=2.0, spin_us=0, events=100_000)
+QUICK_PER_S = 1600.0  # 400 requests
 
 Answer = Callable[[list[Any]], bytes]  # of a request [0, msgid, method, params]; b"" is none
 
@@ -144,3 +154,16 @@ def running(fake: Fake, factory: Any, path: str | None, stall_every_s: float, st
         while fake.transports:
             loop.run_until_complete(asyncio.sleep(0))
         loop.close()
+
+
+def predict(**given: Any) -> Workload:
+    return Workload(**{"predict": "m", "keys": [USERS], **given})
+
+
+def with_load(**changes: Any) -> Load:
+    return dataclasses.replace(QUICK, **changes)
+
+
+def load_on(address: str, load: Load = QUICK, rate: float | None = QUICK_PER_S, plan: Plan | None = None) -> Step:
+    plan = plan or plan_rpc(predict(), MODELS, VIEWS)
+    return run_step(plan, target.find(address), load, None if rate is None else Rate(rate, rate))

@@ -1,0 +1,175 @@
+"""The load generator on its own: how much it can offer, how punctual it is, and whether its figures are right.
+
+    python bench/loadtest.py [--json] [--quick] [--rounds N]
+
+Against the bare C echo (bench/c/echo.c) on one CPU, with the generator on another:
+
+- the most requests/s that one thread gets answered, in an open loop far above what it can do, and in a closed loop;
+- its send lag at 10,000 requests/s: actual minus intended time;
+- its percentiles against those of the independent closed-loop client (bench/c/loadgen.c), with the same connections and
+  requests in flight, in turn; and against numpy's on the raw times of the same run;
+- a server that stalls for 200 ms every 10 s (every 2 s with --quick) at 1,000 requests/s: the P99 reported against the
+  one that arithmetic on the intended times gives, and what a closed loop makes of the same server.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "engine"), str(ROOT / "tests" / "unit")]
+
+import loadgen  # noqa: E402
+import numpy as np  # noqa: E402
+import report  # noqa: E402
+from loadgen import BenchError  # noqa: E402
+
+from shorttail.errors import ShorttailError  # noqa: E402
+from shorttail.loadtest import target  # noqa: E402
+from shorttail.loadtest.plan import Workload, plan_raw, plan_rpc  # noqa: E402
+from shorttail.loadtest.rates import Rate  # noqa: E402
+from shorttail.loadtest.result import Step  # noqa: E402
+from shorttail.loadtest.runner import Load, run_step  # noqa: E402
+
+REQUEST_BYTES, REPLY_BYTES = 120, 60
+RATE_MIN = 100_000.0
+LAG_P99_US_MAX = 100.0
+AGREEMENT_MAX = 0.05
+STALL_SHARE_MIN = 0.9
+FLOOD = Rate(1_000_000.0, 1_000_000.0)
+COMPARED = ("p50_us", "p90_us", "p99_us")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--quick", action="store_true", help="fewer and shorter rounds; ends within 50 s")
+    parser.add_argument("--rounds", type=int, help="rounds to take the medians of (7; 3 with --quick)")
+    options = parser.parse_args()
+    rounds = options.rounds or (3 if options.quick else 7)
+    duration_s = 1.0 if options.quick else 4.0
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            figures = against_echo(Path(folder), rounds, duration_s)
+        figures["stall"] = stall(2.0, 8.0) if options.quick else stall(10.0, 60.0)
+    except (BenchError, ShorttailError) as error:
+        raise SystemExit(f"error: {error}") from None
+    bars = [
+        report.at_least("requests/s, one thread, open loop", figures["open_per_s"]["median"], RATE_MIN, "1/s"),
+        report.at_least("requests/s, one thread, closed loop", figures["closed_per_s"]["median"], RATE_MIN, "1/s"),
+        report.at_most("send lag P99 at 10,000/s", figures["lag_p99_us"]["median"], LAG_P99_US_MAX, "us"),
+        *(
+            report.at_most(f"{name}: generator / independent client - 1", abs(ratio["median"] - 1), AGREEMENT_MAX, "")
+            for name, ratio in figures["agreement"].items()
+        ),
+        report.at_most("percentiles: histogram / raw times - 1", figures["histogram_error"], 0.01, ""),
+        report.at_least("P99 with stalls: reported / arithmetic", figures["stall"]["ratio"], STALL_SHARE_MIN, ""),
+        report.at_most("P99 with stalls: closed loop / arithmetic", figures["stall"]["closed_ratio"], 0.5, ""),
+    ]
+    if options.json:
+        report.print_json(figures, bars)
+        return
+    for name, value in figures.items():
+        print(f"{name}: {value}")
+    report.print_bars(bars)
+
+
+def against_echo(folder: Path, rounds: int, duration_s: float) -> dict[str, Any]:
+    """Every round measures everything once, so that a neighbour on this machine slows all of it."""
+    cpus = sorted(os.sched_getaffinity(0))
+    server_cpu, client_cpu = (cpus[0], cpus[1]) if len(cpus) > 1 else (None, None)
+    loadgen.write_payload(folder / "blanks", [bytes(REQUEST_BYTES)])
+    found: dict[str, list[float]] = {}
+
+    def note(name: str, value: float) -> None:
+        found.setdefault(name, []).append(value)
+
+    load = Load(connections=16, duration_s=duration_s, warmup_s=0.3, raw_reply_bytes=REPLY_BYTES)
+    with loadgen.start_echo(REQUEST_BYTES, REPLY_BYTES, server_cpu) as address:
+        echo = target.find(address)
+        plan = plan_raw(REQUEST_BYTES)
+
+        def run(load: Load, rate: Rate | None) -> Step:
+            with loadgen.pinned(client_cpu):  # its threads inherit the CPU
+                step = run_step(plan, echo, load, rate)
+            if step.fatal:
+                raise BenchError(step.fatal)
+            return step
+
+        for number in range(rounds):
+            note("open_per_s", run(replace(load, pipeline=256), FLOOD).good_per_s)
+            note("closed_per_s", run(replace(load, pipeline=16, closed=True), None).good_per_s)
+            paced = run(replace(load, events=int(20_000 * duration_s)), Rate(10_000.0, 10_000.0))
+            for p, ns in zip(("p50", "p99", "p999"), paced.lag.at([50, 99, 99.9]), strict=True):
+                note(f"lag_{p}_us", ns / 1e3)
+            note("hiccup_p99_us", paced.hiccups.percentile(99) / 1e3)
+            note("histogram_error", histogram_error(paced))
+            ours, theirs = {}, {}
+            for mine in (True, False) if number % 2 else (False, True):
+                if mine:
+                    step = run(replace(load, pipeline=1, closed=True), None)
+                    ours = dict(zip(COMPARED, (ns / 1e3 for ns in step.latency.at([50, 90, 99])), strict=True))
+                else:
+                    theirs = loadgen.run(
+                        address, folder / "blanks", 16, duration_s, 1, 0.3, client_cpu, raw_reply_bytes=REPLY_BYTES
+                    )
+            for name in COMPARED:
+                note(f"agreement {name}", ours[name] / theirs[name])
+    error = max(found.pop("histogram_error"))
+    spreads = {name: report.spread(values) for name, values in found.items()}
+    return {
+        "request_bytes": REQUEST_BYTES,
+        "reply_bytes": REPLY_BYTES,
+        "pinned": server_cpu is not None,
+        **{name: value for name, value in spreads.items() if not name.startswith("agreement")},
+        "agreement": {name: spreads[f"agreement {name}"] for name in COMPARED},
+        "histogram_error": error,
+    }
+
+
+def histogram_error(step: Step) -> float:
+    """The largest relative distance of the histogram's percentiles from those of the raw times."""
+    took = (step.events["done_ns"] - step.events["intended_ns"]).astype(np.int64)
+    exact = [np.percentile(took, p, method="inverted_cdf") for p in (50, 90, 99)]
+    return max(abs(ns / raw - 1) for ns, raw in zip(step.latency.at([50, 90, 99]), exact, strict=True))
+
+
+def stall(every_s: float, duration_s: float) -> dict[str, Any]:
+    """A Python server that sleeps 200 ms at a time. Its stalls are taken from its own clock."""
+    from fakes import MODELS, VIEWS, rpc_server
+
+    plan = plan_rpc(Workload(predict="m", keys=["user_id=uniform:1:1000"]), MODELS, VIEWS)
+    load = Load(connections=8, duration_s=duration_s, warmup_s=0.5, events=2_000_000)
+    with rpc_server(stall_every_s=every_s, stall_s=0.2) as fake:
+        step = run_step(plan, target.find(fake.address), load, Rate(1000.0, 1000.0))
+        stalls = list(fake.stalls)
+    with rpc_server(stall_every_s=every_s, stall_s=0.2) as fake:
+        closed = replace(load, closed=True, connections=1, pipeline=1, events=0)
+        missed = run_step(plan, target.find(fake.address), closed, None)
+    due = step.events["intended_ns"] / 1e9
+    waits = np.zeros(len(due))
+    for start, end in stalls:
+        waits = np.where((due >= start) & (due < end), end - due, waits)
+    arithmetic_us = float(np.percentile(waits, 99)) * 1e6
+    if not arithmetic_us:
+        raise BenchError("fewer than one request in a hundred fell into a stall: the run shows nothing")
+    reported_us, closed_us = step.latency.percentile(99) / 1e3, missed.latency.percentile(99) / 1e3
+    return {
+        "every_s": every_s,
+        "stalls": len(stalls),
+        "arithmetic_p99_us": arithmetic_us,
+        "reported_p99_us": reported_us,
+        "closed_loop_p99_us": closed_us,
+        "ratio": reported_us / arithmetic_us,
+        "closed_ratio": closed_us / arithmetic_us,
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""What a run says in words: where the server's limit lies, and what the figures cannot be blamed on."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from shorttail.loadtest.result import KEPT_UP
+from shorttail.loadtest.text import rate, us
+
+Step = Mapping[str, Any]
+
+SLOW_SLICE = 3.0  # a slice of the run is slow with a P99 of so many times the median slice's
+
+
+def findings(document: Mapping[str, Any]) -> list[str]:
+    """Sentences, the most important first."""
+    steps = document["steps"]
+    found = [f"The run failed: {step['fatal']}." for step in steps if step["fatal"]]
+    if document["capacity"]:
+        capacity = document["capacity"]
+        found.append(
+            f"Capacity: {rate(capacity['rate_per_s'])} requests/s with P{capacity['percentile']:g} at most "
+            f"{us(capacity['limit_us'])} ({capacity['reason']})."
+        )
+    found += throughput(steps)
+    found += generator(steps)
+    found += failures(steps, document["load"]["timeout_s"])
+    best = main_step(steps)
+    found += tail(best)
+    found += noise(best)
+    return found
+
+
+def kept_up(step: Step) -> bool:
+    return bool(step["achieved_per_s"] >= KEPT_UP * step["offered_per_s"])
+
+
+def main_step(steps: Sequence[Step]) -> Step:
+    """The fastest step that the server kept up with; the first if it kept up with none."""
+    good = [step for step in steps if kept_up(step)]
+    return max(good, key=lambda step: float(step["offered_per_s"])) if good else steps[0]
+
+
+def throughput(steps: Sequence[Step]) -> list[str]:
+    if steps[0]["rate_per_s"] is None:
+        step = steps[0]
+        return [
+            f"Closed loop: {rate(step['good_per_s'])} good answers/s. The load waits for the server, so a stall hides "
+            "all requests that would have come meanwhile: these latencies are no user's. Use --rate for those."
+        ]
+    missed = [step for step in steps if not kept_up(step)]
+    best = main_step(steps)
+    if not missed:
+        more = "" if len(steps) > 1 else "; a sweep (--rate 1k:50k:x1.5) shows where its limit lies"
+        return [f"The server kept up with every rate offered, up to {rate(best['offered_per_s'])}/s{more}."]
+    first = min(missed, key=lambda step: float(step["offered_per_s"]))
+    most = max(float(step["good_per_s"]) for step in steps)
+    held = f"It kept up with {rate(best['offered_per_s'])}/s. " if kept_up(best) else ""
+    return [
+        f"{held}At {rate(first['offered_per_s'])}/s offered it answered {rate(first['achieved_per_s'])}/s: requests "
+        f"queue, and latency there says how long the load lasted. The most good answers were {rate(most)}/s."
+    ]
+
+
+def generator(steps: Sequence[Step]) -> list[str]:
+    found = []
+    lagging = [step for step in steps if any("generator could not" in text for text in step["warnings"])]
+    if lagging:
+        worst = max(lagging, key=lambda step: float(step["send_lag"]["p99_us"]))
+        lag = worst["send_lag"]["p99_us"]
+        found.append(
+            f"The generator is a limit too: at {rate(worst['offered_per_s'])}/s its own send lag has a P99 of "
+            f"{us(lag)}, which is part of the latency shown."
+        )
+    full = [step for step in steps if step["counts"]["blocked"]]
+    if full:
+        step = full[0]
+        found.append(
+            f"From {rate(step['offered_per_s'])}/s on every connection was full at times "
+            f"({step['counts']['blocked']:,} requests waited for one): the server had its full share of work in flight."
+        )
+    return found
+
+
+def failures(steps: Sequence[Step], timeout_s: float) -> list[str]:
+    found = []
+    for step in steps:
+        bad = step["error"] + step["timeout"] + step["lost"]
+        if not bad:
+            continue
+        causes = [f"{error['count']:,} x {code}" for code, error in step["errors"].items()]
+        if step["timeout"]:
+            causes.append(f"{step['timeout']:,} without an answer within {timeout_s:g} s")
+        share = bad / max(step["requests"], 1)
+        found.append(f"At {rate(step['offered_per_s'])}/s {share:.2%} of the requests failed: {', '.join(causes)}.")
+    return found
+
+
+def tail(step: Step) -> list[str]:
+    """Whether the slow answers come in bursts (stalls) or are spread over the run (queueing, dear requests)."""
+    slices = [part for part in step["over_time"] if part["p99_us"] is not None]
+    where = f"at {rate(step['offered_per_s'])}/s"
+    if len(slices) < 8:
+        return []
+    middle = statistics.median(part["p99_us"] for part in slices)
+    slow = [part for part in slices if part["p99_us"] > SLOW_SLICE * middle]
+    if not slow:
+        return [f"Latency is even over time {where}: in no slice is the P99 above three times the usual one."]
+    worst = max(slow, key=lambda part: float(part["p99_us"]))
+    paused = sum(max(part["hiccup_max_us"], part["lag_max_us"]) > part["p99_us"] / 2 for part in slow)
+    blame = (
+        f"in {paused} of them the generator's machine paused too"
+        if paused
+        else "the generator's machine paused nowhere near as long then, so the server did"
+    )
+    return [
+        f"The tail comes in bursts {where}: in {len(slow)} of {len(slices)} slices the P99 is above three times the "
+        f"usual {us(middle)}, up to {us(worst['p99_us'])} at {worst['start_s']:.1f} s; {blame}."
+    ]
+
+
+def noise(step: Step) -> list[str]:
+    hiccups, latency = step["machine_hiccups"]["percentiles_us"], step["latency"]["percentiles_us"]
+    shared = [p for p in hiccups if p in latency]
+    if not shared:
+        return []
+    p = shared[-1]
+    share = hiccups[p] / latency[p] if latency[p] else 0.0
+    explains = "much" if share > 0.5 else "some" if share > 0.2 else "little"
+    verdict = f"noise of the generator's machine may explain {explains} of it"
+    return [f"P{p} of the latency is {us(latency[p])}, of the machine's hiccups {us(hiccups[p])}: {verdict}."]

@@ -1,0 +1,278 @@
+"""One self-contained HTML page of one run or several: figures, what they say, all numbers, what was run where."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from importlib import resources
+from pathlib import Path
+from typing import Any, Final
+
+from shorttail.loadtest import text
+from shorttail.loadtest.findings import findings, main_step
+from shorttail.loadtest.histogram import Histogram
+from shorttail.loadtest.svg import COLORS, Scale, Series, figure, number
+from shorttail.loadtest.text import rate, us
+
+CURVES: Final = COLORS  # more lines than colours cannot be told apart
+PERCENTILE_AXIS: Final = Scale("percentile of requests (log 1/(1-p))", "percentile")
+SHOWN_AGAINST_RATE: Final = ("50", "99", "99.9")
+
+Document = Mapping[str, Any]
+Step = Mapping[str, Any]
+
+
+def write_report(path: str, documents: Sequence[Document]) -> None:
+    Path(path).write_text(render(documents), encoding="utf-8")
+
+
+def render(documents: Sequence[Document]) -> str:
+    template = string.Template(resources.files("shorttail.loadtest").joinpath("report.html").read_text("utf-8"))
+    names = [run_name(document) for document in documents]
+    return template.substitute(
+        title=escape("Load test: " + " against ".join(names)),
+        subtitle=escape("; ".join(f"{document['started']}, shorttail {document['version']}" for document in documents)),
+        findings="".join(f"<li>{escape(sentence)}</li>" for sentence in all_findings(documents)),
+        figures="".join(figures(documents)),
+        steps=steps_table(documents),
+        errors=errors_table(documents),
+        facts=facts_table(documents),
+    )
+
+
+def run_name(document: Document) -> str:
+    return str(document["label"] or document["target"]["address"])
+
+
+def all_findings(documents: Sequence[Document]) -> list[str]:
+    if len(documents) == 1:
+        return findings(documents[0])
+    return [f"{run_name(document)}: {sentence}" for document in documents for sentence in findings(document)]
+
+
+# -- figures -----------------------------------------------------------------------------------------------------------
+
+
+def figures(documents: Sequence[Document]) -> Iterable[str]:
+    yield percentile_curves(documents)
+    if any(step["rate_per_s"] for document in documents for step in document["steps"]):
+        yield throughput(documents)
+        yield latency_against_rate(documents)
+    yield over_time(documents)
+    yield disturbance(documents)
+    yield noise_curves(documents)
+
+
+def unit_of(values: Iterable[float]) -> tuple[float, str]:
+    """(us in it, its name): ms when something is above 10 ms."""
+    return (1e3, "ms") if max(values, default=0.0) > 10_000 else (1.0, "µs")
+
+
+def histogram_of(part: Mapping[str, Any]) -> Histogram:
+    return Histogram.decoded(part["hdr"], round(part["max_us"] * 1e3), part["mean_us"] * 1e3)
+
+
+def curve_of(name: str, part: Mapping[str, Any], color: int, scale: float, dashed: bool = False) -> Series:
+    points = [(1 / (1 - p / 100), value / scale) for p, value in histogram_of(part).curve()]
+
+    def hint(x: float, y: float) -> str:
+        return f"P{(1 - 1 / x) * 100:.5g} {us(y * scale)}"
+
+    return Series(name, points, color, dashed, hint)
+
+
+def step_name(document: Document, step: Step, several: bool) -> str:
+    name = "closed loop" if step["rate_per_s"] is None else f"{rate(step['offered_per_s'])}/s"
+    return f"{run_name(document)}, {name}" if several else name
+
+
+def spread_out(items: Sequence[Any], count: int) -> list[Any]:
+    """At most `count` of them, the first and the last among them."""
+    if len(items) <= count:
+        return list(items)
+    return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
+
+
+def percentile_curves(documents: Sequence[Document]) -> str:
+    several = len(documents) > 1
+    if several:
+        chosen = [(document, main_step(document["steps"])) for document in documents[:CURVES]]
+    else:
+        ordered = sorted(documents[0]["steps"], key=lambda step: float(step["offered_per_s"]))
+        chosen = [(documents[0], step) for step in spread_out(ordered, CURVES)]
+    scale, unit = unit_of(step["latency"]["max_us"] for _, step in chosen)
+    series = [
+        curve_of(step_name(document, step, several), step["latency"], i, scale)
+        for i, (document, step) in enumerate(chosen)
+    ]
+    note = "Of each run the fastest rate that the server kept up with." if several else ""
+    return figure("Latency by percentile", PERCENTILE_AXIS, Scale(f"latency ({unit}, log)", "log"), series, note)
+
+
+def throughput(documents: Sequence[Document]) -> str:
+    series, most = [], 0.0
+    for i, document in enumerate(documents):
+        steps = sorted(document["steps"], key=lambda step: float(step["offered_per_s"]))
+        name = f"{run_name(document)}, " if len(documents) > 1 else ""
+        most = max(most, *(step["offered_per_s"] for step in steps))
+
+        def hint(x: float, y: float) -> str:
+            return f"{y:,.0f}/s of {x:,.0f}/s"
+
+        good = [(step["offered_per_s"], step["good_per_s"]) for step in steps]
+        answered = [(step["offered_per_s"], step["achieved_per_s"]) for step in steps]
+        series.append(Series(f"{name}good answers", good, 2 * i, hint=hint))
+        if any(a[1] > 1.001 * g[1] for a, g in zip(answered, good, strict=True)):
+            series.append(Series(f"{name}all answers", answered, 2 * i + 1, dashed=True, hint=hint))
+    ideal = Series("as offered", [(0.0, 0.0), (most, most)], 7, dashed=True)
+    x, y = Scale("offered (requests/s)"), Scale("answered (requests/s)")
+    return figure("Throughput against offered rate", x, y, [*series, ideal])
+
+
+def latency_against_rate(documents: Sequence[Document]) -> str:
+    several = len(documents) > 1
+    measured = [step["latency"]["percentiles_us"] for document in documents for step in document["steps"]]
+    scale, unit = unit_of(value for percentiles in measured for value in percentiles.values())
+    highest = next((p for p in ("99", "90", "50") if any(p in percentiles for percentiles in measured)), "99")
+    series = []
+    for i, document in enumerate(documents):
+        steps = sorted(document["steps"], key=lambda step: float(step["offered_per_s"]))
+        for j, p in enumerate((highest,) if several else SHOWN_AGAINST_RATE):
+            found = [(step["offered_per_s"], step["latency"]["percentiles_us"].get(p)) for step in steps]
+            points = [(x, None if value is None else value / scale) for x, value in found]
+
+            def hint(x: float, y: float) -> str:
+                return f"{us(y * scale)} at {x:,.0f}/s"
+
+            name = f"{run_name(document)}, P{p}" if several else f"P{p}"
+            series.append(Series(name, points, i if several else j, hint=hint))
+    x, y = Scale("offered (requests/s)"), Scale(f"latency ({unit}, log)", "log")
+    return figure("Latency against offered rate", x, y, series)
+
+
+def slices_of(step: Step, name: str, scale: float) -> list[tuple[float, float | None]]:
+    return [
+        (part["start_s"] + part["length_s"] / 2, None if part[name] is None else part[name] / scale)
+        for part in step["over_time"]
+    ]
+
+
+def over_time(documents: Sequence[Document]) -> str:
+    several = len(documents) > 1
+    chosen = [(document, main_step(document["steps"])) for document in documents]
+    scale, unit = unit_of(step["latency"]["max_us"] for _, step in chosen)
+
+    def hint(x: float, y: float) -> str:
+        return f"{us(y * scale)} at {x:.2f} s"
+
+    series = []
+    for i, (document, step) in enumerate(chosen):
+        lines = [("P99", "p99_us")] if several else [("P50", "p50_us"), ("P99", "p99_us"), ("max", "max_us")]
+        for j, (name, field) in enumerate(lines):
+            label = f"{step_name(document, step, True)}, {name}" if several else name
+            series.append(Series(label, slices_of(step, field, scale), i if several else j, hint=hint))
+    note = "" if several else f"At {step_name(*chosen[0], False)}, by the time that requests were due."
+    x, y = Scale("time (s)"), Scale(f"latency ({unit}, log)", "log")
+    return figure("Latency over time", x, y, series, note)
+
+
+def disturbance(documents: Sequence[Document]) -> str:
+    """What is not the server's: the machine's pauses and the generator's own lag, with the latency's maximum."""
+    document = documents[0]
+    step = main_step(document["steps"])
+    scale, unit = unit_of([step["latency"]["max_us"]])
+
+    def hint(x: float, y: float) -> str:
+        return f"{us(y * scale)} at {x:.2f} s"
+
+    lines = [
+        ("latency, max", "max_us", 0),
+        ("machine hiccup, max", "hiccup_max_us", 1),
+        ("send lag, max", "lag_max_us", 2),
+    ]
+    series = [Series(name, slices_of(step, field, scale), color, hint=hint) for name, field, color in lines]
+    x, y = Scale("time (s)"), Scale(f"delay ({unit}, log)", "log")
+    note = f"{step_name(document, step, len(documents) > 1)}. Where the machine pauses too, the server may be innocent."
+    return figure("Machine and generator over time", x, y, series, note)
+
+
+def noise_curves(documents: Sequence[Document]) -> str:
+    document = documents[0]
+    step = main_step(document["steps"])
+    scale, unit = unit_of([step["latency"]["max_us"]])
+    parts = [("latency from the intended time", "latency"), ("service time from the sending", "service_time")]
+    parts += [("machine hiccups", "machine_hiccups"), ("send lag", "send_lag")]
+    series = [
+        curve_of(name, step[field], i, scale, i > 1) for i, (name, field) in enumerate(parts) if step[field]["count"]
+    ]
+    note = f"{step_name(document, step, len(documents) > 1)}. Between latency and service time lies the time unsent."
+    y = Scale(f"time ({unit}, log)", "log")
+    return figure("Latency, service time and noise by percentile", PERCENTILE_AXIS, y, series, note)
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+
+def html_table(header: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") -> str:
+    head = f"<tr>{''.join(f'<th>{escape(name)}</th>' for name in header)}</tr>" if header else ""
+    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    return f'<table class="{kind}">{head}{body}</table>'
+
+
+def steps_table(documents: Sequence[Document]) -> str:
+    rows = [{"run": run_name(d), **text.step_row(step)} for d in documents for step in d["steps"]]
+    names = [name for name in rows[0] if any(row[name] != "-" for row in rows)]
+    return html_table(names, [[row[name] for name in names] for row in rows])
+
+
+def errors_table(documents: Sequence[Document]) -> str:
+    rows = [
+        [run_name(d), rate(step["offered_per_s"]), code, number(error["count"]), error["message"]]
+        for d in documents
+        for step in d["steps"]
+        for code, error in step["errors"].items()
+    ]
+    warnings = [
+        [run_name(d), rate(step["offered_per_s"]), warning]
+        for d in documents
+        for step in d["steps"]
+        for warning in step["warnings"]
+    ]
+    found = ""
+    if rows:
+        head = ["run", "offered/s", "code", "count", "first message"]
+        found += f'<h2>Errors</h2><div class="wide">{html_table(head, rows)}</div>'
+    if warnings:
+        found += (
+            f'<h2>Warnings</h2><div class="wide">{html_table(["run", "offered/s", "warning"], warnings, "facts")}</div>'
+        )
+    return found
+
+
+def facts_table(documents: Sequence[Document]) -> str:
+    facts = [facts_of(document) for document in documents]
+    names = list(dict.fromkeys(name for one in facts for name in one))
+    rows = [[name, *(one.get(name, "") for one in facts)] for name in names]
+    return html_table(["", *map(run_name, documents)], rows, "facts")
+
+
+def facts_of(document: Document) -> dict[str, str]:
+    machine, load, work = document["machine"], document["load"], document["workload"]
+    found = {
+        "command": document["command"],
+        "target": f"{document['target']['address']} ({document['target']['protocol']})",
+        "requests": ", ".join(f"{name} (weight {weight:g})" for name, weight in work["requests"].items()),
+        "rows a request": str(work["rows"]),
+        **{f"column {name}": source for name, source in work["columns"].items()},
+        "load": f"{load['loop']} loop" + (f", {load['arrivals']} arrivals" if load["arrivals"] else ""),
+        "connections": f"{load['connections']}, up to {load['in_flight_a_connection']} in flight on each",
+        "warm-up, timeout": f"{load['warmup_s']:g} s, {load['timeout_s']:g} s",
+        "generator": f"{load['threads']} thread(s), awake for the last {load['spin_us']:g} us, seed {load['seed']}",
+        "generator's machine": f"{machine['host']}: {machine['cpu']}, {machine['cpus']} CPUs, "
+        f"{machine['memory_bytes'] / 2**30:.0f} GiB, {machine['system']}, Python {machine['python']}",
+    }
+    if document["verified"]:
+        checked = document["verified"]
+        found["answers compared"] = f"{checked['compared']:,}, of which {checked['different']:,} differ"
+    return found

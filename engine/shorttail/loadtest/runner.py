@@ -1,0 +1,228 @@
+"""Runs a step: generator threads, the watch on the machine, the live line, Ctrl-C."""
+
+from __future__ import annotations
+
+import secrets
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from shorttail._native.loadtest import Generator, Hiccups
+from shorttail.config import LIMITS
+from shorttail.errors import InvalidArgument, Unavailable
+from shorttail.loadtest.histogram import Histogram
+from shorttail.loadtest.plan import Plan
+from shorttail.loadtest.rates import Objective, Rate
+from shorttail.loadtest.result import HICCUP_SLICE_NS, Step, collect
+from shorttail.loadtest.target import Target
+
+POLL_S: Final = 0.1
+SLICE_MIN_S: Final = 0.1
+SEARCH_PRECISION: Final = 1.05  # a capacity is found to five percent
+CONFIRM_TRIES: Final = 6
+NOISE_TRIES: Final = 3
+
+Watch = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How requests are sent. Times in seconds; seed None takes a new one. raw_reply_bytes: of an echo server."""
+
+    connections: int = 16
+    pipeline: int = 64
+    closed: bool = False
+    poisson: bool = True
+    duration_s: float = 10.0
+    warmup_s: float = 1.0
+    timeout_s: float = 5.0
+    threads: int = 1
+    seed: int = 0
+    spin_us: float = 50.0
+    verified: int = 0
+    raw_reply_bytes: int = 0
+    events: int = 0
+
+    def check(self, protocol: str) -> None:
+        """Raise InvalidArgument for what cannot be run."""
+        if self.threads > self.connections:
+            raise InvalidArgument(f"--threads {self.threads}: more than --connections {self.connections}")
+        pipeline = 1 if protocol == "http" else self.pipeline
+        if self.connections * pipeline > LIMITS.bench_in_flight:
+            raise InvalidArgument(
+                f"--connections {self.connections:,} times {pipeline:,} in flight are more than "
+                f"{LIMITS.bench_in_flight:,}"
+            )
+
+
+def intervals_of(duration_s: float) -> int:
+    return max(1, min(LIMITS.bench_intervals, int(duration_s / SLICE_MIN_S)))
+
+
+def make_generators(plan: Plan, target: Target, load: Load, rate: Rate | None) -> list[Generator]:
+    """One a thread; rate and connections are divided among them."""
+    shares = [load.connections // load.threads + (i < load.connections % load.threads) for i in range(load.threads)]
+    expected = (rate.mean if rate else 1000.0) * load.duration_s / load.threads
+    return [
+        Generator(
+            protocol="raw" if load.raw_reply_bytes else target.protocol,
+            sockaddr=target.sockaddr,
+            templates=plan.templates,
+            columns=plan.columns,
+            groups=plan.groups,
+            connections=connections,
+            pipeline=1 if target.protocol == "http" else load.pipeline,
+            closed_loop=load.closed,
+            poisson=load.poisson,
+            rate_from=rate.start / load.threads if rate else 1.0,
+            rate_to=rate.end / load.threads if rate else 1.0,
+            phase=i / load.threads,
+            warmup_ns=round(load.warmup_s * 1e9),
+            duration_ns=round(load.duration_s * 1e9),
+            timeout_ns=round(load.timeout_s * 1e9),
+            intervals=intervals_of(load.duration_s),
+            spin_ns=round(load.spin_us * 1e3),
+            seed=load.seed * LIMITS.bench_threads + i,
+            raw_reply_bytes=load.raw_reply_bytes,
+            capture_every=max(1, int(expected / (load.verified / load.threads))) if load.verified else 1,
+            captures=-(-load.verified // load.threads),
+            events=load.events,
+        )
+        for i, connections in enumerate(shares)
+    ]
+
+
+def run_step(plan: Plan, target: Target, load: Load, rate: Rate | None, watch: Watch | None = None) -> Step:
+    """One rate (None: closed loop) to its end, or to Ctrl-C, which ends it early; a second one at once.
+
+    Raises Unavailable when the server takes no connections.
+    """
+    generators = make_generators(plan, target, load, rate)
+    planned_s = load.warmup_s + load.duration_s + load.timeout_s + 10
+    hiccups = Hiccups(slice_ns=HICCUP_SLICE_NS, slices=int(planned_s * 1e9 / HICCUP_SLICE_NS))
+    threads = [threading.Thread(target=generator.run, daemon=True) for generator in generators]
+    sampler = threading.Thread(target=hiccups.run, daemon=True)
+    for thread in (sampler, *threads):
+        thread.start()
+    interrupts = 0
+    while any(thread.is_alive() for thread in threads):
+        try:
+            threads[0].join(POLL_S) if threads[0].is_alive() else time.sleep(POLL_S / 10)
+            if watch is not None:
+                watch(live_line(generators, load))
+        except KeyboardInterrupt:
+            interrupts += 1
+            for generator in generators:
+                generator.stop(interrupts > 1)
+        if any(generator.progress()["failed"] for generator in generators):
+            for generator in generators:
+                generator.stop(True)
+    hiccups.stop()
+    sampler.join()
+    if fatal := next((r["fatal"] for g in generators if not (r := g.results())["start_ns"] and r["fatal"]), ""):
+        raise Unavailable(f"{target.text}: {fatal}")
+    return collect(rate, generators, [template.name for template in plan.templates], hiccups, interrupts > 0)
+
+
+def live_line(generators: Sequence[Generator], load: Load) -> str:
+    """ "3.2 s of 10 s  10,002/s  0 bad  P50 85 us  P99 240 us  12 in flight", of the last second or so."""
+    states = [generator.progress() for generator in generators]
+    if not all(state["running"] for state in states):
+        return "connecting"
+    now_ns = time.monotonic_ns()
+    elapsed_s = (now_ns - states[0]["warm_ns"]) / 1e9
+    if elapsed_s < 0:
+        return f"warming up, {-elapsed_s:.1f} s"
+    good, bad = sum(s["good"] for s in states), sum(s["error"] + s["timeout"] + s["lost"] for s in states)
+    count = intervals_of(load.duration_s)
+    current = min(int(elapsed_s / load.duration_s * count), count - 1)
+    recent = Histogram.merged(g.interval_latency(i) for g in generators for i in {max(current - 1, 0), current})
+    p50, p99 = recent.at([50, 99])
+    in_flight = sum(s["in_flight"] for s in states)
+    return (
+        f"{min(elapsed_s, load.duration_s):.1f} s of {load.duration_s:g} s  {good / max(elapsed_s, 1e-3):,.0f} good/s  "
+        f"{bad:,} bad  P50 {p50 / 1e3:,.0f} us  P99 {p99 / 1e3:,.0f} us  {in_flight:,} in flight"
+    )
+
+
+class LiveLine:
+    """Overwrites one line of stderr while that is a terminal."""
+
+    def __init__(self) -> None:
+        self.prefix = ""
+        self._shown = 0
+        self._is_terminal = sys.stderr.isatty()
+
+    def __call__(self, text: str) -> None:
+        if self._is_terminal:
+            line = f"{self.prefix}{text}"
+            sys.stderr.write("\r" + line.ljust(self._shown))
+            sys.stderr.flush()
+            self._shown = len(line)
+
+    def clear(self) -> None:
+        if self._shown:
+            sys.stderr.write("\r" + " " * self._shown + "\r")
+            sys.stderr.flush()
+            self._shown = 0
+
+
+@dataclass(slots=True)
+class Capacity:
+    """The highest rate that met the objective, and how the search ended."""
+
+    objective: Objective
+    rate_per_s: float
+    reason: str
+
+
+def find_capacity(
+    run: Callable[[Rate, float], Step], objective: Objective, start_per_s: float, step_s: float
+) -> tuple[Capacity, list[Step]]:
+    """Double until the objective is missed, halve the gap to five percent, then confirm with a step twice as long.
+
+    run: makes a step of a rate and a duration. Each step is long enough for 100 / (1 - p) answers.
+    """
+    steps: list[Step] = []
+
+    def try_rate(per_s: float, seconds: float) -> bool:
+        for _ in range(NOISE_TRIES):
+            steps.append(run(Rate(per_s, per_s), max(seconds, 1.1 * objective.samples / per_s)))
+            met, noise_ns = steps[-1].meets(objective), steps[-1].lag.percentile(objective.percentile)
+            if met or steps[-1].fatal or steps[-1].interrupted or noise_ns < objective.limit_s * 1e9 / 4:
+                break  # else the generator was held up for so long that the miss may be its own: try again
+        return met
+
+    def ended() -> str:
+        last = steps[-1]
+        if last.fatal:
+            return last.fatal
+        if last.interrupted:
+            return "interrupted"
+        return "" if last.generator_kept_up or last.kept_up else "the generator could not offer more"
+
+    low, high, rate = 0.0, 0.0, start_per_s
+    while not high or (high > SEARCH_PRECISION * low and high > 1):
+        met = try_rate(rate, step_s)
+        if steps[-1].fatal or steps[-1].interrupted:
+            return Capacity(objective, low, ended()), steps
+        low, high = (rate, high) if met else (low, rate)
+        if high and low:
+            rate = (low * high) ** 0.5
+        elif 2 * rate > LIMITS.bench_rate_per_s:
+            return Capacity(objective, low, "no higher rate can be asked for"), steps
+        else:
+            rate = rate * 2 if met else rate / 2
+    reason = ended() or f"{objective} is missed above"
+    for _ in range(CONFIRM_TRIES):
+        if not low or try_rate(low, 2 * step_s) or steps[-1].fatal or steps[-1].interrupted:
+            break
+        low /= SEARCH_PRECISION
+    return Capacity(objective, low, reason), steps
+
+
+def new_seed() -> int:
+    return secrets.randbelow(2**31)

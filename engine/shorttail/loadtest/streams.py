@@ -1,0 +1,261 @@
+"""Where the values of requests come from: ranges, files, a store, or defaults by type."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from shorttail.cli.values import FLOATS, INTEGERS, parse_value
+from shorttail.config import LIMITS
+from shorttail.errors import InvalidArgument, NotFound
+from shorttail.loadtest.rates import parse_number
+
+DRAWS: Final = ("uniform", "zipf", "in-turn")
+KEY_FORMS: Final = "COLUMN=uniform:1:1M, COLUMN=zipf:1:1M:0.99, file:PATH or store:PATH"
+VECTORS: Final = 64  # different vectors that a column of them draws from
+
+
+@dataclass(slots=True)
+class Stream:
+    """Columns whose values are drawn together: from row i of a table, or low + i of a range of whole numbers."""
+
+    draw: str
+    exponent: float
+    n: int
+    tables: dict[str, Sequence[Any]] = field(default_factory=dict)
+    lows: dict[str, int] = field(default_factory=dict)
+    text: str = ""
+
+    def __contains__(self, column: str) -> bool:
+        return column in self.tables or column in self.lows
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    kind: str
+    exponent: float
+
+
+def parse_draw(text: str) -> Draw:
+    """ "uniform", "zipf", "zipf:1.1" or "in-turn". Raises InvalidArgument."""
+    kind, _, exponent = text.partition(":")
+    if kind not in DRAWS or (exponent and kind != "zipf"):
+        raise InvalidArgument(f"draw '{text}' is not understood; write uniform, zipf:0.99 or in-turn")
+    return Draw(kind, parse_exponent(exponent, text))
+
+
+def parse_exponent(text: str, whole: str) -> float:
+    try:
+        exponent = float(text or "0.99")
+    except ValueError:
+        exponent = 0.0
+    if not 0 < exponent <= 10:
+        raise InvalidArgument(f"'{whole}': the exponent of a Zipf distribution lies between 0 and 10, as 0.99")
+    return exponent
+
+
+def parse_keys(specs: Sequence[str], draw: Draw, views: Sequence[Mapping[str, Any]], needed: set[str]) -> list[Stream]:
+    """The streams of --keys. views: as the server lists them; needed: the columns that requests have.
+
+    Raises InvalidArgument, NotFound.
+    """
+    streams: list[Stream] = []
+    for spec in specs:
+        if spec.startswith("file:"):
+            streams.append(file_stream(spec.removeprefix("file:"), draw, needed))
+        elif spec.startswith("store:"):
+            streams += store_streams(spec.removeprefix("store:"), draw, views, needed)
+        else:
+            streams.append(range_stream(spec))
+    for stream in streams:
+        if stream.lows and not needed & set(stream.lows):
+            name = next(iter(stream.lows))
+            raise InvalidArgument(f"--keys {stream.text}: no request has a column '{name}'; they have {listed(needed)}")
+    return streams
+
+
+def range_stream(spec: str) -> Stream:
+    """ "user_id=zipf:1:1M:0.99", or with a form for strings "user=uniform:1:1000:user-{}"."""
+    column, equals, rest = spec.partition("=")
+    kind, *parts = rest.split(":")
+    if not equals or kind not in DRAWS or len(parts) < 2:
+        raise InvalidArgument(f"--keys '{spec}' is not understood; write {KEY_FORMS}")
+    low, high = (whole_number(part, spec) for part in parts[:2])
+    if high < low:
+        raise InvalidArgument(f"--keys '{spec}': {high:,} is less than {low:,}")
+    form = parts.pop() if "{}" in parts[-1] else ""
+    if len(parts) > (3 if kind == "zipf" else 2):
+        raise InvalidArgument(f"--keys '{spec}' is not understood; write {KEY_FORMS}")
+    exponent = parse_exponent(parts[2] if len(parts) > 2 else "", spec)
+    stream = Stream(kind, exponent, high - low + 1, text=spec)
+    if not form:
+        stream.lows[column] = low
+    elif stream.n > LIMITS.bench_key_rows:
+        raise InvalidArgument(f"--keys '{spec}': at most {LIMITS.bench_key_rows:,} strings")
+    else:
+        stream.tables[column] = [form.replace("{}", str(i)) for i in range(low, high + 1)]
+    return stream
+
+
+def whole_number(text: str, spec: str) -> int:
+    if text.lstrip("-").isdigit():
+        return int(text)
+    return int(parse_number(text, spec, KEY_FORMS))
+
+
+def file_stream(path: str, draw: Draw, needed: set[str]) -> Stream:
+    """Rows of a Parquet, Arrow or CSV file: those of its columns that requests have."""
+    if not Path(path).exists():
+        raise NotFound(f"--keys file:{path}: there is no such file")
+    try:
+        import pyarrow as pa
+        import pyarrow.dataset
+    except ImportError:
+        raise InvalidArgument(
+            "keys from files need PyArrow; install it with `pip install 'shorttail[arrow]'`"
+        ) from None
+    suffix = Path(path).suffix.lower()
+    kind = {".csv": "csv", ".arrow": "ipc", ".feather": "ipc"}.get(suffix, "parquet")
+    try:
+        dataset = pyarrow.dataset.dataset(path, format=kind)
+        names = [name for name in dataset.schema.names if name in needed]
+        table = dataset.head(LIMITS.bench_key_rows, columns=names)
+    except (pa.ArrowException, OSError) as error:
+        raise InvalidArgument(f"--keys file:{path}: cannot be read as {kind}: {str(error).splitlines()[0]}") from None
+    if not names or not table.num_rows:
+        found = f"its columns: {listed(dataset.schema.names)}" if not names else "it has no rows"
+        raise InvalidArgument(f"--keys file:{path}: no column of the requests ({listed(needed)}); {found}")
+    columns: dict[str, Sequence[Any]] = {name: plain_values(table.column(name)) for name in names}
+    return Stream(draw.kind, draw.exponent, table.num_rows, columns, text=f"file:{path}")
+
+
+def plain_values(column: Any) -> list[Any]:
+    import pyarrow as pa
+
+    if pa.types.is_timestamp(column.type) or pa.types.is_date(column.type):
+        column = column.cast(pa.timestamp("us")).cast(pa.int64())
+    values: list[Any] = column.to_pylist()
+    return values
+
+
+def store_streams(path: str, draw: Draw, views: Sequence[Mapping[str, Any]], needed: set[str]) -> list[Stream]:
+    """The keys that a store on this machine holds, for the views that the requests look up.
+
+    Rows lie in the order of their keys' hashes, so the first of them are a fair sample. Views of more keys come
+    first: their keys have to fit together.
+    """
+    from shorttail.store import Store
+
+    streams: list[Stream] = []
+    covered: set[str] = set()
+    store = Store.open(path)
+    try:
+        for view in sorted(views, key=lambda view: -len(view["keys"])):
+            keys = list(view["keys"])
+            if not set(keys) <= needed or set(keys) <= covered:
+                continue
+            parts, rows = [], 0
+            for batch in store.scan(view["name"]):
+                parts.append(batch.keys)
+                rows += len(batch)
+                if rows >= LIMITS.bench_key_rows:
+                    break
+            if not rows:
+                raise InvalidArgument(f"--keys store:{path}: view '{view['name']}' has no rows yet")
+            columns: list[list[Any]] = [np.concatenate(pieces).tolist() for pieces in zip(*parts, strict=True)]
+            tables: dict[str, Sequence[Any]] = {
+                key: values for key, values in zip(keys, columns, strict=True) if key not in covered
+            }
+            streams.append(Stream(draw.kind, draw.exponent, rows, tables, text=f"store:{path}:{view['name']}"))
+            covered |= set(keys)
+    finally:
+        store.close()
+    if not streams:
+        raise InvalidArgument(f"--keys store:{path}: the requests look up no view of the server by its keys")
+    return streams
+
+
+# -- values ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Values:
+    """Of a column that is no key: whole numbers or floats of a range (both ends), or choices."""
+
+    choices: Sequence[Any] = ()
+    whole: tuple[int, int] | None = None
+    real: tuple[float, float] | None = None
+
+
+def parse_values(specs: Sequence[str]) -> dict[str, str]:
+    """{column: what it takes} of --value. Raises InvalidArgument."""
+    found: dict[str, str] = {}
+    for spec in specs:
+        column, equals, text = spec.partition("=")
+        if not equals or not column:
+            raise InvalidArgument(
+                f"--value '{spec}' is not understood; write COLUMN=5, COLUMN=uniform:0:100 or COLUMN=choice:a,b"
+            )
+        if column in found:
+            raise InvalidArgument(f"--value '{column}' is given twice")
+        found[column] = text
+    return found
+
+
+def make_values(column: str, text: str, dtype: str) -> Values:
+    """What --value says. dtype: "Float32" or so; "" where only the text can tell. Raises InvalidArgument."""
+    kind, _, rest = text.partition(":")
+    if kind == "choice" and rest:
+        return Values([typed(column, item, dtype) for item in rest.split(",")])
+    if kind != "uniform":
+        return Values([typed(column, text, dtype)])
+    try:
+        low, high = (float(part) for part in rest.split(":"))
+        assert low <= high
+    except (ValueError, AssertionError):
+        raise InvalidArgument(f"--value {column}={text}: write uniform:LOW:HIGH, as uniform:0:100") from None
+    if dtype in FLOATS or (not dtype and not (low.is_integer() and high.is_integer() and "." not in rest)):
+        return Values(real=(low, high))
+    if dtype in INTEGERS or dtype in ("", "Timestamp"):
+        return Values(whole=(int(low), int(high)))
+    raise InvalidArgument(f"--value {column}={text}: column '{column}' is {dtype}; a range needs numbers")
+
+
+def typed(column: str, text: str, dtype: str) -> Any:
+    if dtype.startswith("Vector("):
+        return [parse_value(column, item, "Float32") for item in text.split("/")]
+    if dtype:
+        value = parse_value(column, text, dtype)
+        return int(value.timestamp() * 1e6) if hasattr(value, "timestamp") else value
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def default_values(dtype: str, seed: int) -> Values:
+    """Something of the right type, for a column that nothing is said of."""
+    if dtype in INTEGERS:
+        return Values(whole=(0, 99))
+    if dtype in FLOATS:
+        return Values(real=(0.0, 1.0))
+    if dtype == "Bool":
+        return Values([False, True])
+    if dtype == "Timestamp":
+        return Values([time.time_ns() // 1000])
+    if dtype.startswith("Vector("):
+        width = int(dtype.removeprefix("Vector(").rstrip(")"))
+        return Values(np.random.default_rng(seed).normal(size=(VECTORS, width)).astype(np.float32).tolist())
+    return Values(["x"])
+
+
+def listed(names: Sequence[str] | set[str]) -> str:
+    shown = sorted(names) if isinstance(names, set) else list(names)
+    return ", ".join(itertools.islice(shown, 8)) + (", ..." if len(shown) > 8 else "") or "none"

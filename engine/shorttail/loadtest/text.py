@@ -1,0 +1,121 @@
+"""Results on a terminal: one row a step, then what needs saying."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from shorttail.loadtest.histogram import SHOWN
+
+
+def us(value: float | None) -> str:
+    """Three digits with a unit: "85.1 us", "1.24 ms", "2.1 s"; "-" for None."""
+    if value is None:
+        return "-"
+    for limit, scale, unit in ((1e3, 1.0, "us"), (1e6, 1e3, "ms"), (float("inf"), 1e6, "s")):
+        if value < limit * 0.9995:
+            return f"{value / scale:#.3g}".rstrip(".") + f" {unit}"
+    return "-"
+
+
+def rate(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def step_row(step: Mapping[str, Any]) -> dict[str, str]:
+    latency = step["latency"]["percentiles_us"]
+    bad = step["error"] + step["timeout"] + step["lost"]
+    offered = "closed loop" if step["rate_per_s"] is None else rate(step["offered_per_s"])
+    lag = step["send_lag"]
+    return {
+        "offered/s": offered,
+        "achieved/s": rate(step["achieved_per_s"]),
+        "good/s": rate(step["good_per_s"]),
+        "bad": f"{bad:,}",
+        **{f"P{p:g}": us(latency.get(f"{p:g}")) for p in SHOWN},
+        "max": us(step["latency"]["max_us"] if step["latency"]["count"] else None),
+        "lag P99": us(lag["p99_us"]) if lag["count"] else "-",
+        "hiccup max": us(step["machine_hiccups"]["max_us"]),
+    }
+
+
+def table(rows: Sequence[Mapping[str, str]]) -> list[str]:
+    """Aligned to the right. A percentile that no row has enough answers for is left out."""
+    names = [name for name in rows[0] if any(row[name] != "-" for row in rows)]
+    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in names}
+    lines = ["  ".join(f"{name:>{widths[name]}}" for name in names)]
+    return lines + ["  ".join(f"{row[name]:>{widths[name]}}" for name in names) for row in rows]
+
+
+def summary(document: Mapping[str, Any]) -> list[str]:
+    """All lines of the result."""
+    load, work = document["load"], document["workload"]
+    shape = "closed loop" if load["loop"] == "closed" else f"open loop, {load['arrivals']} arrivals"
+    lines = [
+        f"{document['target']['address']}: {', '.join(work['requests'])}; {shape}; {load['connections']} connections, "
+        f"up to {load['in_flight_a_connection']} in flight on each; seed {load['seed']}",
+        "",
+        *table([step_row(step) for step in document["steps"]]),
+        "",
+    ]
+    lines += notes(document)
+    return lines
+
+
+def notes(document: Mapping[str, Any]) -> list[str]:
+    steps = document["steps"]
+    lines = []
+    for step in steps:
+        name = f"at {rate(step['offered_per_s'])}/s: " if len(steps) > 1 else ""
+        lines += kinds(step, name)
+        for code, error in step["errors"].items():
+            message = f", first: {error['message']}" if error["message"] else ""
+            lines.append(f"{name}{error['count']:,} x {code}{message}")
+        if step["timeout"]:
+            late = (
+                f"; {step['counts']['late_answers']:,} of them were answered later"
+                if step["counts"]["late_answers"]
+                else ""
+            )
+            lines.append(f"{name}{step['timeout']:,} timeouts after {document['load']['timeout_s']:g} s{late}")
+        if step["interrupted"]:
+            lines.append(f"{name}interrupted after {step['duration_s']:.1f} s")
+        if step["fatal"]:
+            lines.append(f"{name}FAILED: {step['fatal']}")
+    lines += warnings(steps)
+    if document["capacity"]:
+        found = document["capacity"]
+        lines.append(
+            f"capacity: {rate(found['rate_per_s'])} requests/s with P{found['percentile']:g} <= "
+            f"{us(found['limit_us'])} ({found['reason']})"
+        )
+    if document["verified"]:
+        checked = document["verified"]
+        differ = (
+            f"{checked['different']:,} differ, first: {checked['example']}" if checked["different"] else "all equal"
+        )
+        lines.append(f"{checked['compared']:,} sampled answers asked for again: {differ}")
+    return lines
+
+
+def warnings(steps: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Each kind of warning once, from the step with the most load that has it, and at how many it was seen."""
+    found: dict[str, list[str]] = {}
+    for step in sorted(steps, key=lambda step: float(step["offered_per_s"])):
+        for warning in step["warnings"]:
+            kind = re.sub(r"[\d,.]+", "", warning)
+            found.setdefault(kind, []).append(f"at {rate(step['offered_per_s'])}/s: {warning}")
+    if len(steps) == 1:
+        return [f"warning: {warning}" for warning in steps[0]["warnings"]]
+    return [f"warning at {len(texts)} of {len(steps)} rates; {texts[-1]}" for texts in found.values()]
+
+
+def kinds(step: Mapping[str, Any], name: str) -> list[str]:
+    lines = []
+    for kind, latency in step["by_kind"].items():
+        found = ", ".join(f"P{p} {us(value)}" for p, value in latency["percentiles_us"].items())
+        lines.append(
+            f"{name}{kind}: {latency['count']:,} answers, {found or 'too few to tell'}, max {us(latency['max_us'])}"
+        )
+    return lines

@@ -1,0 +1,307 @@
+"""The load generator at work: what it measures, and what it makes of every kind of answer."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fakes import MODELS, QUICK, VIEWS, good, http_server, load_on, predict, reply, rpc_server, with_load
+
+from shorttail._native import loadtest as native
+from shorttail.loadtest import target
+from shorttail.loadtest.plan import Workload, plan_http, plan_rpc
+from shorttail.loadtest.rates import Rate
+from shorttail.loadtest.result import Step
+from shorttail.loadtest.runner import Load, run_step
+
+
+@pytest.fixture
+def seed() -> int:
+    chosen = random.SystemRandom().randrange(2**31)
+    print("seed", chosen)
+    return chosen
+
+
+def test_every_request_is_counted_once_and_percentiles_are_right(seed: int) -> None:
+    with rpc_server() as fake:
+        step = load_on(fake.address, with_load(seed=seed, duration_s=1.0), rate=2000.0)
+    events = step.events
+    assert step.due == step.outcomes["good"] == len(events) == step.latency.total == step.service.total
+    assert sum(part.outcomes["good"] for part in step.slices) == step.due
+    assert step.due == pytest.approx(2000, abs=6 * 2000**0.5)
+    assert (events["intended_ns"] <= events["sent_ns"]).all()
+    assert (events["sent_ns"] <= events["done_ns"]).all()
+    for histogram, begin in ((step.latency, "intended_ns"), (step.service, "sent_ns")):
+        took = (events["done_ns"] - events[begin]).astype(np.int64)
+        assert histogram.max_ns == took.max()
+        assert histogram.mean_ns == pytest.approx(took.mean(), rel=1e-6)
+        for percentile in (50, 90, 99, 99.9):
+            exact = np.percentile(took, percentile, method="inverted_cdf")
+            around = np.percentile(took, [max(percentile - 0.1, 0), min(percentile + 0.1, 100)], method="inverted_cdf")
+            assert around[0] * 0.999 <= histogram.percentile(percentile) <= around[1] * 1.001, (percentile, exact)
+
+
+def test_a_stall_is_charged_to_what_was_due_and_a_closed_loop_misses_it() -> None:
+    """Bar: at least 90% of what arithmetic on the intended times gives. Noise can only add to a latency, so the bound
+    holds on any machine; the closed loop sends one request a connection into each stall, far less than 1%."""
+    with rpc_server(stall_every_s=1.0, stall_s=0.1) as fake:
+        step = load_on(fake.address, with_load(duration_s=2.5), rate=500.0)
+        stalls = np.array(fake.stalls)
+    due = step.events["intended_ns"] / 1e9
+    waits = np.zeros(len(due))
+    for start, end in stalls:
+        waits = np.where((due >= start) & (due < end), end - due, waits)
+    expected_s = np.percentile(waits, 99)
+    assert expected_s > 0.07, "no stall was planted: the test shows nothing"
+    assert step.latency.percentile(99) / 1e9 >= 0.9 * expected_s
+    with rpc_server(stall_every_s=1.0, stall_s=0.1) as fake:
+        closed = load_on(fake.address, with_load(duration_s=1.5, closed=True, connections=1, pipeline=1), rate=None)
+        assert fake.stalls
+    assert closed.latency.percentile(99) / 1e9 < 0.5 * expected_s
+    assert closed.latency.max_ns / 1e9 >= 0.09
+
+
+def test_offered_load_does_not_wait_for_the_server() -> None:
+    """A server that answers nothing is sent as much as its connections hold; the rest times out unsent."""
+    with rpc_server(lambda request: b"") as fake:
+        step = load_on(fake.address, with_load(timeout_s=0.2, pipeline=8, connections=2))
+    assert step.due == pytest.approx(400, abs=6 * 400**0.5)
+    assert step.outcomes == {"good": 0, "error": 0, "timeout": step.due, "lost": 0}
+    assert step.counts["unsent"] > 0
+    assert step.counts["blocked"] > 0
+    assert step.latency.total == step.due  # what timed out took at least so long
+    assert step.latency.percentile(1) >= 0.199e9
+    assert any("every connection was full" in warning for warning in step.warnings())
+
+
+def test_late_answers_are_not_taken_for_others() -> None:
+    """Each tenth answer comes 0.3 s late, with a limit of 0.1 s: no other request may have its id meanwhile."""
+    waiting: list[tuple[float, bytes]] = []
+    n = [0]
+
+    def answer(request: list[Any]) -> bytes:
+        n[0] += 1
+        due = b"".join(data for at, data in waiting if at <= time.monotonic())
+        waiting[:] = [item for item in waiting if item[0] > time.monotonic()]
+        if n[0] % 10 == 0:
+            waiting.append((time.monotonic() + 0.3, good(request)))
+            return due
+        return due + good(request)
+
+    with rpc_server(answer) as fake:
+        step = load_on(fake.address, with_load(timeout_s=0.1, duration_s=1.0, connections=1, pipeline=200), rate=500.0)
+    assert not step.fatal
+    assert step.counts["late_answers"] > 0
+    assert step.outcomes["timeout"] > 0
+    assert step.outcomes["good"] + step.outcomes["timeout"] == step.due
+
+
+def test_errors_are_counted_by_code() -> None:
+    def answer(request: list[Any]) -> bytes:
+        kind = request[1] >> 6 & 3
+        if kind == 0:
+            return good(request)
+        if kind == 1:
+            return reply(request[1], error={"message": "full\nup", "code": "RESOURCE_EXHAUSTED"})
+        return reply(request[1], error="odd" if kind == 2 else {"x": [1], "code": "INTERNAL"})
+
+    with rpc_server(answer) as fake:
+        step = load_on(fake.address)
+    assert not step.fatal
+    assert set(step.errors) == {"RESOURCE_EXHAUSTED", "ERROR", "INTERNAL"}
+    assert step.errors["RESOURCE_EXHAUSTED"].message == "full up"
+    assert step.errors["ERROR"].message == "odd"
+    assert sum(error.count for error in step.errors.values()) == step.outcomes["error"] > 0
+    assert step.latency.total == step.outcomes["good"]
+    assert step.outcomes["good"] + step.outcomes["error"] == step.due
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda request: good([0, request[1] ^ 1]), "answer to message id"),
+        (lambda request: good([0, 2**40]), "which was never asked"),
+        (lambda request: good(request) * 2, "which was answered before"),
+        (lambda request: b"\xc1", "what is not MessagePack"),
+        (lambda request: b"\x05", "no MessagePack-RPC response"),
+        (lambda request: reply("id"), "message id that is no whole number"),
+        (lambda request: b"\x91" * 40, "256 MiB or 32 levels"),
+    ],
+)
+def test_wrong_answers_end_the_run(answer: Any, message: str) -> None:
+    with rpc_server(answer) as fake:
+        step = load_on(fake.address, with_load(connections=1))
+    assert message in step.fatal
+
+
+def test_answers_crossed_between_connections_end_the_run() -> None:
+    held: list[list[Any]] = []
+
+    def answer(request: list[Any]) -> bytes:
+        """The first gets none, and its id goes to the second, which came by the other connection."""
+        held.append(request)
+        return b"" if len(held) < 2 else good(held[-2])
+
+    with rpc_server(answer) as fake:
+        step = load_on(fake.address, with_load(connections=2, pipeline=1, closed=True), rate=None)
+    assert "which another connection asked" in step.fatal
+
+
+def test_lost_connections_are_counted_and_made_again() -> None:
+    with rpc_server(close_after=20) as fake:
+        step = load_on(fake.address)
+        assert fake.n_connections > 4
+    assert not step.fatal
+    assert step.counts["reconnects"] > 0
+    assert step.outcomes["lost"] == step.errors["CONNECTION_LOST"].count > 0
+    assert step.outcomes["good"] > 0
+    assert sum(step.outcomes.values()) == step.due
+
+
+@pytest.mark.parametrize("unix", [False, True])
+def test_closed_loop_and_threads(tmp_path: Path, unix: bool) -> None:
+    with rpc_server(path=str(tmp_path / "s") if unix else None) as fake:
+        step = load_on(fake.address, with_load(closed=True, pipeline=3, connections=5, threads=2), rate=None)
+        assert fake.n_connections == 5 + 1  # one to see whether somebody is there
+    assert step.due == step.outcomes["good"] > 100
+    assert step.lag.total == 0
+
+
+def test_two_threads_offer_one_rate(seed: int) -> None:
+    with rpc_server() as fake:
+        step = load_on(fake.address, with_load(threads=2, seed=seed, poisson=False))
+    assert step.due == pytest.approx(400, abs=3)
+    assert step.outcomes["good"] == step.due
+
+
+def test_stop_ends_a_run_early() -> None:
+    with rpc_server() as fake:
+        plan = plan_rpc(predict(), MODELS, VIEWS)
+        found = target.find(fake.address)
+        generator = native.Generator(
+            protocol="msgpack", sockaddr=found.sockaddr, templates=plan.templates, columns=plan.columns,
+            groups=plan.groups, connections=2, pipeline=4, rate_from=500.0, rate_to=500.0, duration_ns=3600 * 10**9,
+        )  # fmt: skip
+        thread = threading.Thread(target=generator.run)
+        thread.start()
+        while generator.progress()["good"] < 20:
+            time.sleep(0.01)
+        generator.stop()
+        thread.join(10)
+        assert not thread.is_alive()
+    result = generator.results()
+    assert result["good"] == result["due"] >= 20
+    assert result["end_ns"] - result["warm_ns"] < 10 * 10**9
+
+
+def test_hiccups_see_a_schedule_that_is_missed() -> None:
+    hiccups = native.Hiccups(period_ns=1_000_000, slice_ns=10_000_000, slices=1000)
+    thread = threading.Thread(target=hiccups.run)
+    thread.start()
+    while hiccups.results()[0][0].sum() < 50:
+        time.sleep(0.01)
+    hiccups.stop()
+    thread.join()
+    (counts, max_ns, _), start_ns, worst = hiccups.results()
+    assert start_ns > 0
+    assert int(worst.max()) == max_ns // 1000
+    assert counts.sum() >= 50
+
+
+# -- HTTP --------------------------------------------------------------------------------------------------------------
+
+
+def ok(body: bytes) -> bytes:
+    return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+
+
+def chunked(body: bytes) -> bytes:
+    pieces = b"".join(b"%x;x=1\r\n%b\r\n" % (len(body[i : i + 7]), body[i : i + 7]) for i in range(0, len(body), 7))
+    return b"HTTP/1.1 200 OK\r\ntransfer-encoding: Chunked\r\n\r\n" + pieces + b"0\r\nTrailer: x\r\n\r\n"
+
+
+BODY = '{"id": "{{nonce}}", "user": {{ user }}, "items": [{{item...}}], "name": "{{name}}"}'
+
+
+def http_load(fake_address: str, load: Load = QUICK, **given: Any) -> Step:
+    found = target.find(f"http://{fake_address}/v1/predict?x=1")
+    keys = ["user=uniform:1:5", "item=uniform:1:9", "name=uniform:1:3:n{}"]
+    work = Workload(**{"body": BODY, "keys": keys, "rows": 3, **given})
+    return run_step(plan_http(work, found), found, load, Rate(800.0, 800.0))
+
+
+@pytest.mark.parametrize("frame", [ok, chunked, lambda body: b"HTTP/1.1 100 Continue\r\n\r\n" + ok(body)])
+def test_http_requests_and_answers(frame: Any) -> None:
+    import json
+
+    with http_server(lambda head, body: frame(body)) as fake:
+        step = http_load(fake.address, headers=["X-Key: secret"])
+        assert fake.n_connections == QUICK.connections + 1  # kept alive
+    assert not step.fatal
+    assert step.due == step.outcomes["good"] > 100
+    for head, body in fake.requests:
+        assert head.startswith(b"POST /v1/predict?x=1 HTTP/1.1\r\nHost: 127.0.0.1:")
+        assert b"\r\nX-Key: secret" in head
+        document = json.loads(body)
+        assert 1 <= document["user"] <= 5
+        assert len(document["items"]) == 3
+        assert document["name"] in ("n1", "n2", "n3")
+    assert len({json.loads(body)["id"] for _, body in fake.requests}) == len(fake.requests)
+
+
+def test_http_errors_closing_servers_and_bodies_without_length() -> None:
+    n = [0]
+
+    def answer(head: bytes, body: bytes) -> bytes:
+        n[0] += 1
+        if n[0] % 4 == 0:
+            return b"HTTP/1.1 503 Busy\r\nContent-Length: 4\r\n\r\nbusy"
+        if n[0] % 4 == 1:
+            return b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%b<close>" % (len(body), body)
+        if n[0] % 4 == 2:
+            return b"HTTP/1.0 200 OK\r\n\r\n" + body + b"<close>"
+        return ok(body)
+
+    with http_server(answer) as fake:
+        step = http_load(fake.address)
+    assert not step.fatal
+    assert step.outcomes["lost"] == 0
+    assert step.errors["HTTP 503"].count == step.outcomes["error"] > 0
+    assert step.errors["HTTP 503"].message == "busy"
+    assert step.outcomes["good"] + step.outcomes["error"] == step.due
+    assert step.counts["reconnects"] > 0
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda head, body: ok(b'{"id": "x"}'), "was answered without it"),
+        (lambda head, body: ok(body) + ok(body), "more than it asked for"),
+        (lambda head, body: b"hello\r\n\r\n", "not HTTP/1.1"),
+        (lambda head, body: b"HTTP/1.1 200 OK\r\nContent-Length: x\r\n\r\n", "not HTTP/1.1"),
+        (lambda head, body: b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", "not HTTP/1.1"),
+    ],
+)
+def test_http_that_is_wrong_ends_the_run(answer: Any, message: str) -> None:
+    with http_server(answer) as fake:
+        step = http_load(fake.address, with_load(connections=1))
+    assert message in step.fatal
+
+
+def test_http_timeouts_close_the_connection() -> None:
+    n = [0]
+
+    def answer(head: bytes, body: bytes) -> bytes:
+        n[0] += 1
+        return b"" if n[0] % 20 == 0 else ok(body)
+
+    with http_server(answer) as fake:
+        step = http_load(fake.address, with_load(timeout_s=0.1, connections=8))
+    assert not step.fatal
+    assert step.outcomes["timeout"] > 0
+    assert step.outcomes["good"] + step.outcomes["timeout"] == step.due
