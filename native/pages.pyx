@@ -98,6 +98,8 @@ cdef extern from "page.h" nogil:
     size_t st_dedupe(const st_layout *, st_item *, size_t)
     uint32_t st_page_rows(const uint8_t *)
     uint32_t st_page_depth(const uint8_t *)
+    uint32_t st_page_bytes(const uint8_t *)
+    uint32_t st_page_used_bytes(const st_layout *, const uint8_t *)
     void st_page_items(const st_layout *, const uint8_t *, st_item *)
     size_t st_sort_counts(size_t)
     void st_sort(const st_item *, st_item *, size_t, size_t *)
@@ -158,17 +160,35 @@ cdef extern from "load.h" nogil:
     int st_chunks_read(const st_load *, const st_chunk *, const st_chunk *, int, uint8_t *, st_item *)
     void st_partition_punch(const st_partition *, int)
 
+cdef extern from "merge.h" nogil:
+    enum: ST_PAGE_KEY_BYTES
+    enum: ST_MERGE_ROOM
+    ctypedef struct st_image:
+        uint8_t *key
+        size_t offset
+        uint32_t bytes
+    ctypedef struct st_merger:
+        const st_tree *tree
+        const st_layout *layout
+        uint32_t table_id, depth_grow
+        const st_item *rows
+        size_t n, next, looked
+        uint8_t *arena
+        size_t arena_bytes
+        st_image *images
+        size_t images_max, n_images
+    int st_merge(st_merger *, st_fault *)
+    void st_merge_free(st_merger *)
+
 cdef extern from *:
     """
     #include <sys/mman.h>
     #ifndef MADV_POPULATE_READ
     #define MADV_POPULATE_READ 22 /* Linux 5.14 */
     #endif
-    #define st_prefetch(p) __builtin_prefetch(p)
     #define st_word_load(p) __atomic_load_n((p), __ATOMIC_ACQUIRE)
     #define st_word_bump(p) __atomic_add_fetch((p), 1, __ATOMIC_ACQ_REL)
     """
-    void st_prefetch(const void *) nogil
     uint64_t st_word_load(uint64_t *) nogil
     uint64_t st_word_bump(uint64_t *) nogil
     enum: MADV_POPULATE_READ
@@ -177,6 +197,7 @@ cdef extern from *:
 
 cdef enum:
     STACK_VIEWS = 16      # lookups of up to so many views and outputs allocate nothing
+    ARENA_BYTES_MAX = 1 << 29
     HELD_GIL_LOOKUPS = 16 # fewer take less time than letting go of the GIL and waiting to get it back
 
 

@@ -12,9 +12,8 @@ cdef class SortedRows:
     cdef size_t n
     cdef Py_buffer *views
     cdef size_t n_views
-    # Where merge_all() builds images: in memory that stays, as getting a page from the system costs as much as filling it.
-    cdef bytearray arena
-    cdef size_t arena_used
+    cdef st_merger merger
+    cdef bytearray arena  # where merge_all() builds images
 
     def __cinit__(self, Layout layout not None, parts):
         cdef size_t total = 0, at = 0, v
@@ -51,6 +50,8 @@ cdef class SortedRows:
             PyBuffer_Release(&self.views[v])
         PyMem_Free(self.views)
         PyMem_Free(self.items)
+        PyMem_Free(self.merger.images)
+        st_merge_free(&self.merger)
 
     def __len__(self):
         return self.n
@@ -114,37 +115,60 @@ cdef class SortedRows:
             PyObject_GetBuffer(page, &view, PyBUF_SIMPLE)
             try:
                 bucket.open(self, i, _key_of(bucket_key), <const uint8_t *>view.buf, view.len, table_id)
-                self._merge(i, bucket, table_id, depth_grow, b"", images)
+                self._merge(i, bucket, table_id, depth_grow, images)
                 return bucket.stop, images
             finally:
                 PyBuffer_Release(&view)
-        self._merge(i, bucket, table_id, depth_grow, b"", images)
+        self._merge(i, bucket, table_id, depth_grow, images)
         return bucket.stop, images
 
     def merge_all(self, Tree tree not None, size_t i, size_t pages_max, uint32_t table_id, uint32_t depth_grow):
         """merge() for rows i, i + 1, ... with the buckets as they are in a tree, which has the table as it is.
 
         Returns (next i, [(page key, page image), ...], entries for the change log), of about pages_max pages. The
-        images are overwritten by the next call. Raises ValueError when a page or the tree is not sound.
+        images are overwritten by the next call. Without the GIL. Raises ValueError when a page or the tree is not sound.
         """
-        cdef _Bucket bucket
-        cdef list images = []
-        cdef _Ahead ahead = _Ahead(self, tree, table_id, i)
-        prefix = b"t" + int(table_id).to_bytes(4, "big")
-        cdef size_t room = self.layout.c.page_bytes * (pages_max + 1)
-        if self.arena is None or <size_t>len(self.arena) != room:
-            self.arena = bytearray(room)
-        self.arena_used = 0
-        while i < self.n and <size_t>len(images) < pages_max:
-            ahead.take(i)
-            bucket = _Bucket()
-            bucket.open(self, i, ahead.key, ahead.page, ahead.n_bytes, table_id)
-            self._merge(i, bucket, table_id, depth_grow, prefix, images)
-            i = bucket.stop
-        return i, images, b"".join([key[1:] for key, _ in images])
+        cdef st_merger *m = &self.merger
+        cdef st_fault fault
+        cdef int outcome
+        cdef size_t k
+        cdef st_image *image
+        if self.arena is None or m.images_max != pages_max:
+            # In memory that stays: getting a page from the system costs as much as filling it.
+            self.arena = bytearray(self.layout.c.page_bytes * pages_max)
+            PyMem_Free(m.images)
+            m.images = <st_image *>PyMem_Malloc(pages_max * sizeof(st_image))
+            if m.images is NULL:
+                raise MemoryError
+            m.images_max = pages_max
+        m.tree, m.layout, m.table_id, m.depth_grow = &tree.c, &self.layout.c, table_id, depth_grow
+        m.rows, m.n, m.next, m.looked = self.items, self.n, i, i
+        while True:
+            m.arena, m.arena_bytes = <uint8_t *>PyByteArray_AS_STRING(self.arena), len(self.arena)
+            with nogil:
+                outcome = st_merge(m, &fault)
+            if outcome != ST_MERGE_ROOM:
+                break
+            if m.arena_bytes > ARENA_BYTES_MAX:
+                raise ValueError("a bucket has more rows than a commit can hold")
+            self.arena = bytearray(2 * m.arena_bytes)
+            PyMem_Free(m.images)
+            m.images = <st_image *>PyMem_Malloc(2 * m.images_max * sizeof(st_image))
+            if m.images is NULL:
+                raise MemoryError
+            m.images_max *= 2
+        if outcome < 0:
+            _raise_fault(&fault)
+        images = []
+        changes = PyBytes_FromStringAndSize(NULL, m.n_images * ST_CHANGE_BYTES)
+        for k in range(m.n_images):
+            image = &m.images[k]
+            memcpy(PyBytes_AS_STRING(changes) + k * ST_CHANGE_BYTES, image.key + 1, ST_CHANGE_BYTES)
+            images.append((PyBytes_FromStringAndSize(<char *>image.key, ST_PAGE_KEY_BYTES),
+                           PyMemoryView_FromMemory(<char *>m.arena + image.offset, image.bytes, PyBUF_READ)))
+        return m.next, images, changes
 
-    cdef int _merge(self, size_t i, _Bucket bucket, uint32_t table_id, uint32_t depth_grow, bytes prefix,
-                    list images) except -1:
+    cdef int _merge(self, size_t i, _Bucket bucket, uint32_t table_id, uint32_t depth_grow, list images) except -1:
         cdef size_t n_new = bucket.stop - i, n_all = bucket.n + n_new
         cdef st_item *both = <st_item *>PyMem_Malloc((2 * n_all + 1) * sizeof(st_item))
         cdef size_t *counts = <size_t *>PyMem_Malloc((st_sort_counts(n_all) + 1) * sizeof(size_t))
@@ -158,10 +182,8 @@ cdef class SortedRows:
             memcpy(both + bucket.n, self.items + i, n_new * sizeof(st_item))
             st_sort(both, both + n_all, n_all, counts)
             buckets = _Buckets(None, self.layout, table_id, depth_grow)
-            buckets.arena_of = self if prefix else None
             buckets.start(both + n_all, st_dedupe(&self.layout.c, both + n_all, n_all), bucket.key, bucket.depth)
-            for key, image in buckets:
-                images.append((prefix + key, image))
+            images.extend(buckets)
             return 0
         finally:
             PyMem_Free(both)
@@ -240,48 +262,6 @@ def join(Layout layout not None, uint32_t table_id, bytes bucket_key, page, byte
             PyBuffer_Release(&views[v])
 
 
-cdef enum:
-    LOOK_AHEAD = 8  # a power of two
-
-
-cdef class _Ahead:
-    """Finds the buckets of rows that come next, so that their pages are on the way from memory when they are needed."""
-    cdef SortedRows rows
-    cdef Tree tree
-    cdef uint32_t table_id
-    cdef size_t next
-    cdef uint64_t keys[LOOK_AHEAD], bytes[LOOK_AHEAD]
-    cdef const uint8_t *pages[LOOK_AHEAD]
-    # Of the row taken last. Without a page: the table is empty.
-    cdef uint64_t key, n_bytes
-    cdef const uint8_t *page
-
-    def __cinit__(self, SortedRows rows, Tree tree, uint32_t table_id, size_t i):
-        self.rows = rows
-        self.tree = tree
-        self.table_id = table_id
-        self.next = i
-
-    cdef int take(self, size_t i) except -1:
-        cdef size_t slot, at
-        if self.next < i:
-            self.next = i
-        while self.next < self.rows.n and self.next < i + LOOK_AHEAD:
-            slot = self.next % LOOK_AHEAD
-            self.keys[slot] = self.bytes[slot] = 0
-            self.pages[slot] = NULL
-            if st_tree_bucket(&self.tree.c, self.table_id, self.rows.items[self.next].hash, &self.keys[slot],
-                              &self.pages[slot], &self.bytes[slot]) < 0:
-                raise ValueError("LMDB's tree is damaged")
-            if self.pages[slot] is not NULL:
-                for at in range(0, self.bytes[slot], 64):
-                    st_prefetch(self.pages[slot] + at)
-            self.next += 1
-        slot = i % LOOK_AHEAD
-        self.key, self.page, self.n_bytes = self.keys[slot], self.pages[slot], self.bytes[slot]
-        return 0
-
-
 cdef class _Bucket:
     """A bucket to be edited: its rows by hash, and which of the rows to write belong to it."""
     cdef uint64_t key
@@ -328,7 +308,6 @@ cdef class _Buckets:
     cdef uint32_t table_id, depth_grow
     cdef st_splitter splitter
     cdef const st_item *items
-    cdef SortedRows arena_of  # images go to its arena while there is room
 
     def __cinit__(self, SortedRows rows, Layout layout not None, uint32_t table_id, uint32_t depth_grow):
         self.owner = rows
@@ -352,15 +331,7 @@ cdef class _Buckets:
             raise StopIteration
         if found < 0:
             raise ValueError("more rows share a bucket than a page image can hold")
-        cdef uint8_t *to
-        cdef SortedRows rows = self.arena_of
-        if rows is not None and rows.arena_used + bucket.bytes <= <size_t>len(rows.arena):
-            to = <uint8_t *>PyByteArray_AS_STRING(rows.arena) + rows.arena_used
-            rows.arena_used += bucket.bytes
-            image = PyMemoryView_FromMemory(<char *>to, <Py_ssize_t>bucket.bytes, PyBUF_READ)
-        else:
-            image = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>bucket.bytes)
-            to = <uint8_t *>PyBytes_AS_STRING(image)
+        image = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>bucket.bytes)
         st_build(&self.layout.c, self.items + bucket.start, bucket.stop - bucket.start, bucket.depth, self.table_id,
-                 to, <uint32_t>bucket.bytes)
+                 <uint8_t *>PyBytes_AS_STRING(image), <uint32_t>bucket.bytes)
         return int(bucket.key).to_bytes(8, "big"), image
