@@ -2,13 +2,14 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := setup.py pyproject.toml README.md LICENSE $(shell find engine native -name '*.py' -o -name '*.py[ix]' -o -name '*.pxd' -o -name '*.[ch]')
+SOURCES := setup.py pyproject.toml README.md LICENSE $(shell find engine native -name '*.py' -o -name '*.py[ix]' -o -name '*.pxd' -o -name '*.[ch]' -o -name '*.html')
 
-.PHONY: help demo test lint bench wheel clean
+.PHONY: help demo test soak lint bench wheel clean
 
 help:
 	@echo "make demo    train, load, serve and query 2013's flights out of New York, end to end"
 	@echo "make test    lint, type-check and test the installed package"
+	@echo "make soak    thousands of killed processes, and 100,000 random steps of a store, in about ten minutes"
 	@echo "make lint    ruff, mypy and stubtest alone"
 	@echo "make bench   the server against a bare C echo server, on this machine"
 	@echo "make wheel   build dist/*.whl"
@@ -19,6 +20,9 @@ demo: $(VENV)/demo
 
 test: lint
 	$(BIN)/python -m pytest
+
+soak: $(VENV)/test
+	SHORTTAIL_FAULT_CYCLES=1000 SHORTTAIL_MACHINE_STEPS=100000 $(BIN)/python -m pytest -s tests/faults tests/unit/test_store_machine.py
 
 lint: $(VENV)/test
 	$(BIN)/ruff check .

@@ -23,6 +23,7 @@ class Limits:
     warm_run_us: float = 20_000.0  # a warm-up goes no further once a batch takes this long,
     warm_bytes: int = 64 << 20  # nor to batches whose inputs are larger
     bucket_rows: int = 4096  # padded batches: the largest; a power of two
+    versions_asked: int = 4  # versions that stay loaded because requests named them
 
     # One connection.
     output_high_water_bytes: int = 4 << 20  # above this its requests are no longer read

@@ -6,10 +6,12 @@ to_json() / from_json(), because the store's catalog keeps the definitions that 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -285,6 +287,7 @@ class Model:
     `inputs` is a list of columns for a model with one input (a matrix whose columns they are, in order; a vector
     feature fills as many columns as it is long), or a dict from the model's input names to such lists.
     `outputs` names the model's outputs to return; None is all of them. `path` is relative to the definitions file.
+    `run` is a link to the training run ("mlflow:..." or any URL), `metrics` what it was measured at: {name: number}.
     """
 
     name: str
@@ -293,6 +296,8 @@ class Model:
     outputs: Sequence[str] | None = None
     description: str = ""
     owner: str = ""
+    run: str = ""
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_name(self.name, "model")
@@ -317,6 +322,8 @@ class Model:
             object.__setattr__(self, "outputs", tuple(self.outputs))
         check_text(self.description, f"{where}: description")
         check_text(self.owner, f"{where}: owner")
+        check_run(self.run, where)
+        object.__setattr__(self, "metrics", check_metrics(self.metrics, where))
 
     __hash__ = None  # type: ignore[assignment]  # it may hold a dict
 
@@ -356,6 +363,8 @@ class Model:
             "outputs": list(self.outputs) if self.outputs is not None else None,
             "description": self.description,
             "owner": self.owner,
+            "run": self.run,
+            "metrics": dict(self.metrics),
         }
 
     @classmethod
@@ -365,7 +374,34 @@ class Model:
             inputs = {name: [column_from_json(c) for c in columns] for name, columns in data["inputs"]["named"]}
         else:
             inputs = [column_from_json(column) for column in data["inputs"]["only"]]
-        return cls(data["name"], data["path"], inputs, data["outputs"], data["description"], data["owner"])
+        return cls(
+            data["name"],
+            data["path"],
+            inputs,
+            data["outputs"],
+            data["description"],
+            data["owner"],
+            data.get("run", ""),
+            data.get("metrics", {}),
+        )
+
+
+def check_run(run: object, where: str) -> None:
+    """A link: "mlflow:RUN", "https://...", whatever a scheme stands before."""
+    check_text(run, f"{where}: run")
+    if run and not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*:[^\s]+", str(run)):
+        raise InvalidArgument(f"{where}: run must be a link such as 'mlflow:3f2a' or 'https://...', not {run!r}")
+
+
+def check_metrics(metrics: object, where: str) -> dict[str, float]:
+    if not isinstance(metrics, Mapping):
+        raise InvalidArgument(f"{where}: metrics must be {{name: number}}, not {type(metrics).__name__}")
+    for name, value in metrics.items():
+        if not isinstance(name, str) or not name or not name.isprintable():
+            raise InvalidArgument(f"{where}: metrics: {name!r} is not a name")
+        if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+            raise InvalidArgument(f"{where}: metric '{name}' must be a finite number, not {value!r}")
+    return {name: float(value) for name, value in metrics.items()}
 
 
 def check_columns(columns: object, where: str) -> tuple[Column, ...]:

@@ -12,6 +12,7 @@ import numpy as np
 from shorttail._native.columns import CopyColumns
 from shorttail._native.pages import Lookup
 from shorttail._native.transforms import TransformProgram
+from shorttail.definitions import Column
 from shorttail.dtypes import DType, String
 from shorttail.errors import InvalidArgument
 from shorttail.models.load import Runner
@@ -20,24 +21,40 @@ from shorttail.names import split_reference
 from shorttail.ondemand import OnDemandFeature
 from shorttail.pipeline import Buffer, Plan
 from shorttail.store import Store
-from shorttail.store.catalog import TENSOR_TYPES
+from shorttail.store.catalog import TENSOR_TYPES, Catalog, TensorInfo
 from shorttail.transforms import compile_on_demand, copy_function
 
 
-def compile_model(store: Store, name: str, version: int | None, runner: Runner, key: tuple[Any, ...]) -> Plan:
-    """The plan of a model's version (None: the current one). Raises NotFound, InvalidArgument."""
+def input_buffer(catalog: Catalog, tensor: TensorInfo, columns: Sequence[Column]) -> tuple[Buffer, list[int]]:
+    """The array that feeds an input of a model, and how many of its columns each of these fills."""
+    widths = [column_width(catalog, column, tensor, len(columns)) for column in columns]
+    return Buffer(np.dtype(TENSOR_TYPES[tensor.dtype].numpy), None if len(tensor.shape) == 1 else sum(widths)), widths
+
+
+def compile_model(
+    store: Store,
+    name: str,
+    version: int | None,
+    runner: Runner,
+    key: tuple[Any, ...],
+    request: dict[str, DType] | None = None,
+) -> Plan:
+    """The plan of a model's version (None: the current one). Raises NotFound, InvalidArgument.
+
+    request: the columns that requests bring, where they may be more than the version needs.
+    """
     catalog = store.catalog
     entry = catalog.model(name)
     number = entry.current if version is None else version
     model = entry.version(number).model
-    builder = PlanBuilder(store, request_columns(catalog, model, runner.inputs))
+    builder = PlanBuilder(store, request or request_columns(catalog, model, runner.inputs))
     by_name = model.inputs_by_name([tensor.name for tensor in runner.inputs])
     pending: list[tuple[OnDemandFeature, int, int]] = []
     for tensor in runner.inputs:
         columns = by_name[tensor.name]
-        dtype = TENSOR_TYPES[tensor.dtype]
-        widths = [column_width(catalog, column, tensor, len(columns)) for column in columns]
-        buffer = builder.add_buffer(dtype, None if len(tensor.shape) == 1 else sum(widths))
+        array, widths = input_buffer(catalog, tensor, columns)
+        buffer = len(builder.buffers)
+        builder.buffers.append(array)
         offset = 0
         for column, width in zip(columns, widths, strict=True):
             if isinstance(column, OnDemandFeature):

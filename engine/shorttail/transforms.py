@@ -16,6 +16,7 @@ import struct
 import threading
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache
 from importlib import import_module, metadata
 from pathlib import Path
@@ -24,9 +25,9 @@ from typing import Any
 
 import numpy as np
 
-from shorttail import codecache
+from shorttail import codecache, numerics
 from shorttail._native.transforms import TransformProgram
-from shorttail.dtypes import DType
+from shorttail.dtypes import Bool, DType
 from shorttail.errors import InvalidArgument
 from shorttail.ondemand import OnDemand
 
@@ -93,7 +94,12 @@ def cache_key(function: OnDemand, target: np.dtype[Any]) -> str:
     except metadata.PackageNotFoundError as error:
         raise ImportError(str(error)) from None
     digest = hashlib.sha256(json.dumps(parts).encode())
-    for name in ("transforms.py", "numerics.py"):  # what is generated changes with this package, too
+    for name in (
+        "transforms.py",
+        "numerics.py",
+        "overloads.py",
+        "intrinsics.py",
+    ):  # what is generated changes with this package, too
         digest.update(Path(__file__).with_name(name).read_bytes())
     return digest.hexdigest()
 
@@ -106,6 +112,8 @@ def llvm() -> Any:
     binding: Any = import_module("llvmlite.binding")
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()
+    with suppress(RuntimeError):  # sin, exp and the like; where they are in no library of that name, Numba brings them
+        binding.load_library_permanently("libm.so.6")
     return binding
 
 
@@ -183,7 +191,7 @@ def without_runtime(text: str) -> str:
 # -- Numba -------------------------------------------------------------------------------------------------------
 
 OPTIONS = {"nogil": True, "error_model": "numpy"}
-MISSING = {"b": "False", "i": "0", "f": "np.nan"}
+MISSING = {"b": "0", "i": "0", "f": "np.nan"}
 
 
 def machine_code(function: OnDemand, target: np.dtype[Any], symbol: str) -> bytes:
@@ -191,8 +199,7 @@ def machine_code(function: OnDemand, target: np.dtype[Any], symbol: str) -> byte
     numba: Any = import_module("numba")
     explain = import_module("shorttail.explain")
     intrinsics: Any = import_module("shorttail.intrinsics")
-    numerics = import_module("shorttail.numerics")
-    numerics.install()
+    import_module("shorttail.overloads")
     namespace: dict[str, Any] = {"np": np, "math": import_module("math"), **numerics.NAMES}
     types = [argument_type(numba, dtype) for _, dtype in function.params]
     try:
@@ -240,10 +247,10 @@ def loop_source(function: OnDemand, target: np.dtype[Any], result: Any) -> str:
             columns.append(f"address_{i} = table[{i}]")
             values.append(f"vector(address_{i} + row * {4 * dtype.width}, {dtype.width})")
         else:
-            columns.append(f"column_{i} = pointer(table[{i}], np.{np.dtype(dtype.numpy).name})")
-            values.append(f"column_{i}[row]")
+            columns.append(f"column_{i} = pointer(table[{i}], np.{stored_type(dtype.numpy)})")
+            values.append(f"column_{i}[row]{' != 0' if dtype == Bool else ''}")
     n = len(function.params)
-    columns += [f"out = pointer(table[{n}], np.{target.name})", f"stride = table[{n + 1}]"]
+    columns += [f"out = pointer(table[{n}], np.{stored_type(target)})", f"stride = table[{n + 1}]"]
     missing = MISSING[target.kind]
     if not function.returns.is_vector:
         store = [f"out[row * stride] = {converted('value', function.returns, target)}"]
@@ -278,6 +285,11 @@ def loop_source(function: OnDemand, target: np.dtype[Any], result: Any) -> str:
     return "\n".join(lines) + "\n"
 
 
+def stored_type(dtype: Any) -> str:
+    """The type that a pointer to such values has: Numba's pointers to bits do not work."""
+    return "uint8" if np.dtype(dtype) == np.bool_ else np.dtype(dtype).name
+
+
 CONVERSIONS = {
     "bool": "_shorttail_truth({})",
     "int32": "_shorttail_whole32({})",
@@ -291,7 +303,8 @@ def converted(value: str, returns: DType, target: np.dtype[Any]) -> str:
     """First to the type that the function declares, then to that of the output."""
     declared = np.dtype(returns.numpy)
     value = CONVERSIONS[declared.name].format(value)
-    return value if declared == target else CONVERSIONS[target.name].format(value)
+    value = value if declared == target else CONVERSIONS[target.name].format(value)
+    return f"np.uint8({value})" if target == np.bool_ else value
 
 
 def check_length(function: OnDemand, target: np.dtype[Any], address: int) -> None:
