@@ -212,6 +212,13 @@ void st_sort(const st_item *from, st_item *to, size_t n, size_t *counts)
 
 uint32_t st_page_rows(const uint8_t *page) { return st_rows(page); }
 uint32_t st_page_depth(const uint8_t *page) { return st_depth(page); }
+uint32_t st_page_bytes(const uint8_t *page) { return st_image_bytes(page); }
+
+uint32_t st_page_used_bytes(const st_layout *l, const uint8_t *page)
+{
+    uint32_t rows_end = ST_HEADER_BYTES + st_tag_bytes(page) + st_rows(page) * l->row_bytes;
+    return st_image_bytes(page) - (st_load32(st_footer(page) + 8) - rows_end);
+}
 
 void st_page_items(const st_layout *l, const uint8_t *page, st_item *out)
 {

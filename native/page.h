@@ -153,6 +153,8 @@ size_t st_dedupe(const st_layout *layout, st_item *items, size_t n);
 /* The items of a page with their hashes; out has room for st_page_rows. */
 uint32_t st_page_rows(const uint8_t *page);
 uint32_t st_page_depth(const uint8_t *page);
+uint32_t st_page_bytes(const uint8_t *page);
+uint32_t st_page_used_bytes(const st_layout *layout, const uint8_t *page); /* all but the gap that rows could fill */
 void st_page_items(const st_layout *layout, const uint8_t *page, st_item *out);
 /* Sort by hash, equal ones in their order. counts: room for st_sort_counts(n), which may be 0. from is left as it is. */
 size_t st_sort_counts(size_t n);

@@ -252,3 +252,32 @@ cdef class GenerationWord:
         if self.held:
             self.held = False
             PyBuffer_Release(&self.view)
+
+
+cdef class Gate:
+    """Gate(word): who may use a snapshot right now, for the price of a few loads from memory.
+
+    A thread is inside between try_enter() and leave(). The GIL makes each of them one step. What to do when try_enter()
+    says no, and whom to wake, is the owner's business (store/snapshot.py).
+    """
+    cdef GenerationWord word
+    cdef public int64_t generation  # of the snapshot: try_enter() says no when the word has another
+    cdef public Py_ssize_t inside
+    cdef public Py_ssize_t waiting   # threads that want to be alone: nobody comes in
+    cdef public Py_ssize_t sleeping  # threads to be woken when the last one leaves
+
+    def __cinit__(self, GenerationWord word not None, int64_t generation):
+        self.word = word
+        self.generation = generation
+
+    def try_enter(self):
+        """Come in, if the snapshot is the newest and nobody wants to be alone; False otherwise."""
+        if self.waiting or <int64_t>st_word_load(self.word.word) != self.generation:
+            return False
+        self.inside += 1
+        return True
+
+    def leave(self):
+        """Go; True if somebody waits for the last one to go, and this was it."""
+        self.inside -= 1
+        return self.inside == 0 and self.sleeping > 0

@@ -43,6 +43,18 @@ class Limits:
     waiting_bytes: int = 256 << 20  # the same, as they came on the wire
     p99_budget_ms: float = 10.0  # what an accepted request may take under overload
 
+    # HTTP, of one worker.
+    http_connections: int = 1024
+    http_requests: int = 1024  # in flight
+    http_body_bytes: int = 256 << 20  # bodies that are being read
+    http_json_bytes: int = 4 << 20  # more would hold up the loop while it is parsed; tensors as bytes may be larger
+    http_header_s: float = 10.0  # from connecting to the first request's headers
+    http_read_s: float = 30.0  # from a request's headers to the end of its body
+    http_idle_s: float = 75.0  # between requests on a connection
+
+    # Logs.
+    log_lines_per_s: int = 50  # of failed and slow requests, of one worker
+
     # Writing through a server.
     forwarded_bytes: int = 64 << 20  # one worker's pushes and deletes that the writer has not answered
     queued_rows: int = 262_144  # in the writer, waiting for the next commit, of all workers
@@ -94,3 +106,4 @@ LIMITS: Final = Limits()
 
 DEFAULT_HOST: Final = "127.0.0.1"
 DEFAULT_PORT: Final = 7711
+DEFAULT_HTTP_PORT: Final = 7712

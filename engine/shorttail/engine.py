@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from shorttail import pipeline
 from shorttail import plan as planning
+from shorttail._native.pages import crc32c
 from shorttail.config import LIMITS
-from shorttail.errors import Internal, InvalidArgument, Unavailable
+from shorttail.errors import InvalidArgument, NotFound, Unavailable
 from shorttail.models import registry
 from shorttail.models.device import CPU, Device, check_cuda
-from shorttail.models.load import Runner, load
-from shorttail.models.settings import Settings, tuned
+from shorttail.models.serving import Key, Versions, follow
+from shorttail.models.shadow import Shadow, ShadowCounts
 from shorttail.models.signature import request_columns
-from shorttail.pipeline import BatchResult, Plan, PlanOutdated
+from shorttail.pipeline import BatchResult, Plan, PlanOutdated, Split
 from shorttail.results import Features, Prediction
 from shorttail.store import Store
 
@@ -27,6 +25,7 @@ if TYPE_CHECKING:
     from shorttail._native.columns import Columns
     from shorttail.collect import Definitions
     from shorttail.store.apply import Change
+    from shorttail.store.catalog import ModelEntry
 
 Progress = Callable[[int, int | None], None]  # rows done, rows in all if known
 
@@ -38,24 +37,44 @@ class Engine:
         self._store = store
         self._device = device
         self._plans: dict[tuple[Any, ...], Plan] = {}
-        self._runners: dict[tuple[str, int, Settings], Runner] = {}
-        self._compile_lock = threading.Lock()
+        self._versions = Versions(store, device)
+        self._plans_of = 0  # what `changes` of the versions was when the plans were made
+        self._shadow_counts: dict[tuple[Key, Key], ShadowCounts] = {}  # of (current, shadow)
 
     @classmethod
-    def open(cls, path: str | Path, *, create: bool = False, device: str = "cpu") -> Engine:
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        create: bool = False,
+        device: str = "cpu",
+        pretouch: bool = False,
+        lock_memory: bool = False,
+    ) -> Engine:
         """Open the store at `path`. Raises NotFound when there is none, unless `create`.
 
         device: "cuda" or "cuda:N" runs the models that are no forests on that GPU. Raises InvalidArgument when this
         host lacks what that needs.
+
+        pretouch: map the store's file and build all directories now, so that no request waits for that. lock_memory: do
+        that, and keep the file in memory, also as it grows. Raises ResourceExhausted when the system does not allow it
+        (ulimit -l).
         """
         where = Device.parse(device)
         if where.kind == "cuda":
             check_cuda(where)
-        return cls(Store.open(path, create=create), where)
+        store = Store.open(path, create=create)
+        try:
+            if pretouch or lock_memory:
+                store.pretouch(lock=lock_memory)
+        except BaseException:
+            store.close()
+            raise
+        return cls(store, where)
 
     def close(self) -> None:
         self._plans.clear()
-        self._runners.clear()
+        self._versions.close()
         self._store.close()
 
     def __enter__(self) -> Engine:
@@ -75,9 +94,10 @@ class Engine:
     def predict(self, model: str, columns: Mapping[str, Any], *, version: int | None = None) -> Prediction:
         """Run `model` on {column: value or values}: the keys of its views and its request columns.
 
-        A scalar beside arrays is repeated. Raises NotFound, InvalidArgument, Internal.
+        A scalar beside arrays is repeated. While the model has a canary, the keys of the first row decide which version
+        answers. Raises NotFound, InvalidArgument, Internal.
         """
-        plan = self.plan_for_model(model, version)
+        plan = self.plan_for_request(self.plan_for_model(model, version), columns)
         result = self._ask(plan, columns)
         statuses = dict(zip(plan.view_names, result.view_statuses, strict=True))
         return Prediction(model, result.version, dict(zip(result.names, result.values, strict=True)), statuses)
@@ -90,6 +110,17 @@ class Engine:
         result = self._ask(plan, columns)
         assert result.feature_statuses is not None
         return Features(plan.feature_names, result.values, result.feature_statuses, plan.has_default)
+
+    def plan_for_request(self, plan: Plan, values: Mapping[str, Any]) -> Plan:
+        """The plan that answers this request: that of the canary, if the model has one and the keys fall to it."""
+        split = plan.split
+        if split is None:
+            return plan
+        columns = plan.new_columns()
+        columns.append(values)
+        if columns.n_rows and columns.hash_row(0, split.columns, split.salt) < split.below:
+            return self.plan_for_model(plan.model, split.version)
+        return plan
 
     def _ask(self, plan: Plan, values: Mapping[str, Any]) -> BatchResult:
         # pop and append are atomic, so threads share the spare batches without a lock. Asking first whether there is
@@ -144,11 +175,18 @@ class Engine:
 
     def _plan(self, key: tuple[Any, ...]) -> Plan:
         plan = self._plans.get(key)
-        if plan is not None and plan.catalog_version == self._store.catalog_version:
+        if (
+            plan is not None
+            and plan.catalog_version == self._store.catalog_version
+            and self._plans_of == self._versions.changes
+        ):
             return plan
-        with self._compile_lock:
+        with self._versions.lock:
             self.refresh()  # what is asked for may be newer than the snapshot
             plan = self._compile(key)
+            if self._plans_of != self._versions.changes:
+                self._plans_of = self._versions.changes
+                self._plans.clear()
             if len(self._plans) >= LIMITS.feature_plans_cached:
                 self._forget_features()
             self._plans[key] = plan
@@ -162,24 +200,68 @@ class Engine:
         if key[0] == "features":
             return planning.compile_features(self._store, key[1], key)
         _, name, version = key
+        if version is not None:
+            asked = self._versions.asked(name, version)
+            return planning.compile_model(self._store, name, version, self._versions.runners[asked], key)
+        serving = self._versions.serving(name)
+        number = serving.current.version
         entry = self._store.catalog.model(name)
-        number = entry.current if version is None else version
-        info = entry.version(number)
-        settings, _ = tuned(info.tuning, str(self._device))
-        runner = self._runners.get((name, number, settings))
-        if runner is not None:
-            return planning.compile_model(self._store, name, number, runner, key)
-        path = registry.model_path(self._store.path, name, number)
         try:
-            runner = load(path, [tensor.name for tensor in info.outputs], settings, self._device)
-            plan = planning.compile_model(self._store, name, number, runner, key)
-            random = np.random.default_rng(0)
-            runner.warm(lambda rows: [b.example(rows, random) for b in plan.buffers[: len(runner.inputs)]])
-        except (InvalidArgument, Internal) as error:
-            known = "" if error.message.startswith("model '") else f"model '{name}' version {number}: "
-            raise type(error)(f"{known}{error.message}") from error
-        self._runners[name, number, settings] = runner
+            plan = planning.compile_model(self._store, name, number, self._versions.runners[serving.current], key)
+        except (NotFound, InvalidArgument):
+            if number == entry.current:
+                raise
+            raise Unavailable(f"model '{name}' version {entry.current} is being loaded; send it again") from None
+        if serving.canary is not None:
+            plan.split = self._split(plan, *serving.canary)
+        if serving.shadow is not None:
+            plan.shadow = self._shadow(plan, serving.current, *serving.shadow)
         return plan
+
+    def _split(self, plan: Plan, canary: Key, percent: float) -> Split:
+        """By the keys of the first view that feeds the model; of a model without views by all columns."""
+        keys = len(self._store.catalog.view(plan.view_names[0]).keys) if plan.view_names else len(plan.names)
+        # Of the version too, so that the next canary is tried on other entities.
+        salt = crc32c(f"{canary.model}:{canary.version}".encode())
+        return Split(canary.version, round(percent / 100 * 2**32), salt, keys)
+
+    def _shadow(self, plan: Plan, current: Key, shadow: Key, percent: float) -> Shadow | None:
+        """None if it does not fit what the store is now."""
+        runner, entry = self._versions.runners[shadow], self._store.catalog.model(shadow.model)
+        asked = dict(zip(plan.names, plan.dtypes, strict=True))
+        try:
+            needed = request_columns(self._store.catalog, entry.version(shadow.version).model, runner.inputs)
+            if any(asked.get(name) != dtype for name, dtype in needed.items()):
+                return None
+            key = ("shadow", *shadow[:2])
+            shadow_plan = planning.compile_model(self._store, shadow.model, shadow.version, runner, key, asked)
+        except (NotFound, InvalidArgument):
+            return None
+        assert plan.runner is not None
+        same_model = entry.version(shadow.version).model.inputs == entry.version(current.version).model.inputs
+        same = same_model and runner.inputs == plan.runner.inputs
+        self._shadow_counts = {pair: n for pair, n in self._shadow_counts.items() if pair[0].model != current.model} | {
+            (current, shadow): self._shadow_counts.get((current, shadow)) or ShadowCounts()
+        }
+        return Shadow(shadow_plan, percent / 100, same, self._shadow_counts[current, shadow])
+
+    # -- versions ----------------------------------------------------------------------------------------------
+
+    def load_in_background(self, changed: Callable[[], object]) -> None:
+        """From now on load new versions in a thread, while those that serve go on. For servers, once all is loaded.
+
+        changed: called from that thread when another version answers; `plans_version` has grown then.
+        """
+        self._versions.load_in_background(changed)
+
+    def follow(self) -> None:
+        """Have everything loaded that the catalog names; in the background, if that is on."""
+        follow(self._versions, self._store.catalog)
+
+    @property
+    def plans_version(self) -> int:
+        """Grows when plans that were made before have to be made again."""
+        return self._store.catalog_version + self._versions.changes
 
     # -- changing --------------------------------------------------------------------------------------------
 
@@ -247,9 +329,12 @@ class Engine:
 
         return self._store.delete(view, key_arrays(self._store.catalog.view(view), keys))
 
-    def deploy(self, model: str, path: str | Path) -> int:
-        """Register an ONNX file as the next version of `model` and make it current. Returns the version."""
-        return registry.deploy(self._store, model, Path(path))
+    def deploy(self, model: str, path: str | Path, **options: Any) -> int:
+        """Register an ONNX file as the next version of `model` and make it current. Returns the version.
+
+        options: of `shorttail.models.registry.deploy`: promote, owner, description, run, metrics, canary_percent.
+        """
+        return registry.deploy(self._store, model, Path(path), **options)
 
     def refresh(self, *, force: bool = False) -> bool:
         """Move to the newest snapshot; True if there was one. Calls that look up do so by themselves.
@@ -261,27 +346,38 @@ class Engine:
     # -- what there is ---------------------------------------------------------------------------------------
 
     def models(self) -> list[dict[str, Any]]:
-        """[{"name", "version", "columns": {column: type}, "outputs": [name], "runs": text}] of the current versions.
+        """[{"name", "version", "columns": {column: type}, "outputs": [name], "runs": text, "canary", "shadow",
+        "problem"}] of the versions that serve.
 
-        runs: what runs the model and why; None until it is loaded.
+        runs: what runs the model and why; None until it is loaded. canary: {"version", "percent"} or None; shadow: the
+        same and what was compared so far. problem: why what the catalog names does not serve, or None.
         """
         self.refresh()
-        catalog = self._store.catalog
-        listed = []
-        for name, entry in catalog.models.items():
-            info = entry.version()
-            columns = request_columns(catalog, info.model, info.inputs)
-            runner = self._runners.get((name, entry.current, tuned(info.tuning, str(self._device))[0]))
-            listed.append(
-                {
-                    "name": name,
-                    "version": entry.current,
-                    "columns": {column: dtype.name for column, dtype in columns.items()},
-                    "outputs": [tensor.name for tensor in info.outputs],
-                    "runs": runner.description if runner else None,
-                }
-            )
-        return listed
+        return [self._describe(name, entry) for name, entry in self._store.catalog.models.items()]
+
+    def _describe(self, name: str, entry: ModelEntry) -> dict[str, Any]:
+        serving = self._versions.serving_now(name)
+        number = serving.current.version if serving and serving.current.version in entry.versions else entry.current
+        info = entry.version(number)
+        runner = self._versions.runners.get(serving.current) if serving else None
+        canary, shadow = (serving.canary, serving.shadow) if serving else (None, None)
+        counts = self._shadow_counts.get((serving.current, shadow[0])) if serving and shadow else None
+        try:
+            columns = request_columns(self._store.catalog, info.model, info.inputs)
+        except (NotFound, InvalidArgument):  # it served until the views changed, and what comes next is being loaded
+            columns = {}
+        return {
+            "name": name,
+            "version": number,
+            "columns": {column: dtype.name for column, dtype in columns.items()},
+            "outputs": [tensor.name for tensor in info.outputs],
+            "runs": runner.description if runner else None,
+            "canary": {"version": canary[0].version, "percent": canary[1]} if canary else None,
+            "shadow": {"version": shadow[0].version, "percent": shadow[1], **(counts or ShadowCounts()).to_dict()}
+            if shadow
+            else None,
+            "problem": self._versions.problem(name),
+        }
 
     def views(self) -> list[dict[str, Any]]:
         """[{"name", "keys": {column: type}, "features": {feature: type}, "timestamp": column or None}]."""

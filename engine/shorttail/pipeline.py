@@ -23,6 +23,7 @@ from shorttail.results import Statuses
 
 if TYPE_CHECKING:
     from shorttail.models.load import Runner
+    from shorttail.models.shadow import Shadow
     from shorttail.store import Store
 
 STATUS = np.dtype(np.uint8)
@@ -41,6 +42,16 @@ class Buffer(NamedTuple):
             return np.full(shape, "0", self.dtype)
         values = random.normal(size=shape) if self.dtype.kind == "f" else random.integers(0, 2, shape)
         return values.astype(self.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Which requests a canary answers: those whose first row, its first `columns` columns, hashes to below `below`."""
+
+    version: int
+    below: int  # of 2**32
+    salt: int
+    columns: int
 
 
 @dataclass(slots=True)
@@ -65,6 +76,8 @@ class Plan:
     has_default: tuple[bool, ...]
     status_rows: list[int] | None  # features: where the lookup wrote each one's statuses, unless in order
     spare: list[Columns] = field(default_factory=list)
+    split: Split | None = None  # another version answers a part of the requests
+    shadow: Shadow | None = None  # another version runs on what was answered
 
     def new_columns(self) -> Columns:
         """An empty batch for this plan."""
@@ -85,6 +98,7 @@ class BatchResult:
 
     names, values: of the outputs (until `infer`, values are the model's inputs).
     view_statuses: uint8 [views, n]; feature_statuses: uint8 [features, n] or None.
+    looked_up_ns, prepared_ns, inferred_ns: when each step was done, by time.perf_counter_ns; 0: it was not run.
     """
 
     names: Sequence[str]
@@ -92,6 +106,9 @@ class BatchResult:
     view_statuses: Statuses
     feature_statuses: Statuses | None
     version: int
+    looked_up_ns: int = 0
+    prepared_ns: int = 0
+    inferred_ns: int = 0
 
     @property
     def outputs(self) -> list[tuple[str, NDArray[Any]]]:
@@ -148,6 +165,7 @@ def prepare(plan: Plan, store: Store, columns: Columns) -> BatchResult:
         lookup(directories, plan.lookups, columns, buffers, view_statuses, now_us, feature_statuses)
     finally:
         store.leave()
+    looked_up_ns = time.perf_counter_ns()
 
     if plan.copy is not None:
         plan.copy.run(columns, buffers)
@@ -156,12 +174,13 @@ def prepare(plan: Plan, store: Store, columns: Columns) -> BatchResult:
 
     if feature_statuses is not None and plan.status_rows is not None:
         feature_statuses = feature_statuses[plan.status_rows]
+    prepared_ns = time.perf_counter_ns()
 
     if plan.runner is None:
         values: Sequence[NDArray[Any]] = FeatureColumns(buffers, plan.feature_places)
-        return BatchResult(plan.feature_names, values, view_statuses, feature_statuses, 0)
+        return BatchResult(plan.feature_names, values, view_statuses, feature_statuses, 0, looked_up_ns, prepared_ns)
     inputs = buffers[: len(plan.runner.inputs)]
-    return BatchResult(plan.runner.output_names, inputs, view_statuses, None, plan.version)
+    return BatchResult(plan.runner.output_names, inputs, view_statuses, None, plan.version, looked_up_ns, prepared_ns)
 
 
 def infer(runner: Runner, result: BatchResult) -> None:
@@ -170,3 +189,4 @@ def infer(runner: Runner, result: BatchResult) -> None:
     A batch of more than `runner.loop_rows_max` rows would stall an event loop.
     """
     result.values = runner.run(result.values)
+    result.inferred_ns = time.perf_counter_ns()

@@ -75,7 +75,7 @@ class Features:
         self.feature_names = list(feature_names)
         self._values = values
         self._status_rows = feature_statuses
-        self.has_default = list(has_default) if has_default is not None else [False] * len(self._values)
+        self.has_default = has_default if has_default is not None else [False] * len(values)
 
     @property
     def feature_statuses(self) -> dict[str, Statuses]:

@@ -120,6 +120,7 @@ def fresh(tmp_path: Path) -> Project:
 
 
 COMMANDS = ["apply", "materialize", "push", "delete", "models", "serve", "predict", "features", "stat"]
+COMMANDS += ["verify", "backup"]
 COMMANDS += ["models list", "models deploy", "models promote", "models rollback"]
 
 
@@ -231,9 +232,10 @@ def test_features_read_well(loaded: Project) -> None:
 
 
 def test_stat(loaded: Project) -> None:
-    assert loaded.ok("stat", "--store", "store", "--json").json == [
-        {"view": "plane", "keys": ["tailnum"], "features": 3, "rows": 3},
-        {"view": "route", "keys": ["origin", "dest_id"], "features": 1, "rows": 0},
+    views = loaded.ok("stat", "--store", "store", "--json").json["views"]
+    assert [(view["view"], view["keys"], view["features"], view["rows"]) for view in views] == [
+        ("plane", ["tailnum"], 3, 3),
+        ("route", ["origin", "dest_id"], 1, 0),
     ]
 
 

@@ -443,7 +443,7 @@ def test_file_that_only_lacks_unused_pages_is_sound(path: Path) -> None:
         store.load("stats", [rows(range(5000))])
         store.refresh()
         environment.drop_table(store.environment, store.catalog.tables["stats"].id)
-        info = store.environment._env.info()
+        info = store.environment.handle.env.info()
     data = path / "data.mdb"
     pages = data.stat().st_size // 4096
     assert pages == info["last_pgno"] + 1

@@ -9,19 +9,24 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from shorttail import __version__
 from shorttail.cli.bench import bench
+from shorttail.cli.care import backup, stat, verify
 from shorttail.cli.models import models
 from shorttail.cli.options import answerer, json_option, opened, progress_bar, source_options, store_option
 from shorttail.cli.rows import delete, push
+from shorttail.cli.serving import settings_options
 from shorttail.cli.tune import tune
 from shorttail.cli.values import parse_columns, print_json, print_table, rate, status_notes
 from shorttail.config import DEFAULT_HOST, DEFAULT_PORT, LIMITS
 from shorttail.errors import InvalidArgument, NotFound, ShorttailError
+
+if TYPE_CHECKING:
+    from shorttail.server.settings import Settings
 
 
 def main() -> None:
@@ -86,7 +91,9 @@ def apply(definitions: str, store: str, dry_run: bool, reset: bool, as_json: boo
     prepared = applying.prepare(definitions)
     if not Path(store).exists():
         # Checked against an empty catalog first, so that wrong definitions leave no new folder behind.
-        changes = applying.plan_changes(Catalog(), prepared, lambda view: 0).changes
+        plan = applying.plan_changes(Catalog(), prepared, lambda view: 0)
+        applying.vet_new(plan, prepared)
+        changes = plan.changes
     if Path(store).exists() or not dry_run:
         with opened(store, create=not dry_run) as target:
             changes = applying.apply(target, prepared, dry_run=dry_run, reset=reset)
@@ -154,11 +161,26 @@ def materialize(views: tuple[str, ...], store: str, memory_mib: int, as_json: bo
 @click.option("--uds", metavar="PATH", help="Listen on this Unix socket.")
 @click.option("--workers", default=1, show_default=True, type=click.IntRange(1), help="Serving processes.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N: for models that are no forests.")
+@click.option("--pretouch", is_flag=True, help="Map the store's file before the first request.")
+@click.option("--lock-memory", is_flag=True, help="That, and keep the file in memory (ulimit -l).")
+@settings_options
 @click.option("--check", is_flag=True, help="Open the store, load the models, and exit.")
-def serve(store: str, host: str, port: int, uds: str | None, workers: int, device: str, check: bool) -> int:
+def serve(
+    store: str,
+    host: str,
+    port: int,
+    uds: str | None,
+    workers: int,
+    device: str,
+    pretouch: bool,
+    lock_memory: bool,
+    check: bool,
+    settings: Settings,
+) -> int:
     """Serve features and predictions.
 
-    MessagePack-RPC over TCP or a Unix socket, until SIGTERM or Ctrl-C.
+    MessagePack-RPC over TCP or a Unix socket, until SIGTERM or Ctrl-C. SIGHUP replaces the workers
+    by new ones, which read tokens and certificates again.
 
     \b
     Example:
@@ -167,7 +189,18 @@ def serve(store: str, host: str, port: int, uds: str | None, workers: int, devic
     """
     from shorttail.server import supervisor
 
-    return supervisor.serve(store, host=host, port=port, uds=uds, workers=workers, device=device, check=check)
+    return supervisor.serve(
+        store,
+        host=host,
+        port=port,
+        uds=uds,
+        workers=workers,
+        device=device,
+        pretouch=pretouch,
+        lock_memory=lock_memory,
+        check=check,
+        settings=settings,
+    )
 
 
 @cli.command()
@@ -249,33 +282,11 @@ def batch_table(
     return list(shown), [list(row) for row in zip(*shown.values(), strict=False)]
 
 
-@cli.command()
-@store_option
-@json_option
-def stat(store: str, as_json: bool) -> None:
-    """Rows of each view.
-
-    \b
-    Example:
-      shorttail stat --store store
-    """
-    with opened(store) as target:
-        views = [(view, target.count(name)) for name, view in target.catalog.views.items()]
-    if as_json:
-        listed = [
-            {"view": view.name, "keys": list(view.keys), "features": len(view.features), "rows": rows}
-            for view, rows in views
-        ]
-        return print_json(listed)
-    if not views:
-        click.echo("no views; register some with `shorttail apply`")
-        return
-    table = [[view.name, ", ".join(view.keys), len(view.features), rows] for view, rows in views]
-    print_table(["view", "keys", "features", "rows"], table)
-
-
+cli.add_command(backup)
 cli.add_command(bench)
 cli.add_command(delete)
 cli.add_command(models)
 cli.add_command(push)
 cli.add_command(tune)
+cli.add_command(stat)
+cli.add_command(verify)

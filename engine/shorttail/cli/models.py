@@ -13,6 +13,7 @@ from shorttail.errors import ShorttailError
 
 if TYPE_CHECKING:
     from shorttail.store import Store
+    from shorttail.store.catalog import Share
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -29,6 +30,7 @@ def models(context: click.Context, store: str | None, as_json: bool) -> None:
       shorttail models --store store
       shorttail models show fraud --store store
       shorttail models deploy fraud fraud-new.onnx --store store
+      shorttail models canary fraud=10% --store store
       shorttail models rollback fraud --store store
     """
     if context.invoked_subcommand is None:
@@ -55,11 +57,40 @@ def required_store(store: str | None) -> str:
     return store
 
 
+def parse_share(text: str) -> float:
+    """ "10%" as 10.0, and "off" as 0.0."""
+    if text == "off":
+        return 0.0
+    try:
+        percent = float(text.removesuffix("%"))
+    except ValueError:
+        percent = -1.0
+    if not text.endswith("%") or not 0 <= percent <= 100:
+        raise click.UsageError(f"{text!r} is no share; write 10%, 0.5% or off", click.get_current_context())
+    return percent
+
+
+def parse_percent(context: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
+    return None if value is None else parse_share(value)
+
+
+def parse_metrics(given: tuple[str, ...]) -> dict[str, float]:
+    metrics = {}
+    for item in given:
+        name, _, number = item.partition("=")
+        try:
+            metrics[name] = float(number)
+        except ValueError:
+            raise click.UsageError(f"{item!r}: write --metric NAME=NUMBER", click.get_current_context()) from None
+    return metrics
+
+
 @models_command("list")
 def models_list(store: str | None, as_json: bool) -> None:
     """List every version of every model; `*` marks the one that serves.
 
-    `runs` says what runs those, and why: a compiled forest, or ONNX Runtime.
+    Beside it a canary has its share of the requests, and a shadow its share of what is compared. `runs` says
+    what runs those, and why: a compiled forest, or ONNX Runtime.
 
     \b
     Example:
@@ -80,7 +111,7 @@ def models_list(store: str | None, as_json: bool) -> None:
     rows = [
         [
             v["name"],
-            f"{v['version']}{'*' * v['serving']}",
+            f"{v['version']}{'*' * v['serving']}{part(v)}",
             v["created"],
             len(v["columns"]),
             ", ".join(v["outputs"]),
@@ -89,6 +120,12 @@ def models_list(store: str | None, as_json: bool) -> None:
         for v in versions
     ]
     print_table(header, rows)
+
+
+def part(version: dict[str, Any]) -> str:
+    """ " canary 10%", for the version that is one."""
+    shares = ((what, version[what]) for what in ("canary", "shadow"))
+    return "".join(f" {what} {percent:g}%" for what, percent in shares if percent is not None)
 
 
 def runs_as(store: Store, name: str, version: int) -> str:
@@ -146,12 +183,14 @@ def models_show(store: str | None, as_json: bool, name: str, version: int | None
 def show_lines(shown: dict[str, Any]) -> list[tuple[str, str]]:
     """(label, text) of what `models show` prints; long lists go on in lines of their own."""
     lines = [
-        ("model", f"{shown['name']} version {shown['version']}{' (serves)' * shown['serving']}"),
+        ("model", f"{shown['name']} version {shown['version']}{' (serves)' * shown['serving']}{part(shown)}"),
         ("versions", ", ".join(map(str, shown["versions"]))),
         ("created", shown["created"]),
         ("sha256", shown["sha256"]),
         ("description", shown["description"]),
         ("owner", shown["owner"]),
+        ("run", shown["run"]),
+        ("metrics", ", ".join(f"{name} {number:g}" for name, number in shown["metrics"].items())),
     ]
     for tensor, columns in shown["inputs"].items():
         lines += [(f"input {tensor}" if i == 0 else "", column) for i, column in enumerate(columns)]
@@ -170,31 +209,62 @@ def show_lines(shown: dict[str, Any]) -> list[tuple[str, str]]:
 @click.argument("name")
 @click.argument("path")
 @click.option("--no-promote", is_flag=True, help="Register it, but let the current version go on serving.")
-def models_deploy(store: str | None, as_json: bool, name: str, path: str, no_promote: bool) -> None:
+@click.option(
+    "--canary", metavar="10%", callback=parse_percent, help="Let it answer so much, the current one the rest."
+)
+@click.option("--owner", help="Who looks after it; unless given that of the current version.")
+@click.option("--description", help="What it is; unless given that of the current version.")
+@click.option("--run", default="", metavar="LINK", help="Its training run: mlflow:ID or any URL.")
+@click.option("--metric", "metrics", multiple=True, metavar="NAME=NUMBER", help="What it was measured at; repeat it.")
+def models_deploy(
+    store: str | None,
+    as_json: bool,
+    name: str,
+    path: str,
+    no_promote: bool,
+    canary: float | None,
+    owner: str | None,
+    description: str | None,
+    run: str,
+    metrics: tuple[str, ...],
+) -> None:
     """Register an ONNX file as the next version.
 
     PATH becomes the next version of the model NAME and serves. It takes the same inputs as the current
-    version; to change them, edit the definitions and apply.
+    version; to change them, edit the definitions and apply. It is loaded and run first; a file that fails
+    is not registered.
 
     \b
     Example:
       shorttail models deploy fraud fraud-new.onnx --store store
+      shorttail models deploy fraud fraud-new.onnx --store store --canary 10% --run mlflow:3f2a --metric auc=0.91
     """
     from shorttail.models import registry
 
+    if canary == 0:
+        raise click.UsageError("--canary 0%: leave a version idle with --no-promote", click.get_current_context())
+    about: dict[str, Any] = {"owner": owner, "description": description, "run": run, "metrics": parse_metrics(metrics)}
     with opened(required_store(store)) as target:
         before = target.catalog.model(name).current
-        version = registry.deploy(target, name, path, promote=not no_promote)
-    serving = before if no_promote else version
-    note = "unchanged: it is that file already" if version == before else f"version {serving} serves"
+        version = registry.deploy(target, name, path, not no_promote, canary_percent=canary, **about)
+        serving = target.catalog.model(name).current
+    if version == before:
+        note = "unchanged: it is that file already"
+    elif canary is not None:
+        note = f"answers {canary:g}% of the requests, version {serving} the rest"
+    else:
+        note = f"version {serving} serves"
     show_serving(as_json, name, version, serving, note)
 
 
 @models_command("promote")
 @click.argument("name")
-@click.argument("version", type=int)
-def models_promote(store: str | None, as_json: bool, name: str, version: int) -> None:
+@click.argument("number", metavar="[VERSION]", type=int, required=False)
+@click.option("--version", type=int, help="The same as VERSION.")
+def models_promote(store: str | None, as_json: bool, name: str, number: int | None, version: int | None) -> None:
     """Let VERSION of the model NAME serve.
+
+    Without VERSION: its canary, or else its newest version. A canary ends.
 
     \b
     Example:
@@ -202,15 +272,20 @@ def models_promote(store: str | None, as_json: bool, name: str, version: int) ->
     """
     from shorttail.models import registry
 
+    if number is not None and version is not None:
+        raise click.UsageError("give the version once", click.get_current_context())
     with opened(required_store(store)) as target:
-        before = registry.promote(target, name, version)
-    show_serving(as_json, name, version, version, f"serves (before: version {before})")
+        before = registry.promote(target, name, version if number is None else number)
+        serving = target.catalog.model(name).current
+    show_serving(as_json, name, serving, serving, f"serves (before: version {before})")
 
 
 @models_command("rollback")
 @click.argument("name")
 def models_rollback(store: str | None, as_json: bool, name: str) -> None:
     """Let the version of the model NAME serve that served before.
+
+    A canary ends. To end only that: `shorttail models canary NAME=off`.
 
     \b
     Example:
@@ -221,6 +296,69 @@ def models_rollback(store: str | None, as_json: bool, name: str) -> None:
     with opened(required_store(store)) as target:
         version = registry.rollback(target, name)
     show_serving(as_json, name, version, version, "serves again")
+
+
+@models_command("canary")
+@click.argument("share", metavar="NAME=10%|NAME=off")
+@click.option("--version", type=int, help="Of the canary; unless given the one there is, or the newest version.")
+def models_canary(store: str | None, as_json: bool, share: str, version: int | None) -> None:
+    """Let a version answer a part of the requests.
+
+    Which ones is decided by their entity keys: an entity gets the same version every time. 0% or off ends
+    it; `promote` makes the canary the version that serves.
+
+    \b
+    Example:
+      shorttail models canary fraud=10% --store store
+      shorttail models canary fraud=off --store store
+    """
+    from shorttail.models import registry
+
+    name, equals, percent = share.partition("=")
+    if not name or not equals:
+        raise click.UsageError(f"{share!r}: write NAME=10% or NAME=off", click.get_current_context())
+    with opened(required_store(store)) as target:
+        canary = registry.set_canary(target, name, parse_share(percent), version)
+        serving = target.catalog.model(name).current
+    show_part(as_json, name, serving, "canary", canary, "answers {:g}% of the requests, version {} the rest")
+
+
+@models_command("shadow")
+@click.argument("name")
+@click.option("--version", type=int, help="The version to run.")
+@click.option("--percent", metavar="100%", callback=parse_percent, help="Of the batches; all unless given.")
+@click.option("--off", is_flag=True, help="End it.")
+def models_shadow(
+    store: str | None, as_json: bool, name: str, version: int | None, percent: float | None, off: bool
+) -> None:
+    """Run a version beside the one that serves, and compare.
+
+    A server runs it on what it has answered, after the answers are sent. Its answers are compared and counted,
+    never returned: `models` of the server tells the counts.
+
+    \b
+    Example:
+      shorttail models shadow fraud --version 3 --store store
+      shorttail models shadow fraud --off --store store
+    """
+    from shorttail.models import registry
+
+    if off == (version is not None):
+        raise click.UsageError("give either --version N or --off", click.get_current_context())
+    with opened(required_store(store)) as target:
+        shadow = registry.set_shadow(target, name, version, 100.0 if percent is None else percent)
+        serving = target.catalog.model(name).current
+    show_part(as_json, name, serving, "shadow", shadow, "runs on {:g}% of what version {} answers")
+
+
+def show_part(as_json: bool, name: str, serving: int, what: str, share: Share | None, text: str) -> None:
+    """A canary or a shadow as it is now."""
+    if as_json:
+        return print_json({"name": name, "serving": serving, what: share.to_json() if share else None})
+    if share is None:
+        click.echo(f"{name}: no {what}; version {serving} serves")
+    else:
+        click.echo(f"{name} version {share.version}: {text.format(share.percent, serving)}")
 
 
 def show_serving(as_json: bool, name: str, version: int, serving: int, note: str) -> None:

@@ -16,7 +16,7 @@ from shorttail.errors import InvalidArgument, NotFound, ResourceExhausted
 from shorttail.models import registry
 from shorttail.models.signature import ModelFile, check_inputs, column_width
 from shorttail.ondemand import OnDemandFeature
-from shorttail.store.catalog import Catalog, VersionInfo
+from shorttail.store.catalog import Catalog, ModelEntry, VersionInfo
 
 if TYPE_CHECKING:
     from shorttail.store import Store
@@ -49,6 +49,7 @@ class Prepared:
 
     wanted: Definitions
     files: dict[str, ModelFile]
+    vetted: set[str] = field(default_factory=set)  # models that were found to run
 
 
 def prepare(definitions: Any) -> Prepared:
@@ -71,6 +72,7 @@ def apply(store: Store, definitions: Any, dry_run: bool = False, reset: bool = F
     prepared = definitions if isinstance(definitions, Prepared) else prepare(definitions)
     store.refresh()
     plan = plan_changes(store.catalog.copy(), prepared, store.count, reset)
+    vet_new(plan, prepared)
     if dry_run or plan.catalog == store.catalog:
         return plan.changes
     with store.edit_catalog() as latest:
@@ -102,6 +104,14 @@ def plan_changes(catalog: Catalog, prepared: Prepared, count: Callable[[str], in
         plan_model(plan, model, prepared.files[model.name])
     check_other_models(plan.catalog, wanted)
     return plan
+
+
+def vet_new(plan: Plan, prepared: Prepared) -> None:
+    """Load, warm and check every new version. Raises InvalidArgument or Internal for one that cannot serve."""
+    for name, number in plan.new_versions.items():
+        if name not in prepared.vetted:
+            registry.vet(plan.catalog, plan.catalog.models[name].version(number), number, prepared.files[name].path)
+            prepared.vetted.add(name)
 
 
 def plan_view(plan: Plan, old: FeatureView | None, view: FeatureView, count: Callable[[str], int], reset: bool) -> None:
@@ -174,7 +184,7 @@ def plan_model(plan: Plan, model: Model, file: ModelFile) -> None:
     if entry is not None and old is not None and not reasons:
         versions = {**entry.versions, entry.current: replace(old, model=model)}
         plan.catalog.models[model.name] = replace(entry, versions=versions)
-        described = (old.model.description, old.model.owner) == (model.description, model.owner)
+        described = registry.about(old.model) == registry.about(model)
         detail = f"version {entry.current}" + ("" if described else ": descriptions")
         plan.note("=" if described else "~", what, detail)
         return
@@ -216,6 +226,24 @@ def check_other_models(catalog: Catalog, wanted: Definitions) -> None:
                 raise InvalidArgument(
                     f"{error.message} ('{name}' is in the store but not in these definitions: add it, changed to fit)"
                 ) from None
+        check_parts(catalog, name, entry)
+
+
+def check_parts(catalog: Catalog, name: str, entry: ModelEntry) -> None:
+    """That a canary and a shadow still fit the views as they become."""
+    parts = (("canary", entry.canary, registry.check_canary), ("shadow", entry.shadow, registry.check_shadow))
+    for what, share, check in parts:
+        if share is None:
+            continue
+        end = f"{name}=off" if what == "canary" else f"{name} --off"
+        try:
+            info = entry.version(share.version)
+            check_inputs(catalog, info.model, info.inputs, f"version {share.version}")
+            check(catalog, entry, info, share.version)
+        except (InvalidArgument, NotFound) as error:
+            raise InvalidArgument(
+                f"{error.message} (it is the {what}: `shorttail models {what} {end}` ends that)"
+            ) from None
 
 
 def compile_functions(wanted: Definitions) -> None:

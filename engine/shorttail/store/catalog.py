@@ -96,13 +96,30 @@ class VersionInfo:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Share:
+    """A version that gets a part of the requests. percent: above 0, at most 100."""
+
+    version: int
+    percent: float
+
+    def to_json(self) -> Json:
+        return {"version": self.version, "percent": self.percent}
+
+
 @dataclass(frozen=True)
 class ModelEntry:
-    """A model's versions. current: the one that serves; previous: the one that `rollback` returns to."""
+    """A model's versions. current: the one that serves; previous: the one that `rollback` returns to.
+
+    canary: answers a part of the requests in place of the current one. shadow: runs on what the current one answered,
+    to be compared. Neither is the current one.
+    """
 
     current: int
     previous: int | None
     versions: dict[int, VersionInfo]
+    canary: Share | None = None
+    shadow: Share | None = None
 
     @property
     def model(self) -> Model:
@@ -119,21 +136,27 @@ class ModelEntry:
         return self.versions[number]
 
     def serving(self, number: int) -> ModelEntry:
-        """The entry with that version current."""
+        """The entry with that version current, which ends a canary: it was held against the version before."""
         self.version(number)
-        return self if number == self.current else replace(self, current=number, previous=self.current)
+        if number == self.current:
+            return self
+        shadow = None if self.shadow and self.shadow.version == number else self.shadow
+        return replace(self, current=number, previous=self.current, canary=None, shadow=shadow)
 
     def to_json(self) -> Json:
         return {
             "current": self.current,
             "previous": self.previous,
             "versions": {str(number): version.to_json() for number, version in sorted(self.versions.items())},
+            "canary": self.canary and self.canary.to_json(),
+            "shadow": self.shadow and self.shadow.to_json(),
         }
 
     @classmethod
     def from_json(cls, data: Json) -> ModelEntry:
         versions = {int(number): VersionInfo.from_json(item) for number, item in data["versions"].items()}
-        return cls(data["current"], data["previous"], versions)
+        shares = (Share(**data[name]) if data.get(name) else None for name in ("canary", "shadow"))
+        return cls(data["current"], data["previous"], versions, *shares)
 
 
 @dataclass

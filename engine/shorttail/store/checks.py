@@ -1,7 +1,7 @@
 """The checks of verify.py, in a process of their own: `python -m shorttail.store.checks STORE`.
 
-Prints a JSON pair a line: ["problem", text], ["note", text], ["doing", what], ["progress", [pages, of]], ["error", [code,
-message]], and figures of the report by their names.
+Prints a JSON pair a line: ["problem", text], ["note", text], ["doing", what], ["progress", [pages, of]], ["error",
+[code, message]], and figures of the report by their names.
 
 First the file is read without LMDB; only when its structure is sound the tables are read in the map. Meanwhile a read
 transaction is open, which costs the writer pages, but keeps it from writing again what is being read.
@@ -13,9 +13,9 @@ import hashlib
 import json
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,8 @@ from shorttail.store.environment import (
     log_entries,
     table_ids,
     table_pages,
-    table_prefix,
 )
+from shorttail.store.figures import count_table_pages
 from shorttail.store.lmdb_file import header_problems
 from shorttail.store.mapping import plan_map
 from shorttail.store.opening import LMDB_ENGINE, translated
@@ -63,14 +63,17 @@ def check(path: Path) -> None:
     problems = header_problems(path)
     if problems:
         return say_structure(problems)
-    with translated(path), lmdb.open(
-        str(path),
-        map_size=plan_map(path),
-        max_readers=LIMITS.readers,
-        readonly=True,
-        create=False,
-        lib_version=LMDB_ENGINE,
-    ) as env:
+    with (
+        translated(path),
+        lmdb.open(
+            str(path),
+            map_size=plan_map(path),
+            max_readers=LIMITS.readers,
+            readonly=True,
+            create=False,
+            lib_version=LMDB_ENGINE,
+        ) as env,
+    ):
         with env.begin():  # pins the pages of this commit and of later ones
             problems = structure(env, path)
         if problems:
@@ -201,13 +204,7 @@ class Tables:
             say(kind, getattr(self, kind))
 
     def _leftover(self, table_id: int) -> None:
-        cursor, prefix = self.txn.cursor(), table_prefix(table_id)
-        cursor.set_range(prefix)
-        n = 0
-        for key in cursor.iternext(keys=True, values=False):
-            if bytes(key[:5]) != prefix:
-                break
-            n += 1
+        n = count_table_pages(self.txn, table_id)
         say("note", f"table {table_id} is in no catalog ({n} pages): of a load at work, or left by a killed one")
 
     def count_page(self) -> None:
@@ -306,8 +303,7 @@ class _View:
 
 
 def _repeated(rows: list[Any]) -> Any:
-    seen: set[Any] = set()
-    return next(row for row in rows if row in seen or seen.add(row))
+    return next(row for row, n in Counter(rows).items() if n > 1)
 
 
 def check_models(path: Path, catalog: Catalog) -> None:
@@ -328,7 +324,10 @@ def check_models(path: Path, catalog: Catalog) -> None:
             if found != info.sha256:
                 say("problem", f"model '{name}' version {number}: {file.name} has another sha256 than the catalog says")
             if not isinstance(manifest, dict) or manifest.get("sha256") != info.sha256:
-                say("problem", f"model '{name}' version {number}: manifest.json is not of the file that the catalog says")
+                say(
+                    "problem",
+                    f"model '{name}' version {number}: manifest.json is not of the file that the catalog says",
+                )
     say("model_versions", n)
 
 

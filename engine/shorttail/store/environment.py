@@ -15,19 +15,19 @@ import os
 import struct
 import threading
 import time
-import weakref
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
-
-import lmdb
+from typing import Any
 
 from shorttail._native.pages import GenerationWord, Tree, crc32c
 from shorttail.config import LIMITS
-from shorttail.errors import Internal, InvalidArgument, ResourceExhausted, ShorttailError, Unavailable
+from shorttail.errors import Internal, InvalidArgument
+from shorttail.store.handle import Handle
+from shorttail.store.handle import Transaction as Transaction
+from shorttail.store.lmdb_file import PAGE_BYTES
 from shorttail.store.mapping import map_full, pages_to_use
-from shorttail.store.opening import PAGE_BYTES, check_directory, map_word, open_lmdb, translated
+from shorttail.store.opening import check_directory, map_word, translated
 from shorttail.store.sums import KEY as SUMS_KEY
 from shorttail.store.sums import Sums, entry_sum
 
@@ -35,7 +35,6 @@ FORMAT_VERSION = 2
 BUCKET_KEY_BYTES = 8
 PAGE_HEADER_BYTES = 16
 INLINE_BYTES = 2038 - 8 - 9  # the longest value that LMDB keeps in its tree, less a node's header and a log entry's key
-REOPEN_WAIT_S = 0.1  # for reads that are at work: they take milliseconds, but for a scan that its owner left open
 ROOT_TRIES = 100  # a snapshot's root is gone once two commits were made since it was taken: take another
 
 _FORMAT, _CATALOG, _STATE_KEY = b"format", b"catalog", b"state"
@@ -43,22 +42,6 @@ _STATE = struct.Struct("<QQQ")  # sequence number of the last commit, of the old
 _LOG_KEY = struct.Struct(">cQ")  # big-endian: LMDB then keeps the log in order
 _TABLE_KEY = struct.Struct(">cI")
 _CATALOG_CHANGE = bytes(4 + BUCKET_KEY_BYTES)  # in the log: table 0 stands for the catalog
-
-Transaction = Any  # lmdb.Transaction: py-lmdb's stubs are not used
-
-
-class Reader(Protocol):
-    """What holds a read transaction for longer than a call: a Snapshot."""
-
-    def alone(self) -> AbstractContextManager[None]:
-        """A block in which nobody uses what the transaction gave, and none begins."""
-
-    @property
-    def is_reading(self) -> bool:
-        """Whether it holds a transaction."""
-
-    def let_go(self) -> None:
-        """End the transaction and forget every address. Within alone()."""
 
 
 def table_prefix(table_id: int) -> bytes:
@@ -84,20 +67,15 @@ class Environment:
     _registry: dict[str, Environment] = {}  # noqa: RUF012  by real path
     _registry_lock = threading.Lock()
 
-    def __init__(self, path: Path, env: Any, word_map: mmap.mmap) -> None:
+    def __init__(self, handle: Handle, word_map: mmap.mmap) -> None:
         """For open() only."""
-        self.path = path
+        self.path = handle.path
+        self.handle = handle
         self.word = GenerationWord(word_map)
         self._word_map = word_map
-        self._env = env
         self._users = 1
         self._pid = os.getpid()
-        self._write_lock = threading.Lock()
         self._writing_thread: int | None = None
-        self._readers: weakref.WeakSet[Reader] = weakref.WeakSet()
-        self._n_reads = 0  # read transactions that are open
-        self._reads = threading.Condition()  # of the two above, and of _env while it is replaced
-        self._broken = False  # LMDB refuses all transactions until it is opened again
         self._checked_s = time.monotonic()  # when the table of readers was last rid of dead ones
         self._writer: Writer | None = None
 
@@ -120,12 +98,12 @@ class Environment:
             with translated(path):
                 if create:
                     path.mkdir(parents=True, exist_ok=True)
-                env = open_lmdb(path, create)
+                handle = Handle(path, create)
                 try:
-                    environment = cls(path, env, map_word(path / "generation"))
+                    environment = cls(handle, map_word(path / "generation"))
                     environment._check_format(create)
                 except BaseException:
-                    env.close()
+                    handle.env.close()
                     raise
             cls._registry[name] = environment
             return environment
@@ -139,7 +117,7 @@ class Environment:
             for name, environment in list(self._registry.items()):
                 if environment is self:
                     del self._registry[name]
-            self._env.close()
+            self.handle.env.close()
             self.word.release()
             self._word_map.close()
 
@@ -153,7 +131,7 @@ class Environment:
 
     def _check_format(self, create: bool) -> None:
         version = self._format()
-        if version is None and create and not self._env.stat()["entries"]:
+        if version is None and create and not self.handle.env.stat()["entries"]:
             with self.write() as writer:
                 writer.txn.put(_FORMAT, str(FORMAT_VERSION).encode(), overwrite=False)
                 writer.changed(_CATALOG_CHANGE)
@@ -182,47 +160,34 @@ class Environment:
     @contextmanager
     def read(self) -> Iterator[Transaction]:
         """A read transaction for a `with` block; it gives values as memoryviews of the map."""
-        self.recover()
+        if not self.is_writing():
+            self.handle.recover()
         txn = self._begin_read()
         try:
             yield txn
         finally:
-            self.end_read(txn)
+            self.handle.end_read(txn)
 
     def read_tree(self) -> tuple[Transaction, Tree]:
-        """A read transaction and its B+tree, to be read without LMDB. To be given to end_read().
+        """A read transaction and its B+tree, to be read without LMDB. To be given to handle.end_read().
 
-        Raises Unavailable when recover() must be called first.
+        Raises Unavailable when handle.recover() must be called first.
         """
         for _ in range(ROOT_TRIES):
             txn = self._begin_read()
             try:
                 tree = Tree(txn.get(_FORMAT), txn.id())
             except BaseException:
-                self.end_read(txn)
+                self.handle.end_read(txn)
                 raise
             if not tree.gone:
                 return txn, tree
-            self.end_read(txn)
+            self.handle.end_read(txn)
         raise Internal(f"store '{self.path}': commits follow each other too fast to read between them")
 
     def _begin_read(self) -> Transaction:
         self.check_process()
-        with translated(self.path), self._reads:
-            self._check_usable()
-            try:
-                txn = self._env.begin(buffers=True)
-            except lmdb.PanicError:
-                self._broken = True
-                self._check_usable()
-            self._n_reads += 1
-            return txn
-
-    def end_read(self, txn: Transaction) -> None:
-        txn.abort()
-        with self._reads:
-            self._n_reads -= 1
-            self._reads.notify_all()
+        return self.handle.begin_read()
 
     def read_catalog_json(self, txn: Transaction) -> bytes | None:
         """The catalog as of that transaction."""
@@ -256,10 +221,9 @@ class Environment:
         self.check_process()
         if self.is_writing():
             raise Internal(f"store '{self.path}': a write was started within another one")
-        self.recover()
-        with self._write_lock, translated(self.path):
-            self._check_usable()
-            txn = self._env.begin(write=True, buffers=True)
+        self.handle.recover()
+        with self.handle.write_lock, translated(self.path):
+            txn = self.handle.begin_write()
             self._writing_thread = threading.get_ident()
             try:
                 self._extend_file()
@@ -273,30 +237,14 @@ class Environment:
                 raise
             finally:
                 self._writing_thread = self._writer = None
-            self._commit(txn)
+            self.handle.commit(txn)
         if changed:
             self.word.bump()
 
     def _check_room(self, writer: Writer) -> None:
         """Raise ResourceExhausted if the write makes tables larger by what deletes need."""
-        if writer.grown_pages() > 0 and count_pages(writer.txn) > pages_to_use(self._env.info()["map_size"]):
+        if writer.grown_pages() > 0 and count_pages(writer.txn) > pages_to_use(self.handle.env.info()["map_size"]):
             raise map_full(self.path)
-
-    def _commit(self, txn: Transaction) -> None:
-        try:
-            txn.commit()
-        except lmdb.Error as error:
-            try:
-                self._env.begin().abort()
-            except lmdb.PanicError:
-                self._broken = True
-                with suppress(ShorttailError, lmdb.Error, OSError):  # then recover() tries again
-                    self._reopen()
-                raise ResourceExhausted(
-                    f"the disk of store '{self.path}' is full or failing; whether the last write is in the store is "
-                    "not known: look, or write it again"
-                ) from error
-            raise
 
     def is_writing(self) -> bool:
         """Whether this thread is within write()."""
@@ -315,7 +263,7 @@ class Environment:
         now_s = time.monotonic()
         if now_s - self._checked_s >= LIMITS.reader_check_ms / 1000:
             self._checked_s = now_s
-            self._env.reader_check()
+            self.handle.env.reader_check()
 
     def _extend_file(self) -> None:
         """Make the file as long as its page count says.
@@ -323,60 +271,10 @@ class Environment:
         LMDB does not write pages at the end that a commit took and gave back; with them there, a file that is too short
         is a damaged one. Only under the write lock: truncate() must not race with a writer that makes the file longer.
         """
-        needed = (self._env.info()["last_pgno"] + 1) * PAGE_BYTES
+        needed = (self.handle.env.info()["last_pgno"] + 1) * PAGE_BYTES
         file = self.path / "data.mdb"
         if file.stat().st_size < needed:
             os.truncate(file, needed)
-
-    # -- after a failed commit -------------------------------------------------------------------------------------
-    #
-    # When the write of its meta page fails LMDB begins no transaction any more until it is opened again, as what other
-    # processes see of that page is unsure. Closing it takes all memory away that it gave, so nobody may be reading.
-
-    def watch(self, reader: Reader) -> None:
-        """Suspend that reader when LMDB must be opened again."""
-        with self._reads:
-            self._readers.add(reader)
-
-    def recover(self) -> None:
-        """Make LMDB usable again if a failed commit left it unusable. Not for one that holds a read transaction.
-
-        Raises Unavailable when others do, and what open() raises.
-        """
-        if self._broken and not self.is_writing():
-            with self._write_lock, translated(self.path):
-                if self._broken:
-                    self._reopen()
-
-    @property
-    def is_broken(self) -> bool:
-        """Whether recover() has something to do. Read transactions that are open go on."""
-        return self._broken
-
-    def _check_usable(self) -> None:
-        if self._broken:
-            raise Unavailable(
-                f"store '{self.path}' must be opened again, as its disk failed; end the scans of it, and try again"
-            )
-
-    def _reopen(self) -> None:
-        """With the write lock held."""
-        with self._reads:
-            readers = list(self._readers)
-        with ExitStack() as all_alone:
-            for reader in readers:
-                all_alone.enter_context(reader.alone())
-            n_held = sum(reader.is_reading for reader in readers)
-            with self._reads:
-                if not self._reads.wait_for(lambda: self._n_reads == n_held, REOPEN_WAIT_S):
-                    self._check_usable()
-                if not all(os.access(self.path / name, os.W_OK) for name in ("data.mdb", "lock.mdb")):
-                    self._check_usable()  # a file system that is read-only now: what snapshots hold still serves
-                for reader in readers:
-                    reader.let_go()
-                self._env.close()
-                self._env = open_lmdb(self.path, create=False)
-                self._broken = False
 
 
 class Writer:
@@ -415,7 +313,7 @@ class Writer:
         try:
             yield tree
         finally:
-            self._environment.end_read(txn)
+            self._environment.handle.end_read(txn)
 
     @property
     def path(self) -> Path:

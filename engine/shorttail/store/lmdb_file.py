@@ -5,8 +5,8 @@ The structure is checked by py-lmdb's verifier. What that leaves out is here: th
 both metas follow each other, and whether the file holds the end of each value. All of it is of one commit, also while
 others write, if the caller holds a read transaction meanwhile: no page of that commit or a later one is written again.
 
-`python -m shorttail.store.lmdb_file STORE` prints the problems as JSON. In a process of its own, as one that has LMDB open
-should not open LMDB's files in another way: to close them gives up its locks.
+`python -m shorttail.store.lmdb_file STORE` prints the problems as JSON. In a process of its own, as one that has LMDB
+open should not open LMDB's files in another way: to close them gives up its locks.
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ def read_metas(file: BinaryIO) -> tuple[Meta, Meta]:
     metas = [_parse_meta(head[number * PAGE_BYTES :], number) for number in (0, 1)]
     newer, older = sorted(metas, key=lambda meta: -meta.txn_id)
     if newer.txn_id - older.txn_id > 1 or (newer.txn_id and newer.txn_id & 1 != newer.number):
-        raise Damaged(f"the meta pages are of commits {older.txn_id} and {newer.txn_id}, which do not follow each other")
+        raise Damaged(
+            f"the meta pages are of commits {older.txn_id} and {newer.txn_id}, which do not follow each other"
+        )
     return newer, older
 
 
@@ -141,7 +143,7 @@ def _lost_commit(path: Path) -> list[str]:
 
 
 def _commits_counted(file: BinaryIO, meta: Meta) -> int | None:
-    """The first number of `state` as of that meta; None if it is not found, as in pages that are used otherwise by now."""
+    """The first number of `state` as of that meta; None if it is not found, its pages being used otherwise by now."""
     number = meta.root
     try:
         for _ in range(meta.depth):

@@ -26,7 +26,8 @@ from shorttail.definitions import FeatureView
 from shorttail.errors import Internal, InvalidArgument, ResourceExhausted, ShorttailError
 from shorttail.store.catalog import Catalog, TableInfo
 from shorttail.store.environment import Environment, drop_table, table_ids
-from shorttail.store.opening import PAGE_BYTES, translated
+from shorttail.store.lmdb_file import PAGE_BYTES
+from shorttail.store.opening import translated
 from shorttail.store.table import ColumnBatch, depth_to_grow, make_layout, pieces, source_columns
 
 if TYPE_CHECKING:
@@ -328,10 +329,11 @@ def _loading(environment: Environment) -> Iterator[None]:
 
 def _drop_leftovers(environment: Environment) -> None:
     """Delete the tables that no catalog names: of a load that was killed, or of views that were removed."""
-    with environment.read() as txn:
-        # Before the catalog is read: a table that is made in between is named in it.
-        present = table_ids(txn)
-    used = {table.id for table in _committed_catalog(environment).tables.values()}
+    # In a write, though it changes nothing: of a commit whose writer was killed at once LMDB tells nobody before the next
+    # writer begins. To readers the table that a load has put in place would not be in use yet.
+    with environment.write() as writer:
+        present = table_ids(writer.txn)
+        used = {table.id for table in Catalog.from_json(writer.get_catalog()).tables.values()}
     for table_id in present:
         if table_id not in used:
             drop_table(environment, table_id)

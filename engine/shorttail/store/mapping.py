@@ -13,7 +13,7 @@ from shorttail.store.lmdb_file import PAGE_BYTES
 
 MAP_VARIABLE = "SHORTTAIL_MAP_GIB"
 ROOM_BYTES = 1 << 20  # a map that leaves a store less than this to grow is refused
-RESERVE_PAGES_MIN = 256
+RESERVE_PAGES_MIN = 512
 RESERVE_PART = 64  # of a map, kept for deletes and for the pages that the last commits freed
 
 
@@ -34,8 +34,8 @@ def plan_map(path: Path) -> int:
         room = (allowed - used) // 2  # the other half is for the process itself
         if room < file_bytes + ROOM_BYTES:
             raise ResourceExhausted(
-                f"store '{path}' has {size_text(file_bytes)}, and this process has {size_text(max(room, 0))} of address "
-                f"space to map it; raise its limit of {size_text(allowed)} (ulimit -v)"
+                f"store '{path}' has {size_text(file_bytes)}, and this process has {size_text(max(room, 0))} of "
+                f"address space to map it; raise its limit of {size_text(allowed)} (ulimit -v)"
             )
         wanted = min(wanted, room)
     return wanted // PAGE_BYTES * PAGE_BYTES

@@ -13,16 +13,17 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any, Self
 
-from shorttail._native.pages import Directory, Layout
+from shorttail._native.pages import Directory, Gate, Layout
 from shorttail.config import LIMITS
-from shorttail.errors import InvalidArgument, Unavailable
+from shorttail.errors import InvalidArgument, ShorttailError, Unavailable
 from shorttail.store.catalog import Catalog
 from shorttail.store.edits import damaged
 from shorttail.store.environment import Environment, table_pages
+from shorttail.store.memory import Residence
 from shorttail.store.opening import translated
 from shorttail.store.table import ColumnBatch, decode_page, make_layout, row_dtype
 
@@ -36,20 +37,18 @@ class Snapshot:
     def __init__(self, environment: Environment) -> None:
         """For open() only."""
         self.environment = environment
-        self._lock = threading.Lock()  # of what follows; held for moments, but while the snapshot moves
-        self._gate = threading.Condition(self._lock)
-        self._inside = 0  # threads between enter() and leave()
-        self._waiting = 0  # threads that want to be alone
-        self._sleeping = 0  # threads in _gate.wait()
+        self._gate = Gate(environment.word, _NOTHING_SEEN)  # threads between enter() and leave() are inside
+        self._lock = threading.Lock()  # held for moments, but while the snapshot moves
+        self._empty = threading.Condition(self._lock)  # nobody is inside
         self._build_lock = threading.Lock()
         self.catalog = Catalog()
         self.catalog_version = 0  # grows whenever the catalog, and so what plans were made from, changes
         self._parsed: tuple[bytes | None, Catalog] = (b"", self.catalog)  # the catalog and the JSON that it was
         self._word = environment.word
-        self._generation = _NOTHING_SEEN
         self._sequence: int | None = None  # of the commit that the directories are of
         self._txn: Any = None  # None while it rests
         self._tree: Any = None  # Tree
+        self._residence = Residence(environment.path)
         self._layouts: dict[str, Layout] = {}
         self._directories: dict[str, Directory | None] = {}
 
@@ -58,7 +57,7 @@ class Snapshot:
         """The store at path. Raises what Environment.open raises."""
         store = cls(Environment.open(path, create=create))
         try:
-            store.environment.watch(store)
+            store.environment.handle.watch(store)
             store.refresh(force=True)
         except BaseException:
             store.close()
@@ -69,12 +68,12 @@ class Snapshot:
     def close(self) -> None:
         """Give up the snapshot, once nobody looks rows up any more."""
         with self.alone():
-            if self._generation == _CLOSED:
+            if self._gate.generation == _CLOSED:
                 return
-            self._generation = _CLOSED
+            self._gate.generation = _CLOSED
             self._directories.clear()
             if self._txn is not None and self._same_process():
-                self.environment.end_read(self._txn)
+                self.environment.handle.end_read(self._txn)
             self._txn = self._tree = None
             self.environment.close()
 
@@ -85,8 +84,17 @@ class Snapshot:
         self.close()
 
     @property
+    def generation(self) -> int:
+        """The commits that this snapshot has seen, as the store counts them; below 0 while there is none."""
+        return self._gate.generation
+
+    @property
+    def is_newest(self) -> bool:
+        return self._word.load() == self._gate.generation
+
+    @property
     def is_open(self) -> bool:
-        return self._generation != _CLOSED
+        return self._gate.generation != _CLOSED
 
     @property
     def path(self) -> str:
@@ -107,20 +115,19 @@ class Snapshot:
         Costs one load from shared memory when there is nothing new. Otherwise it moves the snapshot on, and for that
         waits until every thread that is inside has left: lookups are short.
         """
-        with self._lock:
-            if self._waiting or self._word.load() != self._generation:
+        if not self._gate.try_enter():
+            with self._lock:
                 self._catch_up()
-            self._inside += 1
+                self._gate.inside += 1
 
     def leave(self) -> None:
-        with self._lock:
-            self._inside -= 1
-            if self._sleeping and not self._inside:
-                self._gate.notify_all()
+        if self._gate.leave():
+            with self._lock:
+                self._empty.notify_all()
 
     def _catch_up(self) -> None:
-        while self._waiting or self._word.load() != self._generation:
-            if self._inside or self._waiting:
+        while self._gate.waiting or self._word.load() != self._gate.generation:
+            if self._gate.inside or self._gate.waiting:
                 self._sleep()
                 continue
             try:
@@ -131,16 +138,17 @@ class Snapshot:
                     return  # the snapshot that is there is as good as before
             self._lock.release()  # whoever recovers the environment takes it
             try:
-                self.environment.recover()
+                self.environment.handle.recover()
             finally:
                 self._lock.acquire()
 
     def _sleep(self) -> None:
-        self._sleeping += 1
+        self._gate.sleeping += 1
         try:
-            self._gate.wait()
+            if self._gate.inside or self._gate.waiting:  # not gone since that was asked
+                self._empty.wait()
         finally:
-            self._sleeping -= 1
+            self._gate.sleeping -= 1
 
     @contextmanager
     def reading(self) -> Iterator[None]:
@@ -155,14 +163,14 @@ class Snapshot:
     def alone(self) -> Iterator[None]:
         """Nobody else is inside, nor comes in."""
         with self._lock:
-            self._waiting += 1
+            self._gate.waiting += 1
             try:
-                while self._inside:
+                while self._gate.inside:
                     self._sleep()
                 yield
             finally:
-                self._waiting -= 1
-                self._gate.notify_all()
+                self._gate.waiting -= 1
+                self._empty.notify_all()
 
     def refresh(self, force: bool = False) -> bool:
         """Move on to the newest commit; True if there was one. Not between enter() and leave().
@@ -170,16 +178,16 @@ class Snapshot:
         force: ask LMDB even when nothing was counted, which also notices the commit of a process that was killed before
         it could count it; worth doing now and then, as by an idle timer.
         """
-        if self._word.load() == self._generation and not force:
+        if self._word.load() == self._gate.generation and not force:
             return False
-        if self.environment.is_broken:
-            self.environment.recover()
+        if self.environment.handle.is_broken:
+            self.environment.handle.recover()
         with self.alone():
             return self._advance()
 
     def _advance(self) -> bool:
         environment = self.environment
-        if self._generation == _CLOSED:
+        if self._gate.generation == _CLOSED:
             raise InvalidArgument(f"store '{self.path}' is closed; open it again")
         generation = self._word.load()  # before the snapshot: a commit in between is found again, never missed
         with translated(environment.path):
@@ -187,22 +195,23 @@ class Snapshot:
         try:
             sequence = environment.sequence(txn)
             if self._txn is not None and sequence == self._sequence:
-                environment.end_read(txn)
-                self._generation = generation
+                environment.handle.end_read(txn)
+                self._gate.generation = generation
                 return False
             catalog_json = environment.read_catalog_json(txn)
             catalog = self._parse(catalog_json)
             changes = None if self._sequence is None else environment.changes_since(txn, self._sequence)
         except BaseException:
-            environment.end_read(txn)
+            environment.handle.end_read(txn)
             raise
         old, self._txn, self._tree = self._txn, txn, tree
         moved = sequence != self._sequence
         self._take_catalog(catalog, catalog_json)
-        self._sequence, self._generation = sequence, generation
+        self._sequence = sequence
         self._patch(changes)
         if old is not None:
-            environment.end_read(old)
+            environment.handle.end_read(old)
+        self._gate.generation = generation  # last: with it others come in
         return moved
 
     def rest(self) -> None:
@@ -211,12 +220,12 @@ class Snapshot:
         That costs no more than it would have to move the old one on.
         """
         with self._lock:
-            if self.environment.is_broken:
+            if self.environment.handle.is_broken:
                 return  # there may be no new one
-            if not self._inside and self._txn is not None and self._word.load() != self._generation:
-                self.environment.end_read(self._txn)
+            if not self._gate.inside and self._txn is not None and self._word.load() != self._gate.generation:
+                self.environment.handle.end_read(self._txn)
                 self._txn = self._tree = None
-                self._generation = _NOTHING_SEEN
+                self._gate.generation = _NOTHING_SEEN
 
     @property
     def is_reading(self) -> bool:
@@ -225,11 +234,12 @@ class Snapshot:
     def let_go(self) -> None:
         """Give up the transaction and all page addresses; the next enter() begins anew. Within alone()."""
         if self._txn is not None:
-            self.environment.end_read(self._txn)
+            self.environment.handle.end_read(self._txn)
         self._txn = self._tree = self._sequence = None
+        self._residence.forget()
         self._directories.clear()
         if self.is_open:
-            self._generation = _NOTHING_SEEN
+            self._gate.generation = _NOTHING_SEEN
 
     def _parse(self, document: bytes | None) -> Catalog:
         """The catalog, from memory if it is the one of the snapshot. Not to be changed."""
@@ -261,6 +271,25 @@ class Snapshot:
                 directory.update(self._tree, changes)
             except ValueError:
                 del self._directories[name]  # building it says what is wrong, to whoever asks for this view
+
+    def pretouch(self, lock: bool = False) -> None:
+        """Map the file into this process and build all directories now, rather than as lookups come to need them.
+
+        lock: keep the file in memory, also as it grows. Raises ResourceExhausted when the system refuses that.
+        """
+        with self.reading():
+            self._tree.populate()
+            for view_name in self.catalog.views:
+                with suppress(ShorttailError):  # a damaged table is the matter of those who look rows up in it
+                    self.directory(view_name)
+            if lock:
+                self._residence.lock(self._tree)
+
+    def lock_growth(self) -> None:
+        """Lock what the file has grown by since pretouch(lock=True); for an idle timer, as it takes its time."""
+        tree = self._tree
+        if tree is not None:
+            self._residence.follow(tree)
 
     @contextmanager
     def _sound(self, view_name: str) -> Iterator[None]:
@@ -356,6 +385,7 @@ class _Idle:
                     return
             for snapshot in snapshots:
                 snapshot.rest()
+                snapshot.lock_growth()
             del snapshot, snapshots  # or the last ones seen would live on here
 
 

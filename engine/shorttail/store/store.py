@@ -34,6 +34,8 @@ class Store(Snapshot):
         All or nothing up to COMMIT_ROWS rows; more are committed so many at a time. Raises NotFound (view),
         InvalidArgument (columns), ResourceExhausted (disk), Internal (damaged table).
         """
+        if not len(batch):
+            self._committed_catalog().view(view_name)  # nothing to do, but a name that is wrong is wrong
         for piece in pieces([batch], COMMIT_ROWS):
             self._commit_one(Upsert(view_name, piece))
         return len(batch)
@@ -43,8 +45,10 @@ class Store(Snapshot):
 
         All or nothing up to COMMIT_ROWS keys. Raises what upsert() raises.
         """
-        removed = 0
-        for start in range(0, len(keys[0]) if keys else 0, COMMIT_ROWS):
+        removed, n_keys = 0, len(keys[0]) if keys else 0
+        if not n_keys:
+            self._committed_catalog().view(view_name)
+        for start in range(0, n_keys, COMMIT_ROWS):
             removed += self._commit_one(Delete(view_name, [column[start : start + COMMIT_ROWS] for column in keys]))
         return removed
 

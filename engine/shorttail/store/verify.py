@@ -74,7 +74,9 @@ def verify(path: str | os.PathLike[str], progress: Progress | None = None) -> Re
         name = signal.Signals(-code).name
         report.problems.append(f"{doing}: reading it ended in {name}; the file or the disk is damaged")
     elif code:
-        raise Internal(f"store '{path}': the check did not end well while it looked at {doing}: {_why(code, last_words)}")
+        raise Internal(
+            f"store '{path}': the check did not end well while it looked at {doing}: {_why(code, last_words)}"
+        )
     return report
 
 

@@ -1,0 +1,100 @@
+"""What `shorttail stat` tells: figures of a store, its file, its readers and its views."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from typing import Any
+
+from shorttail.store.environment import Environment, Transaction, count_pages, log_entries, table_ids, table_prefix
+from shorttail.store.lmdb_file import PAGE_BYTES
+from shorttail.store.snapshot import Snapshot
+
+PAGE_HEADER_BYTES = 16
+META_PAGES = 2
+
+Figures = dict[str, Any]
+
+
+def figures(store: Snapshot) -> Figures:
+    """The figures of a store as plain values, the same that `stat --json` prints.
+
+    Reads both ends of every page, so a store that is not in memory is read from disk. Raises Internal (damaged table).
+    """
+    views = view_figures(store)
+    environment = store.environment
+    with environment.read() as txn:
+        info = environment.handle.env.info()
+        last = environment.sequence(txn)
+        log = [(int.from_bytes(key[1:], "big"), len(value)) for key, value in log_entries(txn)]
+        readers = _readers(environment, info["last_txnid"])
+        used = META_PAGES + count_pages(txn)
+        return {
+            "store": str(environment.path),
+            "commit": last,
+            "file_bytes": (environment.path / "data.mdb").stat().st_size,
+            "free_bytes": max(info["last_pgno"] + 1 - used, 0) * PAGE_BYTES,
+            "map_bytes": info["map_size"],
+            "change_log": {
+                "oldest_commit": log[0][0] if log else None,
+                "commits": len(log),
+                "bytes": sum(n for _, n in log),
+            },
+            "readers": readers,
+            "oldest_snapshot_commits_behind": max(
+                (reader["commits_behind"] for reader in readers if reader["snapshots"]), default=None
+            ),
+            "leftover_tables": _leftovers(txn, {table.id for table in store.catalog.tables.values()}),
+            "views": views,
+        }
+
+
+def view_figures(store: Snapshot) -> list[Figures]:
+    """Of each view: rows, fill (the part of its pages that is in use), bytes of its pages, depth of its directory."""
+    listed = []
+    for name in store.catalog.views:
+        with store.reading():
+            view, directory = store.catalog.view(name), store.directory(name)
+            buckets, rows, image_bytes, used_bytes = (0, 0, 0, 0) if directory is None else directory.measure()
+            listed.append(
+                {
+                    "view": name,
+                    "keys": list(view.keys),
+                    "features": len(view.features),
+                    "rows": rows,
+                    "fill": used_bytes / image_bytes if image_bytes else None,
+                    "bytes": image_bytes + buckets * PAGE_HEADER_BYTES,
+                    "buckets": buckets,
+                    "depth": 0 if directory is None else directory.depth,
+                }
+            )
+    return listed
+
+
+def _readers(environment: Environment, last_txn_id: int) -> list[Figures]:
+    """The other processes that have the store open: snapshots they hold now, and how far the oldest is behind."""
+    held: dict[int, list[int]] = defaultdict(list)
+    for line in environment.handle.env.readers().splitlines():
+        fields = line.split()
+        if len(fields) == 3 and fields[0].isdigit() and int(fields[0]) != os.getpid():
+            held[int(fields[0])] += [int(fields[2])] if fields[2].isdigit() else []
+    return [
+        {"pid": pid, "snapshots": len(ids), "commits_behind": max(last_txn_id - min(ids), 0) if ids else None}
+        for pid, ids in sorted(held.items())
+    ]
+
+
+def _leftovers(txn: Transaction, named: set[int]) -> list[Figures]:
+    ids = [table_id for table_id in table_ids(txn) if table_id not in named]
+    return [{"table": table_id, "pages": count_table_pages(txn, table_id)} for table_id in ids]
+
+
+def count_table_pages(txn: Transaction, table_id: int) -> int:
+    """Page images of that table, by its keys alone."""
+    cursor, prefix, n = txn.cursor(), table_prefix(table_id), 0
+    if cursor.set_range(prefix):
+        for key in cursor.iternext(keys=True, values=False):
+            if bytes(key[: len(prefix)]) != prefix:
+                break
+            n += 1
+    return n

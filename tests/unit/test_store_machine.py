@@ -1,0 +1,429 @@
+"""A store against dicts: Hypothesis draws loads, pushes, deletes, lookups, reopenings and changes of the catalog.
+
+Every run draws anew, so that each explores more. A failure prints the shortest sequence of steps that it found, and a
+line to repeat it by; all that a step does follows from its arguments, the seeds of the tables too.
+SHORTTAIL_MACHINE_STEPS sets the number of steps.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    rule,
+    run_state_machine_as_test,
+)
+
+from shorttail import dtypes
+from shorttail._native.columns import Columns
+from shorttail._native.pages import Lookup, SortedRows, lookup
+from shorttail.config import LIMITS
+from shorttail.definitions import Entity, Feature, FeatureView
+from shorttail.errors import InvalidArgument, NotFound
+from shorttail.results import Status
+from shorttail.store import ColumnBatch, Delete, Store, Upsert, environment
+from shorttail.store import load as load_module
+from shorttail.store.catalog import TableInfo
+from shorttail.store.table import encode_keys, make_layout
+
+STEPS = int(os.environ.get("SHORTTAIL_MACHINE_STEPS", "10000"))
+STEPS_PER_EXAMPLE = 50
+WIDTH = 80  # of the vector: a page of 4 KiB holds nine rows, so that a few dozen split and join buckets all the time
+SEEDS = (0, 0x1234_5678_9ABC_DEF0)  # of the tables of an example
+PREFIX_BITS = 12
+ALIKE = 24  # keys whose hashes agree in so many bits: more than two pages of them
+
+FEATURES = [
+    Feature("b", dtypes.Bool, default=True),
+    Feature("i", dtypes.Int32, default=-7),
+    Feature("l", dtypes.Int64),
+    Feature("f", dtypes.Float32),
+    Feature("d", dtypes.Float64, default=0.5),
+    Feature("t", dtypes.Timestamp),
+    Feature("v", dtypes.Vector(WIDTH)),
+    Feature("s", dtypes.String, default="none"),
+]
+OPS = [
+    (0, 0, 0, True),
+    (1, 0, 1, -7),
+    (2, 0, 2, None),
+    (3, 0, 3, None),
+    (4, 0, 4, 0.5),
+    (5, 0, 5, None),
+    (6, 0, 6, None),
+]
+KEYS: dict[str, dict[str, dtypes.DType]] = {
+    "by_int": {"a": dtypes.Int64},
+    "by_text": {"k": dtypes.String},
+    "by_pair": {"a": dtypes.Int64, "k": dtypes.String},
+    "by_texts": {"k": dtypes.String, "z": dtypes.String},
+}
+VIEWS = {
+    name: FeatureView(name, entity=Entity(name, keys=keys), features=FEATURES, ttl="1s") for name, keys in KEYS.items()
+}
+TTL_US = 1_000_000
+NAMES = sorted(VIEWS)
+
+Key = tuple[int | str, ...]
+Row = tuple[int, int, int]  # event time, the number that the values are made of, nulls (bit f: feature f)
+
+INTS = [0, -1, 1, 2**63 - 1, -(2**63), *range(1000, 1020)]
+TEXTS = ["", "\0", "x", "x" * 16, "x" * 17, "x" * 300, "é" * 9, "日本", *(f"user-{n}" for n in range(16))]
+
+
+def ordinary_keys(name: str) -> list[Key]:
+    if name == "by_int":
+        return [(n,) for n in INTS]
+    if name == "by_text":
+        return [(text,) for text in TEXTS]
+    first = INTS if name == "by_pair" else TEXTS
+    return [(first[i % len(first)], text) for i, text in enumerate(TEXTS)]
+
+
+def candidate_keys(name: str, n: int) -> list[Key]:
+    if name == "by_int":
+        return [(i,) for i in range(n)]
+    if name == "by_text":
+        return [(f"k{i}",) for i in range(n)]
+    return [(i, "y") for i in range(n)] if name == "by_pair" else [(f"k{i}", "y") for i in range(n)]
+
+
+def key_columns(name: str, keys: list[Key]) -> list[Any]:
+    columns: list[Any] = []
+    for k, dtype in enumerate(KEYS[name].values()):
+        column = np.empty(len(keys), object if dtype == dtypes.String else np.int64)
+        column[:] = [key[k] for key in keys]
+        columns.append(column)
+    return columns
+
+
+def fold(a: int, b: int) -> int:
+    product = a * b
+    return (product ^ product >> 64) & (1 << 64) - 1
+
+
+def key_hash(key: Key, seed: int) -> int:
+    """The hash of docs/format.md."""
+    mask = (1 << 64) - 1
+    second = fold(seed ^ 0x2545F4914F6CDD1D, 0xD6E8FEB86659FD93) | 1
+    h = seed
+    for part in key:
+        if isinstance(part, int):
+            h = fold(part & mask ^ h, second ^ 0x9E3779B97F4A7C15)
+            continue
+        text = part.encode()
+        h = fold(h ^ len(text), second ^ 0xD1B54A32D192ED03)
+        for at in range(0, len(text), 16):
+            x, y = (int.from_bytes(text[at + word : at + word + 8][:8], "little") for word in (0, 8))
+            h = fold(x ^ h, y ^ second)
+    return fold(h ^ second, 0x8BB84B93962EACC9 ^ seed)
+
+
+@cache
+def keys_alike(name: str, seed: int) -> list[Key]:
+    """Keys whose hashes agree in the first PREFIX_BITS bits, or more."""
+    keys = candidate_keys(name, 60_000)
+    hashes = [key_hash(key, seed) for key in keys]
+    order = sorted(range(len(keys)), key=hashes.__getitem__)
+    shift = 64 - PREFIX_BITS
+    start = next(i for i in range(len(keys)) if hashes[order[i]] >> shift == hashes[order[i + ALIKE - 1]] >> shift)
+    return [keys[i] for i in order[start : start + ALIKE]]
+
+
+@cache
+def pool(name: str, seed: int) -> list[Key]:
+    return keys_alike(name, seed) + ordinary_keys(name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_keys_that_are_alike(name: str) -> None:
+    """The kernel agrees that they are."""
+    view, keys = VIEWS[name], keys_alike(name, SEEDS[1])
+    layout = make_layout(view, TableInfo(1, SEEDS[1]))
+    parts, arena = encode_keys(layout, view, key_columns(name, keys))
+    rows = SortedRows(layout, [(parts, b"".join(arena.parts))])
+    assert [int.from_bytes(rows.hash(i)) for i in range(len(rows))] == [key_hash(key, SEEDS[1]) for key in keys]
+    assert len({int.from_bytes(rows.hash(i)) >> (64 - PREFIX_BITS) for i in range(ALIKE)}) == 1
+    assert layout.rows_per_page < ALIKE / 2
+
+
+# -- rows ----------------------------------------------------------------------------------------------------------
+
+
+def values_of(row: Row) -> list[Any]:
+    """What the features of a row are; None for null."""
+    time_us, number, nulls = row
+    vector = [float(number + i) for i in range(WIDTH)]
+    text = "" if number % 7 == 0 else f"{number}é" * (number % 60)
+    values = [number % 2 == 1, -number, number << 20, number / 4, number / 8, time_us + number, vector, text]
+    return [None if nulls >> f & 1 else value for f, value in enumerate(values)]
+
+
+def batch_of(name: str, given: list[tuple[Key, Row]]) -> ColumnBatch:
+    table = [values_of(row) for _, row in given]
+    features: list[Any] = []
+    for f, feature in enumerate(FEATURES):
+        column = [values[f] for values in table]
+        if feature.dtype == dtypes.String:
+            texts = np.empty(len(column), object)
+            texts[:] = column
+            features.append((texts, None))
+            continue
+        shape = (len(column), WIDTH) if f == 6 else len(column)
+        array = np.full(shape, 1, feature.dtype.numpy)  # what lies under a mask does not matter
+        for i, value in enumerate(column):
+            if value is not None:
+                array[i] = value
+        nulls = np.array([value is None for value in column], np.bool_)
+        features.append((array, nulls if nulls.any() else None))
+    times = np.array([row[0] for _, row in given], np.int64)
+    return ColumnBatch(key_columns(name, [key for key, _ in given]), times, features)
+
+
+def rows_of(batch: ColumnBatch) -> Iterator[tuple[Key, int, list[Any]]]:
+    for i in range(len(batch)):
+        values: list[Any] = []
+        for array, mask in batch.features:
+            null = array[i] is None or (mask is not None and mask[i])
+            values.append(
+                None if null else array[i].tolist() if isinstance(array, np.ndarray) and array.ndim == 2 else array[i]
+            )
+        yield tuple(column[i] for column in batch.keys), int(batch.event_time_us[i]), values
+
+
+# -- the machine ---------------------------------------------------------------------------------------------------
+
+names = st.sampled_from(NAMES)
+draws = st.integers(0, 2**32)  # a step makes its rows from such a number: drawing each row would leave fewer steps
+some = st.one_of(st.integers(0, 4), st.integers(0, 70))
+which = st.integers(0, 1)
+
+
+class StoreMachine(RuleBasedStateMachine):
+    """self.rows: view -> key -> row, of every view there is."""
+
+    n_steps = 0  # of all examples
+
+    @initialize(seed=st.sampled_from(SEEDS), log_commits=st.sampled_from([1, 5, LIMITS.change_log_commits]))
+    def make(self, seed: int, log_commits: int) -> None:
+        self.seed, self.rows = seed, {}
+        self.patches = [
+            mock.patch("secrets.randbits", return_value=seed),
+            mock.patch.object(
+                environment, "LIMITS", replace(LIMITS, change_log_commits=log_commits, drop_commit_pages=5)
+            ),
+            mock.patch.object(load_module, "LIMITS", replace(LIMITS, load_commit_bytes=32 << 10)),
+        ]
+        for patch in self.patches:
+            patch.start()
+        memory = Path("/dev/shm")  # nothing here is about the disk
+        self.folder = tempfile.mkdtemp(dir=memory if os.access(memory, os.W_OK) else None)
+        self.path = Path(self.folder) / "store"
+        self.stores = [Store.open(self.path, create=True), Store.open(self.path)]
+        self.laggard = Store.open(self.path)
+        for name in NAMES:
+            self.add(0, name)
+
+    def teardown(self) -> None:
+        if hasattr(self, "laggard"):
+            self.close()
+            shutil.rmtree(self.folder)
+            for patch in self.patches:
+                patch.stop()
+
+    def close(self) -> None:
+        for store in (*self.stores, self.laggard):
+            store.close()
+
+    def add(self, writer: int, name: str) -> None:
+        with self.stores[writer].edit_catalog() as catalog:
+            catalog.entities[name], catalog.views[name] = VIEWS[name].entity, VIEWS[name]
+            catalog.new_table(name)
+        self.rows[name] = {}
+
+    def drawn(self, name: str, draw: int, n: int) -> list[tuple[Key, Row]]:
+        rng = random.Random(draw)
+        keys = rng.choices(pool(name, self.seed)[: rng.choice([5, ALIKE, 99])], k=n)
+        nulls = [0, 255, rng.randrange(256)]
+        return [(key, (rng.randrange(4), rng.randrange(1000), rng.choice(nulls))) for key in keys]
+
+    def put(self, name: str, given: list[tuple[Key, Row]]) -> None:
+        rows = self.rows[name]
+        for key, row in given:
+            if key not in rows or row[0] >= rows[key][0]:
+                rows[key] = row
+
+    def remove(self, name: str, keys: list[Key]) -> int:
+        return sum(self.rows[name].pop(key, None) is not None for key in dict.fromkeys(keys))
+
+    @rule(writer=which, name=names, draw=draws, n=some, cut=st.integers(1, 30))
+    def load(self, writer: int, name: str, draw: int, n: int, cut: int) -> None:
+        given = self.drawn(name, draw, n)
+        batch = batch_of(name, given)
+        parts = [batch.slice(start, start + cut) for start in range(0, n, cut)]
+        if name not in self.rows:
+            with pytest.raises(NotFound):
+                self.stores[writer].load(name, parts)
+            return
+        self.rows[name] = {}
+        self.put(name, given)
+        assert self.stores[writer].load(name, parts) == len(self.rows[name])
+
+    @rule(writer=which, name=names, draw=draws, n=some)
+    def push(self, writer: int, name: str, draw: int, n: int) -> None:
+        given = self.drawn(name, draw, n)
+        if name not in self.rows:
+            with pytest.raises(NotFound):
+                self.stores[writer].upsert(name, batch_of(name, given))
+            return
+        self.put(name, given)
+        assert self.stores[writer].upsert(name, batch_of(name, given)) == n
+
+    @rule(writer=which, name=names, draw=draws, n=some)
+    def delete(self, writer: int, name: str, draw: int, n: int) -> None:
+        keys = [key for key, _ in self.drawn(name, draw, n)]
+        if name not in self.rows:
+            with pytest.raises(NotFound):
+                self.stores[writer].delete(name, key_columns(name, keys))
+            return
+        removed = self.remove(name, keys)
+        assert self.stores[writer].delete(name, key_columns(name, keys)) == removed
+
+    @rule(
+        writer=which,
+        edits=st.lists(st.tuples(st.sampled_from(["put", "remove", "wrong"]), names, draws, some), max_size=6),
+    )
+    def commit(self, writer: int, edits: list[tuple[str, str, int, int]]) -> None:
+        given: list[Any] = []
+        wanted: list[Any] = []
+        for kind, name, draw, n in edits:
+            rows = self.drawn(name, draw, n)
+            keys = key_columns(name, [key for key, _ in rows])
+            if kind == "wrong":
+                given.append(Delete(name, [*keys, *keys, *keys]))
+            else:
+                given.append(Upsert(name, batch_of(name, rows)) if kind == "put" else Delete(name, keys))
+            if name not in self.rows:
+                wanted.append(NotFound)
+            elif kind == "wrong":
+                wanted.append(InvalidArgument)
+            elif kind == "put":
+                self.put(name, rows)
+                wanted.append(n)
+            else:
+                wanted.append(self.remove(name, [key for key, _ in rows]))
+        outcomes = self.stores[writer].commit(given)
+        assert [type(o) if isinstance(o, Exception) else o for o in outcomes] == wanted
+
+    @rule(reader=which, name=names, draw=draws, n=some, now_us=st.sampled_from([0, TTL_US, TTL_US + 2]))
+    def look_up(self, reader: int, name: str, draw: int, n: int, now_us: int) -> None:
+        self.check_lookup(self.stores[reader], name, [key for key, _ in self.drawn(name, draw, n + 1)], now_us)
+
+    @rule(draw=draws, n=some)
+    def look_up_with_the_laggard(self, draw: int, n: int) -> None:
+        """Which reads nothing else, so that it is behind by more commits than the log may hold."""
+        for name in NAMES:
+            self.check_lookup(self.laggard, name, [key for key, _ in self.drawn(name, draw, n + 1)], 0)
+
+    def check_lookup(self, store: Store, name: str, keys: list[Key], now_us: int) -> None:
+        columns = Columns(list(KEYS[name]), list(KEYS[name].values()))
+        columns.append({key: [row[k] for row in keys] for k, key in enumerate(KEYS[name])})
+        numbers, texts = np.empty((len(keys), 6 + WIDTH)), np.empty(len(keys), object)
+        status, statuses = np.empty((1, len(keys)), np.uint8), np.empty((len(OPS) + 1, len(keys)), np.uint8)
+        with store.reading():
+            if name not in self.rows:
+                with pytest.raises(NotFound):
+                    store.layout(name)
+                return
+            plan = Lookup(store.layout(name), range(len(KEYS[name])), [*OPS, (7, 1, 0, "none")], TTL_US)
+            lookup([store.directory(name)], [plan], columns, [numbers, texts], status, now_us, statuses)
+        for i, key in enumerate(keys):
+            row = self.rows[name].get(key)
+            there = Status.NOT_FOUND if row is None else Status.STALE if row[0] < now_us - TTL_US else Status.PRESENT
+            assert status[0, i] == there, key
+            values = values_of(row) if row is not None and there == Status.PRESENT else [None] * len(FEATURES)
+            shown = [f.default if v is None else v for f, v in zip(FEATURES, values, strict=True)]
+            got = [*numbers[i, :6].tolist(), numbers[i, 6:].tolist(), texts[i]]
+            for f, (found, right) in enumerate(zip(got, shown, strict=True)):
+                nothing = np.isnan(found).all() if right is None else found == right
+                assert nothing, (name, key, FEATURES[f].name, found, right)
+                state = Status.NULL if there == Status.PRESENT and values[f] is None else there
+                assert statuses[f, i] == state, (name, key, FEATURES[f].name)
+
+    @rule(reader=which, name=names)
+    def scan(self, reader: int, name: str) -> None:
+        if name not in self.rows:
+            with pytest.raises(NotFound):
+                next(self.stores[reader].scan(name))
+            return
+        found = {}
+        for batch in self.stores[reader].scan(name):
+            for key, time_us, values in rows_of(batch):
+                assert key not in found
+                found[key] = (time_us, values)
+        assert found == {key: (row[0], values_of(row)) for key, row in self.rows[name].items()}
+
+    @rule(first=which)
+    def reopen(self, first: int) -> None:
+        if first:  # one after the other, so that LMDB stays open
+            self.stores[0].close()
+            self.stores[0] = Store.open(self.path)
+            return
+        self.close()
+        self.stores = [Store.open(self.path), Store.open(self.path)]
+        self.laggard = Store.open(self.path)
+
+    @rule(store=which)
+    def rest(self, store: int) -> None:
+        self.stores[store].rest()
+
+    @rule(writer=which, name=names, keep=st.booleans())
+    def add_or_drop(self, writer: int, name: str, keep: bool) -> None:
+        if name not in self.rows:
+            self.add(writer, name)
+            return
+        if keep:  # or too many steps would find no view
+            return
+        with self.stores[writer].edit_catalog() as catalog:
+            del catalog.views[name], catalog.tables[name]
+        del self.rows[name]
+
+    @invariant()
+    def counts_agree(self) -> None:
+        StoreMachine.n_steps += 1
+        if hasattr(self, "stores"):
+            for name, rows in self.rows.items():
+                assert self.stores[1].count(name) == len(rows)
+
+
+def test_a_store_is_a_dict() -> None:
+    StoreMachine.n_steps = 0
+    while StoreMachine.n_steps < STEPS:
+        n_examples = (STEPS - StoreMachine.n_steps) // (STEPS_PER_EXAMPLE - 10) + 1
+        run_state_machine_as_test(  # type: ignore[no-untyped-call]
+            StoreMachine,
+            settings=settings(
+                max_examples=n_examples,
+                stateful_step_count=STEPS_PER_EXAMPLE,
+                deadline=None,
+                print_blob=True,
+                suppress_health_check=list(HealthCheck),
+            ),
+        )
+    print(f"{StoreMachine.n_steps} steps")
