@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml README.md LICENSE $(shell find engine native -name '*.py' -o -name '*.py[ix]' -o -name '*.pxd' -o -name '*.[ch]' -o -name '*.html')
 
-.PHONY: help demo test soak lint bench wheel clean
+.PHONY: help demo test soak lint bench fuzz wheel clean
 
 help:
 	@echo "make demo    train, load, serve and query 2013's flights out of New York, end to end"
 	@echo "make test    lint, type-check and test the installed package"
 	@echo "make soak    thousands of killed processes, and 100,000 random steps of a store, in about ten minutes"
 	@echo "make lint    ruff, mypy and stubtest alone"
+	@echo "make fuzz    a million damaged frames against the server (an hour)"
 	@echo "make bench   the server against a bare C echo server, on this machine"
 	@echo "make wheel   build dist/*.whl"
 	@echo "make clean   remove what the others made"
@@ -29,6 +30,9 @@ lint: $(VENV)/test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/stubtest --ignore-missing-stub --ignore-disjoint-bases --mypy-config-file pyproject.toml $(patsubst native/%.pyx,shorttail._native.%,$(wildcard native/*.pyx))
+
+fuzz: $(VENV)/test
+	FUZZ_FRAMES=1000000 $(BIN)/python -m pytest -x -s tests/fuzz
 
 bench: $(VENV)/demo
 	$(BIN)/python bench/serve.py

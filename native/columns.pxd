@@ -48,6 +48,9 @@ cdef class Columns:
     cdef int _append_array(self, int c, array) except -1
     cdef int _append_vectors(self, int c, value) except -1
     cdef int _checked(self, int failed) except -1
+    # Stays the same for the same values, in any process at any time: it decides who is asked which version.
+    cdef uint32_t hash_values(self, Py_ssize_t row, int n_columns, uint32_t salt) noexcept nogil
+    cdef void drop_last(self, Py_ssize_t rows) noexcept nogil
 
 
 cdef class CopyColumns:

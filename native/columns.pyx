@@ -4,7 +4,7 @@ One `Columns` holds the pending batch of one plan. Embedded calls fill it from P
 straight from MessagePack (native/wire), so no Python object is made for a value on the wire.
 """
 
-from libc.stdint cimport int64_t, uint8_t, uint32_t, int32_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, int32_t
 from libc.stdlib cimport free, realloc, calloc
 from libc.string cimport memcpy, memset
 from libc.math cimport NAN
@@ -36,6 +36,14 @@ cdef int _kind_of(dtype) except -1:
     if code == 6:
         return KIND_STR
     return KIND_VEC
+
+
+cdef uint64_t _mixed(uint64_t x) noexcept nogil:
+    """Every bit of x spread over all bits: the finalizer of SplitMix64 (Steele, Lea, Flood 2014)."""
+    x += <uint64_t>0x9E3779B97F4A7C15ULL
+    x = (x ^ (x >> 30)) * <uint64_t>0xBF58476D1CE4E5B9ULL
+    x = (x ^ (x >> 27)) * <uint64_t>0x94D049BB133111EBULL
+    return x ^ (x >> 31)
 
 
 cdef class Columns:
@@ -248,6 +256,41 @@ cdef class Columns:
             col.filled = self.n_rows
             if col.kind == KIND_STR:
                 col.data_bytes = col.ends[self.n_rows - 1] if self.n_rows else 0
+
+    cdef void drop_last(self, Py_ssize_t rows) noexcept nogil:
+        """Take back the rows of the last request, which is whole."""
+        self.n_rows -= rows
+        self.rollback()
+
+    cdef uint32_t hash_values(self, Py_ssize_t row, int n_columns, uint32_t salt) noexcept nogil:
+        cdef uint64_t hash = _mixed(salt)
+        cdef column_t *col
+        cdef Py_ssize_t start, size, i
+        cdef uint64_t word
+        cdef int c
+        for c in range(min(n_columns, self.n_columns)):
+            col = &self.col[c]
+            if col.nulls[row]:
+                hash = _mixed(hash ^ 1)
+                continue
+            if col.kind == KIND_STR:
+                start = col.ends[row - 1] if row else 0
+                size = col.ends[row] - start
+            else:
+                size = 4 * col.width if col.kind == KIND_VEC else 8
+                start = row * size
+            hash ^= <uint64_t>size << 1
+            for i in range(0, size, 8):
+                word = 0
+                memcpy(&word, col.data + start + i, min(8, size - i))
+                hash = _mixed(hash ^ word)
+        return <uint32_t>(hash >> 32)
+
+    def hash_row(self, Py_ssize_t row, int n_columns, uint32_t salt):
+        """32 bits of the values of a row in its first columns. Raises IndexError."""
+        if not 0 <= row < self.n_rows:
+            raise IndexError(row)
+        return self.hash_values(row, n_columns, salt)
 
     # -- filling from Python -------------------------------------------------------------------------------
 

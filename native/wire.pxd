@@ -1,5 +1,5 @@
 from cpython.ref cimport PyObject
-from libc.stdint cimport int64_t, uint8_t, uint32_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 from shorttail._native.columns cimport Columns
 from shorttail._native.wire_c cimport array_part, mp_out, mp_scan, mp_value
@@ -20,6 +20,8 @@ cdef struct request_t:
 
 cdef struct options_t:
     int flags
+    int priority            # 0: shed first, 1, 2: shed last
+    int64_t arrived_ns      # what deadlines count from
     int64_t deadline_ns
     int64_t version         # -1 = the current one
 
@@ -40,8 +42,18 @@ cdef class Route:
     cdef bint features
     cdef int64_t asked              # the version asked for; -1 = the current one
     cdef int64_t version
+    cdef Route canary               # takes the requests that hash below split_below; None: there is none
+    cdef uint64_t split_below       # of 2**32
+    cdef uint32_t split_salt
+    cdef int split_columns
+    cdef public bint busy           # its next batch waits until this is False again
     cdef Batch open                 # takes requests; None until one comes
     cdef Batch spare                # kept for its memory
+    cdef readonly double row_cost_ns    # what a row of a batch has cost lately; 0: not known
+    cdef readonly double admitted_ns    # as the router's, of a route whose batches run outside the loop
+    cdef public bint apart          # its batches run outside the loop
+    cdef int64_t shed               # requests refused for want of time, not yet among the router's errors
+    cdef bint measured              # a batch has run
     cdef ColumnNames names
     cdef Encoder encoder            # made at the first result, with what follows
     cdef list pieces                # bytes before each output, and after the last
@@ -56,8 +68,17 @@ cdef class Batch:
     cdef readonly Route route
     cdef readonly Columns columns
     cdef request_t *request
-    cdef Py_ssize_t n_requests, capacity
+    cdef readonly Py_ssize_t n_requests
+    cdef readonly Py_ssize_t waiting    # of them, those that `wanted` found an answer is owed to
+    cdef Py_ssize_t capacity
+    cdef readonly int64_t opened_ns     # when its first request was read, on CLOCK_MONOTONIC
     cdef bint has_deadlines
+    cdef public bint keep           # once answered it is not used again: somebody still reads its columns
+    cdef Router router              # of what is counted below; None while that is nothing
+    cdef bint apart                 # runs outside the loop, and so takes none of the turn's time
+    cdef Py_ssize_t waiting_rows, waiting_bytes
+    cdef double cost_ns             # what it was admitted at
+    cdef readonly int64_t started_ns    # when `wanted` was asked
     cdef int add(self, Connection connection, uint32_t msgid, const options_t *options, Py_ssize_t rows) except -1
     cdef int forget(self, request_t *request) except -1
     cdef int recycle(self) except -1
@@ -89,6 +110,28 @@ cdef class Router:
     cdef list pending               # batches with requests
     cdef list touched               # connections with replies to write
     cdef bint awake                 # `run` is scheduled
+    # Access: what a new connection may do, and who turns a token into more (server/security.py).
+    cdef public int access
+    cdef public object auth
+    # Connections.
+    cdef public Py_ssize_t max_connections, max_peer_connections    # 0: any number
+    cdef public int64_t idle_deadline_s, frame_deadline_s, write_deadline_s, auth_deadline_s
+    cdef readonly dict peers        # address -> connections, while a limit is set
+    cdef readonly Py_ssize_t cut, refused   # connections past a deadline, and beyond a limit
+    cdef readonly Py_ssize_t accepted, in_flight    # connections so far; requests that wait for their answer
+    cdef readonly int64_t received_bytes, sent_bytes
+    cdef dict errors                # (method, model, code) -> [requests, last msgid, last message]
+    cdef list sweeping              # connections that the sweep under way has yet to look at
+    cdef int64_t swept_s
+    # Admission: wire_guard.pxi.
+    cdef public double target_ns, burst_ns, interval_ns
+    cdef double budget_ns
+    cdef readonly double admitted_ns
+    cdef readonly bint standing     # there is a standing queue
+    cdef readonly Py_ssize_t shed   # requests refused for it
+    cdef Py_ssize_t shed_before
+    cdef readonly Py_ssize_t waiting_rows, waiting_bytes
+    cdef int64_t turn_ns, ended_ns, last_turn_ns, calm_ns, arrived_ns
     cdef int wake(self) except -1
     cdef Route model_route(self, const uint8_t *name, Py_ssize_t size, int64_t version)
     cdef Route features_route(self, const uint8_t *refs, Py_ssize_t size)
@@ -102,12 +145,28 @@ cdef class Connection:
     cdef mp_out held                # the beginning of a message whose end has not arrived
     cdef mp_scan scan               # how far it has been checked
     cdef Route last                 # where the last request went
+    cdef Route asked                # where the one that is being read goes; None: not known yet
     cdef readonly Py_ssize_t in_flight
     cdef Py_ssize_t forwarded       # of them, what the writer has
     cdef readonly bint paused       # the peer does not read its replies
     cdef bint touched
     cdef int state
+    cdef bint parked                # reads no more: it is to move to another worker
+    cdef bint secure                # over TLS, which has no half-closed connections
+    cdef readonly int access
+    cdef Py_ssize_t strange         # requests before it may do anything
+    cdef bint heard, owes           # since the last sweep: bytes came; written and perhaps not sent
+    cdef int64_t sent, mark         # bytes written so far; and when they were all owed at mark_s
+    cdef int64_t heard_s, held_s, mark_s, made_s
+    cdef object peer
+    cdef Py_ssize_t scan_bytes      # of the message that is handled
+    cdef bytes carried              # what its last worker had read of a message
     cdef int hold(self, const uint8_t *data, size_t size) except -1
+    cdef int drop_buffer(self, mp_out *buffer) except -1
+    cdef int count_peer(self) except -1
+    cdef int check_access(self, const mp_value *method) except -1
+    cdef int authenticate(self, const uint8_t *params, uint32_t msgid, int flags) except -1
+    cdef int shed(self, uint32_t msgid, int flags) except -1
     cdef int drop_held(self, size_t size) except -1
     cdef size_t take(self, const uint8_t *data, size_t size) except? 0
     cdef int refuse(self, str code, str reason) except -1

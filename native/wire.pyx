@@ -5,7 +5,7 @@ of features), values going straight into the batch's `Columns`. server/batcher.p
 calls `reply`, which writes every request's rows into its connection's output. The `Router` is what connections share.
 
 Everything runs in the loop's thread with the GIL held. wire_decode.pxi reads columns, wire_encode.pxi writes arrays,
-wire_connection.pxi is the protocol, wire_options.pxi its options.
+wire_connection.pxi is the protocol, wire_options.pxi its options, wire_guard.pxi its limits.
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
@@ -27,7 +27,10 @@ from shorttail._native.columns import (
     empty_column, finish_error, string_too_long, too_many_rows, unknown_column, wrong_type,
 )
 from shorttail.config import LIMITS
-from shorttail.errors import DeadlineExceeded, Internal, InvalidArgument, NotFound, ResourceExhausted, ShorttailError
+from shorttail.errors import (
+    DeadlineExceeded, Internal, InvalidArgument, NotFound, PermissionDenied, ResourceExhausted, ShorttailError,
+    Unauthenticated,
+)
 
 cnp.import_array()
 
@@ -76,7 +79,7 @@ cdef class Route:
             return False
         if memcmp(PyBytes_AS_STRING(self.key), key, size) != 0:
             return False
-        return version == self.asked or (self.asked < 0 and version == self.version)
+        return version == self.asked or (self.asked < 0 and version == self.version and self.canary is None)
 
     cdef int describe(self, list output_names) except -1:
         """Make the constant bytes of replies. Done at the first result: only that knows the outputs' names."""
@@ -131,6 +134,7 @@ cdef class Batch:
             entry.connection = <PyObject *>connection
             Py_INCREF(connection)
             connection.in_flight += 1
+            connection.router.in_flight += 1
         self.has_deadlines |= options.deadline_ns != 0
         self.n_requests += 1
         return 0
@@ -139,6 +143,7 @@ cdef class Batch:
         """A request has its answer, or nobody waits for one."""
         if request.connection is not NULL:
             (<Connection>request.connection).in_flight -= 1
+            (<Connection>request.connection).router.in_flight -= 1
             Py_DECREF(<object>request.connection)
             request.connection = NULL
         request.flags = 0
@@ -149,23 +154,27 @@ cdef class Batch:
         cdef Columns columns = self.columns
         cdef column_t *col
         cdef int c
+        _count_out(self)
         self.n_requests = 0
         self.has_deadlines = False
+        if self.keep:
+            return 0
         columns.reset()
         for c in range(columns.n_columns):
             col = &columns.col[c]
             if col.data_cap > KEPT_BYTES or col.row_cap * 8 * (col.width if col.kind == KIND_VEC else 1) > KEPT_BYTES:
                 return 0
-        if self.route.spare is None:
+        if self.route.spare is None and not self.route.stale:
             self.route.spare = self
         return 0
 
     def wanted(self):
         """Answer what is past its deadline, forget what has no reader left. Returns how many requests remain."""
         cdef Py_ssize_t i, remain = 0
-        cdef int64_t now_ns = _now_ns() if self.has_deadlines else 0
+        cdef int64_t now_ns = _now_ns()
         cdef request_t *entry
         cdef Connection connection
+        self.started_ns = now_ns
         for i in range(self.n_requests):
             entry = &self.request[i]
             if entry.connection is NULL:
@@ -176,12 +185,19 @@ cdef class Batch:
                 self.forget(entry)
             elif entry.deadline_ns and entry.deadline_ns <= now_ns:
                 connection.put_error(entry.msgid, "DEADLINE_EXCEEDED", "the deadline passed while the request waited")
+                _count_errors(connection.router, _method_of(self.route), self.route.plan.model, "DEADLINE_EXCEEDED", 1,
+                              entry.msgid, "the deadline passed while the request waited")
                 self.forget(entry)
             else:
                 remain += 1
+        self.waiting = remain
         if remain == 0:
             self.recycle()
         return remain
+
+    def leave_loop(self):
+        """It runs outside the loop, and no other route waits for it. Called between `wanted` and `reply`."""
+        _leave_loop(self)
 
     def fail(self, str code, str message):
         """Answer every request that has no answer yet with this error."""
@@ -191,6 +207,8 @@ cdef class Batch:
             entry = &self.request[i]
             if entry.connection is not NULL:
                 (<Connection>entry.connection).put_error(entry.msgid, code, message)
+                _count_errors((<Connection>entry.connection).router, _method_of(self.route), self.route.plan.model,
+                              code, 1, entry.msgid, message)
                 self.forget(entry)
         self.recycle()
 
@@ -295,6 +313,14 @@ cdef class Router:
         self.run = self.flush
         self.fault = None
         self.forward = None
+        self.access = ACCESS_ADMIN
+        self.auth = None
+        self.peers = {}
+        self.errors = {}
+        self.sweeping = []
+        self.idle_deadline_s = self.frame_deadline_s = self.write_deadline_s = self.auth_deadline_s = 1 << 40
+        self.target_ns = self.burst_ns = self.interval_ns = 1e18    # any amount of work is welcome
+        self.calm_ns = _now_ns()
 
     cdef int wake(self) except -1:
         if not self.awake:
@@ -303,14 +329,26 @@ cdef class Router:
         return 0
 
     def take(self):
-        """The batches that wait, in the order in which they were opened. They take no more requests."""
+        """The batches that wait, in the order in which they were opened. They take no more requests.
+
+        Those of a route that is busy stay, and take what comes until it no longer is.
+        """
         cdef Batch batch
-        batches = self.pending
+        taken, waiting = [], self.pending
         self.pending = []
-        for batch in batches:
+        for batch in waiting:
+            if batch.route.busy:
+                self.pending.append(batch)
+                continue
             if batch.route.open is batch:
                 batch.route.open = None
-        return batches
+            taken.append(batch)
+        return taken
+
+    def resume(self, Route route not None):
+        """A route is busy no more: `run` is called for what waited for it."""
+        route.busy = False
+        self.wake()
 
     def flush(self):
         """Write what connections owe their peers: one write each. Ends the turn."""
@@ -320,14 +358,47 @@ cdef class Router:
         self.awake = False
         for connection in touched:
             connection.write_out()
+        _end_turn(self)
+
+    def sweep(self, int64_t now_s):
+        """Cut connections that are past a deadline. Call it a few times a second; each is looked at once a second.
+
+        now_s: seconds of any clock that only goes forward, above 0.
+        """
+        cdef Py_ssize_t n
+        if not self.sweeping and now_s != self.swept_s:
+            self.sweeping = list(self.connections)
+            self.swept_s = now_s
+        for n in range(min(SWEEP_CONNECTIONS, len(self.sweeping))):
+            _look_at(self.sweeping.pop(), now_s, self)
 
     def forget_plans(self):
-        """The catalog changed: find every plan anew. Batches that wait run by the plan they were parsed for."""
+        """The catalog changed: find every plan anew. Batches that wait run by the plan they were parsed for.
+
+        Nothing else may keep a route and with it a model: neither a connection that is silent nor a spare batch.
+        """
+        cdef Route route
+        cdef Connection connection
+        for routes in (self.models, self.features):
+            for route in routes.values():
+                _count_shed(self, route)
+                route.stale = True
+                route.spare = None
+                if route.open is not None and route.open.n_requests == 0:
+                    route.open = None
+            routes.clear()
+        for connection in self.connections:
+            connection.last = None
+
+    def take_errors(self):
+        """{(method, model, code): [requests, last msgid or -1, last message]} since this was last asked."""
         cdef Route route
         for routes in (self.models, self.features):
             for route in routes.values():
-                route.stale = True
-            routes.clear()
+                _count_shed(self, route)
+        errors = self.errors
+        self.errors = {}
+        return errors
 
     cdef Route model_route(self, const uint8_t *name, Py_ssize_t size, int64_t version):
         cdef Route route
@@ -337,6 +408,11 @@ cdef class Router:
         if route is None:
             plan = self.engine.plan_for_model(name_bytes.decode("utf-8", "replace"), None if version < 0 else version)
             route = Route(plan, name_bytes, version)
+            if version < 0 and plan.split is not None:
+                route.split_below = plan.split.below
+                route.split_salt = plan.split.salt
+                route.split_columns = plan.split.columns
+                route.canary = self.model_route(name, size, plan.split.version)
             self.models[key] = route
         return route
 
@@ -358,6 +434,8 @@ cdef class Router:
 
 
 include "wire_options.pxi"
+include "wire_guard.pxi"
+include "wire_counts.pxi"
 include "wire_connection.pxi"
 
 

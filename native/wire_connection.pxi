@@ -23,11 +23,19 @@ cdef tuple _scan_error(int found):
     return "RESOURCE_EXHAUSTED", f"a message of more than {LIMITS.declared_elements} elements; send it in parts"
 
 
-cdef class Connection:
-    """Connection(router): an asyncio protocol for one peer."""
+cdef tuple _stranger_error(int found):
+    if found == MP_TOO_LONG or found == MP_TOO_MANY:
+        return "UNAUTHENTICATED", f"a message of more than {LIMITS.stranger_frame_bytes} bytes or 64 elements before `auth`"
+    return _scan_error(found)
 
-    def __cinit__(self, Router router):
+
+cdef class Connection:
+    """Connection(router, secure=False): an asyncio protocol for one peer. secure: the transport is TLS."""
+
+    def __cinit__(self, Router router, bint secure=False):
         self.router = router
+        self.secure = secure
+        self.access = router.access
         mp_scan_reset(&self.scan)
 
     def __dealloc__(self):
@@ -40,19 +48,57 @@ cdef class Connection:
         self.transport = transport
         transport.set_write_buffer_limits(high=LIMITS.output_high_water_bytes, low=LIMITS.output_low_water_bytes)
         self.router.connections.add(self)
+        self.router.accepted += 1
+        if self.router.max_connections or self.router.max_peer_connections:
+            self.count_peer()
+        if self.carried is not None:
+            carried, self.carried = self.carried, None
+            self.data_received(carried)
 
     def connection_lost(self, error):
         self.state = GONE
         self.transport = None
+        # A peer that never reads has its memory given back here, not when the last reference goes.
+        self.drop_buffer(&self.out)
+        self.drop_buffer(&self.held)
         self.router.connections.discard(self)
+        if self.peer is not None:
+            self.router.peers[self.peer] -= 1
+            if self.router.peers[self.peer] == 0:
+                del self.router.peers[self.peer]
+
+    cdef int drop_buffer(self, mp_out *buffer) except -1:
+        free(buffer.data)
+        memset(buffer, 0, sizeof(mp_out))
+        return 0
+
+    cdef int count_peer(self) except -1:
+        """Refuse this connection if it is one too many, in all or from its address."""
+        cdef Router router = self.router
+        address = self.transport.get_extra_info("peername")
+        if isinstance(address, tuple):  # of a Unix socket it is text, and its peers are all on this machine
+            self.peer = address[0]
+            router.peers[self.peer] = router.peers.get(self.peer, 0) + 1
+            if router.max_peer_connections and router.peers[self.peer] > router.max_peer_connections:
+                router.refused += 1
+                return self.refuse("RESOURCE_EXHAUSTED", f"more than {router.max_peer_connections} connections from one address; close some")
+        if router.max_connections and len(router.connections) > router.max_connections:
+            router.refused += 1
+            return self.refuse("RESOURCE_EXHAUSTED", f"more than {router.max_connections} connections; come back later")
+        return 0
 
     def data_received(self, bytes data not None):
         cdef const uint8_t *p = <const uint8_t *>PyBytes_AS_STRING(data)
         cdef size_t size = PyBytes_GET_SIZE(data)
         cdef size_t taken
+        self.heard = True
+        self.router.received_bytes += size
+        if not self.router.awake:
+            _begin_turn(self.router)
         if self.held.size == 0:
             taken = self.take(p, size)
             if taken < size:
+                self.held_s = 0
                 self.hold(p + taken, size - taken)
         elif self.state == OPEN:
             self.hold(p, size)
@@ -62,8 +108,44 @@ cdef class Connection:
         """The peer sends no more. True keeps the connection until what it is owed is written."""
         if self.state < LINGERING:
             self.state = ENDING
-            return bool(self.in_flight or self.touched)
+            return not self.secure and bool(self.in_flight or self.touched)
         return False
+
+    def carry(self, bytes held not None, int access):
+        """Go on where another worker left off. held: what it had read of a message. Call it before connection_made."""
+        self.carried = held or None
+        self.access = access
+
+    def fileno(self):
+        """The socket's file descriptor. Raises OSError when the connection is gone."""
+        if self.transport is None:
+            raise OSError("the connection is gone")
+        return self.transport.get_extra_info("socket").fileno()
+
+    @property
+    def stays(self):
+        """Whether it can never move to another worker: over TLS, or ending."""
+        return self.state != OPEN or self.secure
+
+    def park(self, Py_ssize_t most):
+        """Read no more, unless this connection has to end here: over TLS, ending, or in a message of over `most` bytes.
+
+        Returns whether it is parked.
+        """
+        if self.state != OPEN or self.secure or self.transport is None or self.held.size > <size_t>most:
+            return False
+        if not self.parked:
+            self.parked = True
+            self.transport.pause_reading()
+        return True
+
+    def quiet(self, Py_ssize_t most):
+        """What has been read of a message, if nothing else is under way and it is at most so many bytes; else None."""
+        if (self.state != OPEN or self.in_flight or self.touched or self.out.size or self.secure
+                or self.held.size > <size_t>most or self.transport is None
+                or self.transport.get_write_buffer_size()):
+            return None
+        return PyBytes_FromStringAndSize(<const char *>self.held.data, self.held.size)
 
     def pause_writing(self):
         self.paused = True
@@ -72,7 +154,7 @@ cdef class Connection:
 
     def resume_writing(self):
         self.paused = False
-        if not self.transport.is_closing():
+        if not self.parked and not self.transport.is_closing():
             self.transport.resume_reading()
 
     def finish(self):
@@ -95,6 +177,8 @@ cdef class Connection:
         return 0
 
     cdef int drop_held(self, size_t size) except -1:
+        if size:
+            self.held_s = 0     # what is left is of another message, whose time begins anew
         self.held.size -= size
         if self.held.size:
             memmove(self.held.data, self.held.data + size, self.held.size)
@@ -109,14 +193,15 @@ cdef class Connection:
         cdef size_t length
         cdef int found
         while start < size and self.state == OPEN:
-            found = mp_scan_on(&self.scan, data + start, size - start, &MESSAGE)
+            found = mp_scan_on(&self.scan, data + start, size - start, &MESSAGE if self.access else &STRANGER)
             if found == MP_MORE:
                 return start
             if found != MP_WHOLE:
-                code, reason = _scan_error(found)
+                code, reason = _scan_error(found) if self.access else _stranger_error(found)
                 self.refuse(code, reason)
                 break
             length = self.scan.position
+            self.scan_bytes = length
             mp_scan_reset(&self.scan)
             self.message(data + start)
             start += length
@@ -147,17 +232,21 @@ cdef class Connection:
             flags = SILENT
         else:
             return self.refuse("INVALID_ARGUMENT", NOT_RPC)
+        self.asked = None
+        method.kind = MP_NIL
         try:
             p = mp_read(p, &method)
             if method.kind != MP_STR:
                 raise InvalidArgument("method must be a string")
             self.call(&method, p, msgid, flags)
         except ShorttailError as error:
+            _count_failed(self, &method, error.code, msgid, error.message)
             if not flags & SILENT:
                 self.put_error(msgid, error.code, error.message)
         except Exception as error:
             if self.router.fault is not None:
                 self.router.fault(error)
+            _count_failed(self, &method, "INTERNAL", msgid, type(error).__name__)
             if not flags & SILENT:
                 self.put_error(msgid, "INTERNAL", f"{type(error).__name__} while reading the request")
         return 0
@@ -167,6 +256,10 @@ cdef class Connection:
         cdef const uint8_t *p = mp_read(params, &v)
         if v.kind != MP_ARRAY:
             raise InvalidArgument(f"params of {_text(method)!r} must be an array")
+        if self.access < ACCESS_ADMIN:
+            self.check_access(method)
+        if self.router.auth is not None and _is(method, b"auth", 4):
+            return self.authenticate(params, msgid, flags)
         if _is(method, b"predict", 7):
             return self.predict(p, v.size, msgid, flags)
         if _is(method, b"get_online_features", 19):
@@ -175,13 +268,45 @@ cdef class Connection:
             return self.hand_on(_text(method), params, msgid, flags)
         return self.handle(_text(method), params, msgid, flags)
 
+    cdef int check_access(self, const mp_value *method) except -1:
+        if self.access == ACCESS_NONE:
+            self.strange += 1
+            if self.strange > STRANGER_REQUESTS:
+                self.state = REFUSED
+                raise Unauthenticated(f"{STRANGER_REQUESTS} requests came before the right token; connect again")
+            if not (_is(method, b"auth", 4) or _is(method, b"ping", 4)):
+                raise Unauthenticated("this server wants a token: call `auth` with it first")
+        elif _is(method, b"push", 4) or _is(method, b"delete", 6):
+            raise PermissionDenied(f"{_text(method)} needs the admin token; this connection has shown the serve token")
+        return 0
+
+    cdef int authenticate(self, const uint8_t *params, uint32_t msgid, int flags) except -1:
+        cdef int access = self.router.auth(_as_python(params))
+        self.access = max(self.access, access)
+        if flags & SILENT:
+            return 0
+        _need(&self.out, 16)
+        mp_put_raw(&self.out, <const uint8_t *>b"\x94\x01", 2)
+        mp_put_int(&self.out, msgid)
+        mp_put_raw(&self.out, <const uint8_t *>b"\xC0\xC3", 2)
+        return self.touch()
+
+    cdef int shed(self, uint32_t msgid, int flags) except -1:
+        """Refuse a request for want of time. Cheap: no exception, nothing is packed."""
+        self.router.shed += 1
+        if flags & SILENT:
+            return 0
+        _need(&self.out, 16)
+        mp_put_raw(&self.out, <const uint8_t *>b"\x94\x01", 2)
+        mp_put_int(&self.out, msgid)
+        _put_bytes(&self.out, SHED)
+        return self.touch()
+
     cdef int predict(self, const uint8_t *p, uint32_t n, uint32_t msgid, int flags) except -1:
         cdef mp_value model, columns
         cdef options_t options
         cdef const uint8_t *map_at = p
-        options.flags = flags
-        options.deadline_ns = 0
-        options.version = -1
+        _no_options(&options, flags, self.router)
         model.kind = columns.kind = MP_NIL
         if 2 <= n <= 3:
             map_at = mp_read(p, &model)
@@ -193,15 +318,14 @@ cdef class Connection:
             _read_options(mp_skip(map_at), PREDICT_OPTIONS, &options)
         if self.last is None or not self.last.leads_from(False, model.body, model.size, options.version):
             self.last = self.router.model_route(model.body, model.size, options.version)
+        self.asked = self.last
         return self.enqueue(self.last, map_at, msgid, &options)
 
     cdef int get_online_features(self, const uint8_t *p, uint32_t n, uint32_t msgid, int flags) except -1:
         cdef mp_value refs, columns
         cdef options_t options
         cdef const uint8_t *map_at = p
-        options.flags = flags
-        options.deadline_ns = 0
-        options.version = -1
+        _no_options(&options, flags, self.router)
         refs.kind = columns.kind = MP_NIL
         if 2 <= n <= 3:
             mp_read(p, &refs)
@@ -220,6 +344,12 @@ cdef class Connection:
         """Read the columns into the route's open batch."""
         cdef Batch batch = route.open
         cdef Py_ssize_t rows
+        if not _is_admitted(self.router, route, options.priority):
+            route.shed += 1
+            return self.shed(msgid, options.flags)
+        if self.in_flight >= CONNECTION_REQUESTS:
+            raise ResourceExhausted(f"{self.in_flight} requests of this connection are in flight; "
+                                    f"wait for their answers, then send it again")
         if batch is None:
             batch = route.spare
             route.spare = None
@@ -227,8 +357,14 @@ cdef class Connection:
                 batch = Batch(route, route.plan.new_columns())
             route.open = batch
         rows = _read_columns(batch.columns, route.names, columns)
+        if route.canary is not None and rows and batch.columns.hash_values(
+                batch.columns.n_rows - rows, route.split_columns, route.split_salt) < route.split_below:
+            batch.columns.drop_last(rows)
+            return self.enqueue(route.canary, columns, msgid, options)
         batch.add(self, msgid, options, rows)
+        _count_in(self.router, batch, rows, self.scan_bytes)
         if batch.n_requests == 1:
+            batch.opened_ns = self.router.turn_ns
             self.router.pending.append(batch)
             self.router.wake()
         if batch.columns.n_rows >= BATCH_ROWS:
@@ -242,8 +378,7 @@ cdef class Connection:
         cdef const uint8_t *map_at
         cdef const uint8_t *p = mp_read(params, &v)
         cdef uint32_t n = v.size
-        options.flags = flags
-        options.deadline_ns = 0
+        _no_options(&options, flags, self.router)
         columns.kind = MP_NIL
         if 2 <= n <= 3:
             map_at = mp_read(p, &view)
@@ -261,12 +396,14 @@ cdef class Connection:
         self.router.forward(None if silent else self, msgid, method, data, options.deadline_ns)
         if not silent:
             self.in_flight += 1
+            self.router.in_flight += 1
             self.forwarded += 1
         return 0
 
     def relay(self, uint32_t msgid, bytes outcome not None):
         """Answer what was handed on. outcome: the MessagePack of its error and then of its result."""
         self.in_flight -= 1
+        self.router.in_flight -= 1
         self.forwarded -= 1
         if self.state == GONE:
             return
@@ -324,6 +461,9 @@ cdef class Connection:
             data = PyBytes_FromStringAndSize(<const char *>self.out.data, self.out.size)
             self.out.size = 0
             self.transport.write(data)
+            self.sent += PyBytes_GET_SIZE(data)
+            self.router.sent_bytes += PyBytes_GET_SIZE(data)
+            self.owes = True
         if self.out.capacity > <size_t>KEPT_BYTES:
             free(self.out.data)
             memset(&self.out, 0, sizeof(mp_out))
@@ -339,6 +479,9 @@ cdef class Connection:
             self.transport.close()
         elif self.state == REFUSED:
             self.state = LINGERING
+            if self.secure:
+                self.transport.close()
+                return 0
             self.transport.write_eof()
             self.router.loop.call_later(LINGER_S, self.transport.abort)
         return 0

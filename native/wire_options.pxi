@@ -2,7 +2,7 @@
 
 cdef enum:  # what a method takes besides deadline_ms
     WRITE_OPTIONS = 0
-    FEATURES_OPTIONS = 1    # encoding
+    FEATURES_OPTIONS = 1    # encoding, priority
     PREDICT_OPTIONS = 3     # encoding, statuses, version
 
 
@@ -12,6 +12,15 @@ cdef str _text(const mp_value *v):
 
 cdef bint _is(const mp_value *v, const char *text, uint32_t size) noexcept:
     return v.size == size and memcmp(v.body, text, size) == 0
+
+
+cdef int _no_options(options_t *options, int flags, Router router) except -1:
+    options.flags = flags
+    options.priority = 1
+    options.arrived_ns = router.arrived_ns
+    options.deadline_ns = 0
+    options.version = -1
+    return 0
 
 
 cdef int _read_options(const uint8_t *p, int takes, options_t *options) except -1:
@@ -42,7 +51,11 @@ cdef const uint8_t *_read_option(const mp_value *name, const uint8_t *p, int tak
         milliseconds = v.number.f if v.kind == MP_FLOAT else <double>v.number.i
         if milliseconds <= 0:
             raise DeadlineExceeded(f"deadline_ms {milliseconds:g}: the deadline had passed when the request came")
-        options.deadline_ns = _now_ns() + <int64_t>(min(milliseconds, 1e9) * 1e6)
+        options.deadline_ns = options.arrived_ns + <int64_t>(min(milliseconds, 1e9) * 1e6)
+    elif _is(name, b"priority", 8) and takes >= FEATURES_OPTIONS:
+        if v.kind != MP_INT or not 0 <= v.number.i <= 2:
+            raise InvalidArgument(f"option 'priority' must be 0, 1 or 2; got {_as_python(p)!r}")
+        options.priority = <int>v.number.i
     elif _is(name, b"encoding", 8) and takes >= FEATURES_OPTIONS:
         if v.kind == MP_STR and _is(&v, b"tensor", 6):
             options.flags |= AS_TENSORS
@@ -58,6 +71,6 @@ cdef const uint8_t *_read_option(const mp_value *name, const uint8_t *p, int tak
         if v.number.i:
             options.flags |= WANTS_STATUSES
     else:
-        known = ["deadline_ms", "deadline_ms, encoding", "", "deadline_ms, encoding, statuses, version"][takes]
+        known = ["deadline_ms", "deadline_ms, encoding, priority", "", "deadline_ms, encoding, priority, statuses, version"][takes]
         raise InvalidArgument(f"unknown option {_text(name)!r}; options: {known}")
     return end

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import select
 import socket
+import ssl
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
@@ -113,6 +114,16 @@ def left(end: float) -> float:
 
 def is_idle(connection: socket.socket) -> bool:
     """False when the server closed it since the last call, or sent what nobody asked for: do not use it again."""
+    if isinstance(connection, ssl.SSLSocket):
+        # TLS has messages of its own, such as session tickets: only reading tells them from data.
+        connection.setblocking(False)
+        try:
+            connection.recv(1)
+        except ssl.SSLWantReadError:
+            return True
+        except OSError:
+            pass
+        return False
     poll = select.poll()  # select.select refuses file descriptors above 1023
     poll.register(connection, select.POLLIN)
     return not poll.poll(0)
@@ -120,6 +131,10 @@ def is_idle(connection: socket.socket) -> bool:
 
 def reason(error: OSError) -> str:
     """What the system says, without numbers: "connection refused"."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its certificate is not trusted: {error.verify_message}"
+    if isinstance(error, ssl.SSLError):
+        return f"TLS: {(error.reason or 'failed').lower().replace('_', ' ')}"
     if isinstance(error, TimeoutError):
         return "timed out"
     if error.errno is not None and error.errno > 0:
@@ -130,6 +145,8 @@ def reason(error: OSError) -> str:
 def raise_no_server(address: Address, error: OSError) -> NoReturn:
     if isinstance(error, socket.gaierror):
         raise Unavailable(f"no server at {address}: cannot resolve {address.host!r}: {reason(error)}") from None
+    if isinstance(error, ssl.SSLError):
+        raise Unavailable(f"no secure connection to {address}: {reason(error)}") from None
     raise Unavailable(
         f"no server at {address}: {reason(error)}; start one with `shorttail serve --store STORE`"
     ) from None

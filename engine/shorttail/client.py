@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, cast
 
-from shorttail import calls, protocol
+from shorttail import calls, credentials, protocol
+from shorttail.credentials import TLS
 from shorttail.errors import DeadlineExceeded, Internal, ShorttailError, Unavailable
 from shorttail.protocol import Address
 from shorttail.results import Features, Prediction
@@ -24,7 +25,9 @@ class Client:
     """A blocking client with one connection, which threads may share: calls take turns.
 
     address: "host:port", ":port" or "unix:/path". Connects at the first call, and again at the next call after a
-    failure. timeout_s bounds connecting and each call; a call may give less by deadline_ms.
+    failure. timeout_s bounds connecting and each call; a call may give less by deadline_ms. token: shown to the server
+    at each connecting. tls: an ssl.SSLContext, the path of a CA's certificate, or True for the CAs of this machine; of
+    a TCP address only.
 
         with st.Client("127.0.0.1:7711") as client:
             p = client.predict("fraud", {"user_id": [1, 2, 3], "amount": [9.5, 1.0, 700.0]})
@@ -33,9 +36,11 @@ class Client:
     shorttail.errors.
     """
 
-    def __init__(self, address: str, *, timeout_s: float = 5.0):
+    def __init__(self, address: str, *, timeout_s: float = 5.0, token: str | None = None, tls: TLS = None):
         self.address = protocol.parse_address(address)
         self.timeout_s = calls.check_timeout(timeout_s)
+        self._token = token
+        self._tls = credentials.client_context(tls)
         self._lock = threading.Lock()
         self._socket: socket.socket | None = None
         self._unpacker = protocol.new_unpacker()
@@ -123,7 +128,10 @@ class Client:
 
     def _exchange(self, request: bytes, method: str, wait_s: float, end: float) -> Any:
         """Send a request and return the first message that comes back."""
-        connection = self._connected(end)
+        connection = self._connected(end, method, wait_s)
+        return self._send(connection, request, method, wait_s, end)
+
+    def _send(self, connection: socket.socket, request: bytes, method: str, wait_s: float, end: float) -> Any:
         try:
             connection.settimeout(calls.left(end))
             connection.sendall(request)
@@ -144,7 +152,7 @@ class Client:
         except protocol.UNPACK_ERRORS as error:
             raise Internal(f"{method}: {self.address} sent what is not MessagePack: {error}") from None
 
-    def _connected(self, end: float) -> socket.socket:
+    def _connected(self, end: float, method: str, wait_s: float) -> socket.socket:
         if self._socket is not None and calls.is_idle(self._socket):
             return self._socket
         self._disconnect()
@@ -153,6 +161,7 @@ class Client:
             if path is None:
                 connection = socket.create_connection((self.address.host, self.address.port), calls.left(end))
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                connection = credentials.secured(connection, self._tls, self.address, calls.left(end))
             else:
                 connection = socket.socket(socket.AF_UNIX)
                 try:
@@ -164,6 +173,12 @@ class Client:
         except OSError as error:
             calls.raise_no_server(self.address, error)
         self._socket = connection
+        if self._token is not None:
+            msgid = next(self._msgids) % protocol.MSGID_LIMIT
+            request = protocol.pack_request(msgid, "auth", [self._token])
+            _, refusal, _ = protocol.read_response(self._send(connection, request, method, wait_s, end))
+            if refusal is not None:
+                raise refusal
         return connection
 
     def _disconnect(self) -> None:
@@ -179,22 +194,24 @@ class AsyncClient:
         async with await st.AsyncClient.connect("127.0.0.1:7711") as client:
             predictions = await asyncio.gather(*(client.predict("fraud", row) for row in rows))
 
-    Connects again at the next call after a failure. For use in the event loop that it was connected in. Errors are
-    those of Client.
+    Connects again at the next call after a failure. For use in the event loop that it was connected in. token, tls and
+    errors are those of Client.
     """
 
-    def __init__(self, address: str, *, timeout_s: float = 5.0):
+    def __init__(self, address: str, *, timeout_s: float = 5.0, token: str | None = None, tls: TLS = None):
         self.address = protocol.parse_address(address)
         self.timeout_s = calls.check_timeout(timeout_s)
+        self._token = token
+        self._tls = credentials.client_context(tls)
         self._connection: _Connection | None = None
         self._connecting = asyncio.Lock()
         self._msgids = itertools.count()
         self._closed = False
 
     @classmethod
-    async def connect(cls, address: str, *, timeout_s: float = 5.0) -> Self:
+    async def connect(cls, address: str, *, timeout_s: float = 5.0, token: str | None = None, tls: TLS = None) -> Self:
         """A connected client. Raises Unavailable when there is no server at `address`."""
-        client = cls(address, timeout_s=timeout_s)
+        client = cls(address, timeout_s=timeout_s, token=token, tls=tls)
         await client._connected()
         return client
 
@@ -275,12 +292,26 @@ class AsyncClient:
             try:
                 async with asyncio.timeout(self.timeout_s):
                     if self.address.path is None:
-                        _, self._connection = await loop.create_connection(new, self.address.host, self.address.port)
+                        host, port = self.address.host, self.address.port
+                        _, connection = await loop.create_connection(new, host, port, ssl=self._tls)
                     else:
-                        _, self._connection = await loop.create_unix_connection(new, self.address.path)
+                        _, connection = await loop.create_unix_connection(new, self.address.path)
             except OSError as error:
                 calls.raise_no_server(self.address, error)
-            return self._connection
+            await self._authenticate(connection)
+            self._connection = connection
+            return connection
+
+    async def _authenticate(self, connection: _Connection) -> None:
+        if self._token is None:
+            return
+        msgid = next(self._msgids) % protocol.MSGID_LIMIT
+        request = protocol.pack_request(msgid, "auth", [self._token])
+        try:
+            await connection.call(msgid, "auth", request, self.timeout_s)
+        except BaseException:
+            connection.lose("the server did not take the token")
+            raise
 
 
 class _Connection(asyncio.Protocol):

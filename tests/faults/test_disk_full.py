@@ -102,7 +102,7 @@ def test_threads_look_up_while_the_disk_is_full(zygote: Zygote, tmp_path: Path) 
     workload.create(path)
     found = zygote.start("survive_in_threads", path=str(path), seed=seed, n_steps=100).result()
     assert found["failures"] > 20
-    assert found["unknown"] > 2
+    assert found["unknown"] > 0
     assert found["lookups"] > 0
 
 

@@ -69,8 +69,8 @@ def test_random_kills(zygote: Zygote, tmp_path: Path) -> None:
             dead(reader)
         assert workload.step_seen(workload.look_up_all(store)) == step
         assert seen > CYCLES / 2, "the readers did read"
-        # Readers that lag pin some pages; it must not add up.
-        assert pages(store) < 3 * usual_pages, f"{pages(store)} pages, from {usual_pages}"
+        # Readers that lag pin pages, for as long as they do; one that is dead and not noticed would for ever.
+        assert pages(store) < 10 * usual_pages, f"{pages(store)} pages, from {usual_pages}"
     assert zygote.start("check", path=str(path)).result()["seen"] == step
     assert verify(path).problems == []
 

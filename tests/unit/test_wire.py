@@ -322,14 +322,26 @@ class FakeEngine:
         self.compiled.append((name, version))
         names, dtypes = ("key", "amount"), (Int64, Float64)
         return FakePlan(kind="predict", model=name, version=version or 2, names=names, dtypes=dtypes,
-                        view_names=("stats",), feature_names=(), has_default=())  # fmt: skip
+                        view_names=("stats",), feature_names=(), has_default=(),
+                        runner=None, split=None, shadow=None)  # fmt: skip
 
     def plan_for_features(self, references):
         self.compiled.append(references)
         if "v:none" in references:
             raise NotFound("unknown feature 'v:none'")
         return FakePlan(kind="features", model="", version=0, names=("key",), dtypes=(Int64,), view_names=("v",),
-                        feature_names=references, has_default=tuple(r == "v:given" for r in references))  # fmt: skip
+                        feature_names=references, has_default=tuple(r == "v:given" for r in references),
+                        runner=None, split=None, shadow=None)  # fmt: skip
+
+    @property
+    def plans_version(self):
+        return self.store.catalog_version
+
+    def follow(self):
+        pass
+
+    def prepare(self, plan, columns):
+        return plan, self.run(plan, columns)
 
     def run(self, plan, columns):
         keys = columns.column("key")

@@ -25,9 +25,29 @@ def json_option(command: F) -> F:
 
 
 def source_options(command: F) -> F:
-    """--store or --server: who answers."""
+    """--store or --server: who answers. What a server wants to see is kept for connect()."""
+    for name, metavar, text in (
+        ("--tls-ca", "PEM", "Speak TLS to the server, whose certificate this CA has signed."),
+        ("--token-file", "FILE", "Show the server the token in this file."),
+    ):
+        command = click.option(name, metavar=metavar, help=text, expose_value=False, callback=_keep)(command)
     command = click.option("--server", metavar="ADDR", help="Ask a server: host:port or unix:/path.sock.")(command)
     return click.option("--store", metavar="STORE", help="Use a store in this process.")(command)
+
+
+def _keep(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
+    ctx.meta[f"shorttail.{param.name}"] = value
+
+
+def connect(server: str, timeout_s: float = 5.0) -> Client:
+    """A client with the credentials that the current command was given."""
+    from shorttail.client import Client
+    from shorttail.server.security import client_token
+
+    given = click.get_current_context().meta
+    token_file = given.get("shorttail.token_file")
+    token = None if token_file is None else client_token(token_file)
+    return Client(server, timeout_s=timeout_s, token=token, tls=given.get("shorttail.tls_ca"))
 
 
 @contextlib.contextmanager
@@ -53,10 +73,8 @@ def answerer(store: str | None, server: str | None) -> Iterator[Engine | Client]
         with Engine.open(store) as engine:
             yield engine
     else:
-        from shorttail.client import Client
-
         assert server is not None
-        with Client(server) as client:
+        with connect(server) as client:
             yield client
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from shorttail.cli.options import json_option, opened, progress_bar, source_options
+from shorttail.cli.options import connect, json_option, opened, progress_bar, source_options
 from shorttail.cli.values import parse_columns, print_json, rate
 from shorttail.config import LIMITS
 from shorttail.errors import InvalidArgument, NotFound, ShorttailError
@@ -111,10 +111,8 @@ def target(store: str | None, server: str | None) -> Iterator[RowsOfStore | Rows
         with opened(store) as found:
             yield RowsOfStore(found)
     else:
-        from shorttail.client import Client
-
         assert server is not None
-        with Client(server, timeout_s=TIMEOUT_S) as client:
+        with connect(server, TIMEOUT_S) as client:
             yield RowsOfServer(client)
 
 

@@ -8,6 +8,8 @@ import sys
 import traceback
 from collections import Counter
 
+from shorttail.monitor.logs import Format, line
+
 
 def one_line(error: BaseException) -> str:
     """The type and the first line of an exception."""
@@ -18,7 +20,8 @@ def one_line(error: BaseException) -> str:
 class FaultLog:
     """Unforeseen exceptions, counted as they come and written to stderr later: the loop does not wait."""
 
-    def __init__(self) -> None:
+    def __init__(self, form: Format = "text") -> None:
+        self.form = form
         self.seen: Counter[str] = Counter()
 
     def __call__(self, error: Exception) -> None:
@@ -29,6 +32,7 @@ class FaultLog:
 
     def write(self, loop: asyncio.AbstractEventLoop) -> None:
         if self.seen:
-            lines = [f"error: {text}" + (f" ({n} times)" if n > 1 else "") for text, n in self.seen.items()]
+            times = {text: f" ({n} times)" if n > 1 else "" for text, n in self.seen.items()}
+            lines = [line(self.form, "error", text + more, {}) for text, more in times.items()]
             self.seen.clear()
             loop.run_in_executor(None, lambda: print("\n".join(lines), file=sys.stderr, flush=True))

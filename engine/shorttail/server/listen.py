@@ -15,6 +15,8 @@ from types import TracebackType
 from typing import Final
 
 from shorttail.errors import InvalidArgument, ShorttailError, Unavailable
+from shorttail.server import systemd
+from shorttail.server.settings import Settings
 
 BACKLOG: Final = 1024
 UNIX_PATH_BYTES: Final = 100  # the system takes 107
@@ -23,15 +25,22 @@ UNIX_PATH_BYTES: Final = 100  # the system takes 107
 class Listeners:
     """A TCP socket and, if `uds` is given, a Unix socket. A context manager; leaving it closes them.
 
-    bind=False only checks the addresses. Raises InvalidArgument for an address that cannot be served, Unavailable
-    for one that is taken. `str()` shows where it listens.
+    Where systemd hands sockets over, those instead. bind=False only checks the addresses. Raises InvalidArgument for an
+    address that cannot be served, Unavailable for one that is taken. `str()` shows where it listens.
     """
 
-    def __init__(self, host: str, port: int, uds: str | Path | None, *, bind: bool = True):
+    def __init__(
+        self, host: str, port: int, uds: str | Path | None, settings: Settings | None = None, *, bind: bool = True
+    ):
+        settings = settings or Settings()
         self.sockets: list[socket.socket] = []
         self._names: list[str] = []
         self._uds: Path | None = None
-        family, address = _resolve(host, port)
+        inherited = systemd.inherited_sockets()
+        if inherited:
+            self._take(inherited, settings)
+            return
+        family, address = _resolve(host, port, settings)
         if not bind:
             return
         try:
@@ -39,12 +48,24 @@ class Listeners:
             bound = self.sockets[0].getsockname()[1]
             self._names.append(f"[{host}]:{bound}" if ":" in host else f"{host}:{bound}")
             if uds is not None:
-                self.sockets.append(_listen_unix(Path(uds)))
+                self.sockets.append(_listen_unix(Path(uds), settings.uds_mode))
                 self._uds = Path(uds)
                 self._names.append(f"unix:{uds}")
         except BaseException:
             self.close()
             raise
+
+    def _take(self, inherited: list[socket.socket], settings: Settings) -> None:
+        """Use sockets that listen already. Their owner removes the file of a Unix socket."""
+        self.sockets += inherited
+        for listener in inherited:
+            listener.setblocking(False)
+            name = listener.getsockname()
+            if listener.family == socket.AF_UNIX:
+                self._names.append(f"unix:{name}")
+            else:
+                _check_host(name[0], name[0], settings)
+                self._names.append(f"[{name[0]}]:{name[1]}" if ":" in name[0] else f"{name[0]}:{name[1]}")
 
     def __str__(self) -> str:
         first, *more = self._names
@@ -97,7 +118,17 @@ class WriterSocket:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def _resolve(host: str, port: int) -> tuple[socket.AddressFamily, tuple[object, ...]]:
+def listen_on(host: str, port: int, settings: Settings, *, bind: bool = True) -> tuple[socket.socket | None, str]:
+    """A listening TCP socket and its address to show; bind=False only checks the address. Raises as Listeners does."""
+    family, address = _resolve(host, port, settings)
+    if not bind:
+        return None, ""
+    listener = _listen_tcp(family, address, host, port)
+    bound = listener.getsockname()[1]
+    return listener, f"[{host}]:{bound}" if ":" in host else f"{host}:{bound}"
+
+
+def _resolve(host: str, port: int, settings: Settings) -> tuple[socket.AddressFamily, tuple[object, ...]]:
     if not 0 <= port <= 65535:
         raise InvalidArgument(f"port {port} is not a port; ports are 0 to 65535, 0 takes a free one")
     try:
@@ -107,12 +138,18 @@ def _resolve(host: str, port: int) -> tuple[socket.AddressFamily, tuple[object, 
     # IPv4 first: "localhost" is both, and most callers try 127.0.0.1.
     found.sort(key=lambda entry: entry[0] != socket.AF_INET)
     family, _, _, _, address = found[0]
-    if not ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback:
-        raise InvalidArgument(
-            f"host {host} is not a loopback address, and whoever can reach it would need a token, which this version "
-            f"does not have: serve on 127.0.0.1, and reach it from elsewhere through a proxy that authenticates"
-        )
+    _check_host(host, str(address[0]), settings)
     return family, address
+
+
+def _check_host(host: str, address: str, settings: Settings) -> None:
+    """Whoever can reach a server can read and write its store, unless he has to show who he is."""
+    if settings.authenticates or ipaddress.ip_address(address.partition("%")[0]).is_loopback:
+        return
+    raise InvalidArgument(
+        f"host {host} is not a loopback address, and whoever can reach it could read and write the store: "
+        f"give --token-file or --tls-client-ca, or serve on 127.0.0.1"
+    )
 
 
 def _listen_tcp(family: socket.AddressFamily, address: tuple[object, ...], host: str, port: int) -> socket.socket:
@@ -136,11 +173,13 @@ def _bind_error(error: OSError, host: str, port: int) -> ShorttailError:
     return InvalidArgument(f"cannot listen on {host} port {port}: {error.strerror}")
 
 
-def _listen_unix(path: Path) -> socket.socket:
+def _listen_unix(path: Path, mode: int) -> socket.socket:
+    """mode: of the socket's file; whoever may write to it may connect."""
     _remove_stale(path)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         listener.bind(os.fspath(path))
+        path.chmod(mode)  # before it listens: until then nobody can connect
         listener.listen(BACKLOG)
     except OSError as error:
         listener.close()

@@ -1,7 +1,8 @@
 """A worker: one process, one event loop, one engine. The supervisor starts it with its sockets already listening.
 
 It tells the supervisor that it is ready by one line of JSON on the control socket, and stops when told to (SIGTERM)
-or when that socket closes, which means that the supervisor is gone.
+or when that socket closes, which means that the supervisor is gone. Told to retire, on that socket, it hands its
+connections to the supervisor and ends: another worker goes on with them.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import gc
 import json
 import signal
 import socket
+import ssl
 import sys
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import uvloop
 
@@ -21,9 +23,15 @@ from shorttail._native.wire import Connection, Router
 from shorttail.config import LIMITS
 from shorttail.engine import Engine
 from shorttail.errors import InvalidArgument, ShorttailError
+from shorttail.server import guard, handover, security
 from shorttail.server.batcher import Batcher
 from shorttail.server.faults import FaultLog, one_line
+from shorttail.server.settings import Settings
+from shorttail.server.telemetry import Telemetry
 from shorttail.server.writer_link import WriterLink
+
+if TYPE_CHECKING:
+    from shorttail.server.http.app import HttpServer
 
 # A stopping worker reads on for this long, so that requests sent before it stopped listening are answered.
 LAST_READS_S: Final = 0.1
@@ -48,9 +56,8 @@ def handlers(engine: Engine) -> dict[str, Any]:
         return engine.views()
 
     def auth(params: list[Any]) -> bool:
-        if len(params) != 1 or not isinstance(params[0], str):
-            raise InvalidArgument("auth takes [token]")
-        return True  # this server listens on the loopback only and asks nobody for a token
+        security.auth_token(params)
+        return True  # without a token file the router asks nobody; with one it does not come here
 
     return {"models": models, "views": views, "ping": ping, "auth": auth}
 
@@ -60,9 +67,9 @@ def _no_params(method: str, params: list[Any]) -> None:
         raise InvalidArgument(f"{method} takes no params: []")
 
 
-def load(store: str, device: str) -> tuple[Engine, dict[str, Any]]:
+def load(store: str, device: str, pretouch: bool = False, lock_memory: bool = False) -> tuple[Engine, dict[str, Any]]:
     """Open the store and compile every model's plan, so that no request waits for it. Returns what is served."""
-    engine = Engine.open(store, device=device)
+    engine = Engine.open(store, device=device, pretouch=pretouch, lock_memory=lock_memory)
     models = engine.models()
     for model in models:
         engine.plan_for_model(model["name"])
@@ -74,26 +81,38 @@ def load(store: str, device: str) -> tuple[Engine, dict[str, Any]]:
 
 
 async def serve(
-    engine: Engine, listeners: list[socket.socket], control: socket.socket, served: dict[str, Any], writer: str
+    engine: Engine,
+    listeners: list[socket.socket],
+    control: socket.socket,
+    channel_end: socket.socket,
+    served: dict[str, Any],
+    writer: str,
+    settings: Settings,
+    telemetry: Telemetry,
+    http_listeners: list[socket.socket],
 ) -> None:
     """Answer requests until SIGTERM, or until the supervisor is gone; then finish what is in flight.
 
-    writer: the path of the writer's socket.
+    writer: the path of the writer's socket. channel_end: on which connections come from the supervisor.
     """
     loop = asyncio.get_running_loop()
-    faults = FaultLog()
+    faults = FaultLog(telemetry.log.form)
     router = Router(loop, engine, handlers(engine))
-    batcher = Batcher(router, engine, faults)
+    batcher = Batcher(router, engine, faults, telemetry)
+    engine.load_in_background(lambda: batcher.apart.tell(batcher.follow_catalog))
     link = WriterLink(writer, loop)
     router.forward = link.forward
-    stop = asyncio.Event()
+    guard.configure(router, settings)
+    tls = security.server_context(settings)
+    channel = handover.Channel(channel_end, loop, router, tls)
+    if settings.busy_poll_us:
+        guard.BusyPoll(loop, router, settings.busy_poll_us)
+    stop, retire = asyncio.Event(), asyncio.Event()
     loop.add_signal_handler(signal.SIGTERM, stop.set)
-    loop.add_reader(control, stop.set)  # nothing is ever sent: readable means closed
-
-    servers: list[asyncio.AbstractServer] = []
-    for listener in listeners:  # uvloop sets TCP_NODELAY on what it accepts
-        create: Any = loop.create_unix_server if listener.family == socket.AF_UNIX else loop.create_server
-        servers.append(await create(lambda: Connection(router), sock=listener, backlog=BACKLOG))
+    loop.add_reader(control, told, loop, control, stop, retire)
+    servers = [await listen(loop, listener, router, tls) for listener in listeners]
+    http = await serve_http(engine, http_listeners, telemetry, faults, settings, tls) if http_listeners else None
+    telemetry.watch_gc()
 
     async def housekeeping() -> None:
         while True:
@@ -101,22 +120,82 @@ async def serve(
             try:
                 engine.refresh(force=True)  # sees even the commit of a writer that was killed before it counted it
                 batcher.follow_catalog()
+                guard.sweep(router)
+                channel.report()
+                telemetry.tick(engine, router, link, http)
             except Exception as error:
                 faults(error)
             faults.write(loop)
+            telemetry.log.write(loop)
 
     tasks = [asyncio.create_task(housekeeping()), asyncio.create_task(link.run())]
     gc.collect()
     gc.freeze()  # what lives now lives for good: collections need not look at it
     control.sendall(json.dumps(served).encode() + b"\n")
     await stop.wait()
+    if http is not None:
+        http.drain()
     for server in servers:
         server.close()
-    await drain(router, link)
+    if retire.is_set():
+        await channel.hand_over_all(loop.time() + LIMITS.stop_grace_s / 2)
+    await asyncio.gather(drain(router, link), *([http.stop(LIMITS.stop_grace_s - STOP_MARGIN_S)] if http else []))
+    telemetry.tick(engine, router, link, http)
     for task in tasks:
         task.cancel()
+    batcher.close()
     link.close()
+    channel.close()
     faults.write(loop)
+    telemetry.log.write(loop)
+    telemetry.close()
+
+
+async def serve_http(
+    engine: Engine,
+    listeners: list[socket.socket],
+    telemetry: Telemetry,
+    faults: FaultLog,
+    settings: Settings,
+    tls: ssl.SSLContext | None,
+) -> HttpServer:
+    """Of the extra `http`: imported only here."""
+    from shorttail.server.http.app import HttpServer
+
+    access = security.Tokens.read(settings.token_file).access if settings.token_file else None
+    http = HttpServer(engine, telemetry.memory, telemetry.recorder, telemetry.log, faults, access)
+    await http.start(listeners, tls)
+    return http
+
+
+def told(loop: asyncio.AbstractEventLoop, control: socket.socket, stop: asyncio.Event, retire: asyncio.Event) -> None:
+    """The supervisor says RETIRE, or is gone."""
+    try:
+        said = control.recv(64)
+    except BlockingIOError:
+        return
+    except OSError:
+        said = b""
+    if said:
+        retire.set()
+    else:
+        loop.remove_reader(control)
+    stop.set()
+
+
+async def listen(
+    loop: asyncio.AbstractEventLoop, listener: socket.socket, router: Router, tls: ssl.SSLContext | None
+) -> asyncio.AbstractServer:
+    """Take connections from a listening socket. A Unix socket is never TLS: its file says who may connect."""
+    create: Any = loop.create_unix_server if listener.family == socket.AF_UNIX else loop.create_server
+    if listener.family == socket.AF_UNIX:
+        tls = None
+    options: dict[str, Any] = {} if tls is None else {"ssl": tls, "ssl_handshake_timeout": handover.HANDSHAKE_S}
+    # uvloop sets TCP_NODELAY on what it accepts.
+    server: asyncio.AbstractServer = await create(
+        lambda: Connection(router, tls is not None), sock=listener, backlog=BACKLOG, **options
+    )
+    return server
 
 
 async def drain(router: Router, link: WriterLink) -> None:
@@ -141,11 +220,22 @@ def main() -> int:
     parser.add_argument("--listen-fd", type=int, action="append", default=[])
     parser.add_argument("--writer", metavar="PATH", default="", help="the writer's socket")
     parser.add_argument("--device", default="cpu", help="where models run that are no forests")
+    parser.add_argument("--pretouch", action="store_true", help="map the store's file before serving")
+    parser.add_argument("--lock-memory", action="store_true", help="and keep it in memory")
     parser.add_argument("--check", action="store_true", help="load, report, exit")
+    parser.add_argument("--channel-fd", type=int, required=True)
+    parser.add_argument("--metrics-fd", type=int, default=-1, help="the memory for counters that all processes share")
+    parser.add_argument("--http-fd", type=int, action="append", default=[])
+    parser.add_argument("--settings", metavar="JSON", required=True)
+    parser.add_argument("--cpu", type=int, help="the CPU to run on")
     args = parser.parse_args()
+    settings = Settings.from_json(args.settings)
+    if args.cpu is not None:
+        guard.pin(args.cpu)
+    guard.allow_files(settings.max_connections)
     control = socket.socket(fileno=args.control_fd)
     try:
-        engine, served = load(args.store, args.device)
+        engine, served = load(args.store, args.device, args.pretouch, args.lock_memory)
     except ShorttailError as error:
         print(f"error: {error.message}", file=sys.stderr, flush=True)
         return 1
@@ -157,8 +247,11 @@ def main() -> int:
             control.sendall(json.dumps(served).encode() + b"\n")
             return 0
         listeners = [socket.socket(fileno=fd) for fd in args.listen_fd]
+        channel = socket.socket(fileno=args.channel_fd)
+        http = [socket.socket(fileno=fd) for fd in args.http_fd]
+        telemetry = Telemetry(args.metrics_fd, settings)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(serve(engine, listeners, control, served, args.writer))
+            runner.run(serve(engine, listeners, control, channel, served, args.writer, settings, telemetry, http))
     return 0
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from collections import Counter
 from typing import Any, Final, cast
 
 import msgpack
@@ -27,7 +28,7 @@ DIED: Final = Unavailable(
     "the writer died before it answered; the rows may or may not be stored: push again, which is safe"
 )
 
-Caller = tuple[Connection | None, int, int]  # connection (None: a notification), msgid, bytes counted
+Caller = tuple[Connection | None, int, int, str]  # connection (None: a notification), msgid, bytes counted, method
 
 
 def failed(error: ShorttailError) -> bytes:
@@ -44,6 +45,7 @@ class WriterLink(asyncio.Protocol):
         self.is_ready = False
         self.outstanding: dict[int, Caller] = {}
         self.outstanding_bytes = 0
+        self.outcomes: Counter[tuple[str, str]] = Counter()  # (method, code) -> requests answered
         self._ids = itertools.count()
         self._transport: asyncio.Transport | None = None
         self._unpacker = msgpack.Unpacker()
@@ -69,7 +71,7 @@ class WriterLink(asyncio.Protocol):
                 f"{self.outstanding_bytes} bytes of pushes and deletes wait for the writer; send it again later"
             )
         number = next(self._ids)
-        self.outstanding[number] = (connection, msgid, size)
+        self.outstanding[number] = (connection, msgid, size, method)
         self.outstanding_bytes += size
         head = b"\x95\x00" + msgpack.packb(number) + msgpack.packb(method) + b"\xc6" + len(params).to_bytes(4)
         self._transport.writelines([head, params, msgpack.packb(deadline_ns)])
@@ -95,11 +97,13 @@ class WriterLink(asyncio.Protocol):
 
     def _relay(self, message: Any) -> None:
         _, number, error, result = message
-        self._answer(number, msgpack.packb(error, unicode_errors="replace") + msgpack.packb(result))
+        code = "OK" if error is None else str(error.get("code"))
+        self._answer(number, msgpack.packb(error, unicode_errors="replace") + msgpack.packb(result), code)
 
-    def _answer(self, number: int, outcome: bytes) -> None:
-        connection, msgid, size = self.outstanding.pop(number)
+    def _answer(self, number: int, outcome: bytes, code: str) -> None:
+        connection, msgid, size, method = self.outstanding.pop(number)
         self.outstanding_bytes -= size
+        self.outcomes[method, code] += 1
         if connection is not None:
             connection.relay(msgid, outcome)
 
@@ -108,6 +112,6 @@ class WriterLink(asyncio.Protocol):
         self._transport = None
         outcome = failed(DIED)
         for number in list(self.outstanding):
-            self._answer(number, outcome)
+            self._answer(number, outcome, DIED.code)
         if self._lost is not None and not self._lost.done():
             self._lost.set_result(None)

@@ -329,8 +329,8 @@ def _loading(environment: Environment) -> Iterator[None]:
 
 def _drop_leftovers(environment: Environment) -> None:
     """Delete the tables that no catalog names: of a load that was killed, or of views that were removed."""
-    # In a write, though it changes nothing: of a commit whose writer was killed at once LMDB tells nobody before the next
-    # writer begins. To readers the table that a load has put in place would not be in use yet.
+    # In a write, though it changes nothing: of a commit whose writer was killed at once LMDB tells nobody before the
+    # next writer begins. To readers the table that a load has put in place would not be in use yet.
     with environment.write() as writer:
         present = table_ids(writer.txn)
         used = {table.id for table in Catalog.from_json(writer.get_catalog()).tables.values()}

@@ -1,0 +1,45 @@
+"""What a client shows to a server, and what it wants to see of it: a token, and TLS."""
+
+from __future__ import annotations
+
+import os
+import socket
+import ssl
+from pathlib import Path
+
+from shorttail.errors import InvalidArgument
+from shorttail.protocol import Address
+
+TLS = ssl.SSLContext | str | Path | bool | None
+
+
+def client_context(tls: TLS) -> ssl.SSLContext | None:
+    """tls: a context; the path of a CA's certificate in PEM; True for the CAs that this machine trusts; None or False.
+
+    A context of its own is for a client certificate too. Raises InvalidArgument.
+    """
+    if tls is None or tls is False:
+        return None
+    if isinstance(tls, ssl.SSLContext):
+        return tls
+    try:
+        context = ssl.create_default_context(cafile=None if tls is True else os.fspath(tls))
+    except OSError as error:
+        reason = "no certificates in PEM form" if isinstance(error, ssl.SSLError) else (error.strerror or "").lower()
+        raise InvalidArgument(f"tls={tls!r}: {reason}; give the path of a CA's certificate") from None
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    return context
+
+
+def secured(
+    connection: socket.socket, context: ssl.SSLContext | None, address: Address, timeout_s: float
+) -> socket.socket:
+    """The connection, over TLS if there is a context. A Unix socket never is. Raises OSError; closes it then."""
+    if context is None or address.path is not None:
+        return connection
+    try:
+        connection.settimeout(timeout_s)
+        return context.wrap_socket(connection, server_hostname=address.host)
+    except BaseException:
+        connection.close()
+        raise

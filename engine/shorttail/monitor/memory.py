@@ -1,0 +1,142 @@
+"""The counters of all processes of a server: one file in memory, which every process of it can read.
+
+The supervisor makes the file, its workers inherit it, and whichever of them is asked for /metrics adds up what all have
+counted. Each process writes a region of its own (native/metrics.pyx has the layout). A region stays when its process
+ends and the next one goes on counting there, so no counter goes back while the server runs.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from shorttail._native import metrics as native
+from shorttail._native.metrics import Recorder
+from shorttail.errors import Internal
+
+REGION_BYTES: Final = 8 * native.REGION_WORDS
+SUPERVISOR: Final = 0  # its region; workers take the others
+
+# The header of a region, word by word. Gauges are those of a process that lives.
+HEADER: Final = (
+    "pid",
+    "started_ns",  # since 1970
+    "heartbeat_ns",  # of time.monotonic_ns: when the loop last came round
+    "generation",
+    "reader_age_us",
+    "connections",
+    "http_connections",
+    "in_flight",
+    "http_in_flight",
+    "connections_total",
+    "http_connections_total",
+    "received_bytes",
+    "sent_bytes",
+    "http_received_bytes",
+    "http_sent_bytes",
+    "gc_collections",
+    "gc_pause_ns",
+    "log_lines_dropped",
+    "worker_restarts",
+    "writer_restarts",
+)
+WORD: Final = {name: number for number, name in enumerate(HEADER)}
+
+
+@dataclass(slots=True)
+class SlotCounts:
+    """What one method did with one model, of all processes."""
+
+    rows: int = 0
+    requests: list[int] = field(default_factory=lambda: [0] * (len(native.PROTOCOLS) * len(native.CODES)))
+    batches: list[int] = field(default_factory=lambda: [0] * (len(native.ROW_BOUNDS) + 1))
+    stages: list[list[int]] = field(default_factory=lambda: [[0] * native.STAGE_WORDS for _ in native.STAGES])
+
+    def add(self, words: list[int]) -> None:
+        self.rows += words[native.ROWS_AT]
+        _add(self.requests, words, native.REQUESTS_AT)
+        _add(self.batches, words, native.BATCHES_AT)
+        for number, stage in enumerate(self.stages):
+            _add(stage, words, native.STAGES_AT + number * native.STAGE_WORDS)
+
+
+def _add(into: list[int], words: list[int], at: int) -> None:
+    for i in range(len(into)):
+        into[i] += words[at + i]
+
+
+@dataclass(slots=True)
+class Process:
+    """One region's header. living: its process runs."""
+
+    region: int
+    header: dict[str, int]
+    living: bool
+
+
+class MetricsMemory:
+    """The file; `create` makes it, `attach` maps one that was inherited. It goes with the processes that have it."""
+
+    def __init__(self, fd: int):
+        self.fd = fd
+        self.map = mmap.mmap(fd, os.fstat(fd).st_size)
+        self.words = memoryview(self.map).cast("Q")
+        self.regions = len(self.words) // native.REGION_WORDS
+
+    @classmethod
+    def create(cls, workers: int) -> MetricsMemory:
+        """For a supervisor and so many workers, each of which may be replaced while it still ends."""
+        fd = os.memfd_create("shorttail-metrics")
+        os.ftruncate(fd, REGION_BYTES * (1 + 2 * workers))
+        return cls(fd)
+
+    @classmethod
+    def attach(cls, fd: int) -> MetricsMemory:
+        return cls(fd)
+
+    def claim(self, first: int = SUPERVISOR + 1) -> Recorder:
+        """The first region that no living process has, from `first` on; it is this process's until that ends.
+
+        The claim is a lock on the file, which the system drops with the process, however it ends.
+        """
+        for region in range(first, self.regions):
+            try:
+                fcntl.lockf(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, region * REGION_BYTES)
+            except OSError:
+                continue
+            recorder = Recorder(self.words, region)
+            for name in ("connections", "http_connections", "in_flight", "http_in_flight", "heartbeat_ns"):
+                recorder.put(WORD[name], 0)
+            recorder.put(WORD["started_ns"], time.time_ns())
+            recorder.put(WORD["pid"], os.getpid())
+            return recorder
+        raise Internal(f"all {self.regions} regions for metrics are taken by processes that still run")
+
+    def processes(self) -> list[Process]:
+        """The header of every region that was ever claimed."""
+        found = []
+        for region in range(self.regions):
+            at = region * native.REGION_WORDS
+            header = dict(zip(HEADER, self.words[at : at + len(HEADER)].tolist(), strict=True))
+            if header["pid"]:
+                found.append(Process(region, header, Path(f"/proc/{header['pid']}").exists()))
+        return found
+
+    def slots(self) -> dict[tuple[str, str], SlotCounts]:
+        """(method, model) -> what was counted, of all processes."""
+        merged: dict[tuple[str, str], SlotCounts] = {}
+        for region in range(self.regions):
+            at = region * native.REGION_WORDS + native.HEADER_WORDS
+            for slot in range(at, at + native.SLOTS * native.SLOT_WORDS, native.SLOT_WORDS):
+                if not self.words[slot]:
+                    break
+                words = self.words[slot : slot + native.SLOT_WORDS].tolist()
+                name = b"".join(word.to_bytes(8, "little") for word in words[3 : 3 + native.NAME_BYTES // 8])
+                key = (native.METHODS[words[1]], name[: words[2]].decode("ascii"))
+                merged.setdefault(key, SlotCounts()).add(words)
+        return merged

@@ -1,0 +1,294 @@
+"""The HTTP side of a worker: connections, routes, and how failures read. aiohttp does the protocol."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import socket
+import ssl
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import orjson
+from aiohttp import web
+
+from shorttail._native.metrics import METHODS, STAGES, UNKNOWN, Recorder
+from shorttail.config import LIMITS
+from shorttail.errors import (
+    DeadlineExceeded,
+    InvalidArgument,
+    PermissionDenied,
+    ResourceExhausted,
+    ShorttailError,
+    Unauthenticated,
+)
+from shorttail.monitor.logs import RequestLog, trace_ids
+from shorttail.server.faults import one_line
+from shorttail.server.http.batches import HTTP, PREDICT, HttpBatches
+
+if TYPE_CHECKING:
+    from shorttail.engine import Engine
+    from shorttail.monitor.memory import MetricsMemory
+
+OTHER: Final = METHODS.index("other")
+ENCODE: Final = STAGES.index("encode")
+TOTAL: Final = STAGES.index("total")
+BACKLOG: Final = 1024
+JSON: Final = "application/json"
+STATUS: Final = {
+    "INVALID_ARGUMENT": 400,
+    "UNAUTHENTICATED": 401,
+    "PERMISSION_DENIED": 403,
+    "NOT_FOUND": 404,
+    "RESOURCE_EXHAUSTED": 429,
+    "INTERNAL": 500,
+    "UNAVAILABLE": 503,
+    "DEADLINE_EXCEEDED": 504,
+}
+
+
+@dataclass(slots=True)
+class Call:
+    """A request on its way. model: its name once it is known to exist. id: what the caller calls it."""
+
+    start_ns: int
+    deadline_ns: int = 0
+    method: int = OTHER
+    model: str = ""
+    id: str = ""
+    rows: int = 0
+
+    def within(self, timeout_us: int) -> None:
+        """A second deadline: the earlier one holds."""
+        if timeout_us:
+            deadline_ns = self.start_ns + timeout_us * 1000
+            self.deadline_ns = min(self.deadline_ns or deadline_ns, deadline_ns)
+
+
+Handler = Callable[[web.Request, Call], Awaitable[web.Response]]
+Access = Callable[[str], int]  # what a token allows; 0: nothing
+
+
+class HttpConnection(web.RequestHandler):  # type: ignore[misc,unused-ignore]
+    """Counted and limited: aiohttp itself waits for a first request for ever, and takes any number of connections."""
+
+    __slots__ = ("_owner", "_patience", "asked")
+
+    def __init__(self, owner: HttpServer, manager: web.Server, loop: asyncio.AbstractEventLoop):
+        super().__init__(manager, loop=loop, access_log=None, keepalive_timeout=LIMITS.http_idle_s)  # type: ignore[arg-type,unused-ignore]
+        self._owner = owner
+        self._patience: asyncio.TimerHandle | None = None
+        self.asked = False  # a request has come
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self._owner.connections.add(self)
+        self._owner.connections_total += 1
+        if len(self._owner.connections) > LIMITS.http_connections:
+            self._cut()
+        else:
+            self._patience = asyncio.get_running_loop().call_later(LIMITS.http_header_s, self._expect)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self._owner.connections.discard(self)
+        if self._patience is not None:
+            self._patience.cancel()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        self._owner.received_bytes += len(data)
+        super().data_received(data)
+
+    def _expect(self) -> None:
+        if not self.asked:
+            self._cut()
+
+    def _cut(self) -> None:
+        transport = self.transport
+        if transport is not None:
+            transport.abort()  # type: ignore[attr-defined,unused-ignore]
+
+
+class HttpServer:
+    """Of one worker. Call `start`, `drain` when no new requests should come, and `stop`.
+
+    access: what a bearer token allows, None when nobody needs one. memory: what /metrics shows.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        memory: MetricsMemory,
+        recorder: Recorder,
+        log: RequestLog,
+        fault: Callable[[Exception], None],
+        access: Access | None = None,
+    ):
+        self.engine = engine
+        self.memory = memory
+        self.recorder = recorder
+        self.log = log
+        self.fault = fault
+        self.access = access
+        self.batches = HttpBatches(engine, recorder, fault)
+        self.connections: set[HttpConnection] = set()
+        self.connections_total = self.received_bytes = self.sent_bytes = 0
+        self.in_flight = self.body_bytes = 0
+        self.draining = False
+        self._servers: list[asyncio.AbstractServer] = []
+        self._runner: web.AppRunner | None = None
+
+    async def start(self, listeners: list[socket.socket], tls: ssl.SSLContext | None = None) -> None:
+        from shorttail.server.http.routes import add_routes
+
+        app = web.Application(client_max_size=LIMITS.frame_bytes)
+        add_routes(app, self)
+        self._runner = runner = web.AppRunner(app, access_log=None, handle_signals=False)
+        await runner.setup()
+        manager = runner.server
+        assert manager is not None
+        loop = asyncio.get_running_loop()
+        for listener in listeners:
+            server = await loop.create_server(
+                lambda: HttpConnection(self, manager, loop), sock=listener, backlog=BACKLOG, ssl=tls
+            )
+            self._servers.append(server)
+
+    def drain(self) -> None:
+        """Not ready from now on; requests are still answered."""
+        self.draining = True
+
+    async def stop(self, grace_s: float) -> None:
+        """Take no new connections, finish what is in flight, close."""
+        self.draining = True
+        for server in self._servers:
+            server.close()
+        cut_at = asyncio.get_running_loop().time() + grace_s
+        while self.in_flight and asyncio.get_running_loop().time() < cut_at:
+            await asyncio.sleep(0.01)
+        if self._runner is not None:
+            await self._runner.cleanup()
+
+    # -- a request ---------------------------------------------------------------------------------------------
+
+    def endpoint(self, handler: Handler, *, open_to_all: bool = False) -> Callable[[web.Request], Any]:
+        """What aiohttp calls: `handler` with its failures made responses, counted and logged.
+
+        open_to_all: no token is asked for, and nothing is counted: probes.
+        """
+
+        async def answer(request: web.Request) -> web.Response:
+            call = Call(time.perf_counter_ns())
+            request.protocol.asked = True  # type: ignore[attr-defined]
+            self.in_flight += 1
+            try:
+                if not open_to_all:
+                    self._authorize(request)
+                    call.within(_deadline_us(request))
+                response, code, message = await handler(request, call), "OK", ""
+            except Exception as error:
+                response, code, message = self._failure(error)
+            finally:
+                self.in_flight -= 1
+            if self.draining:
+                response.force_close()  # keep-alive connections move on to who is ready
+            self.sent_bytes += response.content_length or 0
+            if not open_to_all:
+                self._count(request, call, code, message)
+            return response
+
+        return answer
+
+    def _failure(self, error: Exception) -> tuple[web.Response, str, str]:
+        status = 0
+        if isinstance(error, web.HTTPRequestEntityTooLarge):
+            status = 413
+            error = ResourceExhausted(f"a body of more than {LIMITS.frame_bytes} bytes; send it in parts")
+        elif isinstance(error, web.HTTPException):
+            return _error(error.status, error.reason), "INVALID_ARGUMENT", error.reason
+        if isinstance(error, ShorttailError):
+            return _error(status or STATUS.get(error.code, 500), error.message), error.code, error.message
+        self.fault(error)
+        return _error(500, one_line(error)), "INTERNAL", one_line(error)
+
+    def _authorize(self, request: web.Request) -> None:
+        if self.access is None:
+            return
+        scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not token:
+            raise Unauthenticated("send a token: Authorization: Bearer TOKEN")
+        if not self.access(token.strip()):
+            raise PermissionDenied("this token is not known here")
+
+    def _count(self, request: web.Request, call: Call, code: str, message: str) -> None:
+        model = call.model if call.model or call.method == OTHER else UNKNOWN
+        slot = self.recorder.slot(call.method, model)
+        self.recorder.requests(slot, HTTP, code)
+        taken_ns = time.perf_counter_ns() - call.start_ns
+        if call.method == PREDICT and code == "OK":
+            self.recorder.stage(slot, TOTAL, taken_ns)
+        slow = self.log.slow_ns and taken_ns > self.log.slow_ns
+        if not (slow if code == "OK" else self.log.failed):
+            return
+        self.log.note(
+            "error" if code == "INTERNAL" else "warning",
+            "request failed" if code != "OK" else "slow request",
+            protocol="http",
+            route=request.path[:200],
+            model=call.model,
+            code=code,
+            error=message[:500],
+            duration_ms=round(taken_ns / 1e6, 3),
+            rows=call.rows or None,
+            request_id=(call.id or request.headers.get("X-Request-Id", ""))[:128],
+            **trace_ids(request.headers.get("traceparent")),
+        )
+
+    async def body(self, request: web.Request) -> bytes:
+        """The whole body, within the server's budget for bodies and within a time. Raises ResourceExhausted."""
+        length = request.content_length
+        # How long a body without a length, or a compressed one, will be is not known: as long as it may.
+        known = length is not None and "Content-Encoding" not in request.headers
+        reserved = min(length, LIMITS.frame_bytes) if known and length is not None else LIMITS.frame_bytes
+        if self.body_bytes + reserved > LIMITS.http_body_bytes:
+            raise ResourceExhausted("too many bytes over HTTP are in flight; send it again later")
+        self.body_bytes += reserved
+        try:
+            async with asyncio.timeout(LIMITS.http_read_s):
+                return await request.read()
+        except TimeoutError:
+            raise DeadlineExceeded(f"the body was not there after {LIMITS.http_read_s:g} s") from None
+        finally:
+            self.body_bytes -= reserved
+
+    def encoded(self, call: Call, start_ns: int) -> None:
+        """A response was made since start_ns."""
+        self.recorder.stage(self.recorder.slot(PREDICT, call.model), ENCODE, time.perf_counter_ns() - start_ns)
+
+    @property
+    def not_ready(self) -> str:
+        """Why no requests should be sent here; "" if they should."""
+        if self.draining:
+            return "stopping"
+        return "" if self.engine.store.is_open else "the store is closed"
+
+
+def _error(status: int, message: str) -> web.Response:
+    headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}, 503: {"Retry-After": "1"}}.get(status)
+    return web.Response(status=status, body=orjson.dumps({"error": message}), content_type=JSON, headers=headers)
+
+
+def _deadline_us(request: web.Request) -> int:
+    """Of the header X-Deadline-Ms; 0: none. Raises InvalidArgument."""
+    text = request.headers.get("X-Deadline-Ms")
+    if text is None:
+        return 0
+    try:
+        deadline_ms = float(text)
+    except ValueError:
+        deadline_ms = math.nan
+    if not 0 < deadline_ms <= 86_400_000:
+        raise InvalidArgument(f"X-Deadline-Ms {text!r:.40} is not a number of milliseconds above 0")
+    return max(1, int(deadline_ms * 1000))

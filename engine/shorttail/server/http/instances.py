@@ -1,0 +1,156 @@
+"""Requests as the model platforms send them: SageMaker's containers (JSON, CSV) and Vertex AI's (instances).
+
+https://docs.aws.amazon.com/sagemaker/latest/dg/your-algorithms-inference-code.html
+https://cloud.google.com/vertex-ai/docs/predictions/custom-container-requirements
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import orjson
+
+from shorttail.config import LIMITS
+from shorttail.dtypes import Bool, DType, String
+from shorttail.errors import InvalidArgument
+from shorttail.server.http.batches import Answer
+from shorttail.server.http.v2 import parse_json
+
+BOOLS = {"true": True, "1": True, "false": False, "0": False}
+
+
+@dataclass(slots=True)
+class Instances:
+    """rows: one an instance: a map of columns, a list in the order of the columns, or the value of the only column."""
+
+    rows: list[Any]
+    parameters: dict[str, Any] = field(default_factory=dict)
+
+    def option(self, name: str, kind: type) -> Any:
+        value = self.parameters.get(name)
+        if value is None or (isinstance(value, kind) and not isinstance(value, bool)):
+            return value
+        raise InvalidArgument(f"the parameter {name} must be {'a string' if kind is str else 'a whole number'}")
+
+
+def parse_instances(body: bytes) -> Instances:
+    """{"instances": [...], "parameters": {...}}, or the list alone. Raises InvalidArgument."""
+    document = parse_json(body)
+    if isinstance(document, list):
+        document = {"instances": document}
+    if not isinstance(document, dict) or not isinstance(document.get("instances"), list):
+        raise InvalidArgument('the body must be {"instances": [{column: value, ...}, ...]}')
+    if not document["instances"]:
+        raise InvalidArgument("instances is empty: send at least one")
+    if len(document["instances"]) > LIMITS.rows_per_request:
+        n = len(document["instances"])
+        raise InvalidArgument(f"{n} instances in one request; at most {LIMITS.rows_per_request} are taken")
+    parameters = document.get("parameters") or {}
+    if not isinstance(parameters, dict):
+        raise InvalidArgument("parameters must be an object")
+    return Instances(document["instances"], parameters)
+
+
+def instance_columns(rows: list[Any], names: Sequence[str]) -> dict[str, list[Any]]:
+    """Columns of the instances. Raises InvalidArgument where one lacks a column; None is a missing value."""
+    if isinstance(rows[0], dict):
+        columns: dict[str, list[Any]] = {name: [] for name in rows[0]}
+        for number, row in enumerate(rows):
+            if not isinstance(row, dict) or row.keys() != columns.keys():
+                raise InvalidArgument(f"instance {number} has other columns than instance 0: {', '.join(columns)}")
+            for name, value in row.items():
+                columns[name].append(value)
+        return columns
+    if len(names) == 1 and not isinstance(rows[0], list):
+        return {names[0]: rows}
+    for number, row in enumerate(rows):
+        if not isinstance(row, list) or len(row) != len(names):
+            raise InvalidArgument(f"instance {number} must be a map of columns, or a list: [{', '.join(names)}]")
+    return {name: list(values) for name, values in zip(names, zip(*rows, strict=True), strict=True)}
+
+
+def csv_columns(body: bytes, names: Sequence[str], dtypes: Sequence[DType]) -> dict[str, list[Any]]:
+    """Columns of CSV. With a header if its first line names the columns, in any order; else in the columns' order.
+
+    A vector takes as many fields as it has numbers (without a header). An empty field is a missing value; of a String
+    it is the empty string. Raises InvalidArgument.
+    """
+    if len(body) > LIMITS.http_json_bytes:
+        raise InvalidArgument(f"{len(body)} bytes of CSV; at most {LIMITS.http_json_bytes} are taken: send it in parts")
+    try:
+        lines = [line for line in csv.reader(io.StringIO(body.decode("utf-8-sig"), newline=""), strict=True) if line]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InvalidArgument(f"the body is not CSV in UTF-8: {error}") from None
+    order = list(zip(names, dtypes, strict=True))
+    if lines and set(header := [field.strip() for field in lines[0]]) == set(names) and len(header) == len(names):
+        by_name = dict(order)
+        order = [(name, by_name[name]) for name in header]
+        if vectors := [name for name, dtype in order if dtype.is_vector]:
+            raise InvalidArgument(f"column '{vectors[0]}' is a vector: send CSV without a header, or JSON")
+        del lines[0]
+    width = sum(dtype.width for _, dtype in order)
+    columns: dict[str, list[Any]] = {name: [] for name, _ in order}
+    for number, line in enumerate(lines):
+        if len(line) != width:
+            raise InvalidArgument(
+                f"row {number} of the CSV has {len(line)} fields; the columns take {width}: {', '.join(names)}"
+            )
+        at = 0
+        for name, dtype in order:
+            fields = [_value(name, dtype, text.strip(), number) for text in line[at : at + dtype.width]]
+            columns[name].append(fields if dtype.is_vector else fields[0])
+            at += dtype.width
+    if not lines:
+        raise InvalidArgument("the CSV has no rows")
+    return columns
+
+
+def _value(name: str, dtype: DType, text: str, row: int) -> Any:
+    if dtype == String:
+        return text
+    if text == "":
+        return float("nan") if dtype.is_vector else None
+    try:
+        if dtype == Bool:
+            return BOOLS[text.lower()]
+        return float(text) if dtype.is_float or dtype.is_vector else int(text)
+    except (ValueError, KeyError):
+        raise InvalidArgument(f"column {name!r} takes {dtype}; got {text!r:.40} at row {row}") from None
+
+
+def predictions(answer: Answer, outputs: Any = None) -> list[Any]:
+    """One prediction a row: a value, or a map of them when there are several outputs. Raises InvalidArgument."""
+    found = dict(zip(answer.names, answer.values, strict=True))
+    if outputs is not None:
+        if not isinstance(outputs, list) or not outputs or not all(name in found for name in outputs):
+            raise InvalidArgument(f"the parameter outputs must be a list of names among: {', '.join(found)}")
+        found = {name: found[name] for name in outputs}
+    if len(found) == 1:
+        (only,) = found.values()
+        return list(_plain(only))
+    columns = [_plain(array) for array in found.values()]
+    return [dict(zip(found, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def _plain(array: Any) -> list[Any]:
+    plain: list[Any] = np.asarray(array).tolist()
+    return plain
+
+
+def predictions_json(rows: list[Any], answer: Answer) -> bytes:
+    return orjson.dumps({"predictions": rows, "version": answer.version})
+
+
+def predictions_csv(answer: Answer) -> bytes:
+    """A line a row: every output's values, one after another."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    columns = [_plain(np.asarray(array).reshape(len(array), -1)) for array in answer.values]
+    for parts in zip(*columns, strict=True):
+        writer.writerow([value for part in parts for value in part])
+    return text.getvalue().encode()

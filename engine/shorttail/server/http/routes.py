@@ -1,0 +1,214 @@
+"""What is answered over HTTP. docs/http.md has the same list for users."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING, Any, Final
+
+import orjson
+from aiohttp import web
+
+from shorttail import __version__
+from shorttail.errors import InvalidArgument, NotFound, Unavailable
+from shorttail.monitor.exposition import CONTENT_TYPE, exposition
+from shorttail.server.http import instances, v2
+from shorttail.server.http.app import JSON, Call, HttpServer
+from shorttail.server.http.batches import PREDICT
+
+if TYPE_CHECKING:
+    from shorttail.pipeline import Plan
+    from shorttail.server.http.batches import Answer
+
+HEADER_BYTES: Final = "Inference-Header-Content-Length"
+CSV: Final = "text/csv"
+MODEL_ROUTES: Final = ("/v2/models/{model}", "/v2/models/{model}/versions/{version}")
+
+
+def add_routes(app: web.Application, server: HttpServer) -> None:
+    for group in (Probes(server), OpenInference(server), Platforms(server)):
+        group.add_to(app.router)
+
+
+def json_response(document: Any) -> web.Response:
+    return web.Response(body=orjson.dumps(document), content_type=JSON)
+
+
+class Probes:
+    """Liveness, readiness and metrics."""
+
+    def __init__(self, server: HttpServer):
+        self.server = server
+
+    def add_to(self, router: web.UrlDispatcher) -> None:
+        endpoint = self.server.endpoint
+        router.add_get("/livez", endpoint(self.live, open_to_all=True))
+        router.add_get("/readyz", endpoint(self.ready, open_to_all=True))
+        router.add_get("/metrics", endpoint(self.metrics))
+
+    async def live(self, request: web.Request, call: Call) -> web.Response:
+        # That this runs is the heartbeat: it is the serving loop that answers.
+        return web.Response(text="ok\n")
+
+    async def ready(self, request: web.Request, call: Call) -> web.Response:
+        reason = self.server.not_ready
+        return web.Response(text=f"{reason or 'ok'}\n", status=503 if reason else 200)
+
+    async def metrics(self, request: web.Request, call: Call) -> web.Response:
+        text = exposition(self.server.memory, self.server.engine)
+        return web.Response(body=text, headers={"Content-Type": CONTENT_TYPE})
+
+
+class OpenInference:
+    """The Open Inference Protocol, version 2."""
+
+    def __init__(self, server: HttpServer):
+        self.server = server
+
+    def add_to(self, router: web.UrlDispatcher) -> None:
+        endpoint = self.server.endpoint
+        router.add_get("/v2/health/live", endpoint(self.live, open_to_all=True))
+        router.add_get("/v2/health/ready", endpoint(self.ready, open_to_all=True))
+        router.add_get("/v2", endpoint(self.metadata))
+        router.add_get("/v2/models/stats", endpoint(self.stats))
+        router.add_post("/v2/repository/index", endpoint(self.index))
+        for route in MODEL_ROUTES:
+            router.add_get(route, endpoint(self.model))
+            router.add_get(f"{route}/ready", endpoint(self.model_ready))
+            router.add_get(f"{route}/config", endpoint(self.config))
+            router.add_get(f"{route}/stats", endpoint(self.stats))
+            router.add_post(f"{route}/infer", endpoint(self.infer))
+
+    async def live(self, request: web.Request, call: Call) -> web.Response:
+        return web.Response()
+
+    async def ready(self, request: web.Request, call: Call) -> web.Response:
+        return web.Response(status=503 if self.server.not_ready else 200)
+
+    async def metadata(self, request: web.Request, call: Call) -> web.Response:
+        return json_response(v2.server_metadata(__version__))
+
+    async def index(self, request: web.Request, call: Call) -> web.Response:
+        return json_response(v2.repository_index(self._catalog(), not self.server.not_ready))
+
+    async def model(self, request: web.Request, call: Call) -> web.Response:
+        return json_response(v2.model_metadata(self._catalog(), *_asked(request)))
+
+    async def model_ready(self, request: web.Request, call: Call) -> web.Response:
+        name, version = _asked(request)
+        self._catalog().model(name).version(version)
+        if self.server.not_ready:
+            raise Unavailable(self.server.not_ready)
+        return web.Response()
+
+    async def config(self, request: web.Request, call: Call) -> web.Response:
+        return json_response(v2.model_config(self._catalog(), *_asked(request)))
+
+    async def stats(self, request: web.Request, call: Call) -> web.Response:
+        catalog = self._catalog()
+        entries = dict(catalog.models)
+        if "model" in request.match_info:
+            name, version = _asked(request)
+            catalog.model(name).version(version)
+            entries = {name: catalog.model(name)}
+        return json_response(v2.statistics(entries, self.server.memory.slots()))
+
+    async def infer(self, request: web.Request, call: Call) -> web.Response:
+        call.method = PREDICT
+        server = self.server
+        name, version = _asked(request)
+        plan = _plan(server, call, name, version)
+        asked = v2.parse_infer(await server.body(request), request.headers.get(HEADER_BYTES))
+        call.id = asked.id
+        call.within(asked.timeout_us)
+        if v2.is_raw(plan, asked.inputs):
+            answer = await server.batches.infer(plan, asked.inputs, call.deadline_ns)
+        else:
+            answer = await server.batches.predict(plan, v2.as_columns(plan, asked.inputs), call.deadline_ns)
+        start_ns = time.perf_counter_ns()
+        body, header_bytes = v2.response(asked, name, answer)
+        response = web.Response(body=body, content_type=JSON)
+        if header_bytes is not None:
+            response.content_type = "application/octet-stream"
+            response.headers[HEADER_BYTES] = str(header_bytes)
+        call.rows = len(answer.values[0]) if answer.values else 0
+        server.encoded(call, start_ns)
+        return response
+
+    def _catalog(self) -> Any:
+        self.server.engine.refresh()
+        return self.server.engine.store.catalog
+
+
+class Platforms:
+    """Requests as SageMaker and Vertex AI send them."""
+
+    def __init__(self, server: HttpServer):
+        self.server = server
+
+    def add_to(self, router: web.UrlDispatcher) -> None:
+        endpoint = self.server.endpoint
+        router.add_get("/ping", endpoint(self.ping, open_to_all=True))
+        router.add_post("/invocations", endpoint(self.invoke))
+        taken = {route.resource.canonical for route in router.routes() if route.resource is not None}
+        health, predict = os.environ.get("AIP_HEALTH_ROUTE"), os.environ.get("AIP_PREDICT_ROUTE")
+        if health and health not in taken:
+            router.add_get(health, endpoint(self.ping, open_to_all=True))
+        if predict and predict not in taken:
+            router.add_post(predict, endpoint(self.invoke))
+
+    async def ping(self, request: web.Request, call: Call) -> web.Response:
+        return web.Response(status=503 if self.server.not_ready else 200)
+
+    async def invoke(self, request: web.Request, call: Call) -> web.Response:
+        call.method = PREDICT
+        server = self.server
+        body = await server.body(request)
+        as_csv = request.content_type == CSV
+        asked = instances.Instances([]) if as_csv else instances.parse_instances(body)
+        name = asked.option("model", str) or self._model(request)
+        plan = _plan(server, call, name, asked.option("version", int))
+        if as_csv:
+            columns = instances.csv_columns(body, plan.names, plan.dtypes)
+        else:
+            columns = instances.instance_columns(asked.rows, plan.names)
+        answer = await server.batches.predict(plan, columns, call.deadline_ns)
+        start_ns = time.perf_counter_ns()
+        response = _predictions(request, asked, answer, as_csv)
+        call.rows = len(answer.values[0])
+        server.encoded(call, start_ns)
+        return response
+
+    def _model(self, request: web.Request) -> str:
+        """The model of a request that names none: of the header, of SHORTTAIL_MODEL, or the only one."""
+        named = request.headers.get("X-Amzn-SageMaker-Target-Model") or os.environ.get("SHORTTAIL_MODEL")
+        if named:
+            return named.strip("/")
+        names = list(self.server.engine.store.catalog.models)
+        if len(names) == 1:
+            return names[0]
+        if not names:
+            raise NotFound("the store has no model")
+        raise InvalidArgument(
+            f"which model? models: {', '.join(names)}; name it in the parameter model, or start the server with "
+            "SHORTTAIL_MODEL set"
+        )
+
+
+def _predictions(request: web.Request, asked: instances.Instances, answer: Answer, as_csv: bool) -> web.Response:
+    """As the caller accepts it: CSV, or JSON; without a preference as it asked."""
+    accepted = request.headers.get("Accept", "*/*")
+    if CSV in accepted or (as_csv and JSON not in accepted):
+        return web.Response(body=instances.predictions_csv(answer), content_type=CSV, charset="utf-8")
+    rows = instances.predictions(answer, asked.parameters.get("outputs"))
+    return web.Response(body=instances.predictions_json(rows, answer), content_type=JSON)
+
+
+def _asked(request: web.Request) -> tuple[str, int | None]:
+    return request.match_info["model"], v2.version_number(request.match_info.get("version"))
+
+
+def _plan(server: HttpServer, call: Call, name: str, version: int | None) -> Plan:
+    plan = server.engine.plan_for_model(name, version)
+    call.model = name
+    return plan

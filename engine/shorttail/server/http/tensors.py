@@ -1,0 +1,170 @@
+"""Tensors of the Open Inference Protocol: as JSON, and as raw bytes behind it (the binary tensor data extension).
+
+https://github.com/triton-inference-server/server/blob/main/docs/protocol/extension_binary_data.md
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shorttail.dtypes import DType, String
+from shorttail.errors import InvalidArgument
+
+Array = NDArray[Any]
+
+DATATYPES: Final[dict[str, np.dtype[Any]]] = {
+    "BOOL": np.dtype("?"),
+    "UINT8": np.dtype("u1"),
+    "UINT16": np.dtype("<u2"),
+    "UINT32": np.dtype("<u4"),
+    "UINT64": np.dtype("<u8"),
+    "INT8": np.dtype("i1"),
+    "INT16": np.dtype("<i2"),
+    "INT32": np.dtype("<i4"),
+    "INT64": np.dtype("<i8"),
+    "FP16": np.dtype("<f2"),
+    "FP32": np.dtype("<f4"),
+    "FP64": np.dtype("<f8"),
+}
+NAMES: Final = {dtype: name for name, dtype in DATATYPES.items()}
+BYTES: Final = "BYTES"
+AXES_MAX: Final = 8
+LENGTH: Final = struct.Struct("<I")
+
+
+def datatype(dtype: np.dtype[Any] | DType) -> str:
+    """ "FP32" of float32, "BYTES" of strings."""
+    if isinstance(dtype, DType):
+        return BYTES if dtype == String else NAMES[np.dtype(dtype.numpy)]
+    return NAMES.get(dtype, BYTES)
+
+
+def read_tensor(name: str, tensor: dict[str, Any], raw: memoryview | None) -> Array:
+    """The array of one entry of "inputs"; raw: its bytes, None when its data is JSON. Raises InvalidArgument."""
+    where = f"input '{name}'"
+    shape = tensor.get("shape")
+    if (
+        not isinstance(shape, list)
+        or len(shape) > AXES_MAX
+        or not all(isinstance(size, int) and not isinstance(size, bool) and size >= 0 for size in shape)
+    ):
+        raise InvalidArgument(f"{where}: shape must be a list of at most {AXES_MAX} whole numbers; got {shape!r:.60}")
+    kind = tensor.get("datatype")
+    if kind != BYTES and kind not in DATATYPES:
+        raise InvalidArgument(f"{where}: datatype {kind!r:.40} is not one of {', '.join(DATATYPES)}, {BYTES}")
+    count = math.prod(shape)
+    if raw is None:
+        if "data" not in tensor:
+            raise InvalidArgument(f"{where} has neither data nor the parameter binary_data_size")
+        flat = _texts(where, tensor["data"]) if kind == BYTES else _numbers(where, tensor["data"], DATATYPES[kind])
+    elif kind == BYTES:
+        flat = _raw_texts(where, raw)
+    else:
+        dtype = DATATYPES[kind]
+        if len(raw) != count * dtype.itemsize:
+            raise InvalidArgument(
+                f"{where}: {len(raw)} bytes of data, where {shape} of {kind} has {count * dtype.itemsize}"
+            )
+        # Copied: the bytes lie where the JSON before them happens to end, and models want aligned arrays.
+        flat = np.frombuffer(raw, dtype).copy()
+        if kind == "BOOL":
+            flat = flat.view(np.uint8) != 0  # another byte than 0 or 1 is no bool to compiled code
+    if flat.size != count:
+        raise InvalidArgument(f"{where}: {flat.size} elements of data, where the shape {shape} has {count}")
+    return flat.reshape(shape)
+
+
+def _numbers(where: str, data: Any, dtype: np.dtype[Any]) -> Array:
+    """JSON numbers, nested or flat, row after row; null is NaN in floats."""
+    try:
+        array = np.array(data)
+        if array.dtype.hasobject and dtype.kind == "f":
+            array = np.array(data, dtype)
+        fits = array.size == 0 or array.dtype.kind in {"b": "b", "i": "iu", "u": "iu", "f": "iuf"}[dtype.kind]
+        if fits and dtype.kind in "iu" and array.size:
+            bounds = np.iinfo(dtype)
+            fits = bounds.min <= int(array.min()) and int(array.max()) <= bounds.max
+        if fits:
+            return array.astype(dtype).ravel()
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise InvalidArgument(f"{where}: data must be an array of {NAMES[dtype]}, nested as its shape or flat")
+
+
+def _texts(where: str, data: Any) -> Array:
+    found: list[str] = []
+    waiting = [data]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, list):
+            waiting.extend(reversed(value))
+        elif isinstance(value, str):
+            found.append(value)
+        else:
+            raise InvalidArgument(f"{where}: data of BYTES must be an array of strings; got {value!r:.40}")
+    return _objects(found)
+
+
+def _raw_texts(where: str, raw: memoryview) -> Array:
+    """Each element: four bytes of length, little-endian, then UTF-8."""
+    found: list[str] = []
+    at, end = 0, len(raw)
+    while at < end:
+        if end - at < LENGTH.size:
+            raise InvalidArgument(f"{where}: its BYTES end within an element's length")
+        (size,) = LENGTH.unpack_from(raw, at)
+        at += LENGTH.size
+        if size > end - at:
+            raise InvalidArgument(f"{where}: an element of {size} bytes, where {end - at} are left")
+        try:
+            found.append(str(raw[at : at + size], "utf-8"))
+        except UnicodeDecodeError:
+            raise InvalidArgument(f"{where}: element {len(found)} is not UTF-8") from None
+        at += size
+    return _objects(found)
+
+
+def _objects(texts: list[str]) -> Array:
+    array = np.empty(len(texts), object)
+    array[:] = texts
+    return array
+
+
+def column_values(name: str, dtype: DType, array: Array) -> Any:
+    """A tensor as the values of a request column: [rows] or [rows, 1], or [rows, n] for vectors."""
+    if dtype.is_vector:
+        if array.ndim > 2:
+            raise InvalidArgument(f"input '{name}' has the shape [-1, {dtype.width}]; got {list(array.shape)}")
+        return array
+    if array.ndim == 2 and array.shape[1] == 1:
+        array = array.ravel()
+    if array.ndim > 1:
+        raise InvalidArgument(f"input '{name}' has the shape [-1]; got {list(array.shape)}")
+    return array.tolist() if array.dtype.hasobject else array
+
+
+def json_output(name: str, array: Array) -> dict[str, Any]:
+    """An entry of "outputs" with its data in it, flat."""
+    flat = np.ascontiguousarray(array).ravel()
+    data = [_text(value) for value in flat.tolist()] if flat.dtype.hasobject else flat
+    return {"name": name, "datatype": datatype(array.dtype), "shape": list(array.shape), "data": data}
+
+
+def binary_output(name: str, array: Array) -> tuple[dict[str, Any], bytes]:
+    """An entry of "outputs" whose data follows the JSON, and that data."""
+    if array.dtype.hasobject:
+        texts = [_text(value).encode() for value in array.ravel().tolist()]
+        raw = b"".join(LENGTH.pack(len(text)) + text for text in texts)
+    else:
+        raw = np.ascontiguousarray(array).tobytes()
+    described = {"name": name, "datatype": datatype(array.dtype), "shape": list(array.shape)}
+    return described | {"parameters": {"binary_data_size": len(raw)}}, raw
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else str(value)

@@ -1,0 +1,292 @@
+"""The Open Inference Protocol, version 2: what its requests mean here, and its documents. docs/http.md has the routes.
+
+https://github.com/kserve/open-inference-protocol and Triton's extensions of it (binary tensors, statistics, model
+configuration), which `tritonclient[http]` speaks.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from shorttail._native.metrics import STAGES
+from shorttail.config import LIMITS
+from shorttail.errors import InvalidArgument, ResourceExhausted
+from shorttail.models.signature import request_columns
+from shorttail.server.http.batches import Answer
+from shorttail.server.http.tensors import binary_output, column_values, datatype, json_output, read_tensor
+from shorttail.store.catalog import TENSOR_TYPES
+
+if TYPE_CHECKING:
+    from shorttail.monitor.memory import SlotCounts
+    from shorttail.pipeline import Plan
+    from shorttail.store.catalog import Catalog, ModelEntry, TensorInfo
+
+Array = NDArray[Any]
+STATUSES: Final = "statuses"  # a parameter of a request; its outputs are "statuses:VIEW"
+EXTENSIONS: Final = ["binary_tensor_data", "model_configuration", "statistics", "model_repository(index)"]
+
+
+@dataclass(slots=True)
+class InferRequest:
+    """id: "" if none. outputs: asked for, with whether as bytes; None: all."""
+
+    id: str
+    inputs: dict[str, Array]
+    outputs: dict[str, bool] | None
+    all_binary: bool
+    timeout_us: int = 0
+    statuses: bool = False
+    parameters: dict[str, Any] = field(default_factory=dict)
+
+
+def parse_json(body: bytes | memoryview) -> Any:
+    """Raises InvalidArgument, ResourceExhausted: a body that long would hold up the loop."""
+    if len(body) > LIMITS.http_json_bytes:
+        raise ResourceExhausted(
+            f"{len(body)} bytes of JSON; at most {LIMITS.http_json_bytes} are taken: send binary tensors, or parts"
+        )
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise InvalidArgument(f"the body is not JSON: {error}") from None
+
+
+def parse_infer(body: bytes, header_bytes: str | None) -> InferRequest:
+    """header_bytes: of Inference-Header-Content-Length, None when the body is all JSON. Raises InvalidArgument."""
+    view = memoryview(body)
+    length = len(view)
+    if header_bytes is not None:
+        if not (re.fullmatch(r"[0-9]{1,9}", header_bytes) and int(header_bytes) <= len(view)):
+            raise InvalidArgument(
+                f"Inference-Header-Content-Length {header_bytes!r:.40} is not a length within the body"
+            )
+        length = int(header_bytes)
+    document = parse_json(view[:length])
+    if not isinstance(document, dict) or not isinstance(document.get("inputs"), list):
+        raise InvalidArgument('the body must be {"inputs": [{"name", "shape", "datatype", "data"}, ...]}')
+    inputs, raw = _inputs(document["inputs"], view[length:])
+    if len(raw):
+        raise InvalidArgument(f"{len(raw)} bytes of tensor data are left over after the last input")
+    parameters = _parameters("the request", document)
+    for name in ("shared_memory_region", "sequence_id"):
+        if parameters.get(name):
+            raise InvalidArgument(f"the parameter {name} is not supported")
+    timeout_us = parameters.get("timeout", 0)
+    if not isinstance(timeout_us, int) or timeout_us < 0:
+        raise InvalidArgument(f"the parameter timeout must be a number of microseconds; got {timeout_us!r:.40}")
+    identifier = document.get("id", "")
+    if not isinstance(identifier, str) or len(identifier) > 256:
+        raise InvalidArgument("id must be a string of at most 256 characters")
+    all_binary = parameters.get("binary_data_output") is True
+    outputs = _outputs(document.get("outputs"), all_binary)
+    statuses = parameters.get(STATUSES) is True
+    return InferRequest(identifier, inputs, outputs, all_binary, timeout_us, statuses, parameters)
+
+
+def _inputs(entries: list[Any], raw: memoryview) -> tuple[dict[str, Array], memoryview]:
+    inputs: dict[str, Array] = {}
+    for entry in entries:
+        name = _name("inputs", entry)
+        if name in inputs:
+            raise InvalidArgument(f"input '{name}' is given twice")
+        parameters = _parameters(f"input '{name}'", entry)
+        if "shared_memory_region" in parameters:
+            raise InvalidArgument(f"input '{name}': shared memory is not supported; send the tensor with the request")
+        size = parameters.get("binary_data_size")
+        if size is None:
+            inputs[name] = read_tensor(name, entry, None)
+            continue
+        if not isinstance(size, int) or not 0 <= size <= len(raw):
+            raise InvalidArgument(f"input '{name}': binary_data_size {size!r:.40}, where {len(raw)} bytes are left")
+        inputs[name] = read_tensor(name, entry, raw[:size])
+        raw = raw[size:]
+    return inputs, raw
+
+
+def _outputs(entries: Any, all_binary: bool) -> dict[str, bool] | None:
+    if not entries:
+        return None
+    if not isinstance(entries, list):
+        raise InvalidArgument('outputs must be [{"name": ...}, ...]')
+    outputs = {}
+    for entry in entries:
+        name = _name("outputs", entry)
+        parameters = _parameters(f"output '{name}'", entry)
+        if parameters.get("classification") or "shared_memory_region" in parameters:
+            raise InvalidArgument(f"output '{name}': classification and shared memory are not supported")
+        outputs[name] = parameters.get("binary_data", all_binary) is True
+    return outputs
+
+
+def _name(what: str, entry: Any) -> str:
+    if isinstance(entry, dict) and isinstance(entry.get("name"), str):
+        return str(entry["name"])
+    raise InvalidArgument(f"an entry of {what} has no name")
+
+
+def _parameters(where: str, entry: dict[str, Any]) -> dict[str, Any]:
+    parameters = entry.get("parameters", {})
+    if not isinstance(parameters, dict):
+        raise InvalidArgument(f"{where}: parameters must be an object")
+    return parameters
+
+
+def is_raw(plan: Plan, inputs: Mapping[str, Array]) -> bool:
+    """Whether these are the tensors that the file declares, and not the request columns. Columns come first."""
+    assert plan.runner is not None
+    return inputs.keys() != set(plan.names) and inputs.keys() == {tensor.name for tensor in plan.runner.inputs}
+
+
+def as_columns(plan: Plan, inputs: Mapping[str, Array]) -> dict[str, Any]:
+    """Raises InvalidArgument for an input that is no column; one that is missing is found later."""
+    dtypes = dict(zip(plan.names, plan.dtypes, strict=True))
+    assert plan.runner is not None
+    values = {}
+    for name, array in inputs.items():
+        if name not in dtypes:
+            tensors = ", ".join(tensor.name for tensor in plan.runner.inputs)
+            takes = f"its columns: {', '.join(dtypes)}; or its tensors: {tensors}"
+            raise InvalidArgument(f"model '{plan.model}' has no input '{name}'; {takes}")
+        values[name] = column_values(name, dtypes[name], array)
+    return values
+
+
+def response(request: InferRequest, model: str, answer: Answer) -> tuple[bytes, int | None]:
+    """The body, and the length of its JSON if tensors follow. Raises InvalidArgument for an unknown output."""
+    found = dict(zip(answer.names, answer.values, strict=True))
+    if request.statuses:
+        found |= {f"{STATUSES}:{view}": np.asarray(codes) for view, codes in answer.statuses.items()}
+    wanted = request.outputs
+    if wanted is None:
+        wanted = dict.fromkeys(found, request.all_binary)
+    elif request.statuses:
+        statuses = (name for name in found if name.startswith(f"{STATUSES}:"))
+        wanted = dict.fromkeys(statuses, request.all_binary) | wanted
+    outputs: list[dict[str, Any]] = []
+    tail: list[bytes] = []
+    for name, binary in wanted.items():
+        if name not in found:
+            raise InvalidArgument(f"model '{model}' has no output '{name}'; its outputs: {', '.join(found)}")
+        if binary:
+            described, raw = binary_output(name, found[name])
+            tail.append(raw)
+            outputs.append(described)
+        else:
+            outputs.append(json_output(name, found[name]))
+    document: dict[str, Any] = {"model_name": model, "model_version": str(answer.version), "outputs": outputs}
+    if request.id:
+        document["id"] = request.id
+    head = orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
+    return (b"".join((head, *tail)), len(head)) if tail else (head, None)
+
+
+# -- documents -------------------------------------------------------------------------------------------------
+
+
+def server_metadata(version: str) -> dict[str, Any]:
+    return {"name": "shorttail", "version": version, "extensions": EXTENSIONS}
+
+
+def model_metadata(catalog: Catalog, name: str, version: int | None) -> dict[str, Any]:
+    """inputs: the request columns; tensors: the file's own inputs, which are taken instead."""
+    entry = catalog.model(name)
+    info = entry.version(version)
+    columns = request_columns(catalog, info.model, info.inputs)
+    return {
+        "name": name,
+        "versions": [str(number) for number in sorted(entry.versions)],
+        "platform": "onnx",
+        "inputs": [
+            {"name": column, "datatype": datatype(dtype), "shape": [-1, dtype.width] if dtype.is_vector else [-1]}
+            for column, dtype in columns.items()
+        ],
+        "outputs": [_tensor(tensor) for tensor in info.outputs],
+        "tensors": [_tensor(tensor) for tensor in info.inputs],
+    }
+
+
+def _tensor(tensor: TensorInfo) -> dict[str, Any]:
+    return {
+        "name": tensor.name,
+        "datatype": datatype(TENSOR_TYPES[tensor.dtype]),
+        "shape": [-1, *(-1 if size is None else size for size in tensor.shape[1:])],
+    }
+
+
+def model_config(catalog: Catalog, name: str, version: int | None) -> dict[str, Any]:
+    """As Triton writes it: the first axis is not in dims."""
+    document = model_metadata(catalog, name, version)
+
+    def described(tensor: dict[str, Any]) -> dict[str, Any]:
+        kind = "STRING" if tensor["datatype"] == "BYTES" else tensor["datatype"]
+        return {"name": tensor["name"], "data_type": f"TYPE_{kind}", "dims": tensor["shape"][1:] or [1]}
+
+    return {
+        "name": name,
+        "platform": "onnxruntime_onnx",
+        "backend": "shorttail",
+        "version_policy": {"latest": {"num_versions": 1}},
+        "max_batch_size": LIMITS.rows_per_request,
+        "input": [described(tensor) for tensor in document["inputs"]],
+        "output": [described(tensor) for tensor in document["outputs"]],
+    }
+
+
+def repository_index(catalog: Catalog, ready: bool) -> list[dict[str, Any]]:
+    state = "READY" if ready else "UNAVAILABLE"
+    return [
+        {"name": name, "version": str(entry.current), "state": state, "reason": ""}
+        for name, entry in catalog.models.items()
+    ]
+
+
+def statistics(entries: Mapping[str, ModelEntry], counts: Mapping[tuple[str, str], SlotCounts]) -> dict[str, Any]:
+    """Of all versions of a model together, since the server started, under the current one."""
+    return {"model_stats": [_model_statistics(name, entry, counts) for name, entry in entries.items()]}
+
+
+def _model_statistics(name: str, entry: ModelEntry, counts: Mapping[tuple[str, str], SlotCounts]) -> dict[str, Any]:
+    found = counts.get(("predict", name))
+    requests: Sequence[int] = found.requests if found else [0] * 18
+    codes = len(requests) // 2
+    succeeded = requests[0] + requests[codes]
+
+    def stage(stage_name: str) -> dict[str, int]:
+        words = found.stages[STAGES.index(stage_name)] if found else [0]
+        return {"count": sum(words[:-1]), "ns": words[-1]}
+
+    lookup, transform = stage("lookup"), stage("transform")
+    compute = {"count": lookup["count"], "ns": lookup["ns"] + transform["ns"]}
+    return {
+        "name": name,
+        "version": str(entry.current),
+        "last_inference": 0,
+        "inference_count": found.rows if found else 0,
+        "execution_count": sum(found.batches) if found else 0,
+        "inference_stats": {
+            "success": {"count": succeeded, "ns": stage("total")["ns"]},
+            "fail": {"count": sum(requests) - succeeded, "ns": 0},
+            "queue": stage("queue"),
+            "compute_input": compute,
+            "compute_infer": stage("infer"),
+            "compute_output": stage("encode"),
+            "cache_hit": {"count": 0, "ns": 0},
+            "cache_miss": {"count": 0, "ns": 0},
+        },
+        "batch_stats": [],
+    }
+
+
+def version_number(text: str | None) -> int | None:
+    if not text:
+        return None
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise InvalidArgument(f"version {text!r:.40} is not a whole number")
+    return int(text)

@@ -1,0 +1,71 @@
+"""SIGHUP: new workers take the place of the old, one after another, with no request refused or broken.
+
+A new worker reads the files of tokens and TLS and opens the store and its models; only when it is ready does the old
+one retire: it stops accepting and gives its connections to the others as soon as each owes nothing. TLS connections
+cannot move, since their keys are in the old process: those end after what they asked is answered.
+
+What does not validate changes nothing: the server goes on as before, and says why.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import TYPE_CHECKING, Final
+
+from shorttail.config import LIMITS
+from shorttail.errors import ShorttailError
+from shorttail.server import security
+
+if TYPE_CHECKING:
+    from shorttail.server.supervisor import Child, Supervisor
+
+RETIRE: Final = b"retire\n"  # worker.py: told()
+
+
+def reload(supervisor: Supervisor) -> None:
+    supervisor.systemd.reloading()
+    try:
+        security.check(supervisor.settings)
+    except ShorttailError as error:
+        supervisor.say(f"reload refused: {error.message}; the server goes on as before")
+    else:
+        numbers = sorted(child.number for child in supervisor.workers())
+        replaced = 0
+        for number in numbers:
+            if not replace(supervisor, number):
+                break
+            replaced += 1
+        if replaced == len(numbers):
+            supervisor.say(f"reloaded: {replaced} worker{'' if replaced == 1 else 's'} replaced")
+    supervisor.systemd.say("READY=1")
+
+
+def replace(supervisor: Supervisor, number: int) -> bool:
+    """Put a new worker in the place of the one of this number. False: it did not start, and the old one stays."""
+    successor = supervisor.start_successor(number)
+    deadline_s = time.monotonic() + LIMITS.start_timeout_s
+    while not successor.said and successor in supervisor.others and time.monotonic() < deadline_s:
+        supervisor.wait(deadline_s)
+    if not successor.said:
+        if successor in supervisor.others:
+            successor.process.kill()
+            _wait_for_end(supervisor, successor, LIMITS.stop_grace_s)
+        supervisor.say(f"reload stopped: the new worker {number} did not start; the old one goes on")
+        return False
+    old = supervisor.succeed(successor)
+    if old is not None:
+        with contextlib.suppress(OSError):
+            old.control.send(RETIRE)
+        _wait_for_end(supervisor, old, LIMITS.stop_grace_s)
+    return True
+
+
+def _wait_for_end(supervisor: Supervisor, child: Child, grace_s: float) -> None:
+    deadline_s = time.monotonic() + grace_s
+    while child in supervisor.others and time.monotonic() < deadline_s:
+        supervisor.wait(deadline_s)
+    if child in supervisor.others:
+        child.process.kill()
+        while child in supervisor.others:
+            supervisor.wait(None)

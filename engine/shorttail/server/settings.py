@@ -1,0 +1,46 @@
+"""How a server is told to serve, as the supervisor hands it to its workers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Self
+
+from shorttail.config import LIMITS
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Paths are given as the user gave them. No secret is in here, only where it is: this travels on a command line."""
+
+    token_file: str | None = None
+    tls_cert: str | None = None
+    tls_key: str | None = None
+    tls_client_ca: str | None = None
+    uds_mode: int = 0o600
+    max_connections: int = LIMITS.connections  # of one worker
+    max_peer_connections: int = LIMITS.connections  # of one worker, from one address
+    idle_deadline_s: int = LIMITS.idle_deadline_s
+    frame_deadline_s: int = LIMITS.frame_deadline_s
+    write_deadline_s: int = LIMITS.write_deadline_s
+    p99_budget_ms: float = LIMITS.p99_budget_ms
+    pin_cpus: bool = False
+    busy_poll_us: int = 0
+    http: bool = True
+    http_port: int | None = None  # None: shared.wanted_port
+    log: str = "text"  # or "json"
+    log_failed: bool = False  # requests that fail are logged
+    slow_ms: float = 0.0  # requests that take longer are logged; 0: none are
+
+    @property
+    def authenticates(self) -> bool:
+        """Whether a peer has to show who it is."""
+        return self.token_file is not None or self.tls_client_ca is not None
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        return cls(**json.loads(text))

@@ -1,0 +1,44 @@
+# What is counted here and read by server/telemetry.py: errors by method, model and code. Answers are counted a batch.
+
+cdef int _count_errors(Router router, str method, str model, str code, int64_t n, int64_t msgid, str message) except -1:
+    """The last one of a kind is kept for the log: its message, and its msgid (-1: it has none)."""
+    key = (method, model, code)
+    entry = router.errors.get(key)
+    if entry is None:
+        entry = router.errors[key] = [0, None, None]
+    (<list>entry)[0] = (<list>entry)[0] + n
+    (<list>entry)[1] = msgid
+    (<list>entry)[2] = message
+    return 0
+
+
+cdef str _method_of(Route route):
+    return "get_online_features" if route.features else "predict"
+
+
+cdef int _count_shed(Router router, Route route) except -1:
+    """Move what a route has shed to the errors."""
+    while route is not None:
+        if route.shed:
+            _count_errors(router, _method_of(route), route.plan.model, "RESOURCE_EXHAUSTED", route.shed, -1,
+                          "the server is overloaded")
+            route.shed = 0
+        route = route.canary
+    return 0
+
+
+cdef int _count_failed(Connection connection, const mp_value *method, str code, uint32_t msgid, str message) except -1:
+    """A request that failed while it was read. A model is named only if there is one of that name."""
+    cdef str name = "other"
+    cdef str model = ""
+    if method.kind == MP_STR:
+        if _is(method, b"predict", 7):
+            name = "predict"
+            model = "unknown" if connection.asked is None else connection.asked.plan.model
+        elif _is(method, b"get_online_features", 19):
+            name = "get_online_features"
+        elif _is(method, b"push", 4):
+            name = "push"
+        elif _is(method, b"delete", 6):
+            name = "delete"
+    return _count_errors(connection.router, name, model, code, 1, msgid, message)

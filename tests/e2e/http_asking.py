@@ -1,0 +1,88 @@
+"""What tests of HTTP share: a store with a model of every type, and asking a running server."""
+
+import http.client
+import json
+import re
+
+import numpy as np
+import onnx
+import tritonclient.http as triton
+from onnx import TensorProto, helper
+from test_server import TIMEOUT_S
+
+DEFINITIONS = """
+import shorttail as st
+
+user = st.Entity("user", keys={"user_id": st.Int64})
+shop = st.Entity("shop", keys={"shop": st.String})
+stats = st.FeatureView("stats", entity=user, features=[st.Feature("age", st.Float32, default=1.5)])
+sales = st.FeatureView("sales", entity=shop, features=[st.Feature("rate", st.Float32, default=100.0)])
+total = st.Model("total", path="total.onnx", inputs=["stats:age", "sales:rate", "request:amount"])
+every = st.Model("every", path="every.onnx", inputs={
+    name: [f"request:{name[2:]}"] for name in ("x_f32", "x_f64", "x_i64", "x_i32", "x_flag", "x_text")
+})
+"""
+TYPES = {
+    "x_f32": (TensorProto.FLOAT, np.float32, "FP32"),
+    "x_f64": (TensorProto.DOUBLE, np.float64, "FP64"),
+    "x_i64": (TensorProto.INT64, np.int64, "INT64"),
+    "x_i32": (TensorProto.INT32, np.int32, "INT32"),
+    "x_flag": (TensorProto.BOOL, np.bool_, "BOOL"),
+    "x_text": (TensorProto.STRING, np.object_, "BYTES"),
+}
+EVERY = {
+    "x_f32": np.array([1.5, -2.5], np.float32),
+    "x_f64": np.array([1e300, 0.25]),
+    "x_i64": np.array([2**62 + 1, -5]),
+    "x_i32": np.array([-(2**31), 7], np.int32),
+    "x_flag": np.array([True, False]),
+    "x_text": np.array(["Zürich", ""], np.object_),
+}
+
+
+def write_every(path):
+    """A model that gives back each of its inputs, of every type that there is."""
+    tensors = {name: kind for name, (kind, _, _) in TYPES.items()}
+    graph = helper.make_graph(
+        [helper.make_node("Identity", [name], [name.replace("x_", "y_")]) for name in tensors],
+        "every",
+        [helper.make_tensor_value_info(name, kind, [None]) for name, kind in tensors.items()],
+        [helper.make_tensor_value_info(name.replace("x_", "y_"), kind, [None]) for name, kind in tensors.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)])
+    model.ir_version = 8
+    onnx.save(model, str(path))
+
+
+def http_port(server):
+    return int(re.search(r"http on 127\.0\.0\.1:(\d+)", server.line)[1])
+
+
+def ask(server, method, path, body=None, **headers):
+    connection = http.client.HTTPConnection("127.0.0.1", http_port(server), timeout=TIMEOUT_S)
+    try:
+        connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
+        response = connection.getresponse()
+        return response.status, response.read()
+    finally:
+        connection.close()
+
+
+def ask_json(server, method, path, body=None, **headers):
+    status, answer = ask(server, method, path, None if body is None else json.dumps(body), **headers)
+    return status, json.loads(answer)
+
+
+def tensor(name, array, kind, binary=True):
+    made = triton.InferInput(name, list(array.shape), kind)
+    made.set_data_from_numpy(array, binary_data=binary)
+    return made
+
+
+def total_inputs(users, shop, amount, binary=True):
+    texts = np.array([shop], np.object_)
+    return [
+        tensor("user_id", np.array(users), "INT64", binary),
+        tensor("shop", texts, "BYTES", binary),
+        tensor("amount", np.array(amount, np.float32), "FP32", binary),
+    ]

@@ -1,0 +1,168 @@
+"""Limits and deadlines of connections, on a running server: what goes beyond is cut off, others are served."""
+
+import contextlib
+import os
+import socket
+import time
+from pathlib import Path
+
+import msgpack
+import pytest
+from test_server import PREDICT, PREDICTED, TIMEOUT_S, Server, make_store
+
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return make_store(tmp_path_factory.mktemp("limited"))
+
+
+@pytest.fixture(scope="module")
+def strict(store):
+    """A server with deadlines of a second and few connections."""
+    server = Server(
+        store, "--frame-deadline-s", "1", "--write-deadline-s", "1", "--idle-deadline-s", "2",
+        "--max-connections", "12", "--max-peer-connections", "10", "--p99-budget-ms", "1e6", log=store.parent / "log",
+    )  # fmt: skip
+    yield server
+    assert server.stop() == 0
+    assert server.log.read_text() == ""
+
+
+def closed(sock, within_s=TIMEOUT_S):
+    """Whether the peer closes the connection. What it still sends is read and dropped."""
+    sock.settimeout(within_s)
+    with contextlib.suppress(ConnectionError):
+        while sock.recv(65536):
+            pass
+    return True
+
+
+def rss(server):
+    [worker] = server.workers()
+    pages = int(Path(f"/proc/{worker}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGESIZE")
+
+
+def test_half_a_message_is_cut_and_idle_connections_are_closed_later(strict):
+    message = msgpack.packb(PREDICT)
+    with strict.connect() as half, strict.connect() as idle, strict.connect() as busy:
+        start = time.monotonic()
+        half.send(message[:20])
+        idle.send(message)
+        assert idle.reply() == PREDICTED
+        while True:
+            assert busy.ask(*PREDICT) == PREDICTED
+            half.socket.setblocking(False)
+            try:
+                if half.socket.recv(1) == b"":
+                    break
+            except BlockingIOError:
+                time.sleep(0.02)
+            except ConnectionError:
+                break
+            assert time.monotonic() - start < TIMEOUT_S
+        assert closed(idle.socket)
+        assert time.monotonic() - start >= 1.0  # a deadline is never early
+
+
+def test_clients_that_never_read_are_cut_off_and_their_memory_returned(strict):
+    """Four at a time. What one round leaves behind, the next finds again: a leak of replies would be 16 MiB more."""
+    starve(strict)
+    before = rss(strict)
+    starve(strict)
+    assert rss(strict) - before < 8 * MIB
+    with strict.connect() as peer:
+        assert peer.ask(*PREDICT) == PREDICTED
+
+
+def starve(server):
+    request = msgpack.packb([0, 1, "predict", ["total", {"user_id": [1] * 4000, "amount": 0.5}]])
+    with contextlib.ExitStack() as stack:
+        greedy = [stack.enter_context(socket.create_connection(server.address)) for _ in range(4)]
+        for one in greedy:
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            one.settimeout(0.2)
+        end = time.monotonic() + TIMEOUT_S
+        while greedy:  # each until its requests are not read any more, and then until it is cut off
+            assert time.monotonic() < end, "not cut off"
+            assert rss(server) < 1000 * MIB
+            for one in list(greedy):
+                try:
+                    one.sendall(request * 16)
+                except TimeoutError:
+                    pass
+                except ConnectionError:
+                    greedy.remove(one)
+
+
+@pytest.mark.parametrize("over", [0, 1])
+def test_connections_from_one_address(strict, over):
+    with contextlib.ExitStack() as stack:
+        peers = [stack.enter_context(strict.connect()) for _ in range(10 + over)]
+        answers = [peer.ask(*PREDICT) for peer in peers[:10]]
+        assert answers == [PREDICTED] * 10
+        if over:
+            refusal = peers[10].reply()
+            assert refusal[1:] == [None, {"code": "RESOURCE_EXHAUSTED", "message": refusal[2]["message"]}, None]
+            assert "more than 10 connections from one address" in refusal[2]["message"]
+            assert closed(peers[10].socket)
+    end = time.monotonic() + TIMEOUT_S
+    while True:  # they count no more once they have gone
+        with strict.connect() as peer:
+            if peer.ask(*PREDICT) == PREDICTED:
+                return
+        assert time.monotonic() < end
+
+
+def test_few_long_connections_are_shared_evenly(store, tmp_path):
+    server = Server(store, "--workers", "2", log=tmp_path / "log")
+    try:
+        with contextlib.ExitStack() as stack:
+            peers = [stack.enter_context(server.connect()) for _ in range(8)]
+            for peer in peers:
+                assert peer.ask(*PREDICT) == PREDICTED
+            assert [connections(worker, server.address[1]) for worker in server.workers()] == [4, 4]
+            for peer in peers[::2]:
+                peer.socket.close()
+            time.sleep(0.3)  # the workers say ten times a second how many they have
+            more = [stack.enter_context(server.connect()) for _ in range(4)]
+            assert [peer.ask(*PREDICT) for peer in more] == [PREDICTED] * 4
+            assert [connections(worker, server.address[1]) for worker in server.workers()] == [4, 4]
+        assert server.stop() == 0
+        assert server.log.read_text() == ""
+    finally:
+        server.kill()
+
+
+def connections(pid, port):
+    """Established connections to this port that a process holds."""
+    inodes = set()
+    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        fields = line.split()
+        if int(fields[1].split(":")[1], 16) == port and fields[3] == "01":
+            inodes.add(f"socket:[{fields[9]}]")
+    held = set()
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            held.add(str(link.readlink()))
+    return len(inodes & held)
+
+
+@pytest.mark.parametrize("options", [["--busy-poll-us", "200"], ["--pin-cpus", "--workers", "2"]])
+def test_served_all_the_same(store, tmp_path, options):
+    server = Server(store, *options, log=tmp_path / "log")
+    try:
+        with server.connect() as peer:
+            for _ in range(50):
+                assert peer.ask(*PREDICT) == PREDICTED
+        if "--pin-cpus" in options:
+            allowed = os.sched_getaffinity(0)
+            cpus = [os.sched_getaffinity(worker) for worker in server.workers()]
+            assert all(len(one) == 1 and one <= allowed for one in cpus)
+            assert len(set.union(*cpus)) == min(2, len(allowed))
+        assert server.stop() == 0
+        assert server.log.read_text() == ""
+    finally:
+        server.kill()

@@ -1,0 +1,343 @@
+"""Deadlines of connections, limits and admission, with a clock and transports that the tests turn by hand."""
+
+import msgpack
+import pytest
+from test_wire import PREDICT, PREDICTED, FakeTransport, Served
+
+from shorttail._native import wire
+from shorttail.config import LIMITS
+
+
+class Slow(FakeTransport):
+    """Holds what is written until the test lets it go."""
+
+    def __init__(self):
+        super().__init__()
+        self.unsent, self.peer = 0, ("10.0.0.1", 1)
+
+    def write(self, data):
+        super().write(data)
+        self.unsent += len(data)
+
+    def get_write_buffer_size(self):
+        return self.unsent
+
+    def get_extra_info(self, name):
+        return self.peer
+
+
+class Guarded(Served):
+    def connect(self, peer=("10.0.0.1", 1), secure=False):
+        connection = wire.Connection(self.router, secure)
+        self.transport_of[connection] = transport = Slow()
+        transport.peer = peer
+        connection.connection_made(transport)
+        return connection
+
+    def lose(self, connection):
+        connection.connection_lost(None)
+        return connection not in self.router.connections
+
+    def sweep(self, *seconds):
+        for now_s in seconds:
+            self.router.sweep(now_s)
+
+
+@pytest.fixture
+def served():
+    return Guarded()
+
+
+# -- deadlines -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_half_a_message_waits_so_long_and_no_longer(served, late):
+    served.router.frame_deadline_s = 30
+    connection = served.connect()
+    message = msgpack.packb(PREDICT)
+    connection.data_received(message[:10])
+    served.sweep(100, 110, 130 + late)
+    assert served.transport_of[connection].closed == bool(late)
+    assert served.router.cut == late
+    if not late:
+        connection.data_received(message[10:])
+        served.loop.turn()
+        assert served.replies(connection) == [PREDICTED]
+
+
+def test_one_byte_at_a_time_does_not_put_the_end_off(served):
+    served.router.frame_deadline_s = 30
+    connection = served.connect()
+    for now_s, byte in enumerate(msgpack.packb(PREDICT), 1):
+        connection.data_received(bytes([byte]))
+        served.sweep(now_s)
+    assert served.transport_of[connection].closed
+
+
+def test_whole_messages_start_the_time_anew(served):
+    """A busy peer may be in the middle of a message whenever the sweep looks."""
+    served.router.frame_deadline_s = 3
+    connection = served.connect()
+    message = msgpack.packb([0, 1, "ping", []])
+    connection.data_received(message[:4])
+    for now_s in range(1, 40):
+        served.sweep(now_s)
+        connection.data_received(message[4:] + message[:4])
+        served.loop.turn()
+    assert not served.transport_of[connection].closed
+    served.sweep(40, 44)
+    assert served.transport_of[connection].closed
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_peer_that_does_not_read_is_cut(served, late):
+    served.router.write_deadline_s = 20
+    connection = served.connect()
+    served.ask(PREDICT, connection=connection)
+    served.sweep(5, 15, 25 + late)
+    assert served.transport_of[connection].closed == bool(late)
+
+
+def test_a_peer_that_reads_slowly_is_not(served):
+    served.router.write_deadline_s = 20
+    connection = served.connect()
+    for now_s in range(5, 200, 10):
+        served.ask(PREDICT, connection=connection)
+        owed = served.transport_of[connection].unsent
+        served.sweep(now_s)
+        served.transport_of[connection].unsent = owed // 2 if now_s % 20 == 5 else 0
+    assert not served.transport_of[connection].closed
+
+
+def test_one_that_reads_a_little_of_much_is(served):
+    """A byte now and then is no reading: what is owed at one moment has to have left within the deadline."""
+    served.router.write_deadline_s = 20
+    connection = served.connect()
+    served.ask(PREDICT, connection=connection)
+    for now_s in range(5, 30):
+        served.sweep(now_s)
+        served.transport_of[connection].unsent -= 1
+    assert served.transport_of[connection].closed
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_silence(served, late):
+    served.router.idle_deadline_s = 60
+    silent, busy = served.connect(), served.connect()
+    for now_s in range(10, 71 + late):
+        served.ask([0, 1, "ping", []], connection=busy)
+        served.transport_of[busy].unsent = 0
+        served.sweep(now_s)
+    assert served.transport_of[silent].closed == bool(late)
+    assert not served.transport_of[busy].closed
+
+
+def test_requests_under_way_are_no_silence(served):
+    served.router.idle_deadline_s = 60
+    served.router.forward = lambda *_: None
+    connection = served.connect()
+    connection.data_received(msgpack.packb([0, 1, "push", ["v", {}]]))
+    served.sweep(10, 100, 1000)
+    assert not served.transport_of[connection].closed
+
+
+def test_a_sweep_looks_at_some_and_the_next_at_the_others(served):
+    served.router.idle_deadline_s = 5
+    connections = [served.connect() for _ in range(1300)]
+    served.sweep(1, 1, 1, 10)
+    closed = sum(served.transport_of[connection].closed for connection in connections)
+    assert 0 < closed <= 512
+    served.sweep(10, 10)
+    assert all(served.transport_of[connection].closed for connection in connections)
+
+
+def test_strangers_have_a_deadline(served):
+    served.router.access = 0
+    served.router.auth_deadline_s = 10
+    served.router.auth = lambda params: 2
+    stranger, known = served.connect(), served.connect()
+    served.ask([0, 1, "auth", ["token"]], connection=known)
+    served.transport_of[known].unsent = 0
+    served.sweep(1, 11, 12)
+    assert served.transport_of[stranger].closed
+    assert not served.transport_of[known].closed
+    assert known.access == 2
+
+
+# -- limits --------------------------------------------------------------------------------------------------------
+
+
+def test_connections_in_all_and_from_one_address(served):
+    served.router.max_connections, served.router.max_peer_connections = 4, 2
+    first, second = served.connect(), served.connect()
+    assert served.ask(PREDICT, connection=second) == [PREDICTED]
+    third = served.connect()
+    served.loop.turn()
+    [refusal] = served.replies(third)
+    assert (refusal[1], refusal[2]["code"]) == (None, "RESOURCE_EXHAUSTED")
+    assert served.ask(PREDICT, connection=third) == []
+    assert served.lose(third)
+    others = [served.connect(("10.0.0.2", 1)), served.connect("")]
+    assert [served.ask(PREDICT, connection=one) for one in others] == [[PREDICTED]] * 2
+    fifth = served.connect(("10.0.0.3", 1))
+    served.loop.turn()
+    assert "more than 4 connections" in served.replies(fifth)[0][2]["message"]
+    assert served.lose(fifth)
+    assert served.lose(first)
+    assert served.router.peers == {"10.0.0.1": 1, "10.0.0.2": 1}
+    assert served.ask(PREDICT, connection=served.connect()) == [PREDICTED]
+    assert served.router.refused == 2
+
+
+def test_requests_in_flight_on_a_connection(served):
+    connection, other = served.connect(), served.connect()
+    message = msgpack.packb([0, 1, "predict", ["double", {"key": 1, "amount": 0}]])
+    for _ in range(LIMITS.requests_per_connection + 1):
+        connection.data_received(message)
+    assert connection.in_flight == LIMITS.requests_per_connection
+    other.data_received(message)
+    served.loop.turn()
+    errors = [reply for reply in served.replies(connection) if reply[2] is not None]
+    assert [error[2]["code"] for error in errors] == ["RESOURCE_EXHAUSTED"]
+    assert served.replies(other)[0][2] is None
+    assert served.router.waiting_rows == served.router.waiting_bytes == 0
+
+
+def test_what_was_held_is_given_back_when_the_peer_goes(served):
+    connection = served.connect()
+    connection.data_received(msgpack.packb(PREDICT))
+    connection.data_received(msgpack.packb(PREDICT)[:5])
+    served.lose(connection)
+    served.loop.turn()
+    assert connection.in_flight == 0
+    assert served.router.waiting_rows == 0
+
+
+# -- moving --------------------------------------------------------------------------------------------------------
+
+
+def test_a_connection_moves_in_the_middle_of_a_message(served):
+    old, new = served.connect(), Guarded()
+    message = msgpack.packb(PREDICT)
+    served.router.auth = lambda params: 1
+    old.data_received(message + message[:9])
+    assert old.park(1000)
+    assert not served.transport_of[old].reading
+    assert old.quiet(1000) is None  # its answer is owed
+    served.loop.turn()
+    assert old.quiet(1000) is None  # and not sent yet
+    served.transport_of[old].unsent = 0
+    assert old.quiet(8) is None  # more has been read than may move
+    held = old.quiet(1000)
+    assert held == message[:9]
+    moved = wire.Connection(new.router)
+    moved.carry(held, 1)
+    new.transport_of[moved] = Slow()
+    moved.connection_made(new.transport_of[moved])
+    moved.data_received(message[9:])
+    new.loop.turn()
+    assert new.replies(moved) == [PREDICTED]
+    assert moved.access == 1
+
+
+def test_connections_that_cannot_move(served):
+    secure, ending, large = served.connect(secure=True), served.connect(), served.connect()
+    ending.finish()
+    large.data_received(msgpack.packb([0, 1, "echo", ["x" * 5000]])[:3000])
+    assert [one.stays for one in (secure, ending, large)] == [True, True, False]
+    assert not any(connection.park(1000) for connection in (secure, ending, large))
+    assert served.transport_of[large].reading
+
+
+# -- admission -----------------------------------------------------------------------------------------------------
+
+
+class Measured(Guarded):
+    """Remembers the route of its last batch."""
+
+    def __init__(self):
+        super().__init__()
+        run, take = self.router.run, self.router.take
+        self.route = None
+
+        def remember():
+            batches = take()
+            if batches:
+                self.route = batches[0].route
+            for batch in batches:
+                if batch.wanted():
+                    batch.reply(self.engine.run(batch.route.plan, batch.columns))
+            self.router.flush()
+
+        assert run is not None
+        self.router.run = remember
+
+    def offer(self, count, options=None):
+        """(answered, shed) of so many requests in one turn."""
+        params = ["double", {"key": 1, "amount": 0}] + ([options] if options else [])
+        replies = self.ask(*([0, msgid, "predict", params] for msgid in range(count)))
+        assert sorted(reply[1] for reply in replies) == list(range(count))
+        shed = [reply[2]["code"] for reply in replies if reply[2] is not None]
+        assert set(shed) <= {"RESOURCE_EXHAUSTED"}
+        return count - len(shed), len(shed)
+
+    def always_standing(self, rows):
+        """The budget of a turn is that of so many rows, give or take none."""
+        self.router.interval_ns = -1.0
+        self.router.target_ns = (rows - 0.25) * self.route.row_cost_ns
+
+
+@pytest.fixture
+def measured():
+    served = Measured()
+    for _ in range(3):
+        served.offer(10)
+    assert served.route.row_cost_ns > 0
+    return served
+
+
+def test_nothing_is_shed_while_no_queue_stands(measured):
+    measured.router.target_ns, measured.router.interval_ns, measured.router.burst_ns = 1.0, 1e18, 1e18
+    assert measured.offer(2000) == (2000, 0)
+    assert not measured.router.standing
+
+
+def test_a_standing_queue_is_cut_to_the_budget(measured):
+    for rows in (1, 7, 500):
+        measured.always_standing(rows)
+        assert measured.offer(1000) == (rows, 1000 - rows)
+    assert measured.router.standing
+    assert measured.router.shed == 3000 - 508
+    assert measured.router.admitted_ns == 0.0
+
+
+def test_requests_of_low_priority_are_shed_first(measured):
+    measured.always_standing(100)
+    assert measured.offer(1000, {"priority": 0})[0] == 50
+    measured.always_standing(100)
+    assert measured.offer(1000, {"priority": 1})[0] == 100
+    measured.always_standing(100)
+    assert measured.offer(1000, {"priority": 2})[0] == 200
+
+
+def test_priorities_that_are_none(served):
+    for wrong in (-1, 3, "high", 1.0, None):
+        [reply] = served.ask([0, 1, "predict", ["double", {"key": 1, "amount": 0}, {"priority": wrong}]])
+        assert reply[2]["message"].startswith("option 'priority' must be 0, 1 or 2")
+
+
+def test_a_route_that_runs_apart_has_a_queue_of_its_own(measured):
+    measured.router.burst_ns = 9.5 * measured.route.row_cost_ns
+    measured.route.apart = True
+    assert measured.offer(1000) == (10, 990)
+    assert measured.route.admitted_ns == measured.router.admitted_ns == 0.0
+
+
+def test_notifications_are_shed_in_silence(measured):
+    measured.always_standing(3)
+    connection = measured.connect()
+    connection.data_received(msgpack.packb([2, "predict", ["double", {"key": 1, "amount": 0}]]) * 10)
+    measured.loop.turn()
+    assert measured.replies(connection) == []
+    assert measured.router.shed == 7
