@@ -397,11 +397,11 @@ def test_an_engine_says_which_model_cannot_be_warmed_up(tmp_path: Path) -> None:
     nodes = [helper.make_node("ReduceSum", ["x"], ["y"], keepdims=1)]
     path = save(tmp_path / "m.onnx", nodes, {"x": (FLOAT, ["N", 1])}, {"y": (FLOAT, [1, 1])})
     with st.Engine.open(tmp_path / "store", create=True) as engine:
-        engine.apply([st.Model("m", path=str(path), inputs=["request:a"])])
         with pytest.raises(
             InvalidArgument, match=r"^model 'm' version 1: output 'y' has the shape \[1, 1\] for a batch of 2"
         ):
-            engine.predict("m", {"a": [1.0]})
+            engine.apply([st.Model("m", path=str(path), inputs=["request:a"])])
+        assert engine.models() == []
 
 
 # -- devices ---------------------------------------------------------------------------------------------------
