@@ -122,7 +122,9 @@ def measure(folder: Path, cycles: int) -> dict[str, Any]:
             where = target.find(address)
             workload = Workload(predict="m", keys=[f"user_id=uniform:0:{USERS - 1}"])
             plan = plan_rpc(workload, engine.models(), engine.views())
-            most = run_step(plan, where, Load(closed=True, duration_s=2.0, warmup_s=1.0), None)
+            most = run_step(
+                plan, where, Load(connections=32, pipeline=1, closed=True, duration_s=2.0, warmup_s=1.0), None
+            )
             if fatal := most.fatal or most.outcomes["error"]:
                 raise BenchError(f"the load could not be put on the server: {fatal}")
             rate = most.good_per_s / 2

@@ -220,7 +220,11 @@ class Engine:
 
     def _split(self, plan: Plan, canary: Key, percent: float) -> Split:
         """By the keys of the first view that feeds the model; of a model without views by all columns."""
-        keys = len(self._store.catalog.view(plan.view_names[0]).keys) if plan.view_names else len(plan.names)
+        catalog = self._store.catalog
+        references = catalog.model(plan.model).version(plan.version).model.references
+        # Request columns begin with the keys of the first view that is mentioned.
+        first = next((name for name in references if not name.startswith("request:")), None)
+        keys = len(catalog.feature(first)[0].keys) if first else len(plan.names)
         # Of the version too, so that the next canary is tried on other entities.
         salt = crc32c(f"{canary.model}:{canary.version}".encode())
         return Split(canary.version, round(percent / 100 * 2**32), salt, keys)
