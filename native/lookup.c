@@ -204,6 +204,13 @@ static void match_tags(const st_view *v, group g, slots *s, size_t slot)
     }
 }
 
+static inline void ask_for_string(const uint8_t *page, const uint8_t *reference)
+{
+    const uint8_t *string = page + st_load32(reference);
+    __builtin_prefetch(string);
+    __builtin_prefetch(string + st_load32(reference + 4) - 1); /* it may straddle two lines */
+}
+
 /* 4. Where there are strings, ask for those of the row. */
 static void ask_for_strings(const st_view *v, group g, slots *s, size_t slot)
 {
@@ -214,9 +221,9 @@ static void ask_for_strings(const st_view *v, group g, slots *s, size_t slot)
         if (!page) continue;
         const uint8_t *row = st_row(l, page, s->candidate[slot]);
         for (uint32_t k = 0; k < l->n_keys; k++)
-            if (l->key_is_string[k]) __builtin_prefetch(page + st_load32(row + 8 * k));
+            if (l->key_is_string[k]) ask_for_string(page, row + 8 * k);
         for (uint32_t o = 0; v->strings && o < v->plan->n_ops; o++)
-            if (!v->plan->ops[o].bytes) __builtin_prefetch(page + st_load32(row + v->plan->ops[o].row_offset));
+            if (!v->plan->ops[o].bytes) ask_for_string(page, row + v->plan->ops[o].row_offset);
     }
 }
 
@@ -360,30 +367,33 @@ static group group_at(size_t number, size_t rows, size_t n)
     return (group){first, n - first < rows ? n - first : rows};
 }
 
-enum { LOOPS = 5, RING = 8 /* a power of two, so that a group finds its slots again by its number */ };
+enum { RING = 8 /* a power of two, so that a group finds its slots again by its number */ };
 
-/* Group g goes through loop k in step g + k. */
-static void look_up_together(const st_view *const *views, size_t n_views, size_t n)
+/* One loop for the groups of all views; in the steps before its first group and after its last there is nothing to do. */
+#define LOOP(BEHIND, CALL)                                                                      \
+    if (step - (BEHIND) < n_groups) { /* before: a number without end */                        \
+        size_t number = step - (BEHIND);                                                        \
+        group g = group_at(number, rows, n);                                                    \
+        slots *s = &ring[number % RING];                                                        \
+        for (size_t i = 0; i < n_views; i++) {                                                  \
+            const st_view *v = views[i];                                                        \
+            size_t slot = i * g.count;                                                          \
+            CALL;                                                                               \
+        }                                                                                       \
+    }
+
+/* Group g goes through a loop `behind` steps after its first; the loop for strings runs where there are any. */
+static void look_up_together(const st_view *const *views, size_t n_views, size_t n, int strings)
 {
     slots ring[RING];
     size_t rows = (GROUP + n_views - 1) / n_views, n_groups = (n + rows - 1) / rows;
-    for (size_t step = 0; step < n_groups + LOOPS - 1; step++) {
-        for (size_t loop = 0; loop < LOOPS && loop <= step; loop++) {
-            size_t number = step - loop;
-            if (number >= n_groups) continue;
-            group g = group_at(number, rows, n);
-            slots *s = &ring[number % RING];
-            for (size_t v = 0; v < n_views; v++) {
-                size_t slot = v * g.count;
-                switch (loop) {
-                case 0: hash_keys(views[v], g, s, slot); break;
-                case 1: find_pages(views[v], g, s, slot); break;
-                case 2: match_tags(views[v], g, s, slot); break;
-                case 3: ask_for_strings(views[v], g, s, slot); break;
-                case 4: copy_rows(views[v], g, n, s, slot); break;
-                }
-            }
-        }
+    size_t last = strings ? 4 : 3;
+    for (size_t step = 0; step < n_groups + last; step++) {
+        LOOP(0, hash_keys(v, g, s, slot))
+        LOOP(1, find_pages(v, g, s, slot))
+        LOOP(2, match_tags(v, g, s, slot))
+        if (strings) LOOP(3, ask_for_strings(v, g, s, slot))
+        LOOP(last, copy_rows(v, g, n, s, slot))
     }
 }
 
@@ -391,16 +401,18 @@ void st_lookup(const st_view *views, size_t n_views, size_t n)
 {
     const st_view *together[VIEWS_MAX];
     size_t waiting = 0;
+    int strings = 0;
     for (size_t v = 0; v < n_views; v++) {
         if (views[v].pages) {
             if (views[v].feature_status) memset(views[v].feature_status, ST_PRESENT, n * views[v].plan->n_ops);
             together[waiting++] = &views[v];
+            strings |= views[v].strings != NULL || has_string_key(views[v].layout);
         } else {
             all_absent(&views[v], n);
         }
         if (waiting == VIEWS_MAX || (v + 1 == n_views && waiting)) {
-            look_up_together(together, waiting, n);
-            waiting = 0;
+            look_up_together(together, waiting, n, strings);
+            waiting = strings = 0;
         }
     }
 }
