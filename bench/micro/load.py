@@ -224,6 +224,7 @@ def bars_of(figures: dict[str, Any]) -> list[dict[str, Any]]:
         report.at_most("peak memory of that", median("limited", "peak_mib"), figures["limited_mib"], "MiB"),
         report.at_least("from Parquet, in all", median("parquet", "rows_per_s"), 600_000, "rows/s"),
         report.at_most("file / raw bytes", median("in_memory", "file_bytes_per_raw_byte"), 1.6, "times"),
+        report.at_most("open to first lookup, file cached", figures["first_lookup_ms"]["median"], 500, "ms"),
     ]
 
 
