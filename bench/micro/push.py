@@ -4,7 +4,9 @@
 
 1. Commits of 1,000 rows, 9 in 10 of existing keys: the store, and py-lmdb putting the same rows into an ordinary tree
    by one putmulti a commit, in the order in which they are given, and once more sorted by key, which is not timed. In
-   turn, all synced at every commit. The tree's rows are bytes already; the store is given columns.
+   turn, all synced at every commit. The tree's rows are bytes already; the store is given columns. First as the load
+   left the files in the page cache, then as after a restart: the kernel caches a file in pieces of up to megabytes,
+   and how large they are decides what a write of one page costs.
 2. A reader in another process, batches of 100 random keys, alone and then while the store is written to: its P99; how
    long after a commit returned it first sees that commit; what moving to a new snapshot costs a changed bucket.
 3. Growth of the file over the given minutes of 2 (20 s with --quick).
@@ -74,19 +76,16 @@ def measure(folder: Path, n: int, rounds: int, commits: int, growth_s: float) ->
     keys = tables.random_keys(n + NEW_ROWS * 100_000, seed=1)
     tables.make_store(folder / "store", keys[:n]).close()
     tables.make_tree(folder / "tree", keys[:n]).close()
+    figures: dict[str, Any] = {"rows": n, "rows a commit": COMMIT_ROWS, "rounds": rounds}
+    draw = drawn(keys, n)
+    figures |= throughput(folder, draw, rounds, commits)
     # In a process of its own: a process that has LMDB's file open must not open and close it besides.
     recache = "import sys, pathlib, tables; [tables.cache_anew(pathlib.Path(p)) for p in sys.argv[1:]]"
     files = [str(folder / name / "data.mdb") for name in ("store", "tree")]
     subprocess.run([sys.executable, "-c", recache, *files], cwd=Path(__file__).parent, check=True)
-
-    figures: dict[str, Any] = {"rows": n, "rows a commit": COMMIT_ROWS, "rounds": rounds}
-    draw = drawn(keys, n)
+    again = throughput(folder, draw, rounds, commits)
+    figures |= {f"after a restart: {what}": value for what, value in again.items()}
     with Store.open(folder / "store") as store:
-        tree = tables.open_tree(folder / "tree")
-        with store.reading():
-            store._tree.populate()
-        figures |= throughput(store, tree, draw, rounds, commits)
-        tree.close()
         figures |= with_reader(folder / "store", store, draw, keys[:n], rounds, growth_s)
     return figures
 
@@ -100,7 +99,16 @@ def drawn(keys: tables.Keys, n: int) -> Iterator[tables.Keys]:
         n += NEW_ROWS
 
 
-def throughput(store: Store, tree: Any, draw: Iterator[tables.Keys], rounds: int, commits: int) -> dict[str, Any]:
+def throughput(folder: Path, draw: Iterator[tables.Keys], rounds: int, commits: int) -> dict[str, Any]:
+    tree = tables.open_tree(folder / "tree")
+    with Store.open(folder / "store") as store:
+        store.pretouch()
+        figures = in_turn(store, tree, draw, rounds, commits)
+    tree.close()
+    return figures
+
+
+def in_turn(store: Store, tree: Any, draw: Iterator[tables.Keys], rounds: int, commits: int) -> dict[str, Any]:
     found: dict[str, list[float]] = {"store": [], "tree": [], "tree, sorted": []}
     for number in range(-1, rounds):  # the first is not counted: it maps pages
         now_us = time.time_ns() // 1000
