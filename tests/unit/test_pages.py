@@ -68,6 +68,8 @@ class Table:
             statuses.append([])
             for f, feature in features:
                 value = values[f] if status == PRESENT else None
+                if feature.dtype.is_float and value is not None and math.isnan(value):
+                    value = None  # NaN is how float columns say null
                 statuses[-1].append(NULL if status == PRESENT and value is None else status)
                 value = feature.default if value is None else value
                 value = converted(value, dtype, feature.dtype.width)
