@@ -62,7 +62,7 @@ def test_damaged_frames(server):
             assert len(answer) == 4, (number, stream)
             assert answer[0] == 1, (number, stream)
             assert answer[2] is None or answer[2]["code"] != "INTERNAL", (number, stream, answer)
-        if number == 3 * N_FRAMES // 4:
+        if number == N_FRAMES // 2:
             plateau = rss(server)
     assert server.workers() == [pid]
     with server.connect() as peer:

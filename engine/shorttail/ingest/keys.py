@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from shorttail.definitions import FeatureView
-from shorttail.errors import InvalidArgument, NotFound
-from shorttail.ingest.parquet import FORMATS, csv_format, first_line, readable, without_nulls
+from shorttail.errors import InvalidArgument
+from shorttail.ingest.parquet import first_line, open_dataset, readable, without_nulls
 
 
 def key_batches(path: str | Path, view: FeatureView, batch_rows: int) -> tuple[int | None, Iterator[list[list[Any]]]]:
@@ -17,18 +17,9 @@ def key_batches(path: str | Path, view: FeatureView, batch_rows: int) -> tuple[i
     The number of keys is None where only reading would tell it (CSV). Raises NotFound, InvalidArgument: for columns at
     once, for values while iterating.
     """
-    import pyarrow as pa
-    import pyarrow.dataset
 
     path = Path(path)
-    if not path.exists():
-        raise NotFound(f"view '{view.name}': there is no file {path}")
-    kind = FORMATS.get(path.suffix.lower(), "parquet")
-    try:
-        dataset = pyarrow.dataset.dataset(path, format=csv_format(view) if kind == "csv" else kind)
-        total = None if kind == "csv" else dataset.count_rows()
-    except (pa.ArrowException, OSError) as error:
-        raise InvalidArgument(f"{path}: cannot be read as {kind}: {first_line(error)}") from None
+    dataset, total = open_dataset(path, view)
     for name, dtype in view.keys.items():
         if name not in dataset.schema.names:
             raise InvalidArgument(

@@ -55,17 +55,22 @@ def parquet_batches(
     Raises NotFound, InvalidArgument: for columns at once, for values while iterating.
     """
     path = Path(path)
+    dataset, total = open_dataset(path, view)
+    timestamp = timestamp_column(view, timestamp, dataset.schema)
+    columns = check_columns(path, view, timestamp, dataset.schema)
+    return total, read_batches(path, view, timestamp, record_batches(dataset, columns))
+
+
+def open_dataset(path: Path, view: FeatureView) -> tuple[Any, int | None]:
+    """A file of rows or keys of that view, and its rows where that is known. Raises NotFound, InvalidArgument."""
     if not path.exists():
         raise NotFound(f"view '{view.name}': there is no file {path}")
     kind = FORMATS.get(path.suffix.lower(), "parquet")
     try:
         dataset = pyarrow.dataset.dataset(path, format=csv_format(view) if kind == "csv" else kind)
-        total = None if kind == "csv" else dataset.count_rows()
+        return dataset, None if kind == "csv" else dataset.count_rows()
     except (pa.ArrowException, OSError) as error:
         raise InvalidArgument(f"{path}: cannot be read as {kind}: {first_line(error)}") from None
-    timestamp = timestamp_column(view, timestamp, dataset.schema)
-    columns = check_columns(path, view, timestamp, dataset.schema)
-    return total, read_batches(path, view, timestamp, record_batches(dataset, columns))
 
 
 def arrow_batches(
