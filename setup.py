@@ -29,7 +29,7 @@ alias.symlink_to(Path("native").resolve())
 # kernel -> plain C files compiled beside it
 sources = {
     "columns": [],
-    "pages": ["native/page.c", "native/lookup.c", "native/tree.c", "native/merge.c", "native/load.c"],
+    "pages": [f"native/{part}.c" for part in ("crc32c", "page", "lookup", "tree", "merge", "load", "writeback")],
     "forest": [f"native/forest_{part}.c" for part in ("run", "build", "pack", "plain", "avx2", "avx512")],
     "wire": [],
     "metrics": [],

@@ -15,6 +15,7 @@ static const st_found *look_ahead(st_merger *m)
     for (; m->looked < m->n && m->looked < m->next + ST_AHEAD; m->looked++) {
         st_found *found = &m->ahead[m->looked % ST_AHEAD];
         *found = (st_found){0};
+        if (m->looked + ST_AHEAD < m->n) st_tree_prefetch(m->tree, m->table_id, m->rows[m->looked + ST_AHEAD].hash);
         uint64_t hash = m->rows[m->looked].hash;
         if (st_tree_bucket(m->tree, m->table_id, hash, &found->key, &found->page, &found->bytes) < 0) return NULL;
         for (uint64_t at = 0; found->page && at < found->bytes; at += LINE) __builtin_prefetch(found->page + at);

@@ -1,63 +1,7 @@
 #include "page.h"
 
+#include "crc32c.h"
 #include "row.h"
-
-#if defined(__x86_64__)
-#include <nmmintrin.h>
-#elif defined(__aarch64__) && defined(__linux__)
-#include <arm_acle.h>
-#include <asm/hwcap.h>
-#include <sys/auxv.h>
-#endif
-
-/* ---- crc32c -------------------------------------------------------------------------------------------------- */
-
-static uint32_t crc_byte(uint32_t crc, uint8_t byte)
-{
-    /* Castagnoli polynomial, reflected, four bits at a time. */
-    static const uint32_t table[16] = {
-        0x00000000, 0x105ec76f, 0x20bd8ede, 0x30e349b1, 0x417b1dbc, 0x5125dad3, 0x61c69362, 0x7198540d,
-        0x82f63b78, 0x92a8fc17, 0xa24bb5a6, 0xb21572c9, 0xc38d26c4, 0xd3d3e1ab, 0xe330a81a, 0xf36e6f75,
-    };
-    crc ^= byte;
-    crc = (crc >> 4) ^ table[crc & 15];
-    return (crc >> 4) ^ table[crc & 15];
-}
-
-static uint32_t crc_portable(const uint8_t *data, size_t n)
-{
-    uint32_t crc = 0xffffffffu;
-    while (n--) crc = crc_byte(crc, *data++);
-    return ~crc;
-}
-
-#if defined(__x86_64__)
-__attribute__((target("sse4.2"))) static uint32_t crc_native(const uint8_t *data, size_t n)
-{
-    uint64_t crc = 0xffffffffu;
-    for (; n >= 8; data += 8, n -= 8) crc = _mm_crc32_u64(crc, st_load64(data));
-    while (n--) crc = _mm_crc32_u8((uint32_t)crc, *data++);
-    return ~(uint32_t)crc;
-}
-static int crc_has_native(void) { return __builtin_cpu_supports("sse4.2"); }
-#elif defined(__aarch64__) && defined(__linux__)
-__attribute__((target("+crc"))) static uint32_t crc_native(const uint8_t *data, size_t n)
-{
-    uint32_t crc = 0xffffffffu;
-    for (; n >= 8; data += 8, n -= 8) crc = __crc32cd(crc, st_load64(data));
-    while (n--) crc = __crc32cb(crc, *data++);
-    return ~crc;
-}
-static int crc_has_native(void) { return (getauxval(AT_HWCAP) & HWCAP_CRC32) != 0; }
-#else
-static uint32_t crc_native(const uint8_t *data, size_t n) { return crc_portable(data, n); }
-static int crc_has_native(void) { return 0; }
-#endif
-
-uint32_t st_crc32c(const uint8_t *data, size_t n)
-{
-    return crc_has_native() ? crc_native(data, n) : crc_portable(data, n);
-}
 
 /* ---- layout and rows ------------------------------------------------------------------------------------------- */
 

@@ -199,6 +199,5 @@ const char *st_check_header(const st_layout *layout, const uint8_t *page, size_t
 /* The same for everything: checksum, string references, and that rows belong to the bucket of that key. */
 const char *st_check_page(const st_layout *layout, const uint8_t *page, size_t bytes, uint32_t table_id, uint64_t key);
 
-uint32_t st_crc32c(const uint8_t *data, size_t n);
 
 #endif

@@ -110,6 +110,8 @@ cdef extern from "page.h" nogil:
     void st_build(const st_layout *, const st_item *, size_t, uint32_t, uint32_t, uint8_t *, uint32_t)
     const char *st_check_header(const st_layout *, const uint8_t *, size_t, uint32_t)
     const char *st_check_page(const st_layout *, const uint8_t *, size_t, uint32_t, uint64_t)
+
+cdef extern from "crc32c.h" nogil:
     uint32_t st_crc32c(const uint8_t *, size_t)
 
 cdef extern from "tree.h" nogil:
@@ -205,6 +207,7 @@ include "pages_layout.pxi"
 include "pages_rows.pxi"
 include "pages_lookup.pxi"
 include "pages_load.pxi"
+include "pages_writeback.pxi"
 
 
 def crc32c(data):

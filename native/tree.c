@@ -19,6 +19,7 @@ enum {
     NODE_HEADER = 8, NODE_BIG = 1, /* the value lies in overflow pages */
     LEVELS_MAX = 32,
     PREFETCH_PAGES = 12,
+    LINE = 64,
     POPULATE_PAGES_MIN = 4096,
 };
 static const uint32_t MAGIC = 0xBEEFC0DE;
@@ -239,15 +240,37 @@ static int floor_node(const st_tree *t, uint64_t number, uint32_t level, const u
     }
 }
 
+static void wanted_key(uint8_t *key, uint32_t table_id, uint64_t hash)
+{
+    page_key(key, table_id);
+    hash = __builtin_bswap64(hash);
+    memcpy(key + ST_PAGE_KEY_BYTES - ST_BUCKET_KEY_BYTES, &hash, sizeof hash);
+}
+
+void st_tree_prefetch(const st_tree *t, uint32_t table_id, uint64_t hash)
+{
+    uint8_t wanted[ST_PAGE_KEY_BYTES];
+    uint64_t number = t->root;
+    wanted_key(wanted, table_id, hash);
+    for (uint32_t level = 0; level + 1 < t->depth; level++) {
+        const uint8_t *page = page_at(t, number, level);
+        node_t node;
+        int64_t i = page ? child_index(page, wanted, sizeof wanted) : -1;
+        if (i < 0 || node_at(page, (uint32_t)i, &node)) return;
+        number = child_of(&node);
+    }
+    if (!t->depth || number >= t->n_pages) return;
+    const uint8_t *leaf = t->base + number * ST_PAGE_BYTES;
+    for (size_t at = 0; at < ST_PAGE_BYTES; at += LINE) __builtin_prefetch(leaf + at);
+}
+
 int st_tree_bucket(const st_tree *t, uint32_t table_id, uint64_t hash, uint64_t *key, const uint8_t **image,
                    uint64_t *bytes)
 {
     uint8_t wanted[ST_PAGE_KEY_BYTES];
     const uint8_t *page;
     node_t node;
-    page_key(wanted, table_id);
-    hash = __builtin_bswap64(hash);
-    memcpy(wanted + ST_PAGE_KEY_BYTES - ST_BUCKET_KEY_BYTES, &hash, sizeof hash);
+    wanted_key(wanted, table_id, hash);
     int found = t->depth ? floor_node(t, t->root, 0, wanted, &page, &node) : 0;
     if (found <= 0) return found;
     if (node.key_bytes != ST_PAGE_KEY_BYTES ||

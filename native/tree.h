@@ -47,6 +47,10 @@ int st_tree_open(st_tree *tree, const uint8_t *value, uint64_t txn_id);
 int st_tree_bucket(const st_tree *tree, uint32_t table_id, uint64_t hash, uint64_t *key, const uint8_t **image,
                    uint64_t *bytes);
 
+/* Have that leaf of the tree brought from memory in which the next call for this hash, or one near to it, will search.
+ * All of it: a writer copies it too. */
+void st_tree_prefetch(const st_tree *tree, uint32_t table_id, uint64_t hash);
+
 /* Directory of all pages of the table, whose headers are checked. d->pages comes from malloc. Returns the number of
  * buckets, or -1 with fault set (what NULL: no memory). */
 int64_t st_directory_build(const st_tree *tree, const st_layout *layout, uint32_t table_id, st_directory *d,

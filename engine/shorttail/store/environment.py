@@ -237,7 +237,7 @@ class Environment:
                 raise
             finally:
                 self._writing_thread = self._writer = None
-            self.handle.commit(txn)
+            self.handle.commit(txn, writer.n_pages)
         if changed:
             self.word.bump()
 
@@ -282,6 +282,7 @@ class Writer:
 
     def __init__(self, environment: Environment, txn: Transaction) -> None:
         self.txn = txn
+        self.n_pages = 0  # put so far, of tables
         self._environment = environment
         self._changes: set[bytes] = set()
         self._many_changes: list[bytes] = []
@@ -299,11 +300,13 @@ class Writer:
         """Write a page, and tell readers of it."""
         key = page_key(table_id, bucket_key)
         self.txn.put(key, image)
+        self.n_pages += 1
         self.changed(key)
 
     def put_pages(self, pages: list[tuple[bytes, Any]], changes: bytes) -> None:
         """The same for many, by their keys in LMDB, and in the order of these. changes: the entries of the log."""
         self._cursor.putmulti(pages)
+        self.n_pages += len(pages)
         self._many_changes.append(changes)
 
     @contextmanager

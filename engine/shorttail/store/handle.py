@@ -9,15 +9,17 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from contextlib import AbstractContextManager, ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 import lmdb
 
+from shorttail._native.pages import Writeback
 from shorttail.errors import ResourceExhausted, ShorttailError, Unavailable
 from shorttail.store.opening import open_lmdb, translated
 
+EARLY_PAGES = 128  # of a commit that is worth a thread which has them written while LMDB hands over the rest
 REOPEN_WAIT_S = 0.1  # for reads that are at work: they take milliseconds, but for a scan that its owner left open
 
 Transaction = Any  # lmdb.Transaction: py-lmdb's stubs are not used
@@ -78,10 +80,14 @@ class Handle:
         self._check_usable()
         return self.env.begin(write=True, buffers=True)
 
-    def commit(self, txn: Transaction) -> None:
-        """Commit the write transaction, and make LMDB usable again if that fails in the way that leaves it unusable."""
+    def commit(self, txn: Transaction, n_pages: int) -> None:
+        """Commit the write transaction, and make LMDB usable again if that fails in the way that leaves it unusable.
+
+        n_pages: that it wrote, about.
+        """
         try:
-            txn.commit()
+            with Writeback(self.path / "data.mdb") if n_pages >= EARLY_PAGES else nullcontext():
+                txn.commit()
         except lmdb.Error as error:
             try:
                 self.env.begin().abort()

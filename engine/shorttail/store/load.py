@@ -291,6 +291,7 @@ class PageWriter:
             _, added = cursor.putmulti(images, append=append)
             if added != len(images):
                 raise Internal(f"store '{self._environment.path}' took {added} of {len(images)} pages of a load")
+            writer.n_pages += added
         time.sleep(YIELD_S)  # locks are not fair: without it, writers that wait may be passed over again and again
 
 

@@ -1,0 +1,90 @@
+"""Pages of a large commit are written while LMDB hands over the rest: a hint, which changes nothing else."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+
+from shorttail import dtypes
+from shorttail._native.pages import Writeback
+from shorttail.definitions import Entity, Feature, FeatureView
+from shorttail.store import ColumnBatch, Store
+from shorttail.store.handle import EARLY_PAGES
+from shorttail.store.verify import verify
+
+ROWS_A_PAGE = 30  # at most, of 32 floats
+
+
+def threads() -> set[int]:
+    return {int(task.name) for task in Path("/proc/self/task").iterdir()}
+
+
+def ended(before: set[int]) -> bool:
+    """Whether there are no others now. The kernel lists a thread for a moment after it was joined."""
+    end_s = time.monotonic() + 10
+    while threads() - before and time.monotonic() < end_s:
+        time.sleep(0.001)
+    return not threads() - before
+
+
+def test_the_thread_ends_with_the_block(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(1 << 20))
+    before, files = threads(), len(list(Path("/proc/self/fd").iterdir()))
+    for _ in range(50):
+        with Writeback(path):
+            assert len(threads() - before) == 1
+            path.write_bytes(os.urandom(1 << 16))
+        assert ended(before)
+    assert len(list(Path("/proc/self/fd").iterdir())) == files
+
+
+def test_a_file_that_cannot_be_opened_is_none_of_its_business(tmp_path: Path) -> None:
+    before = threads()
+    with Writeback(tmp_path / "missing"):
+        assert threads() <= before
+
+
+def test_left_open_it_is_ended_by_its_destructor(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"x")
+    before = threads()
+    writeback = Writeback(path)
+    writeback.__enter__()
+    assert len(threads() - before) == 1
+    del writeback
+    assert ended(before)
+
+
+def test_signals_reach_the_threads_that_expect_them(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"x")
+    own = threads()
+    with Writeback(path):
+        (added,) = threads() - own
+        status = Path(f"/proc/self/task/{added}/status").read_text().splitlines()
+        blocked = next(int(line.split()[1], 16) for line in status if line.startswith("SigBlk"))
+        assert blocked >> (signal.SIGTERM - 1) & 1
+        assert blocked >> (signal.SIGINT - 1) & 1
+
+
+def test_large_and_small_commits_are_read_back(tmp_path: Path) -> None:
+    features = [Feature(f"f{i}", dtypes.Float32) for i in range(32)]
+    view = FeatureView("rows", entity=Entity("row", keys={"id": dtypes.Int64}), features=features)
+    n = 2 * EARLY_PAGES * ROWS_A_PAGE
+    with Store.open(tmp_path / "store", create=True) as store:
+        with store.edit_catalog() as catalog:
+            catalog.entities["row"] = view.entity
+            catalog.views["rows"] = view
+            catalog.new_table("rows")
+        before = threads()
+        for keys in (np.arange(n), np.arange(10)):
+            values = [(np.full(len(keys), float(i + len(keys)), np.float32), None) for i in range(32)]
+            store.upsert("rows", ColumnBatch([keys], np.zeros(len(keys), np.int64), values))
+        assert ended(before)
+    report = verify(tmp_path / "store")
+    assert report.ok, report.problems
