@@ -243,6 +243,22 @@ def test_a_batch_that_waits_while_definitions_change_is_run_by_the_new_plan_or_r
         engine.run(late, waiting)
 
 
+def test_a_list_of_features_that_is_used_again_is_read_again(engine: st.Engine) -> None:
+    asked = ["stats:age"]
+    assert engine.get_online_features(asked, {"user_id": 1}).feature_names == ["stats:age"]
+    asked.append("stats:visits")
+    assert engine.get_online_features(asked, {"user_id": 1}).feature_names == ["stats:age", "stats:visits"]
+    assert engine.get_online_features(tuple(asked), {"user_id": 1}).feature_names == ["stats:age", "stats:visits"]
+
+    again = ["late:x"]
+    late = st.FeatureView("late", entity=USER, features=[st.Feature("x", st.Float32)])
+    engine.apply([USER, late])
+    assert len(engine.get_online_features(again, {"user_id": 1})) == 1
+    member = st.Entity("user", keys={"member": st.String})
+    engine.apply([member, st.FeatureView("late", entity=member, features=[st.Feature("x", st.Float32)])])
+    assert len(engine.get_online_features(again, {"member": ["a", "b"]})) == 2  # takes the columns of now
+
+
 def test_threads_share_an_engine_while_rows_are_pushed(engine: st.Engine) -> None:
     stop = threading.Event()
     failures: list[BaseException] = []
