@@ -12,16 +12,12 @@ load, and loads and checks each version before it deploys it, as `shorttail mode
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
 import re
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +27,7 @@ sys.path[:0] = [str(ROOT / "engine")]
 import numpy as np  # noqa: E402
 import onnx  # noqa: E402
 import report  # noqa: E402
+import serving  # noqa: E402
 from loadgen import BenchError  # noqa: E402
 from micro import forest as forests  # noqa: E402
 
@@ -50,11 +47,9 @@ from shorttail.models.session import Session  # noqa: E402
 USERS = 1000
 CYCLES_PER_SECOND = 2
 WARMUP_S = 2.0
-START_TIMEOUT_S = 60
 CAPTURED = 20_000
 P99_RATIO_MAX = 1.5
 GROWTH_MB_MAX = 5.0
-ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "engine"), os.environ.get("PYTHONPATH", "")])}
 
 
 def main() -> None:
@@ -118,7 +113,8 @@ def measure(folder: Path, cycles: int) -> dict[str, Any]:
     with st.Engine.open(folder / "store", create=True) as engine:
         engine.apply([user, view, model])
         engine.push("stats", {"user_id": np.arange(USERS), **{name: rows[:, i] for i, name in enumerate(names)}})
-        with start_server(folder / "store", folder / "log") as (address, worker):
+        with serving.start_server(folder / "store", folder / "log") as (address, server):
+            worker = serving.worker_of(server)
             where = target.find(address)
             workload = Workload(predict="m", keys=[f"user_id=uniform:0:{USERS - 1}"])
             plan = plan_rpc(workload, engine.models(), engine.views())
@@ -234,29 +230,6 @@ def unpack(data: bytes) -> list[Any]:
     unpacker = protocol.new_unpacker()
     unpacker.feed(data)
     return list(unpacker)
-
-
-@contextlib.contextmanager
-def start_server(store: Path, log: Path) -> Iterator[tuple[str, int]]:
-    """`shorttail serve` with one worker on a free port. Yields its address and the worker's process id."""
-    command = [sys.executable, "-m", "shorttail", "serve", "--store", str(store), "--port", "0", "--workers", "1"]
-    with log.open("wb") as output:
-        server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=ENVIRONMENT)
-    with server:
-        try:
-            deadline = time.monotonic() + START_TIMEOUT_S
-            while not (ready := re.search(r"serving on (\S+:\d+)", log.read_text())):
-                if server.poll() is not None or time.monotonic() > deadline:
-                    last = (log.read_text().strip().splitlines() or ["it said nothing"])[-1]
-                    raise BenchError(f"the server did not start: {last}")
-                time.sleep(0.01)
-            children = Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split()
-            (worker,) = (
-                int(pid) for pid in children if b"shorttail.server.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()
-            )
-            yield ready[1], worker
-        finally:
-            server.terminate()
 
 
 def resident_mb(pid: int) -> float:

@@ -1,0 +1,47 @@
+"""Starts `shorttail serve` for the benchmarks, as a user would."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import loadgen
+from loadgen import BenchError
+
+ROOT = Path(__file__).resolve().parents[1]
+START_TIMEOUT_S = 60
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "engine"), os.environ.get("PYTHONPATH", "")])}
+
+
+@contextlib.contextmanager
+def start_server(store: Path, log: Path, *options: str, cpu: int | None = None) -> Iterator[tuple[str, int]]:
+    """A server with one worker on a free port. Yields its address and its process id. Raises BenchError."""
+    command = [sys.executable, "-m", "shorttail", "serve", "--store", str(store), "--port", "0", "--workers", "1"]
+    with log.open("wb") as output, loadgen.pinned(cpu):
+        server = subprocess.Popen([*command, *options], stdout=output, stderr=subprocess.STDOUT, env=ENVIRONMENT)
+    with server:
+        try:
+            deadline = time.monotonic() + START_TIMEOUT_S
+            while not (ready := re.search(r"serving on (\S+:\d+)", log.read_text())):
+                if server.poll() is not None or time.monotonic() > deadline:
+                    last = (log.read_text().strip().splitlines() or ["it said nothing"])[-1]
+                    raise BenchError(f"the server did not start: {last}")
+                time.sleep(0.01)
+            yield ready[1], server.pid
+        finally:
+            server.terminate()
+
+
+def worker_of(server: int) -> int:
+    """The process id of the one worker of that supervisor."""
+    children = Path(f"/proc/{server}/task/{server}/children").read_text().split()
+    (worker,) = (
+        int(pid) for pid in children if b"shorttail.server.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    )
+    return worker
