@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shorttail._native.columns import Columns, CopyColumns
-from shorttail._native.pages import Lookup, lookup
+from shorttail._native.pages import Directory, Lookup, lookup
 from shorttail._native.transforms import TransformProgram
 from shorttail.dtypes import DType
 from shorttail.results import Statuses
@@ -78,6 +78,13 @@ class Plan:
     spare: list[Columns] = field(default_factory=list)
     split: Split | None = None  # another version answers a part of the requests
     shadow: Shadow | None = None  # another version runs on what was answered
+    directories: Sequence[Directory | None] = ()  # one a view, as they were in
+    directories_of: object = None  # that dict of the store's
+
+    def find_directories(self, store: Store) -> None:
+        """Between enter() and leave()."""
+        self.directories = [store.directory(view) for view in self.view_names]
+        self.directories_of = store.directories
 
     def new_columns(self) -> Columns:
         """An empty batch for this plan."""
@@ -155,16 +162,20 @@ def prepare(plan: Plan, store: Store, columns: Columns) -> BatchResult:
     view_statuses = np.empty((len(plan.lookups), rows), STATUS)
     feature_statuses = np.empty((len(plan.feature_names), rows), STATUS) if plan.feature_names else None
 
-    # Between enter and leave the store's snapshot stays, and with it the addresses in its directories.
-    store.enter()
+    # Until it is left the store's snapshot stays, and with it the addresses in its directories.
+    gate = store.gate
+    if not gate.try_enter():
+        store.enter()
     try:
         if store.catalog_version != plan.catalog_version:
             raise PlanOutdated
-        directories = [store.directory(view) for view in plan.view_names]
+        if plan.directories_of is not store.directories:
+            plan.find_directories(store)
         now_us = time.time_ns() // 1000
-        lookup(directories, plan.lookups, columns, buffers, view_statuses, now_us, feature_statuses)
+        lookup(plan.directories, plan.lookups, columns, buffers, view_statuses, now_us, feature_statuses)
     finally:
-        store.leave()
+        if gate.leave():
+            store.wake()
     looked_up_ns = time.perf_counter_ns()
 
     if plan.copy is not None:

@@ -129,5 +129,5 @@ def test_memory_that_may_not_be_locked(path: Path) -> None:
 def test_pretouch_builds_directories(path: Path) -> None:
     with Store.open(path) as store:
         store.pretouch()
-        assert list(store._directories) == ["stats"]
+        assert list(store.directories) == ["stats"]
         assert scores(store, [1, 2900]) == [1.0, None]

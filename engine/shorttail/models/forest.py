@@ -27,6 +27,7 @@ ML_VERSION_MAX = 5
 NODES_MAX = 200  # of the graph; more is not a forest with a few things around it
 DTYPES = {name: np.dtype(code) for name, code in ELEMENTS.values()}
 CHECK_ROWS = 512
+SCORES = [1]  # of what an ensemble gives, labels and scores, these alone: labels need not be made
 TOLERANCE = 1e-5
 
 
@@ -131,6 +132,8 @@ class Forest:
         """One array for each of `self.inputs` in, one for each of `output_names` out, in order. Drops the GIL."""
         if self._single is not None and len(inputs) == 1:
             ensemble, picked = self._single
+            if picked == SCORES:
+                return [ensemble.trees.run(inputs[0])[1]]
             both = ensemble.run(inputs[0])
             return [both[i] for i in picked]  # type: ignore[misc]
         values = dict(self._constants)

@@ -37,7 +37,10 @@ class Snapshot:
     def __init__(self, environment: Environment) -> None:
         """For open() only."""
         self.environment = environment
-        self._gate = Gate(environment.word, _NOTHING_SEEN)  # threads between enter() and leave() are inside
+        self.gate = Gate(environment.word, _NOTHING_SEEN)  # threads between enter() and leave() are inside
+        # Of views, None of an empty table. Only ever added to: when one is no more, another dict takes its place, so
+        # that whoever has taken directories out of this one can tell whether they still are the ones.
+        self.directories: dict[str, Directory | None] = {}
         self._lock = threading.Lock()  # held for moments, but while the snapshot moves
         self._empty = threading.Condition(self._lock)  # nobody is inside
         self._build_lock = threading.Lock()
@@ -50,7 +53,6 @@ class Snapshot:
         self._tree: Any = None  # Tree
         self._residence = Residence(environment.path)
         self._layouts: dict[str, Layout] = {}
-        self._directories: dict[str, Directory | None] = {}
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], create: bool = False) -> Self:
@@ -68,10 +70,10 @@ class Snapshot:
     def close(self) -> None:
         """Give up the snapshot, once nobody looks rows up any more."""
         with self.alone():
-            if self._gate.generation == _CLOSED:
+            if self.gate.generation == _CLOSED:
                 return
-            self._gate.generation = _CLOSED
-            self._directories.clear()
+            self.gate.generation = _CLOSED
+            self.directories = {}
             if self._txn is not None and self._same_process():
                 self.environment.handle.end_read(self._txn)
             self._txn = self._tree = None
@@ -86,15 +88,15 @@ class Snapshot:
     @property
     def generation(self) -> int:
         """The commits that this snapshot has seen, as the store counts them; below 0 while there is none."""
-        return self._gate.generation
+        return self.gate.generation
 
     @property
     def is_newest(self) -> bool:
-        return self._word.load() == self._gate.generation
+        return self._word.load() == self.gate.generation
 
     @property
     def is_open(self) -> bool:
-        return self._gate.generation != _CLOSED
+        return self.gate.generation != _CLOSED
 
     @property
     def path(self) -> str:
@@ -115,19 +117,23 @@ class Snapshot:
         Costs one load from shared memory when there is nothing new. Otherwise it moves the snapshot on, and for that
         waits until every thread that is inside has left: lookups are short.
         """
-        if not self._gate.try_enter():
+        if not self.gate.try_enter():
             with self._lock:
                 self._catch_up()
-                self._gate.inside += 1
+                self.gate.inside += 1
 
     def leave(self) -> None:
-        if self._gate.leave():
-            with self._lock:
-                self._empty.notify_all()
+        if self.gate.leave():
+            self.wake()
+
+    def wake(self) -> None:
+        """The last one has left, and somebody waits for that."""
+        with self._lock:
+            self._empty.notify_all()
 
     def _catch_up(self) -> None:
-        while self._gate.waiting or self._word.load() != self._gate.generation:
-            if self._gate.inside or self._gate.waiting:
+        while self.gate.waiting or self._word.load() != self.gate.generation:
+            if self.gate.inside or self.gate.waiting:
                 self._sleep()
                 continue
             try:
@@ -143,12 +149,12 @@ class Snapshot:
                 self._lock.acquire()
 
     def _sleep(self) -> None:
-        self._gate.sleeping += 1
+        self.gate.sleeping += 1
         try:
-            if self._gate.inside or self._gate.waiting:  # not gone since that was asked
+            if self.gate.inside or self.gate.waiting:  # not gone since that was asked
                 self._empty.wait()
         finally:
-            self._gate.sleeping -= 1
+            self.gate.sleeping -= 1
 
     @contextmanager
     def reading(self) -> Iterator[None]:
@@ -163,13 +169,13 @@ class Snapshot:
     def alone(self) -> Iterator[None]:
         """Nobody else is inside, nor comes in."""
         with self._lock:
-            self._gate.waiting += 1
+            self.gate.waiting += 1
             try:
-                while self._gate.inside:
+                while self.gate.inside:
                     self._sleep()
                 yield
             finally:
-                self._gate.waiting -= 1
+                self.gate.waiting -= 1
                 self._empty.notify_all()
 
     def refresh(self, force: bool = False) -> bool:
@@ -178,7 +184,7 @@ class Snapshot:
         force: ask LMDB even when nothing was counted, which also notices the commit of a process that was killed before
         it could count it; worth doing now and then, as by an idle timer.
         """
-        if self._word.load() == self._gate.generation and not force:
+        if self._word.load() == self.gate.generation and not force:
             return False
         if self.environment.handle.is_broken:
             self.environment.handle.recover()
@@ -187,7 +193,7 @@ class Snapshot:
 
     def _advance(self) -> bool:
         environment = self.environment
-        if self._gate.generation == _CLOSED:
+        if self.gate.generation == _CLOSED:
             raise InvalidArgument(f"store '{self.path}' is closed; open it again")
         generation = self._word.load()  # before the snapshot: a commit in between is found again, never missed
         with translated(environment.path):
@@ -196,7 +202,7 @@ class Snapshot:
             sequence = environment.sequence(txn)
             if self._txn is not None and sequence == self._sequence:
                 environment.handle.end_read(txn)
-                self._gate.generation = generation
+                self.gate.generation = generation
                 return False
             catalog_json = environment.read_catalog_json(txn)
             catalog = self._parse(catalog_json)
@@ -211,7 +217,7 @@ class Snapshot:
         self._patch(changes)
         if old is not None:
             environment.handle.end_read(old)
-        self._gate.generation = generation  # last: with it others come in
+        self.gate.generation = generation  # last: with it others come in
         return moved
 
     def rest(self) -> None:
@@ -222,10 +228,10 @@ class Snapshot:
         with self._lock:
             if self.environment.handle.is_broken:
                 return  # there may be no new one
-            if not self._gate.inside and self._txn is not None and self._word.load() != self._gate.generation:
+            if not self.gate.inside and self._txn is not None and self._word.load() != self.gate.generation:
                 self.environment.handle.end_read(self._txn)
                 self._txn = self._tree = None
-                self._gate.generation = _NOTHING_SEEN
+                self.gate.generation = _NOTHING_SEEN
 
     @property
     def is_reading(self) -> bool:
@@ -237,9 +243,9 @@ class Snapshot:
             self.environment.handle.end_read(self._txn)
         self._txn = self._tree = self._sequence = None
         self._residence.forget()
-        self._directories.clear()
+        self.directories = {}
         if self.is_open:
-            self._gate.generation = _NOTHING_SEEN
+            self.gate.generation = _NOTHING_SEEN
 
     def _parse(self, document: bytes | None) -> Catalog:
         """The catalog, from memory if it is the one of the snapshot. Not to be changed."""
@@ -254,23 +260,26 @@ class Snapshot:
             same_table = catalog.tables.get(name) == before.tables[name]
             if not same_table or catalog.views[name].features != before.views[name].features:
                 self._layouts.pop(name)
-                self._directories.pop(name, None)
+                self._drop_directory(name)
         self.catalog, self._parsed = catalog, (catalog_json, catalog)
         self.catalog_version += 1
 
     def _patch(self, changes: bytes | None) -> None:
         """Bring the directories to the present snapshot: the changed buckets, or all when changes is None."""
         if changes is None:
-            self._directories.clear()  # each is built again when it is asked for
+            self.directories = {}  # each is built again when it is asked for
             return
-        for name, directory in list(self._directories.items()):
+        for name, directory in list(self.directories.items()):
             if directory is None:  # of an empty table: quickly built
-                del self._directories[name]
+                self._drop_directory(name)
                 continue
             try:
                 directory.update(self._tree, changes)
             except ValueError:
-                del self._directories[name]  # building it says what is wrong, to whoever asks for this view
+                self._drop_directory(name)  # building it says what is wrong, to whoever asks for this view
+
+    def _drop_directory(self, view_name: str) -> None:
+        self.directories = {name: held for name, held in self.directories.items() if name != view_name}
 
     def pretouch(self, lock: bool = False) -> None:
         """Map the file into this process and build all directories now, rather than as lookups come to need them.
@@ -313,12 +322,12 @@ class Snapshot:
         For use between enter() and leave(). The first call for a view reads the header of each of its pages.
         """
         try:
-            return self._directories[view_name]
+            return self.directories[view_name]
         except KeyError:
             with self._build_lock:
-                if view_name not in self._directories:
-                    self._directories[view_name] = self._build(view_name)
-            return self._directories[view_name]
+                if view_name not in self.directories:
+                    self.directories[view_name] = self._build(view_name)
+            return self.directories[view_name]
 
     def _build(self, view_name: str) -> Directory | None:
         directory = Directory(self.layout(view_name), self.catalog.tables[view_name].id)
