@@ -20,11 +20,15 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "engine")
 
 
 @contextlib.contextmanager
-def start_server(store: Path, log: Path, *options: str, cpu: int | None = None) -> Iterator[tuple[str, int]]:
-    """A server with one worker on a free port. Yields its address and its process id. Raises BenchError."""
-    command = [sys.executable, "-m", "shorttail", "serve", "--store", str(store), "--port", "0", "--workers", "1"]
+def start_server(
+    store: Path, log: Path, *options: str, cpu: int | None = None, workers: int = 1
+) -> Iterator[tuple[str, int]]:
+    """A server on a free port. Yields its address and its process id. Raises BenchError."""
+    command = [sys.executable, "-m", "shorttail", "serve", "--store", str(store), "--port", "0"]
     with log.open("wb") as output, loadgen.pinned(cpu):
-        server = subprocess.Popen([*command, *options], stdout=output, stderr=subprocess.STDOUT, env=ENVIRONMENT)
+        server = subprocess.Popen(
+            [*command, "--workers", str(workers), *options], stdout=output, stderr=subprocess.STDOUT, env=ENVIRONMENT
+        )
     with server:
         try:
             deadline = time.monotonic() + START_TIMEOUT_S
@@ -36,6 +40,14 @@ def start_server(store: Path, log: Path, *options: str, cpu: int | None = None) 
             yield ready[1], server.pid
         finally:
             server.terminate()
+
+
+def http_address(log: Path) -> str:
+    """Of a server that was started with that log. Raises BenchError when it serves no HTTP."""
+    found = re.search(r"http on (\S+:\d+)", log.read_text())
+    if found is None:
+        raise BenchError("the server serves no HTTP; pip install 'shorttail[http]'")
+    return found[1]
 
 
 def worker_of(server: int) -> int:

@@ -66,7 +66,9 @@ class Scorer:
         counts = [max(len(value) if is_many(value) else 1 for value in request.values()) for request in requests]
         values = self.look_up(requests, counts)
         columns = [np.asarray(self.value(reference, requests, counts, values)) for reference in self.inputs]
-        matrix = np.empty((sum(counts), sum(1 if column.ndim == 1 else column.shape[1] for column in columns)), np.float32)
+        matrix = np.empty(
+            (sum(counts), sum(1 if column.ndim == 1 else column.shape[1] for column in columns)), np.float32
+        )
         at = 0
         for column in columns:
             width = 1 if column.ndim == 1 else column.shape[1]
@@ -109,7 +111,9 @@ class Scorer:
         kind, _, name = reference.partition(":")
         if kind == "request":
             parts = [
-                np.asarray(request[name], np.float64) if is_many(request[name]) else np.full(count, request[name], np.float64)
+                np.asarray(request[name], np.float64)
+                if is_many(request[name])
+                else np.full(count, request[name], np.float64)
                 for request, count in zip(requests, counts, strict=True)
             ]
             return parts[0] if len(parts) == 1 else np.concatenate(parts)

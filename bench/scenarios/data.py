@@ -128,7 +128,9 @@ def write_view(folder: Path, name: str, view: View, rows: int, random: np.random
         if "amount" in feature:
             values = np.exp(values)
         frame[feature] = list(values) if width else values
-        table[feature] = pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), width) if width else pa.array(values)
+        table[feature] = (
+            pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), width) if width else pa.array(values)
+        )
     times = np.full(rows, EVENT_TIME_US, "datetime64[us]")
     table["event_time"] = pa.array(times, pa.timestamp("us", tz="UTC"))
     parquet.write_table(pa.table(table), folder / f"{name}.parquet")
@@ -136,7 +138,11 @@ def write_view(folder: Path, name: str, view: View, rows: int, random: np.random
 
 
 def draw(
-    scenario: Scenario, ranges: Mapping[str, Sequence[int]], rows: int, random: np.random.Generator, training: bool = False
+    scenario: Scenario,
+    ranges: Mapping[str, Sequence[int]],
+    rows: int,
+    random: np.random.Generator,
+    training: bool = False,
 ) -> dict[str, Any]:
     """The columns of a request, as a JSON body has them. training: of rows that share nothing."""
     columns: dict[str, Any] = {}

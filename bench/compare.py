@@ -1,0 +1,379 @@
+"""shorttail and its peers on the same data, model, keys and answers, in turn, on the same CPUs.
+
+    python bench/compare.py [--scenario ranking,fraud] [--peers NAME,...] [--rounds N] [--seconds S] [--quick] [--json]
+
+For each scenario (bench/scenarios/) every round starts each peer (bench/peers/) in turn, with its Redis, on one set of
+CPUs and drives it from another by the generator of `shorttail bench`: closed loops of several numbers of connections
+find its peak throughput; an open loop at 90% of that gives its latency; and shorttail is then measured at that same
+rate. A peer's first answers are compared with what ONNX Runtime gives on a pandas join. One that does not install,
+start or answer rightly is a row that says so. Scenarios of features alone are closed loops, one request at a time.
+
+--json prints one object; bench/benchmarks_page.py makes the tables and plots of docs/benchmarks.md from it. The
+environments of peers are made once, in bench/peers/.environments. Needs redis-server, and what `pip install
+'shorttail[bench,test]'` brings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "engine"), str(ROOT / "bench")]
+
+import loadgen  # noqa: E402
+import report  # noqa: E402
+import rivals  # noqa: E402
+import scenarios  # noqa: E402
+import serving  # noqa: E402
+from rivals import Peer, Unusable  # noqa: E402
+
+import shorttail as st  # noqa: E402
+from shorttail import protocol  # noqa: E402
+from shorttail.errors import ShorttailError  # noqa: E402
+from shorttail.loadtest import target  # noqa: E402
+from shorttail.loadtest.plan import Plan, Workload, plan_http, plan_raw, plan_rpc  # noqa: E402
+from shorttail.loadtest.rates import Rate  # noqa: E402
+from shorttail.loadtest.runner import Load, run_step  # noqa: E402
+
+DATA = ROOT / "build" / "scenarios"
+CONNECTIONS = (4, 16, 64)  # of HTTP peers, with one request in flight on each
+PIPELINED = ((1, 1), (16, 1), (64, 1), (4, 32))  # connections, in flight on each: of shorttail and the floor
+SHARE_OF_PEAK = 0.9
+WARMUP_S = 0.5
+TIMES_BETTER = 10.0
+SHORTTAIL, SHORTTAIL_HTTP, FLOOR = "shorttail", "shorttail over HTTP", "C echo"
+
+
+class Run:
+    """One scenario: its data, where things run, and how load is put on them."""
+
+    def __init__(
+        self, name: str, folder: Path, quick: bool, seconds: float, server: set[int], client: set[int], redis_url: str
+    ):
+        self.data = DATA / (f"{name}-quick" if quick else name)
+        scenarios.build(name, self.data, quick)
+        self.described = json.loads((self.data / "scenario.json").read_text())
+        self.folder, self.seconds, self.redis_url = folder, seconds, redis_url
+        self.server, self.client = server, client
+        keys = [f"{key}=zipf:{low}:{high}:0.99" for key, (low, high) in self.described["keys"].items()]
+        values = [f"{name}=uniform:{low}:{high}" for name, (low, high) in self.described["values"].items()]
+        self.workload = Workload(rows=self.described["rows"], shared=self.described["shared"], keys=keys, values=values)
+
+    def rpc(self, address: str) -> Plan:
+        """What shorttail is asked: predictions, or features where there is no model."""
+        if self.described["kind"] == "model":
+            workload = replace(self.workload, predict=self.described["name"])
+        else:
+            workload = replace(self.workload, features=self.described["inputs"])
+        with st.Client(address) as client:
+            return plan_rpc(workload, client.models(), client.views())
+
+    def http(self, url: str, body: str) -> Plan:
+        return plan_http(replace(self.workload, body=body), target.find(url))
+
+    def drive(
+        self, plan: Plan, address: str, rate: float | None, connections: int, in_flight: int = 1, raw: int = 0
+    ) -> dict[str, Any]:
+        """One step of load: an open loop at the rate, or a closed one."""
+        load = Load(
+            connections=connections,
+            pipeline=in_flight,
+            closed=rate is None,
+            duration_s=self.seconds,
+            warmup_s=WARMUP_S,
+            raw_reply_bytes=raw,
+        )
+        with rivals.pinned(self.client):
+            step = run_step(plan, target.find(address), load, None if rate is None else Rate(rate, rate))
+        if step.fatal or not step.outcomes["good"]:
+            raise Unusable(f"under load: {step.fatal or step.outcomes}")
+        p50, p99 = (ns / 1e3 for ns in step.latency.at([50, 99]))
+        bad = step.due - step.outcomes["good"]
+        return {
+            "connections": connections,
+            "in_flight": in_flight,
+            "offered_per_s": rate,
+            "good_per_s": step.good_per_s,
+            "bad": bad,
+            "p50_us": p50,
+            "p99_us": p99,
+            "samples": step.latency.total,
+        }
+
+    def peak(self, plan: Plan, address: str, ways: Any, raw: int = 0) -> dict[str, Any]:
+        """The closed loop that gave most."""
+        steps = [self.drive(plan, address, None, connections, in_flight, raw) for connections, in_flight in ways]
+        return max(steps, key=lambda step: float(step["good_per_s"]))
+
+    def open_loop(self, plan: Plan, address: str, rate: float, pipelined: bool) -> dict[str, Any]:
+        return self.drive(plan, address, rate, 16 if pipelined else CONNECTIONS[-1], 64 if pipelined else 1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scenario", default="ranking,fraud", help="one or several; 'features' is all of these")
+    parser.add_argument("--peers", default="", help="folders of bench/peers; all unless told otherwise")
+    parser.add_argument("--rounds", type=int, help="how often all are measured in turn (3; 1 with --quick)")
+    parser.add_argument("--seconds", type=float, help="of each measurement (3; 1 with --quick)")
+    parser.add_argument("--quick", action="store_true", help="small data, FastAPI alone unless --peers says otherwise")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args()
+    names = [part for name in options.scenario.split(",") for part in expand(parser, name)]
+    peers = [name for name in (options.peers or ("fastapi" if options.quick else "")).split(",") if name]
+    for name in peers:
+        if not (rivals.PEERS / name / "peer.json").exists():
+            parser.error(f"--peers {name}: there is no folder bench/peers/{name} with a peer.json")
+    cpus = sorted(os.sched_getaffinity(0))
+    if len(cpus) < 2:
+        parser.error("one CPU is too few: servers and the load need one each")
+    half = len(cpus) // 2
+    rounds, seconds = options.rounds or (1 if options.quick else 3), options.seconds or (1.0 if options.quick else 3.0)
+    figures: dict[str, Any] = {"server_cpus": half, "rounds": rounds, "seconds": seconds, "quick": options.quick}
+    figures["scenarios"] = {}
+    try:
+        with (
+            tempfile.TemporaryDirectory(prefix="shorttail-compare-") as folder,
+            rivals.redis_server(Path(folder), set(cpus[:half])) as redis_url,
+        ):
+            for name in names:
+                run = Run(name, Path(folder), options.quick, seconds, set(cpus[:half]), set(cpus[half:]), redis_url)
+                measure = models if run.described["kind"] == "model" else features
+                figures["scenarios"][name] = measure(run, peers, rounds)
+    except (loadgen.BenchError, ShorttailError) as error:
+        raise SystemExit(f"error: {error}") from None
+    bars = judge(figures["scenarios"])
+    if options.json:
+        report.print_json(figures, bars)
+    else:
+        for name, found in figures["scenarios"].items():
+            print(f"\n{name}\n" + "\n".join(lines_of(found)))
+        report.print_bars(bars)
+
+
+def expand(parser: argparse.ArgumentParser, name: str) -> list[str]:
+    found = [known for known in scenarios.SCENARIOS if known == name or known.startswith(f"{name}-")]
+    if not found:
+        parser.error(f"--scenario {name}: there are {', '.join(scenarios.SCENARIOS)}")
+    return found
+
+
+# -- models ------------------------------------------------------------------------------------------------------------
+
+
+def models(run: Run, names: list[str], rounds: int) -> dict[str, Any]:
+    """Every peer by rounds: its peak, its latency at a share of it, and shorttail's at the same rate."""
+    peers = rivals.find("model", names)
+    found: dict[str, dict[str, Any]] = {title: {"rounds": []} for title in (SHORTTAIL, SHORTTAIL_HTTP, FLOOR)}
+    found |= {peer.title: {"describe": peer.describe, "rounds": []} for peer in peers}
+    with ExitStack() as stack:
+        own = stack.enter_context(own_server(run))
+        load_redis(run)
+        plan = run.rpc(own["rpc"])
+        check_own(run, own["rpc"])
+        for number in range(rounds):
+            note(f"{run.described['name']}: round {number + 1} of {rounds}")
+            measure_own(run, own, plan, found)
+            for peer in peers[:: 1 if number % 2 == 0 else -1]:
+                if "failed" not in found[peer.title]:
+                    measure_peer(run, peer, own["rpc"], plan, found[peer.title])
+    return found
+
+
+@contextmanager
+def own_server(run: Run) -> Iterator[dict[str, Any]]:
+    """shorttail's own server, with the scenario loaded by the commands that a user would run."""
+    store = run.folder / f"store-{run.described['name']}"
+    with st.Engine.open(store, create=True) as engine:
+        engine.apply(str(run.data / "definitions.py"))
+        for view in run.described["views"]:
+            engine.materialize(view)
+    log = run.folder / "shorttail.log"
+    with (
+        rivals.pinned(run.server),
+        serving.start_server(store, log, "--http-port", "0", workers=len(run.server)) as (rpc, _),
+    ):
+        yield {"rpc": rpc, "http": serving.http_address(log)}
+
+
+def check_own(run: Run, address: str) -> None:
+    """shorttail is held to the answers that its peers are held to."""
+    with st.Client(address) as client:
+        for number, request in enumerate(json.loads((run.data / "requests.json").read_text())):
+            outputs = client.predict(run.described["name"], request["columns"]).outputs[run.described["output"]]
+            picked = outputs if run.described["column"] is None else outputs[:, run.described["column"]]
+            if not rivals.np.allclose(picked.ravel(), request["scores"], rtol=rivals.TOLERANCE, atol=rivals.TOLERANCE):
+                raise loadgen.BenchError(f"shorttail gave a wrong answer to request {number} of {run.data.name}")
+
+
+def measure_own(run: Run, own: dict[str, Any], plan: Plan, found: dict[str, Any]) -> None:
+    peak = run.peak(plan, own["rpc"], PIPELINED)
+    found[SHORTTAIL]["rounds"].append({"peak": peak, "alone": run.drive(plan, own["rpc"], None, 1)})
+    found[SHORTTAIL]["describe"] = "one worker a core, MessagePack, arrays as tensors; nothing else runs"
+    request, reply = message_bytes(run)
+    with loadgen.start_echo(request, reply, min(run.server)) as address:
+        raw = plan_raw(request)
+        found[FLOOR]["rounds"].append(
+            {"peak": run.peak(raw, address, PIPELINED, reply), "alone": run.drive(raw, address, None, 1, 1, reply)}
+        )
+    found[FLOOR]["describe"] = f"bench/c/echo.c: {request} bytes there and {reply} back, on one core"
+    body = http_body(run)
+    if body is None:
+        found.pop(SHORTTAIL_HTTP, None)
+        return
+    url = f"http://{own['http']}/v2/models/{run.described['name']}/infer"
+    over_http = run.http(url, body)
+    peak = run.peak(over_http, url, [(n, 1) for n in CONNECTIONS])
+    found[SHORTTAIL_HTTP]["rounds"].append({"peak": peak, "alone": run.drive(over_http, url, None, 1)})
+    found[SHORTTAIL_HTTP]["describe"] = "the same server by the Open Inference Protocol v2, tensors in JSON"
+
+
+def measure_peer(run: Run, peer: Peer, own: str, plan: Plan, found: dict[str, Any]) -> None:
+    """One round of a peer, and shorttail at its rate. A failure is noted and ends its rounds."""
+    note(f"  {peer.title}")
+    log = run.folder / f"{peer.name}.log"
+    try:
+        with rivals.serving(peer, run.data, run.redis_url, len(run.server), run.server, log) as url:
+            asked = run.http(url, rivals.template(peer, (run.data / "body.json").read_text()))
+            peak = run.peak(asked, url, [(n, 1) for n in CONNECTIONS])
+            rate = SHARE_OF_PEAK * peak["good_per_s"]
+            alone, loaded = run.drive(asked, url, None, 1), run.open_loop(asked, url, rate, pipelined=False)
+        ours = run.open_loop(plan, own, rate, pipelined=True)
+        found["rounds"].append({"peak": peak, "alone": alone, "loaded": loaded, "shorttail": ours})
+    except Unusable as failure:
+        found["failed"] = str(failure)
+    except Exception as error:  # a peer must not end the comparison
+        traceback.print_exc(file=sys.stderr)
+        found["failed"] = f"{type(error).__name__}: {error}"[:300]
+
+
+def load_redis(run: Run) -> None:
+    """By a peer's Python: this one needs no Redis client."""
+    python = rivals.environment(Peer("fastapi", ""))
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import scorer; scorer.load(*sys.argv[2:])"
+    command = [str(python), "-c", code, str(rivals.PEERS), str(run.data), run.redis_url]
+    done = subprocess.run(command, capture_output=True, text=True, env=rivals.clean())
+    if done.returncode != 0:
+        raise loadgen.BenchError(f"Redis could not be loaded: {(done.stderr.splitlines() or [''])[-1]}")
+
+
+def message_bytes(run: Run) -> tuple[int, int]:
+    """Of a request and its answer, as shorttail has them on the wire."""
+    first = json.loads((run.data / "requests.json").read_text())[0]
+    columns = {name: rivals.np.asarray(v) if isinstance(v, list) else v for name, v in first["columns"].items()}
+    params = [run.described["name"], protocol.encode_columns(columns), {"encoding": "tensor"}]
+    width = 1 if run.described["column"] is None else 2
+    reply = 60 + 4 * width * run.described["rows"]
+    return len(protocol.pack_request(protocol.MSGID_LIMIT - 1, "predict", params)), reply
+
+
+def http_body(run: Run) -> str | None:
+    """A v2 request of the scenario's columns; None where rows share one, which v2 has no form for."""
+    if run.described["shared"]:
+        return None
+    inputs = []
+    for names, kind in ((run.described["keys"], "INT64"), (run.described["values"], "FP64")):
+        for name in names:
+            data = f"[{{{{{name}}}}}]" if run.described["rows"] == 1 else f"[{{{{{name}...}}}}]"
+            shape = run.described["rows"]
+            inputs.append(f'{{"name": "{name}", "datatype": "{kind}", "shape": [{shape}], "data": {data}}}')
+    return f'{{"inputs": [{", ".join(inputs)}]}}'
+
+
+# -- features alone ----------------------------------------------------------------------------------------------------
+
+
+def features(run: Run, names: list[str], rounds: int) -> dict[str, Any]:
+    """Every peer by rounds: one request at a time, in the process or by a server."""
+    peers = rivals.find("features", names)
+    found: dict[str, dict[str, Any]] = {SHORTTAIL: {"rounds": [], "describe": "a server, MessagePack, tensors"}}
+    found |= {peer.title: {"describe": peer.describe, "rounds": []} for peer in peers}
+    with ExitStack() as stack:
+        own = stack.enter_context(own_server(run))
+        plan = run.rpc(own["rpc"])
+        for number in range(rounds):
+            note(f"{run.described['name']}: round {number + 1} of {rounds}")
+            found[SHORTTAIL]["rounds"].append({"alone": run.drive(plan, own["rpc"], None, 1)})
+            for peer in peers[:: 1 if number % 2 == 0 else -1]:
+                if "failed" not in found[peer.title]:
+                    note(f"  {peer.title}")
+                    look_up(run, peer, found[peer.title])
+    return found
+
+
+def look_up(run: Run, peer: Peer, found: dict[str, Any]) -> None:
+    try:
+        if peer.is_local:
+            result = rivals.measure_local(peer, run.data, run.seconds, run.redis_url, run.server)
+            found["rounds"].append({"alone": {**result, "good_per_s": result["requests_per_s"]}})
+            return
+        with rivals.serving(peer, run.data, run.redis_url, len(run.server), run.server, run.folder / "peer.log") as url:
+            asked = run.http(url, rivals.template(peer, (run.data / "body.json").read_text()))
+            found["rounds"].append({"alone": run.drive(asked, url, None, 1)})
+    except Unusable as failure:
+        found["failed"] = str(failure)
+    except Exception as error:  # a peer must not end the comparison
+        traceback.print_exc(file=sys.stderr)
+        found["failed"] = f"{type(error).__name__}: {error}"[:300]
+
+
+# -- what came of it ---------------------------------------------------------------------------------------------------
+
+
+def middle(found: dict[str, Any], *path: str) -> float | None:
+    """The median over the rounds of a figure; None when there is none."""
+    values = []
+    for entry in found.get("rounds", ()):
+        for step in path:
+            entry = entry.get(step) if entry is not None else None
+        if entry is not None:
+            values.append(entry)
+    return statistics.median(values) if values else None
+
+
+def judge(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of each peer that looks up and infers: how many times its peak ours is, and how many times our P99 its is."""
+    bars = []
+    for scenario, rows in found.items():
+        ours = middle(rows[SHORTTAIL], "peak", "good_per_s")
+        for title, row in rows.items():
+            theirs = middle(row, "peak", "good_per_s")
+            p99, our_p99 = middle(row, "loaded", "p99_us"), middle(row, "shorttail", "p99_us")
+            if ours is None or theirs is None or p99 is None or our_p99 is None:
+                continue
+            bars.append(report.at_least(f"{scenario}: peak against {title}", ours / theirs, TIMES_BETTER, "x"))
+            bars.append(report.at_least(f"{scenario}: P99 of {title} against ours", p99 / our_p99, TIMES_BETTER, "x"))
+    return bars
+
+
+def lines_of(found: dict[str, Any]) -> Iterator[str]:
+    yield f"{'':34}{'peak/s':>10}{'alone P50':>12}{'P99 at 90%':>12}{'shorttail there':>17}"
+    for title, row in found.items():
+        if "failed" in row and not row["rounds"]:
+            yield f"{title:34}{row['failed']}"
+            continue
+        peak, alone = middle(row, "peak", "good_per_s"), middle(row, "alone", "p50_us")
+        p99, ours = middle(row, "loaded", "p99_us"), middle(row, "shorttail", "p99_us")
+        yield f"{title:34}" + "".join(
+            f"{'' if value is None else format(value, ',.0f'):>{width}}"
+            for value, width in ((peak, 10), (alone, 12), (p99, 12), (ours, 17))
+        )
+
+
+def note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,254 @@
+"""The peers of bench/compare.py: their environments, starting and stopping them, checking what they answer.
+
+A peer is a folder of bench/peers/ with requirements.txt and peer.json ("describe": its configuration and why; "kind":
+"model" or "features"; "variants": runs of it that differ by an argument). A server has serve.py, run as
+`python serve.py FOLDER PORT WORKERS REDIS_URL [VARIANT]`, and in peer.json "path", "answer" (answers.py), and "template"
+where the protocol wants more around the body of the scenario. Anything else has local.py, which measures itself
+(peers/lookups.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import loadgen
+import numpy as np
+from peers.answers import values_of
+
+PEERS = Path(__file__).resolve().parent / "peers"
+ENVIRONMENTS = PEERS / ".environments"
+READY_S, ANSWER_S, STOP_S = 120, 20, 15
+TOLERANCE = 1e-5
+
+
+class Unusable(Exception):
+    """A peer that cannot be measured; the message says why, in one line."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    name: str
+    variant: str  # "" when it has none
+
+    @property
+    def folder(self) -> Path:
+        return PEERS / self.name
+
+    @property
+    def title(self) -> str:
+        return f"{self.name}, {self.variant}" if self.variant else self.name
+
+    @property
+    def described(self) -> dict[str, Any]:
+        read: dict[str, Any] = json.loads((self.folder / "peer.json").read_text())
+        return read
+
+    @property
+    def describe(self) -> str:
+        own = self.described.get("variants", {}).get(self.variant, "")
+        return f"{self.described['describe']}; {own}" if own else self.described["describe"]
+
+    @property
+    def is_local(self) -> bool:
+        return (self.folder / "local.py").exists()
+
+
+def find(kind: str, names: list[str]) -> list[Peer]:
+    """The peers of that kind: those named, or all. Raises SystemExit for a name that is none."""
+    found = []
+    for path in sorted(PEERS.glob("*/peer.json")):
+        peer = Peer(path.parent.name, "")
+        if peer.described["kind"] in (kind, "both"):
+            found += [Peer(peer.name, variant) for variant in peer.described.get("variants", {"": ""})]
+    known = {peer.name for peer in found}
+    return [peer for peer in found if peer.name in names] if set(names) & known else [] if names else found
+
+
+def environment(peer: Peer) -> Path:
+    """Its Python, with what requirements.txt names; made when that is not what it was made of. Raises Unusable."""
+    if peer.described.get("environment") == "this":
+        return Path(sys.executable)
+    home, wanted = ENVIRONMENTS / peer.name, peer.folder / "requirements.txt"
+    python, stamp = home / "bin" / "python", home / "installed"
+    if stamp.exists() and stamp.read_text() == wanted.read_text():
+        return python
+    print(f"installing {peer.name} ...", file=sys.stderr, flush=True)
+    shutil.rmtree(home, ignore_errors=True)
+    for command in ([sys.executable, "-m", "venv", home], [python, "-m", "pip", "install", "--quiet", "-r", wanted]):
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=clean())
+        if done.returncode != 0:
+            lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
+            raise Unusable(f"it does not install: {(lines or ['pip failed'])[0][:300]}")
+    stamp.write_text(wanted.read_text())
+    return python
+
+
+def clean() -> dict[str, str]:
+    """This process's variables without those that would mix its packages into another environment."""
+    return {
+        name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
+    }
+
+
+@contextlib.contextmanager
+def serving(peer: Peer, data: Path, redis_url: str, workers: int, cpus: set[int], log: Path) -> Iterator[str]:
+    """The peer's server on the CPUs; yields its URL once it has answered requests.json rightly. Raises Unusable."""
+    python, port = environment(peer), free_port()
+    command = [python, "serve.py", data.resolve(), port, workers, redis_url, *([peer.variant] if peer.variant else [])]
+    with log.open("wb") as output, pinned(cpus):
+        server = subprocess.Popen(
+            list(map(str, command)),
+            cwd=peer.folder,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=clean(),
+            start_new_session=True,
+        )
+    try:
+        url = f"http://127.0.0.1:{port}{peer.described['path']}"
+        check(peer, url, data, server, log)
+        yield url
+    finally:
+        stop(server)
+
+
+def check(peer: Peer, url: str, data: Path, server: subprocess.Popen[bytes], log: Path) -> None:
+    """That it answers every request of requests.json as it must."""
+    described, inputs = peer.described, json.loads((data / "scenario.json").read_text())["inputs"]
+    deadline_s = time.monotonic() + described.get("ready_s", READY_S)
+    for number, request in enumerate(json.loads((data / "requests.json").read_text())):
+        body = template(peer, json.dumps(request["columns"]))
+        while True:
+            try:
+                found = values_of(ask(url, body), described, inputs)
+                break
+            except (OSError, ValueError) as error:
+                if server.poll() is not None:
+                    raise Unusable(f"it does not start: {last_line(log)}") from None
+                if number or time.monotonic() > deadline_s:
+                    raise Unusable(
+                        f"request {number} was not answered: {error}; its log ends: {last_line(log)}"
+                    ) from None
+                time.sleep(0.1)
+            except (KeyError, IndexError, TypeError) as error:
+                raise Unusable(f"its answer is not understood: {error!r}") from None
+        expected = request["scores"]
+        if len(found) != len(expected) or not np.allclose(found, expected, rtol=TOLERANCE, atol=TOLERANCE):
+            raise Unusable(f"wrong answer: request {number} gave other values than ONNX Runtime on a pandas join")
+
+
+def template(peer: Peer, body: str) -> str:
+    whole: str = peer.described.get("template", "{{body}}")
+    return whole.replace("{{body}}", body)
+
+
+def ask(url: str, body: str) -> Any:
+    request = urllib.request.Request(url, body.encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=ANSWER_S) as response:
+        return json.load(response)
+
+
+def measure_local(peer: Peer, data: Path, seconds: float, redis_url: str, cpus: set[int]) -> dict[str, Any]:
+    """What the peer's local.py found. Raises Unusable."""
+    command = [
+        environment(peer),
+        "local.py",
+        data.resolve(),
+        seconds,
+        redis_url,
+        *([peer.variant] if peer.variant else []),
+    ]
+    variables = None if peer.described.get("environment") == "this" else clean()
+    with pinned(cpus):
+        running = subprocess.Popen(
+            list(map(str, command)),
+            cwd=peer.folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=variables,
+            start_new_session=True,
+        )
+    try:
+        output, errors = running.communicate(timeout=peer.described.get("ready_s", READY_S) + 3 * seconds)
+    except subprocess.TimeoutExpired:
+        raise Unusable("it took too long") from None
+    finally:
+        stop(running)
+    if running.returncode != 0:
+        raise Unusable((errors.strip().splitlines() or ["it said nothing"])[-1][:300])
+    found: dict[str, Any] = json.loads(output.strip().splitlines()[-1])
+    return found
+
+
+@contextlib.contextmanager
+def redis_server(folder: Path, cpus: set[int]) -> Iterator[str]:
+    """Redis without persistence on the CPUs. Yields its URL. Raises loadgen.BenchError."""
+    if shutil.which("redis-server") is None:
+        raise loadgen.BenchError("redis-server is not installed, which most peers keep their features in; install it")
+    port = free_port()
+    command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
+    with pinned(cpus):
+        server = subprocess.Popen([*command, "--dir", str(folder)], stdout=subprocess.DEVNULL)
+    try:
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", port), 1).close()
+                break
+            except OSError:
+                if server.poll() is not None:
+                    raise loadgen.BenchError(f"redis-server ended with status {server.returncode}") from None
+                time.sleep(0.02)
+        yield f"redis://127.0.0.1:{port}"
+    finally:
+        stop(server)
+
+
+@contextlib.contextmanager
+def pinned(cpus: set[int]) -> Iterator[None]:
+    """Processes started in the block run on these CPUs: they inherit the affinity of the thread that starts them."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cpus)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def stop(process: subprocess.Popen[Any]) -> None:
+    """SIGTERM, and after a while an end to it and to all that it started."""
+    with contextlib.suppress(ProcessLookupError):
+        process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(STOP_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    if os.getpgid(0) != process.pid:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def last_line(log: Path) -> str:
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return (lines or ["it said nothing"])[-1].strip()[:300]
