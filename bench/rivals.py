@@ -2,7 +2,7 @@
 
 A peer is a folder of bench/peers/ with requirements.txt and peer.json ("describe": its configuration and why; "kind":
 "model" or "features"; "variants": runs of it that differ by an argument). A server has serve.py, run as
-`python serve.py FOLDER PORT WORKERS REDIS_URL [VARIANT]`, and in peer.json "path", "answer" (answers.py), and "template"
+`python serve.py FOLDER PORT WORKERS REDIS_URL [VARIANT]`; in peer.json "path", "answer" (answers.py), and "template"
 where the protocol wants more around the body of the scenario. Anything else has local.py, which measures itself
 (peers/lookups.py).
 """

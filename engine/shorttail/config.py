@@ -18,6 +18,7 @@ class Limits:
     # One turn of the loop.
     batch_rows: int = 16_384  # a batch that is full runs, and the next one starts
     loop_stall_us: float = 2_000.0  # a model that needs longer for its batch runs in another thread
+    model_threads: int = 4  # of such models run at the same time
 
     # Loading a model.
     warm_run_us: float = 20_000.0  # a warm-up goes no further once a batch takes this long,
@@ -54,6 +55,8 @@ class Limits:
 
     # Logs.
     log_lines_per_s: int = 50  # of failed and slow requests, of one worker
+    traceparent_bytes: int = 128  # a longer one is ignored; version 00 has 55
+    traced_failures: int = 50  # requests with a traceparent that fail within a tenth of a second, and have a line each
 
     # Writing through a server.
     forwarded_bytes: int = 64 << 20  # one worker's pushes and deletes that the writer has not answered
@@ -87,9 +90,19 @@ class Limits:
     # The server.
     stop_grace_s: float = 10.0  # from SIGTERM until connections with work in flight are cut
     start_timeout_s: float = 120.0
+    hang_deadline_s: int = 10  # a worker whose loop has not come round for so long is killed, and another started
     writer_start_wait_s: float = 2.0  # the server is announced without its writer if that takes longer
     restart_backoff_min_s: float = 0.1
     restart_backoff_max_s: float = 10.0
+
+    # Clients.
+    client_connections: int = 1024  # of one client
+    client_retries: int = 100  # of one call
+    client_backoff_min_s: float = 0.01
+    client_backoff_max_s: float = 1.0
+    client_retry_ratio: float = 0.2  # a call earns so many retries
+    client_retries_saved: float = 10_000.0  # earned and not used
+    client_retry_reserve: float = 100.0  # what a client starts with
 
     # Load tests.
     bench_rate_per_s: float = 10e6
@@ -100,6 +113,7 @@ class Limits:
     bench_key_rows: int = 1_000_000  # keys read from a file or a store
     bench_intervals: int = 120  # points of latency over time; a histogram each
     bench_verified: int = 200  # answers kept for --verify
+    bench_metrics_bytes: int = 16 << 20  # of /metrics, read before and after a step
 
 
 LIMITS: Final = Limits()

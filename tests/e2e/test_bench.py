@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_server import Server, make_store
+from serving import Server, make_store
 
 from shorttail.cli import main
 
@@ -233,6 +233,7 @@ def test_ctrl_c_ends_the_run_and_still_reports() -> None:
         (["{}", "--closed", "--rate", "1k"], 1, "--closed sends as answers come"),
         (["{}", "--mix", "predict=x"], 1, "--mix 'predict=x' is not understood"),
         (["{}", "--body", "x.json"], 1, "--body is for HTTP servers"),
+        (["http://127.0.0.1:1/x", "--deadline-ms", "5"], 1, "--deadline-ms is for a shorttail server"),
         (["http://{}/", "--predict", "m"], 1, "--predict is for a shorttail server"),
         (["http://{}/", "--body", "/none.json"], 1, "--body /none.json: cannot be read: No such file"),
         (
@@ -319,8 +320,8 @@ def check_page(path: Path) -> list[dict[str, Any]]:
         assert figure["title"], figure
         assert figure["lines"] >= len(figure["legend"]) > 0, figure
         assert len(figure["ticks"]) >= 4, figure
-        assert re.search(r"\((s|requests/s|log 1/\(1-p\))\)", figure["x"]), figure
-        assert re.search(r"\((µs|ms|requests/s)", figure["y"]), figure
+        assert figure["x"] == "run" or re.search(r"\((s|requests/s|log 1/\(1-p\))\)", figure["x"]), figure
+        assert re.search(r"\((µs|ms|requests/s|%)", figure["y"]), figure
     return page.figures
 
 

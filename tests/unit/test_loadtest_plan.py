@@ -169,6 +169,17 @@ def test_requests_are_what_was_asked_for(encoding: str, rows: int) -> None:
     assert len({repr(request[3]) for request in fake.requests}) > 100
 
 
+def test_every_request_carries_its_deadline() -> None:
+    models = [{"name": "m", "columns": {"user_id": "Int64"}}]
+    views = [{"name": "v", "keys": {"user_id": "Int64"}, "features": {"a": "Int64"}}]
+    work = Workload(predict="m", features=["v:a"], push="v", keys=["user_id=uniform:1:9"], deadline_ms=12.5)
+    with rpc_server() as fake:
+        load_on(fake.address, plan=plan_rpc(work, models, views))
+    options = {method: params[2] for _, _, method, params in fake.requests}
+    asked = {"encoding": "tensor", "deadline_ms": 12.5}
+    assert options == {"predict": asked, "get_online_features": asked, "push": {"deadline_ms": 12.5}}
+
+
 def test_the_same_seed_sends_the_same_requests() -> None:
     sent = []
     for seed in (1, 1, 2):

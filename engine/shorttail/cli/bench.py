@@ -22,9 +22,11 @@ if TYPE_CHECKING:
     from shorttail.loadtest.rates import Objective, Rate
     from shorttail.loadtest.result import Step
     from shorttail.loadtest.runner import Capacity, LiveLine, Load
+    from shorttail.loadtest.stages import StageWatch
     from shorttail.loadtest.target import Target
 
 MIXED = ("predict", "features", "push")
+FLAGS = {"headers": "header", "deadline_ms": "deadline-ms"}  # of options whose names differ
 HTTP_CONNECTIONS = 64  # one request in flight on each
 CONNECTIONS = 16
 STEP_OF_SEARCH_S = 3.0
@@ -57,6 +59,8 @@ what_options = options_of(
                  " COLUMN=choice:a,b. Columns without one get something of their type."),
     click.option("--encoding", type=click.Choice(["tensor", "list"]), default="tensor",
                  help="How arrays travel. [tensor]"),
+    click.option("--deadline-ms", type=click.FloatRange(0, min_open=True), metavar="MS", help="Send this option with"
+                 " each request: how long the caller waits. [none]"),
     click.option("--body", metavar="FILE", help="HTTP: a JSON body; {{column}} is replaced, {{column...}} by --rows"
                  " values, {{nonce}} by a number that the answer has to hold."),
     click.option("--header", "headers", metavar="LINE", multiple=True, help="HTTP: one more header."),
@@ -86,6 +90,12 @@ how_options = options_of(
 )  # fmt: skip
 
 output_options = options_of(
+    click.option(
+        "--metrics",
+        metavar="URL",
+        help="The server's /metrics, for where its time goes; off: do not look."
+        " [http://127.0.0.1:7712/metrics for a server on this machine]",
+    ),
     click.option("--json", "as_json", is_flag=True, help="Print one JSON object."),
     click.option("--report", metavar="FILE", help="Write an HTML page."),
     click.option("--hdr", metavar="FILE", help="Write a log of HdrHistograms."),
@@ -147,8 +157,8 @@ def compare(paths: tuple[str, ...], options: dict[str, Any]) -> int:
 
 
 def run(address: str, options: dict[str, Any]) -> int:
+    from shorttail.loadtest import stages, text
     from shorttail.loadtest import target as targets
-    from shorttail.loadtest import text
     from shorttail.loadtest.document import make_document
 
     # What can be known to be wrong is said before the server is asked anything.
@@ -157,9 +167,10 @@ def run(address: str, options: dict[str, Any]) -> int:
     workload = make_workload(options, load.seed, is_http=address.startswith("http"))
     found = targets.find(address)
     load.check(found.protocol)
+    watch = stages.find(options["metrics"], found)
     plan = make_plan(workload, found)
     started_s = time.time()
-    steps, capacity = run_steps(plan, found, load, rates, objective)
+    steps, capacity = run_steps(plan, found, load, rates, objective, watch)
     verified = check_answers(found, load, steps)
     document = make_document(
         label=options["label"],
@@ -172,6 +183,7 @@ def run(address: str, options: dict[str, Any]) -> int:
         steps=steps,
         capacity=capacity,
         verified=verified,
+        watch=watch,
     )
     write_files(options, document, steps, started_s)
     if options["as_json"]:
@@ -235,10 +247,11 @@ def make_load(options: dict[str, Any], is_http: bool) -> Load:
 def make_workload(options: dict[str, Any], seed: int, is_http: bool) -> Workload:
     from shorttail.loadtest.plan import Workload
 
-    for name in ("predict", "features", "push", "mix", "shared") if is_http else ("body", "headers"):
+    mine = ("predict", "features", "push", "mix", "shared", "deadline_ms")
+    for name in mine if is_http else ("body", "headers"):
         if options[name]:
             other = "a shorttail server, host:port" if is_http else "HTTP servers, http://host:port/path"
-            raise InvalidArgument(f"--{name.rstrip('s') if name == 'headers' else name} is for {other}")
+            raise InvalidArgument(f"--{FLAGS.get(name, name)} is for {other}")
     body = None
     if options["body"]:
         try:
@@ -257,6 +270,7 @@ def make_workload(options: dict[str, Any], seed: int, is_http: bool) -> Workload
         values=options["values"],
         draw=options["draw"],
         encoding=options["encoding"],
+        deadline_ms=options["deadline_ms"],
         body=body,
         headers=options["headers"],
         seed=seed,
@@ -289,18 +303,30 @@ def make_plan(workload: Workload, target: Target) -> Plan:
 
 
 def run_steps(
-    plan: Plan, target: Target, load: Load, rates: list[Rate | None], objective: Objective | None
+    plan: Plan,
+    target: Target,
+    load: Load,
+    rates: list[Rate | None],
+    objective: Objective | None,
+    watch: StageWatch | None,
 ) -> tuple[list[Step], Capacity | None]:
     from shorttail.loadtest import runner
 
     line = runner.LiveLine()
+
+    def run_one(load: Load, rate: Rate | None) -> Step:
+        def run() -> Step:
+            return runner.run_step(plan, target, load, rate, line)
+
+        return watch.around(run) if watch else run()
+
     try:
         if objective is None:
-            return [*each_rate(plan, target, load, rates, line)], None
+            return [*each_rate(run_one, load, rates, line)], None
 
         def try_rate(rate: Rate, seconds: float) -> Step:
             line.prefix = f"{rate}/s  "
-            return runner.run_step(plan, target, replace(load, duration_s=seconds), rate, line)
+            return run_one(replace(load, duration_s=seconds), rate)
 
         assert rates[0] is not None
         capacity, steps = runner.find_capacity(try_rate, objective, rates[0].start, search_step_s(load))
@@ -313,17 +339,17 @@ def search_step_s(load: Load) -> float:
     return min(load.duration_s, STEP_OF_SEARCH_S)
 
 
-def each_rate(plan: Plan, target: Target, load: Load, rates: list[Rate | None], line: LiveLine) -> list[Step]:
+def each_rate(
+    run_one: Callable[[Load, Rate | None], Step], load: Load, rates: list[Rate | None], line: LiveLine
+) -> list[Step]:
     """A step a rate, until one fails or is interrupted."""
-    from shorttail.loadtest import runner
-
     steps: list[Step] = []
     for i, rate in enumerate(rates):
         line.prefix = (
             f"{'closed loop' if rate is None else f'{rate}/s'} ({i + 1}/{len(rates)})  " if len(rates) > 1 else ""
         )
         try:
-            steps.append(runner.run_step(plan, target, load, rate, line))
+            steps.append(run_one(load, rate))
         except ShorttailError:
             if not steps:
                 raise

@@ -12,9 +12,11 @@ from typing import Any
 
 from shorttail import __version__
 from shorttail.errors import InvalidArgument, NotFound
+from shorttail.loadtest.findings import findings, server
 from shorttail.loadtest.plan import Plan, Workload
 from shorttail.loadtest.result import FORMAT, Step
 from shorttail.loadtest.runner import Capacity, Load
+from shorttail.loadtest.stages import StageWatch
 from shorttail.loadtest.target import Target
 from shorttail.loadtest.verify import Verified
 
@@ -52,8 +54,9 @@ def make_document(
     steps: Sequence[Step],
     capacity: Capacity | None,
     verified: Verified | None,
+    watch: StageWatch | None = None,
 ) -> dict[str, Any]:
-    return {
+    document: dict[str, Any] = {
         "tool": "shorttail bench",
         "format": FORMAT,
         "version": __version__,
@@ -82,6 +85,8 @@ def make_document(
         },
         "verified": None if verified is None else verified._asdict(),
     }
+    found = None if watch is None else {"url": watch.url, "note": watch.note, "finding": server(document["steps"])}
+    return {**document, "metrics": found, "findings": findings(document)}
 
 
 def describe_load(load: Load, target: Target) -> dict[str, Any]:

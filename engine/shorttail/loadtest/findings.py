@@ -11,6 +11,8 @@ from shorttail.loadtest.text import rate, us
 
 Step = Mapping[str, Any]
 
+QUEUED = 0.5  # of the time in the server: more than the batch before, for which one waits
+SATURATED = 0.85  # of a core: what its own stages and the reading and writing of sockets leave of a worker
 SLOW_SLICE = 3.0  # a slice of the run is slow with a P99 of so many times the median slice's
 
 
@@ -25,6 +27,7 @@ def findings(document: Mapping[str, Any]) -> list[str]:
             f"{us(capacity['limit_us'])} ({capacity['reason']})."
         )
     found += throughput(steps)
+    found += filter(None, [server(steps)])
     found += generator(steps)
     found += failures(steps, document["load"]["timeout_s"])
     best = main_step(steps)
@@ -62,6 +65,52 @@ def throughput(steps: Sequence[Step]) -> list[str]:
         f"{held}At {rate(first['offered_per_s'])}/s offered it answered {rate(first['achieved_per_s'])}/s: requests "
         f"queue, and latency there says how long the load lasted. The most good answers were {rate(most)}/s."
     ]
+
+
+REMEDIES = {
+    "lookup": "fewer feature views, or a store that fits into memory",
+    "transform": "fewer or cheaper on-demand functions",
+    "infer": "shorttail tune, or a smaller model",
+    "encode": "smaller answers, or --encoding tensor",
+}
+
+
+def server(steps: Sequence[Step]) -> str:
+    """Which stage limits the server, where that shows best: at the first rate that it did not keep up with.
+
+    "" when no step has a breakdown.
+    """
+    measured = [step for step in steps if step.get("server")]
+    if not measured:
+        return ""
+    missed = [step for step in measured if not kept_up(step)]
+    step = min(missed, key=lambda step: float(step["offered_per_s"])) if missed else main_step(measured)
+    found = step["server"]
+    total_us, queue_us = found["total"]["mean_us"], found["stages"]["queue"]["mean_us"]
+    work = {stage: part["mean_us"] for stage, part in found["stages"].items() if stage != "queue"}
+    worst = max(work, key=lambda stage: float(work[stage]), default="")
+    if not worst or total_us <= queue_us:
+        return ""
+    share = work[worst] / (total_us - queue_us)
+    return (
+        f"Of {us(total_us)} that a batch takes in the server at {rate(step['offered_per_s'])}/s, {us(queue_us)} "
+        f"({queue_us / total_us:.0%}) are queue: {load_of(found, queue_us / total_us, bool(missed))}. Of the other "
+        f"{us(total_us - queue_us)}, {worst} takes {share:.0%}; less of it: {REMEDIES[worst]}."
+    )
+
+
+def load_of(found: Mapping[str, Any], queued: float, missed: bool) -> str:
+    """What the queue's share and the workers' CPU together say: "it is saturated (its worker uses 98% of a core)"."""
+    cpu = found["worker_cpu"]
+    if cpu is None:
+        return "it is saturated" if missed else "requests wait for each other" if queued >= QUEUED else "few wait"
+    workers = "its worker uses" if found["workers"] == 1 else f"each of its {found['workers']} workers uses"
+    used = f"{workers} {cpu:.0%} of a core"
+    if cpu >= SATURATED:
+        return f"it is {'saturated' if queued >= QUEUED or missed else 'near its limit'} ({used})"
+    if queued < QUEUED:
+        return f"it is not saturated ({used})"
+    return f"requests wait although {used} alone: they come in bursts, or other work has its machine's cores"
 
 
 def generator(steps: Sequence[Step]) -> list[str]:

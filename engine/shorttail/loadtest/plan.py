@@ -41,6 +41,7 @@ class Workload:
     values: Sequence[str] = ()
     draw: str = "uniform"
     encoding: str = "tensor"
+    deadline_ms: float | None = None
     body: str | None = None
     headers: Sequence[str] = ()
     method: str = "POST"
@@ -196,7 +197,11 @@ def rpc_template(
     template = Template(kind, builder.workload.mix.get(kind, 1.0))
     template.literal(b"\x94\x00")
     template.nonce()
-    options = {} if kind == "push" or builder.workload.encoding != "tensor" else {"encoding": "tensor"}
+    options: dict[str, Any] = {}
+    if kind != "push" and builder.workload.encoding == "tensor":
+        options["encoding"] = "tensor"
+    if builder.workload.deadline_ms is not None:
+        options["deadline_ms"] = builder.workload.deadline_ms
     template.literal(msgpack.packb(method) + array_header(3 if options else 2) + msgpack.packb(first))
     put_columns(builder, template, columns, rows, tables=kind == "push")
     if options:

@@ -12,11 +12,13 @@ from typing import Any, Final
 from shorttail.loadtest import text
 from shorttail.loadtest.findings import findings, main_step
 from shorttail.loadtest.histogram import Histogram
-from shorttail.loadtest.svg import COLORS, Scale, Series, figure, number
+from shorttail.loadtest.svg import COLORS, Layer, Scale, Series, bars, figure, number
 from shorttail.loadtest.text import rate, us
 
 CURVES: Final = COLORS  # more lines than colours cannot be told apart
 PERCENTILE_AXIS: Final = Scale("percentile of requests (log 1/(1-p))", "percentile")
+STAGE_COLORS: Final = dict(zip(text.STAGES, (7, 0, 4, 1, 2), strict=True))
+BARS: Final = 10  # more have no room for their names
 SHOWN_AGAINST_RATE: Final = ("50", "99", "99.9")
 
 Document = Mapping[str, Any]
@@ -36,6 +38,7 @@ def render(documents: Sequence[Document]) -> str:
         findings="".join(f"<li>{escape(sentence)}</li>" for sentence in all_findings(documents)),
         figures="".join(figures(documents)),
         steps=steps_table(documents),
+        stages=stages_table(documents),
         errors=errors_table(documents),
         facts=facts_table(documents),
     )
@@ -60,6 +63,7 @@ def figures(documents: Sequence[Document]) -> Iterable[str]:
         yield throughput(documents)
         yield latency_against_rate(documents)
     yield over_time(documents)
+    yield from stage_bars(documents)
     yield disturbance(documents)
     yield noise_curves(documents)
 
@@ -211,6 +215,39 @@ def noise_curves(documents: Sequence[Document]) -> str:
     return figure("Latency, service time and noise by percentile", PERCENTILE_AXIS, y, series, note)
 
 
+def stage_bars(documents: Sequence[Document]) -> Iterable[str]:
+    """Where the server's time goes: in us, and as shares, which a queue of seconds does not hide."""
+    several = len(documents) > 1
+    chosen = [(d, main_step(d["steps"])) for d in documents] if several else steps_of(documents[0])
+    chosen = spread_out([(d, step) for d, step in chosen if step.get("server")], BARS)
+    if not chosen:
+        return
+    found = [step["server"] for _, step in chosen]
+    names = [run_name(d) if several else step_name(d, step, False).removesuffix("/s") for d, step in chosen]
+    scale, unit = unit_of(server["total"]["mean_us"] for server in found)
+    x_label = "run" if several else "offered (requests/s)"
+
+    def layers(field: str, factor: float) -> list[Layer]:
+        stacked = []
+        for stage in text.STAGES:
+            parts = [server["stages"].get(stage, {"mean_us": 0.0, "share": 0.0}) for server in found]
+            if any(part["mean_us"] for part in parts):
+                hints = [f"{us(part['mean_us'])}, {part['share']:.1%}" for part in parts]
+                stacked.append(Layer(stage, [part[field] * factor for part in parts], STAGE_COLORS[stage], hints))
+        return stacked
+
+    note = "Mean of a batch by the server's own metrics, warm-up included; queue is the wait of its oldest request."
+    note += " Of each run the fastest rate that the server kept up with." if several else ""
+    times, shares = Scale(f"time ({unit})"), Scale("share of the time (%)")
+    yield bars("Time in the server by stage", x_label, times, names, layers("mean_us", 1 / scale), note)
+    note = "Of the time between the reading of a batch's first request and its replies."
+    yield bars("Share of the server's time by stage", x_label, shares, names, layers("share", 100.0), note)
+
+
+def steps_of(document: Document) -> list[tuple[Document, Step]]:
+    return [(document, step) for step in sorted(document["steps"], key=lambda step: float(step["offered_per_s"]))]
+
+
 # -- tables ------------------------------------------------------------------------------------------------------------
 
 
@@ -224,6 +261,29 @@ def steps_table(documents: Sequence[Document]) -> str:
     rows = [{"run": run_name(d), **text.step_row(step)} for d in documents for step in d["steps"]]
     names = [name for name in rows[0] if any(row[name] != "-" for row in rows)]
     return html_table(names, [[row[name] for name in names] for row in rows])
+
+
+def stages_table(documents: Sequence[Document]) -> str:
+    """Every stage of every step; what there is to say where none was found."""
+    rows = [
+        [
+            run_name(d), text.offered(step), stage, us(part["mean_us"]), f"{part['share']:.1%}",
+            us(part["p50_us"]), us(part["p99_us"]),
+        ]
+        for d in documents
+        for step in d["steps"]
+        if step.get("server")
+        for stage, part in [*step["server"]["stages"].items(), ("total", step["server"]["total"])]
+    ]  # fmt: skip
+    notes = [d["metrics"]["note"] for d in documents if d.get("metrics") and d["metrics"]["note"]]
+    found = "".join(f'<p class="note">{escape(note)}</p>' for note in notes)
+    if rows:
+        head = ["run", "offered/s", "stage", "mean of a batch", "share", "P50, about", "P99, about"]
+        found = (
+            f'<div class="wide">{html_table(head, rows)}</div><p class="note">P50 and P99 are interpolated within the '
+            f"buckets of the server's histograms (1, 2, 5, 10 us and so on).</p>{found}"
+        )
+    return f"<h2>Time in the server</h2>{found}" if found else ""
 
 
 def errors_table(documents: Sequence[Document]) -> str:

@@ -73,6 +73,7 @@ class Step:
     cpu: float  # of a core, of the busiest thread
     fatal: str = ""
     interrupted: bool = False
+    server: dict[str, Any] | None = None  # where its time went (stages.py), from its own metrics
     events: NDArray[Any] = field(default_factory=lambda: np.zeros(0))
     captures: list[tuple[bytes, bytes]] = field(default_factory=list)
 
@@ -158,6 +159,7 @@ class Step:
             "generator_cpu": round(self.cpu, 4),
             "fatal": self.fatal or None,
             "interrupted": self.interrupted,
+            "server": self.server,
             "warnings": self.warnings(),
         }
 

@@ -11,6 +11,8 @@ from typing import Final
 WIDTH: Final = 720
 HEIGHT: Final = 340
 LEFT, RIGHT, TOP, BOTTOM = 74, 18, 12, 52
+PLOT_WIDTH, PLOT_HEIGHT = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
+BAR_WIDTH: Final = 64.0
 COLORS: Final = 8  # in the style sheet: --s0 to --s7
 
 Point = tuple[float, float]
@@ -33,6 +35,16 @@ class Scale:
 
     label: str
     kind: str = "linear"
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One colour of stacked bars. values: a height a bar; hints: what each says when hovered."""
+
+    name: str
+    values: Sequence[float]
+    color: int
+    hints: Sequence[str]
 
 
 class _Axis:
@@ -87,40 +99,65 @@ def figure(title: str, x: Scale, y: Scale, series: Sequence[Series], note: str =
         return ""
     points = [(px, py) for line in shown for px, py in line.points if py is not None]
     x_axis, y_axis = _Axis(x, [px for px, _ in points]), _Axis(y, [py for _, py in points])
-    width, height = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
 
     def place(point: Point) -> Point:
-        return LEFT + x_axis.at(point[0]) * width, TOP + (1 - y_axis.at(point[1])) * height
+        return LEFT + x_axis.at(point[0]) * PLOT_WIDTH, TOP + (1 - y_axis.at(point[1])) * PLOT_HEIGHT
 
-    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">']
-    parts += grid(x_axis, y_axis, width, height)
-    for line in shown:
-        parts += draw_line(line, place)
-    parts.append("</svg>")
-    legend = "".join(
-        f'<li><span class="key{" dashed" * line.dashed} c{line.color % COLORS}"></span>{escape(line.name)}</li>'
-        for line in shown
-    )
+    ticks = [(LEFT + x_axis.at(value) * PLOT_WIDTH, name) for value, name in x_axis.ticks()]
+    lines = [f'<line class="grid" x1="{px:.1f}" x2="{px:.1f}" y1="{TOP}" y2="{TOP + PLOT_HEIGHT}"/>' for px, _ in ticks]
+    drawn = [part for line in shown for part in draw_line(line, place)]
+    legend = [legend_item(line.name, line.color, " dashed" * line.dashed) for line in shown]
+    return frame(title, legend, [*lines, *axes(ticks, x.label, y_axis), *drawn], note)
+
+
+def bars(title: str, x_label: str, y: Scale, names: Sequence[str], layers: Sequence[Layer], note: str = "") -> str:
+    """A <figure> of stacked bars, one a name, the first layer at the bottom; "" when there is nothing to show."""
+    tops = [sum(layer.values[i] for layer in layers) for i in range(len(names))]
+    if not any(tops):
+        return ""
+    y_axis = _Axis(y, tops)
+    room = PLOT_WIDTH / len(names)
+    width = min(0.7 * room, BAR_WIDTH)
+    ticks = [(LEFT + (i + 0.5) * room, escape(name)) for i, name in enumerate(names)]
+    drawn, below = [], [0.0] * len(names)
+    for layer in layers:
+        for i, value in enumerate(layer.values):
+            low, high = (TOP + (1 - y_axis.at(height)) * PLOT_HEIGHT for height in (below[i], below[i] + value))
+            below[i] += value
+            hint = f"<title>{escape(names[i])}, {escape(layer.name)}: {escape(layer.hints[i])}</title>"
+            path = f"M{ticks[i][0] - width / 2:.1f} {low:.1f}h{width:.1f}V{high:.1f}h-{width:.1f}Z"
+            drawn.append(f'<g class="bar c{layer.color % COLORS}">{hint}<path d="{path}"/></g>')
+    # As in the stack, from the top down.
+    legend = [legend_item(layer.name, layer.color, " filled") for layer in reversed(layers)]
+    return frame(title, legend, [*axes(ticks, x_label, y_axis), *drawn], note)
+
+
+def legend_item(name: str, color: int, kind: str) -> str:
+    return f'<li><span class="key{kind} c{color % COLORS}"></span>{escape(name)}</li>'
+
+
+def frame(title: str, legend: Sequence[str], drawn: Sequence[str], note: str) -> str:
+    body = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{"".join(drawn)}</svg>'
     caption = f'<p class="note">{escape(note)}</p>' if note else ""
-    body = "".join(parts)
-    return f'<figure><figcaption>{escape(title)}</figcaption><ul class="legend">{legend}</ul>{body}{caption}</figure>'
+    keys = "".join(legend)
+    return f'<figure><figcaption>{escape(title)}</figcaption><ul class="legend">{keys}</ul>{body}{caption}</figure>'
 
 
-def grid(x_axis: _Axis, y_axis: _Axis, width: int, height: int) -> list[str]:
-    parts = []
-    for value, name in x_axis.ticks():
-        px = LEFT + x_axis.at(value) * width
-        parts.append(f'<line class="grid" x1="{px:.1f}" x2="{px:.1f}" y1="{TOP}" y2="{TOP + height}"/>')
-        parts.append(f'<text class="tick" x="{px:.1f}" y="{TOP + height + 17}" text-anchor="middle">{name}</text>')
+def axes(ticks: Sequence[tuple[float, str]], x_label: str, y_axis: _Axis) -> list[str]:
+    """ticks: places of the x axis in the picture, and what stands there."""
+    parts = [
+        f'<text class="tick" x="{px:.1f}" y="{TOP + PLOT_HEIGHT + 17}" text-anchor="middle">{name}</text>'
+        for px, name in ticks
+    ]
     for value, name in y_axis.ticks():
-        py = TOP + (1 - y_axis.at(value)) * height
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{LEFT + width}" y1="{py:.1f}" y2="{py:.1f}"/>')
+        py = TOP + (1 - y_axis.at(value)) * PLOT_HEIGHT
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{LEFT + PLOT_WIDTH}" y1="{py:.1f}" y2="{py:.1f}"/>')
         parts.append(f'<text class="tick" x="{LEFT - 8}" y="{py + 4:.1f}" text-anchor="end">{name}</text>')
-    middle_x, middle_y = LEFT + width / 2, TOP + height / 2
-    x_label, y_label = escape(x_axis.scale.label), escape(y_axis.scale.label)
-    parts.append(f'<text class="axis x" x="{middle_x}" y="{HEIGHT - 10}" text-anchor="middle">{x_label}</text>')
+    middle_x, middle_y = LEFT + PLOT_WIDTH / 2, TOP + PLOT_HEIGHT / 2
+    x_text, y_text = escape(x_label), escape(y_axis.scale.label)
+    parts.append(f'<text class="axis x" x="{middle_x}" y="{HEIGHT - 10}" text-anchor="middle">{x_text}</text>')
     turned = f'transform="rotate(-90 16 {middle_y})"'
-    parts.append(f'<text class="axis y" x="16" y="{middle_y}" text-anchor="middle" {turned}>{y_label}</text>')
+    parts.append(f'<text class="axis y" x="16" y="{middle_y}" text-anchor="middle" {turned}>{y_text}</text>')
     return parts
 
 

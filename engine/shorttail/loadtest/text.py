@@ -6,7 +6,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from shorttail._native.metrics import STAGES as MEASURED
 from shorttail.loadtest.histogram import SHOWN
+
+STAGES = MEASURED[:-1]  # the last is their total
 
 
 def us(value: float | None) -> str:
@@ -26,10 +29,9 @@ def rate(value: float) -> str:
 def step_row(step: Mapping[str, Any]) -> dict[str, str]:
     latency = step["latency"]["percentiles_us"]
     bad = step["error"] + step["timeout"] + step["lost"]
-    offered = "closed loop" if step["rate_per_s"] is None else rate(step["offered_per_s"])
     lag = step["send_lag"]
     return {
-        "offered/s": offered,
+        "offered/s": offered(step),
         "achieved/s": rate(step["achieved_per_s"]),
         "good/s": rate(step["good_per_s"]),
         "bad": f"{bad:,}",
@@ -59,8 +61,39 @@ def summary(document: Mapping[str, Any]) -> list[str]:
         *table([step_row(step) for step in document["steps"]]),
         "",
     ]
+    if any(step.get("server") for step in document["steps"]):
+        lines += ["in the server, a batch on average:", *table(server_rows(document["steps"])), ""]
     lines += notes(document)
     return lines
+
+
+def server_rows(steps: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """A row a step that has a breakdown: each stage's mean and its share of the total."""
+    rows = []
+    for step in steps:
+        if not (found := step.get("server")):
+            continue
+        stages = {
+            name: f"{us(part['mean_us'])} {part['share']:4.0%}" if (part := found["stages"].get(name)) else "-"
+            for name in STAGES
+        }
+        total = found["total"]
+        rows.append(
+            {
+                "offered/s": offered(step),
+                "requests": f"{found['requests'] / found['batches']:.3g}",
+                **stages,
+                "total": us(total["mean_us"]),
+                "~P50": us(total["p50_us"]),
+                "~P99": us(total["p99_us"]),
+                "worker CPU": "-" if found["worker_cpu"] is None else f"{found['worker_cpu']:.0%}",
+            }
+        )
+    return rows
+
+
+def offered(step: Mapping[str, Any]) -> str:
+    return "closed loop" if step["rate_per_s"] is None else rate(step["offered_per_s"])
 
 
 def notes(document: Mapping[str, Any]) -> list[str]:
@@ -84,6 +117,8 @@ def notes(document: Mapping[str, Any]) -> list[str]:
         if step["fatal"]:
             lines.append(f"{name}FAILED: {step['fatal']}")
     lines += warnings(steps)
+    if metrics := document.get("metrics"):
+        lines += filter(None, [metrics["finding"], metrics["note"]])
     if document["capacity"]:
         found = document["capacity"]
         lines.append(
