@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import select
 import socket
 import ssl
+import struct
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
@@ -20,11 +20,11 @@ from shorttail.results import Features, Prediction
 # With a deadline the server answers DEADLINE_EXCEEDED by itself; wait this much longer for that answer to arrive.
 DEADLINE_GRACE_S = 0.1
 
+_pack_float64 = struct.Struct(">d").pack
 
-def predict_params(
-    model: str, columns: Mapping[str, Any], version: int | None, deadline_ms: float | None, statuses: bool
-) -> list[Any]:
-    options = _options(deadline_ms)
+
+def predict_params(model: str, columns: Mapping[str, Any], version: int | None, statuses: bool) -> list[Any]:
+    options: dict[str, Any] = {"encoding": "tensor"}
     if version is not None:
         options["version"] = version
     if statuses:
@@ -32,20 +32,15 @@ def predict_params(
     return [model, protocol.encode_columns(columns), options]
 
 
-def features_params(features: Sequence[str], columns: Mapping[str, Any], deadline_ms: float | None) -> list[Any]:
+def features_params(features: Sequence[str], columns: Mapping[str, Any]) -> list[Any]:
     if isinstance(features, str):
         raise InvalidArgument(f"features: give a list of references, such as [{features!r}]")
-    return [list(features), protocol.encode_columns(columns), _options(deadline_ms)]
+    return [list(features), protocol.encode_columns(columns), {"encoding": "tensor"}]
 
 
-def _options(deadline_ms: float | None) -> dict[str, Any]:
-    return {"encoding": "tensor"} if deadline_ms is None else {"encoding": "tensor", "deadline_ms": deadline_ms}
-
-
-def write_params(view: str, columns: Any, deadline_ms: float | None) -> list[Any]:
+def write_params(view: str, columns: Any) -> list[Any]:
     """Of push and delete."""
-    params = [view, protocol.encode_columns(columns)]
-    return params if deadline_ms is None else [*params, {"deadline_ms": deadline_ms}]
+    return [view, protocol.encode_columns(columns), {}]
 
 
 def read_rows(method: str, result: Any) -> int:
@@ -83,8 +78,8 @@ def _to_array(values: Any) -> protocol.Array:
     """An output or a column: a tensor is an array already; what comes as a list is strings."""
     if isinstance(values, np.ndarray):
         return values
-    array = np.asarray(values)
-    return array.astype(object) if array.dtype.kind == "U" else array
+    array = np.array(values, object)  # not by way of fixed-width text, which loses zero bytes at the end
+    return array if array.size and isinstance(array.flat[0], str | None) else np.asarray(values)
 
 
 # Time and failures
@@ -96,37 +91,75 @@ def check_timeout(timeout_s: float) -> float:
     return float(timeout_s)
 
 
-def seconds_to_wait(timeout_s: float, deadline_ms: float | None) -> float:
-    if deadline_ms is None:
-        return timeout_s
-    if deadline_ms <= 0:
-        raise DeadlineExceeded(f"deadline_ms {deadline_ms:g}: the deadline has passed already")
-    return min(timeout_s, deadline_ms / 1000 + DEADLINE_GRACE_S)
+class Call:
+    """One call of a client: its message, and the time it has for all its attempts.
 
+    address: of the server, for messages. timeout_s is the client's, deadline_ms the caller's. Raises InvalidArgument
+    for what cannot be sent, and DeadlineExceeded when the deadline has passed already.
+    """
 
-def left(end: float) -> float:
-    """Seconds until `end`, a time.monotonic(). Raises TimeoutError when there are none."""
-    seconds = end - time.monotonic()
-    if seconds <= 0:
-        raise TimeoutError
-    return seconds
+    __slots__ = (
+        *("_deadline_s", "_end_s", "_has_options", "_request"),
+        *("address", "method", "msgid", "retries", "sent", "wait_s"),
+    )
 
+    def __init__(
+        self,
+        address: Address,
+        msgid: int,
+        method: str,
+        params: list[Any],
+        timeout_s: float,
+        deadline_ms: float | None = None,
+    ):
+        start_s = time.monotonic()
+        if deadline_ms is None:
+            self.wait_s = budget_s = timeout_s
+        elif deadline_ms > 0:
+            budget_s = min(timeout_s, deadline_ms / 1000)
+            self.wait_s = min(timeout_s, deadline_ms / 1000 + DEADLINE_GRACE_S)
+        else:
+            raise DeadlineExceeded(f"deadline_ms {deadline_ms:g}: the deadline has passed already")
+        self._end_s = start_s + self.wait_s
+        self._deadline_s = start_s + budget_s
+        self._has_options = bool(params) and type(params[-1]) is dict
+        if self._has_options:
+            params[-1]["deadline_ms"] = 0.0  # the last eight bytes of the request: see message()
+        self._request = protocol.pack_request(msgid, method, params)
+        self.address = address
+        self.method = method
+        self.msgid = msgid
+        self.retries = 0
+        self.sent = False  # whether the server can have got all of it
 
-def is_idle(connection: socket.socket) -> bool:
-    """False when the server closed it since the last call, or sent what nobody asked for: do not use it again."""
-    if isinstance(connection, ssl.SSLSocket):
-        # TLS has messages of its own, such as session tickets: only reading tells them from data.
-        connection.setblocking(False)
-        try:
-            connection.recv(1)
-        except ssl.SSLWantReadError:
-            return True
-        except OSError:
-            pass
-        return False
-    poll = select.poll()  # select.select refuses file descriptors above 1023
-    poll.register(connection, select.POLLIN)
-    return not poll.poll(0)
+    @property
+    def is_read(self) -> bool:
+        """Whether it changes nothing, so that it may be done twice."""
+        return self.method not in ("push", "delete")
+
+    def message(self) -> bytes:
+        """The request, with what is left of the deadline now: the server need not work for who has stopped waiting.
+
+        Raises DeadlineExceeded.
+        """
+        left_s = self._deadline_s - time.monotonic()
+        if left_s <= 0:
+            raise DeadlineExceeded(f"{self.method}: the deadline passed before it was sent")
+        return self._request[:-8] + _pack_float64(left_s * 1000) if self._has_options else self._request
+
+    def budget_s(self) -> float:
+        """Seconds until the deadline; 0 or less when it has passed."""
+        return self._deadline_s - time.monotonic()
+
+    def left_s(self) -> float:
+        """Seconds that the caller still waits for an answer. Raises DeadlineExceeded when there are none."""
+        seconds = self._end_s - time.monotonic()
+        if seconds <= 0:
+            raise self.no_answer()
+        return seconds
+
+    def no_answer(self) -> DeadlineExceeded:
+        return DeadlineExceeded(f"{self.method}: no answer from {self.address} within {self.wait_s:g} s")
 
 
 def reason(error: OSError) -> str:

@@ -60,6 +60,9 @@ _WIDENED: Final[dict[np.dtype[Any], type[np.generic]]] = {
 }
 
 
+_AS_THEY_ARE: Final = frozenset({str, int, bool, type(None)})  # items that MessagePack carries, and that mean one thing
+
+
 class Address(NamedTuple):
     """Where a server listens: host and port, or the path of a Unix socket."""
 
@@ -172,7 +175,7 @@ def encode_column(name: str, value: Any) -> Any:
         return _encode_scalar(name, value)
     if _has_nulls(value):
         # As numpy, integers with a null would turn into floats.
-        return [_plain(item) for item in _as_list(value)]
+        return _plain_items(_as_list(value))
     if getattr(getattr(value, "dtype", None), "tz", None) is not None:
         value = value.to_numpy("datetime64[us]")  # pandas gives an object a time where there is a zone
     array = np.asarray(value)
@@ -195,7 +198,7 @@ def _encode_array(name: str, array: Array) -> Any:
     if kind == "O" and len(array) and (rows := _stacked(array)) is not None:
         array, kind = rows, rows.dtype.kind
     if kind in "OUT":
-        return [_plain(item) for item in array.tolist()]
+        return _plain_items(array.tolist())
     if kind == "M":
         microseconds = array.astype("datetime64[us]").astype(np.int64)
         missing = np.isnat(array)
@@ -220,6 +223,11 @@ def _stacked(array: Array) -> Array | None:
     if not all(isinstance(row, np.ndarray) and row.shape == first.shape for row in array):
         return None
     return np.stack(list(array))
+
+
+def _plain_items(items: list[Any]) -> list[Any]:
+    """Items of an object array or of a table's column; only a column with odd ones costs Python work for each."""
+    return items if _AS_THEY_ARE.issuperset(map(type, items)) else [_plain(item) for item in items]
 
 
 def _plain(item: Any) -> Any:

@@ -55,7 +55,7 @@ def test_arrays_go_as_tensors_and_strings_as_lists(run: Any) -> None:
     rows = {"user_id": np.arange(3), "tier": ["a", None, "c"], "taste": np.ones((3, 2), np.float32), "age": 1.5}
     with serving(recorder) as address:
         assert run(address, lambda c: c.push("stats", rows)) == 7
-    [(method, [view, columns])] = recorder.seen
+    [(method, [view, columns, _])] = recorder.seen
     assert (method, view, list(columns)) == ("push", "stats", list(rows))
     assert columns["user_id"] == protocol.pack_tensor(np.arange(3))
     assert columns["taste"] == protocol.pack_tensor(np.ones((3, 2), np.float32))
@@ -68,10 +68,13 @@ def test_delete_and_deadlines(run: Any) -> None:
     with serving(recorder) as address:
         assert run(address, lambda c: c.delete("stats", {"user_id": [1, 2]}, deadline_ms=500)) == 7
         assert run(address, lambda c: c.push("stats", {"user_id": 1}, deadline_ms=250.5)) == 7
-    assert recorder.seen == [
-        ("delete", ["stats", {"user_id": [1, 2]}, {"deadline_ms": 500}]),
-        ("push", ["stats", {"user_id": 1}, {"deadline_ms": 250.5}]),
+    assert [(method, params[:2]) for method, params in recorder.seen] == [
+        ("delete", ["stats", {"user_id": [1, 2]}]),
+        ("push", ["stats", {"user_id": 1}]),
     ]
+    for (_, params), given_ms in zip(recorder.seen, (500, 250.5), strict=True):
+        assert list(params[2]) == ["deadline_ms"]
+        assert 0 < params[2]["deadline_ms"] <= given_ms
 
 
 @each

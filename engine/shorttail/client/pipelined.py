@@ -1,0 +1,180 @@
+"""The asyncio client."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from shorttail import calls, credentials, protocol
+from shorttail.calls import Call
+from shorttail.client.retries import Retries
+from shorttail.client.stream import Dialer, Line, Stream
+from shorttail.config import LIMITS
+from shorttail.credentials import TLS
+from shorttail.errors import InvalidArgument, Unavailable
+from shorttail.results import Features, Prediction
+
+
+class AsyncClient:
+    """An asyncio client: calls share connections and do not wait for each other.
+
+        async with await st.AsyncClient.connect("127.0.0.1:7711") as client:
+            predictions = await asyncio.gather(*(client.predict("fraud", row) for row in rows))
+
+    connections: a call goes to the one that waits for the fewest answers; a server of several workers spreads them over
+    these. A connection that was lost is made again at the next call. For use in the event loop that it was connected
+    in. timeout_s, token, tls, retries and errors are those of Client.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        timeout_s: float = 5.0,
+        token: str | None = None,
+        tls: TLS = None,
+        connections: int = 1,
+        retries: int = 4,
+    ):
+        self.address = protocol.parse_address(address)
+        self.timeout_s = calls.check_timeout(timeout_s)
+        if not 1 <= connections <= LIMITS.client_connections:
+            raise InvalidArgument(f"connections={connections!r}: give a number from 1 to {LIMITS.client_connections}")
+        self._msgids = itertools.count()
+        dialer = Dialer(self.address, self.timeout_s, token, credentials.client_context(tls), self._msgids)
+        self._lines = [Line(dialer) for _ in range(connections)]
+        self._retries = Retries(retries)
+        self._in_flight = 0
+        self._closed = False
+
+    @classmethod
+    async def connect(
+        cls,
+        address: str,
+        *,
+        timeout_s: float = 5.0,
+        token: str | None = None,
+        tls: TLS = None,
+        connections: int = 1,
+        retries: int = 4,
+    ) -> Self:
+        """A connected client. Raises Unavailable when there is no server at `address`."""
+        client = cls(address, timeout_s=timeout_s, token=token, tls=tls, connections=connections, retries=retries)
+        await client._connect_all()
+        return client
+
+    async def predict(
+        self,
+        model: str,
+        columns: Mapping[str, Any],
+        *,
+        version: int | None = None,
+        deadline_ms: float | None = None,
+        statuses: bool = False,
+    ) -> Prediction:
+        """As Client.predict."""
+        params = calls.predict_params(model, columns, version, statuses)
+        return calls.read_prediction(model, await self._call("predict", params, deadline_ms))
+
+    async def get_online_features(
+        self, features: Sequence[str], columns: Mapping[str, Any], *, deadline_ms: float | None = None
+    ) -> Features:
+        """As Client.get_online_features."""
+        params = calls.features_params(features, columns)
+        return calls.read_features(await self._call("get_online_features", params, deadline_ms))
+
+    async def push(self, view: str, rows: Any, *, deadline_ms: float | None = None) -> int:
+        """As Client.push. Calls that wait together share a commit."""
+        params = calls.write_params(view, rows)
+        return calls.read_rows("push", await self._call("push", params, deadline_ms))
+
+    async def delete(self, view: str, keys: Any, *, deadline_ms: float | None = None) -> int:
+        """As Client.delete."""
+        params = calls.write_params(view, keys)
+        return calls.read_rows("delete", await self._call("delete", params, deadline_ms))
+
+    async def models(self) -> list[dict[str, Any]]:
+        """As Client.models."""
+        return calls.read_list("models", await self._call("models", []))
+
+    async def views(self) -> list[dict[str, Any]]:
+        """As Client.views."""
+        return calls.read_list("views", await self._call("views", []))
+
+    async def ping(self) -> None:
+        """As Client.ping."""
+        await self._call("ping", [])
+
+    async def close(self) -> None:
+        """Close the connections; calls in flight raise Unavailable."""
+        self._closed = True
+        await asyncio.gather(*(line.close() for line in self._lines))
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _call(self, method: str, params: list[Any], deadline_ms: float | None = None) -> Any:
+        msgid = next(self._msgids) % protocol.MSGID_LIMIT
+        call = Call(self.address, msgid, method, params, self.timeout_s, deadline_ms)
+        self._retries.earn()
+        self._in_flight += 1
+        try:
+            while True:
+                try:
+                    stream = self._live() or await self._connected(call)
+                    return await stream.ask(call)
+                except Unavailable as error:
+                    await self._pause(call, error)
+        finally:
+            self._in_flight -= 1
+
+    async def _pause(self, call: Call, error: Unavailable) -> None:
+        """Wait until `call` may be sent again. Raises `error` if it may not."""
+        if self._closed:
+            raise error
+        await asyncio.sleep(self._retries.pause_s(call, error, self._in_flight))
+
+    def _live(self) -> Stream | None:
+        """The connection that waits for the fewest answers, if there is any. Those that were lost are made again."""
+        best = None
+        lost = []
+        for line in self._lines:
+            stream = line.stream
+            if stream is None or stream.is_lost:
+                lost.append(line)
+            elif best is None or len(stream.waiting) < len(best.waiting):
+                best = stream
+        if lost and best is not None:
+            for line in lost:
+                line.redial()
+        return best
+
+    async def _connected(self, call: Call) -> Stream:
+        """A connection, where there is none. Raises Unavailable, DeadlineExceeded."""
+        if self._closed:
+            raise Unavailable(f"this client of {self.address} is closed")
+        stream = await self._lines[0].connected(call)
+        return self._live() or stream
+
+    async def _connect_all(self) -> None:
+        call = Call(self.address, 0, "connect", [], self.timeout_s)
+        try:
+            while True:
+                tried = await asyncio.gather(*(line.connected(call) for line in self._lines), return_exceptions=True)
+                failed = [error for error in tried if isinstance(error, BaseException)]
+                if len(failed) < len(tried):
+                    return
+                if not isinstance(failed[0], Unavailable):
+                    raise failed[0]
+                await self._pause(call, failed[0])
+        except BaseException:
+            await self.close()
+            raise

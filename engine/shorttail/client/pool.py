@@ -1,0 +1,179 @@
+"""The connections of a blocking client: one for each thread that calls at the same time."""
+
+from __future__ import annotations
+
+import select
+import socket
+import ssl
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from shorttail import calls, credentials, protocol
+from shorttail.calls import Call
+from shorttail.errors import DeadlineExceeded, Internal, ShorttailError, Unavailable
+from shorttail.protocol import Address
+
+# recv() allocates as much each time, and what is above 128 KiB malloc may map anew: 15 us a call.
+RECEIVE_BYTES = 64 << 10
+
+
+class Connection:
+    """One call at a time. What raises leaves it unfit for another: close it then."""
+
+    def __init__(self, connected: socket.socket, address: Address):
+        self.socket = connected
+        self.address = address
+        self.generation = 0  # the pool's: how often it had been closed
+        self._unpacker = protocol.new_unpacker()
+        self._poll = select.poll()  # select.select refuses file descriptors above 1023
+        self._poll.register(connected, select.POLLIN)
+
+    @classmethod
+    def open(cls, address: Address, tls: ssl.SSLContext | None, call: Call) -> Connection:
+        """Raises Unavailable."""
+        try:
+            if address.path is None:
+                connected = socket.create_connection((address.host, address.port), call.left_s())
+            else:
+                connected = socket.socket(socket.AF_UNIX)
+            try:
+                if address.path is None:
+                    connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                    connected = credentials.secured(connected, tls, address, call.left_s())
+                else:
+                    connected.settimeout(call.left_s())
+                    connected.connect(address.path)
+            except BaseException:
+                connected.close()
+                raise
+        except OSError as error:
+            calls.raise_no_server(address, error)
+        return cls(connected, address)
+
+    def ask(self, call: Call) -> tuple[ShorttailError | None, Any]:
+        """(error, result) of the answer. Raises Unavailable, DeadlineExceeded, and Internal for a wrong answer."""
+        try:
+            self.socket.settimeout(call.left_s())
+            self.socket.sendall(call.message())
+            call.sent = True
+            self.socket.settimeout(call.left_s())
+            answered, error, result = protocol.read_response(self._receive(call))
+        except TimeoutError:
+            raise call.no_answer() from None
+        except OSError as error:
+            raise Unavailable(f"{call.method}: connection to {self.address} lost: {calls.reason(error)}") from None
+        except protocol.UNPACK_ERRORS as error:
+            raise Internal(f"{call.method}: {self.address} sent what is not MessagePack: {error}") from None
+        if answered != call.msgid:
+            raise Internal(f"{call.method}: {self.address} answered call {answered} instead of {call.msgid}")
+        return error, result
+
+    def _receive(self, call: Call) -> Any:
+        while True:
+            data = self.socket.recv(RECEIVE_BYTES)
+            if not data:
+                raise Unavailable(f"{self.address} closed the connection during {call.method}")
+            self._unpacker.feed(data)
+            try:
+                return self._unpacker.unpack()
+            except protocol.OutOfData:
+                self.socket.settimeout(call.left_s())
+
+    def is_idle(self) -> bool:
+        """False when the server closed it since the last call, or sent what nobody asked for: do not use it again."""
+        if not isinstance(self.socket, ssl.SSLSocket):
+            return not self._poll.poll(0)
+        # TLS has messages of its own, such as session tickets: only reading tells them from data.
+        self.socket.setblocking(False)
+        try:
+            self.socket.recv(1)
+        except ssl.SSLWantReadError:
+            return True
+        except OSError:
+            pass
+        return False
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+class Pool:
+    """Connections, at most `limit`. The last used is the next, so that those beyond the need stay idle.
+
+    Whoever takes one gives it back, or drops it.
+    """
+
+    def __init__(self, limit: int, open_one: Callable[[Call], Connection]):
+        self.limit = limit
+        self._open_one = open_one
+        self._lock = threading.Lock()
+        self._freed = threading.Condition(self._lock)
+        self._n_waiting = 0
+        self._n_open = 0
+        self._idle: list[Connection] = []
+        self._generation = 0
+
+    def take(self, call: Call) -> Connection:
+        with self._lock:
+            if not self._has_room():
+                self._wait(call)
+            connection = self._idle.pop() if self._idle else None
+            if connection is None:
+                self._n_open += 1
+            generation = self._generation
+        try:
+            if connection is not None:
+                if connection.is_idle():
+                    return connection
+                connection.close()
+            connection = self._open_one(call)
+        except BaseException:
+            self._gone()
+            raise
+        connection.generation = generation
+        return connection
+
+    def give(self, connection: Connection) -> None:
+        """Take back what is fit for another call."""
+        with self._lock:
+            if connection.generation == self._generation:
+                self._idle.append(connection)
+                if self._n_waiting:
+                    self._freed.notify()
+                return
+        self.drop(connection)
+
+    def drop(self, connection: Connection) -> None:
+        """Close what is not."""
+        connection.close()
+        self._gone()
+
+    def _gone(self) -> None:
+        with self._lock:
+            self._n_open -= 1
+            if self._n_waiting:
+                self._freed.notify()
+
+    def close(self) -> None:
+        """Close what is idle now, and what is in use once it is given back. The pool can be used on."""
+        with self._lock:
+            self._generation += 1
+            idle, self._idle = self._idle, []
+        for connection in idle:
+            self.drop(connection)
+
+    def _has_room(self) -> bool:
+        return bool(self._idle) or self._n_open < self.limit
+
+    def _wait(self, call: Call) -> None:
+        self._n_waiting += 1
+        try:
+            freed = self._freed.wait_for(self._has_room, call.left_s())
+        finally:
+            self._n_waiting -= 1
+        if not freed:
+            raise DeadlineExceeded(
+                f"{call.method}: other calls held all {self.limit} connections to {call.address} "
+                f"for {call.wait_s:g} s; give a larger max_connections"
+            )
