@@ -52,6 +52,7 @@ CONNECTIONS = (4, 16, 64)  # of HTTP peers, with one request in flight on each
 PIPELINED = ((1, 1), (16, 1), (64, 1), (4, 32))  # connections, in flight on each: of shorttail and the floor
 SHARE_OF_PEAK = 0.9
 WARMUP_S = 0.5
+QUICK_DIVISOR = 20
 TIMES_BETTER = 10.0
 SHORTTAIL, SHORTTAIL_HTTP, FLOOR = "shorttail", "shorttail over HTTP", "C echo"
 
@@ -63,7 +64,7 @@ class Run:
         self, name: str, folder: Path, quick: bool, seconds: float, server: set[int], client: set[int], redis_url: str
     ):
         self.data = DATA / (f"{name}-quick" if quick else name)
-        scenarios.build(name, self.data, quick)
+        scenarios.build(name, self.data, QUICK_DIVISOR if quick else 1)
         self.described = json.loads((self.data / "scenario.json").read_text())
         self.folder, self.seconds, self.redis_url = folder, seconds, redis_url
         self.server, self.client = server, client

@@ -1,6 +1,6 @@
 """What bench/compare.py measures: data, model, keys and answers of each workload, made from a seed.
 
-A data folder, which `scenarios.build(name, folder, quick)` makes and every peer reads:
+A data folder, which `scenarios.build(name, folder)` makes and every peer reads:
 
 - scenario.json: views and their widths, the model's input columns in order, what a request has. See `Scenario`.
 - VIEW.parquet: an int64 key, float32 features, vectors as fixed_size_list<float>, and event_time.
@@ -23,8 +23,8 @@ from .tables import FEATURES
 SCENARIOS: dict[str, Scenario] = {scenario.name: scenario for scenario in (FRAUD, RANKING, NEURAL, *FEATURES)}
 
 
-def build(name: str, folder: Path, quick: bool = False) -> None:
-    """Make the data folder of a scenario, unless it is there. quick: a twentieth of the rows."""
+def build(name: str, folder: Path, divisor: int = 1) -> None:
+    """Make the data folder of a scenario, unless it is there. divisor: of the rows there are."""
     if not (folder / "body.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        write(SCENARIOS[name], folder, quick)
+        write(SCENARIOS[name], folder, divisor)

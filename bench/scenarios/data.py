@@ -18,9 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 
 SEED = 7
-QUICK_DIVISOR = 20
 CHECKED_REQUESTS = 64
-TRAINING_ROWS = 20_000
+TRAINING_ROWS, TRAINING_ROWS_MIN, ROWS_MIN = 20_000, 4_000, 1_000
 EVENT_TIME_US = 1_790_000_000_000_000
 
 Matrix = np.ndarray[Any, np.dtype[np.float32]]
@@ -67,9 +66,9 @@ class Scenario:
         return self.rows == 1 and self.model is not None
 
 
-def write(scenario: Scenario, folder: Path, quick: bool) -> None:
+def write(scenario: Scenario, folder: Path, divisor: int) -> None:
     random = np.random.default_rng(SEED)
-    rows = {name: max(1000, view.rows // (QUICK_DIVISOR if quick else 1)) for name, view in scenario.views.items()}
+    rows = {name: max(ROWS_MIN, view.rows // divisor) for name, view in scenario.views.items()}
     frames = {name: write_view(folder, name, view, rows[name], random) for name, view in scenario.views.items()}
     ranges = {view.key: [1, rows[name]] for name, view in scenario.views.items()}
     if scenario.files is not None:
@@ -78,7 +77,7 @@ def write(scenario: Scenario, folder: Path, quick: bool) -> None:
     else:
         (folder / "definitions.py").write_text(definitions_of(scenario))
     if scenario.model is not None:
-        n = TRAINING_ROWS // (2 if quick else 1)
+        n = max(TRAINING_ROWS_MIN, TRAINING_ROWS // divisor)
         example = matrix(scenario, folder, frames, draw(scenario, ranges, n, random, training=True))
         (folder / "model.onnx").write_bytes(scenario.model(example))
     requests = [draw(scenario, ranges, scenario.rows, random) for _ in range(CHECKED_REQUESTS)]

@@ -1,0 +1,184 @@
+"""The tables and plots of docs/benchmarks.md, made from bench/results/*.json, so that text and figures never disagree.
+
+    python bench/benchmarks_page.py [--check]
+
+Rewrites what stands between `<!-- NAME -->` and `<!-- end -->` in docs/benchmarks.md, and bench/results/*.svg. --check
+writes nothing and fails if the page is not what the results say. Plots need matplotlib.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from compare import FLOOR, SHORTTAIL, middle
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "benchmarks.md"
+RESULTS = ROOT / "bench" / "results"
+BLOCK = re.compile(r"<!-- (?P<name>[\w.-]+) -->\n.*?<!-- end -->", re.DOTALL)
+OTHERS = (
+    "lookup",
+    "load",
+    "push",
+    "serve",
+    "overload",
+    "connections",
+    "forest",
+    "ondemand",
+    "predict",
+    "swap",
+    "loadtest",
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="fail if the page is not what the results say")
+    options = parser.parse_args()
+    written = PAGE.read_text()
+    made = BLOCK.sub(lambda block: f"<!-- {block['name']} -->\n{content(block['name'])}\n<!-- end -->", written)
+    if options.check:
+        sys.exit(
+            0 if made == written else "docs/benchmarks.md is not what bench/results says: run this without --check"
+        )
+    PAGE.write_text(made)
+    plots()
+
+
+def content(name: str) -> str:
+    """What a block of the page holds: a scenario's table, or the bars of a benchmark."""
+    if name == "machine":
+        return "\n".join(machine())
+    if name == "bars":
+        return "\n".join(bars())
+    if name == "features":
+        return "\n".join(features())
+    return "\n".join(scenario(name))
+
+
+def result(name: str) -> dict[str, Any] | None:
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def compared(scenario_name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(the whole result, the rows of that scenario), from the file that has it."""
+    for path in sorted(RESULTS.glob("compare*.json")):
+        whole = json.loads(path.read_text())
+        if scenario_name in whole["figures"]["scenarios"]:
+            return whole, whole["figures"]["scenarios"][scenario_name]
+    raise SystemExit(f"error: no bench/results/compare*.json has the scenario {scenario_name}")
+
+
+def machine() -> Iterator[str]:
+    whole, _ = compared("ranking")
+    host, figures = whole["machine"], whole["figures"]
+    memory_gib = host["memory_bytes"] / 2**30
+    yield f"{host['cpu']}, {host['cpus']} CPUs, {memory_gib:.0f} GiB; {host['system']}; Python {host['python']}."
+    yield f"Servers on {figures['server_cpus']} of the CPUs, the load on the others; medians of {figures['rounds']} rounds;"
+    yield f"{figures['seconds']:g} s a measurement; commit {whole['commit']}."
+
+
+def scenario(name: str) -> Iterator[str]:
+    _, rows = compared(name)
+    ours = middle(rows[SHORTTAIL], "peak", "good_per_s")
+    heads = [
+        "peak, requests/s",
+        "shorttail's is",
+        "alone, P50",
+        "P99 at 90% of its peak",
+        "shorttail's there",
+        "lower by",
+    ]
+    yield f"| | {' | '.join(heads)} |"
+    yield "|---|---:|---:|---:|---:|---:|---:|"
+    for title, row in by_peak(rows):
+        peak = middle(row, "peak", "good_per_s")
+        if peak is None:
+            yield f"| {title} | not measured: {row.get('failed', '')} | | | | | |"
+            continue
+        times = "" if title == SHORTTAIL or ours is None else f"{ours / peak:,.1f}x"
+        theirs, our_p99 = middle(row, "loaded", "p99_us"), middle(row, "shorttail", "p99_us")
+        lower = f"{theirs / our_p99:,.1f}x" if theirs and our_p99 else ""
+        cells = [f"{peak:,.0f}", times, us(middle(row, "alone", "p50_us")), us(theirs), us(our_p99), lower]
+        note = f" (ended early: {row['failed']})" if "failed" in row else ""
+        yield f"| {title}{note} | {' | '.join(cells)} |"
+
+
+def by_peak(rows: dict[str, Any]) -> list[tuple[str, Any]]:
+    return sorted(rows.items(), key=lambda item: -(middle(item[1], "peak", "good_per_s") or 0.0))
+
+
+def features() -> Iterator[str]:
+    names = [f"features-{rows}x{width}" for width in (50, 250) for rows in (1, 10, 100)]
+    found = {name: compared(name)[1] for name in names}
+    yield "| | " + " | ".join(name.removeprefix("features-") for name in names) + " |"
+    yield "|---|" + "---:|" * len(names)
+    titles = list(dict.fromkeys(title for rows in found.values() for title in rows))
+    for title in sorted(titles, key=lambda t: middle(found[names[-1]].get(t, {}), "alone", "p50_us") or float("inf")):
+        cells = []
+        for name in names:
+            row = found[name].get(title, {})
+            p50, p99 = middle(row, "alone", "p50_us"), middle(row, "alone", "p99_us")
+            cells.append(f"{us(p50)} / {us(p99)}" if p50 is not None else row.get("failed", ""))
+        yield f"| {title} | {' | '.join(cells)} |"
+
+
+def bars() -> Iterator[str]:
+    yield "| benchmark | figure | measured | wanted | |"
+    yield "|---|---|---:|---:|---|"
+    for name in OTHERS:
+        found = result(name)
+        for bar in found["bars"] if found else ():
+            met = "" if bar["ok"] else "missed"
+            yield f"| {name} | {bar['bar']} | {bar['value']:,.3g} {bar['unit']} | {bar['limit']:,g} | {met} |"
+
+
+def us(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,.0f} us" if value < 10_000 else f"{value / 1000:,.1f} ms"
+
+
+def plots() -> None:
+    """Peak throughput and latency of a scenario's rows, as horizontal bars on a logarithmic axis."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    from matplotlib import pyplot
+
+    mpl.rcParams["svg.hashsalt"] = "shorttail"  # so that the same figures give the same file
+    for name in ("ranking", "fraud"):
+        rows = [(title, row) for title, row in by_peak(compared(name)[1])[::-1] if title != FLOOR and row["rounds"]]
+        figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 0.42 * len(rows) + 1.4), sharey=True)
+        draw(left, rows, lambda row: middle(row, "peak", "good_per_s"), "peak throughput, requests/s (more is better)")
+        draw(
+            right, rows, lambda row: middle(row, "alone", "p50_us"), "P50 of one request at a time, us (less is better)"
+        )
+        figure.suptitle(f"{name}: lookup and inference, one core a stack")
+        figure.tight_layout()
+        figure.savefig(RESULTS / f"compare-{name}.svg", metadata={"Date": None})
+        pyplot.close(figure)
+
+
+def draw(axes: Any, rows: list[tuple[str, Any]], value: Callable[[Any], float | None], label: str) -> None:
+    values = [value(row) or 0.0 for _, row in rows]
+    colours = ["#d95f02" if title.startswith(SHORTTAIL) else "#7570b3" for title, _ in rows]
+    axes.barh([title for title, _ in rows], values, color=colours)
+    for i, number in enumerate(values):
+        axes.text(number, i, f" {number:,.0f}", va="center", fontsize=8)
+    axes.set_xscale("log")
+    axes.set_xlim(min(values) / 2, max(values) * 6)
+    axes.set_xlabel(label)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+if __name__ == "__main__":
+    main()
