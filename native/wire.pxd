@@ -24,6 +24,8 @@ cdef struct options_t:
     int64_t arrived_ns      # what deadlines count from
     int64_t deadline_ns
     int64_t version         # -1 = the current one
+    const uint8_t *trace    # traceparent, in the message; NULL = none that could be valid
+    uint32_t trace_bytes
 
 
 cdef class ColumnNames:
@@ -49,9 +51,15 @@ cdef class Route:
     cdef public bint busy           # its next batch waits until this is False again
     cdef Batch open                 # takes requests; None until one comes
     cdef Batch spare                # kept for its memory
-    cdef readonly double row_cost_ns    # what a row of a batch has cost lately; 0: not known
+    cdef double shape_batch_ns, shape_row_ns    # what a batch and each of its rows should cost
+    cdef double scale               # times which it has cost lately; 0: not known
+    cdef readonly double batch_cost_ns, row_cost_ns     # the two, scaled
     cdef readonly double admitted_ns    # as the router's, of a route whose batches run outside the loop
     cdef public bint apart          # its batches run outside the loop
+    cdef double running_ns          # of that, what is running
+    cdef int64_t calm_ns, ended_ns  # when its queue outside the loop was last short; when its last batch ended there
+    cdef readonly bint standing     # that queue stands
+    cdef bint sheds                 # since the last of its batches outside the loop
     cdef int64_t shed               # requests refused for want of time, not yet among the router's errors
     cdef bint measured              # a batch has run
     cdef ColumnNames names
@@ -73,6 +81,7 @@ cdef class Batch:
     cdef Py_ssize_t capacity
     cdef readonly int64_t opened_ns     # when its first request was read, on CLOCK_MONOTONIC
     cdef bint has_deadlines
+    cdef readonly dict traces       # place of a request in the batch -> (msgid, traceparent); None: no request has one
     cdef public bint keep           # once answered it is not used again: somebody still reads its columns
     cdef Router router              # of what is counted below; None while that is nothing
     cdef bint apart                 # runs outside the loop, and so takes none of the turn's time
@@ -110,6 +119,7 @@ cdef class Router:
     cdef list pending               # batches with requests
     cdef list touched               # connections with replies to write
     cdef bint awake                 # `run` is scheduled
+    cdef bint reading               # bytes have come: the turn has begun
     # Access: what a new connection may do, and who turns a token into more (server/security.py).
     cdef public int access
     cdef public object auth
@@ -121,6 +131,7 @@ cdef class Router:
     cdef readonly Py_ssize_t accepted, in_flight    # connections so far; requests that wait for their answer
     cdef readonly int64_t received_bytes, sent_bytes
     cdef dict errors                # (method, model, code) -> [requests, last msgid, last message]
+    cdef list traced                # of those, with a traceparent: (method, model, code, msgid, message, traceparent)
     cdef list sweeping              # connections that the sweep under way has yet to look at
     cdef int64_t swept_s
     # Admission: wire_guard.pxi.
@@ -129,9 +140,11 @@ cdef class Router:
     cdef readonly double admitted_ns
     cdef readonly bint standing     # there is a standing queue
     cdef readonly Py_ssize_t shed   # requests refused for it
+    cdef readonly bint sheds        # the last turn refused some
     cdef Py_ssize_t shed_before
     cdef readonly Py_ssize_t waiting_rows, waiting_bytes
-    cdef int64_t turn_ns, ended_ns, last_turn_ns, calm_ns, arrived_ns
+    cdef readonly int64_t last_turn_ns
+    cdef int64_t turn_ns, ended_ns, calm_ns, arrived_ns
     cdef int wake(self) except -1
     cdef Route model_route(self, const uint8_t *name, Py_ssize_t size, int64_t version)
     cdef Route features_route(self, const uint8_t *refs, Py_ssize_t size)
@@ -166,7 +179,7 @@ cdef class Connection:
     cdef int count_peer(self) except -1
     cdef int check_access(self, const mp_value *method) except -1
     cdef int authenticate(self, const uint8_t *params, uint32_t msgid, int flags) except -1
-    cdef int shed(self, uint32_t msgid, int flags) except -1
+    cdef int refuse_cheaply(self, Route route, int why, uint32_t msgid, int flags) except -1
     cdef int drop_held(self, size_t size) except -1
     cdef size_t take(self, const uint8_t *data, size_t size) except? 0
     cdef int refuse(self, str code, str reason) except -1

@@ -5,7 +5,7 @@ of features), values going straight into the batch's `Columns`. server/batcher.p
 calls `reply`, which writes every request's rows into its connection's output. The `Router` is what connections share.
 
 Everything runs in the loop's thread with the GIL held. wire_decode.pxi reads columns, wire_encode.pxi writes arrays,
-wire_connection.pxi is the protocol, wire_options.pxi its options, wire_guard.pxi its limits.
+wire_connection.pxi is the protocol, wire_options.pxi its options, wire_guard.pxi its limits, wire_codec.pxi for tests.
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
@@ -71,6 +71,7 @@ cdef class Route:
         self.version = plan.version
         self.view_pieces = [msgpack.packb(name) for name in plan.view_names]
         self.defaults = bytes(plan.has_default)
+        _shape_cost(self)
         self.spare = Batch(self, plan.new_columns())
         self.names = ColumnNames(self.spare.columns)
 
@@ -136,6 +137,10 @@ cdef class Batch:
             connection.in_flight += 1
             connection.router.in_flight += 1
         self.has_deadlines |= options.deadline_ns != 0
+        if options.trace is not NULL:
+            if self.traces is None:
+                self.traces = {}
+            self.traces[self.n_requests] = (msgid, _trace(options))
         self.n_requests += 1
         return 0
 
@@ -157,6 +162,7 @@ cdef class Batch:
         _count_out(self)
         self.n_requests = 0
         self.has_deadlines = False
+        self.traces = None
         if self.keep:
             return 0
         columns.reset()
@@ -185,8 +191,7 @@ cdef class Batch:
                 self.forget(entry)
             elif entry.deadline_ns and entry.deadline_ns <= now_ns:
                 connection.put_error(entry.msgid, "DEADLINE_EXCEEDED", "the deadline passed while the request waited")
-                _count_errors(connection.router, _method_of(self.route), self.route.plan.model, "DEADLINE_EXCEEDED", 1,
-                              entry.msgid, "the deadline passed while the request waited")
+                _count_unanswered(self, i, "DEADLINE_EXCEEDED", "the deadline passed while the request waited")
                 self.forget(entry)
             else:
                 remain += 1
@@ -199,6 +204,21 @@ cdef class Batch:
         """It runs outside the loop, and no other route waits for it. Called between `wanted` and `reply`."""
         _leave_loop(self)
 
+    def count(self, Router router not None, Py_ssize_t rows, Py_ssize_t size):
+        """Rows that came by another way than a connection of the router's: they wait, and `run` is called for them."""
+        _count_in(router, self, rows, size)
+        router.wake()
+
+    def start(self):
+        """As `wanted`, for rows that were counted."""
+        self.started_ns = _now_ns()
+
+    def end(self, bint ran):
+        """What was counted waits no more. ran: and has cost what a batch costs."""
+        if ran:
+            _learn_cost(self)
+        _count_out(self)
+
     def fail(self, str code, str message):
         """Answer every request that has no answer yet with this error."""
         cdef Py_ssize_t i
@@ -207,8 +227,7 @@ cdef class Batch:
             entry = &self.request[i]
             if entry.connection is not NULL:
                 (<Connection>entry.connection).put_error(entry.msgid, code, message)
-                _count_errors((<Connection>entry.connection).router, _method_of(self.route), self.route.plan.model,
-                              code, 1, entry.msgid, message)
+                _count_unanswered(self, i, code, message)
                 self.forget(entry)
         self.recycle()
 
@@ -252,6 +271,7 @@ cdef class Batch:
                     raise
                 connection.touch()
             self.forget(entry)
+        _learn_cost(self)
         self.recycle()
 
     cdef int put_reply(self, mp_out *out, request_t *request, Encoder encoder, const uint8_t *statuses,
@@ -297,8 +317,8 @@ cdef class Router:
     handlers: method -> function of the list of params, for the methods that are not batched. Set `run` (called
     once in a loop turn that brought work: `take` the batches, answer them, `flush`) and, if wanted, `fault` (told
     of exceptions that nobody foresaw) and `forward` (takes pushes and deletes, columns unread: called with connection
-    or None, msgid, method, params as bytes and deadline_ns, it raises, or sees to it that the connection is told the
-    outcome later by its `relay`; None is a notification, of which nobody is told).
+    or None, msgid, method, params as bytes, deadline_ns and, if there is one, traceparent as bytes, it raises, or sees
+    to it that the connection is told the outcome later by its `relay`; None is a notification, of which nobody is told).
     """
 
     def __init__(self, loop, engine, handlers):
@@ -317,6 +337,7 @@ cdef class Router:
         self.auth = None
         self.peers = {}
         self.errors = {}
+        self.traced = []
         self.sweeping = []
         self.idle_deadline_s = self.frame_deadline_s = self.write_deadline_s = self.auth_deadline_s = 1 << 40
         self.target_ns = self.burst_ns = self.interval_ns = 1e18    # any amount of work is welcome
@@ -325,6 +346,8 @@ cdef class Router:
     cdef int wake(self) except -1:
         if not self.awake:
             self.awake = True
+            if not self.reading:
+                _begin_turn(self)
             self.loop.call_soon(self.run)
         return 0
 
@@ -344,6 +367,24 @@ cdef class Router:
                 batch.route.open = None
             taken.append(batch)
         return taken
+
+    def admit(self, Route route not None, int64_t deadline_ns=0):
+        """Whether there is time for a request that comes by another way than a connection of ours.
+
+        Raises ResourceExhausted, DeadlineExceeded. deadline_ns: of CLOCK_MONOTONIC; 0: none.
+        """
+        cdef options_t options
+        cdef int why
+        _begin_unless_begun(self)
+        _no_options(&options, 0, self)
+        options.deadline_ns = deadline_ns
+        why = _admit(self, route, &options)
+        if why == TOO_MUCH:
+            self.shed += 1
+            route.sheds = True
+            raise ResourceExhausted(SHED_MESSAGE)
+        if why == TOO_LATE:
+            raise DeadlineExceeded(LATE_MESSAGE)
 
     def resume(self, Route route not None):
         """A route is busy no more: `run` is called for what waited for it."""
@@ -400,6 +441,12 @@ cdef class Router:
         self.errors = {}
         return errors
 
+    def take_traced(self):
+        """Of these, up to LIMITS.traced_failures that had a traceparent: [(method, model, code, msgid, message, it)]."""
+        traced = self.traced
+        self.traced = []
+        return traced
+
     cdef Route model_route(self, const uint8_t *name, Py_ssize_t size, int64_t version):
         cdef Route route
         name_bytes = PyBytes_FromStringAndSize(<const char *>name, size)
@@ -437,53 +484,4 @@ include "wire_options.pxi"
 include "wire_guard.pxi"
 include "wire_counts.pxi"
 include "wire_connection.pxi"
-
-
-# -- the codec by itself, for tests and tools ---------------------------------------------------------------------
-
-
-def read_columns(Columns columns, bytes message):
-    """Append one request from the MessagePack map {column: value or array}, as `predict` carries it.
-
-    Returns its rows. Raises InvalidArgument or ResourceExhausted with nothing appended.
-    """
-    if scan(message) != len(message):
-        raise InvalidArgument("not one whole MessagePack value")
-    if message[0] >> 4 != 8 and message[0] not in (0xDE, 0xDF):
-        raise InvalidArgument("not a map {column: value or array}")
-    return _read_columns(columns, ColumnNames(columns), <const uint8_t *>PyBytes_AS_STRING(message))
-
-
-def write_array(array, encoding="list", missing=None):
-    """The bytes of an array in a reply. missing: uint8 [rows], not 0 where a row is sent as nil (lists only)."""
-    cdef Encoder encoder = Encoder([""])
-    cdef mp_out out
-    cdef const uint8_t[::1] nil = missing
-    cdef const uint8_t *rows_missing = NULL
-    memset(&out, 0, sizeof(out))
-    if missing is not None and nil.shape[0] == len(array) and nil.shape[0]:
-        rows_missing = &nil[0]
-    try:
-        encoder.load([("", array)], len(array))
-        encoder.put(&out, 0, 0, encoder.parts[0].dims[0], encoding == "tensor", rows_missing)
-        return PyBytes_FromStringAndSize(<const char *>out.data, out.size)
-    finally:
-        free(out.data)
-
-
-def scan(bytes data, cuts=()):
-    """The length of the first message in `data`, or 0 if it is not whole. cuts: look after these many bytes first.
-
-    Raises InvalidArgument or ResourceExhausted as a connection would.
-    """
-    cdef mp_scan state
-    cdef int found
-    mp_scan_reset(&state)
-    for size in (*cuts, len(data)):
-        found = mp_scan_on(&state, <const uint8_t *>PyBytes_AS_STRING(data), size, &MESSAGE)
-        if found == MP_WHOLE:
-            return state.position
-        if found != MP_MORE:
-            code, reason = _scan_error(found)
-            raise (InvalidArgument if code == "INVALID_ARGUMENT" else ResourceExhausted)(reason)
-    return 0
+include "wire_codec.pxi"

@@ -93,8 +93,8 @@ cdef class Connection:
         cdef size_t taken
         self.heard = True
         self.router.received_bytes += size
-        if not self.router.awake:
-            _begin_turn(self.router)
+        _begin_unless_begun(self.router)
+        self.router.reading = True
         if self.held.size == 0:
             taken = self.take(p, size)
             if taken < size:
@@ -103,6 +103,7 @@ cdef class Connection:
         elif self.state == OPEN:
             self.hold(p, size)
             self.drop_held(self.take(self.held.data, self.held.size))
+        self.router.reading = False
 
     def eof_received(self):
         """The peer sends no more. True keeps the connection until what it is owed is written."""
@@ -240,13 +241,13 @@ cdef class Connection:
                 raise InvalidArgument("method must be a string")
             self.call(&method, p, msgid, flags)
         except ShorttailError as error:
-            _count_failed(self, &method, error.code, msgid, error.message)
+            _count_failed(self, &method, p, error.code, msgid, error.message)
             if not flags & SILENT:
                 self.put_error(msgid, error.code, error.message)
         except Exception as error:
             if self.router.fault is not None:
                 self.router.fault(error)
-            _count_failed(self, &method, "INTERNAL", msgid, type(error).__name__)
+            _count_failed(self, &method, p, "INTERNAL", msgid, type(error).__name__)
             if not flags & SILENT:
                 self.put_error(msgid, "INTERNAL", f"{type(error).__name__} while reading the request")
         return 0
@@ -291,15 +292,20 @@ cdef class Connection:
         mp_put_raw(&self.out, <const uint8_t *>b"\xC0\xC3", 2)
         return self.touch()
 
-    cdef int shed(self, uint32_t msgid, int flags) except -1:
-        """Refuse a request for want of time. Cheap: no exception, nothing is packed."""
-        self.router.shed += 1
+    cdef int refuse_cheaply(self, Route route, int why, uint32_t msgid, int flags) except -1:
+        """Refuse a request for want of time: no exception, nothing is packed."""
+        if why == TOO_MUCH:
+            self.router.shed += 1
+            route.shed += 1
+            route.sheds = True
+        else:
+            _count_errors(self.router, _method_of(route), route.plan.model, "DEADLINE_EXCEEDED", 1, msgid, LATE_MESSAGE)
         if flags & SILENT:
             return 0
         _need(&self.out, 16)
         mp_put_raw(&self.out, <const uint8_t *>b"\x94\x01", 2)
         mp_put_int(&self.out, msgid)
-        _put_bytes(&self.out, SHED)
+        _put_bytes(&self.out, SHED if why == TOO_MUCH else LATE)
         return self.touch()
 
     cdef int predict(self, const uint8_t *p, uint32_t n, uint32_t msgid, int flags) except -1:
@@ -344,9 +350,11 @@ cdef class Connection:
         """Read the columns into the route's open batch."""
         cdef Batch batch = route.open
         cdef Py_ssize_t rows
-        if not _is_admitted(self.router, route, options.priority):
-            route.shed += 1
-            return self.shed(msgid, options.flags)
+        cdef int why = _admit(self.router, route, options)
+        if why != ADMITTED:
+            if options.trace is not NULL:
+                _note_refused(self.router, route, why, msgid, options)
+            return self.refuse_cheaply(route, why, msgid, options.flags)
         if self.in_flight >= CONNECTION_REQUESTS:
             raise ResourceExhausted(f"{self.in_flight} requests of this connection are in flight; "
                                     f"wait for their answers, then send it again")
@@ -393,7 +401,10 @@ cdef class Connection:
                                     f"wait for their answers, then send it again")
         silent = bool(flags & SILENT)
         data = PyBytes_FromStringAndSize(<const char *>params, mp_skip(params) - params)
-        self.router.forward(None if silent else self, msgid, method, data, options.deadline_ns)
+        if options.trace is NULL:
+            self.router.forward(None if silent else self, msgid, method, data, options.deadline_ns)
+        else:
+            self.router.forward(None if silent else self, msgid, method, data, options.deadline_ns, _trace(&options))
         if not silent:
             self.in_flight += 1
             self.router.in_flight += 1

@@ -1,5 +1,8 @@
 # What is counted here and read by server/telemetry.py: errors by method, model and code. Answers are counted a batch.
 
+cdef Py_ssize_t TRACED_FAILURES = LIMITS.traced_failures
+
+
 cdef int _count_errors(Router router, str method, str model, str code, int64_t n, int64_t msgid, str message) except -1:
     """The last one of a kind is kept for the log: its message, and its msgid (-1: it has none)."""
     key = (method, model, code)
@@ -9,6 +12,32 @@ cdef int _count_errors(Router router, str method, str model, str code, int64_t n
     (<list>entry)[0] = (<list>entry)[0] + n
     (<list>entry)[1] = msgid
     (<list>entry)[2] = message
+    return 0
+
+
+cdef int _note_traced(Router router, str method, str model, str code, int64_t msgid, str message, bytes trace) except -1:
+    """A request that failed, and was counted, has a traceparent: it has a line of its own in the log, if there are few."""
+    if trace is not None and len(router.traced) < TRACED_FAILURES:
+        router.traced.append((method, model, code, msgid, message, trace))
+    return 0
+
+
+cdef int _note_refused(Router router, Route route, int why, uint32_t msgid, const options_t *options) except -1:
+    if len(router.traced) >= TRACED_FAILURES:
+        return 0
+    code, message = ("RESOURCE_EXHAUSTED", SHED_MESSAGE) if why == TOO_MUCH else ("DEADLINE_EXCEEDED", LATE_MESSAGE)
+    return _note_traced(router, _method_of(route), route.plan.model, code, msgid, message, _trace(options))
+
+
+cdef int _count_unanswered(Batch batch, Py_ssize_t i, str code, str message) except -1:
+    """A request that waited in a batch gets this error."""
+    cdef request_t *entry = &batch.request[i]
+    cdef Router router = (<Connection>entry.connection).router
+    cdef str method = _method_of(batch.route)
+    cdef str model = batch.route.plan.model
+    _count_errors(router, method, model, code, 1, entry.msgid, message)
+    if batch.traces is not None and i in batch.traces:
+        _note_traced(router, method, model, code, entry.msgid, message, batch.traces.pop(i)[1])
     return 0
 
 
@@ -27,7 +56,8 @@ cdef int _count_shed(Router router, Route route) except -1:
     return 0
 
 
-cdef int _count_failed(Connection connection, const mp_value *method, str code, uint32_t msgid, str message) except -1:
+cdef int _count_failed(Connection connection, const mp_value *method, const uint8_t *params, str code, uint32_t msgid,
+                       str message) except -1:
     """A request that failed while it was read. A model is named only if there is one of that name."""
     cdef str name = "other"
     cdef str model = ""
@@ -41,4 +71,5 @@ cdef int _count_failed(Connection connection, const mp_value *method, str code, 
             name = "push"
         elif _is(method, b"delete", 6):
             name = "delete"
-    return _count_errors(connection.router, name, model, code, 1, msgid, message)
+    _count_errors(connection.router, name, model, code, 1, msgid, message)
+    return _note_traced(connection.router, name, model, code, msgid, message, _trace_of(params))

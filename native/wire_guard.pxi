@@ -18,10 +18,21 @@ cdef Py_ssize_t SWEEP_CONNECTIONS = 512     # looked at in one call, so that no 
 # Two turns with less between them than this were one busy spell: the second found its requests in the socket buffers.
 cdef int64_t BACK_TO_BACK_NS = 50_000
 
-# The end of a response to a request that is shed, made once: a rejection has to cost far less than the service.
-cdef bytes SHED = msgpack.packb(
-    {"code": "RESOURCE_EXHAUSTED", "message": "the server is overloaded; send it again later"}
-) + msgpack.packb(None)
+# The end of a response to a request that is refused, made once: a rejection has to cost far less than the service.
+cdef str SHED_MESSAGE = "the server is overloaded; send it again later"
+cdef bytes SHED = msgpack.packb({"code": "RESOURCE_EXHAUSTED", "message": SHED_MESSAGE}) + msgpack.packb(None)
+cdef str LATE_MESSAGE = "the deadline passed before the request was read"
+cdef bytes LATE = msgpack.packb({"code": "DEADLINE_EXCEEDED", "message": LATE_MESSAGE}) + msgpack.packb(None)
+
+# Of a batch besides its model: the turn that it needs, and the lookups and answers of a row, roughly.
+cdef double BATCH_NS = 50_000
+cdef double ROW_NS = 1_000
+cdef int SHAPE_ROWS = 256   # a model is about as much dearer by the row as from one row to so many
+
+cdef enum:
+    ADMITTED = 0
+    TOO_MUCH = 1    # there is no time for it
+    TOO_LATE = 2    # its deadline has passed
 
 
 # -- admission ---------------------------------------------------------------------------------------------------
@@ -32,6 +43,10 @@ cdef bytes SHED = msgpack.packb(
 # so far, and past the budget requests are refused as they are parsed. The budget is controlled as in "Fail at Scale"
 # (Maurer, ACM Queue 2015): long while the queue has been empty within the last interval, so that a burst is served
 # whole; short once it has not, which is a standing queue.
+
+
+cdef int _begin_unless_begun(Router router) except -1:
+    return 0 if router.awake else _begin_turn(router)
 
 
 cdef int _begin_turn(Router router) except -1:
@@ -52,30 +67,53 @@ cdef int _end_turn(Router router) except -1:
     cdef int64_t now_ns = _now_ns()
     router.last_turn_ns = now_ns - router.turn_ns
     router.ended_ns = now_ns
+    router.reading = False
+    router.sheds = router.shed != router.shed_before
     # A turn that shed was short because it shed: it says nothing of the queue.
-    if router.last_turn_ns <= router.target_ns and router.shed == router.shed_before:
+    if router.last_turn_ns <= router.target_ns and not router.sheds:
         router.calm_ns = now_ns
     router.shed_before = router.shed
     return 0
 
 
-cdef bint _is_admitted(Router router, Route route, int priority) noexcept:
-    """The first request of a turn always is: an estimate, however wrong, must not lock everybody out."""
-    # What runs outside the loop has a queue of its own, and takes no time from the others.
-    cdef double admitted_ns = route.admitted_ns if route.apart else router.admitted_ns
-    cdef double budget_ns = router.burst_ns if route.apart else router.budget_ns
+cdef int _admit(Router router, Route route, const options_t *options) noexcept:
+    """The first request always is: an estimate, however wrong, must not lock everybody out.
+
+    What runs outside the loop has a queue of its own, and takes no time from the others: the batch that gathers while
+    another runs. Under a standing queue it is kept as short as a turn of the loop is.
+    """
+    cdef double ahead_ns = router.admitted_ns
+    cdef double queued_ns = ahead_ns
+    cdef double budget_ns = router.budget_ns
+    if options.deadline_ns and options.deadline_ns <= router.turn_ns:
+        return TOO_LATE
     if router.waiting_rows >= WAITING_ROWS or router.waiting_bytes >= WAITING_BYTES:
-        return False
-    if priority == 0:
+        return TOO_MUCH
+    if route.apart:
+        ahead_ns = route.admitted_ns
+        # Rows alone: what the next batch costs in any case is no reason to let fewer share it.
+        queued_ns = ahead_ns - route.running_ns - route.batch_cost_ns
+        route.standing = router.turn_ns - route.calm_ns > router.interval_ns
+        budget_ns = router.target_ns if route.standing else router.burst_ns
+    if queued_ns <= 0.0:
+        return ADMITTED
+    if options.priority == 0:
         budget_ns *= 0.5
-    elif priority == 2:
+    elif options.priority == 2:
         budget_ns *= 2.0
-    return admitted_ns < budget_ns or admitted_ns == 0.0
+    if queued_ns >= budget_ns:
+        return TOO_MUCH
+    # It would be given up on before its turn came: the time is better spent on another.
+    if options.deadline_ns and router.turn_ns + <int64_t>ahead_ns >= options.deadline_ns:
+        return TOO_MUCH
+    return ADMITTED
 
 
 cdef int _count_in(Router router, Batch batch, Py_ssize_t rows, Py_ssize_t size) except -1:
     """A request has entered a batch."""
     cdef double cost_ns = rows * batch.route.row_cost_ns
+    if batch.waiting_rows == 0:
+        cost_ns += batch.route.batch_cost_ns
     batch.router = router
     batch.waiting_rows += rows
     batch.waiting_bytes += size
@@ -85,25 +123,35 @@ cdef int _count_in(Router router, Batch batch, Py_ssize_t rows, Py_ssize_t size)
         batch.apart = batch.route.apart
     batch.cost_ns += cost_ns
     if batch.apart:
-        batch.route.admitted_ns += cost_ns
+        _count_apart(router, batch.route, cost_ns)
     else:
         router.admitted_ns += cost_ns
     return 0
 
 
+cdef int _count_apart(Router router, Route route, double cost_ns) except -1:
+    # Without anything to run for a while, and not only from one batch to the next: no queue was left.
+    if route.admitted_ns == 0.0 and _now_ns() - route.ended_ns > 0.1 * router.target_ns:
+        route.calm_ns = _now_ns()
+    route.admitted_ns += cost_ns
+    return 0
+
+
 cdef int _leave_loop(Batch batch) except -1:
     """The batch turns out to run outside the loop: what it was admitted at counts for its route alone."""
-    if batch.router is not None and not batch.apart:
+    if batch.router is None:
+        return 0
+    if not batch.apart:
         batch.apart = True
         batch.router.admitted_ns = max(0.0, batch.router.admitted_ns - batch.cost_ns)
-        batch.route.admitted_ns += batch.cost_ns
+        _count_apart(batch.router, batch.route, batch.cost_ns)
+    batch.route.running_ns = batch.cost_ns
     return 0
 
 
 cdef int _count_out(Batch batch) except -1:
-    """A batch is done: what it held waits no more, and what it took is learnt."""
+    """A batch is done: what it held waits no more."""
     cdef Router router = batch.router
-    cdef double sample_ns
     cdef Route route = batch.route
     if router is None:
         return 0
@@ -111,25 +159,62 @@ cdef int _count_out(Batch batch) except -1:
     router.waiting_bytes -= batch.waiting_bytes
     if batch.apart:
         route.admitted_ns = max(0.0, route.admitted_ns - batch.cost_ns)
+        route.running_ns = 0.0
+        route.ended_ns = _now_ns()
+        # Nothing has come meanwhile, or little: what a batch costs in any case says nothing of the queue.
+        if not route.sheds and (
+                route.admitted_ns == 0.0 or batch.cost_ns - route.batch_cost_ns <= router.target_ns):
+            route.calm_ns = route.ended_ns
+        route.sheds = False
     else:
         router.admitted_ns = max(0.0, router.admitted_ns - batch.cost_ns)
     if router.waiting_rows == 0:
         router.admitted_ns = route.admitted_ns = 0.0    # no rounding errors are carried on
-    if batch.started_ns and batch.waiting_rows:
-        sample_ns = <double>(_now_ns() - batch.started_ns) / batch.waiting_rows
-        if sample_ns < route.row_cost_ns:
-            route.row_cost_ns += 0.5 * (sample_ns - route.row_cost_ns)
-        elif route.row_cost_ns:
-            # Up slowly: one batch that the machine held up says little, and too high an estimate sheds for nothing.
-            route.row_cost_ns += 0.125 * (min(sample_ns, 2 * route.row_cost_ns) - route.row_cost_ns)
-        elif route.measured:
-            route.row_cost_ns = sample_ns
-        route.measured = True       # the first batch of a route pays for much that the next does not
     batch.waiting_rows = batch.waiting_bytes = 0
     batch.cost_ns = 0.0
-    batch.started_ns = 0
     batch.apart = False
     batch.router = None
+    return 0
+
+
+cdef int _shape_cost(Route route) except -1:
+    """What a batch and a row should cost, as the model's warm-up says: one row takes nearly as long as some more do.
+
+    Without it a batch of one row would be taken for the price of each row, and many rows would seem to be too much.
+    """
+    runner = route.plan.runner
+    route.shape_row_ns = 1.0
+    if runner is not None or route.features:
+        one_us = runner.cost_us(1) if runner is not None else 0.0
+        row_us = max(0.0, runner.cost_us(SHAPE_ROWS) - one_us) / (SHAPE_ROWS - 1) if runner is not None else 0.0
+        route.shape_batch_ns = BATCH_NS + 1e3 * max(0.0, one_us - row_us)
+        route.shape_row_ns = ROW_NS + 1e3 * row_us
+        _scale_cost(route, 1.0)
+    return 0
+
+
+cdef int _scale_cost(Route route, double scale) except -1:
+    route.scale = scale
+    route.batch_cost_ns = scale * route.shape_batch_ns
+    route.row_cost_ns = scale * route.shape_row_ns
+    return 0
+
+
+cdef int _learn_cost(Batch batch) except -1:
+    """The batch has run: how much more than it should have did it cost?"""
+    cdef Route route = batch.route
+    cdef double sample
+    if batch.started_ns == 0 or batch.waiting_rows == 0:
+        return 0
+    sample = <double>(_now_ns() - batch.started_ns) / (route.shape_batch_ns + batch.waiting_rows * route.shape_row_ns)
+    if sample < route.scale:
+        _scale_cost(route, route.scale + 0.5 * (sample - route.scale))
+    elif route.scale:
+        # Up slowly: one batch that the machine held up says little, and too high an estimate sheds for nothing.
+        _scale_cost(route, route.scale + 0.125 * (min(sample, 2 * route.scale) - route.scale))
+    elif route.measured:
+        _scale_cost(route, sample)
+    route.measured = True       # the first batch of a route pays for much that the next does not
     return 0
 
 

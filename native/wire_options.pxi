@@ -1,9 +1,13 @@
 # The options of a request.
 
 cdef enum:  # what a method takes besides deadline_ms
-    WRITE_OPTIONS = 0
+    WRITE_OPTIONS = 0       # traceparent, as all
     FEATURES_OPTIONS = 1    # encoding, priority
     PREDICT_OPTIONS = 3     # encoding, statuses, version
+
+
+cdef uint32_t TRACEPARENT_BYTES_MIN = 55
+cdef uint32_t TRACEPARENT_BYTES = LIMITS.traceparent_bytes
 
 
 cdef str _text(const mp_value *v):
@@ -20,6 +24,7 @@ cdef int _no_options(options_t *options, int flags, Router router) except -1:
     options.arrived_ns = router.arrived_ns
     options.deadline_ns = 0
     options.version = -1
+    options.trace = NULL
     return 0
 
 
@@ -70,7 +75,38 @@ cdef const uint8_t *_read_option(const mp_value *name, const uint8_t *p, int tak
             raise InvalidArgument(f"option 'statuses' must be true or false; got {_as_python(p)!r}")
         if v.number.i:
             options.flags |= WANTS_STATUSES
+    elif _is(name, b"traceparent", 11):
+        if v.kind != MP_STR and v.kind != MP_NIL:
+            raise InvalidArgument(f"option 'traceparent' must be a string; got {_as_python(p)!r}")
+        if v.kind == MP_STR and TRACEPARENT_BYTES_MIN <= v.size <= TRACEPARENT_BYTES:
+            options.trace = v.body
+            options.trace_bytes = v.size
     else:
-        known = ["deadline_ms", "deadline_ms, encoding, priority", "", "deadline_ms, encoding, priority, statuses, version"][takes]
+        known = ["", "encoding, priority, ", "", "encoding, priority, statuses, version, "][takes]
+        known = f"deadline_ms, {known}traceparent"
         raise InvalidArgument(f"unknown option {_text(name)!r}; options: {known}")
     return end
+
+
+cdef bytes _trace_of(const uint8_t *params):
+    """The traceparent of a request that failed before it could be remembered. params: as the scanner has passed them."""
+    cdef mp_value v, name
+    cdef uint32_t k
+    cdef const uint8_t *p = mp_read(params, &v)
+    if v.kind != MP_ARRAY or v.size != 3:
+        return None
+    p = mp_read(mp_skip(mp_skip(p)), &v)
+    if v.kind != MP_MAP:
+        return None
+    for k in range(v.size):
+        mp_read(p, &name)
+        if name.kind == MP_STR and _is(&name, b"traceparent", 11):
+            mp_read(mp_skip(p), &v)
+            if v.kind == MP_STR and TRACEPARENT_BYTES_MIN <= v.size <= TRACEPARENT_BYTES:
+                return v.body[:v.size]
+        p = mp_skip(mp_skip(p))
+    return None
+
+
+cdef bytes _trace(const options_t *options):
+    return None if options.trace is NULL else options.trace[:options.trace_bytes]

@@ -1,11 +1,14 @@
 """Deadlines of connections, limits and admission, with a clock and transports that the tests turn by hand."""
 
+import time
+
 import msgpack
 import pytest
 from test_wire import PREDICT, PREDICTED, FakeTransport, Served
 
 from shorttail._native import wire
 from shorttail.config import LIMITS
+from shorttail.errors import DeadlineExceeded, ResourceExhausted
 
 
 class Slow(FakeTransport):
@@ -204,6 +207,52 @@ def test_requests_in_flight_on_a_connection(served):
     assert served.router.waiting_rows == served.router.waiting_bytes == 0
 
 
+@pytest.mark.parametrize("over", [0, 1])
+def test_rows_in_a_request(served, over):
+    rows = LIMITS.rows_per_request + over
+    [reply] = served.ask([0, 1, "predict", ["double", {"key": list(range(rows)), "amount": 0}]])
+    if over:
+        assert reply[2]["code"] == "INVALID_ARGUMENT"
+        assert reply[2]["message"].startswith(
+            f"{rows} rows in one request; at most {LIMITS.rows_per_request} are taken"
+        )
+    else:
+        assert len(reply[3]["outputs"]["label"]) == rows
+
+
+@pytest.mark.parametrize("over", [0, 1])
+def test_the_length_of_a_list_of_features(served, over):
+    filler = LIMITS.feature_list_bytes - len(msgpack.packb(["v:a", "x" * 40_000])) + 40_000 + over
+    references = ["v:a", "x" * filler]
+    size = len(msgpack.packb(references))
+    assert size == LIMITS.feature_list_bytes + over
+    [reply] = served.ask([0, 1, "get_online_features", [references, {"key": 1}]])
+    if over:
+        message = f"a list of features of {size} bytes; at most {LIMITS.feature_list_bytes} are taken"
+        assert reply[2] == {"code": "INVALID_ARGUMENT", "message": message}
+    else:
+        assert reply[3]["feature_names"] == references
+
+
+@pytest.mark.parametrize("limit", ["waiting_rows", "waiting_bytes"])
+def test_what_waits_in_all(served, limit):
+    """Counted by another way than a connection, as so much does not go into one turn of a test."""
+    assert served.ask(PREDICT) == [PREDICTED]
+    plan = served.engine.plan_for_model("double")
+    batch = wire.Batch(wire.Route(plan, b"", -1), plan.new_columns())
+    at = getattr(LIMITS, limit)
+    rows, size = (at - 1, 0) if limit == "waiting_rows" else (1, at - 1)
+    batch.count(served.router, rows, size)
+    connection = served.connect()
+    connection.data_received(msgpack.packb(PREDICT) * 2)  # the first fills it up
+    assert connection.in_flight == 1
+    batch.end(False)
+    connection.data_received(msgpack.packb(PREDICT))
+    assert connection.in_flight == 2
+    served.loop.turn()
+    assert [reply[2] and reply[2]["code"] for reply in served.replies(connection)] == ["RESOURCE_EXHAUSTED", None, None]
+
+
 def test_what_was_held_is_given_back_when_the_peer_goes(served):
     connection = served.connect()
     connection.data_received(msgpack.packb(PREDICT))
@@ -332,6 +381,94 @@ def test_a_route_that_runs_apart_has_a_queue_of_its_own(measured):
     measured.route.apart = True
     assert measured.offer(1000) == (10, 990)
     assert measured.route.admitted_ns == measured.router.admitted_ns == 0.0
+
+
+def test_a_queue_outside_the_loop_stands_and_is_cut_to_the_budget_of_a_turn(measured):
+    measured.always_standing(20)
+    measured.router.burst_ns, measured.router.interval_ns = 1e18, -1e18
+    measured.route.apart = True
+    assert measured.offer(1000) == (20, 980)
+    assert measured.route.standing
+    measured.router.interval_ns = 1e18
+    assert measured.offer(1000) == (1000, 0)
+    assert not measured.route.standing
+
+
+def test_what_would_miss_its_deadline_is_refused_at_once(measured):
+    """As much is admitted as there is time for before the deadline, by what a row has cost."""
+    deadline_ms = 300.25 * measured.route.row_cost_ns / 1e6
+    message = [0, 1, "predict", ["double", {"key": 1, "amount": 0}, {"deadline_ms": deadline_ms}]]
+    connection = measured.connect()
+    connection.data_received(msgpack.packb(message) * 1000)
+    assert connection.in_flight <= 301  # one more than fit: the first always is
+    assert measured.router.shed == 1000 - connection.in_flight
+    measured.loop.turn()
+    codes = {reply[2]["code"] for reply in measured.replies(connection) if reply[2] is not None}
+    assert "RESOURCE_EXHAUSTED" in codes
+
+
+def test_what_comes_too_late_is_refused_as_it_is_read(measured):
+    """Its time began while the last turn ran, if the loop had no rest between the two."""
+    connection = measured.connect()
+    message = msgpack.packb([0, 1, "predict", ["double", {"key": 1, "amount": 0}, {"deadline_ms": 1}]])
+    run = measured.router.run
+
+    def held_up():
+        time.sleep(0.005)
+        run()
+
+    measured.router.run = held_up
+    for _ in range(1000):  # until this test itself is not held up between two turns
+        connection.data_received(msgpack.packb(PREDICT))
+        measured.loop.turn()
+        connection.data_received(message)
+        if connection.in_flight == 0:
+            break
+        measured.loop.turn()
+    assert connection.in_flight == 0
+    measured.loop.turn()
+    assert measured.replies(connection)[-1][2]["message"] == "the deadline passed before the request was read"
+
+
+def test_batches_that_nobody_waited_for_teach_no_cost(measured):
+    before = measured.route.row_cost_ns
+    connection = measured.connect()
+    for _ in range(20):
+        connection.data_received(msgpack.packb([0, 1, "predict", ["double", {"key": 1, "amount": 0}]]) * 100)
+        measured.lose(connection)
+        measured.loop.turn()
+        connection = measured.connect()
+    assert measured.route.row_cost_ns == before
+    assert measured.router.waiting_rows == 0
+
+
+def test_what_comes_by_another_way_is_admitted_alike(measured):
+    """As HTTP does it: ask, count, run."""
+    measured.always_standing(3)
+    plan = measured.route.plan
+    route = wire.Route(plan, b"", -1)
+    for ran in (True, True):  # the first teaches nothing
+        batch = wire.Batch(route, plan.new_columns())
+        measured.router.admit(route)
+        batch.count(measured.router, 1, 0)
+        batch.start()
+        batch.end(ran)
+        measured.loop.turn()
+    assert route.row_cost_ns > 0
+    measured.router.target_ns = 2.5 * route.row_cost_ns
+    batch = wire.Batch(route, plan.new_columns())
+    for _ in range(3):
+        measured.router.admit(route)
+        batch.count(measured.router, 1, 0)
+    with pytest.raises(ResourceExhausted, match="the server is overloaded; send it again later"):
+        measured.router.admit(route)
+    assert measured.router.waiting_rows == 3
+    batch.end(False)
+    assert (measured.router.waiting_rows, measured.router.admitted_ns) == (0, 0.0)
+    measured.loop.turn()
+    measured.router.admit(route)
+    with pytest.raises(DeadlineExceeded, match="the deadline passed before the request was read"):
+        measured.router.admit(route, 1)
 
 
 def test_notifications_are_shed_in_silence(measured):

@@ -7,12 +7,15 @@ from numpy.typing import NDArray
 from shorttail._native.columns import Columns
 
 class Route:
+    def __new__(cls, plan: Any, key: bytes, asked: int) -> Self: ...
     plan: Any
     stale: bool
     busy: bool
     apart: bool
+    batch_cost_ns: float
     row_cost_ns: float
     admitted_ns: float
+    standing: bool
 
 class Batch:
     route: Route
@@ -22,6 +25,11 @@ class Batch:
     opened_ns: int
     started_ns: int
     keep: bool
+    traces: dict[int, tuple[int, bytes]] | None
+    def __new__(cls, route: Route, columns: Columns) -> Self: ...
+    def count(self, router: Router, rows: int, size: int) -> None: ...
+    def start(self) -> None: ...
+    def end(self, ran: bool) -> None: ...
     def wanted(self) -> int: ...
     def reply(self, result: Any) -> None: ...
     def leave_loop(self) -> None: ...
@@ -34,7 +42,7 @@ class Router:
     connections: set[Connection]
     run: Callable[[], object]
     fault: Callable[[Exception], object] | None
-    forward: Callable[[Connection | None, int, str, bytes, int], object] | None
+    forward: Callable[..., object] | None
     access: int
     auth: Callable[[list[Any]], int] | None
     max_connections: int
@@ -52,10 +60,13 @@ class Router:
     admitted_ns: float
     standing: bool
     shed: int
+    sheds: bool
+    last_turn_ns: int
     waiting_rows: int
     waiting_bytes: int
     def __init__(self, loop: Any, engine: Any, handlers: Mapping[str, Callable[[list[Any]], object]]) -> None: ...
     def take(self) -> list[Batch]: ...
+    def admit(self, route: Route, deadline_ns: int = 0) -> None: ...
     def resume(self, route: Route) -> None: ...
     def flush(self) -> None: ...
     def sweep(self, now_s: int) -> None: ...
@@ -64,6 +75,7 @@ class Router:
     received_bytes: int
     sent_bytes: int
     def forget_plans(self) -> None: ...
+    def take_traced(self) -> list[tuple[str, str, str, int, str, bytes]]: ...
     def take_errors(self) -> dict[tuple[str, str, str], list[Any]]: ...
 
 class Connection:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from shorttail import pipeline
 from shorttail._native.wire import Batch, Router
+from shorttail.config import LIMITS
 from shorttail.models.load import Runner
 from shorttail.models.shadow import Shadow, ShadowBatch
 from shorttail.pipeline import BatchResult
@@ -19,64 +21,88 @@ from shorttail.pipeline import BatchResult
 if TYPE_CHECKING:
     from shorttail.store import Store
 
+# The loop rests this many times as long as its last turn took, and never longer than this: it then finds many requests
+# in each socket, and leaves the CPU to the models.
+REST_TURNS: Final = 4
+REST_MAX_S: Final = 0.001
+
 
 @dataclass(slots=True)
 class Prepared:
-    """A batch that lacks nothing but `infer`."""
+    """A batch that lacks nothing but `infer`.
+
+    wanted: asked before it runs, whether anybody still waits for it. answered: called in the loop's thread when it has
+    run, with what became of it: None, or what it raised.
+    """
 
     batch: Batch
     runner: Runner
     result: BatchResult
     shadowed: ShadowBatch | None
+    wanted: Callable[[], object]
+    answered: Callable[[Prepared, BaseException | None], object]
 
 
 class Apart:
-    """Batches that would stall the loop, each run in a thread: the model's own if it has one, else one for all.
+    """Batches that would stall the loop. Each model runs one at a time, in a thread of its own if it has one.
 
-    While a batch of a route is here, the route's next requests gather in one batch. answered: called with each batch
-    when it has run and what became of it: None, or what it raised.
+    The others share some threads, so that a slow model keeps only as slow ones waiting, and only so many of them.
+    While a batch of a route is here, the route's next requests gather in one batch.
     """
 
-    def __init__(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        router: Router,
-        answered: Callable[[Prepared, BaseException | None], object],
-    ):
+    def __init__(self, loop: asyncio.AbstractEventLoop, router: Router):
         self.loop = loop
         self.router = router
-        self.answered = answered
-        self.shared: ThreadPoolExecutor | None = None
-        self.lanes: dict[Executor, deque[Prepared]] = {}  # by thread; the first of each runs
+        self.threads: ThreadPoolExecutor | None = None
+        self.lanes: dict[Runner, deque[Prepared]] = {}  # the first of each runs, or waits for a thread
+        self.ended = threading.Event()  # a batch has, and `finish` does not know yet
 
     def put(self, prepared: Prepared) -> None:
         route = prepared.batch.route
         route.busy = route.apart = True
         prepared.batch.leave_loop()
-        thread = prepared.runner.executor
-        if thread is None:
-            thread = self.shared = self.shared or ThreadPoolExecutor(1, "model")
-        lane = self.lanes.setdefault(thread, deque())
+        lane = self.lanes.setdefault(prepared.runner, deque())
         lane.append(prepared)
         if len(lane) == 1:
-            self.start(thread, lane)
+            self.start(prepared.runner, lane)
 
-    def start(self, thread: Executor, lane: deque[Prepared]) -> None:
+    def start(self, runner: Runner, lane: deque[Prepared]) -> None:
         """Run the first batch that somebody still waits for: it may have waited long."""
         while lane:
             first = lane[0]
-            if first.batch.wanted():
-                done = thread.submit(pipeline.infer, first.runner, first.result)
-                done.add_done_callback(lambda future: self.tell(self.finish, thread, lane, future))
+            if first.wanted():
+                thread = runner.executor or self.shared()
+                done = thread.submit(pipeline.infer, runner, first.result)
+                done.add_done_callback(lambda future: self.end(runner, lane, future))
                 return
             self.router.resume(lane.popleft().batch.route)
-        del self.lanes[thread]
+        del self.lanes[runner]
 
-    def finish(self, thread: Executor, lane: deque[Prepared], done: Future[None]) -> None:
+    def shared(self) -> ThreadPoolExecutor:
+        if self.threads is None:
+            self.threads = ThreadPoolExecutor(LIMITS.model_threads, "model")
+        return self.threads
+
+    def end(self, runner: Runner, lane: deque[Prepared], done: Future[None]) -> None:
+        """In the model's thread."""
+        self.ended.set()
+        self.tell(self.finish, runner, lane, done)
+
+    def finish(self, runner: Runner, lane: deque[Prepared], done: Future[None]) -> None:
+        self.ended.clear()
         prepared = lane.popleft()
-        self.answered(prepared, done.exception())
+        prepared.answered(prepared, done.exception())
         self.router.resume(prepared.batch.route)
-        self.start(thread, lane)
+        self.start(runner, lane)
+
+    def rest(self) -> None:
+        """After a turn that refused requests, or answered none: read no more for a moment, unless a batch ends.
+
+        A turn has a price of its own, a read and a write a connection. While a batch runs here and nothing else is
+        asked for, the loop would pay it for every few requests that come, only to let them wait or to refuse them.
+        """
+        if self.lanes:
+            self.ended.wait(min(REST_TURNS * self.router.last_turn_ns / 1e9, REST_MAX_S))
 
     def tell(self, function: Callable[..., object], *args: Any) -> None:
         """Call it in the loop's thread, from another one; not at all when the loop has ended."""
@@ -84,8 +110,8 @@ class Apart:
             self.loop.call_soon_threadsafe(function, *args)
 
     def close(self) -> None:
-        if self.shared is not None:
-            self.shared.shutdown(wait=False, cancel_futures=True)
+        if self.threads is not None:
+            self.threads.shutdown(wait=False, cancel_futures=True)
 
 
 class ShadowThread:

@@ -20,6 +20,7 @@ from shorttail.server.faults import one_line
 if TYPE_CHECKING:
     from shorttail.engine import Engine
     from shorttail.pipeline import BatchResult
+    from shorttail.server.http.batches import HttpBatches
     from shorttail.server.telemetry import Telemetry
 
 
@@ -34,20 +35,26 @@ class Batcher:
         self.fault = fault
         self.telemetry = telemetry
         self.plans_version = engine.plans_version
-        self.apart = Apart(router.loop, router, self.answered_apart)
+        self.http: HttpBatches | None = None  # if there is HTTP: its batches run in the same turns
+        self.apart = Apart(router.loop, router)
         self.shadows = ShadowThread(engine.store)
         router.run = self.run
         router.fault = fault
 
     def run(self) -> None:
         """One loop turn: answer everything that waits, then one write a connection."""
-        for batch in self.router.take():
+        batches = self.router.take()
+        for batch in batches:
             if batch.wanted():
                 self.answer(batch)
+        if self.http is not None:
+            self.http.run()
         self.router.flush()
         if self.shadows.waiting:
             self.shadows.start()
         self.follow_catalog()
+        if self.router.sheds or not batches:
+            self.apart.rest()
 
     def answer(self, batch: Batch) -> None:
         try:
@@ -55,7 +62,7 @@ class Batcher:
             shadowed = None if plan.shadow is None else self.shadows.take(plan.shadow, batch, result)
             if plan.runner is not None:
                 if batch.columns.n_rows > plan.runner.loop_rows_max:
-                    self.apart.put(Prepared(batch, plan.runner, result, shadowed))
+                    self.apart.put(Prepared(batch, plan.runner, result, shadowed, batch.wanted, self.answered_apart))
                     return
                 batch.route.apart = False
                 pipeline.infer(plan.runner, result)
@@ -81,9 +88,9 @@ class Batcher:
             batch.reply(result)
             return
         requests, rows = batch.waiting, batch.columns.n_rows  # before: it is empty afterwards
-        opened_ns, start_ns = batch.opened_ns, batch.started_ns
+        opened_ns, start_ns, traces = batch.opened_ns, batch.started_ns, batch.traces
         batch.reply(result)
-        self.telemetry.batch(batch, result, requests, rows, opened_ns, start_ns)
+        self.telemetry.batch(batch, result, requests, rows, opened_ns, start_ns, traces)
 
     def fail(self, batch: Batch, error: Exception) -> None:
         if isinstance(error, ShorttailError):
@@ -102,6 +109,8 @@ class Batcher:
             self.engine.follow()
             self.plans_version = self.engine.plans_version
             self.router.forget_plans()
+            if self.http is not None:
+                self.http.forget_plans()
 
     def close(self) -> None:
         self.apart.close()

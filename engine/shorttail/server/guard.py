@@ -16,13 +16,12 @@ from shorttail.server.settings import Settings
 
 # Files that a worker has open besides its connections: the store, models, sockets of its own.
 OTHER_FILES: Final = 512
-# Under a standing queue a turn takes this share of the P99 budget: a request waits for the turn before its own, for
-# its own, and for what neither of them foresaw.
-TARGET_SHARE: Final = 0.2
-# While there is none, bursts are served whole up to this many budgets. One is standing after STANDING_BUDGETS of time
-# in which the queue was never empty.
-BURST_BUDGETS: Final = 10.0
-STANDING_BUDGETS: Final = 5.0
+# An accepted request waits for the turn before its own, or for the batch that runs, and then for its own. While no
+# queue stands each may take half of the P99 budget: a burst is served whole. Once one has stood for STANDING_BUDGETS
+# they are kept short: a longer wait only makes everybody late.
+BURST_SHARE: Final = 0.5
+TARGET_SHARE: Final = 0.1
+STANDING_BUDGETS: Final = 2.0
 
 
 def configure(router: Router, settings: Settings) -> None:
@@ -38,7 +37,7 @@ def configure(router: Router, settings: Settings) -> None:
     router.auth_deadline_s = LIMITS.stranger_deadline_s
     budget_ns = settings.p99_budget_ms * 1e6
     router.target_ns = TARGET_SHARE * budget_ns
-    router.burst_ns = BURST_BUDGETS * budget_ns
+    router.burst_ns = BURST_SHARE * budget_ns
     router.interval_ns = STANDING_BUDGETS * budget_ns
 
 

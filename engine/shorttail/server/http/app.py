@@ -31,6 +31,7 @@ from shorttail.server.http.batches import HTTP, PREDICT, HttpBatches
 if TYPE_CHECKING:
     from shorttail.engine import Engine
     from shorttail.monitor.memory import MetricsMemory
+    from shorttail.server.batcher import Batcher
 
 OTHER: Final = METHODS.index("other")
 ENCODE: Final = STAGES.index("encode")
@@ -120,6 +121,7 @@ class HttpServer:
     def __init__(
         self,
         engine: Engine,
+        batcher: Batcher,
         memory: MetricsMemory,
         recorder: Recorder,
         log: RequestLog,
@@ -132,7 +134,7 @@ class HttpServer:
         self.log = log
         self.fault = fault
         self.access = access
-        self.batches = HttpBatches(engine, recorder, fault)
+        self.batches = HttpBatches(engine, batcher, recorder, fault)
         self.connections: set[HttpConnection] = set()
         self.connections_total = self.received_bytes = self.sent_bytes = 0
         self.in_flight = self.body_bytes = 0

@@ -1,7 +1,7 @@
 """Requests over HTTP, batched as those of the MessagePack wire are: what one loop turn brought runs together.
 
-They wait in columns of their own and run by the same plans, so they cost the other protocol nothing but their time on
-the loop. A batch that is too slow for the loop runs its model in a thread.
+They wait in columns of their own, and run by the same plans in the same turns, under the same admission: a turn takes
+what its budget allows, of both protocols together. A batch that is too slow for the loop runs its model in a thread.
 """
 
 from __future__ import annotations
@@ -16,15 +16,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shorttail import pipeline
-from shorttail._native.columns import Columns
 from shorttail._native.metrics import METHODS, PROTOCOLS, Recorder
+from shorttail._native.wire import Batch, Route
 from shorttail.config import LIMITS
 from shorttail.errors import DeadlineExceeded, Internal, InvalidArgument, ResourceExhausted, ShorttailError
 from shorttail.pipeline import BatchResult, Plan
+from shorttail.server.apart import Prepared
 from shorttail.server.faults import one_line
 
 if TYPE_CHECKING:
     from shorttail.engine import Engine
+    from shorttail.models.load import Runner
+    from shorttail.models.shadow import ShadowBatch
+    from shorttail.server.batcher import Batcher
 
 HTTP: Final = PROTOCOLS.index("http")
 PREDICT: Final = METHODS.index("predict")
@@ -51,65 +55,97 @@ class Waiting:
 
 @dataclass(slots=True)
 class Pending:
-    """The requests for one plan that the next turn runs."""
+    """The requests for one plan that run together. batch: their columns, and what they count for in admission."""
 
-    plan: Plan
-    columns: Columns
+    batch: Batch
     opened_ns: int
     requests: list[Waiting] = field(default_factory=list)
+
+    def wanted(self) -> bool:
+        """Answer what is past its deadline; whether anybody is left."""
+        self.batch.start()
+        now_ns = time.perf_counter_ns()
+        for request in self.requests:
+            if request.deadline_ns and request.deadline_ns <= now_ns and not request.answer.done():
+                request.answer.set_exception(DeadlineExceeded("the deadline passed while the request waited"))
+        if any(not request.answer.done() for request in self.requests):
+            return True
+        self.batch.end(ran=False)
+        return False
+
+
+@dataclass(slots=True)
+class Run:
+    """A batch that is about to be inferred. prepared_ns: when its features were there; 0: it needs none."""
+
+    pending: Pending
+    plan: Plan
+    rows: int
+    result: BatchResult
+    prepared_ns: int = 0
 
 
 class HttpBatches:
     """Of one worker. fault: told of every exception that nobody foresaw."""
 
-    def __init__(self, engine: Engine, recorder: Recorder, fault: Callable[[Exception], None]):
+    def __init__(self, engine: Engine, batcher: Batcher, recorder: Recorder, fault: Callable[[Exception], None]):
         self.engine = engine
+        self.router = batcher.router
+        self.apart = batcher.apart
+        self.shadows = batcher.shadows
         self.recorder = recorder
         self.fault = fault
         self.loop = asyncio.get_running_loop()
-        self.pending: dict[int, Pending] = {}
+        self.routes: dict[int, Route] = {}  # by the id of their plans
+        self.open: dict[Route, Pending] = {}  # those that take requests
+        self.pending: list[Pending] = []
         self.in_flight = 0
-        self._tasks: set[asyncio.Task[None]] = set()
+        batcher.http = self
 
     async def predict(self, plan: Plan, values: Mapping[str, Any], deadline_ns: int = 0) -> Answer:
-        """Run a plan on {column: value or values}. Raises what Engine.predict raises, and DeadlineExceeded."""
-        self._admit(deadline_ns)
+        """Run a plan on {column: value or values}.
+
+        Raises what Engine.predict raises, DeadlineExceeded, and ResourceExhausted when there is no time for it.
+        """
+        self._check_in_flight()
         plan = self._for_request(plan, values)
-        pending = self.pending.get(id(plan))
-        if pending is None:
-            pending = Pending(plan, plan.new_columns(), time.perf_counter_ns())
-        first = pending.columns.n_rows
-        rows = pending.columns.append(values)
+        route = self._admitted(plan, deadline_ns)
+        pending = self.open.get(route) or Pending(Batch(route, plan.new_columns()), time.perf_counter_ns())
+        columns = pending.batch.columns
+        first = columns.n_rows
+        rows = columns.append(values)
+        pending.batch.count(self.router, rows, 0)  # its body counts where bodies are read
         answer: asyncio.Future[Answer] = self.loop.create_future()
         pending.requests.append(Waiting(first, rows, deadline_ns, answer))
         if len(pending.requests) == 1:
-            if not self.pending:
-                self.loop.call_soon(self._run)
-            self.pending[id(plan)] = pending
-        if pending.columns.n_rows >= LIMITS.batch_rows:
-            del self.pending[id(plan)]
-            self._start(pending)
-        found: Answer = await self._counted(answer)
-        return found
+            self.pending.append(pending)
+            self.open[route] = pending
+        if columns.n_rows >= LIMITS.batch_rows:
+            del self.open[route]
+        return await self._counted(answer)
 
     async def infer(self, plan: Plan, inputs: Mapping[str, Array], deadline_ns: int = 0) -> Answer:
         """Run a plan's model on its own input tensors: no columns, no lookups.
 
-        inputs: by the names in the file, of exactly its types and widths. Raises InvalidArgument, Internal.
+        inputs: by the names in the file, of exactly its types and widths. Raises InvalidArgument, Internal, and what
+        `predict` raises for want of time.
         """
-        self._admit(deadline_ns)
+        self._check_in_flight()
         runner = plan.runner
         assert runner is not None
         rows, arrays = check_tensors(plan, inputs)
-        opened_ns = time.perf_counter_ns()
+        pending = Pending(Batch(self._admitted(plan, deadline_ns), plan.new_columns()), time.perf_counter_ns())
+        pending.batch.count(self.router, rows, 0)
+        answer: asyncio.Future[Answer] = self.loop.create_future()
+        pending.requests.append(Waiting(0, rows, deadline_ns, answer))
+        pending.batch.start()
         nothing = np.empty((0, rows), np.uint8)
-        result = BatchResult(runner.output_names, arrays, nothing, None, plan.version)
+        run = Run(pending, plan, rows, BatchResult(runner.output_names, arrays, nothing, None, plan.version))
         if rows > runner.loop_rows_max:
-            await self._counted(self.loop.run_in_executor(runner.executor, pipeline.infer, runner, result))
+            self._put(run, runner, None)
         else:
-            pipeline.infer(runner, result)
-        self._record(plan, rows, opened_ns, opened_ns, 0, opened_ns, time.perf_counter_ns())
-        return Answer(result.names, result.values, {}, plan.version)
+            self._infer(run, runner, None)
+        return await self._counted(answer)
 
     def _for_request(self, plan: Plan, values: Mapping[str, Any]) -> Plan:
         """The plan of the canary, if the model has one and it answers for these keys."""
@@ -121,13 +157,24 @@ class HttpBatches:
         below = columns.hash_row(0, split.columns, split.salt) < split.below
         return self.engine.plan_for_model(plan.model, split.version) if below else plan
 
-    def _admit(self, deadline_ns: int) -> None:
+    def _check_in_flight(self) -> None:
         if self.in_flight >= LIMITS.http_requests:
             raise ResourceExhausted(f"{self.in_flight} requests over HTTP are in flight; send it again later")
-        if deadline_ns and deadline_ns <= time.perf_counter_ns():
-            raise DeadlineExceeded("the deadline passed before the request was read")
 
-    async def _counted(self, answer: asyncio.Future[Any]) -> Any:
+    def _admitted(self, plan: Plan, deadline_ns: int) -> Route:
+        """Its route. Raises ResourceExhausted, DeadlineExceeded."""
+        route = self.routes.get(id(plan))
+        if route is None:
+            route = self.routes[id(plan)] = Route(plan, b"", plan.version)  # which keeps the plan
+        self.router.admit(route, deadline_ns)
+        return route
+
+    def forget_plans(self) -> None:
+        """The catalog changed: nothing here may keep a model. Batches that wait run by the plans they came for."""
+        self.routes.clear()
+        self.open.clear()
+
+    async def _counted(self, answer: asyncio.Future[Answer]) -> Answer:
         self.in_flight += 1
         try:
             return await answer
@@ -136,71 +183,92 @@ class HttpBatches:
 
     # -- a turn ------------------------------------------------------------------------------------------------
 
-    def _run(self) -> None:
-        """One loop turn: everything that waits."""
-        pending, self.pending = self.pending, {}
-        for batch in pending.values():
-            self._start(batch)
+    def run(self) -> None:
+        """Once a loop turn: everything that waits, but what is for a model that runs in its thread."""
+        waiting, self.pending = self.pending, []
+        for pending in waiting:
+            route = pending.batch.route
+            if route.busy:
+                self.pending.append(pending)
+                continue
+            if self.open.get(route) is pending:
+                del self.open[route]
+            if pending.wanted():
+                self._start(pending)
 
-    def _start(self, batch: Pending) -> None:
-        start_ns = time.perf_counter_ns()
-        for request in batch.requests:
-            if request.deadline_ns and request.deadline_ns <= start_ns and not request.answer.done():
-                request.answer.set_exception(DeadlineExceeded("the deadline passed while the request waited"))
-        if all(request.answer.done() for request in batch.requests):
-            return  # none is waited for any more
+    def _start(self, pending: Pending) -> None:
+        batch = pending.batch
         try:
-            plan, result = self.engine.prepare(batch.plan, batch.columns)
-            prepared_ns = time.perf_counter_ns()
-            runner = plan.runner
-            assert runner is not None
-            if batch.columns.n_rows > runner.loop_rows_max:
-                task = self.loop.create_task(self._apart(batch, plan, result, start_ns, prepared_ns))
-                self._tasks.add(task)
-                task.add_done_callback(self._tasks.discard)
-                return
-            pipeline.infer(runner, result)
+            plan, result = self.engine.prepare(batch.route.plan, batch.columns)
         except Exception as error:
-            self._fail(batch, error)
-        else:
-            self._finish(batch, plan, result, start_ns, prepared_ns)
-
-    async def _apart(self, batch: Pending, plan: Plan, result: BatchResult, start_ns: int, prepared_ns: int) -> None:
+            self._fail(pending, error)
+            return
         runner = plan.runner
         assert runner is not None
-        try:
-            await self.loop.run_in_executor(runner.executor, pipeline.infer, runner, result)
-        except Exception as error:
-            self._fail(batch, error)
+        shadowed = None if plan.shadow is None else self.shadows.take(plan.shadow, batch, result)
+        run = Run(pending, plan, batch.columns.n_rows, result, time.perf_counter_ns())
+        if batch.columns.n_rows > runner.loop_rows_max:
+            self._put(run, runner, shadowed)
         else:
-            self._finish(batch, plan, result, start_ns, prepared_ns)
+            batch.route.apart = False
+            self._infer(run, runner, shadowed)
 
-    def _finish(self, batch: Pending, plan: Plan, result: BatchResult, start_ns: int, prepared_ns: int) -> None:
-        done_ns = time.perf_counter_ns()
-        looked_up_ns = result.looked_up_ns or prepared_ns
-        self._record(plan, batch.columns.n_rows, batch.opened_ns, start_ns, looked_up_ns, prepared_ns, done_ns)
+    def _infer(self, run: Run, runner: Runner, shadowed: ShadowBatch | None) -> None:
+        """In the loop."""
+        error: Exception | None = None
+        try:
+            pipeline.infer(runner, run.result)
+        except Exception as failure:
+            error = failure
+        self._answer(run, shadowed, error)
+
+    def _put(self, run: Run, runner: Runner, shadowed: ShadowBatch | None) -> None:
+        """To the model's thread."""
+        batch = run.pending.batch
+
+        def answered(prepared: Prepared, error: BaseException | None) -> None:
+            self._answer(run, prepared.shadowed, error)
+
+        self.apart.put(Prepared(batch, runner, run.result, shadowed, run.pending.wanted, answered))
+
+    def _answer(self, run: Run, shadowed: ShadowBatch | None, error: BaseException | None) -> None:
+        try:
+            if error is not None:
+                raise error
+            run.pending.batch.end(ran=True)
+            self._finish(run)
+            if shadowed is not None:
+                self.shadows.add(shadowed, run.result)
+        except Exception as failure:
+            self._fail(run.pending, failure)
+
+    def _finish(self, run: Run) -> None:
+        pending, plan, result = run.pending, run.plan, run.result
+        self._record(run, time.perf_counter_ns())
         values = list(result.values)
-        for request in batch.requests:
+        for request in pending.requests:
             if request.answer.done():  # it was cancelled, or came too late
                 continue
             part = slice(request.first, request.first + request.rows)
-            statuses = dict(zip(plan.view_names, result.view_statuses[:, part], strict=True))
+            statuses = dict(zip(plan.view_names, result.view_statuses[:, part], strict=False))
             request.answer.set_result(Answer(result.names, [array[part] for array in values], statuses, result.version))
 
-    def _fail(self, batch: Pending, error: Exception) -> None:
+    def _fail(self, pending: Pending, error: Exception) -> None:
+        pending.batch.end(ran=False)
         if not isinstance(error, ShorttailError):
             self.fault(error)
-            error = Internal(f"model '{batch.plan.model}': {one_line(error)}")
-        for request in batch.requests:
+            error = Internal(f"model '{pending.batch.route.plan.model}': {one_line(error)}")
+        for request in pending.requests:
             if not request.answer.done():
                 request.answer.set_exception(error)
 
-    def _record(
-        self, plan: Plan, rows: int, opened_ns: int, start_ns: int, looked_up_ns: int, prepared_ns: int, done_ns: int
-    ) -> None:
-        slot = self.recorder.slot(PREDICT, plan.model)
+    def _record(self, run: Run, done_ns: int) -> None:
+        opened_ns, start_ns = run.pending.opened_ns, run.pending.batch.started_ns
+        prepared_ns = run.prepared_ns or start_ns
+        looked_up_ns = run.result.looked_up_ns or prepared_ns
+        slot = self.recorder.slot(PREDICT, run.plan.model)
         # Requests are counted by their outcome and their encoding is timed where responses are made.
-        self.recorder.batch(slot, HTTP, 0, rows, opened_ns, start_ns, looked_up_ns, prepared_ns, done_ns, 0)
+        self.recorder.batch(slot, HTTP, 0, run.rows, opened_ns, start_ns, looked_up_ns, prepared_ns, done_ns, 0)
 
 
 def check_tensors(plan: Plan, inputs: Mapping[str, Array]) -> tuple[int, list[Array]]:

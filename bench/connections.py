@@ -1,0 +1,265 @@
+"""Connections that do nothing, or next to nothing: what they do to the others' latency and to the worker's memory.
+
+    python bench/connections.py [--json] [--quick] [--rounds N]
+
+One worker on one CPU serves a steady open-loop load, with and without 10,000 idle connections and 1,000 that send a
+byte a second, in turn within each round. Then some clients ask for large answers and never read: when they are cut off,
+and what of the memory comes back.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import overload
+import report
+from loadgen import BenchError
+from overload import Bench
+from serving import ENVIRONMENT, start_server, worker_of
+
+import shorttail as st
+from shorttail import protocol
+from shorttail.errors import ShorttailError
+from shorttail.loadtest import target
+from shorttail.loadtest.plan import Workload, plan_rpc
+from shorttail.loadtest.runner import Load
+
+IDLE, SLOW = 10_000, 1_000
+OTHER_FILES = 512
+SOURCE_PORTS = 5_000  # connections from each source address, 127.0.0.2 and on
+RATE_SHARE = 0.3
+NEVER_READING = 8
+ASKED_ROWS, FEATURES = 4_000, 32  # an answer of 640 kB
+WRITE_DEADLINE_S = 2
+P99_RATIO_MAX = 1.2
+KEPT_MB_MAX = 8.0
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--dribble"]:
+        dribble(*sys.argv[2:])
+        return
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--quick", action="store_true", help="fewer and shorter rounds; ends within 50 s")
+    parser.add_argument("--rounds", type=int, help="rounds to take the medians of (7; 3 with --quick)")
+    options = parser.parse_args()
+    rounds = options.rounds or (3 if options.quick else 7)
+    seconds = 1.5 if options.quick else 10.0
+    try:
+        allow_files(IDLE + SLOW + OTHER_FILES)
+        with tempfile.TemporaryDirectory() as folder:
+            model = Path(folder) / "network.onnx"
+            model.write_bytes(overload.network())
+            store = overload.make_store(Path(folder) / "store", model, "score")
+            figures = {
+                **crowd(Path(folder), store, rounds, seconds),
+                "never_reading": never_reading(Path(folder), store),
+            }
+    except (BenchError, ShorttailError) as error:
+        raise SystemExit(f"error: {error}") from None
+    silent = figures["never_reading"]
+    bars = [
+        report.at_most(
+            f"P99 with {IDLE:,} idle and {SLOW:,} slow connections / without",
+            figures["ratios"]["p99"]["median"],
+            P99_RATIO_MAX,
+            "x",
+        ),
+        report.at_most("failed requests", figures["failed"], 0, "requests"),
+        report.at_most("connections lost of those", figures["lost"], 0, "connections"),
+        report.at_most("clients that never read: cut after", silent["cut_s"], WRITE_DEADLINE_S + 5, "s"),
+        report.at_most("clients that never read: memory kept", silent["kept_mb"], KEPT_MB_MAX, "MB"),
+    ]
+    if options.json:
+        report.print_json(figures, bars)
+        return
+    for name, value in figures.items():
+        print(f"{name}: {value}")
+    report.print_bars(bars)
+
+
+def allow_files(wanted: int) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        raise BenchError(f"{wanted:,} open files are needed, and {hard:,} allowed; raise the limit (ulimit -Hn)")
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def crowd(folder: Path, store: Path, rounds: int, seconds: float) -> dict[str, Any]:
+    """A load that the worker bears easily, with and without the crowd, each round starting with the other one."""
+    cpus = sorted(os.sched_getaffinity(0))
+    server_cpu, client_cpu = (cpus[0], cpus[1]) if len(cpus) > 1 else (None, None)
+    with st.Engine.open(store) as engine:
+        plan = plan_rpc(Workload(predict="m", keys=["user_id=uniform:0:999"]), engine.models(), engine.views())
+    # No spinning: the CPU of the generator is that of the crowd, too.
+    load = Load(connections=16, duration_s=seconds, warmup_s=0.5, spin_us=0.0)
+    found: dict[str, list[dict[str, float]]] = {"with": [], "without": []}
+    memory: list[float] = []
+    failed = lost = 0
+    with start_server(store, folder / "log", "--no-http", cpu=server_cpu) as (address, server):
+        worker = worker_of(server)
+        bench = Bench(plan, target.find(address), worker, client_cpu, load)
+        capacity = bench.run(Load(connections=16, pipeline=1, closed=True, duration_s=1.0), None).good_per_s
+        for number in range(rounds):
+            for name in ("with", "without") if number % 2 == 0 else ("without", "with"):
+                if name == "without":
+                    step = bench.run(load, RATE_SHARE * capacity)
+                else:
+                    with crowded(address) as others:
+                        step = bench.run(load, RATE_SHARE * capacity)
+                        lost += count_lost(others)
+                        memory.append(resident_mb(worker))
+                failed += step.due - step.outcomes["good"]
+                p50, p99 = (ns / 1e3 for ns in step.latency.at([50, 99]))
+                found[name].append({"p50_us": p50, "p99_us": p99})
+    return {
+        "rate_per_s": RATE_SHARE * capacity,
+        **{
+            name: {key: report.spread([run[key] for run in runs]) for key in ("p50_us", "p99_us")}
+            for name, runs in found.items()
+        },
+        "ratios": {
+            key: report.spread(
+                [
+                    crowded_[f"{key}_us"] / alone[f"{key}_us"]
+                    for crowded_, alone in zip(found["with"], found["without"], strict=True)
+                ]
+            )
+            for key in ("p50", "p99")
+        },
+        "rss_mb_with": max(memory),
+        "failed": failed,
+        "lost": lost,
+    }
+
+
+@contextlib.contextmanager
+def crowded(address: str) -> Iterator[list[socket.socket]]:
+    """The idle ones; those that send a byte a second are another process, which runs when nobody else wants its CPU."""
+    slow = subprocess.Popen([sys.executable, __file__, "--dribble", address], stdout=subprocess.PIPE, env=ENVIRONMENT)
+    idle: list[socket.socket] = []
+    try:
+        idle += (connect(address, n) for n in range(IDLE))
+        assert slow.stdout is not None
+        if slow.stdout.readline() != b"ready\n":
+            raise BenchError("the slow connections could not be made")
+        yield idle
+        if slow.poll() is not None:
+            raise BenchError("the slow connections were lost")
+    finally:
+        slow.send_signal(signal.SIGKILL)
+        slow.wait()
+        for one in idle:
+            one.close()
+
+
+def connect(address: str, number: int) -> socket.socket:
+    host, _, port = address.rpartition(":")
+    source = f"127.0.{1 + number // SOURCE_PORTS}.1"
+    return socket.create_connection((host, int(port)), timeout=10, source_address=(source, 0))
+
+
+def count_lost(connections: list[socket.socket]) -> int:
+    """Of idle connections those that the server has closed."""
+    lost = 0
+    for one in connections:
+        one.setblocking(False)
+        try:
+            lost += one.recv(1) == b""
+        except BlockingIOError:
+            pass
+        except ConnectionError:
+            lost += 1
+    return lost
+
+
+def dribble(address: str) -> None:
+    """A process of its own: a byte a second on each of SLOW connections, of one ping after another, evenly in time."""
+    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    allow_files(SLOW + OTHER_FILES)
+    slow = [connect(address, IDLE + n) for n in range(SLOW)]
+    message = protocol.pack_request(1, "ping", [])
+    print("ready", flush=True)
+    start_s = time.monotonic()
+    for n in itertools.count():
+        time.sleep(max(0.0, start_s + n / SLOW - time.monotonic()))
+        at = n // SLOW % len(message)
+        slow[n % SLOW].sendall(message[at : at + 1])
+
+
+def never_reading(folder: Path, store: Path) -> dict[str, Any]:
+    """Two rounds of it: what the first leaves behind, the second finds again, unless it leaks."""
+    options = ("--no-http", "--write-deadline-s", str(WRITE_DEADLINE_S), "--p99-budget-ms", "1e6")
+    with start_server(store, folder / "silent", *options) as (address, server):
+        worker = worker_of(server)
+        before_mb = resident_mb(worker)
+        rounds = [starve(address, worker) for _ in range(2)]
+    return {
+        "clients": NEVER_READING,
+        "before_mb": before_mb,
+        "peak_mb": max(peak_mb for _, peak_mb, _ in rounds),
+        "after_mb": [after_mb for _, _, after_mb in rounds],
+        "kept_mb": rounds[1][2] - rounds[0][2],
+        "cut_s": max(cut_s for cut_s, _, _ in rounds),
+    }
+
+
+def starve(address: str, worker: int) -> tuple[float, float, float]:
+    """(seconds from when nothing more was read to when the last was cut, MB at most, MB afterwards)."""
+    host, _, port = address.rpartition(":")
+    references = [f"stats:f{i}" for i in range(FEATURES)]
+    request = protocol.pack_request(1, "get_online_features", [references, {"user_id": [1] * ASKED_ROWS}])
+    greedy = [socket.create_connection((host, int(port))) for _ in range(NEVER_READING)]
+    try:
+        for one in greedy:
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            one.settimeout(0.1)
+        peak_mb, start_s, waiting = 0.0, time.monotonic(), list(greedy)
+        stream, sent = request * 4, dict.fromkeys(greedy, 0)
+        full_s = start_s
+        while waiting:
+            if time.monotonic() - start_s > 60:
+                raise BenchError("a client that never reads was not cut off within 60 s")
+            for one in list(waiting):
+                try:
+                    sent[one] += one.send(stream[sent[one] % len(request) :])
+                    full_s = time.monotonic()
+                except TimeoutError:
+                    pass
+                except ConnectionError:
+                    waiting.remove(one)
+            peak_mb = max(peak_mb, resident_mb(worker))
+        cut_s = time.monotonic() - full_s
+    finally:
+        for one in greedy:
+            one.close()
+    with st.Client(address) as client:
+        client.predict("m", {"user_id": 1})
+    return cut_s, peak_mb, resident_mb(worker)
+
+
+def resident_mb(pid: int) -> float:
+    """Memory of its own: pages of the store's file are the system's."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) / 1024
+    raise BenchError(f"the memory of process {pid} is not known")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,294 @@
+"""A server under more load than it can take: what it still answers, how soon, and what refusing the rest costs.
+
+    python bench/overload.py [--json] [--quick] [--seconds N]
+
+One worker on one CPU, the load generator on another. A closed loop measures the capacity; then requests come in an open
+loop at 0.5, 0.8, 1, 2 and 5 times that, each with `deadline_ms`. Latency counts from the time at which a request was
+due, and is that of good answers alone. Goodput is good answers a second; its peak is the best of all steps.
+
+Two models, each of so much work a request that one generator can offer five times what the server can do: a neural
+network of a million weights (ONNX Runtime) with one row, and a forest of 100 trees that ranks 64 candidates.
+
+Every answer has to be to a request in flight on its connection, and sampled ones are compared with what the embedded
+engine answers. Recovery is the time from the last request of an overload of 5 times until the P99 of 100 ms windows at
+0.8 times is back within 1.5 times what it was in that step. A rejection's cost is the worker's CPU time at 5 times,
+less that of the good answers at what they cost in the closed loop, over the rejections.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "engine")]
+
+import loadgen  # noqa: E402
+import numpy as np  # noqa: E402
+import onnx  # noqa: E402
+import report  # noqa: E402
+from loadgen import BenchError  # noqa: E402
+from micro import forest as forests  # noqa: E402
+from onnx import TensorProto, helper, numpy_helper  # noqa: E402
+from serving import start_server, worker_of  # noqa: E402
+
+import shorttail as st  # noqa: E402
+from shorttail import calls  # noqa: E402
+from shorttail.errors import ShorttailError  # noqa: E402
+from shorttail.loadtest import target  # noqa: E402
+from shorttail.loadtest.plan import Plan, Workload, plan_rpc  # noqa: E402
+from shorttail.loadtest.rates import Rate  # noqa: E402
+from shorttail.loadtest.result import Step  # noqa: E402
+from shorttail.loadtest.runner import Load, run_step  # noqa: E402
+from shorttail.loadtest.verify import unpack  # noqa: E402
+
+USERS = 10_000
+TIMES = (0.5, 0.8, 1.0, 2.0, 5.0)
+DEADLINE_MS = 100.0
+HIDDEN = 1024
+ROWS = {"network": 1, "forest": 64}
+CONNECTIONS = 8
+WINDOW_S = 0.1
+VERIFIED = 100
+GOODPUT_MIN = 0.9
+P99_RATIO_MAX = 2.0
+RECOVERED_RATIO = 1.5
+RECOVERY_S_MAX = 1.0
+REJECTION_MAX = 0.1
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--quick", action="store_true", help="steps of 1.5 s; ends within 50 s")
+    parser.add_argument("--seconds", type=float, help="of each step (20; 1.5 with --quick)")
+    parser.add_argument("--model", choices=sorted(ROWS), action="append", help="only this one")
+    options = parser.parse_args()
+    seconds = options.seconds or (1.5 if options.quick else 20.0)
+    forests.training_rows = forests.QUICK_TRAINING_ROWS
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            figures = {name: measure(Path(folder), name, seconds) for name in options.model or ROWS}
+    except (BenchError, ShorttailError) as error:
+        raise SystemExit(f"error: {error}") from None
+    bars = [bar for name, figure in figures.items() for bar in bars_of(name, figure)]
+    if options.json:
+        report.print_json(figures, bars)
+        return
+    for name, figure in figures.items():
+        show(name, figure)
+    report.print_bars(bars)
+
+
+def bars_of(name: str, figure: dict[str, Any]) -> list[dict[str, Any]]:
+    steps = {step["times"]: step for step in figure["steps"]}
+    over = [steps[times] for times in TIMES if times > 1]
+    calm_us = steps[0.8]["p99_us"]
+    return [
+        *(
+            report.at_least(
+                f"{name}: goodput at {step['times']:g} x / peak",
+                step["good_per_s"] / figure["peak_per_s"],
+                GOODPUT_MIN,
+                "x",
+            )
+            for step in over
+        ),
+        *(
+            report.at_most(
+                f"{name}: P99 at {step['times']:g} x / at 0.8 x", step["p99_us"] / calm_us, P99_RATIO_MAX, "x"
+            )
+            for step in over
+        ),
+        *(
+            report.at_most(f"{name}: P99 at {step['times']:g} x", step["p99_us"] / 1e3, DEADLINE_MS, "ms")
+            for step in over
+        ),
+        report.at_most(f"{name}: recovery after 5 x", figure["recovery_s"], RECOVERY_S_MAX, "s"),
+        report.at_most(f"{name}: a rejection / a service", figure["rejection_ratio"], REJECTION_MAX, "x"),
+        report.at_most(f"{name}: wrong answers", figure["wrong_answers"], 0, "answers"),
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """A server under load: what is asked, of whom, from which CPU."""
+
+    plan: Plan
+    where: target.Target
+    worker: int
+    cpu: int | None
+    load: Load
+
+    def run(self, load: Load, per_s: float | None) -> Step:
+        with loadgen.pinned(self.cpu):  # its threads inherit the CPU
+            step = run_step(self.plan, self.where, load, None if per_s is None else Rate(per_s, per_s))
+        if step.fatal and not step.counts["wrong_answers"]:
+            raise BenchError(step.fatal)
+        return step
+
+    def run_and_count(self, load: Load, per_s: float | None) -> tuple[Step, float]:
+        """With the worker's CPU seconds a second of the step."""
+        load = replace(load, warmup_s=0.0)
+        before_s, start_s = cpu_seconds(self.worker), time.monotonic()
+        step = self.run(load, per_s)
+        return step, (cpu_seconds(self.worker) - before_s) / (time.monotonic() - start_s)
+
+
+def measure(folder: Path, name: str, seconds: float) -> dict[str, Any]:
+    cpus = sorted(os.sched_getaffinity(0))
+    server_cpu, client_cpu = (cpus[0], cpus[1]) if len(cpus) > 1 else (None, None)
+    model = folder / f"{name}.onnx"
+    model.write_bytes(network() if name == "network" else forests.MODELS["lightgbm-100x31"]())
+    store = make_store(folder / name, model, "score" if name == "network" else "probabilities")
+    workload = Workload(predict="m", keys=[f"user_id=uniform:0:{USERS - 1}"], rows=ROWS[name], deadline_ms=DEADLINE_MS)
+    with st.Engine.open(store) as engine:
+        plan = plan_rpc(workload, engine.models(), engine.views())
+        runs = engine.models()[0]["runs"]
+        (expected,) = engine.predict("m", {"user_id": np.arange(USERS)}).outputs.values()
+    load = Load(connections=CONNECTIONS, pipeline=4096, duration_s=seconds, warmup_s=min(1.0, seconds), timeout_s=2.0)
+    with start_server(store, folder / "log", cpu=server_cpu) as (address, server):
+        bench = Bench(plan, target.find(address), worker_of(server), client_cpu, load)
+        closed = replace(load, closed=True, pipeline=64, duration_s=min(5.0, seconds))
+        bench.run(replace(closed, duration_s=1.0), None)
+        most, busy = bench.run_and_count(closed, None)
+        if most.outcomes["error"] or not most.outcomes["good"]:
+            raise BenchError(f"the load could not be put on the server: {most.errors}")
+        service_us = busy / most.good_per_s * 1e6
+        steps, wrong = [], 0
+        for times in TIMES:
+            step = bench.run(replace(load, verified=VERIFIED), times * most.good_per_s)
+            different = sum(is_wrong(pair, expected) for pair in step.captures)
+            wrong += step.counts["wrong_answers"] + different
+            steps.append({"times": times, **describe(step), "compared": len(step.captures)})
+        calm_us = next(step["p99_us"] for step in steps if step["times"] == 0.8)
+        rejection_us = cost_of_rejection(bench, 5 * most.good_per_s, service_us)
+        recovery_s = recovery(bench, most.good_per_s, calm_us)
+    return {
+        "runs": runs,
+        "rows": ROWS[name],
+        "deadline_ms": DEADLINE_MS,
+        "pinned": server_cpu is not None,
+        "capacity_per_s": most.good_per_s,
+        "steps": steps,
+        "peak_per_s": max(step["good_per_s"] for step in steps),
+        "wrong_answers": wrong,
+        "service_us": service_us,
+        "rejection_us": rejection_us,
+        "rejection_ratio": rejection_us / service_us,
+        "recovery_s": recovery_s,
+    }
+
+
+def is_wrong(pair: tuple[bytes, bytes], expected: Any) -> bool:
+    """Whether an answer is not that of the users asked for. expected: [users, ...]."""
+    asked, answered = (unpack(message) for message in pair)
+    users = np.ravel(asked[3][1]["user_id"])
+    (output,) = calls.read_prediction("m", answered[3]).outputs.values()
+    return not np.allclose(output, expected[users], rtol=1e-4, atol=1e-6)
+
+
+def describe(step: Step) -> dict[str, Any]:
+    p50, p99, p999 = (ns / 1e3 for ns in step.latency.at([50, 99, 99.9]))
+    return {
+        "offered_per_s": step.offered_per_s,
+        "good_per_s": step.good_per_s,
+        "p50_us": p50,
+        "p99_us": p99,
+        "p999_us": p999,
+        **step.outcomes,
+        "rejected": {code: error.count for code, error in step.errors.items()},
+        "lag_p99_us": step.lag.percentile(99) / 1e3,
+        "hiccup_p999_us": step.hiccups.percentile(99.9) / 1e3,
+        "fatal": step.fatal,
+    }
+
+
+def cost_of_rejection(bench: Bench, per_s: float, service_us: float) -> float:
+    """CPU microseconds of the worker."""
+    step, busy = bench.run_and_count(replace(bench.load, duration_s=min(5.0, bench.load.duration_s)), per_s)
+    rejected = step.outcomes["error"]
+    if not rejected:
+        raise BenchError("nothing was rejected at 5 times the capacity")
+    return max(0.0, busy * step.seconds * 1e6 - step.outcomes["good"] * service_us) / rejected
+
+
+def recovery(bench: Bench, capacity_per_s: float, calm_us: float) -> float:
+    """Seconds; those in which the generator stops one load and starts the other count too."""
+    seconds, rates = min(3.0, bench.load.duration_s), (5 * capacity_per_s, 0.8 * capacity_per_s)
+    load = replace(bench.load, duration_s=seconds, warmup_s=0.0)
+    flood = bench.run(replace(load, events=int(seconds * rates[0] * 1.2)), rates[0])
+    calm = bench.run(replace(load, events=int(seconds * rates[1] * 1.2)), rates[1])
+    ended_ns = int(flood.events["intended_ns"].max())
+    good = calm.events[calm.events["outcome"] == 0]
+    since_s = (good["intended_ns"].astype(np.int64) - ended_ns) / 1e9
+    took_us = (good["done_ns"] - good["intended_ns"]) / 1e3
+    begun_s, found = float(since_s.min()), 0.0
+    for n in range(int(seconds / WINDOW_S)):
+        window = took_us[(since_s >= begun_s + n * WINDOW_S) & (since_s < begun_s + (n + 1) * WINDOW_S)]
+        if len(window) and np.percentile(window, 99) <= RECOVERED_RATIO * calm_us:
+            return begun_s + n * WINDOW_S
+        found = begun_s + (n + 1) * WINDOW_S
+    return found
+
+
+def network() -> bytes:
+    """32 inputs, two hidden layers, one score; the weights are drawn."""
+    widths, random = (forests.WIDTH, HIDDEN, HIDDEN, 1), np.random.default_rng(0)
+    nodes, weights, at = [], [], "X"
+    for layer, (inputs, outputs) in enumerate(pairwise(widths)):
+        drawn = random.normal(scale=inputs**-0.5, size=(inputs, outputs)).astype(np.float32)
+        weights += [numpy_helper.from_array(drawn, f"w{layer}")]
+        weights += [numpy_helper.from_array(np.zeros(outputs, np.float32), f"b{layer}")]
+        last = layer == len(widths) - 2
+        nodes.append(helper.make_node("Gemm", [at, f"w{layer}", f"b{layer}"], [f"g{layer}"]))
+        at = "score" if last else f"r{layer}"
+        nodes.append(helper.make_node("Sigmoid" if last else "Relu", [f"g{layer}"], [at]))
+    ends = [helper.make_tensor_value_info("X", TensorProto.FLOAT, [None, widths[0]])]
+    ends += [helper.make_tensor_value_info("score", TensorProto.FLOAT, [None, 1])]
+    graph = helper.make_graph(nodes, "network", ends[:1], ends[1:], weights)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    onnx.checker.check_model(model)
+    return bytes(model.SerializeToString())
+
+
+def make_store(folder: Path, model: Path, output: str) -> Path:
+    rows = np.random.default_rng(0).normal(size=(USERS, forests.WIDTH)).astype(np.float32)
+    names = [f"f{i}" for i in range(forests.WIDTH)]
+    user = st.Entity("user", keys={"user_id": st.Int64})
+    view = st.FeatureView("stats", entity=user, features=[st.Feature(name, st.Float32) for name in names])
+    with st.Engine.open(folder, create=True) as engine:
+        engine.apply([user, view, st.Model("m", str(model), [f"stats:{name}" for name in names], outputs=[output])])
+        engine.push("stats", {"user_id": np.arange(USERS), **{name: rows[:, i] for i, name in enumerate(names)}})
+    return folder
+
+
+def cpu_seconds(pid: int) -> float:
+    """Of all threads of a process, in user and kernel."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def show(name: str, figure: dict[str, Any]) -> None:
+    print(f"{name}: {figure['rows']} rows a request, {figure['capacity_per_s']:,.0f} requests/s in a closed loop")
+    for step in figure["steps"]:
+        print(
+            f"  {step['times']:3g} x  offered {step['offered_per_s']:9,.0f}/s  good {step['good_per_s']:8,.0f}/s"
+            f"  P50 {step['p50_us'] / 1e3:7.2f} ms  P99 {step['p99_us'] / 1e3:7.2f} ms  {step['rejected'] or ''}"
+            f"  (send lag P99 {step['lag_p99_us'] / 1e3:.2f} ms, hiccups P99.9 {step['hiccup_p999_us'] / 1e3:.2f} ms)"
+        )
+    print(
+        f"  a request takes {figure['service_us']:.1f} us of CPU, a rejection {figure['rejection_us']:.2f} us;"
+        f" recovered {figure['recovery_s']:.2f} s after 5 x"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""More than a server can do: what it refuses, what it still answers, and who waits for whom."""
+
+import concurrent.futures
+import http.client
+import json
+
+import msgpack
+import numpy as np
+import onnx
+import pytest
+from http_asking import http_port
+from onnx import TensorProto, helper, numpy_helper
+from serving import DEFINITIONS, PREDICT, PREDICTED, ROWS, TIMEOUT_S, Server, write_sum
+
+import shorttail as st
+from shorttail.loadtest import target
+from shorttail.loadtest.plan import Workload, plan_rpc
+from shorttail.loadtest.rates import Rate
+from shorttail.loadtest.runner import Load, run_step
+
+WIDE = 1024
+SLOW = """
+slow = st.Model("slow", path="slow.onnx", inputs=["stats:age", "stats:visits", "request:amount"])
+slower = st.Model("slower", path="slow.onnx", inputs=["stats:age", "stats:visits", "request:amount"])
+"""
+SEED = 7
+
+
+def write_slow(path):
+    """score [rows, 1] of a network that takes some 20 us a row."""
+    random = np.random.default_rng(SEED)
+    widths = [(3, WIDE), (WIDE, WIDE), (WIDE, 1)]
+    weights = [random.normal(scale=a**-0.5, size=(a, b)).astype(np.float32) for a, b in widths]
+    nodes, at = [], "x"
+    for n in range(len(widths)):
+        end = "score" if n == len(widths) - 1 else f"r{n}"
+        nodes += [helper.make_node("MatMul", [at, f"w{n}"], [f"m{n}"]), helper.make_node("Tanh", [f"m{n}"], [end])]
+        at = end
+    ends = [
+        helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, 3]),
+        helper.make_tensor_value_info("score", TensorProto.FLOAT, [None, 1]),
+    ]
+    named = [numpy_helper.from_array(array, f"w{n}") for n, array in enumerate(weights)]
+    model = helper.make_model(
+        helper.make_graph(nodes, "slow", ends[:1], ends[1:], named), opset_imports=[helper.make_opsetid("", 17)]
+    )
+    model.ir_version = 9
+    onnx.save(model, str(path))
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    home = tmp_path_factory.mktemp("overloaded")
+    (home / "definitions.py").write_text(DEFINITIONS + SLOW)
+    write_sum(home / "total.onnx", 1.0)
+    write_slow(home / "slow.onnx")
+    with st.Engine.open(home / "store", create=True) as engine:
+        engine.apply(home / "definitions.py")
+        engine.push("stats", ROWS)
+    return home / "store"
+
+
+@pytest.fixture
+def start(store, tmp_path):
+    servers = []
+
+    def start(*options):
+        servers.append(Server(store, *options, log=tmp_path / f"log{len(servers)}"))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        assert server.stop() == 0
+        assert server.log.read_text() == ""
+
+
+def slow_request(msgid, rows, model="slow"):
+    return [0, msgid, "predict", [model, {"user_id": [1] * rows, "amount": 0.5}]]
+
+
+def test_a_slow_model_keeps_neither_a_fast_one_nor_another_slow_one_waiting(start):
+    """What takes longest was sent first and is answered last."""
+    with start("--no-http", "--p99-budget-ms", "1e6").connect() as peer:
+        messages = [slow_request(1, 8000), slow_request(2, 8000)]
+        peer.send(b"".join(map(msgpack.packb, messages)))
+        peer.send(msgpack.packb(slow_request(3, 200, "slower")))
+        peer.send(msgpack.packb([0, 4, *PREDICT[2:]]))
+        order = [peer.reply() for _ in range(4)]
+    assert [reply[2] for reply in order] == [None] * 4
+    assert [reply[1] for reply in order][-1] in (1, 2)
+    place = {reply[1]: n for n, reply in enumerate(order)}
+    assert max(place[3], place[4]) < min(place[1], place[2])
+
+
+def test_a_flood_is_answered_in_part_and_refused_in_part_and_then_it_is_over(start, store):
+    """Of a slow model some seconds of work a second."""
+    server = start("--no-http", "--p99-budget-ms", "2")
+    with st.Engine.open(store) as engine:
+        work = Workload(predict="slow", keys=["user_id=uniform:1:3"], rows=50, deadline_ms=200.0)
+        plan = plan_rpc(work, engine.models(), engine.views())
+    load = Load(connections=4, pipeline=16_384, duration_s=1.0, warmup_s=0.0, timeout_s=TIMEOUT_S, seed=SEED)
+    address = f"127.0.0.1:{server.address[1]}"
+    step = run_step(plan, target.find(address), load, Rate(20_000.0, 20_000.0))
+    assert step.fatal == ""  # no answer to what was not asked, or asked by another connection
+    assert step.counts["wrong_answers"] == 0
+    assert step.outcomes["timeout"] == step.outcomes["lost"] == 0
+    assert step.outcomes["good"] > 0
+    assert set(step.errors) <= {"RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED"}
+    assert step.errors["RESOURCE_EXHAUSTED"].message == "the server is overloaded; send it again later"
+    with server.connect() as peer:
+        assert peer.ask(*PREDICT) == PREDICTED
+        assert peer.ask(*slow_request(5, 1))[2] is None
+
+
+def test_http_is_under_the_same_admission(start):
+    """Of large requests at once one runs and one may wait; the others are told to come back."""
+    server = start("--p99-budget-ms", "0.1")
+    body = json.dumps({"instances": [{"user_id": 1, "amount": 0.5}] * 3000, "parameters": {"model": "slow"}})
+
+    def ask(_=0):
+        connection = http.client.HTTPConnection("127.0.0.1", http_port(server), timeout=TIMEOUT_S)
+        try:
+            connection.request("POST", "/invocations", body, {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            return response.status, response.getheader("Retry-After"), json.loads(response.read())
+        finally:
+            connection.close()
+
+    assert [ask()[0] for _ in range(3)] == [200] * 3  # one after another: what they cost is known from now on
+    with concurrent.futures.ThreadPoolExecutor(8) as threads:
+        answers = list(threads.map(ask, range(8)))
+    refused = [(status, after, answer) for status, after, answer in answers if status != 200]
+    assert 1 <= len(refused) < 8
+    assert {(status, after) for status, after, _ in refused} == {(429, "1")}
+    assert refused[0][2] == {"error": "the server is overloaded; send it again later"}
+    assert all(len(answer["predictions"]) == 3000 for status, _, answer in answers if status == 200)
+    assert ask()[0] == 200
