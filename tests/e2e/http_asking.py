@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import tritonclient.http as triton
 from onnx import TensorProto, helper
-from test_server import TIMEOUT_S
+from serving import TIMEOUT_S
 
 DEFINITIONS = """
 import shorttail as st

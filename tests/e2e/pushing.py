@@ -6,7 +6,7 @@ import signal
 import time
 from pathlib import Path
 
-from test_server import TIMEOUT_S, Server
+from serving import TIMEOUT_S, Server
 
 
 def row(user, **changed):

@@ -13,7 +13,7 @@ import pytest
 import tritonclient.http as triton
 from http_asking import DEFINITIONS, EVERY, TYPES, ask, ask_json, http_port, tensor, total_inputs, write_every
 from prometheus_client.parser import text_string_to_metric_families
-from test_server import TIMEOUT_S, Server, write_sum
+from serving import TIMEOUT_S, Server, write_sum
 from tritonclient.utils import InferenceServerException
 
 import shorttail as st

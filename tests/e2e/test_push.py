@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from pushing import Pushing, row, tiers, until
-from test_server import TIMEOUT_S, make_store
+from serving import TIMEOUT_S, make_store
 
 import shorttail as st
 from shorttail.config import LIMITS

@@ -1,10 +1,11 @@
 """SIGHUP under load: workers are replaced one by one, and no request is refused, lost or answered twice."""
 
+import contextlib
 import itertools
 import os
-import re
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -13,41 +14,13 @@ from pathlib import Path
 
 import msgpack
 import pytest
-from test_server import PREDICT, PREDICTED, TIMEOUT_S, Peer, Server, make_store
+from serving import PREDICT, PREDICTED, TIMEOUT_S, Peer, Server, hang_up, until
+
+import shorttail as st
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    return make_store(tmp_path_factory.mktemp("reloaded"))
-
-
-@pytest.fixture
-def start(store, tmp_path):
-    servers = []
-
-    def start_server(*options):
-        servers.append(Server(store, *map(str, options), log=tmp_path / f"log{len(servers)}"))
-        return servers[-1]
-
-    yield start_server
-    for one in servers:
-        one.kill()
-
-
-def until(condition, server):
-    end = time.monotonic() + TIMEOUT_S
-    while not condition():
-        assert time.monotonic() < end, server.log.read_text()
-        assert server.process.poll() is None, server.log.read_text()
-        time.sleep(0.02)
-
-
-def hang_up(server):
-    """SIGHUP, and wait until it is done; what the log said."""
-    before = len(server.log.read_text())
-    server.process.send_signal(signal.SIGHUP)
-    until(lambda: re.search(r"^reload.*\n", server.log.read_text()[before:], re.MULTILINE), server)
-    return server.log.read_text()[before:]
+def asking(msgid):
+    return msgpack.packb([0, msgid, "predict", ["total", {"user_id": 1, "amount": msgid % 1000}]])
 
 
 class Caller(threading.Thread):
@@ -66,11 +39,7 @@ class Caller(threading.Thread):
                     if self.ends.is_set():
                         return
                     asked = {number * self.depth + k: k for k in range(self.depth)}
-                    messages = [
-                        msgpack.packb([0, msgid, "predict", ["total", {"user_id": 1, "amount": msgid % 1000}]])
-                        for msgid in asked
-                    ]
-                    data = b"".join(messages)
+                    data = b"".join(map(asking, asked))
                     peer.send(data[:-7])  # the end of the last comes by itself, perhaps to another worker
                     peer.send(data[-7:])
                     for _ in range(self.depth):
@@ -143,12 +112,203 @@ def test_a_worker_that_is_killed_after_a_reload_is_started_again(start):
 
 
 def test_stopping_in_the_middle_of_a_reload(start):
+    for successors in (1, 2):  # once so many have been started: the other one of two has retired, or does so
+        server = start("--workers", "2", "--p99-budget-ms", 1e6)
+        first = server.workers()
+        callers = [Caller(server.connect, 20) for _ in range(8)]
+        for caller in callers:
+            caller.start()
+        try:
+            server.process.send_signal(signal.SIGHUP)
+            until(lambda n=successors, old=first, at=server: len(set(at.workers()) - set(old)) == n, server)
+            left = server.workers()
+            assert server.stop() == 0, server.log.read_text()
+        finally:
+            for caller in callers:
+                caller.ends.set()
+            for caller in callers:
+                caller.join()
+        assert not any(Path(f"/proc/{pid}").exists() for pid in left)
+        for caller in callers:
+            assert all(ended.startswith(("Connection", "BrokenPipe")) for ended in caller.wrong), caller.wrong
+            assert caller.answered
+
+
+def test_a_reload_that_is_asked_for_during_another_follows_it(start):
     server = start("--workers", "2")
+    first = server.workers()
     server.process.send_signal(signal.SIGHUP)
-    until(lambda: len(server.workers()) > 2, server)
-    workers = server.workers()
+    until(lambda: set(server.workers()) - set(first), server)  # it has begun
+    server.process.send_signal(signal.SIGHUP)
+    until(lambda: server.log.read_text().count("reloaded: 2 workers replaced\n") == 2, server)
+    assert not set(server.workers()) & set(first)
+    with server.connect() as peer:
+        assert peer.ask(*PREDICT) == PREDICTED
     assert server.stop() == 0
-    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+
+
+def test_a_worker_that_dies_during_a_reload_is_replaced(start):
+    server = start("--workers", "2")
+    first = server.workers()
+    server.process.send_signal(signal.SIGHUP)
+    until(lambda: set(server.workers()) - set(first), server)
+    for pid in first:
+        os.kill(pid, signal.SIGKILL)
+    until(lambda: "reloaded: 2 workers replaced\n" in server.log.read_text(), server)
+    until(lambda: len(server.workers()) == 2, server)
+    with server.connect() as peer:
+        assert peer.ask(*PREDICT) == PREDICTED
+    assert server.stop() == 0
+
+
+# -- TLS: connections stay with the worker that has their keys -----------------------------------------------------
+
+
+class TlsCaller(Caller):
+    """Over TLS; it connects again when a connection was ended well, and asks anew what was not answered."""
+
+    def __init__(self, server, authority, depth):
+        super().__init__(server.connect, depth)
+        self.context = ssl.create_default_context(cafile=authority)
+        self.ended = 0
+
+    def connected(self):
+        peer = self.connect()
+        # A connection that ends without a close_notify raises SSLEOFError, and recv is only b"" after one.
+        peer.socket = self.context.wrap_socket(peer.socket, server_hostname="127.0.0.1", suppress_ragged_eofs=False)
+        return peer
+
+    def run(self):
+        try:
+            peer = self.connected()
+            for number in itertools.count():
+                if self.ends.is_set():
+                    return peer.socket.close()
+                asked = set(range(number * self.depth, (number + 1) * self.depth))
+                while asked:
+                    peer.send(b"".join(map(asking, asked)))
+                    while asked and (reply := peer.reply()) is not None:
+                        if reply[2] is not None or reply[3]["outputs"]["total"] != [11.0 + reply[1] % 1000]:
+                            self.wrong.append(reply)
+                        asked.remove(reply[1])
+                        self.answered += 1
+                    if asked:
+                        peer.socket.close()
+                        self.ended += 1
+                        peer = self.connected()
+        except Exception as error:
+            self.wrong.append(repr(error))
+
+
+class ClientCaller(Caller):
+    """The client of this package, which is to see nothing of it."""
+
+    def __init__(self, server, authority):
+        super().__init__(server.connect, 1)
+        self.client = st.Client("{}:{}".format(*server.address), tls=authority, timeout_s=TIMEOUT_S)
+
+    def run(self):
+        try:
+            with self.client as client:
+                while not self.ends.is_set():
+                    amount = self.answered % 1000
+                    if client.predict("total", {"user_id": 1, "amount": amount}).outputs["total"] != [11.0 + amount]:
+                        self.wrong.append(amount)
+                    self.answered += 1
+        except Exception as error:
+            self.wrong.append(repr(error))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_connections_over_tls_end_well_when_workers_are_replaced(start, certificates, workers):
+    server = start("--workers", workers, "--tls-cert", certificates / "server.pem", "--p99-budget-ms", 1e6)
+    callers = [TlsCaller(server, certificates / "ca.pem", depth) for depth in (1, 1, 20)]
+    clients = [ClientCaller(server, certificates / "ca.pem") for _ in range(2)]
+    callers += clients
+    for caller in callers:
+        caller.start()
+    try:
+        for _ in range(3 - workers):
+            assert hang_up(server) == f"reloaded: {workers} worker{'s' * (workers > 1)} replaced\n"
+        counts = [caller.answered for caller in callers]
+        until(lambda: all(c.answered > n or c.wrong for c, n in zip(callers, counts, strict=True)), server)
+    finally:
+        for caller in callers:
+            caller.ends.set()
+        for caller in callers:
+            caller.join()
+    assert [caller.wrong for caller in callers] == [[]] * len(callers)
+    assert all(caller.ended for caller in callers if caller not in clients)
+    assert server.stop() == 0
+
+
+class Handshake:
+    """A connection whose handshake stops half-way: the server has answered the client's first message."""
+
+    def __init__(self, server, context):
+        self.peer = server.connect()
+        self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.tls = context.wrap_bio(self.incoming, self.outgoing, server_hostname="127.0.0.1")
+        with pytest.raises(ssl.SSLWantReadError):
+            self.tls.do_handshake()
+        self.peer.send(self.outgoing.read())
+        self.incoming.write(self.peer.socket.recv(65536))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.peer.socket.close()
+
+    def finish(self):
+        """The answer to PREDICT, once the handshake is through."""
+        self.all_of(self.tls.do_handshake)
+        self.tls.write(msgpack.packb(PREDICT))
+        self.peer.send(self.outgoing.read())
+        return msgpack.unpackb(self.all_of(lambda: self.tls.read(65536)))
+
+    def all_of(self, step):
+        while True:
+            try:
+                return step()
+            except ssl.SSLWantReadError:
+                self.peer.send(self.outgoing.read())
+                data = self.peer.socket.recv(65536)
+                assert data, "the server has ended it"
+                self.incoming.write(data)
+
+
+def owners(server, connection):
+    """The workers that have the other end of a connection."""
+    port = f":{connection.getsockname()[1]:04X}"
+    lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()]
+    inodes = {f"socket:[{words[9]}]" for words in lines if words[2].endswith(port)}
+    found = set()
+    for pid in server.workers():
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            found |= {pid for fd in Path(f"/proc/{pid}/fd").iterdir() if os.readlink(fd) in inodes}  # noqa: PTH115
+    return found
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_handshake_that_is_under_way_is_not_cut(start, certificates, workers):
+    server = start("--workers", workers, "--tls-cert", certificates / "server.pem")
+    context = ssl.create_default_context(cafile=certificates / "ca.pem")
+    old = set(server.workers())
+
+    def one_retires():
+        with server.connect() as peer:
+            peer.socket = context.wrap_socket(peer.socket, server_hostname="127.0.0.1")
+            assert peer.ask(*PREDICT) == PREDICTED
+            return owners(server, peer.socket) - old
+
+    with contextlib.ExitStack() as stack:
+        waiting = [stack.enter_context(Handshake(server, context)) for _ in range(2 * workers)]
+        server.process.send_signal(signal.SIGHUP)
+        until(one_retires, server)
+        assert [handshake.finish() for handshake in waiting] == [PREDICTED] * len(waiting)
+    until(lambda: "reloaded" in server.log.read_text(), server)
+    assert server.stop() == 0
 
 
 # -- systemd -------------------------------------------------------------------------------------------------------

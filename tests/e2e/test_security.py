@@ -1,17 +1,14 @@
 """Tokens, TLS, and what a server refuses to do without them."""
 
 import asyncio
-import shutil
-import signal
 import ssl
 import stat
 import subprocess
 import sys
-import time
 
 import msgpack
 import pytest
-from test_server import PREDICT, PREDICTED, TIMEOUT_S, Server, make_store
+from serving import PREDICT, PREDICTED, TIMEOUT_S, Server, hang_up
 
 import shorttail as st
 from shorttail.config import LIMITS
@@ -27,24 +24,6 @@ def token_file(folder, text=f"# two\nserve {SERVE_TOKEN}\nadmin {ADMIN_TOKEN}  #
     path.write_text(text)
     path.chmod(mode)
     return path
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    return make_store(tmp_path_factory.mktemp("secured"))
-
-
-@pytest.fixture
-def start(store, tmp_path):
-    servers = []
-
-    def start_server(*options):
-        servers.append(Server(store, *map(str, options), log=tmp_path / f"log{len(servers)}"))
-        return servers[-1]
-
-    yield start_server
-    for one in servers:
-        one.kill()
 
 
 @pytest.fixture(scope="module")
@@ -225,29 +204,7 @@ def test_the_mode_of_the_unix_socket(start, tmp_path):
 
 # -- TLS -----------------------------------------------------------------------------------------------------------
 
-needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl command")
 
-
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory):
-    """A CA, and certificates that it signed for the server (127.0.0.1) and for a client: NAME.pem, key included."""
-    folder = tmp_path_factory.mktemp("certificates")
-
-    def openssl(*arguments):
-        subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
-
-    ec = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
-    openssl("req", "-x509", *ec, "-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=test ca", "-days", "2")
-    (folder / "san").write_text("subjectAltName=IP:127.0.0.1")
-    for name in ("server", "client"):
-        openssl("req", *ec, "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", f"/CN={name}")
-        openssl("x509", "-req", "-in", f"{name}.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial",
-                "-out", f"{name}.crt", "-days", "2", "-extfile", "san")  # fmt: skip
-        (folder / f"{name}.pem").write_text((folder / f"{name}.key").read_text() + (folder / f"{name}.crt").read_text())
-    return folder
-
-
-@needs_openssl
 @pytest.mark.parametrize("workers", [1, 2])
 def test_tls(start, certificates, workers):
     server = start("--tls-cert", certificates / "server.pem", "--workers", workers)
@@ -255,10 +212,10 @@ def test_tls(start, certificates, workers):
     with st.Client(address, tls=certificates / "ca.pem") as client:
         for _ in range(3):
             assert client.predict("total", KEYS).outputs["total"].tolist() == [11.5]
-        connection = client._socket
+        [connection] = client._pool._idle
         client.ping()
-        assert client._socket is connection  # session tickets are not taken for something nobody asked for
-        assert connection.version() in ("TLSv1.2", "TLSv1.3")
+        assert client._pool._idle == [connection]  # session tickets are not taken for something nobody asked for
+        assert connection.socket.version() in ("TLSv1.2", "TLSv1.3")
 
     async def asynchronously():
         async with await st.AsyncClient.connect(address, tls=str(certificates / "ca.pem")) as client:
@@ -282,7 +239,6 @@ def test_tls(start, certificates, workers):
     assert server.log.read_text() == ""
 
 
-@needs_openssl
 def test_only_clients_with_a_certificate(start, certificates):
     server = start("--tls-cert", certificates / "server.pem", "--tls-client-ca", certificates / "ca.pem")
     address = "{}:{}".format(*server.address)
@@ -296,7 +252,6 @@ def test_only_clients_with_a_certificate(start, certificates):
     assert server.stop() == 0
 
 
-@needs_openssl
 def test_an_answer_after_an_error_still_comes_over_tls(start, certificates):
     """TLS has no half-closed connections: the error that ends one is sent before it is closed."""
     server = start("--tls-cert", certificates / "server.pem")
@@ -321,24 +276,13 @@ def test_new_tokens_count_after_sighup(start, tmp_path):
     with server.connect() as old:
         assert old.ask(0, 1, "auth", [SERVE_TOKEN])[3] is True
         path.write_text(f"serve {'n' * 32}\n")
-        reload(server, "reloaded: 1 worker replaced")
+        assert hang_up(server) == "reloaded: 1 worker replaced\n"
         with server.connect() as peer:
             assert peer.ask(0, 1, "auth", [SERVE_TOKEN])[2]["code"] == "UNAUTHENTICATED"
             assert peer.ask(0, 2, "auth", ["n" * 32])[3] is True
             assert peer.ask(*PREDICT) == PREDICTED
         assert old.ask(*PREDICT) == PREDICTED  # what was let in stays in
     path.chmod(0o644)
-    reload(server, "reload refused: token file")
+    assert hang_up(server).startswith("reload refused: token file")
     with server.connect() as peer:
         assert peer.ask(0, 1, "auth", ["n" * 32])[3] is True
-
-
-def reload(server, said):
-    """SIGHUP, and wait until the log says so."""
-    before = server.log.read_text()
-    server.process.send_signal(signal.SIGHUP)
-    end = time.monotonic() + TIMEOUT_S
-    while said not in server.log.read_text()[len(before) :]:
-        assert time.monotonic() < end, server.log.read_text()
-        assert server.process.poll() is None
-        time.sleep(0.02)

@@ -11,7 +11,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 from pushing import until
-from test_server import DEFINITIONS, ROWS, Server, write_sum
+from serving import DEFINITIONS, ROWS, Server, write_sum
 
 import shorttail as st
 from shorttail.models import registry

@@ -9,7 +9,7 @@ import threading
 import msgpack
 import pytest
 from pushing import Pushing, row, tiers, until
-from test_server import Peer, alive, make_store
+from serving import Peer, alive, make_store
 
 import shorttail as st
 

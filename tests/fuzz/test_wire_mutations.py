@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))
 import msgpack
 import pytest
 from mutations import FRAMES, streams
-from test_server import PREDICT, TIMEOUT_S, Server, make_store
+from serving import PREDICT, TIMEOUT_S, Server, make_store
 
 N_FRAMES = int(os.environ.get("FUZZ_FRAMES", "3000"))
 SEED = int(os.environ.get("FUZZ_SEED", "20260101"))

@@ -65,6 +65,13 @@ OPTIONS: Final = [
         help="Cut one that has not read its answers for so long.",
     ),
     click.option(
+        "--hang-deadline-s",
+        type=click.IntRange(1),
+        default=LIMITS.hang_deadline_s,
+        show_default=True,
+        help="Kill and replace a worker that stood still for so long.",
+    ),
+    click.option(
         "--p99-budget-ms",
         type=click.FloatRange(0.1),
         default=LIMITS.p99_budget_ms,
@@ -86,7 +93,11 @@ OPTIONS: Final = [
         help="TCP port of HTTP; 0 takes a free one.  [default: 7712; 0 with --port 0]",
     ),
     click.option(
-        "--log", type=click.Choice(["text", "json"]), default="text", show_default=True, help="Form of log lines."
+        "--log",
+        type=click.Choice(["text", "json"]),
+        default="text",
+        show_default=True,
+        help="Form of all lines on stderr.",
     ),
     click.option("--log-failed", is_flag=True, help="Log requests that fail."),
     click.option(
@@ -108,6 +119,7 @@ NAMES: Final = [
     "idle_deadline_s",
     "frame_deadline_s",
     "write_deadline_s",
+    "hang_deadline_s",
     "p99_budget_ms",
     "pin_cpus",
     "busy_poll_us",

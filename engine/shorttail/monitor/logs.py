@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import re
 import sys
@@ -14,6 +15,7 @@ from typing import Any, Final, Literal, TextIO
 from shorttail.config import LIMITS
 
 Format = Literal["text", "json"]
+TRACEBACK_CHARS: Final = 4000  # the end of a traceback that a line of JSON has
 TRACEPARENT: Final = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}")  # W3C Trace Context, level 1
 
 
@@ -22,7 +24,8 @@ def trace_ids(traceparent: str | None) -> dict[str, str]:
     found = TRACEPARENT.match(traceparent) if traceparent else None
     if found is None or traceparent is None or traceparent.startswith("ff") or not found[1].strip("0"):
         return {}
-    if not found[2].strip("0") or (traceparent.startswith("00") and len(traceparent) != found.end()):
+    more = traceparent[found.end() :]  # of versions to come, after another dash
+    if not found[2].strip("0") or (more and (traceparent.startswith("00") or not more.startswith("-"))):
         return {}
     return {"trace_id": found[1], "parent_id": found[2]}
 
@@ -35,6 +38,22 @@ def line(form: Format, level: str, message: str, fields: Mapping[str, Any], time
     when = datetime.fromtimestamp(time.time() if time_s is None else time_s, UTC)
     document = {"time": when.isoformat(timespec="milliseconds").replace("+00:00", "Z"), "level": level}
     return json.dumps(document | {"message": message} | dict(fields), default=str)
+
+
+def say(form: Format, level: str, message: str, **fields: Any) -> None:
+    """Write a line now. As text it is what a person at the terminal reads: an error is named as such, fields go."""
+    if form == "json":
+        put(line(form, level, message, fields))
+    else:
+        put(f"error: {message}" if level == "error" else message)
+
+
+def put(text: str, stream: TextIO | None = None) -> None:
+    """Write lines to stderr in one piece, as other threads do. A stderr that is closed stops nobody."""
+    stream = stream or sys.stderr
+    with contextlib.suppress(OSError):
+        stream.write(text + "\n")
+        stream.flush()
 
 
 def _plain(value: Any) -> str:
@@ -80,11 +99,6 @@ class RequestLog:
             self.waiting.append(line(self.form, "warning", "log lines left out", {"lines": self.dropped}))
             self.dropped = 0
         if self.waiting:
-            text = "\n".join(self.waiting) + "\n"
+            text = "\n".join(self.waiting)
             self.waiting.clear()
-            loop.run_in_executor(None, self._put, text)
-
-    def _put(self, text: str) -> None:
-        stream = self.stream or sys.stderr
-        stream.write(text)
-        stream.flush()
+            loop.run_in_executor(None, put, text, self.stream)

@@ -1,5 +1,6 @@
 """Connections travel between processes: from the supervisor, which accepts them, to workers; and from a worker that is
-replaced to the others. The peer sees nothing of it: its socket stays open, and no byte is lost.
+replaced to the others. The peer sees nothing of it: its socket stays open, and no byte is lost. This is the workers'
+side; the supervisor's is sharing.py.
 
 A channel is a pair of SOCK_SEQPACKET sockets between the supervisor and a worker. A message that carries a socket is
 the access the connection has (FRESH: none was asked for yet) and then what had been read of a message. One without a
@@ -10,13 +11,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
 import os
 import socket
 import ssl
 import struct
-import time
-from collections.abc import Callable
 from typing import Any, Final
 
 from shorttail._native.wire import Connection, Router
@@ -28,8 +26,7 @@ MESSAGE_BYTES: Final = HELD_BYTES + 1
 REPORT: Final = struct.Struct("<QQ")
 HANDSHAKE_S: Final = 10.0
 POLL_S: Final = 0.002
-REPORT_S: Final = 0.25
-SILENCE_S: Final = 1.0  # a worker not heard for so long hangs: others are given connections first
+REPORT_S: Final = 0.25  # a worker is heard at least so often
 
 
 def pair() -> tuple[socket.socket, socket.socket]:
@@ -125,48 +122,3 @@ class Channel:
         finally:
             os.close(fd)
         connection.abort()  # closes this end of it only
-
-
-class Shares:
-    """The supervisor's view of one worker's channel."""
-
-    def __init__(self, channel: socket.socket):
-        self.channel = channel
-        self.given = 0
-        self._connections = 0
-        self._received = 0
-        self._heard_s = math.inf  # before it has said anything, it has not been silent
-
-    @property
-    def hangs(self) -> bool:
-        return time.monotonic() - self._heard_s > SILENCE_S
-
-    @property
-    def load(self) -> int:
-        """Connections it has, and those on their way to it."""
-        return self._connections + self.given - self._received
-
-    def give(self, data: bytes, sock: socket.socket) -> bool:
-        try:
-            socket.send_fds(self.channel, [data], [sock.fileno()])
-        except OSError:
-            return False
-        self.given += 1
-        return True
-
-    def hear(self, pass_on: Callable[[bytes, socket.socket], None]) -> bool:
-        """Read what the worker says. pass_on: told of each connection that it gives away. False: it is gone."""
-        while True:
-            try:
-                data, fds, _, _ = socket.recv_fds(self.channel, MESSAGE_BYTES, 1)
-            except (BlockingIOError, InterruptedError):
-                return True
-            except OSError:
-                return False
-            if not data:
-                return False
-            for fd in fds:
-                pass_on(data, socket.socket(fileno=fd))
-            if not fds and len(data) == REPORT.size:
-                self._connections, self._received = REPORT.unpack(data)
-                self._heard_s = time.monotonic()

@@ -2,7 +2,8 @@
 
 A new worker reads the files of tokens and TLS and opens the store and its models; only when it is ready does the old
 one retire: it stops accepting and gives its connections to the others as soon as each owes nothing. TLS connections
-cannot move, since their keys are in the old process: those end after what they asked is answered.
+cannot move, since their keys are in the old process: those are ended by a close_notify, once what has come on them is
+answered.
 
 What does not validate changes nothing: the server goes on as before, and says why.
 """
@@ -18,7 +19,8 @@ from shorttail.errors import ShorttailError
 from shorttail.server import security
 
 if TYPE_CHECKING:
-    from shorttail.server.supervisor import Child, Supervisor
+    from shorttail.server.children import Child
+    from shorttail.server.supervisor import Supervisor
 
 RETIRE: Final = b"retire\n"  # worker.py: told()
 
@@ -28,22 +30,21 @@ def reload(supervisor: Supervisor) -> None:
     try:
         security.check(supervisor.settings)
     except ShorttailError as error:
-        supervisor.say(f"reload refused: {error.message}; the server goes on as before")
+        supervisor.say("warning", f"reload refused: {error.message}; the server goes on as before")
     else:
-        numbers = sorted(child.number for child in supervisor.workers())
-        replaced = 0
-        for number in numbers:
-            if not replace(supervisor, number):
-                break
-            replaced += 1
-        if replaced == len(numbers):
-            supervisor.say(f"reloaded: {replaced} worker{'' if replaced == 1 else 's'} replaced")
+        n = supervisor.n_workers  # one that is dead just now is replaced too, a little sooner than it would have been
+        if all(replace(supervisor, number) for number in range(1, n + 1)):
+            supervisor.say("info", f"reloaded: {n} worker{'' if n == 1 else 's'} replaced")
     supervisor.systemd.say("READY=1")
 
 
 def replace(supervisor: Supervisor, number: int) -> bool:
     """Put a new worker in the place of the one of this number. False: it did not start, and the old one stays."""
-    successor = supervisor.start_successor(number)
+    try:
+        successor = supervisor.start_successor(number)
+    except OSError as error:
+        supervisor.say("warning", f"reload stopped: no process can be started: {error.strerror}; the old ones go on")
+        return False
     deadline_s = time.monotonic() + LIMITS.start_timeout_s
     while not successor.said and successor in supervisor.others and time.monotonic() < deadline_s:
         supervisor.wait(deadline_s)
@@ -51,7 +52,7 @@ def replace(supervisor: Supervisor, number: int) -> bool:
         if successor in supervisor.others:
             successor.process.kill()
             _wait_for_end(supervisor, successor, LIMITS.stop_grace_s)
-        supervisor.say(f"reload stopped: the new worker {number} did not start; the old one goes on")
+        supervisor.say("warning", f"reload stopped: the new worker {number} did not start; the old one goes on")
         return False
     old = supervisor.succeed(successor)
     if old is not None:
@@ -68,4 +69,4 @@ def _wait_for_end(supervisor: Supervisor, child: Child, grace_s: float) -> None:
     if child in supervisor.others:
         child.process.kill()
         while child in supervisor.others:
-            supervisor.wait(None)
+            supervisor.wait()

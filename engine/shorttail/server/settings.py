@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from shorttail.config import LIMITS
+from shorttail.monitor.logs import Format
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +25,13 @@ class Settings:
     idle_deadline_s: int = LIMITS.idle_deadline_s
     frame_deadline_s: int = LIMITS.frame_deadline_s
     write_deadline_s: int = LIMITS.write_deadline_s
+    hang_deadline_s: int = LIMITS.hang_deadline_s
     p99_budget_ms: float = LIMITS.p99_budget_ms
     pin_cpus: bool = False
     busy_poll_us: int = 0
     http: bool = True
     http_port: int | None = None  # None: shared.wanted_port
-    log: str = "text"  # or "json"
+    log: Format = "text"
     log_failed: bool = False  # requests that fail are logged
     slow_ms: float = 0.0  # requests that take longer are logged; 0: none are
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib.util
 import os
 import socket
-import sys
 from types import TracebackType
 from typing import Final
 
 from shorttail.config import DEFAULT_HTTP_PORT
 from shorttail.errors import InvalidArgument, ShorttailError
+from shorttail.monitor import logs
 from shorttail.monitor.memory import SUPERVISOR, WORD, MetricsMemory
 from shorttail.server.listen import listen_on
 from shorttail.server.settings import Settings
@@ -88,7 +88,7 @@ def wanted_port(settings: Settings, port: int) -> int | None:
         lacks = f"HTTP needs {', '.join(missing)}: pip install 'shorttail[http]'"
         if asked is not None:
             raise InvalidArgument(f"{lacks}; or serve without it: --no-http")
-        print(f"note: no probes, no metrics: {lacks}; --no-http leaves this line out", file=sys.stderr, flush=True)
+        logs.say(settings.log, "info", f"note: no probes, no metrics: {lacks}; --no-http leaves this line out")
         return None
     if asked is not None:
         return asked

@@ -4,41 +4,37 @@ This process opens neither the store nor a model, and its children are started a
 and ONNX Runtime survive no fork. The listening sockets stay open here, so that a worker can die and its successor go on
 with the same queue of connections. A worker alone accepts connections itself. Of several, each would take what it
 happens to see first, and a few long-lived connections could all end up with one: so here they are accepted, and given
-to the worker that has the fewest (handover.py).
+to the worker that has the fewest (sharing.py).
 
 SIGHUP replaces the workers one by one by new ones, which read the files of tokens and TLS anew (rolling.py).
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
+import math
 import selectors
 import signal
 import socket
-import subprocess
-import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final, cast
 
 from shorttail.config import DEFAULT_HOST, DEFAULT_PORT, LIMITS
 from shorttail.errors import ShorttailError, Unavailable
-from shorttail.monitor import logs
-from shorttail.server import handover, rolling, security
+from shorttail.monitor import logs, stderr
+from shorttail.server import rolling, security, sharing
+from shorttail.server.children import WRITER, Child, Launcher, Restarts, how_it_ended
 from shorttail.server.listen import Listeners, WriterSocket
 from shorttail.server.settings import Settings
 from shorttail.server.shared import Shared
+from shorttail.server.sharing import Sharing
+from shorttail.server.signals import RELOAD, STOP, Signals
 from shorttail.server.systemd import Notifier
 
-STABLE_S: Final = 10.0  # a child that lived this long starts its backoff anew
-STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
-ACCEPTED_AT_ONCE: Final = 64  # then others have their turn
-ACCEPT: Final = "accept"
-SIGNALS: Final = (*STOP_SIGNALS, signal.SIGHUP)
+WAIT_MAX_S: Final = 1.0
+# A wait that took longer than it was to by this: this process did not run, so perhaps none did.
+SLEPT_S: Final = 0.5
 
 
 def serve(
@@ -61,23 +57,27 @@ def serve(
     load. settings: of security, limits and CPUs. Errors are one line on stderr. Call it in the main thread.
     """
     settings = settings or Settings()
+    stderr.everything(settings.log)
+    options = [*(["--pretouch"] if pretouch else []), *(["--lock-memory"] if lock_memory else [])]
+    # One worker alone accepts by itself. Over TLS it would not know of connections that still shake hands, which a
+    # reload must not cut: those it knows that come from here.
+    accepts = workers == 1 and settings.tls_cert is None
     try:
-        security.check(settings)
-        with (
-            Listeners(host, port, uds, settings, bind=not check) as listeners,
-            WriterSocket() as writer_socket,
-            Shared(settings, host, port, workers, bind=not check) as shared,
-        ):
-            options = [*(["--pretouch"] if pretouch else []), *(["--lock-memory"] if lock_memory else [])]
-            supervisor = Supervisor(str(store), listeners, writer_socket, workers, device, options, settings, shared)
-            return supervisor.run(check)
+        with Signals() as signals:
+            security.check(settings)
+            with (
+                Listeners(host, port, uds, settings, bind=not check) as listeners,
+                WriterSocket() as writer_socket,
+                Shared(settings, host, port, workers, bind=not check) as shared,
+                Launcher(
+                    str(store), listeners, writer_socket, shared, settings,
+                    device=device, options=options, accepts=accepts,
+                ) as launcher,
+            ):  # fmt: skip
+                return Supervisor(launcher, workers, signals).run(check)
     except ShorttailError as error:
-        _say(f"error: {error.message}", settings.log)
+        logs.say(settings.log, "error", error.message)
         return 1
-
-
-def _say(text: str, form: str) -> None:
-    print(logs.line("json", "warning", text, {}) if form == "json" else text, file=sys.stderr, flush=True)
 
 
 class StartFailed(Exception):
@@ -88,120 +88,52 @@ class Stopped(Exception):
     """SIGTERM or SIGINT came."""
 
 
-WRITER: Final = 0  # its number; workers count from 1
-
-
-@dataclass(slots=True, eq=False)
-class Child:
-    number: int
-    process: subprocess.Popen[bytes]
-    control: socket.socket  # one line of JSON comes when it is ready; then nothing until it is gone
-    started_s: float
-    said: dict[str, Any] | None = None  # what is served; or of a writer that cannot write {"error": why}
-    received: bytes = b""
-    shares: handover.Shares | None = None  # of a worker
-    is_successor: bool = False  # not ready yet, to take the place of one that serves
-    retires: bool = False
-
-    def __str__(self) -> str:
-        name = "writer" if self.number == WRITER else f"worker {self.number}"
-        return f"{name} (pid {self.process.pid})"
-
-
 class Supervisor:
-    def __init__(
-        self,
-        store: str,
-        listeners: Listeners,
-        writer_socket: WriterSocket,
-        workers: int,
-        device: str,
-        worker_options: Sequence[str],
-        settings: Settings,
-        shared: Shared,
-    ):
-        self.settings = settings
-        self.shared = shared
-        self.store = store
-        self.listeners = listeners
-        self.writer_socket = writer_socket
+    def __init__(self, launcher: Launcher, workers: int, signals: Signals):
+        self.launcher = launcher
+        self.settings = launcher.settings
         self.n_workers = workers
-        self.device = device
-        self.worker_options = worker_options
-        self.children: dict[int, Child] = {}
-        self.due_s: dict[int, float] = {}  # when a dead child is started again
-        self.backoff_s: dict[int, float] = {}
+        self.signals = signals
         self.selector = selectors.DefaultSelector()
-        self.others: set[Child] = set()  # successors that are not ready, and workers that retire
+        self.sharing = Sharing(self.selector, [] if launcher.accepts else launcher.listeners.sockets)
+        self.restarts = Restarts()
         self.systemd = Notifier()
-        self.accepts = False
+        self.children: dict[int, Child] = {}
+        self.others: set[Child] = set()  # successors that are not ready, and workers that retire
+        self.served: dict[str, Any] = {}  # what the first worker said that was ready
+        self.starting = True
         self.reload_wanted = False
 
     def run(self, check: bool) -> int:
-        with self._signals():
-            try:
-                self._start_all(check)
-                if check:
-                    self._wait_for_end()
-                    print(f"ok · {self._contents()}", flush=True)
-                    return 0
-                print(self._announcement(), flush=True)
-                self.systemd.say("READY=1", f"STATUS={self._contents()}")
-                while True:
-                    self._restart_due()
-                    if self.reload_wanted:
-                        self.reload_wanted = False
-                        rolling.reload(self)
-                    self._wait(self._next_due_s())
-            except StartFailed:
-                return 1
-            except Stopped:
-                return self._stop()
-            finally:
-                self._kill()  # whoever is left, however this ends
-
-    # -- children ----------------------------------------------------------------------------------------------
-
-    def _start(self, number: int, *more: str, is_successor: bool = False) -> Child:
-        shares = None
-        passed = []
-        inherited: list[int] = []
-        if number == WRITER:
-            module, fds = "writer", [self.writer_socket.listener.fileno()]
-        else:
-            accepts = self.n_workers == 1
-            module, fds = "worker", [listener.fileno() for listener in self.listeners.sockets] if accepts else []
-            channel, channel_end = handover.pair()
-            shares = handover.Shares(channel)
-            passed.append(channel_end)
-            more = ("--channel-fd", str(channel_end.fileno()), "--settings", self.settings.to_json(), *more)
-            more = (*self.shared.worker_options, *more)
-            inherited += self.shared.fds
-            if self.settings.pin_cpus:
-                cpus = sorted(os.sched_getaffinity(0))
-                more = ("--cpu", str(cpus[(number - 1) % len(cpus)]), *more)
-            more = ("--writer", self.writer_socket.path, "--device", self.device, *self.worker_options, *more)
-        ours, theirs = socket.socketpair()
-        command = [sys.executable, "-P", "-m", f"shorttail.server.{module}"]
-        command += ["--control-fd", str(theirs.fileno()), *(f"--listen-fd={fd}" for fd in fds), *more, "--", self.store]
-        passed.append(theirs)
+        self.signals.register(self.selector)
         try:
-            # In a group of its own: Ctrl-C in a terminal is for the supervisor, which passes it on once.
-            pass_fds = [*(end.fileno() for end in passed), *fds, *inherited]
-            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=pass_fds, process_group=0)
+            self._start_all(check)
+            if check:
+                for child in self.children.values():
+                    child.process.wait()
+                print(f"ok · {self._contents()}", flush=True)
+                return 0
+            self._announce()
+            while True:
+                if self.reload_wanted:
+                    self.reload_wanted = False
+                    rolling.reload(self)
+                self.wait()
+        except StartFailed:
+            return 1
+        except Stopped:
+            return self._stop()
         finally:
-            for end in passed:
-                end.close()
-        ours.setblocking(False)
-        child = Child(number, process, ours, time.monotonic(), shares=shares, is_successor=is_successor)
-        if is_successor:
-            self.others.add(child)
-        else:
-            self.children[number] = child
-        self.selector.register(ours, selectors.EVENT_READ, child)
-        if shares is not None:
-            self.selector.register(shares.channel, selectors.EVENT_READ, child)
-        return child
+            self._kill()  # whoever is left, however this ends
+            self.selector.close()
+
+    def say(self, level: str, text: str) -> None:
+        logs.say(self.settings.log, level, text)
+
+    def workers(self) -> list[Child]:
+        return [child for child in self.children.values() if child.number != WRITER]
+
+    # -- starting ----------------------------------------------------------------------------------------------
 
     def _start_all(self, check: bool) -> None:
         """One worker alone with the writer, so that a store that does not load is said once; then the others."""
@@ -210,127 +142,152 @@ class Supervisor:
             self._start(WRITER)
         for numbers in ([1], range(2, 1 if check else self.n_workers + 1)):
             for number in numbers:
-                self._start(number, *(["--check"] if check else []))
-            while not all(worker.said for worker in self._workers()):
+                self._start(number, check=check)
+            while not all(worker.said for worker in self.workers()):
                 if time.monotonic() > deadline_s:
                     raise Unavailable(f"a worker was not ready after {LIMITS.start_timeout_s:g} s")
-                self._wait(deadline_s, starting=True)
+                self._wait(deadline_s)
         # Usually ready before the workers are. Serving does not depend on it: without it, only pushes are refused.
         deadline_s = time.monotonic() + LIMITS.writer_start_wait_s
         while WRITER in self.children and not self.children[WRITER].said and time.monotonic() < deadline_s:
-            self._wait(deadline_s, starting=True)
+            self._wait(deadline_s)
+        self.starting = False
 
-    def _workers(self) -> list[Child]:
-        return [child for child in self.children.values() if child.number != WRITER]
+    def _announce(self) -> None:
+        plural = "" if self.n_workers == 1 else "s"
+        where = f"{self.launcher.listeners}{self.launcher.shared}"
+        text = f"serving on {where} · {self.n_workers} worker{plural} · {self._contents()}"
+        print(text, flush=True)  # on stdout, in either form of the log: whoever starts a server reads its port there
+        self._note(text)
+        self.systemd.say("READY=1", f"STATUS={self._contents()}")
 
-    def _wait(self, until_s: float | None, *, starting: bool = False) -> None:
-        """Handle what happens next, or return when the time has come."""
-        timeout_s = None if until_s is None else max(0.0, until_s - time.monotonic())
-        if self.systemd.due_s is not None:
-            beat_s = max(0.0, self.systemd.due_s - time.monotonic())
-            timeout_s = beat_s if timeout_s is None else min(timeout_s, beat_s)
-        self._update_accepting()
-        for key, _ in self.selector.select(timeout_s):
+    def _contents(self) -> str:
+        models = ", ".join(f"{model['name']} v{model['version']}" for model in self.served["models"])
+        return f"models: {models or 'none'} · views: {', '.join(self.served['views']) or 'none'}"
+
+    def _note(self, text: str) -> None:
+        """What only a log is told, and no person at a terminal."""
+        if self.settings.log == "json":
+            self.say("info", text)
+
+    def _start(self, number: int, *, check: bool = False) -> None:
+        try:
+            child = self.launcher.start(number, check=check)
+        except OSError as error:
+            raise Unavailable(f"a process cannot be started: {error.strerror}") from None
+        self._take_in(child)
+        self.children[number] = child
+
+    def _take_in(self, child: Child) -> None:
+        self.selector.register(child.control, selectors.EVENT_READ, child)
+        if child.share is not None:
+            self.selector.register(child.share.channel, selectors.EVENT_READ, child)
+
+    # -- events ------------------------------------------------------------------------------------------------
+
+    def wait(self, until_s: float = math.inf) -> None:
+        """Handle what happens next, or return when the time has come; the dead are started again meanwhile."""
+        for number in self.restarts.take():
+            try:
+                self._start(number)
+            except Unavailable as error:
+                wait_s = self.restarts.plan(number, 0.0)
+                self.say("error", f"{error.message}; trying it again in {wait_s:g} s")
+        self._kill_hung()
+        self._wait(min(until_s, self.restarts.next_s))
+
+    def _wait(self, until_s: float) -> None:
+        due_s = min(until_s, self.sharing.due_s, math.inf if self.systemd.due_s is None else self.systemd.due_s)
+        began_s = time.monotonic()
+        timeout_s = min(max(0.0, due_s - began_s), WAIT_MAX_S)
+        events = self.selector.select(timeout_s)
+        slept_s = time.monotonic() - began_s - timeout_s
+        for key, _ in events:
             if key.data is None:
                 self._hear_signals()
-            elif key.data == ACCEPT:
-                self._accept(cast(socket.socket, key.fileobj))
-            elif key.data.shares is not None and key.fileobj is key.data.shares.channel:
-                self._hear_channel(key.data)
-            else:
-                self._hear(key.data, starting)
+            elif key.data == sharing.ACCEPT:
+                self.sharing.accept(cast(socket.socket, key.fileobj))
+            elif key.fileobj is key.data.control:
+                self._hear(key.data)
+            elif key.data.control.fileno() >= 0:  # not buried in this round
+                key.data.share.hear(self.sharing.give)
+        if slept_s > SLEPT_S:
+            self._forgive()
+        if self.sharing.due_s <= time.monotonic():
+            self.sharing.look()
         self.systemd.beat()
 
     def _hear_signals(self) -> None:
-        signals = set(self._wakeup.recv(64))
-        if not signals.isdisjoint(STOP_SIGNALS):
+        signals = self.signals.take()
+        if signals & STOP:
             raise Stopped
-        self.reload_wanted = True
+        self.reload_wanted |= bool(signals & RELOAD)
 
-    def _hear(self, child: Child, starting: bool) -> None:
+    def _hear(self, child: Child) -> None:
         if child.control.fileno() < 0:
             return  # buried in this round
-        try:
-            received = child.control.recv(65536)
-        except ConnectionError:
-            received = b""
-        if received:
-            child.received += received
-            if child.received.endswith(b"\n"):
-                child.said = json.loads(child.received)
+        if child.hear():
+            if child.said and child.share is not None and not child.is_successor:
+                self.served = self.served or child.said
+                self.sharing.add(child.share)
             return
         code = self._bury(child)
         if child.is_successor or child.retires:
             return  # rolling.py looks after them
         if child.number == WRITER:
-            self._plan_restart(child, code, silent=starting)  # if the store is wrong, the worker says so
-        elif not starting:
+            self._plan_restart(child, code, silent=self.starting)  # if the store is wrong, the worker says so
+        elif not self.starting or child.said:
             self._plan_restart(child, code)
-        elif child.said is None or code != 0:
+        else:
             if code != 1:  # 1: it has said why
-                _say(f"error: a worker died while it started: {_how_it_ended(code)}", self.settings.log)
+                self.say("error", f"a worker died while it started: {how_it_ended(code)}")
             raise StartFailed
 
     def _bury(self, child: Child) -> int:
         """Forget a child whose control socket has closed; returns its exit code."""
-        if child.shares is not None:
-            if child.retires:
-                self._hear_channel(child)  # the last connections that it gave away
-            if child.shares.channel.fileno() >= 0:
-                self._forget_channel(child)
         self.selector.unregister(child.control)
-        child.control.close()
         self.others.discard(child)
         if self.children.get(child.number) is child:
             del self.children[child.number]
-        return child.process.wait()
+        if child.share is not None:
+            child.share.hear(self.sharing.give)  # the last connections that it gave away
+            self.selector.unregister(child.share.channel)
+            self.sharing.remove(child.share)
+        return child.close()
 
-    # -- connections -------------------------------------------------------------------------------------------
+    def _plan_restart(self, child: Child, code: int, *, silent: bool = False) -> None:
+        wait_s = self.restarts.plan(child.number, time.monotonic() - child.started_s)
+        if not silent:
+            self.launcher.shared.restarted(writer=child.number == WRITER)
+            reason = child.killed_for or (child.said or {}).get("error") or how_it_ended(code)
+            self.say("warning", f"{child} died: {reason}; starting it again in {wait_s:g} s")
 
-    def _takers(self) -> list[Child]:
-        """Workers that can be given connections: the one with the fewest first, and last those that hang."""
-        ready = [child for child in self._workers() if child.said and child.shares is not None]
-        return sorted(ready, key=lambda child: (child.shares.hangs, child.shares.load) if child.shares else (True, 0))
+    # -- workers that hang -------------------------------------------------------------------------------------
 
-    def _update_accepting(self) -> None:
-        """Several workers: accept here, while there is a worker to give connections to. Else they wait."""
-        wanted = self.n_workers > 1 and bool(self._takers())
-        if wanted != self.accepts:
-            self.accepts = wanted
-            for listener in self.listeners.sockets:
-                if wanted:
-                    self.selector.register(listener, selectors.EVENT_READ, ACCEPT)
-                else:
-                    self.selector.unregister(listener)
+    def _kill_hung(self) -> None:
+        """Kill workers whose loop stands still, and those that do not come to their start; then they are restarted."""
+        for worker in self.workers():
+            if not worker.killed_for and (reason := worker.hangs(self.settings.hang_deadline_s)):
+                worker.killed_for = f"{reason}, and was killed"
+                worker.process.kill()
 
-    def _accept(self, listener: socket.socket) -> None:
-        for _ in range(ACCEPTED_AT_ONCE):
-            try:
-                connection, _ = listener.accept()
-            except OSError:  # none is left, or it has gone already
-                return
-            self._give(bytes([handover.FRESH]), connection)
-
-    def _give(self, data: bytes, connection: socket.socket) -> None:
-        with connection:
-            for child in self._takers():
-                if child.shares is not None and child.shares.give(data, connection):
-                    return
-        # Every worker is far behind: this connection is closed, which its client sees at once.
-
-    def _hear_channel(self, child: Child) -> None:
-        if child.shares is not None and child.shares.channel.fileno() >= 0 and not child.shares.hear(self._give):
-            self._forget_channel(child)
-
-    def _forget_channel(self, child: Child) -> None:
-        assert child.shares is not None
-        self.selector.unregister(child.shares.channel)
-        child.shares.channel.close()
+    def _forgive(self) -> None:
+        """The whole machine or container may have stood still: nobody was silent in that time."""
+        for worker in self.workers():
+            if worker.said:
+                worker.is_heard()
+            else:
+                worker.started_s = time.monotonic()
 
     # -- for rolling.py ----------------------------------------------------------------------------------------
 
     def start_successor(self, number: int) -> Child:
-        return self._start(number, is_successor=True)
+        """Raises OSError."""
+        child = self.launcher.start(number)
+        child.is_successor = True
+        self._take_in(child)
+        self.others.add(child)
+        return child
 
     def succeed(self, successor: Child) -> Child | None:
         """A successor that is ready takes its place. Returns the worker that is to retire, if it still lives."""
@@ -338,131 +295,63 @@ class Supervisor:
         successor.is_successor = False
         self.others.discard(successor)
         self.children[successor.number] = successor
-        self.due_s.pop(successor.number, None)
+        self.restarts.forget(successor.number)
+        if successor.share is not None:
+            self.sharing.add(successor.share)
         if old is not None:
             old.retires = True
             self.others.add(old)
+            if old.share is not None:
+                self.sharing.remove(old.share)
         return old
-
-    def workers(self) -> list[Child]:
-        return self._workers()
-
-    def wait(self, until_s: float | None) -> None:
-        """Handle what happens next; deaths and restarts of others too."""
-        self._restart_due()
-        due_s = [moment for moment in (until_s, self._next_due_s()) if moment is not None]
-        self._wait(min(due_s, default=None))
-
-    def say(self, line: str) -> None:
-        _say(line, self.settings.log)
-
-    # -- restarts ----------------------------------------------------------------------------------------------
-
-    def _plan_restart(self, child: Child, code: int, *, silent: bool = False) -> None:
-        now_s = time.monotonic()
-        wait_s = 2 * self.backoff_s.get(child.number, 0.0)
-        if now_s - child.started_s > STABLE_S:
-            wait_s = 0.0
-        wait_s = min(max(wait_s, LIMITS.restart_backoff_min_s), LIMITS.restart_backoff_max_s)
-        self.backoff_s[child.number] = wait_s
-        self.due_s[child.number] = now_s + wait_s
-        if not silent:
-            self.shared.restarted(writer=child.number == WRITER)
-            reason = (child.said or {}).get("error") or _how_it_ended(code)
-            _say(f"{child} died: {reason}; starting it again in {wait_s:g} s", self.settings.log)
-
-    def _next_due_s(self) -> float | None:
-        return min(self.due_s.values(), default=None)
-
-    def _restart_due(self) -> None:
-        now_s = time.monotonic()
-        for number in [number for number, due_s in self.due_s.items() if due_s <= now_s]:
-            del self.due_s[number]
-            self._start(number)
 
     # -- stopping ----------------------------------------------------------------------------------------------
 
     def _stop(self) -> int:
         """Let them finish; returns 0 if all did in time. A second signal kills them."""
         self.systemd.say("STOPPING=1")
-        if self.accepts:
-            for listener in self.listeners.sockets:
-                self.selector.unregister(listener)
-        self.listeners.close()
-        self.shared.close()
-        clean = self._end([*self._workers(), *self.others], LIMITS.stop_grace_s)
-        # The writer last: what workers have handed to it is written and answered.
-        writer = [child for child in self.children.values() if child.number == WRITER]
-        return 0 if clean and self._end(writer, LIMITS.stop_grace_s) else 1
+        self._note("stopping")
+        self.sharing.accept_no_more()
+        self.launcher.listeners.close()
+        self.launcher.shared.close()
+        deadline_s = time.monotonic() + LIMITS.stop_grace_s
+        # Those that retire first, since they give connections to the workers; successors have nothing in flight. The
+        # writer last: what workers have handed to it is written and answered.
+        clean = self._end(self.others, deadline_s) and self._end(self.workers(), deadline_s)
+        clean = clean and self._end(self.children.values(), time.monotonic() + LIMITS.stop_grace_s)
+        self._note("stopped" if clean else "stopped, with work cut off")
+        return 0 if clean else 1
 
-    def _end(self, children: list[Child], grace_s: float) -> bool:
-        """SIGTERM; True if they all ended well in time."""
-        deadline_s = time.monotonic() + grace_s
-        for child in children:
-            # One that is not ready has nothing in flight, and may be busy for long.
-            child.process.send_signal(signal.SIGTERM if child.said else signal.SIGKILL)
-        clean, waiting = True, set(children)
+    def _end(self, children: Iterable[Child], deadline_s: float) -> bool:
+        """SIGTERM to those that do not retire already; True if they all ended well in time."""
+        waiting, clean = set(children), True
+        for child in waiting:
+            if child.said is None:
+                child.process.kill()  # it has nothing in flight, and may be busy for long
+            elif not child.retires:
+                child.process.send_signal(signal.SIGTERM)
         while waiting:
-            events = self.selector.select(deadline_s - time.monotonic())
-            if not events or any(key.data is None for key, _ in events):
+            events = self.selector.select(max(0.0, deadline_s - time.monotonic()))
+            if not events:
                 return False
             for key, _ in events:
-                ending: Child = key.data
-                if key.fileobj is not ending.control:
-                    self._hear_channel(ending)
-                elif ending.control.fileno() >= 0 and ending.control.recv(65536) == b"":
-                    waiting.discard(ending)
-                    clean &= self._bury(ending) == 0 or ending.said is None
+                if key.data is None:
+                    if self.signals.take() & STOP:
+                        return False
+                    continue
+                child = key.data
+                if child.control.fileno() < 0:
+                    continue  # buried in this round
+                if key.fileobj is not child.control:
+                    child.share.hear(self.sharing.give)
+                elif not child.hear():
+                    waiting.discard(child)
+                    clean &= self._bury(child) == 0 or child.said is None
+            self.systemd.beat()
         return clean
-
-    def _wait_for_end(self) -> None:
-        for child in self.children.values():
-            child.process.wait()
 
     def _kill(self) -> None:
         for child in [*self.children.values(), *self.others]:
             child.process.kill()
-            child.process.wait()
-            child.control.close()
-            if child.shares is not None:
-                child.shares.channel.close()
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Turn signals into bytes on a socket that the selector watches."""
-        self._wakeup, wakeup_end = socket.socketpair()
-        self._wakeup.setblocking(False)
-        wakeup_end.setblocking(False)
-        self.selector.register(self._wakeup, selectors.EVENT_READ, None)
-        old_fd = signal.set_wakeup_fd(wakeup_end.fileno(), warn_on_full_buffer=False)
-        old = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in old.items():
-                signal.signal(number, handler)
-            signal.set_wakeup_fd(old_fd)
-            self.selector.close()
-            self._wakeup.close()
-            wakeup_end.close()
-
-    # -- words -------------------------------------------------------------------------------------------------
-
-    def _contents(self) -> str:
-        served = self.children[1].said
-        assert served is not None
-        models = ", ".join(f"{model['name']} v{model['version']}" for model in served["models"])
-        return f"models: {models or 'none'} · views: {', '.join(served['views']) or 'none'}"
-
-    def _announcement(self) -> str:
-        plural = "" if self.n_workers == 1 else "s"
-        return f"serving on {self.listeners}{self.shared} · {self.n_workers} worker{plural} · {self._contents()}"
-
-
-def _how_it_ended(code: int) -> str:
-    if code >= 0:
-        return f"exit code {code}"
-    try:
-        return f"signal {-code} ({signal.Signals(-code).name})"
-    except ValueError:
-        return f"signal {-code}"
+            child.close()
+        self.sharing.close()

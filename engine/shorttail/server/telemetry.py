@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import gc
 import time
+from collections import Counter
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from shorttail._native.metrics import METHODS, PROTOCOLS
-from shorttail.monitor.logs import RequestLog
+from shorttail.monitor.logs import RequestLog, trace_ids
 from shorttail.monitor.memory import WORD, MetricsMemory
 from shorttail.server.settings import Settings
 
@@ -19,7 +21,6 @@ if TYPE_CHECKING:
     from shorttail.engine import Engine
     from shorttail.pipeline import BatchResult
     from shorttail.server.http.app import HttpServer
-    from shorttail.server.writer_link import WriterLink
 
 RPC: Final = PROTOCOLS.index("rpc")
 PREDICT: Final = METHODS.index("predict")
@@ -33,9 +34,7 @@ class Telemetry:
         settings = settings or Settings()
         self.memory = MetricsMemory.attach(fd) if fd >= 0 else MetricsMemory.create(1)
         self.recorder = self.memory.claim()
-        self.log = RequestLog(
-            "json" if settings.log == "json" else "text", settings.slow_ms * 1000, settings.log_failed
-        )
+        self.log = RequestLog(settings.log, settings.slow_ms * 1000, settings.log_failed)
         self.slow_ns = self.log.slow_ns or 1 << 62
         self._last: dict[str, int] = {}
         self._newest_ns = time.monotonic_ns()
@@ -55,8 +54,17 @@ class Telemetry:
             self.recorder.add(WORD["gc_collections"], 1)
             self.recorder.add(WORD["gc_pause_ns"], time.perf_counter_ns() - self._gc_started_ns)
 
-    def batch(self, batch: Batch, result: BatchResult, requests: int, rows: int, opened_ns: int, start_ns: int) -> None:
-        """A batch of the wire was answered just now. requests: those that got their answer."""
+    def batch(
+        self,
+        batch: Batch,
+        result: BatchResult,
+        requests: int,
+        rows: int,
+        opened_ns: int,
+        start_ns: int,
+        traces: Mapping[int, tuple[int, bytes]] | None = None,
+    ) -> None:
+        """A batch of the wire was answered just now. requests: those that got their answer; traces: Batch.traces."""
         model = batch.route.plan.model
         taken_ns = self.recorder.answered(
             PREDICT if model else FEATURES,
@@ -69,22 +77,36 @@ class Telemetry:
             result.prepared_ns,
             result.inferred_ns,
         )
-        if taken_ns > self.slow_ns:
-            self.log.note(
-                "warning",
-                "slow batch",
-                protocol="rpc",
-                method="predict" if model else "get_online_features",
-                model=model,
-                duration_ms=_ms(taken_ns),
-                queue_ms=_ms(start_ns - opened_ns),
-                lookup_ms=_ms(result.looked_up_ns - start_ns),
-                infer_ms=_ms(result.inferred_ns - result.prepared_ns) if result.inferred_ns else None,
-                requests=requests,
-                rows=rows,
-            )
+        if taken_ns <= self.slow_ns:
+            return
+        of = {"protocol": "rpc", "method": "predict" if model else "get_online_features", "model": model}
+        of |= {"duration_ms": _ms(taken_ns)}
+        self.log.note(
+            "warning",
+            "slow batch",
+            **of,
+            queue_ms=_ms(start_ns - opened_ns),
+            lookup_ms=_ms(result.looked_up_ns - start_ns),
+            infer_ms=_ms(result.inferred_ns - result.prepared_ns) if result.inferred_ns else None,
+            requests=requests,
+            rows=rows,
+        )
+        for msgid, trace in (traces or {}).values():
+            self._traced("warning", "slow request", msgid, trace, of)
 
-    def tick(self, engine: Engine, router: Router, link: WriterLink, http: HttpServer | None) -> None:
+    def wrote(self, method: str, code: str, message: str, msgid: int, taken_ns: int, trace: bytes | None) -> None:
+        """The outcome of a push or delete that the writer had. msgid: -1 for a notification."""
+        self.recorder.requests(self.recorder.slot(METHODS.index(method), ""), RPC, code, 1)
+        slow = taken_ns > self.slow_ns
+        if not (slow if code == "OK" else self.log.failed):
+            return
+        level = "error" if code == "INTERNAL" else "warning"
+        fields: dict[str, Any] = {"protocol": "rpc", "method": method, "code": code, "error": message[:500]}
+        fields |= {"duration_ms": _ms(taken_ns), "request_id": str(msgid) if msgid >= 0 else None}
+        text = "slow request" if code == "OK" else "request failed"
+        self.log.note(level, text, **fields, **trace_ids(_text(trace)))
+
+    def tick(self, engine: Engine, router: Router, http: HttpServer | None) -> None:
         """Bring the shared memory up to date, and note what failed on the wire since the last time."""
         put = self.recorder.put
         now_ns = time.monotonic_ns()
@@ -105,26 +127,43 @@ class Telemetry:
             self._count("http_connections_total", http.connections_total)
             self._count("http_received_bytes", http.received_bytes)
             self._count("http_sent_bytes", http.sent_bytes)
-        for (method, code), n in link.outcomes.items():
-            self.recorder.requests(self.recorder.slot(METHODS.index(method), ""), RPC, code, n)
-        link.outcomes.clear()
-        for (method, model, code), (n, msgid, message) in router.take_errors().items():
-            self._failed(method, model, code, n, msgid, message)
+        self._failures(router)
+
+    def _failures(self, router: Router) -> None:
+        """Count what failed on the wire; a line for each that is traced, and for each kind one for the others."""
+        errors, lines = router.take_errors(), Counter[tuple[str, str, str]]()
+        for method, model, code, msgid, message, trace in router.take_traced():
+            if self.log.failed and trace_ids(_text(trace)):
+                lines[method, model, code] += 1
+                of = {"protocol": "rpc", "method": method, "model": model, "code": code, "error": message[:500]}
+                self._traced("error" if code == "INTERNAL" else "warning", "request failed", msgid, trace, of)
+        for kind, (n, msgid, message) in errors.items():
+            self._failed(*kind, n, n - lines[kind], msgid, message)
 
     def _count(self, word: str, total: int) -> None:
         """A counter that this process keeps itself; the word may hold what a process before it counted."""
         self.recorder.add(WORD[word], total - self._last.get(word, 0))
         self._last[word] = total
 
-    def _failed(self, method: str, model: str, code: str, n: int, msgid: int, message: str) -> None:
+    def _failed(self, method: str, model: str, code: str, n: int, untold: int, msgid: int, message: str) -> None:
+        """untold: of the n requests, those that have no line yet."""
         self.recorder.requests(self.recorder.slot(METHODS.index(method), model), RPC, code, n)
-        if not self.log.failed:
+        if not self.log.failed or untold <= 0:
             return
         fields: dict[str, Any] = {"model": model, "code": code, "error": message[:500]}
-        fields |= {"requests": n} if n > 1 else {}
+        fields |= {"requests": untold} if untold > 1 else {}
         fields |= {"request_id": str(msgid)} if msgid >= 0 else {}
         level = "error" if code == "INTERNAL" else "warning"
         self.log.note(level, "request failed", protocol="rpc", method=method, **fields)
+
+    def _traced(self, level: str, text: str, msgid: int, trace: bytes, fields: Mapping[str, Any]) -> None:
+        """A line of its own for a request with a traceparent; none if that is not valid."""
+        if ids := trace_ids(_text(trace)):
+            self.log.note(level, text, **fields, request_id=str(msgid), **ids)
+
+
+def _text(trace: bytes | None) -> str | None:
+    return None if trace is None else trace.decode("ascii", "replace")
 
 
 def _ms(ns: int) -> float:

@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import gc
 import json
+import math
 import signal
 import socket
 import ssl
@@ -23,6 +24,7 @@ from shorttail._native.wire import Connection, Router
 from shorttail.config import LIMITS
 from shorttail.engine import Engine
 from shorttail.errors import InvalidArgument, ShorttailError
+from shorttail.monitor import logs, stderr
 from shorttail.server import guard, handover, security
 from shorttail.server.batcher import Batcher
 from shorttail.server.faults import FaultLog, one_line
@@ -100,7 +102,7 @@ async def serve(
     router = Router(loop, engine, handlers(engine))
     batcher = Batcher(router, engine, faults, telemetry)
     engine.load_in_background(lambda: batcher.apart.tell(batcher.follow_catalog))
-    link = WriterLink(writer, loop)
+    link = WriterLink(writer, loop, telemetry.wrote)
     router.forward = link.forward
     guard.configure(router, settings)
     tls = security.server_context(settings)
@@ -111,7 +113,7 @@ async def serve(
     loop.add_signal_handler(signal.SIGTERM, stop.set)
     loop.add_reader(control, told, loop, control, stop, retire)
     servers = [await listen(loop, listener, router, tls) for listener in listeners]
-    http = await serve_http(engine, http_listeners, telemetry, faults, settings, tls) if http_listeners else None
+    http = await serve_http(batcher, http_listeners, telemetry, faults, settings, tls) if http_listeners else None
     telemetry.watch_gc()
 
     async def housekeeping() -> None:
@@ -122,7 +124,7 @@ async def serve(
                 batcher.follow_catalog()
                 guard.sweep(router)
                 channel.report()
-                telemetry.tick(engine, router, link, http)
+                telemetry.tick(engine, router, http)
             except Exception as error:
                 faults(error)
             faults.write(loop)
@@ -140,7 +142,7 @@ async def serve(
     if retire.is_set():
         await channel.hand_over_all(loop.time() + LIMITS.stop_grace_s / 2)
     await asyncio.gather(drain(router, link), *([http.stop(LIMITS.stop_grace_s - STOP_MARGIN_S)] if http else []))
-    telemetry.tick(engine, router, link, http)
+    telemetry.tick(engine, router, http)
     for task in tasks:
         task.cancel()
     batcher.close()
@@ -152,7 +154,7 @@ async def serve(
 
 
 async def serve_http(
-    engine: Engine,
+    batcher: Batcher,
     listeners: list[socket.socket],
     telemetry: Telemetry,
     faults: FaultLog,
@@ -163,7 +165,7 @@ async def serve_http(
     from shorttail.server.http.app import HttpServer
 
     access = security.Tokens.read(settings.token_file).access if settings.token_file else None
-    http = HttpServer(engine, telemetry.memory, telemetry.recorder, telemetry.log, faults, access)
+    http = HttpServer(batcher.engine, batcher, telemetry.memory, telemetry.recorder, telemetry.log, faults, access)
     await http.start(listeners, tls)
     return http
 
@@ -199,14 +201,18 @@ async def listen(
 
 
 async def drain(router: Router, link: WriterLink) -> None:
-    """Answer what was sent, close every connection; cut those that have not ended in time."""
+    """Answer what was sent, close every connection; cut those that have not ended in time.
+
+    Connections may still come: those that were on their way when this began.
+    """
     loop = asyncio.get_running_loop()
     cut_at = loop.time() + LIMITS.stop_grace_s - STOP_MARGIN_S
-    if router.connections:
-        await asyncio.sleep(LAST_READS_S)
-    for connection in list(router.connections):
-        connection.finish()
+    read_until: dict[Connection, float] = {}
     while (router.connections or link.outstanding) and loop.time() < cut_at:
+        for connection in list(router.connections):
+            if loop.time() >= read_until.setdefault(connection, loop.time() + LAST_READS_S):
+                connection.finish()
+                read_until[connection] = math.inf
         await asyncio.sleep(0.01)
     for connection in list(router.connections):
         connection.abort()
@@ -230,6 +236,7 @@ def main() -> int:
     parser.add_argument("--cpu", type=int, help="the CPU to run on")
     args = parser.parse_args()
     settings = Settings.from_json(args.settings)
+    stderr.everything(settings.log)
     if args.cpu is not None:
         guard.pin(args.cpu)
     guard.allow_files(settings.max_connections)
@@ -237,10 +244,10 @@ def main() -> int:
     try:
         engine, served = load(args.store, args.device, args.pretouch, args.lock_memory)
     except ShorttailError as error:
-        print(f"error: {error.message}", file=sys.stderr, flush=True)
+        logs.say(settings.log, "error", error.message)
         return 1
     except Exception as error:
-        print(f"error: store {args.store}: {one_line(error)}", file=sys.stderr, flush=True)
+        logs.say(settings.log, "error", f"store {args.store}: {one_line(error)}")
         return 1
     with engine:
         if args.check:
@@ -252,6 +259,7 @@ def main() -> int:
         telemetry = Telemetry(args.metrics_fd, settings)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(serve(engine, listeners, control, channel, served, args.writer, settings, telemetry, http))
+    control.detach()  # the supervisor takes its closing for the end of this process: so the system closes it
     return 0
 
 

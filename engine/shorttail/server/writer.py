@@ -40,6 +40,8 @@ from shorttail.errors import (
     Unavailable,
 )
 from shorttail.ingest.rows import column_batch, key_arrays
+from shorttail.monitor import stderr
+from shorttail.monitor.logs import Format
 from shorttail.server.faults import FaultLog, one_line
 from shorttail.server.writer_link import NIL, READY, REQUEST_BYTES, failed
 from shorttail.store import Delete, Edit, Store, Upsert
@@ -248,10 +250,10 @@ class WorkerConnection(asyncio.Protocol):
         self.transport.write(b"\x94\x01" + msgpack.packb(number) + result)
 
 
-async def serve(store: Store, listener: socket.socket, control: socket.socket) -> None:
+async def serve(store: Store, listener: socket.socket, control: socket.socket, log: Format = "text") -> None:
     """Write until SIGTERM, or until the supervisor is gone; then what is left."""
     loop = asyncio.get_running_loop()
-    faults = FaultLog()
+    faults = FaultLog(log)
     writer = Writer(store, loop, faults)
 
     def supervisor_gone() -> None:  # nothing is ever sent: readable means closed
@@ -302,7 +304,9 @@ def main() -> int:
     parser.add_argument("store")
     parser.add_argument("--control-fd", type=int, required=True)
     parser.add_argument("--listen-fd", type=int, required=True)
+    parser.add_argument("--log", choices=("text", "json"), default="text")
     args = parser.parse_args()
+    stderr.everything(args.log)
     control = socket.socket(fileno=args.control_fd)
     try:
         store = Store.open(args.store)
@@ -311,7 +315,8 @@ def main() -> int:
         control.sendall(json.dumps({"error": reason}).encode() + b"\n")  # the supervisor says it, if no worker does
         return 1
     with store, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(serve(store, socket.socket(fileno=args.listen_fd), control))
+        runner.run(serve(store, socket.socket(fileno=args.listen_fd), control, args.log))
+    control.detach()  # the supervisor takes its closing for the end of this process: so the system closes it
     return 0
 
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections import Counter
-from typing import Any, Final, cast
+import time
+from collections.abc import Callable
+from typing import Any, Final, NamedTuple, cast
 
 import msgpack
 
@@ -28,7 +29,16 @@ DIED: Final = Unavailable(
     "the writer died before it answered; the rows may or may not be stored: push again, which is safe"
 )
 
-Caller = tuple[Connection | None, int, int, str]  # connection (None: a notification), msgid, bytes counted, method
+Told = Callable[[str, str, str, int, int, bytes | None], object]  # Telemetry.wrote
+
+
+class Caller(NamedTuple):
+    connection: Connection | None  # None: a notification
+    msgid: int
+    size: int  # bytes counted
+    method: str
+    sent_ns: int
+    trace: bytes | None
 
 
 def failed(error: ShorttailError) -> bytes:
@@ -37,15 +47,15 @@ def failed(error: ShorttailError) -> bytes:
 
 
 class WriterLink(asyncio.Protocol):
-    """Keeps connected to the writer at `path` while run() runs."""
+    """Keeps connected to the writer at `path` while run() runs. told: of every outcome."""
 
-    def __init__(self, path: str, loop: asyncio.AbstractEventLoop):
+    def __init__(self, path: str, loop: asyncio.AbstractEventLoop, told: Told):
         self.path = path
         self.loop = loop
         self.is_ready = False
         self.outstanding: dict[int, Caller] = {}
         self.outstanding_bytes = 0
-        self.outcomes: Counter[tuple[str, str]] = Counter()  # (method, code) -> requests answered
+        self.told = told
         self._ids = itertools.count()
         self._transport: asyncio.Transport | None = None
         self._unpacker = msgpack.Unpacker()
@@ -61,7 +71,15 @@ class WriterLink(asyncio.Protocol):
             except OSError:
                 await asyncio.sleep(RETRY_S)
 
-    def forward(self, connection: Connection | None, msgid: int, method: str, params: bytes, deadline_ns: int) -> None:
+    def forward(
+        self,
+        connection: Connection | None,
+        msgid: int,
+        method: str,
+        params: bytes,
+        deadline_ns: int,
+        trace: bytes | None = None,
+    ) -> None:
         """Router.forward: send a request on. Raises Unavailable, ResourceExhausted."""
         if not self.is_ready or self._transport is None:
             raise Unavailable("the writer is starting again; send it again")
@@ -71,7 +89,7 @@ class WriterLink(asyncio.Protocol):
                 f"{self.outstanding_bytes} bytes of pushes and deletes wait for the writer; send it again later"
             )
         number = next(self._ids)
-        self.outstanding[number] = (connection, msgid, size, method)
+        self.outstanding[number] = Caller(connection, msgid, size, method, time.monotonic_ns(), trace)
         self.outstanding_bytes += size
         head = b"\x95\x00" + msgpack.packb(number) + msgpack.packb(method) + b"\xc6" + len(params).to_bytes(4)
         self._transport.writelines([head, params, msgpack.packb(deadline_ns)])
@@ -97,21 +115,22 @@ class WriterLink(asyncio.Protocol):
 
     def _relay(self, message: Any) -> None:
         _, number, error, result = message
-        code = "OK" if error is None else str(error.get("code"))
-        self._answer(number, msgpack.packb(error, unicode_errors="replace") + msgpack.packb(result), code)
+        outcome = msgpack.packb(error, unicode_errors="replace") + msgpack.packb(result)
+        self._answer(number, outcome, *(("OK", "") if error is None else (str(error["code"]), str(error["message"]))))
 
-    def _answer(self, number: int, outcome: bytes, code: str) -> None:
-        connection, msgid, size, method = self.outstanding.pop(number)
-        self.outstanding_bytes -= size
-        self.outcomes[method, code] += 1
-        if connection is not None:
-            connection.relay(msgid, outcome)
+    def _answer(self, number: int, outcome: bytes, code: str, message: str) -> None:
+        caller = self.outstanding.pop(number)
+        self.outstanding_bytes -= caller.size
+        msgid = caller.msgid if caller.connection is not None else -1
+        self.told(caller.method, code, message, msgid, time.monotonic_ns() - caller.sent_ns, caller.trace)
+        if caller.connection is not None:
+            caller.connection.relay(caller.msgid, outcome)
 
     def connection_lost(self, error: Exception | None) -> None:
         self.is_ready = False
         self._transport = None
         outcome = failed(DIED)
         for number in list(self.outstanding):
-            self._answer(number, outcome, DIED.code)
+            self._answer(number, outcome, DIED.code, DIED.message)
         if self._lost is not None and not self._lost.done():
             self._lost.set_result(None)

@@ -1,0 +1,203 @@
+"""The supervisor's children: how a worker and the writer are started, and when one that died is started again."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from shorttail.config import LIMITS
+from shorttail.monitor import stderr
+from shorttail.server.listen import Listeners, WriterSocket
+from shorttail.server.settings import Settings
+from shorttail.server.shared import Shared
+from shorttail.server.sharing import Share
+
+WRITER: Final = 0  # its number; workers count from 1
+STABLE_S: Final = 10.0  # a child that lived this long starts its backoff anew
+LAST_WORDS_S: Final = 1.0  # for what a child that has ended had written to be passed on
+
+
+@dataclass(slots=True, eq=False)
+class Child:
+    number: int
+    process: subprocess.Popen[bytes]
+    control: socket.socket  # one line of JSON comes when it is ready; then nothing until it is gone
+    share: Share | None  # of a worker
+    started_s: float = field(default_factory=time.monotonic)
+    said: dict[str, Any] | None = None  # what is served; or of a writer that cannot write {"error": why}
+    received: bytes = b""
+    killed_for: str = ""  # why the supervisor killed it
+    is_successor: bool = False  # not ready yet, to take the place of one that serves
+    retires: bool = False
+
+    def __str__(self) -> str:
+        return f"{name_of(self.number)} (pid {self.process.pid})"
+
+    def hear(self) -> bool:
+        """Read what it says on its control socket. False: it has ended."""
+        try:
+            received = self.control.recv(65536)
+        except BlockingIOError:
+            return True
+        except OSError:
+            received = b""
+        self.received += received
+        if received and self.received.endswith(b"\n"):
+            self.said = json.loads(self.received)
+            self.is_heard()
+        return bool(received)
+
+    def is_heard(self) -> None:
+        if self.share is not None:
+            self.share.heard_s = time.monotonic()
+
+    def hangs(self, deadline_s: float) -> str:
+        """Why it is to be killed: its loop stood still for so long, or it does not come to its start. "": it is not."""
+        now_s = time.monotonic()
+        if self.said is None:
+            late = now_s - self.started_s > LIMITS.start_timeout_s
+            return f"it was not ready after {LIMITS.start_timeout_s:g} s" if late else ""
+        hung = self.share is not None and now_s - self.share.heard_s > deadline_s
+        return f"it hung for {deadline_s:g} s" if hung else ""
+
+    def close(self) -> int:
+        """Wait for its end; returns its exit code."""
+        self.control.close()
+        if self.share is not None:
+            self.share.close()
+        return self.process.wait()
+
+
+class Launcher:
+    """Starts children: new interpreters, never forks. A context manager; leaving it lets them have their last words."""
+
+    def __init__(
+        self,
+        store: str,
+        listeners: Listeners,
+        writer_socket: WriterSocket,
+        shared: Shared,
+        settings: Settings,
+        *,
+        device: str,
+        options: Sequence[str],
+        accepts: bool,
+    ):
+        """options: of every worker. accepts: workers accept connections themselves."""
+        self.store = store
+        self.listeners = listeners
+        self.writer_socket = writer_socket
+        self.shared = shared
+        self.settings = settings
+        self.device = device
+        self.options = options
+        self.accepts = accepts
+        self._relays: list[threading.Thread] = []
+
+    def start(self, number: int, *, check: bool = False) -> Child:
+        """Raises OSError when the system has no room for it."""
+        with contextlib.ExitStack() as theirs, contextlib.ExitStack() as ours:
+            control, control_end = socket.socketpair()
+            ours.callback(control.close)
+            theirs.callback(control_end.close)
+            control.setblocking(False)
+            share = None
+            fds = [control_end.fileno()]
+            options = ["--control-fd", str(control_end.fileno())]
+            if number == WRITER:
+                listening = [self.writer_socket.listener.fileno()]
+                options += ["--log", self.settings.log]
+            else:
+                share = Share()
+                ours.callback(share.close)
+                listening = [listener.fileno() for listener in self.listeners.sockets] if self.accepts else []
+                fds += [share.worker_end.fileno(), *self.shared.fds]
+                options += ["--channel-fd", str(share.worker_end.fileno()), *self._worker_options(number, check)]
+            options += [f"--listen-fd={fd}" for fd in listening]
+            process = self._spawn("writer" if number == WRITER else "worker", options, [*fds, *listening])
+            ours.pop_all()
+        if process.stderr is not None:
+            self._relays = [relay for relay in self._relays if relay.is_alive()]
+            self._relays.append(stderr.relay(process.stderr, name_of(number)))
+        return Child(number, process, control, share)
+
+    def _worker_options(self, number: int, check: bool) -> list[str]:
+        options = ["--settings", self.settings.to_json(), "--writer", self.writer_socket.path]
+        options += ["--device", self.device, *self.options, *self.shared.worker_options]
+        if self.settings.pin_cpus:
+            cpus = sorted(os.sched_getaffinity(0))
+            options += ["--cpu", str(cpus[(number - 1) % len(cpus)])]
+        return [*options, "--check"] if check else options
+
+    def _spawn(self, module: str, options: list[str], fds: list[int]) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [sys.executable, "-P", "-m", f"shorttail.server.{module}", *options, "--", self.store],
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE if self.settings.log == "json" else None,  # to be made lines of JSON, whatever it is
+            pass_fds=fds,
+            process_group=0,  # of its own: Ctrl-C in a terminal is for the supervisor, which passes it on once
+        )
+
+    def __enter__(self) -> Launcher:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        end_s = time.monotonic() + LAST_WORDS_S
+        for relay in self._relays:
+            relay.join(max(0.0, end_s - time.monotonic()))
+
+
+class Restarts:
+    """When children that died are started again: at once at first, and later the sooner they die again."""
+
+    def __init__(self) -> None:
+        self.due_s: dict[int, float] = {}
+        self._backoff_s: dict[int, float] = {}
+
+    @property
+    def next_s(self) -> float:
+        return min(self.due_s.values(), default=math.inf)
+
+    def plan(self, number: int, lived_s: float) -> float:
+        """Returns in how many seconds it will be."""
+        wait_s = 0.0 if lived_s > STABLE_S else 2 * self._backoff_s.get(number, 0.0)
+        wait_s = min(max(wait_s, LIMITS.restart_backoff_min_s), LIMITS.restart_backoff_max_s)
+        self._backoff_s[number] = wait_s
+        self.due_s[number] = time.monotonic() + wait_s
+        return wait_s
+
+    def take(self) -> list[int]:
+        """The numbers of those whose time has come."""
+        now_s = time.monotonic()
+        due = [number for number, due_s in self.due_s.items() if due_s <= now_s]
+        for number in due:
+            del self.due_s[number]
+        return due
+
+    def forget(self, number: int) -> None:
+        """Another has taken its place."""
+        self.due_s.pop(number, None)
+
+
+def name_of(number: int) -> str:
+    return "writer" if number == WRITER else f"worker {number}"
+
+
+def how_it_ended(code: int) -> str:
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        return f"signal {-code} ({signal.Signals(-code).name})"
+    except ValueError:
+        return f"signal {-code}"

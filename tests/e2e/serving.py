@@ -1,0 +1,208 @@
+"""A running `shorttail serve`, and plain sockets to speak to it: what tests of the server share."""
+
+import contextlib
+import re
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import msgpack
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+import shorttail as st
+
+DEFINITIONS = """
+import shorttail as st
+
+user = st.Entity("user", keys={"user_id": st.Int64})
+stats = st.FeatureView("stats", entity=user, features=[
+    st.Feature("age", st.Float32, default=1.5),
+    st.Feature("visits", st.Int64),
+    st.Feature("tier", st.String),
+    st.Feature("taste", st.Vector(2)),
+])
+total = st.Model("total", path="total.onnx", inputs=["stats:age", "stats:visits", "request:amount"])
+"""
+ROWS = {
+    "user_id": [1, 2, 3],
+    "age": [10.0, 20.0, None],
+    "visits": [1, 2, 3],
+    "tier": ["gold", None, "tin"],
+    "taste": [[1, 2], [3, 4], [5, 6]],
+}
+SERVE = [sys.executable, "-m", "shorttail", "serve"]
+TIMEOUT_S = 20.0
+
+
+def write_sum(path: Path, factor: float) -> None:
+    """A model [rows, 3] float32 -> total [rows]: the sum of the columns times `factor`."""
+    graph = helper.make_graph(
+        [
+            helper.make_node("ReduceSum", ["x", "axes"], ["sum"], keepdims=0),
+            helper.make_node("Mul", ["sum", "factor"], ["total"]),
+        ],
+        "sum",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, 3])],
+        [helper.make_tensor_value_info("total", TensorProto.FLOAT, [None])],
+        [
+            helper.make_tensor("axes", TensorProto.INT64, [1], [1]),
+            helper.make_tensor("factor", TensorProto.FLOAT, [], [factor]),
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)])
+    model.ir_version = 8
+    onnx.save(model, str(path))
+
+
+def make_store(home: Path) -> Path:
+    (home / "definitions.py").write_text(DEFINITIONS)
+    write_sum(home / "total.onnx", 1.0)
+    with st.Engine.open(home / "store", create=True) as engine:
+        engine.apply(home / "definitions.py")
+        engine.push("stats", ROWS)
+    return home / "store"
+
+
+class Peer:
+    """A plain socket, and msgpack to read with."""
+
+    def __init__(self, address):
+        self.socket = socket.socket(socket.AF_UNIX if isinstance(address, str) else socket.AF_INET)
+        self.socket.settimeout(TIMEOUT_S)
+        try:
+            self.socket.connect(address)
+        except OSError:
+            self.socket.close()
+            raise
+        if not isinstance(address, str):
+            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.unpacker = msgpack.Unpacker()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.socket.close()
+
+    def send(self, data):
+        self.socket.sendall(data)
+
+    def reply(self):
+        """The next reply, or None when the server has closed."""
+        while True:
+            for message in self.unpacker:
+                return message
+            data = self.socket.recv(65536)
+            if not data:
+                return None
+            self.unpacker.feed(data)
+
+    def ask(self, *message):
+        self.send(msgpack.packb(message))
+        return self.reply()
+
+
+class Server:
+    """A running `shorttail serve` on a free port."""
+
+    def __init__(self, store, *options, log):
+        self.log = log
+        with log.open("w") as errors:
+            self.process = subprocess.Popen(
+                [*SERVE, "--store", str(store), "--port", "0", *options],
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+            )
+        ready, _, _ = select.select([self.process.stdout], [], [], TIMEOUT_S)
+        self.line = self.process.stdout.readline() if ready else ""
+        found = re.match(r"serving on 127\.0\.0\.1:(\d+)", self.line)
+        if found is None:
+            self.kill()
+            pytest.fail(f"no announcement: {self.line!r}; stderr: {log.read_text()}")
+        self.address = ("127.0.0.1", int(found[1]))
+
+    def connect(self):
+        return Peer(self.address)
+
+    def workers(self):
+        return self.children("worker")
+
+    def children(self, kind):
+        """Process ids of its workers, or of its writer."""
+        found = []
+        for child in children_of(self.process.pid):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                if f"shorttail.server.{kind}\0" in Path(f"/proc/{child}/cmdline").read_text():
+                    found.append(child)
+        return found
+
+    def stop(self, signum=signal.SIGTERM):
+        self.process.send_signal(signum)
+        return self.wait()
+
+    def wait(self):
+        code = self.process.wait(TIMEOUT_S)
+        self.process.stdout.close()
+        return code
+
+    def kill(self):
+        if self.process.poll() is None:
+            self.process.kill()
+        self.wait()
+
+
+PREDICT = [0, 1, "predict", ["total", {"user_id": [1, 2, 9], "amount": 0.5}]]
+PREDICTED = [1, 1, None, {"outputs": {"total": [11.5, 22.5, pytest.approx(float("nan"), nan_ok=True)]}, "version": 1}]
+FEATURES = [0, 2, "get_online_features", [
+    ["stats:age", "stats:visits", "stats:tier", "stats:taste"], {"user_id": [3, 2, 9]},
+]]  # fmt: skip
+FEATURED = [1, 2, None, {
+    "feature_names": ["stats:age", "stats:visits", "stats:tier", "stats:taste"],
+    "values": [[1.5, 20.0, 1.5], [3, 2, None], ["tin", None, None], [[5.0, 6.0], [3.0, 4.0], None]],
+    "has_default": [True, False, False, False],
+    "statuses": [[1, 0, 2], [0, 0, 2], [0, 1, 2], [0, 0, 2]],
+}]  # fmt: skip
+
+
+def until(condition, server):
+    """Wait for what a server does by itself; its outcome is asserted, not its time. Returns what `condition` did."""
+    end_s = time.monotonic() + TIMEOUT_S
+    while not (found := condition()):
+        assert time.monotonic() < end_s, server.log.read_text()
+        assert server.process.poll() is None, server.log.read_text()
+        time.sleep(0.02)
+    return found
+
+
+def hang_up(server):
+    """SIGHUP, and wait until the reload is done; what the log said meanwhile."""
+    before = len(server.log.read_text())
+    server.process.send_signal(signal.SIGHUP)
+    until(lambda: re.search(r"^reload.*\n", server.log.read_text()[before:], re.MULTILINE), server)
+    return server.log.read_text()[before:]
+
+
+def refused(*options):
+    done = subprocess.run([*SERVE, *options], capture_output=True, text=True, timeout=TIMEOUT_S)
+    assert done.stdout == ""
+    assert done.returncode != 0
+    assert done.stderr.count("\n") == 1, done.stderr
+    return done.stderr
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def children_of(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
