@@ -23,8 +23,10 @@ DEADLINE_GRACE_S = 0.1
 _pack_float64 = struct.Struct(">d").pack
 
 
-def predict_params(model: str, columns: Mapping[str, Any], version: int | None, statuses: bool) -> list[Any]:
-    options: dict[str, Any] = {"encoding": "tensor"}
+def predict_params(
+    model: str, columns: Mapping[str, Any], version: int | None, statuses: bool, traceparent: str | None = None
+) -> list[Any]:
+    options = traced({"encoding": "tensor"}, traceparent)
     if version is not None:
         options["version"] = version
     if statuses:
@@ -32,15 +34,21 @@ def predict_params(model: str, columns: Mapping[str, Any], version: int | None, 
     return [model, protocol.encode_columns(columns), options]
 
 
-def features_params(features: Sequence[str], columns: Mapping[str, Any]) -> list[Any]:
+def features_params(features: Sequence[str], columns: Mapping[str, Any], traceparent: str | None = None) -> list[Any]:
     if isinstance(features, str):
         raise InvalidArgument(f"features: give a list of references, such as [{features!r}]")
-    return [list(features), protocol.encode_columns(columns), {"encoding": "tensor"}]
+    return [list(features), protocol.encode_columns(columns), traced({"encoding": "tensor"}, traceparent)]
 
 
-def write_params(view: str, columns: Any) -> list[Any]:
+def write_params(view: str, columns: Any, traceparent: str | None = None) -> list[Any]:
     """Of push and delete."""
-    return [view, protocol.encode_columns(columns), {}]
+    return [view, protocol.encode_columns(columns), traced({}, traceparent)]
+
+
+def traced(options: dict[str, Any], traceparent: str | None) -> dict[str, Any]:
+    if traceparent is not None:
+        options["traceparent"] = traceparent
+    return options
 
 
 def read_rows(method: str, result: Any) -> int:

@@ -12,7 +12,9 @@ import msgpack
 import pytest
 from serving import PREDICT, PREDICTED, SERVE, TIMEOUT_S, until
 
+import shorttail as st
 from shorttail.config import LIMITS
+from shorttail.errors import NotFound
 from shorttail.monitor import stderr
 from shorttail.monitor.logs import trace_ids
 from shorttail.server.faults import FaultLog
@@ -210,6 +212,36 @@ def test_failed_requests_are_logged_with_the_trace_that_they_carry(logged, msgid
             if len(params) == 1:
                 return  # there are no options where they are looked for
     line_with(logged, "request failed", method=method, code=code, request_id=str(msgid), protocol="rpc", **IDS)
+
+
+def test_the_clients_send_it(logged):
+    address = f"{logged.address[0]}:{logged.address[1]}"
+    parents = [f"{n:016x}" for n in range(31, 39)]
+    traces = iter([f"00-{TRACE_ID}-{parent}-01" for parent in parents])
+    with st.Client(address) as client:
+        for call in (
+            lambda trace: client.predict("nobody", {"user_id": 1}, traceparent=trace),
+            lambda trace: client.get_online_features(["nothing:x"], {"user_id": 1}, traceparent=trace),
+            lambda trace: client.push("nothing", {"user_id": [1]}, traceparent=trace),
+            lambda trace: client.delete("nothing", {"user_id": [1]}, traceparent=trace),
+        ):
+            with pytest.raises(NotFound):
+                call(next(traces))
+
+    async def pipelined():
+        async with await st.AsyncClient.connect(address) as client:
+            for call in (
+                lambda trace: client.predict("nobody", {"user_id": 1}, traceparent=trace),
+                lambda trace: client.get_online_features(["nothing:x"], {"user_id": 1}, traceparent=trace),
+                lambda trace: client.push("nothing", {"user_id": [1]}, traceparent=trace),
+                lambda trace: client.delete("nothing", {"user_id": [1]}, traceparent=trace),
+            ):
+                with pytest.raises(NotFound):
+                    await call(next(traces))
+
+    asyncio.run(pipelined())
+    for parent in parents:
+        line_with(logged, "request failed", code="NOT_FOUND", trace_id=TRACE_ID, parent_id=parent)
 
 
 def test_each_traced_failure_has_a_line_and_the_others_share_one(logged):

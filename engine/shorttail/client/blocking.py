@@ -63,23 +63,29 @@ class Client:
         version: int | None = None,
         deadline_ms: float | None = None,
         statuses: bool = False,
+        traceparent: str | None = None,
     ) -> Prediction:
         """Run a model. columns: keys and request columns, scalars or arrays of one length; a scalar is broadcast.
 
         version: a version other than the current one; statuses: also report, for each view and row, how the lookup
-        went. Results are numpy arrays.
+        went; traceparent: W3C trace context, which the server's log names. Results are numpy arrays.
         """
-        params = calls.predict_params(model, columns, version, statuses)
+        params = calls.predict_params(model, columns, version, statuses, traceparent)
         return calls.read_prediction(model, self._call("predict", params, deadline_ms))
 
     def get_online_features(
-        self, features: Sequence[str], columns: Mapping[str, Any], *, deadline_ms: float | None = None
+        self,
+        features: Sequence[str],
+        columns: Mapping[str, Any],
+        *,
+        deadline_ms: float | None = None,
+        traceparent: str | None = None,
     ) -> Features:
         """Look features up. features: "view:feature" references; columns: the views' keys, as for predict."""
-        params = calls.features_params(features, columns)
+        params = calls.features_params(features, columns, traceparent)
         return calls.read_features(self._call("get_online_features", params, deadline_ms))
 
-    def push(self, view: str, rows: Any, *, deadline_ms: float | None = None) -> int:
+    def push(self, view: str, rows: Any, *, deadline_ms: float | None = None, traceparent: str | None = None) -> int:
         """Upsert rows: a dict of columns, pandas, polars or pyarrow. Returns the rows taken, which are durable then.
 
         The view's timestamp column (or `event_time`) holds event times; without it they are now. A row older than the
@@ -87,11 +93,13 @@ class Client:
         none; after Unavailable or DeadlineExceeded from the connection it may be either. The client pushes again by
         itself only what was certainly not written; pushing again is safe unless others wrote the same rows meanwhile.
         """
-        return calls.read_rows("push", self._call("push", calls.write_params(view, rows), deadline_ms))
+        params = calls.write_params(view, rows, traceparent)
+        return calls.read_rows("push", self._call("push", params, deadline_ms))
 
-    def delete(self, view: str, keys: Any, *, deadline_ms: float | None = None) -> int:
+    def delete(self, view: str, keys: Any, *, deadline_ms: float | None = None, traceparent: str | None = None) -> int:
         """Delete the rows of these keys: columns, as for push. Returns how many there were; durable then."""
-        return calls.read_rows("delete", self._call("delete", calls.write_params(view, keys), deadline_ms))
+        params = calls.write_params(view, keys, traceparent)
+        return calls.read_rows("delete", self._call("delete", params, deadline_ms))
 
     def models(self) -> list[dict[str, Any]]:
         """The models served: name, version, columns {name: type name} and outputs [name] of each."""

@@ -74,26 +74,36 @@ class AsyncClient:
         version: int | None = None,
         deadline_ms: float | None = None,
         statuses: bool = False,
+        traceparent: str | None = None,
     ) -> Prediction:
         """As Client.predict."""
-        params = calls.predict_params(model, columns, version, statuses)
+        params = calls.predict_params(model, columns, version, statuses, traceparent)
         return calls.read_prediction(model, await self._call("predict", params, deadline_ms))
 
     async def get_online_features(
-        self, features: Sequence[str], columns: Mapping[str, Any], *, deadline_ms: float | None = None
+        self,
+        features: Sequence[str],
+        columns: Mapping[str, Any],
+        *,
+        deadline_ms: float | None = None,
+        traceparent: str | None = None,
     ) -> Features:
         """As Client.get_online_features."""
-        params = calls.features_params(features, columns)
+        params = calls.features_params(features, columns, traceparent)
         return calls.read_features(await self._call("get_online_features", params, deadline_ms))
 
-    async def push(self, view: str, rows: Any, *, deadline_ms: float | None = None) -> int:
+    async def push(
+        self, view: str, rows: Any, *, deadline_ms: float | None = None, traceparent: str | None = None
+    ) -> int:
         """As Client.push. Calls that wait together share a commit."""
-        params = calls.write_params(view, rows)
+        params = calls.write_params(view, rows, traceparent)
         return calls.read_rows("push", await self._call("push", params, deadline_ms))
 
-    async def delete(self, view: str, keys: Any, *, deadline_ms: float | None = None) -> int:
+    async def delete(
+        self, view: str, keys: Any, *, deadline_ms: float | None = None, traceparent: str | None = None
+    ) -> int:
         """As Client.delete."""
-        params = calls.write_params(view, keys)
+        params = calls.write_params(view, keys, traceparent)
         return calls.read_rows("delete", await self._call("delete", params, deadline_ms))
 
     async def models(self) -> list[dict[str, Any]]:
