@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -30,9 +32,11 @@ from shorttail.store import Store
 from shorttail.store.catalog import TENSOR_TYPES, Catalog, ModelEntry, Share, VersionInfo
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 # A thread that loads a model and one that answers take turns this often, not every 5 ms as Python has it by default.
 LOADING_SWITCH_S = 0.0002
+LOADING_NICE = 10  # where a thread that loads and one that answers want the same CPU, the latter has it
 
 
 class Key(NamedTuple):
@@ -259,7 +263,10 @@ class Versions:
         switch_s = sys.getswitchinterval()
         sys.setswitchinterval(LOADING_SWITCH_S)
         try:
-            outcome = self._load(key, info, catalog)
+            if key.settings.threads == 1 and self._device == CPU:
+                outcome = behind(lambda: self._load(key, info, catalog))
+            else:  # ONNX Runtime's own threads would stay behind with the one that makes them
+                outcome = self._load(key, info, catalog)
         finally:
             sys.setswitchinterval(switch_s)
         with self.lock:
@@ -267,6 +274,17 @@ class Versions:
             self._take(key, catalog_version, outcome)
             self.changes += 1
         self._changed()
+
+
+def behind(work: Callable[[], T]) -> T:
+    """Run it in a thread to which all others go first."""
+
+    def lower() -> None:
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOADING_NICE)
+
+    with ThreadPoolExecutor(1, "load-behind", initializer=lower) as thread:
+        return thread.submit(work).result()
 
 
 def follow(versions: Versions, catalog: Catalog) -> None:

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING
 from shorttail import pipeline
 from shorttail._native.wire import Batch, Router
 from shorttail.errors import ShorttailError
+from shorttail.pipeline import PlanOutdated
 from shorttail.server.apart import Apart, Prepared, ShadowThread
 from shorttail.server.faults import one_line
+from shorttail.server.telemetry import FEATURES, PREDICT
 
 if TYPE_CHECKING:
     from shorttail.engine import Engine
@@ -32,6 +34,7 @@ class Batcher:
     ):
         self.router = router
         self.engine = engine
+        self.store = engine.store
         self.fault = fault
         self.telemetry = telemetry
         self.plans_version = engine.plans_version
@@ -47,18 +50,23 @@ class Batcher:
         for batch in batches:
             if batch.wanted():
                 self.answer(batch)
-        if self.http is not None:
+        if self.http is not None and self.http.pending:
             self.http.run()
         self.router.flush()
         if self.shadows.waiting:
             self.shadows.start()
-        self.follow_catalog()
+        if self.engine.plans_version != self.plans_version:
+            self.follow_catalog()
         if self.router.sheds or not batches:
             self.apart.rest()
 
     def answer(self, batch: Batch) -> None:
         try:
-            plan, result = self.engine.prepare(batch.route.plan, batch.columns)
+            plan = batch.route.plan
+            try:
+                result = pipeline.prepare(plan, self.store, batch.columns)
+            except PlanOutdated:
+                plan, result = self.engine.prepare(plan, batch.columns)
             shadowed = None if plan.shadow is None else self.shadows.take(plan.shadow, batch, result)
             if plan.runner is not None:
                 if batch.columns.n_rows > plan.runner.loop_rows_max:
@@ -84,13 +92,30 @@ class Batcher:
             self.fail(prepared.batch, failure)
 
     def reply(self, batch: Batch, result: BatchResult) -> None:
-        if self.telemetry is None:
+        telemetry = self.telemetry
+        if telemetry is None:
             batch.reply(result)
             return
-        requests, rows = batch.waiting, batch.columns.n_rows  # before: it is empty afterwards
+        model, requests, rows = (
+            batch.route.plan.model,
+            batch.waiting,
+            batch.columns.n_rows,
+        )  # before: it is empty afterwards
         opened_ns, start_ns, traces = batch.opened_ns, batch.started_ns, batch.traces
         batch.reply(result)
-        self.telemetry.batch(batch, result, requests, rows, opened_ns, start_ns, traces)
+        taken_ns = telemetry.recorder.answered(
+            PREDICT if model else FEATURES,
+            model,
+            requests,
+            rows,
+            opened_ns,
+            start_ns,
+            result.looked_up_ns,
+            result.prepared_ns,
+            result.inferred_ns,
+        )
+        if taken_ns > telemetry.slow_ns:
+            telemetry.slow_batch(model, result, requests, rows, opened_ns, start_ns, taken_ns, traces)
 
     def fail(self, batch: Batch, error: Exception) -> None:
         if isinstance(error, ShorttailError):
@@ -105,12 +130,11 @@ class Batcher:
 
         Run between batches: requests that wait hold their plans.
         """
-        if self.engine.plans_version != self.plans_version:
-            self.engine.follow()
-            self.plans_version = self.engine.plans_version
-            self.router.forget_plans()
-            if self.http is not None:
-                self.http.forget_plans()
+        self.engine.follow()
+        self.plans_version = self.engine.plans_version
+        self.router.forget_plans()
+        if self.http is not None:
+            self.http.forget_plans()
 
     def close(self) -> None:
         self.apart.close()

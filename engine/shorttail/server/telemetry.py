@@ -1,6 +1,7 @@
 """What a worker tells of itself: its counters in the server's shared memory, its log of failed and slow requests.
 
-On the way of a batch stands one call, `batch`; everything else is gathered by `tick`, ten times a second.
+On the way of a batch stands one call, `Recorder.answered` in batcher.py; everything else is gathered by `tick`, ten
+times a second.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from shorttail.monitor.memory import WORD, MetricsMemory
 from shorttail.server.settings import Settings
 
 if TYPE_CHECKING:
-    from shorttail._native.wire import Batch, Router
+    from shorttail._native.wire import Router
     from shorttail.engine import Engine
     from shorttail.pipeline import BatchResult
     from shorttail.server.http.app import HttpServer
@@ -54,32 +55,23 @@ class Telemetry:
             self.recorder.add(WORD["gc_collections"], 1)
             self.recorder.add(WORD["gc_pause_ns"], time.perf_counter_ns() - self._gc_started_ns)
 
-    def batch(
+    def slow_batch(
         self,
-        batch: Batch,
+        model: str,
         result: BatchResult,
         requests: int,
         rows: int,
         opened_ns: int,
         start_ns: int,
-        traces: Mapping[int, tuple[int, bytes]] | None = None,
+        taken_ns: int,
+        traces: Mapping[int, tuple[int, bytes]] | None,
     ) -> None:
-        """A batch of the wire was answered just now. requests: those that got their answer; traces: Batch.traces."""
-        model = batch.route.plan.model
-        taken_ns = self.recorder.answered(
-            PREDICT if model else FEATURES,
-            model,
-            requests,
-            rows,
-            opened_ns,
-            start_ns,
-            result.looked_up_ns,
-            result.prepared_ns,
-            result.inferred_ns,
-        )
-        if taken_ns <= self.slow_ns:
-            return
-        of = {"protocol": "rpc", "method": "predict" if model else "get_online_features", "model": model}
+        """A batch of the wire took longer than slow_ns. requests: that got their answer; traces: Batch.traces."""
+        of: dict[str, Any] = {
+            "protocol": "rpc",
+            "method": "predict" if model else "get_online_features",
+            "model": model,
+        }
         of |= {"duration_ms": _ms(taken_ns)}
         self.log.note(
             "warning",
