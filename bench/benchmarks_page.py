@@ -82,7 +82,8 @@ def machine() -> Iterator[str]:
     host, figures = whole["machine"], whole["figures"]
     memory_gib = host["memory_bytes"] / 2**30
     yield f"{host['cpu']}, {host['cpus']} CPUs, {memory_gib:.0f} GiB; {host['system']}; Python {host['python']}."
-    yield f"Servers on {figures['server_cpus']} of the CPUs, the load on the others; medians of {figures['rounds']} rounds;"
+    cpus, rounds = figures["server_cpus"], figures["rounds"]
+    yield f"Servers on {cpus} of the CPUs, the load on the others; medians of {rounds} rounds,"
     yield f"{figures['seconds']:g} s a measurement; commit {whole['commit']}."
 
 

@@ -4,10 +4,10 @@
 
 One worker with the demo's model, and a bare epoll echo in C (bench/c/echo.c) with messages of the same size, in turn,
 driven by the same compiled client (bench/c/loadgen.c): one row a request, thousands of distinct flights that the model
-was not trained on; at 1 and 64 connections, and at 1 by a server that polls (--busy-poll-us). Besides, without a rival:
-4 connections with 32 requests in flight on each, and requests of one user and 500 items (bench/candidates.py). Servers
-run on one CPU and the client on another. Needs the demo's store; when there is none it runs demo/run.py first, which
-takes half a minute.
+was not trained on; at 1 and 64 connections, and at 1 by servers that always poll and that never do (--busy-poll-us).
+Besides, without a rival: 4 connections with 32 requests in flight on each, and requests of one user and 500 items
+(bench/candidates.py). Servers run on one CPU and the client on another. Needs the demo's store; when there is none it
+runs demo/run.py first, which takes half a minute.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ RUNS = {
     "server_1": ("server", "requests", 1, 1),
     "echo_1": ("echo", "blanks", 1, 1),
     "polling_1": ("polling", "requests", 1, 1),
+    "sleeping_1": ("sleeping", "requests", 1, 1),
     "server_64": ("server", "requests", 64, 1),
     "echo_64": ("echo", "blanks", 64, 1),
     "server_4x32": ("server", "requests", 4, 32),
@@ -115,6 +116,7 @@ def measure(folder: Path, rounds: int, duration_s: float) -> dict[str, Any]:
         servers = {
             "server": start("server", STORE),
             "polling": start("polling", STORE, "--busy-poll-us", str(BUSY_POLL_US)),
+            "sleeping": start("sleeping", STORE, "--busy-poll-us", "0"),
             "candidates": start("candidates", folder / "store"),
         }
         answer_bytes = mean_reply_bytes(servers["server"], requests[:500])
@@ -139,6 +141,7 @@ def measure(folder: Path, rounds: int, duration_s: float) -> dict[str, Any]:
         "ratios": {
             "p50_1": ratio(runs["server_1"], runs["echo_1"], "p50_us"),
             "p99_1": ratio(runs["server_1"], runs["echo_1"], "p99_us"),
+            "p50_sleeping": ratio(runs["sleeping_1"], runs["echo_1"], "p50_us"),
             "p50_polling": ratio(runs["polling_1"], runs["echo_1"], "p50_us"),
             "rate_64": ratio(runs["server_64"], runs["echo_64"], "requests_per_s"),
         },

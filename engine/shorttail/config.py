@@ -19,6 +19,7 @@ class Limits:
     batch_rows: int = 16_384  # a batch that is full runs, and the next one starts
     loop_stall_us: float = 2_000.0  # a model that needs longer for its batch runs in another thread
     model_threads: int = 4  # of such models run at the same time
+    adaptive_poll_us: int = 100  # a loop that is asked again within this most of the time does not sleep in between
 
     # Loading a model.
     warm_run_us: float = 20_000.0  # a warm-up goes no further once a batch takes this long,

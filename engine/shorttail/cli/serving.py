@@ -82,9 +82,8 @@ OPTIONS: Final = [
     click.option(
         "--busy-poll-us",
         type=click.IntRange(0),
-        default=0,
-        show_default=True,
-        help="Look for requests for so long before sleeping; takes a CPU a worker.",
+        help="Look for requests for so long before sleeping; takes a CPU a worker. 0: sleep at once."
+        "  [default: 100 while most requests come within that]",
     ),
     click.option("--http/--no-http", default=True, help="Serve HTTP: probes, metrics, inference.  [default: http]"),
     click.option(

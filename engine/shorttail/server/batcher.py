@@ -55,8 +55,7 @@ class Batcher:
         self.router.flush()
         if self.shadows.waiting:
             self.shadows.start()
-        if self.engine.plans_version != self.plans_version:
-            self.follow_catalog()
+        self.follow_catalog()
         if self.router.sheds or not batches:
             self.apart.rest()
 
@@ -130,11 +129,12 @@ class Batcher:
 
         Run between batches: requests that wait hold their plans.
         """
-        self.engine.follow()
-        self.plans_version = self.engine.plans_version
-        self.router.forget_plans()
-        if self.http is not None:
-            self.http.forget_plans()
+        if self.engine.plans_version != self.plans_version:
+            self.engine.follow()
+            self.plans_version = self.engine.plans_version
+            self.router.forget_plans()
+            if self.http is not None:
+                self.http.forget_plans()
 
     def close(self) -> None:
         self.apart.close()

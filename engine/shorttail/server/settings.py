@@ -28,7 +28,7 @@ class Settings:
     hang_deadline_s: int = LIMITS.hang_deadline_s
     p99_budget_ms: float = LIMITS.p99_budget_ms
     pin_cpus: bool = False
-    busy_poll_us: int = 0
+    busy_poll_us: int | None = None  # None: while it pays
     http: bool = True
     http_port: int | None = None  # None: shared.wanted_port
     log: Format = "text"

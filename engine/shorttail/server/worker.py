@@ -107,7 +107,7 @@ async def serve(
     guard.configure(router, settings)
     tls = security.server_context(settings)
     channel = handover.Channel(channel_end, loop, router, tls)
-    if settings.busy_poll_us:
+    if settings.busy_poll_us != 0:
         guard.BusyPoll(loop, router, settings.busy_poll_us)
     stop, retire = asyncio.Event(), asyncio.Event()
     loop.add_signal_handler(signal.SIGTERM, stop.set)
