@@ -128,6 +128,7 @@ cdef extern from "tree.h" nogil:
         uint64_t key
     int st_tree_open(st_tree *, const uint8_t *, uint64_t)
     int st_tree_bucket(const st_tree *, uint32_t, uint64_t, uint64_t *, const uint8_t **, uint64_t *)
+    int st_populate(const uint8_t *, size_t)
     int64_t st_directory_build(const st_tree *, const st_layout *, uint32_t, st_directory *, st_fault *)
     int64_t st_directory_update(const st_tree *, const st_layout *, uint32_t, const uint8_t *, size_t, st_directory *,
                                 st_fault *)
@@ -185,16 +186,11 @@ cdef extern from "merge.h" nogil:
 cdef extern from *:
     """
     #include <sys/mman.h>
-    #ifndef MADV_POPULATE_READ
-    #define MADV_POPULATE_READ 22 /* Linux 5.14 */
-    #endif
     #define st_word_load(p) __atomic_load_n((p), __ATOMIC_ACQUIRE)
     #define st_word_bump(p) __atomic_add_fetch((p), 1, __ATOMIC_ACQ_REL)
     """
     uint64_t st_word_load(uint64_t *) nogil
     uint64_t st_word_bump(uint64_t *) nogil
-    enum: MADV_POPULATE_READ
-    int madvise(void *, size_t, int) nogil
     int mlock(const void *, size_t) nogil
 
 cdef enum:

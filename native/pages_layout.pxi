@@ -112,7 +112,7 @@ cdef class Tree:
         """
         cdef int failed
         with nogil:
-            failed = madvise(<void *>self.c.base, self.c.n_pages * ST_PAGE_BYTES, MADV_POPULATE_READ)
+            failed = st_populate(self.c.base, self.c.n_pages * ST_PAGE_BYTES)
         return failed == 0
 
     def lock(self, uint64_t from_bytes=0):

@@ -47,6 +47,10 @@ int st_tree_open(st_tree *tree, const uint8_t *value, uint64_t txn_id);
 int st_tree_bucket(const st_tree *tree, uint32_t table_id, uint64_t hash, uint64_t *key, const uint8_t **image,
                    uint64_t *bytes);
 
+/* Have that part of the map read from disk and mapped: one call costs a tenth of a fault for each page. Pages come into
+ * the system's cache one by one and not in large pieces (see tree.c). 0, or -1 where the system cannot. */
+int st_populate(const uint8_t *start, size_t bytes);
+
 /* Have that leaf of the tree brought from memory in which the next call for this hash, or one near to it, will search.
  * All of it: a writer copies it too. */
 void st_tree_prefetch(const st_tree *tree, uint32_t table_id, uint64_t hash);

@@ -21,6 +21,7 @@ from shorttail.store import ColumnBatch, Store
 
 FEATURES = 32
 BATCH_ROWS = 65_536
+READ_BYTES = 128 << 10
 TREE_ROW_BYTES = 8 + 4 * FEATURES  # event time and features; the key is the key
 Keys = NDArray[np.int64]
 
@@ -98,13 +99,15 @@ def make_tree(path: Path, keys: Keys) -> Any:
 
 
 def cache_anew(path: Path) -> None:
-    """Write the file back, drop it from the page cache and read it in again.
+    """Write the file back, drop it from the page cache and read it in again, as a server does that maps its store.
 
-    What wrote a file decides how large the pieces are in which the kernel caches it, and with it what later writes
-    cost. After this, files that were written in different ways are cached alike, as after a restart.
+    What brought a file into the cache decides how large the pieces are in which the kernel keeps it, and with it what
+    later writes cost. After this, files that were written in different ways are cached alike, as after a restart.
     """
     with path.open("rb", buffering=0) as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        for start in range(0, path.stat().st_size, READ_BYTES):
+            os.posix_fadvise(file.fileno(), start, READ_BYTES, os.POSIX_FADV_WILLNEED)
         while file.read(1 << 20):
             pass
