@@ -186,7 +186,9 @@ def connections(pid, port):
     return len(inodes & held)
 
 
-@pytest.mark.parametrize("options", [["--busy-poll-us", "200"], ["--busy-poll-us", "0"], ["--pin-cpus", "--workers", "2"]])
+@pytest.mark.parametrize(
+    "options", [["--busy-poll-us", "200"], ["--busy-poll-us", "0"], ["--pin-cpus", "--workers", "2"]]
+)
 def test_served_all_the_same(store, tmp_path, options):
     server = Server(store, *options, log=tmp_path / "log")
     try:
