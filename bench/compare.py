@@ -246,7 +246,7 @@ def measure_peer(run: Run, peer: Peer, own: str, plan: Plan, found: dict[str, An
     log = run.folder / f"{peer.name}.log"
     try:
         with rivals.serving(peer, run.data, run.redis_url, len(run.server), run.server, log) as url:
-            asked = run.http(url, rivals.template(peer, (run.data / "body.json").read_text()))
+            asked = run.http(url, rivals.body(peer, run.described))
             peak = run.peak(asked, url, [(n, 1) for n in CONNECTIONS])
             rate = SHARE_OF_PEAK * peak["good_per_s"]
             alone, loaded = run.drive(asked, url, None, 1), run.open_loop(asked, url, rate, pipelined=False)
@@ -320,7 +320,7 @@ def look_up(run: Run, peer: Peer, found: dict[str, Any]) -> None:
             found["rounds"].append({"alone": {**result, "good_per_s": result["requests_per_s"]}})
             return
         with rivals.serving(peer, run.data, run.redis_url, len(run.server), run.server, run.folder / "peer.log") as url:
-            asked = run.http(url, rivals.template(peer, (run.data / "body.json").read_text()))
+            asked = run.http(url, rivals.body(peer, run.described))
             found["rounds"].append({"alone": run.drive(asked, url, None, 1)})
     except Unusable as failure:
         found["failed"] = str(failure)

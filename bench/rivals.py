@@ -20,7 +20,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,13 +128,13 @@ def serving(peer: Peer, data: Path, redis_url: str, workers: int, cpus: set[int]
 
 def check(peer: Peer, url: str, data: Path, server: subprocess.Popen[bytes], log: Path) -> None:
     """That it answers every request of requests.json as it must."""
-    described, inputs = peer.described, json.loads((data / "scenario.json").read_text())["inputs"]
+    described, scenario = peer.described, json.loads((data / "scenario.json").read_text())
     deadline_s = time.monotonic() + described.get("ready_s", READY_S)
     for number, request in enumerate(json.loads((data / "requests.json").read_text())):
-        body = template(peer, json.dumps(request["columns"]))
+        asked = body(peer, scenario, request["columns"])
         while True:
             try:
-                found = values_of(ask(url, body), described, inputs)
+                found = values_of(ask(url, asked), described, scenario["inputs"])
                 break
             except (OSError, ValueError) as error:
                 if server.poll() is not None:
@@ -151,13 +151,38 @@ def check(peer: Peer, url: str, data: Path, server: subprocess.Popen[bytes], log
             raise Unusable(f"wrong answer: request {number} gave other values than ONNX Runtime on a pandas join")
 
 
-def template(peer: Peer, body: str) -> str:
-    whole: str = peer.described.get("template", "{{body}}")
-    return whole.replace("{{body}}", body)
+def body(peer: Peer, scenario: Mapping[str, Any], columns: Mapping[str, Any] | None = None) -> str:
+    """A request as this peer wants it: of these columns, or as a template of `shorttail bench`.
+
+    peer.json may give "template", what stands around {{body}}, and "column", each column as a tensor of its own, from
+    {{name}}, {{type}}, {{count}} and {{values}}; without it the body is one object of columns.
+    """
+    described, parts = peer.described, []
+    for name in (*scenario["keys"], *scenario["values"]):
+        shared = name in scenario["shared"]
+        if columns is None:
+            many = not shared and (scenario["rows"] > 1 or scenario["kind"] == "features")
+            count = scenario["rows"] if many else 1
+            values = f"{{{{{name}...}}}}" if many else f"{{{{{name}}}}}"
+        else:
+            many = isinstance(columns[name], list)
+            count = len(columns[name]) if many else 1
+            values = json.dumps(columns[name]).strip("[]")
+        if "column" in described:
+            kind = "INT64" if name in scenario["keys"] else "FP64"
+            filled = {"name": name, "type": kind, "count": str(count), "values": values}
+            part = described["column"]
+            for word, text in filled.items():
+                part = part.replace(f"{{{{{word}}}}}", text)
+            parts.append(part)
+        else:
+            parts.append(f'"{name}": [{values}]' if many else f'"{name}": {values}')
+    joined = ", ".join(parts) if "column" in described else "{" + ", ".join(parts) + "}"
+    return str(described.get("template", "{{body}}")).replace("{{body}}", joined)
 
 
-def ask(url: str, body: str) -> Any:
-    request = urllib.request.Request(url, body.encode(), {"Content-Type": "application/json"})
+def ask(url: str, text: str) -> Any:
+    request = urllib.request.Request(url, text.encode(), {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=ANSWER_S) as response:
         return json.load(response)
 

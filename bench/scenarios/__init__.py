@@ -7,7 +7,6 @@ A data folder, which `scenarios.build(name, folder)` makes and every peer reads:
 - definitions.py for shorttail; transforms.py: the same on-demand functions over NumPy arrays, for the others.
 - model.onnx: one float32 matrix in.
 - requests.json: requests with the scores (or the features) that are right for them: ONNX Runtime on a pandas join.
-- body.json: a request as a JSON template of `shorttail bench`.
 """
 
 from __future__ import annotations
@@ -25,6 +24,6 @@ SCENARIOS: dict[str, Scenario] = {scenario.name: scenario for scenario in (FRAUD
 
 def build(name: str, folder: Path, divisor: int = 1) -> None:
     """Make the data folder of a scenario, unless it is there. divisor: of the rows there are."""
-    if not (folder / "body.json").exists():
+    if not (folder / "scenario.json").exists():  # which is written last
         folder.mkdir(parents=True, exist_ok=True)
         write(SCENARIOS[name], folder, divisor)

@@ -110,7 +110,6 @@ def write(scenario: Scenario, folder: Path, divisor: int) -> None:
             "column": scenario.column,
         },
     )
-    (folder / "body.json").write_text(body(scenario))  # last: what build() looks for
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -198,14 +197,6 @@ def answer(scenario: Scenario, folder: Path, fed: Matrix) -> list[float]:
     (scores,) = session.run([scenario.output], {session.get_inputs()[0].name: fed})
     picked = scores if scenario.column is None else scores[:, scenario.column]
     return np.ravel(picked).tolist()
-
-
-def body(scenario: Scenario) -> str:
-    fields = []
-    for name in (*scenario.keys, *scenario.values):
-        one = scenario.one_row or name in scenario.shared
-        fields.append(f'"{name}": {{{{{name}}}}}' if one else f'"{name}": [{{{{{name}...}}}}]')
-    return "{" + ", ".join(fields) + "}"
 
 
 def definitions_of(scenario: Scenario) -> str:
