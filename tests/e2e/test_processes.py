@@ -183,11 +183,11 @@ def test_a_worker_that_hangs_for_long_is_killed_and_replaced(start, workers):
 
 def test_workers_are_not_killed_for_the_time_in_which_nothing_ran(start):
     """As when a container is frozen: the supervisor too goes on where it was."""
-    server = start("--workers", "2", "--hang-deadline-s", "1")
+    server = start("--workers", "2", "--hang-deadline-s", "3")
     workers = server.workers()
     server.process.send_signal(signal.SIGSTOP)
     with stopped(*workers):
-        time.sleep(2.5)  # no synchronisation: this is the time
+        time.sleep(5)  # no synchronisation: this is the time
         server.process.send_signal(signal.SIGCONT)
     with server.connect() as peer:
         assert peer.ask(*PREDICT) == PREDICTED

@@ -25,8 +25,10 @@ def start(tmp_path):
         store = make_store(tmp_path)
         servers.append(Pushing(store, "--workers", "2", *options, log=tmp_path / "log"))
         servers[-1].store = store
-        with servers[-1].connect() as peer:  # the first answer that is not UNAVAILABLE says that the writer is there
-            until(lambda: peer.ask(0, 0, "delete", ["stats", {"user_id": -1}])[2] is None, "the writer takes requests")
+        # An answer that is not UNAVAILABLE says that the writer is there; of each worker, which share connections evenly.
+        with servers[-1].connect() as one, servers[-1].connect() as other:
+            for peer in (one, other):
+                until(lambda peer=peer: peer.ask(0, 0, "delete", ["stats", {"user_id": -1}])[2] is None, "it is there")
         return servers[-1]
 
     yield start_server
