@@ -25,7 +25,7 @@ def start(tmp_path):
         store = make_store(tmp_path)
         servers.append(Pushing(store, "--workers", "2", *options, log=tmp_path / "log"))
         servers[-1].store = store
-        # An answer that is not UNAVAILABLE says that the writer is there; from each worker, to which connections go in turn.
+        # Any answer but UNAVAILABLE says that the writer is there; from each worker, to which connections go in turn.
         with servers[-1].connect() as one, servers[-1].connect() as other:
             for peer in (one, other):
                 until(lambda peer=peer: peer.ask(0, 0, "delete", ["stats", {"user_id": -1}])[2] is None, "it is there")
