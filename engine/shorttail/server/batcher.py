@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 from shorttail import pipeline
 from shorttail._native.wire import Batch, Router
 from shorttail.errors import ShorttailError
-from shorttail.pipeline import PlanOutdated
 from shorttail.server.apart import Apart, Prepared, ShadowThread
 from shorttail.server.faults import one_line
 from shorttail.server.telemetry import FEATURES, PREDICT
@@ -34,7 +33,6 @@ class Batcher:
     ):
         self.router = router
         self.engine = engine
-        self.store = engine.store
         self.fault = fault
         self.telemetry = telemetry
         self.plans_version = engine.plans_version
@@ -61,11 +59,7 @@ class Batcher:
 
     def answer(self, batch: Batch) -> None:
         try:
-            plan = batch.route.plan
-            try:
-                result = pipeline.prepare(plan, self.store, batch.columns)
-            except PlanOutdated:
-                plan, result = self.engine.prepare(plan, batch.columns)
+            plan, result = self.engine.prepare(batch.route.plan, batch.columns)
             shadowed = None if plan.shadow is None else self.shadows.take(plan.shadow, batch, result)
             if plan.runner is not None:
                 if batch.columns.n_rows > plan.runner.loop_rows_max:
