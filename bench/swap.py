@@ -2,16 +2,18 @@
 
     python bench/swap.py [--json] [--quick] [--cycles N]
 
-One worker serves a LightGBM model of 100 trees x 31 leaves, fed by a view of 32 features, at a steady open-loop rate of
-half of what it can do. Every other second is a swap second: it holds two cycles, each a new version deployed and
-promoted, every fifth time rolled back and promoted again. The seconds between are quiet ones. Every version gives other
-answers, so that captured answers tell whether they are those of the version that they name. This process generates the
-load, and loads and checks each version before it deploys it, as `shorttail models deploy` does, on the same machine.
+One worker on one CPU serves a LightGBM model of 100 trees x 31 leaves, fed by a view of 32 features, at a steady
+open-loop rate of half of what it can do. Every other second is a swap second: it holds two cycles, each a new version
+deployed and promoted, every fifth time rolled back and promoted again. The seconds between are quiet ones. Every
+version gives other answers, so that captured answers tell whether they are those of the version that they name. This
+process, on another CPU, generates the load, and loads and checks each version before it deploys it, in a thread to
+which all others go first, as `shorttail models deploy` does.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 import tempfile
@@ -42,6 +44,7 @@ from shorttail.loadtest.rates import Rate  # noqa: E402
 from shorttail.loadtest.result import Step  # noqa: E402
 from shorttail.loadtest.runner import Load, run_step  # noqa: E402
 from shorttail.models import registry  # noqa: E402
+from shorttail.models.serving import go_behind  # noqa: E402
 from shorttail.models.session import Session  # noqa: E402
 
 USERS = 1000
@@ -105,6 +108,9 @@ class Models:
 
 def measure(folder: Path, cycles: int) -> dict[str, Any]:
     models = Models(folder)
+    cpus = sorted(os.sched_getaffinity(0))
+    server_cpu = cpus[0] if len(cpus) > 1 else None
+    os.sched_setaffinity(0, cpus[1:] or cpus)
     rows = np.random.default_rng(0).normal(size=(USERS, forests.WIDTH)).astype(np.float32)
     names = [f"f{i}" for i in range(forests.WIDTH)]
     user = st.Entity("user", keys={"user_id": st.Int64})
@@ -113,7 +119,7 @@ def measure(folder: Path, cycles: int) -> dict[str, Any]:
     with st.Engine.open(folder / "store", create=True) as engine:
         engine.apply([user, view, model])
         engine.push("stats", {"user_id": np.arange(USERS), **{name: rows[:, i] for i, name in enumerate(names)}})
-        with serving.start_server(folder / "store", folder / "log") as (address, server):
+        with serving.start_server(folder / "store", folder / "log", cpu=server_cpu) as (address, server):
             worker = serving.worker_of(server)
             where = target.find(address)
             workload = Workload(predict="m", keys=[f"user_id=uniform:0:{USERS - 1}"])
@@ -162,6 +168,7 @@ def swap_under_load(
     start_s = time.monotonic() + WARMUP_S
 
     def swap() -> None:
+        go_behind()
         try:
             for cycle in range(cycles):
                 second, part = divmod(cycle, CYCLES_PER_SECOND)

@@ -270,6 +270,11 @@ class Engine:
         follow(self._versions, self._store.catalog)
 
     @property
+    def is_loading(self) -> bool:
+        """Whether a version is being loaded in the background."""
+        return self._versions.is_loading
+
+    @property
     def plans_version(self) -> int:
         """Grows when plans that were made before have to be made again."""
         return self._store.catalog_version + self._versions.changes

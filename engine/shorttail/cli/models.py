@@ -240,13 +240,15 @@ def models_deploy(
       shorttail models deploy fraud fraud-new.onnx --store store --canary 10% --run mlflow:3f2a --metric auc=0.91
     """
     from shorttail.models import registry
+    from shorttail.models.serving import behind
 
     if canary == 0:
         raise click.UsageError("--canary 0%: leave a version idle with --no-promote", click.get_current_context())
     about: dict[str, Any] = {"owner": owner, "description": description, "run": run, "metrics": parse_metrics(metrics)}
     with opened(required_store(store)) as target:
         before = target.catalog.model(name).current
-        version = registry.deploy(target, name, path, not no_promote, canary_percent=canary, **about)
+        # This host may be serving, and checking a model takes a CPU for a while.
+        version = behind(lambda: registry.deploy(target, name, path, not no_promote, canary_percent=canary, **about))
         serving = target.catalog.model(name).current
     if version == before:
         note = "unchanged: it is that file already"

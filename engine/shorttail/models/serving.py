@@ -36,6 +36,7 @@ T = TypeVar("T")
 
 # A thread that loads a model and one that answers take turns this often, not every 5 ms as Python has it by default.
 LOADING_SWITCH_S = 0.0002
+SWITCH_S = sys.getswitchinterval()
 LOADING_NICE = 10  # where a thread that loads and one that answers want the same CPU, the latter has it
 
 
@@ -117,18 +118,18 @@ class Versions:
         self._asked: dict[Key, None] = {}  # versions that requests named, the latest last
         self._failed: dict[Key, tuple[int, ShorttailError]] = {}  # and the catalog that it was tried with
         self._loading: set[Key] = set()
-        self._thread: ThreadPoolExecutor | None = None
+        self._threads: tuple[ThreadPoolExecutor, ThreadPoolExecutor] | None = None  # one that all others go before
         self._changed: Callable[[], object] = lambda: None
 
     def load_in_background(self, changed: Callable[[], object]) -> None:
         """From now on load in a thread; `changed` is called from it when another version answers. Takes no lock."""
-        self._thread = ThreadPoolExecutor(1, "load")
+        self._threads = ThreadPoolExecutor(1, "load"), ThreadPoolExecutor(1, "load-behind", initializer=go_behind)
         self._changed = changed
 
     def close(self) -> None:
         """Takes no lock."""
-        if self._thread is not None:
-            self._thread.shutdown(wait=False, cancel_futures=True)
+        for thread in self._threads or ():
+            thread.shutdown(wait=False, cancel_futures=True)
         self.runners.clear()
         self._serving.clear()
 
@@ -221,6 +222,11 @@ class Versions:
         for key in [key for key in self.runners if key not in keep]:
             del self.runners[key]
 
+    @property
+    def is_loading(self) -> bool:
+        """Takes no lock."""
+        return bool(self._loading)
+
     # -- loading -----------------------------------------------------------------------------------------------
 
     def _provide(self, key: Key) -> None:
@@ -230,11 +236,13 @@ class Versions:
             return
         catalog = self._store.catalog
         job = (key, catalog.model(key.model).version(key.version), catalog, self._store.catalog_version)
-        if self._thread is None:
+        if self._threads is None:
             self._take(key, job[3], self._load(*job[:3]))
         else:
             self._loading.add(key)
-            self._thread.submit(self._load_apart, *job)
+            # ONNX Runtime's own threads would stay behind with the one that makes them.
+            behind = key.settings.threads == 1 and self._device == CPU
+            self._threads[behind].submit(self._load_apart, *job)
 
     def _load(self, key: Key, info: VersionInfo, catalog: Catalog) -> Runner | ShorttailError:
         path = registry.model_path(self._store.path, key.model, key.version)
@@ -260,15 +268,11 @@ class Versions:
             log.warning("%s; version %d serves", outcome.message, other)
 
     def _load_apart(self, key: Key, info: VersionInfo, catalog: Catalog, catalog_version: int) -> None:
-        switch_s = sys.getswitchinterval()
         sys.setswitchinterval(LOADING_SWITCH_S)
         try:
-            if key.settings.threads == 1 and self._device == CPU:
-                outcome = behind(lambda: self._load(key, info, catalog))
-            else:  # ONNX Runtime's own threads would stay behind with the one that makes them
-                outcome = self._load(key, info, catalog)
+            outcome = self._load(key, info, catalog)
         finally:
-            sys.setswitchinterval(switch_s)
+            sys.setswitchinterval(SWITCH_S)
         with self.lock:
             self._loading.discard(key)
             self._take(key, catalog_version, outcome)
@@ -278,13 +282,14 @@ class Versions:
 
 def behind(work: Callable[[], T]) -> T:
     """Run it in a thread to which all others go first."""
-
-    def lower() -> None:
-        with suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOADING_NICE)
-
-    with ThreadPoolExecutor(1, "load-behind", initializer=lower) as thread:
+    with ThreadPoolExecutor(1, "load-behind", initializer=go_behind) as thread:
         return thread.submit(work).result()
+
+
+def go_behind() -> None:
+    """From now on all other threads go before this one, and before those that it starts."""
+    with suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOADING_NICE)
 
 
 def follow(versions: Versions, catalog: Catalog) -> None:

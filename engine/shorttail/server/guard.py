@@ -7,12 +7,15 @@ import contextlib
 import os
 import resource
 import time
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from shorttail._native.wire import Router
 from shorttail.config import LIMITS
 from shorttail.server import security
 from shorttail.server.settings import Settings
+
+if TYPE_CHECKING:
+    from shorttail.engine import Engine
 
 # Files that a worker has open besides its connections: the store, models, sockets of its own.
 OTHER_FILES: Final = 512
@@ -71,11 +74,13 @@ class BusyPoll:
     turn. (SO_BUSY_POLL is the kernel's way for network cards; on the loopback it does nothing.)
 
     spin_us None: LIMITS.adaptive_poll_us, while most requests come within that of the turn before, as a hypervisor
-    decides whether to halt a CPU (halt_poll_ns of KVM). So a server that is asked now and then sleeps.
+    decides whether to halt a CPU (halt_poll_ns of KVM). So a server that is asked now and then sleeps, and so does one
+    that loads a model: the thread that does it has what the loop leaves.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, router: Router, spin_us: int | None):
+    def __init__(self, loop: asyncio.AbstractEventLoop, router: Router, engine: Engine, spin_us: int | None):
         self.loop = loop
+        self.engine = engine
         self.adaptive = spin_us is None
         self.spin_ns = 1000 * (LIMITS.adaptive_poll_us if spin_us is None else spin_us)
         self._soon = 0.0  # share of the turns, of late, that began within spin_ns of the one before
@@ -90,12 +95,12 @@ class BusyPoll:
             self._soon += ((time.monotonic_ns() < self._until_ns) - self._soon) * POLL_MEMORY
         self._run()
         self._until_ns = time.monotonic_ns() + self.spin_ns
-        if not self._spins and (not self.adaptive or self._soon > 0.5):
+        if not self._spins and (not self.adaptive or (self._soon > 0.5 and not self.engine.is_loading)):
             self._spins = True
             self.loop.call_soon(self._spin)
 
     def _spin(self) -> None:
-        if time.monotonic_ns() < self._until_ns:
+        if time.monotonic_ns() < self._until_ns and not (self.adaptive and self.engine.is_loading):
             os.sched_yield()  # whoever else wants this CPU comes first
             self.loop.call_soon(self._spin)
         else:

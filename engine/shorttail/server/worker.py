@@ -108,7 +108,7 @@ async def serve(
     tls = security.server_context(settings)
     channel = handover.Channel(channel_end, loop, router, tls)
     if settings.busy_poll_us != 0:
-        guard.BusyPoll(loop, router, settings.busy_poll_us)
+        guard.BusyPoll(loop, router, engine, settings.busy_poll_us)
     stop, retire = asyncio.Event(), asyncio.Event()
     loop.add_signal_handler(signal.SIGTERM, stop.set)
     loop.add_reader(control, told, loop, control, stop, retire)
