@@ -1,17 +1,22 @@
-# Everything happens in .venv; nothing but Python 3.11+, a C compiler and make need be there before.
+# Everything happens in .venv (asan and fuzz: in one of their own, with kernels built for them); nothing but Python 3.11+,
+# a C compiler and make need be there before. asan wants gcc, fuzz clang too.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+ASAN := .venv-asan
+FUZZ := .venv-fuzz
+FUZZ_SECONDS ?= 1200
 SOURCES := setup.py pyproject.toml README.md LICENSE $(shell find engine native -name '*.py' -o -name '*.py[ix]' -o -name '*.pxd' -o -name '*.[ch]' -o -name '*.html')
 
-.PHONY: help demo test soak lint bench fuzz wheel clean
+.PHONY: help demo test soak lint bench asan fuzz wheel clean
 
 help:
 	@echo "make demo    train, load, serve and query 2013's flights out of New York, end to end"
 	@echo "make test    lint, type-check and test the installed package"
 	@echo "make soak    thousands of killed processes, and 100,000 random steps of a store, in about ten minutes"
-	@echo "make lint    ruff, mypy and stubtest alone"
-	@echo "make fuzz    a million damaged frames against the server (an hour)"
+	@echo "make lint    ruff, mypy, stubtest, and the checks of deploy/, alone"
+	@echo "make asan    test with kernels that watch their memory and arithmetic (ASan, UBSan)"
+	@echo "make fuzz    a million damaged frames against the server, then libFuzzer against the codec (an hour and a half)"
 	@echo "make bench   the server against a bare C echo server, on this machine"
 	@echo "make wheel   build dist/*.whl"
 	@echo "make clean   remove what the others made"
@@ -30,9 +35,22 @@ lint: $(VENV)/test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/stubtest --ignore-missing-stub --ignore-disjoint-bases --mypy-config-file pyproject.toml $(patsubst native/%.pyx,shorttail._native.%,$(wildcard native/*.pyx))
+	$(BIN)/hadolint deploy/Dockerfile
+	$(BIN)/kubernetes-validate --strict --quiet deploy/kubernetes/*.yaml
 
-fuzz: $(VENV)/test
+# Python is not instrumented, so what is has to be loaded before it; libstdc++ too, for exceptions of other packages. Leaks
+# are not looked for: Python leaves much to the end of the process. malloc: a read past a `bytes` is then seen.
+WATCHED = PYTHONMALLOC=malloc UBSAN_OPTIONS=print_stacktrace=1 ASAN_OPTIONS=detect_leaks=0:handle_sigbus=0:abort_on_error=1:detect_odr_violation=0
+
+asan: $(ASAN)/test
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so.6)" $(WATCHED) $(ASAN)/bin/python -m pytest
+
+fuzz: $(VENV)/test $(FUZZ)/test
 	FUZZ_FRAMES=1000000 $(BIN)/python -m pytest -x -s tests/fuzz
+	mkdir -p build/fuzz/corpus
+	LD_PRELOAD="$$($(FUZZ)/bin/python -c 'import atheris; print(atheris.path())')/asan_with_fuzzer.so" $(WATCHED) \
+		$(FUZZ)/bin/python tests/fuzz/fuzz_codec.py build/fuzz/corpus -artifact_prefix=build/fuzz/ -print_final_stats=1 \
+		-max_total_time=$(FUZZ_SECONDS) -max_len=4096 -timeout=10 -rss_limit_mb=1024
 
 bench: $(VENV)/demo
 	$(BIN)/python bench/serve.py
@@ -49,10 +67,18 @@ $(VENV)/test: $(VENV)/python $(SOURCES)
 	$(BIN)/pip install --quiet '.[test,lint]'
 	@touch $@
 
-$(VENV)/python:
+$(ASAN)/test: $(ASAN)/python $(SOURCES)
+	SANITIZE=1 CC=gcc $(ASAN)/bin/pip install --quiet '.[test]'
+	@touch $@
+
+$(FUZZ)/test: $(FUZZ)/python $(SOURCES)
+	SANITIZE=fuzzer CC=clang $(FUZZ)/bin/pip install --quiet . 'atheris>=3.0'
+	@touch $@
+
+%/python:
 	@$(PYTHON) -c 'import sys; sys.exit("shorttail needs Python 3.11 or newer, and $(PYTHON) is " + sys.version.split()[0] + "; try: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $*
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist demo/out engine/*.egg-info engine/shorttail/_native/*.so
+	rm -rf $(VENV) $(ASAN) $(FUZZ) build dist demo/out engine/*.egg-info engine/shorttail/_native/*.so

@@ -1,6 +1,7 @@
 """Builds native/*.pyx into shorttail._native.*; everything else is in pyproject.toml.
 
-Switches (environment): DEBUG=1 no optimisation, assertions on; SANITIZE=1 ASan and UBSan; ANNOTATE=1 Cython's HTML.
+Switches (environment): DEBUG=1 no optimisation, assertions on; ANNOTATE=1 Cython's HTML; SANITIZE=1 ASan and UBSan,
+SANITIZE=fuzzer these and clang's coverage for a fuzzer (with CC=clang).
 """
 
 import os
@@ -10,17 +11,20 @@ import numpy
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 
-DEBUG, SANITIZE, ANNOTATE = (os.environ.get(name, "0") == "1" for name in ("DEBUG", "SANITIZE", "ANNOTATE"))
+DEBUG, ANNOTATE = (os.environ.get(name, "0") == "1" for name in ("DEBUG", "ANNOTATE"))
+SANITIZE = os.environ.get("SANITIZE", "0")
+# Objects are built again when their sources change, not when flags do: so what has other flags lies elsewhere.
+base = "build" if SANITIZE == "0" else f"build/sanitize-{SANITIZE}"
 
 flags = ["-O0", "-g", "-UNDEBUG"] if DEBUG else ["-O3", "-g1"]
 link_flags = []
-if SANITIZE:
-    flags += ["-fsanitize=address,undefined", "-fno-omit-frame-pointer"]
-    link_flags += ["-fsanitize=address,undefined"]
+if SANITIZE != "0":
+    link_flags = ["-fsanitize=address,undefined" + (",fuzzer-no-link" if SANITIZE == "fuzzer" else "")]
+    flags = ["-O1", "-g", "-fno-omit-frame-pointer", "-fno-sanitize-recover=undefined", *link_flags]
 
 # A module here cimports another by the name it has once installed (shorttail._native.columns), so give
 # Cython a folder in which native/ bears that name.
-alias = Path("build/cimport/shorttail/_native")
+alias = Path(f"{base}/cimport/shorttail/_native")
 alias.parent.mkdir(parents=True, exist_ok=True)
 if alias.is_symlink():
     alias.unlink()
@@ -51,8 +55,8 @@ setup(
             )
             for name, c_files in sources.items()
         ],
-        include_path=["build/cimport"],
-        build_dir="build/cython",
+        include_path=[f"{base}/cimport"],
+        build_dir=f"{base}/cython",
         annotate=ANNOTATE,
         compiler_directives={
             "language_level": 3,
@@ -62,5 +66,6 @@ setup(
             "initializedcheck": False,
             "embedsignature": False,
         },
-    )
+    ),
+    options={"build": {"build_base": base}},
 )

@@ -3,7 +3,7 @@
     python bench/benchmarks_page.py [--check]
 
 Rewrites what stands between `<!-- NAME -->` and `<!-- end -->` in docs/benchmarks.md, and bench/results/*.svg. --check
-writes nothing and fails if the page is not what the results say. Plots need matplotlib.
+writes nothing and fails if the page is not what the results say. Plots need `pip install 'shorttail[plots]'`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from compare import FLOOR, SHORTTAIL, middle
+from compare import FLOOR, IN_FLIGHT, SHORTTAIL, middle
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "benchmarks.md"
@@ -60,6 +60,8 @@ def content(name: str) -> str:
         return "\n".join(bars())
     if name == "features":
         return "\n".join(features())
+    if name == "mixed":
+        return "\n".join(mixed())
     return "\n".join(scenario(name))
 
 
@@ -94,7 +96,7 @@ def scenario(name: str) -> Iterator[str]:
         "peak, requests/s",
         "shorttail's is",
         "alone, P50",
-        "P99 at 90% of its peak",
+        "P99 below its peak",
         "shorttail's there",
         "lower by",
     ]
@@ -103,14 +105,19 @@ def scenario(name: str) -> Iterator[str]:
     for title, row in by_peak(rows):
         peak = middle(row, "peak", "good_per_s")
         if peak is None:
-            yield f"| {title} | not measured: {row.get('failed', '')} | | | | | |"
+            yield f"| {title} | not measured: {reason(row)} | | | | | |"
             continue
         times = "" if title == SHORTTAIL or ours is None else f"{ours / peak:,.1f}x"
         theirs, our_p99 = middle(row, "loaded", "p99_us"), middle(row, "shorttail", "p99_us")
         lower = f"{theirs / our_p99:,.1f}x" if theirs and our_p99 else ""
         cells = [f"{peak:,.0f}", times, us(middle(row, "alone", "p50_us")), us(theirs), us(our_p99), lower]
-        note = f" (ended early: {row['failed']})" if "failed" in row else ""
+        note = f" (ended early: {reason(row)})" if "failed" in row else ""
         yield f"| {title}{note} | {' | '.join(cells)} |"
+
+
+def reason(row: dict[str, Any]) -> str:
+    """Why it failed, as a cell of a table holds it."""
+    return " ".join(row.get("failed", "").split()).replace("|", "\\|")
 
 
 def by_peak(rows: dict[str, Any]) -> list[tuple[str, Any]]:
@@ -128,8 +135,21 @@ def features() -> Iterator[str]:
         for name in names:
             row = found[name].get(title, {})
             p50, p99 = middle(row, "alone", "p50_us"), middle(row, "alone", "p99_us")
-            cells.append(f"{us(p50)} / {us(p99)}" if p50 is not None else row.get("failed", ""))
+            cells.append(f"{us(p50)} / {us(p99)}" if p50 is not None else reason(row))
         yield f"| {title} | {' | '.join(cells)} |"
+
+
+def mixed() -> Iterator[str]:
+    found = result("mixed")
+    if found is None:
+        return
+    rate = found["figures"]["predictions_per_s"]
+    yield f"| pushes/s, at {rate:,.0f} predictions/s | predictions, P50 | P99 | pushes, P50 | P99 |"
+    yield "|---|---:|---:|---:|---:|"
+    for pushes, measured in found["figures"]["mixes"].items():
+        names = [f"{kind}_{p}_us" for kind in ("predict", "push") for p in ("p50", "p99")]
+        cells = [us(measured[name]["median"]) if name in measured else "" for name in names]
+        yield f"| {pushes} | {' | '.join(cells)} |"
 
 
 def bars() -> Iterator[str]:
@@ -157,7 +177,8 @@ def plots() -> None:
 
     mpl.rcParams["svg.hashsalt"] = "shorttail"  # so that the same figures give the same file
     for name in ("ranking", "fraud"):
-        rows = [(title, row) for title, row in by_peak(compared(name)[1])[::-1] if title != FLOOR and row["rounds"]]
+        every = by_peak(compared(name)[1])[::-1]
+        rows = [(t, row) for t, row in every if t != FLOOR and not t.endswith(IN_FLIGHT) and row["rounds"]]
         figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 0.42 * len(rows) + 1.4), sharey=True)
         draw(left, rows, lambda row: middle(row, "peak", "good_per_s"), "peak throughput, requests/s (more is better)")
         draw(

@@ -4,9 +4,11 @@
 
 For each scenario (bench/scenarios/) every round starts each peer (bench/peers/) in turn, with its Redis, on one set of
 CPUs and drives it from another by the generator of `shorttail bench`: closed loops of several numbers of connections
-find its peak throughput; an open loop at 90% of that gives its latency; and shorttail is then measured at that same
-rate. A peer's first answers are compared with what ONNX Runtime gives on a pandas join. One that does not install,
-start or answer rightly is a row that says so. Scenarios of features alone are closed loops, one request at a time.
+find its peak throughput; an open loop at 90% of that, or less where it cannot keep up, gives its latency; and shorttail
+is then measured at that same rate over as many connections. Peaks that are compared are of one request in flight on
+each connection, for HTTP has no more; what shorttail and the floor do with many is a row of its own. A peer's first
+answers are compared with what ONNX Runtime gives on a pandas join. One that does not install, start or answer rightly
+is a row that says so. Scenarios of features alone are closed loops, one request at a time.
 
 --json prints one object; bench/benchmarks_page.py makes the tables and plots of docs/benchmarks.md from it. The
 environments of peers are made once, in bench/peers/.environments. Needs redis-server, and what `pip install
@@ -33,6 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "engine"), str(ROOT / "bench")]
 
 import loadgen  # noqa: E402
+import numpy as np  # noqa: E402
 import report  # noqa: E402
 import rivals  # noqa: E402
 import scenarios  # noqa: E402
@@ -41,6 +44,7 @@ from rivals import Peer, Unusable  # noqa: E402
 
 import shorttail as st  # noqa: E402
 from shorttail import protocol  # noqa: E402
+from shorttail.config import LIMITS  # noqa: E402
 from shorttail.errors import ShorttailError  # noqa: E402
 from shorttail.loadtest import target  # noqa: E402
 from shorttail.loadtest.plan import Plan, Workload, plan_http, plan_raw, plan_rpc  # noqa: E402
@@ -48,13 +52,15 @@ from shorttail.loadtest.rates import Rate  # noqa: E402
 from shorttail.loadtest.runner import Load, run_step  # noqa: E402
 
 DATA = ROOT / "build" / "scenarios"
-CONNECTIONS = (4, 16, 64)  # of HTTP peers, with one request in flight on each
-PIPELINED = ((1, 1), (16, 1), (64, 1), (4, 32))  # connections, in flight on each: of shorttail and the floor
-SHARE_OF_PEAK = 0.9
+CONNECTIONS = (4, 16, 64)  # with one request in flight on each
+PIPELINED = (4, 32)  # connections, and requests in flight on each, where the protocol allows it
+SHARES_OF_PEAK = (0.9, 0.7, 0.5)  # tried in turn: above what a server keeps up with, latency is the length of the run
+KEPT_UP = 0.9  # answers a second / requests that were due a second
 WARMUP_S = 0.5
 QUICK_DIVISOR = 20
 TIMES_BETTER = 10.0
 SHORTTAIL, SHORTTAIL_HTTP, FLOOR = "shorttail", "shorttail over HTTP", "C echo"
+IN_FLIGHT = f", {PIPELINED[1]} in flight on each connection"  # ends the titles of those rows
 
 
 class Run:
@@ -93,7 +99,8 @@ class Run:
             pipeline=in_flight,
             closed=rate is None,
             duration_s=self.seconds,
-            warmup_s=WARMUP_S,
+            warmup_s=min(WARMUP_S, self.seconds / 2),
+            threads=min(len(self.client), connections, LIMITS.bench_threads),
             raw_reply_bytes=raw,
         )
         with rivals.pinned(self.client):
@@ -108,18 +115,30 @@ class Run:
             "offered_per_s": rate,
             "good_per_s": step.good_per_s,
             "bad": bad,
+            "kept_up": rate is None or step.achieved_per_s >= KEPT_UP * step.offered_per_s,
             "p50_us": p50,
             "p99_us": p99,
             "samples": step.latency.total,
         }
 
-    def peak(self, plan: Plan, address: str, ways: Any, raw: int = 0) -> dict[str, Any]:
-        """The closed loop that gave most."""
-        steps = [self.drive(plan, address, None, connections, in_flight, raw) for connections, in_flight in ways]
-        return max(steps, key=lambda step: float(step["good_per_s"]))
+    def peak(self, plan: Plan, address: str, raw: int = 0) -> dict[str, Any]:
+        """The closed loop that gave most, of those without an error if there are such."""
+        steps = [self.drive(plan, address, None, connections, 1, raw) for connections in CONNECTIONS]
+        return max(steps, key=lambda step: (step["bad"] == 0, step["good_per_s"]))
 
-    def open_loop(self, plan: Plan, address: str, rate: float, pipelined: bool) -> dict[str, Any]:
-        return self.drive(plan, address, rate, 16 if pipelined else CONNECTIONS[-1], 64 if pipelined else 1)
+    def peak_and_alone(self, plan: Plan, address: str, raw: int = 0) -> dict[str, Any]:
+        return {"peak": self.peak(plan, address, raw), "alone": self.drive(plan, address, None, 1, 1, raw)}
+
+    def open_loop(self, plan: Plan, address: str, rate: float) -> dict[str, Any]:
+        return self.drive(plan, address, rate, CONNECTIONS[-1])
+
+    def below_peak(self, plan: Plan, address: str, peak: dict[str, Any]) -> dict[str, Any]:
+        """An open loop at the largest share of the peak that the server keeps up with; {} where it does with none."""
+        for share in SHARES_OF_PEAK:
+            step = self.open_loop(plan, address, share * peak["good_per_s"])
+            if step["kept_up"]:
+                return {**step, "share_of_peak": share}
+        return {}
 
 
 def main() -> None:
@@ -127,7 +146,8 @@ def main() -> None:
     parser.add_argument("--scenario", default="ranking,fraud", help="one or several; 'features' is all of these")
     parser.add_argument("--peers", default="", help="folders of bench/peers; all unless told otherwise")
     parser.add_argument("--rounds", type=int, help="how often all are measured in turn (3; 1 with --quick)")
-    parser.add_argument("--seconds", type=float, help="of each measurement (3; 1 with --quick)")
+    parser.add_argument("--seconds", type=float, help="of each measurement (2.5; 0.5 with --quick)")
+    parser.add_argument("--cores", type=int, help="for each server, and as many for the load (half of all)")
     parser.add_argument("--quick", action="store_true", help="small data, FastAPI alone unless --peers says otherwise")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
@@ -139,8 +159,10 @@ def main() -> None:
     cpus = sorted(os.sched_getaffinity(0))
     if len(cpus) < 2:
         parser.error("one CPU is too few: servers and the load need one each")
-    half = len(cpus) // 2
-    rounds, seconds = options.rounds or (1 if options.quick else 3), options.seconds or (1.0 if options.quick else 3.0)
+    half = options.cores or len(cpus) // 2
+    if not 0 < half <= len(cpus) // 2:
+        parser.error(f"--cores {half}: servers and the load need as many each, and there are {len(cpus)}")
+    rounds, seconds = options.rounds or (1 if options.quick else 3), options.seconds or (0.5 if options.quick else 2.5)
     figures: dict[str, Any] = {"server_cpus": half, "rounds": rounds, "seconds": seconds, "quick": options.quick}
     figures["scenarios"] = {}
     try:
@@ -149,10 +171,12 @@ def main() -> None:
             rivals.redis_server(Path(folder), set(cpus[:half])) as redis_url,
         ):
             for name in names:
-                run = Run(name, Path(folder), options.quick, seconds, set(cpus[:half]), set(cpus[half:]), redis_url)
+                run = Run(
+                    name, Path(folder), options.quick, seconds, set(cpus[:half]), set(cpus[half : 2 * half]), redis_url
+                )
                 measure = models if run.described["kind"] == "model" else features
                 figures["scenarios"][name] = measure(run, peers, rounds)
-    except (loadgen.BenchError, ShorttailError) as error:
+    except (loadgen.BenchError, ShorttailError, Unusable) as error:
         raise SystemExit(f"error: {error}") from None
     bars = judge(figures["scenarios"])
     if options.json:
@@ -176,7 +200,10 @@ def expand(parser: argparse.ArgumentParser, name: str) -> list[str]:
 def models(run: Run, names: list[str], rounds: int) -> dict[str, Any]:
     """Every peer by rounds: its peak, its latency at a share of it, and shorttail's at the same rate."""
     peers = rivals.find("model", names)
-    found: dict[str, dict[str, Any]] = {title: {"rounds": []} for title in (SHORTTAIL, SHORTTAIL_HTTP, FLOOR)}
+    own_titles = [SHORTTAIL, SHORTTAIL_HTTP, FLOOR]
+    if run.described["rows"] == 1:  # requests of many rows are batches already
+        own_titles += [SHORTTAIL + IN_FLIGHT, FLOOR + IN_FLIGHT]
+    found: dict[str, dict[str, Any]] = {title: {"rounds": []} for title in own_titles}
     found |= {peer.title: {"describe": peer.describe, "rounds": []} for peer in peers}
     with ExitStack() as stack:
         own = stack.enter_context(own_server(run))
@@ -214,30 +241,30 @@ def check_own(run: Run, address: str) -> None:
         for number, request in enumerate(json.loads((run.data / "requests.json").read_text())):
             outputs = client.predict(run.described["name"], request["columns"]).outputs[run.described["output"]]
             picked = outputs if run.described["column"] is None else outputs[:, run.described["column"]]
-            if not rivals.np.allclose(picked.ravel(), request["scores"], rtol=rivals.TOLERANCE, atol=rivals.TOLERANCE):
+            if not np.allclose(picked.ravel(), request["scores"], rtol=rivals.TOLERANCE, atol=rivals.TOLERANCE):
                 raise loadgen.BenchError(f"shorttail gave a wrong answer to request {number} of {run.data.name}")
 
 
 def measure_own(run: Run, own: dict[str, Any], plan: Plan, found: dict[str, Any]) -> None:
-    peak = run.peak(plan, own["rpc"], PIPELINED)
-    found[SHORTTAIL]["rounds"].append({"peak": peak, "alone": run.drive(plan, own["rpc"], None, 1)})
-    found[SHORTTAIL]["describe"] = "one worker a core, MessagePack, arrays as tensors; nothing else runs"
     request, reply = message_bytes(run)
+    url = f"http://{own['http']}/v2/models/{run.described['name']}/infer"
+    describe = {
+        SHORTTAIL: "one worker a core, MessagePack, arrays as tensors; nothing else runs",
+        SHORTTAIL_HTTP: "the same server by the Open Inference Protocol v2: JSON, every row with all its keys",
+        FLOOR: f"bench/c/echo.c: {request} bytes there and {reply} back, on one core",
+    }
+    for title in found:
+        if text := describe.get(title.removesuffix(IN_FLIGHT)):
+            found[title]["describe"] = text
+    found[SHORTTAIL]["rounds"].append(run.peak_and_alone(plan, own["rpc"]))
+    found[SHORTTAIL_HTTP]["rounds"].append(run.peak_and_alone(run.http(url, http_body(run)), url))
     with loadgen.start_echo(request, reply, min(run.server)) as address:
         raw = plan_raw(request)
-        found[FLOOR]["rounds"].append(
-            {"peak": run.peak(raw, address, PIPELINED, reply), "alone": run.drive(raw, address, None, 1, 1, reply)}
-        )
-    found[FLOOR]["describe"] = f"bench/c/echo.c: {request} bytes there and {reply} back, on one core"
-    body = http_body(run)
-    if body is None:
-        found.pop(SHORTTAIL_HTTP, None)
-        return
-    url = f"http://{own['http']}/v2/models/{run.described['name']}/infer"
-    over_http = run.http(url, body)
-    peak = run.peak(over_http, url, [(n, 1) for n in CONNECTIONS])
-    found[SHORTTAIL_HTTP]["rounds"].append({"peak": peak, "alone": run.drive(over_http, url, None, 1)})
-    found[SHORTTAIL_HTTP]["describe"] = "the same server by the Open Inference Protocol v2, tensors in JSON"
+        found[FLOOR]["rounds"].append(run.peak_and_alone(raw, address, reply))
+        if FLOOR + IN_FLIGHT in found:
+            found[FLOOR + IN_FLIGHT]["rounds"].append({"peak": run.drive(raw, address, None, *PIPELINED, reply)})
+    if SHORTTAIL + IN_FLIGHT in found:
+        found[SHORTTAIL + IN_FLIGHT]["rounds"].append({"peak": run.drive(plan, own["rpc"], None, *PIPELINED)})
 
 
 def measure_peer(run: Run, peer: Peer, own: str, plan: Plan, found: dict[str, Any]) -> None:
@@ -247,21 +274,22 @@ def measure_peer(run: Run, peer: Peer, own: str, plan: Plan, found: dict[str, An
     try:
         with rivals.serving(peer, run.data, run.redis_url, len(run.server), run.server, log) as url:
             asked = run.http(url, rivals.body(peer, run.described))
-            peak = run.peak(asked, url, [(n, 1) for n in CONNECTIONS])
-            rate = SHARE_OF_PEAK * peak["good_per_s"]
-            alone, loaded = run.drive(asked, url, None, 1), run.open_loop(asked, url, rate, pipelined=False)
-        ours = run.open_loop(plan, own, rate, pipelined=True)
-        found["rounds"].append({"peak": peak, "alone": alone, "loaded": loaded, "shorttail": ours})
+            measured = run.peak_and_alone(asked, url)
+            loaded = run.below_peak(asked, url, measured["peak"])
     except Unusable as failure:
         found["failed"] = str(failure)
     except Exception as error:  # a peer must not end the comparison
         traceback.print_exc(file=sys.stderr)
         found["failed"] = f"{type(error).__name__}: {error}"[:300]
+    else:  # outside of the try: a failure of ours is not the peer's
+        if loaded:
+            measured |= {"loaded": loaded, "shorttail": run.open_loop(plan, own, loaded["offered_per_s"])}
+        found["rounds"].append(measured)
 
 
 def load_redis(run: Run) -> None:
     """By a peer's Python: this one needs no Redis client."""
-    python = rivals.environment(Peer("fastapi", ""))
+    python = rivals.environment(Peer("fastapi", ""))  # the one that has pyarrow
     code = "import sys; sys.path.insert(0, sys.argv[1]); import scorer; scorer.load(*sys.argv[2:])"
     command = [str(python), "-c", code, str(rivals.PEERS), str(run.data), run.redis_url]
     done = subprocess.run(command, capture_output=True, text=True, env=rivals.clean())
@@ -272,23 +300,21 @@ def load_redis(run: Run) -> None:
 def message_bytes(run: Run) -> tuple[int, int]:
     """Of a request and its answer, as shorttail has them on the wire."""
     first = json.loads((run.data / "requests.json").read_text())[0]
-    columns = {name: rivals.np.asarray(v) if isinstance(v, list) else v for name, v in first["columns"].items()}
+    columns = {name: np.asarray(v) if isinstance(v, list) else v for name, v in first["columns"].items()}
     params = [run.described["name"], protocol.encode_columns(columns), {"encoding": "tensor"}]
     width = 1 if run.described["column"] is None else 2
     reply = 60 + 4 * width * run.described["rows"]
     return len(protocol.pack_request(protocol.MSGID_LIMIT - 1, "predict", params)), reply
 
 
-def http_body(run: Run) -> str | None:
-    """A v2 request of the scenario's columns; None where rows share one, which v2 has no form for."""
-    if run.described["shared"]:
-        return None
+def http_body(run: Run) -> str:
+    """A v2 request of the scenario's columns, each with a value for every row: v2 has no columns that rows share."""
+    count = run.described["rows"]
     inputs = []
     for names, kind in ((run.described["keys"], "INT64"), (run.described["values"], "FP64")):
         for name in names:
-            data = f"[{{{{{name}}}}}]" if run.described["rows"] == 1 else f"[{{{{{name}...}}}}]"
-            shape = run.described["rows"]
-            inputs.append(f'{{"name": "{name}", "datatype": "{kind}", "shape": [{shape}], "data": {data}}}')
+            data = f"{{{{{name}}}}}" if count == 1 else f"{{{{{name}...}}}}"
+            inputs.append(f'{{"name": "{name}", "datatype": "{kind}", "shape": [{count}], "data": [{data}]}}')
     return f'{{"inputs": [{", ".join(inputs)}]}}'
 
 
@@ -359,14 +385,14 @@ def judge(found: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def lines_of(found: dict[str, Any]) -> Iterator[str]:
-    yield f"{'':34}{'peak/s':>10}{'alone P50':>12}{'P99 at 90%':>12}{'shorttail there':>17}"
+    yield f"{'':44}{'peak/s':>10}{'alone P50':>12}{'P99 at 90%':>12}{'shorttail there':>17}"
     for title, row in found.items():
         if "failed" in row and not row["rounds"]:
-            yield f"{title:34}{row['failed']}"
+            yield f"{title:44}{row['failed']}"
             continue
         peak, alone = middle(row, "peak", "good_per_s"), middle(row, "alone", "p50_us")
         p99, ours = middle(row, "loaded", "p99_us"), middle(row, "shorttail", "p99_us")
-        yield f"{title:34}" + "".join(
+        yield f"{title:44}" + "".join(
             f"{'' if value is None else format(value, ',.0f'):>{width}}"
             for value, width in ((peak, 10), (alone, 12), (p99, 12), (ours, 17))
         )

@@ -156,7 +156,7 @@ def measure(folder: Path, name: str, seconds: float) -> dict[str, Any]:
     load = Load(connections=CONNECTIONS, pipeline=4096, duration_s=seconds, warmup_s=min(1.0, seconds), timeout_s=2.0)
     with start_server(store, folder / "log", cpu=server_cpu) as (address, server):
         bench = Bench(plan, target.find(address), worker_of(server), client_cpu, load)
-        closed = replace(load, closed=True, pipeline=64, duration_s=min(5.0, seconds))
+        closed = replace(load, closed=True, pipeline=16, duration_s=min(5.0, seconds))
         bench.run(replace(closed, duration_s=1.0), None)
         most, busy = bench.run_and_count(closed, None)
         if most.outcomes["error"] or not most.outcomes["good"]:

@@ -50,7 +50,8 @@ class Peer:
 
     @property
     def title(self) -> str:
-        return f"{self.name}, {self.variant}" if self.variant else self.name
+        name: str = self.described.get("title", self.name)
+        return f"{name}, {self.variant}" if self.variant else name
 
     @property
     def described(self) -> dict[str, Any]:
@@ -224,7 +225,9 @@ def measure_local(peer: Peer, data: Path, seconds: float, redis_url: str, cpus: 
 def redis_server(folder: Path, cpus: set[int]) -> Iterator[str]:
     """Redis without persistence on the CPUs. Yields its URL. Raises loadgen.BenchError."""
     if shutil.which("redis-server") is None:
-        raise loadgen.BenchError("redis-server is not installed, which most peers keep their features in; install it")
+        raise loadgen.BenchError(
+            "redis-server is not installed, which most peers keep their features in: apt-get install redis-server"
+        )
     port = free_port()
     command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
     with pinned(cpus):

@@ -7,10 +7,12 @@ A data folder, which `scenarios.build(name, folder)` makes and every peer reads:
 - definitions.py for shorttail; transforms.py: the same on-demand functions over NumPy arrays, for the others.
 - model.onnx: one float32 matrix in.
 - requests.json: requests with the scores (or the features) that are right for them: ONNX Runtime on a pandas join.
+- made-of: a hash of these sources, written last.
 """
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 from .data import Scenario, write
@@ -23,7 +25,12 @@ SCENARIOS: dict[str, Scenario] = {scenario.name: scenario for scenario in (FRAUD
 
 
 def build(name: str, folder: Path, divisor: int = 1) -> None:
-    """Make the data folder of a scenario, unless it is there. divisor: of the rows there are."""
-    if not (folder / "scenario.json").exists():  # which is written last
+    """Make the data folder of a scenario, unless these sources made the one there. divisor: of the rows there are."""
+    sources = sorted(Path(__file__).parent.rglob("*.py"))
+    wanted = hashlib.sha256(b"".join(path.read_bytes() for path in sources) + b"%d" % divisor).hexdigest()
+    stamp = folder / "made-of"
+    if not stamp.exists() or stamp.read_text() != wanted:
         folder.mkdir(parents=True, exist_ok=True)
+        stamp.unlink(missing_ok=True)
         write(SCENARIOS[name], folder, divisor)
+        stamp.write_text(wanted)

@@ -196,7 +196,8 @@ def answer(scenario: Scenario, folder: Path, fed: Matrix) -> list[float]:
     session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
     (scores,) = session.run([scenario.output], {session.get_inputs()[0].name: fed})
     picked = scores if scenario.column is None else scores[:, scenario.column]
-    return np.ravel(picked).tolist()
+    scores_of_rows: list[float] = np.ravel(picked).tolist()
+    return scores_of_rows
 
 
 def definitions_of(scenario: Scenario) -> str:

@@ -1,0 +1,118 @@
+"""Predictions while features are written: what pushes cost those who read.
+
+    python bench/mixed.py [--json] [--quick] [--rounds N] [--seconds S]
+
+The data and model of the scenario "fraud", one server (worker and writer) on one set of CPUs and the generator of
+`shorttail bench --mix` on another. A closed loop finds the peak of predictions alone; then they come in an open loop at
+a quarter of that, with none, 50 and 250 pushes a second besides, each of one row of 24 features and answered when it is
+durable. Keys of both are Zipf 0.99, so that rows that are read most are written most.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).resolve().parent)]
+
+import compare  # noqa: E402
+import loadgen  # noqa: E402
+import report  # noqa: E402
+import rivals  # noqa: E402
+
+import shorttail as st  # noqa: E402
+from shorttail.errors import ShorttailError  # noqa: E402
+from shorttail.loadtest import target  # noqa: E402
+from shorttail.loadtest.plan import Plan, plan_rpc  # noqa: E402
+from shorttail.loadtest.rates import Rate  # noqa: E402
+from shorttail.loadtest.result import Step  # noqa: E402
+from shorttail.loadtest.runner import Load, run_step  # noqa: E402
+
+SCENARIO, VIEW = "fraud", "activity"
+SHARE_OF_PEAK = 0.25
+PUSHES_PER_S = (0, 50, 250)
+CONNECTIONS, IN_FLIGHT = 16, 64
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, help="how often all are measured in turn (5; 1 with --quick)")
+    parser.add_argument("--seconds", type=float, help="of each measurement (5; 2 with --quick)")
+    parser.add_argument("--quick", action="store_true", help="small data, one round; ends within 50 s")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args()
+    cpus = sorted(os.sched_getaffinity(0))
+    if len(cpus) < 2:
+        parser.error("one CPU is too few: the server and the load need one each")
+    rounds, seconds = options.rounds or (1 if options.quick else 5), options.seconds or (2.0 if options.quick else 5.0)
+    try:
+        with tempfile.TemporaryDirectory(prefix="shorttail-mixed-") as folder:
+            run = compare.Run(SCENARIO, Path(folder), options.quick, seconds, {cpus[0]}, {cpus[1]}, redis_url="")
+            with compare.own_server(run) as own:
+                figures = measure(run, own["rpc"], rounds)
+    except (loadgen.BenchError, ShorttailError, rivals.Unusable) as error:
+        raise SystemExit(f"error: {error}") from None
+    if options.json:
+        report.print_json(figures, [])
+        return
+    for pushes, found in figures["mixes"].items():
+        print(f"{pushes:>6} pushes/s: " + ", ".join(f"{k} {v['median']:,.0f}" for k, v in found.items()))
+
+
+def measure(run: compare.Run, address: str, rounds: int) -> dict[str, Any]:
+    """Every mix by rounds, at one rate of predictions."""
+    peak = run.peak(run.rpc(address), address)
+    rate = SHARE_OF_PEAK * float(peak["good_per_s"])
+    plans = {pushes: plan_of(run, address, pushes / rate) for pushes in PUSHES_PER_S}
+    found: dict[int, list[dict[str, float]]] = {pushes: [] for pushes in PUSHES_PER_S}
+    for number in range(rounds):
+        for pushes in PUSHES_PER_S[:: 1 if number % 2 == 0 else -1]:
+            found[pushes].append(of_step(drive(run, plans[pushes], address, rate + pushes)))
+    return {
+        "server_cpus": 1,
+        "rounds": rounds,
+        "seconds": run.seconds,
+        "peak_per_s": peak["good_per_s"],
+        "predictions_per_s": rate,
+        "mixes": {
+            str(pushes): {name: report.spread([entry[name] for entry in entries]) for name in entries[0]}
+            for pushes, entries in found.items()
+        },
+    }
+
+
+def plan_of(run: compare.Run, address: str, share: float) -> Plan:
+    """share: pushes a prediction."""
+    workload = replace(run.workload, predict=SCENARIO)
+    if share:
+        workload = replace(workload, push=VIEW, mix={"predict": 1.0, "push": share})
+    with st.Client(address) as client:
+        return plan_rpc(workload, client.models(), client.views())
+
+
+def drive(run: compare.Run, plan: Plan, address: str, rate: float) -> Step:
+    load = Load(connections=CONNECTIONS, pipeline=IN_FLIGHT, duration_s=run.seconds, warmup_s=compare.WARMUP_S)
+    with rivals.pinned(run.client):
+        step = run_step(plan, target.find(address), load, Rate(rate, rate))
+    if step.fatal or not step.outcomes["good"]:
+        raise rivals.Unusable(f"under load: {step.fatal or step.outcomes}")
+    return step
+
+
+def of_step(step: Step) -> dict[str, float]:
+    """Latencies in us, counted from when a request was due."""
+    found = {"bad": float(step.due - step.outcomes["good"])}
+    for kind, latency in (step.by_kind or {"predict": step.latency}).items():
+        p50_ns, p99_ns = latency.at([50, 99])
+        found[f"{kind}_per_s"] = latency.total / step.seconds
+        found |= {f"{kind}_p50_us": p50_ns / 1e3, f"{kind}_p99_us": p99_ns / 1e3}
+    return found
+
+
+if __name__ == "__main__":
+    main()
