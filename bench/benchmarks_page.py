@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "benchmarks.md"
 RESULTS = ROOT / "bench" / "results"
 BLOCK = re.compile(r"<!-- (?P<name>[\w.-]+) -->\n.*?<!-- end -->", re.DOTALL)
+PLOTTED = ("ranking", "fraud")
 OTHERS = (
     "lookup",
     "load",
@@ -54,15 +55,15 @@ def main() -> None:
 
 def content(name: str) -> str:
     """What a block of the page holds: a scenario's table, or the bars of a benchmark."""
-    if name == "machine":
-        return "\n".join(machine())
-    if name == "bars":
-        return "\n".join(bars())
-    if name == "features":
-        return "\n".join(features())
-    if name == "mixed":
-        return "\n".join(mixed())
-    return "\n".join(scenario(name))
+    makers = {"machine": machine, "bars": bars, "features": features, "mixed": mixed}
+    try:
+        return "\n".join(makers[name]() if name in makers else scenario(name))
+    except NotMeasured:
+        return "Not measured yet."
+
+
+class NotMeasured(Exception):
+    """There is no result of that kind in bench/results."""
 
 
 def result(name: str) -> dict[str, Any] | None:
@@ -76,7 +77,7 @@ def compared(scenario_name: str) -> tuple[dict[str, Any], dict[str, Any]]:
         whole = json.loads(path.read_text())
         if scenario_name in whole["figures"]["scenarios"]:
             return whole, whole["figures"]["scenarios"][scenario_name]
-    raise SystemExit(f"error: no bench/results/compare*.json has the scenario {scenario_name}")
+    raise NotMeasured
 
 
 def machine() -> Iterator[str]:
@@ -113,6 +114,8 @@ def scenario(name: str) -> Iterator[str]:
         cells = [f"{peak:,.0f}", times, us(middle(row, "alone", "p50_us")), us(theirs), us(our_p99), lower]
         note = f" (ended early: {reason(row)})" if "failed" in row else ""
         yield f"| {title}{note} | {' | '.join(cells)} |"
+    if name in PLOTTED:
+        yield f"\n![{name}](../bench/results/compare-{name}.svg)"
 
 
 def reason(row: dict[str, Any]) -> str:
@@ -142,7 +145,7 @@ def features() -> Iterator[str]:
 def mixed() -> Iterator[str]:
     found = result("mixed")
     if found is None:
-        return
+        raise NotMeasured
     rate = found["figures"]["predictions_per_s"]
     yield f"| pushes/s, at {rate:,.0f} predictions/s | predictions, P50 | P99 | pushes, P50 | P99 |"
     yield "|---|---:|---:|---:|---:|"
@@ -176,8 +179,11 @@ def plots() -> None:
     from matplotlib import pyplot
 
     mpl.rcParams["svg.hashsalt"] = "shorttail"  # so that the same figures give the same file
-    for name in ("ranking", "fraud"):
-        every = by_peak(compared(name)[1])[::-1]
+    for name in PLOTTED:
+        try:
+            every = by_peak(compared(name)[1])[::-1]
+        except NotMeasured:
+            continue
         rows = [(t, row) for t, row in every if t != FLOOR and not t.endswith(IN_FLIGHT) and row["rounds"]]
         figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 0.42 * len(rows) + 1.4), sharey=True)
         draw(left, rows, lambda row: middle(row, "peak", "good_per_s"), "peak throughput, requests/s (more is better)")
