@@ -57,9 +57,9 @@ cdef class Route:
     cdef readonly double admitted_ns    # as the router's, of a route whose batches run outside the loop
     cdef public bint apart          # its batches run outside the loop
     cdef double running_ns          # of that, what is running
-    cdef int64_t calm_ns, ended_ns  # when its queue outside the loop was last short; when its last batch ended there
-    cdef readonly bint standing     # that queue stands
-    cdef bint sheds                 # since the last of its batches outside the loop
+    cdef int64_t ended_ns           # when its last batch ended
+    cdef readonly double cut_ns     # as the router's; of its queue outside the loop, if it has one
+    cdef bint full                  # requests came to it beyond its budget, since the last of its batches ended
     cdef int64_t shed               # requests refused for want of time, not yet among the router's errors
     cdef bint measured              # a batch has run
     cdef ColumnNames names
@@ -135,16 +135,16 @@ cdef class Router:
     cdef list sweeping              # connections that the sweep under way has yet to look at
     cdef int64_t swept_s
     # Admission: wire_guard.pxi.
-    cdef public double target_ns, burst_ns, interval_ns
-    cdef double budget_ns
+    cdef public double target_ns, burst_ns, regain  # work of a turn: in an overload, else; the way back, a ns of time
+    cdef readonly double cut_ns         # what is taken off burst_ns now
     cdef readonly double admitted_ns
-    cdef readonly bint standing     # there is a standing queue
     cdef readonly Py_ssize_t shed   # requests refused for it
     cdef readonly bint sheds        # the last turn refused some
     cdef Py_ssize_t shed_before
+    cdef bint full                  # requests came beyond this turn's budget
     cdef readonly Py_ssize_t waiting_rows, waiting_bytes
     cdef readonly int64_t last_turn_ns
-    cdef int64_t turn_ns, ended_ns, calm_ns, arrived_ns
+    cdef int64_t turn_ns, ended_ns, arrived_ns
     cdef int wake(self) except -1
     cdef Route model_route(self, const uint8_t *name, Py_ssize_t size, int64_t version)
     cdef Route features_route(self, const uint8_t *refs, Py_ssize_t size)

@@ -340,8 +340,8 @@ cdef class Router:
         self.traced = []
         self.sweeping = []
         self.idle_deadline_s = self.frame_deadline_s = self.write_deadline_s = self.auth_deadline_s = 1 << 40
-        self.target_ns = self.burst_ns = self.interval_ns = 1e18    # any amount of work is welcome
-        self.calm_ns = _now_ns()
+        self.target_ns = self.burst_ns = 1e18   # any amount of work is welcome
+        self.ended_ns = _now_ns()
 
     cdef int wake(self) except -1:
         if not self.awake:
@@ -381,7 +381,6 @@ cdef class Router:
         why = _admit(self, route, &options)
         if why == TOO_MUCH:
             self.shed += 1
-            route.sheds = True
             raise ResourceExhausted(SHED_MESSAGE)
         if why == TOO_LATE:
             raise DeadlineExceeded(LATE_MESSAGE)

@@ -297,7 +297,6 @@ cdef class Connection:
         if why == TOO_MUCH:
             self.router.shed += 1
             route.shed += 1
-            route.sheds = True
         else:
             _count_errors(self.router, _method_of(route), route.plan.model, "DEADLINE_EXCEEDED", 1, msgid, LATE_MESSAGE)
         if flags & SILENT:

@@ -27,6 +27,9 @@ cdef bytes LATE = msgpack.packb({"code": "DEADLINE_EXCEEDED", "message": LATE_ME
 # Of a batch besides its model: the turn that it needs, and the lookups and answers of a row, roughly.
 cdef double BATCH_NS = 50_000
 cdef double ROW_NS = 1_000
+# However short turns are to be, one takes as much as this many times what its batch costs in any case: shorter ones
+# would spend their time on that.
+cdef double LEAST_BATCHES = 8
 cdef int SHAPE_ROWS = 256   # a model is about as much dearer by the row as from one row to so many
 
 cdef enum:
@@ -40,9 +43,11 @@ cdef enum:
 # Where the queue is: while a turn of the loop runs, requests wait in the sockets' receive buffers, and the next turn
 # takes all of them. So a request waits for the turn before its own and then for its own, and an overload shows as
 # turns that grow. Admission therefore bounds the work of a turn: what it admits is counted at what its rows have cost
-# so far, and past the budget requests are refused as they are parsed. The budget is controlled as in "Fail at Scale"
-# (Maurer, ACM Queue 2015): long while the queue has been empty within the last interval, so that a burst is served
-# whole; short once it has not, which is a standing queue.
+# so far, and past the budget requests are refused as they are parsed. The budget has two levels, after the adaptive
+# queue timeout of "Fail at Scale" (Maurer, ACM Queue 2015). As long as nothing had to be refused it is long: a burst,
+# or clients that wait for their answers before they go on, are served whole. A turn that is full shows that more comes
+# than can be served, and waiting longer would help nobody: from then on turns are short. The budget grows back while no
+# turn is full, and slowly, so that a pause in an overload does not let a long queue form again.
 
 
 cdef int _begin_unless_begun(Router router) except -1:
@@ -56,35 +61,38 @@ cdef int _begin_turn(Router router) except -1:
     router.arrived_ns = now_ns
     if now_ns - router.ended_ns < BACK_TO_BACK_NS:
         router.arrived_ns -= router.last_turn_ns
-    else:
-        router.calm_ns = now_ns     # the loop had nothing to do
-    router.standing = now_ns - router.calm_ns > router.interval_ns
-    router.budget_ns = router.target_ns if router.standing else router.burst_ns
     return 0
 
 
 cdef int _end_turn(Router router) except -1:
     cdef int64_t now_ns = _now_ns()
+    router.cut_ns = _next_cut(router, router.cut_ns, router.full, now_ns - router.ended_ns)
+    router.full = False
+    router.sheds = router.shed != router.shed_before
+    router.shed_before = router.shed
     router.last_turn_ns = now_ns - router.turn_ns
     router.ended_ns = now_ns
     router.reading = False
-    router.sheds = router.shed != router.shed_before
-    # A turn that shed was short because it shed: it says nothing of the queue.
-    if router.last_turn_ns <= router.target_ns and not router.sheds:
-        router.calm_ns = now_ns
-    router.shed_before = router.shed
     return 0
+
+
+cdef double _next_cut(Router router, double cut_ns, bint full, int64_t passed_ns) noexcept:
+    """What is taken off the budget, of a turn or of a queue outside the loop, after one that took passed_ns."""
+    if full:
+        return router.burst_ns - router.target_ns
+    return max(0.0, cut_ns - router.regain * passed_ns)
 
 
 cdef int _admit(Router router, Route route, const options_t *options) noexcept:
     """The first request always is: an estimate, however wrong, must not lock everybody out.
 
     What runs outside the loop has a queue of its own, and takes no time from the others: the batch that gathers while
-    another runs. Under a standing queue it is kept as short as a turn of the loop is.
+    another runs. Its budget is of the same two levels.
     """
     cdef double ahead_ns = router.admitted_ns
     cdef double queued_ns = ahead_ns
-    cdef double budget_ns = router.budget_ns
+    cdef double cut_ns = max(router.cut_ns, route.cut_ns)
+    cdef double budget_ns
     if options.deadline_ns and options.deadline_ns <= router.turn_ns:
         return TOO_LATE
     if router.waiting_rows >= WAITING_ROWS or router.waiting_bytes >= WAITING_BYTES:
@@ -93,10 +101,14 @@ cdef int _admit(Router router, Route route, const options_t *options) noexcept:
         ahead_ns = route.admitted_ns
         # Rows alone: what the next batch costs in any case is no reason to let fewer share it.
         queued_ns = ahead_ns - route.running_ns - route.batch_cost_ns
-        route.standing = router.turn_ns - route.calm_ns > router.interval_ns
-        budget_ns = router.target_ns if route.standing else router.burst_ns
+        cut_ns = route.cut_ns
     if queued_ns <= 0.0:
         return ADMITTED
+    budget_ns = min(router.burst_ns, max(router.burst_ns - cut_ns, LEAST_BATCHES * route.batch_cost_ns))
+    if queued_ns >= budget_ns:
+        route.full = True   # wherever its batches run: small ones do in the loop
+        if not route.apart:
+            router.full = True
     if options.priority == 0:
         budget_ns *= 0.5
     elif options.priority == 2:
@@ -123,17 +135,9 @@ cdef int _count_in(Router router, Batch batch, Py_ssize_t rows, Py_ssize_t size)
         batch.apart = batch.route.apart
     batch.cost_ns += cost_ns
     if batch.apart:
-        _count_apart(router, batch.route, cost_ns)
+        batch.route.admitted_ns += cost_ns
     else:
         router.admitted_ns += cost_ns
-    return 0
-
-
-cdef int _count_apart(Router router, Route route, double cost_ns) except -1:
-    # Without anything to run for a while, and not only from one batch to the next: no queue was left.
-    if route.admitted_ns == 0.0 and _now_ns() - route.ended_ns > 0.1 * router.target_ns:
-        route.calm_ns = _now_ns()
-    route.admitted_ns += cost_ns
     return 0
 
 
@@ -144,7 +148,7 @@ cdef int _leave_loop(Batch batch) except -1:
     if not batch.apart:
         batch.apart = True
         batch.router.admitted_ns = max(0.0, batch.router.admitted_ns - batch.cost_ns)
-        _count_apart(batch.router, batch.route, batch.cost_ns)
+        batch.route.admitted_ns += batch.cost_ns
     batch.route.running_ns = batch.cost_ns
     return 0
 
@@ -153,6 +157,7 @@ cdef int _count_out(Batch batch) except -1:
     """A batch is done: what it held waits no more."""
     cdef Router router = batch.router
     cdef Route route = batch.route
+    cdef int64_t now_ns
     if router is None:
         return 0
     router.waiting_rows -= batch.waiting_rows
@@ -160,14 +165,12 @@ cdef int _count_out(Batch batch) except -1:
     if batch.apart:
         route.admitted_ns = max(0.0, route.admitted_ns - batch.cost_ns)
         route.running_ns = 0.0
-        route.ended_ns = _now_ns()
-        # Nothing has come meanwhile, or little: what a batch costs in any case says nothing of the queue.
-        if not route.sheds and (
-                route.admitted_ns == 0.0 or batch.cost_ns - route.batch_cost_ns <= router.target_ns):
-            route.calm_ns = route.ended_ns
-        route.sheds = False
     else:
         router.admitted_ns = max(0.0, router.admitted_ns - batch.cost_ns)
+    now_ns = _now_ns()
+    route.cut_ns = _next_cut(router, route.cut_ns, route.full, now_ns - route.ended_ns)
+    route.ended_ns = now_ns
+    route.full = False
     if router.waiting_rows == 0:
         router.admitted_ns = route.admitted_ns = 0.0    # no rounding errors are carried on
     batch.waiting_rows = batch.waiting_bytes = 0

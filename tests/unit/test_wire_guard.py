@@ -331,10 +331,9 @@ class Measured(Guarded):
         assert set(shed) <= {"RESOURCE_EXHAUSTED"}
         return count - len(shed), len(shed)
 
-    def always_standing(self, rows):
+    def always(self, rows):
         """The budget of a turn is that of so many rows, give or take none."""
-        self.router.interval_ns = -1.0
-        self.router.target_ns = (rows - 0.25) * self.route.row_cost_ns
+        self.router.burst_ns = self.router.target_ns = (rows - 0.25) * self.route.row_cost_ns
 
 
 @pytest.fixture
@@ -346,27 +345,60 @@ def measured():
     return served
 
 
-def test_nothing_is_shed_while_no_queue_stands(measured):
-    measured.router.target_ns, measured.router.interval_ns, measured.router.burst_ns = 1.0, 1e18, 1e18
+def budgets(measured, in_overload, else_, regain=0.0):
+    """In rows. LEAST_BATCHES keeps the first from being less than eight times what a batch costs in any case."""
+    row_ns = measured.route.row_cost_ns
+    in_overload += 8 * measured.route.batch_cost_ns / row_ns
+    measured.router.target_ns = in_overload * row_ns
+    measured.router.burst_ns = (in_overload + else_) * row_ns
+    measured.router.regain = regain
+
+
+def test_a_burst_is_served_whole(measured):
+    budgets(measured, 1, 1e9)
     assert measured.offer(2000) == (2000, 0)
-    assert not measured.router.standing
+    assert measured.router.cut_ns == 0.0
 
 
-def test_a_standing_queue_is_cut_to_the_budget(measured):
+def test_more_than_a_turn_may_take_is_refused(measured):
     for rows in (1, 7, 500):
-        measured.always_standing(rows)
+        measured.always(rows)
         assert measured.offer(1000) == (rows, 1000 - rows)
-    assert measured.router.standing
     assert measured.router.shed == 3000 - 508
     assert measured.router.admitted_ns == 0.0
 
 
+def test_a_turn_that_was_full_makes_the_next_short(measured):
+    budgets(measured, 20, 2000)
+    answered, _ = measured.offer(5000)
+    assert answered > 2000
+    taken_off_ns = measured.router.burst_ns - measured.router.target_ns
+    assert measured.router.cut_ns == taken_off_ns
+    answered, shed = measured.offer(5000)
+    assert answered < 2000
+    assert shed > 3000
+    measured.offer(1)
+    assert measured.router.cut_ns == taken_off_ns  # nothing is regained, as told
+    measured.router.regain = 1e9
+    measured.offer(1)
+    assert measured.router.cut_ns == 0.0
+    assert measured.offer(2000) == (2000, 0)
+
+
+def test_requests_of_low_priority_alone_make_no_turn_short(measured):
+    budgets(measured, 1, 2000)
+    answered, shed = measured.offer(1900, {"priority": 0})
+    assert answered < 1900
+    assert shed
+    assert measured.router.cut_ns == 0.0
+
+
 def test_requests_of_low_priority_are_shed_first(measured):
-    measured.always_standing(100)
+    measured.always(100)
     assert measured.offer(1000, {"priority": 0})[0] == 50
-    measured.always_standing(100)
+    measured.always(100)
     assert measured.offer(1000, {"priority": 1})[0] == 100
-    measured.always_standing(100)
+    measured.always(100)
     assert measured.offer(1000, {"priority": 2})[0] == 200
 
 
@@ -383,15 +415,17 @@ def test_a_route_that_runs_apart_has_a_queue_of_its_own(measured):
     assert measured.route.admitted_ns == measured.router.admitted_ns == 0.0
 
 
-def test_a_queue_outside_the_loop_stands_and_is_cut_to_the_budget_of_a_turn(measured):
-    measured.always_standing(20)
-    measured.router.burst_ns, measured.router.interval_ns = 1e18, -1e18
+def test_a_queue_outside_the_loop_that_was_full_is_kept_short(measured):
+    budgets(measured, 20, 2000)
     measured.route.apart = True
-    assert measured.offer(1000) == (20, 980)
-    assert measured.route.standing
-    measured.router.interval_ns = 1e18
-    assert measured.offer(1000) == (1000, 0)
-    assert not measured.route.standing
+    answered, _ = measured.offer(5000)
+    assert answered > 2000
+    assert measured.route.cut_ns == measured.router.burst_ns - measured.router.target_ns
+    assert measured.router.cut_ns == 0.0
+    assert measured.offer(5000)[0] < 2000
+    measured.router.regain = 1e9
+    measured.offer(1)
+    assert measured.route.cut_ns == 0.0
 
 
 def test_what_would_miss_its_deadline_is_refused_at_once(measured):
@@ -444,7 +478,7 @@ def test_batches_that_nobody_waited_for_teach_no_cost(measured):
 
 def test_what_comes_by_another_way_is_admitted_alike(measured):
     """As HTTP does it: ask, count, run."""
-    measured.always_standing(3)
+    measured.always(3)
     plan = measured.route.plan
     route = wire.Route(plan, b"", -1)
     for ran in (True, True):  # the first teaches nothing
@@ -455,7 +489,7 @@ def test_what_comes_by_another_way_is_admitted_alike(measured):
         batch.end(ran)
         measured.loop.turn()
     assert route.row_cost_ns > 0
-    measured.router.target_ns = 2.5 * route.row_cost_ns
+    measured.router.burst_ns = 2.5 * route.row_cost_ns
     batch = wire.Batch(route, plan.new_columns())
     for _ in range(3):
         measured.router.admit(route)
@@ -472,7 +506,7 @@ def test_what_comes_by_another_way_is_admitted_alike(measured):
 
 
 def test_notifications_are_shed_in_silence(measured):
-    measured.always_standing(3)
+    measured.always(3)
     connection = measured.connect()
     connection.data_received(msgpack.packb([2, "predict", ["double", {"key": 1, "amount": 0}]]) * 10)
     measured.loop.turn()

@@ -15,7 +15,7 @@ class Route:
     batch_cost_ns: float
     row_cost_ns: float
     admitted_ns: float
-    standing: bool
+    cut_ns: float
 
 class Batch:
     route: Route
@@ -56,9 +56,9 @@ class Router:
     refused: int
     target_ns: float
     burst_ns: float
-    interval_ns: float
+    regain: float
     admitted_ns: float
-    standing: bool
+    cut_ns: float
     shed: int
     sheds: bool
     last_turn_ns: int
