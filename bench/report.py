@@ -20,11 +20,11 @@ def spread(values: Sequence[float]) -> dict[str, float | int]:
 
 
 def at_most(bar: str, value: float, limit: float, unit: str) -> dict[str, Any]:
-    return {"bar": bar, "value": value, "limit": limit, "unit": unit, "ok": value <= limit}
+    return {"bar": bar, "value": value, "limit": limit, "unit": unit, "ok": bool(value <= limit)}
 
 
 def at_least(bar: str, value: float, limit: float, unit: str) -> dict[str, Any]:
-    return {"bar": bar, "value": value, "limit": limit, "unit": unit, "ok": value >= limit}
+    return {"bar": bar, "value": value, "limit": limit, "unit": unit, "ok": bool(value >= limit)}
 
 
 def machine() -> dict[str, Any]:

@@ -135,7 +135,7 @@ cdef class Router:
     cdef list sweeping              # connections that the sweep under way has yet to look at
     cdef int64_t swept_s
     # Admission: wire_guard.pxi.
-    cdef public double target_ns, burst_ns, regain  # work of a turn: in an overload, else; the way back, a ns of time
+    cdef public double target_ns, burst_ns  # work of a turn: in an overload at the least, and at the most
     cdef readonly double cut_ns         # what is taken off burst_ns now
     cdef readonly double admitted_ns
     cdef readonly Py_ssize_t shed   # requests refused for it

@@ -30,6 +30,9 @@ cdef double ROW_NS = 1_000
 # However short turns are to be, one takes as much as this many times what its batch costs in any case: shorter ones
 # would spend their time on that.
 cdef double LEAST_BATCHES = 8
+# Work that may be added to the budget for each ns without a full turn. The longest queue is then that of an overload by
+# less than this share: any more fills a turn before it has grown.
+cdef double REGAIN = 0.2
 cdef int SHAPE_ROWS = 256   # a model is about as much dearer by the row as from one row to so many
 
 cdef enum:
@@ -43,11 +46,11 @@ cdef enum:
 # Where the queue is: while a turn of the loop runs, requests wait in the sockets' receive buffers, and the next turn
 # takes all of them. So a request waits for the turn before its own and then for its own, and an overload shows as
 # turns that grow. Admission therefore bounds the work of a turn: what it admits is counted at what its rows have cost
-# so far, and past the budget requests are refused as they are parsed. The budget has two levels, after the adaptive
-# queue timeout of "Fail at Scale" (Maurer, ACM Queue 2015). As long as nothing had to be refused it is long: a burst,
-# or clients that wait for their answers before they go on, are served whole. A turn that is full shows that more comes
-# than can be served, and waiting longer would help nobody: from then on turns are short. The budget grows back while no
-# turn is full, and slowly, so that a pause in an overload does not let a long queue form again.
+# so far, and past the budget requests are refused as they are parsed. The budget moves between two levels, those of the
+# adaptive queue timeout of "Fail at Scale" (Maurer, ACM Queue 2015). As long as nothing had to be refused it is long: a
+# burst, or clients that wait for their answers before they go on, are served whole. A turn that is full shows that more
+# comes than can be served, and that waiting longer would help nobody: the next may take half as much, down to the short
+# level. What passes without a full turn lengthens it again: in an overload nearly all turns are full, below capacity few.
 
 
 cdef int _begin_unless_begun(Router router) except -1:
@@ -79,8 +82,8 @@ cdef int _end_turn(Router router) except -1:
 cdef double _next_cut(Router router, double cut_ns, bint full, int64_t passed_ns) noexcept:
     """What is taken off the budget, of a turn or of a queue outside the loop, after one that took passed_ns."""
     if full:
-        return router.burst_ns - router.target_ns
-    return max(0.0, cut_ns - router.regain * passed_ns)
+        return router.burst_ns - max(router.target_ns, 0.5 * (router.burst_ns - cut_ns))
+    return max(0.0, cut_ns - REGAIN * passed_ns)
 
 
 cdef int _admit(Router router, Route route, const options_t *options) noexcept:

@@ -38,7 +38,8 @@ ROWS = {
     "taste": [[1, 2], [3, 4], [5, 6]],
 }
 SERVE = [sys.executable, "-m", "shorttail", "serve"]
-TIMEOUT_S = 120.0 if "asan" in os.environ.get("LD_PRELOAD", "") else 20.0  # `make asan` is several times slower
+ASAN = "asan" in os.environ.get("LD_PRELOAD", "")  # `make asan`: several times slower
+TIMEOUT_S = 120.0 if ASAN else 20.0
 
 
 def write_sum(path: Path, factor: float) -> None:
@@ -110,9 +111,9 @@ class Peer:
 
 
 class Server:
-    """A running `shorttail serve` on a free port."""
+    """A running `shorttail serve` on a free port. env: of its processes; this one's unless given."""
 
-    def __init__(self, store, *options, log):
+    def __init__(self, store, *options, log, env=None):
         self.log = log
         with log.open("w") as errors:
             self.process = subprocess.Popen(
@@ -120,6 +121,7 @@ class Server:
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
+                env=env,
             )
         ready, _, _ = select.select([self.process.stdout], [], [], TIMEOUT_S)
         self.line = self.process.stdout.readline() if ready else ""
@@ -157,6 +159,16 @@ class Server:
         if self.process.poll() is None:
             self.process.kill()
         self.wait()
+
+
+def environment_with(folder, **limits):
+    """Of processes in which these of LIMITS, which no option sets, have other values. folder: an empty one."""
+    lines = [f"object.__setattr__(LIMITS, {name!r}, {value!r})" for name, value in limits.items()]
+    # Python runs it first; what reads a limit while it is imported does so later.
+    (folder / "sitecustomize.py").write_text("\n".join(["from shorttail.config import LIMITS", *lines]))
+    return os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    }
 
 
 PREDICT = [0, 1, "predict", ["total", {"user_id": [1, 2, 9], "amount": 0.5}]]

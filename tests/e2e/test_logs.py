@@ -266,6 +266,13 @@ def test_a_traceparent_that_is_not_valid_is_ignored(logged, trace):
     assert "trace_id" not in line
 
 
+def test_a_traceparent_may_be_so_long(logged):
+    longest = f"01{TRACEPARENT[2:]}-".ljust(LIMITS.traceparent_bytes, "x")
+    with logged.connect() as peer:
+        assert peer.ask(0, 400, "predict", ["fraud", {}, {"traceparent": longest}])[2]["code"] == "NOT_FOUND"
+    line_with(logged, "request failed", request_id="400", **IDS)
+
+
 def test_a_traceparent_is_a_string_or_nil(logged):
     with logged.connect() as peer:
         for method, params in (("predict", PREDICT[3]), ("delete", ["stats", {"user_id": [77]}])):

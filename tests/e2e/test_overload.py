@@ -10,7 +10,7 @@ import onnx
 import pytest
 from http_asking import http_port
 from onnx import TensorProto, helper, numpy_helper
-from serving import DEFINITIONS, PREDICT, PREDICTED, ROWS, TIMEOUT_S, Server, write_sum
+from serving import DEFINITIONS, PREDICT, PREDICTED, ROWS, TIMEOUT_S, Server, environment_with, write_sum
 
 import shorttail as st
 from shorttail.loadtest import target
@@ -135,3 +135,44 @@ def test_http_is_under_the_same_admission(start):
     assert refused[0][2] == {"error": "the server is overloaded; send it again later"}
     assert all(len(answer["predictions"]) == 3000 for status, _, answer in answers if status == 200)
     assert ask()[0] == 200
+
+
+def test_so_many_requests_over_http_are_in_flight(store, tmp_path):
+    """While three slow ones are, a fourth is answered; while four are, a fifth is refused."""
+    env = environment_with(tmp_path, http_requests=4)
+    server = Server(store, "--p99-budget-ms", "1e6", log=tmp_path / "log", env=env)
+
+    def ask(model, rows):
+        connection = http.client.HTTPConnection("127.0.0.1", http_port(server), timeout=TIMEOUT_S)
+        try:
+            row = {"user_id": 1, "amount": 0.5}
+            body = json.dumps({"instances": [row] * rows, "parameters": {"model": model}})
+            connection.request("POST", "/invocations", body, {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            return response.status, json.loads(response.read())
+        finally:
+            connection.close()
+
+    def probe(threads, slow):
+        """The statuses of small requests while so many slow ones are on their way, and theirs."""
+        waiting = [threads.submit(ask, "slow", 10_000) for _ in range(slow)]
+        answers = []
+        while not any(one.done() for one in waiting):
+            answers.append(ask("total", 1))
+        return answers, [one.result()[0] for one in waiting]
+
+    try:
+        with concurrent.futures.ThreadPoolExecutor(4) as threads:
+            answers, others = probe(threads, 3)
+            assert answers
+            assert {status for status, _ in answers} == {200}
+            assert others == [200] * 3
+            answers, others = probe(threads, 4)
+            refusal = {"error": "4 requests over HTTP are in flight; send it again later"}
+            assert (429, refusal) in answers
+            # A probe may have been in flight when the last of the four came.
+            assert sorted(others)[:3] == [200] * 3
+        assert server.stop() == 0
+        assert server.log.read_text() == ""
+    finally:
+        server.kill()

@@ -277,6 +277,26 @@ def test_more_than_a_connection_may_have_outstanding_is_refused_at_once(server, 
     assert all(reply[2] is None for reply in answered)
 
 
+def test_more_bytes_than_may_wait_for_the_writer_are_refused_at_once(server, peers):
+    """What is pushed is read by the writer alone: here it is no column of any type."""
+    large, peer = 15 << 20, peers[0]
+    most = LIMITS.forwarded_bytes // large
+    nonsense = {"tier": b"x" * large}
+    with server.held():
+        for n in range(most):
+            peer.send(msgpack.packb([0, n, "push", ["stats", nonsense]]))
+            assert peer.ask(0, 100, "ping", []) == [1, 100, None, "pong"]
+        _, msgid, error, _ = peer.ask(0, most, "push", ["stats", nonsense])
+        assert (msgid, error["code"]) == (most, "RESOURCE_EXHAUSTED")
+        message = r"\d+ bytes of pushes and deletes wait for the writer; send it again later"
+        assert re.fullmatch(message, error["message"])
+        peer.send(msgpack.packb([0, 101, "push", ["stats", row(81_000)]]))  # there is room for so much
+    replies = {reply[1]: reply[2:] for reply in (peer.reply() for _ in range(most + 1))}
+    assert replies.pop(101) == [None, {"rows": 1}]
+    assert sorted(replies) == list(range(most))
+    assert {error["code"] for error, _ in replies.values()} == {"INVALID_ARGUMENT"}
+
+
 def test_a_push_whose_deadline_passes_before_its_commit_is_not_written(server, peers):
     peer = peers[0]
     with server.held():

@@ -11,14 +11,14 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 from pushing import until
-from serving import DEFINITIONS, ROWS, Server, write_sum
+from serving import ASAN, DEFINITIONS, ROWS, Server, write_sum
 
 import shorttail as st
 from shorttail.models import registry
 
 CLIENTS = 4
 PIPELINE = 8
-STEPS = 5_000  # of the slow model: milliseconds
+STEPS = 50_000 if ASAN else 5_000  # of the slow model: milliseconds, and longer than a server's turn takes
 
 SLOW = """
 slow = st.Model("slow", path="slow.onnx", inputs=["request:x"])

@@ -100,6 +100,85 @@ def test_an_edit_that_cannot_be_applied_disturbs_no_other(store: Store) -> None:
     assert commits(store) == before
 
 
+MIXED = FeatureView(
+    "mixed",
+    entity=Entity("thing", keys={"name": dtypes.String, "n": dtypes.Int64}),
+    features=[
+        Feature("count", dtypes.Int32),
+        Feature("text", dtypes.String),
+        Feature("share", dtypes.Float32),
+        Feature("place", dtypes.Vector(3)),
+        Feature("flag", dtypes.Bool),
+    ],
+)
+
+
+def one_row(random: np.random.Generator) -> ColumnBatch:
+    """Any of its features may be null, in each of the ways in which one can be."""
+    name = np.array([random.choice(["", "a", "Z\u00fcrich", "long" * 20])], object)
+    text: list[object] = [random.choice(np.array(["", "x", "\u4eba" * 9, None], object))]
+    masks = [np.array([True]) if random.random() < 0.3 else None for _ in MIXED.features]
+    values = [
+        random.integers(-9, 9, 1).astype(np.int32),
+        np.array(text, object),
+        random.choice([1.5, np.nan], 1).astype(np.float32),
+        random.normal(size=(1, 3)).astype(np.float32),
+        random.integers(0, 2, 1).astype(np.bool_),
+    ]
+    time_us = random.integers(0, 3, 1)
+    return ColumnBatch([name, random.integers(0, 50, 1)], time_us, list(zip(values, masks, strict=True)))
+
+
+def everything(store: Store, view: str) -> dict[tuple[object, ...], list[object]]:
+    found = {}
+    for batch in store.scan(view):
+        columns = [np.where(np.zeros(len(batch), bool) if mask is None else mask, None, column.astype(object))
+                   if column.ndim == 1 else [None if mask is not None and mask[i] else tuple(row) for i, row in
+                                             enumerate(column.tolist())]
+                   for column, mask in batch.features]  # fmt: skip
+        for i, key in enumerate(zip(*(column.tolist() for column in batch.keys), strict=True)):
+            found[key] = [repr(column[i]) for column in columns] + [int(batch.event_time_us[i])]
+    return found
+
+
+def test_small_upserts_are_stored_as_each_alone_would_be(tmp_path: Path) -> None:
+    seed = int(np.random.SeedSequence().entropy or 0) % 2**32
+    print(f"seed {seed}")
+    random = np.random.default_rng(seed)
+    batches = [one_row(random) for _ in range(300)]
+    wrong = ColumnBatch([np.array(["a"], object)], np.zeros(1, np.int64), [])
+    surrogate = one_row(random)
+    surrogate.features[1] = (np.array(["\ud800"], object), None)  # type: ignore[index]
+    large = ColumnBatch(
+        [np.array(["a"] * 500, object), np.arange(500)],
+        np.ones(500, np.int64),
+        [(np.zeros((500, *shape), kind), None) for kind, shape in
+         ((np.int32, ()), (object, ()), (np.float32, ()), (np.float32, (3,)), (np.bool_, ()))],
+    )  # fmt: skip
+    large.features[1][0][:] = "t"
+    several = [Upsert("mixed", batch) for batch in [*batches[:100], large, *batches[100:]]]
+    for name, extra in (("good", []), ("wrong", [Upsert("mixed", wrong), Upsert("mixed", surrogate)])):
+        found = []
+        for way in ("together", "alone"):
+            with Store.open(tmp_path / name / way, create=True) as store:
+                with store.edit_catalog() as catalog:
+                    catalog.entities["thing"] = MIXED.entity
+                    catalog.views["mixed"] = MIXED
+                    catalog.new_table("mixed")
+                store.refresh()
+                edits = [*several[:50], *extra, *several[50:]]
+                if way == "together":
+                    outcomes = store.commit(edits)
+                else:
+                    outcomes = [outcome for edit in edits for outcome in store.commit([edit])]
+                assert [i for i, one in enumerate(outcomes) if isinstance(one, InvalidArgument)] == [50, 51][
+                    : len(extra)
+                ]
+                found.append(([str(one) for one in outcomes], everything(store, "mixed")))
+        assert len(found[0][1]) > 500
+        assert found[0] == found[1]
+
+
 def test_only_the_edits_that_meet_a_damaged_page_fail(store: Store) -> None:
     store.load("a", [rows(range(3000), 0)])
     store.refresh()

@@ -56,7 +56,6 @@ class Router:
     refused: int
     target_ns: float
     burst_ns: float
-    regain: float
     admitted_ns: float
     cut_ns: float
     shed: int

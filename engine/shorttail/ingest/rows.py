@@ -18,6 +18,8 @@ from shorttail.store import ColumnBatch
 
 Nulls = NDArray[np.bool_]
 
+FLOAT32_MAX = float(np.finfo(np.float32).max)
+INT32_LIMIT = 2**31
 EVENT_TIME = "event_time"  # the column of event times where a view names none
 
 
@@ -103,7 +105,7 @@ def align(view: FeatureView, columns: Sequence[Column]) -> int:
     """Repeat the scalars, so that all columns have the length that is returned. Raises InvalidArgument."""
     count = next((len(column.values) for column in columns if not column.is_scalar), 1)
     for column in columns:
-        if column.is_scalar:
+        if column.is_scalar and count != 1:
             column.values = np.repeat(column.values, count, axis=0)
             column.nulls = None if column.nulls is None else np.repeat(column.nulls, count)
         elif len(column.values) != count:
@@ -148,9 +150,23 @@ def read_column(what: str, name: str, dtype: DType, value: Any) -> Column:
         return Column(name, values, nulls, one)
     if isinstance(value, list | tuple):  # np.ndim of a ragged one raises
         return Column(name, *typed(where, dtype, value), False)
+    if (single := plain(dtype, value)) is not None:
+        return Column(name, single, None, True)
     if is_scalar(value):
         return Column(name, *typed(where, dtype, [value[()] if isinstance(value, np.ndarray) else value]), True)
     return Column(name, *typed(where, dtype, value), False)
+
+
+def plain(dtype: DType, value: Any) -> NDArray[Any] | None:
+    """[value], if it is of the very type, as in most pushes of one row; None: it has to be looked at more closely."""
+    kind = type(value)
+    if dtype.is_float:
+        fits = kind is float and abs(value) <= FLOAT32_MAX  # neither NaN nor infinite
+    elif dtype.is_integer:
+        fits = kind is int and -INT32_LIMIT <= value < INT32_LIMIT
+    else:
+        fits = kind is (str if dtype is String else bool)
+    return np.array([value], object if dtype is String else dtype.numpy) if fits else None
 
 
 def typed(where: str, dtype: DType, values: Any) -> tuple[NDArray[Any], Nulls | None]:

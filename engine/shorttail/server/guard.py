@@ -20,11 +20,10 @@ if TYPE_CHECKING:
 # Files that a worker has open besides its connections: the store, models, sockets of its own.
 OTHER_FILES: Final = 512
 # An accepted request waits for the turn before its own, or for the batch that runs, and then for its own: each may take
-# half of the P99 budget. In an overload they are kept short, as a longer wait only makes everybody late; they are as
-# long as before once nothing was refused for so many budgets (native/wire_guard.pxi).
+# half of the P99 budget. In an overload they are kept short, as a longer wait only makes everybody late
+# (native/wire_guard.pxi).
 BURST_SHARE: Final = 0.5
 TARGET_SHARE: Final = 0.03
-REGAIN_BUDGETS: Final = 20.0
 POLL_MEMORY: Final = 0.1  # what the last turn weighs in whether to poll
 
 
@@ -42,7 +41,6 @@ def configure(router: Router, settings: Settings) -> None:
     budget_ns = settings.p99_budget_ms * 1e6
     router.target_ns = TARGET_SHARE * budget_ns
     router.burst_ns = BURST_SHARE * budget_ns
-    router.regain = (BURST_SHARE - TARGET_SHARE) / REGAIN_BUDGETS
 
 
 def sweep(router: Router) -> None:

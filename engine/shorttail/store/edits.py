@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 from shorttail._native.pages import Layout, SortedRows, join
 from shorttail.definitions import FeatureView
-from shorttail.errors import Internal, InvalidArgument
+from shorttail.errors import Internal, InvalidArgument, ShorttailError
 from shorttail.store.catalog import TableInfo
 from shorttail.store.environment import Writer
-from shorttail.store.table import Array, ColumnBatch, depth_to_grow, encode_keys, encode_rows, make_layout
+from shorttail.store.table import Array, ColumnBatch, depth_to_grow, encode_keys, encode_rows, join_batches, make_layout
 
+SMALL_ROWS = 256  # an upsert of no more is encoded with others
 PAGES_AT_ONCE = 256  # pages whose new images are in memory before LMDB has them
 
 
@@ -50,7 +52,7 @@ class Step:
 
     upsert: bool
     numbers: list[int]
-    parts: list[tuple[Any, bytes]]  # rows and arena of each
+    parts: list[tuple[Any, bytes]]  # rows and arena, of one edit or of several
 
 
 @dataclass(slots=True)
@@ -66,18 +68,48 @@ class TableEdits:
     def of(cls, view: FeatureView, table: TableInfo) -> TableEdits:
         return cls(view, table, make_layout(view, table))
 
-    def add(self, number: int, edit: Edit, apart: bool) -> None:
-        """Encode an edit. apart: not together with others. Raises InvalidArgument for wrong columns."""
-        upsert = isinstance(edit, Upsert)
+    def encode(self, edits: Sequence[tuple[int, Edit]], apart: bool) -> dict[int, ShorttailError]:
+        """Make steps of edits with their numbers. Returns the errors of those that have wrong columns.
+
+        apart: each for itself. Encoding costs far more by the column than by the row, so small upserts that follow
+        each other are encoded as one.
+        """
+        errors: dict[int, ShorttailError] = {}
+        for alike, group in groupby(edits, key=lambda numbered: _is_small(numbered[1]) and not apart):
+            run = list(group)
+            if alike and self._encode_joined(run):
+                continue
+            for number, edit in run:
+                try:
+                    self._add(isinstance(edit, Upsert), [number], self._encode(edit), apart)
+                except ShorttailError as error:
+                    errors[number] = error
+        return errors
+
+    def _encode_joined(self, run: Sequence[tuple[int, Edit]]) -> bool:
+        """Whether it could be done."""
+        batches = [edit.batch for _, edit in run if isinstance(edit, Upsert)]
+        joined = join_batches(batches) if len(batches) > 1 else None
+        if joined is None:
+            return False
+        try:
+            part = encode_rows(self.layout, self.view, joined)
+        except InvalidArgument:
+            return False  # which of them it is shows when each is encoded for itself
+        self._add(True, [number for number, _ in run], part, False)
+        return True
+
+    def _encode(self, edit: Edit) -> tuple[Any, bytes]:
         if isinstance(edit, Upsert):
-            part = encode_rows(self.layout, self.view, edit.batch)
-        else:
-            part = _encode_keys(self.layout, self.view, edit.keys)
+            return encode_rows(self.layout, self.view, edit.batch)
+        return _encode_keys(self.layout, self.view, edit.keys)
+
+    def _add(self, upsert: bool, numbers: list[int], part: tuple[Any, bytes], apart: bool) -> None:
         if upsert and not apart and self.steps and self.steps[-1].upsert:
-            self.steps[-1].numbers.append(number)
+            self.steps[-1].numbers += numbers
             self.steps[-1].parts.append(part)
         else:
-            self.steps.append(Step(upsert, [number], [part]))
+            self.steps.append(Step(upsert, numbers, [part]))
 
     @property
     def numbers(self) -> Iterable[int]:
@@ -151,6 +183,10 @@ class TableEdits:
             writer.delete_page(table_id, last)
             writer.put_page(table_id, first, joined)
             key, page = first, joined
+
+
+def _is_small(edit: Edit) -> bool:
+    return isinstance(edit, Upsert) and len(edit.batch) <= SMALL_ROWS
 
 
 def damaged(path: object, view_name: str, error: ValueError) -> Internal:

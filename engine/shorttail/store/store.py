@@ -93,17 +93,19 @@ class Store(Snapshot):
         self, edits: Sequence[Edit], numbers: list[int], apart: bool, outcomes: dict[int, int | ShorttailError]
     ) -> list[TableEdits]:
         """Those edits by table, encoded before the write lock is taken; the errors of some go to outcomes."""
-        tables: dict[str, TableEdits] = {}
         catalog = self._committed_catalog()
+        by_view: dict[str, list[tuple[int, Edit]]] = {}
         for number in numbers:
-            edit = edits[number]
+            by_view.setdefault(edits[number].view, []).append((number, edits[number]))
+        tables = []
+        for view, numbered in by_view.items():
             try:
-                if edit.view not in tables:
-                    tables[edit.view] = TableEdits.of(catalog.view(edit.view), catalog.tables[edit.view])
-                tables[edit.view].add(number, edit, apart)
+                table = TableEdits.of(catalog.view(view), catalog.tables[view])
+                outcomes |= table.encode(numbered, apart)
+                tables.append(table)
             except ShorttailError as error:
-                outcomes[number] = error
-        return [table for table in tables.values() if table.steps]
+                outcomes |= {number: error for number, _ in numbered}
+        return [table for table in tables if table.steps]
 
     def _committed_catalog(self) -> Catalog:
         """The catalog as of the last commit, of whatever process."""

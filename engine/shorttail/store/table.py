@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,7 @@ HEADER_BYTES = 8
 DEPTH_MARGIN = 3  # a bucket this much deeper than most gets a longer page instead of being split once more
 
 Array = NDArray[Any]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +86,51 @@ class ColumnBatch:
                 raise InvalidArgument(
                     f"feature view '{view.name}': column '{name}' has {len(values)} values for {len(self)} rows"
                 )
+
+
+class _Unlike(Exception):
+    """Columns that cannot be joined."""
+
+
+def join_batches(batches: Sequence[ColumnBatch]) -> ColumnBatch | None:
+    """Their rows in their order, as one batch. None unless their columns agree in number, type, width and length."""
+    try:
+        return ColumnBatch(
+            [_join(columns, batches) for columns in _across([batch.keys for batch in batches])],
+            _join([batch.event_time_us for batch in batches], batches),
+            [_join_feature(columns, batches) for columns in _across([batch.features for batch in batches])],
+        )
+    except _Unlike:
+        return None
+
+
+def _across(columns: Sequence[Sequence[T]]) -> Iterator[tuple[T, ...]]:
+    """Of each column those of all batches."""
+    if any(len(each) != len(columns[0]) for each in columns):
+        raise _Unlike
+    return zip(*columns, strict=True)
+
+
+def _join(columns: Sequence[Array | Texts], batches: Sequence[ColumnBatch]) -> Array:
+    first, arrays = columns[0], []
+    for column, batch in zip(columns, batches, strict=True):
+        if isinstance(column, Texts) or isinstance(first, Texts) or column.dtype != first.dtype:
+            raise _Unlike
+        if column.shape != (len(batch), *first.shape[1:]):
+            raise _Unlike
+        arrays.append(column)
+    return np.concatenate(arrays)
+
+
+def _join_feature(
+    columns: Sequence[tuple[Array | Texts, NDArray[np.bool_] | None]], batches: Sequence[ColumnBatch]
+) -> tuple[Array, NDArray[np.bool_] | None]:
+    values = _join([values for values, _ in columns], batches)
+    masks = [mask for _, mask in columns]
+    if all(mask is None for mask in masks):
+        return values, None
+    given = [np.zeros(len(b), np.bool_) if mask is None else mask for mask, b in zip(masks, batches, strict=True)]
+    return values, _join(given, batches)
 
 
 def make_layout(view: FeatureView, table: TableInfo) -> Layout:

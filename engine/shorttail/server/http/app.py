@@ -262,6 +262,8 @@ class HttpServer:
                 return await request.read()
         except TimeoutError:
             raise DeadlineExceeded(f"the body was not there after {LIMITS.http_read_s:g} s") from None
+        except ConnectionError:
+            raise InvalidArgument("the connection ended within the body") from None
         finally:
             self.body_bytes -= reserved
 
