@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+import rivals
 from compare import FLOOR, IN_FLIGHT, SHORTTAIL, middle
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,6 +81,18 @@ def compared(scenario_name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     raise NotMeasured
 
 
+def title_of(row: str) -> str:
+    """What a row is called now: by its folder's title, if the result was made when it was called by the folder."""
+    folder, *variant = row.split(", ", 1)
+    path = rivals.PEERS / folder / "peer.json"
+    return ", ".join([json.loads(path.read_text())["title"], *variant]) if path.exists() else row
+
+
+def renamed(bar: str) -> str:
+    """A bar of compare.py with the peer in it called as its row is."""
+    return re.sub(r"(?<=peak against ).*|(?<=P99 of ).*(?= against ours)", lambda peer: title_of(peer[0]), bar)
+
+
 def machine() -> Iterator[str]:
     whole, _ = compared("ranking")
     host, figures = whole["machine"], whole["figures"]
@@ -106,17 +119,19 @@ def scenario(name: str) -> Iterator[str]:
     for title, row in by_peak(rows):
         peak = middle(row, "peak", "good_per_s")
         if peak is None:
-            yield f"| {title} | not measured: {reason(row)} | | | | | |"
+            yield f"| {title_of(title)} | not measured: {reason(row)} | | | | | |"
             continue
-        times = "" if title == SHORTTAIL or ours is None else f"{ours / peak:,.1f}x"
+        times = ""
+        if title != SHORTTAIL and ours is not None:
+            times = f"{ours / peak:,.1f}x" if ours > peak else f"{ours / peak:.2g}x"
         theirs, our_p99 = middle(row, "loaded", "p99_us"), middle(row, "shorttail", "p99_us")
         lower = f"{theirs / our_p99:,.1f}x" if theirs and our_p99 else ""
         cells = [f"{peak:,.0f}", times, us(middle(row, "alone", "p50_us")), us(theirs), us(our_p99), lower]
         note = f" (ended early: {reason(row)})" if "failed" in row else ""
-        yield f"| {title}{note} | {' | '.join(cells)} |"
+        yield f"| {title_of(title)}{note} | {' | '.join(cells)} |"
     missed = [bar for bar in whole["bars"] if bar["bar"].startswith(f"{name}: ") and not bar["ok"]]
     if missed:
-        which = "; ".join(f"{bar['bar'].removeprefix(name + ': ')} {bar['value']:,.1f}x" for bar in missed)
+        which = "; ".join(f"{renamed(bar['bar'].removeprefix(name + ': '))} {bar['value']:,.1f}x" for bar in missed)
         yield f"\nWe want ten times in each of the two. Missed: {which}."
     else:
         yield "\nWe want ten times in each of the two, and that is met against every peer."
@@ -145,7 +160,7 @@ def features() -> Iterator[str]:
             row = found[name].get(title, {})
             p50, p99 = middle(row, "alone", "p50_us"), middle(row, "alone", "p99_us")
             cells.append(f"{us(p50)} / {us(p99)}" if p50 is not None else reason(row))
-        yield f"| {title} | {' | '.join(cells)} |"
+        yield f"| {title_of(title)} | {' | '.join(cells)} |"
 
 
 def mixed() -> Iterator[str]:
@@ -205,7 +220,7 @@ def plots() -> None:
 def draw(axes: Any, rows: list[tuple[str, Any]], value: Callable[[Any], float | None], label: str) -> None:
     values = [value(row) or 0.0 for _, row in rows]
     colours = ["#d95f02" if title.startswith(SHORTTAIL) else "#7570b3" for title, _ in rows]
-    axes.barh([title for title, _ in rows], values, color=colours)
+    axes.barh([title_of(title) for title, _ in rows], values, color=colours)
     for i, number in enumerate(values):
         axes.text(number, i, f" {number:,.0f}", va="center", fontsize=8)
     axes.set_xscale("log")
