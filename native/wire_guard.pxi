@@ -30,8 +30,8 @@ cdef double ROW_NS = 1_000
 # However short turns are to be, one takes as much as this many times what its batch costs in any case: shorter ones
 # would spend their time on that.
 cdef double LEAST_BATCHES = 8
-# Work that may be added to the budget for each ns without a full turn. The longest queue is then that of an overload by
-# less than this share: any more fills a turn before it has grown.
+# ns of work that the budget gains for each ns without a full turn. So an overload by less than this share has long turns,
+# which it takes a while to fill, and a larger one short ones.
 cdef double REGAIN = 0.2
 cdef int SHAPE_ROWS = 256   # a model is about as much dearer by the row as from one row to so many
 
