@@ -31,15 +31,16 @@ def server(tmp_path_factory):
 @pytest.fixture
 def connect(server):
     with contextlib.ExitStack() as stack:
-        yield lambda: Asking(stack.enter_context(socket.create_connection(("127.0.0.1", http_port(server)), TIMEOUT_S)))
+        yield lambda: Asking(server, stack)
 
 
 class Asking:
     """A request written byte by byte, where http.client would write it whole."""
 
-    def __init__(self, peer):
-        self.peer = peer
-        self.start_s = time.monotonic()
+    def __init__(self, server, stack):
+        self.start_s = time.monotonic()  # before the server's own clock of the connection can start
+        address = "127.0.0.1", http_port(server)
+        self.peer = stack.enter_context(socket.create_connection(address, TIMEOUT_S))
 
     def send(self, text):
         self.peer.sendall(text.encode())
@@ -121,7 +122,7 @@ def test_bodies_that_are_being_read_have_a_budget(start):
     with contextlib.ExitStack() as stack:
 
         def announce(size):
-            peer = Asking(stack.enter_context(socket.create_connection(("127.0.0.1", http_port(server)), TIMEOUT_S)))
+            peer = Asking(server, stack)
             peer.begin(size, "Expect: 100-continue")
             assert peer.answer() == (100, b"")  # its headers are read
             return peer

@@ -154,24 +154,24 @@ def test_so_many_requests_over_http_are_in_flight(store, tmp_path):
             connection.close()
 
     def probe(threads, slow):
-        """The statuses of small requests while so many slow ones are on their way, and theirs."""
+        """The answers to small requests while so many slow ones are on their way, and theirs."""
         waiting = [threads.submit(ask, "slow", 10_000) for _ in range(slow)]
         answers = []
         while not any(one.done() for one in waiting):
             answers.append(ask("total", 1))
-        return answers, [one.result()[0] for one in waiting]
+        return answers, [one.result() for one in waiting]
 
     try:
         with concurrent.futures.ThreadPoolExecutor(4) as threads:
             answers, others = probe(threads, 3)
             assert answers
             assert {status for status, _ in answers} == {200}
-            assert others == [200] * 3
+            assert [status for status, _ in others] == [200] * 3
             answers, others = probe(threads, 4)
             refusal = {"error": "4 requests over HTTP are in flight; send it again later"}
-            assert (429, refusal) in answers
-            # A probe may have been in flight when the last of the four came.
-            assert sorted(others)[:3] == [200] * 3
+            # Five at once: a probe is refused, or the last of the four, if a probe was there before it.
+            assert (429, refusal) in answers + others
+            assert [status for status, _ in others].count(200) >= 3
         assert server.stop() == 0
         assert server.log.read_text() == ""
     finally:

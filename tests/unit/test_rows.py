@@ -14,8 +14,9 @@ from hypothesis import strategies as values
 
 import shorttail as st
 from shorttail import protocol
+from shorttail.dtypes import SCALARS
 from shorttail.errors import InvalidArgument
-from shorttail.ingest.rows import column_batch, key_arrays
+from shorttail.ingest.rows import column_batch, key_arrays, plain, typed
 from shorttail.server.writer import read_params
 
 SHOP = st.Entity("shop", keys={"country": st.String, "shop_id": st.Int64})
@@ -207,3 +208,25 @@ def test_any_messagepack_at_all_is_rows_or_invalid(columns):
 def test_integers_arrive_to_the_last_bit_even_beside_doubles(integers, doubles):
     given = integers + doubles
     assert key_arrays(VIEW, {"country": "de", "shop_id": given})[1].tolist() == given
+
+
+NUMBERS = values.integers(-(2**70), 2**70) | values.sampled_from([2**31 - 1, 2**31, -(2**31), -(2**31) - 1])
+FLOATS = values.floats() | values.sampled_from([3.4028235677973366e38, 3.4028234663852886e38, -0.0])
+
+
+@given(
+    values.sampled_from(list(SCALARS.values())), NUMBERS | FLOATS | values.booleans() | values.text() | values.none()
+)
+def test_the_short_way_of_one_value_gives_what_the_long_one_does(dtype, value):
+    short = plain(dtype, value)
+    if short is None:
+        return
+    long, nulls = typed("column 'x'", dtype, [value])
+    assert nulls is None
+    assert (short.dtype, short.shape) == (long.dtype, (1,))
+    assert short.tobytes() == long.tobytes() if short.dtype != object else short.tolist() == long.tolist()
+
+
+@pytest.mark.parametrize(("name", "value"), [("Float32", 1.5), ("Int64", -7), ("Bool", True), ("String", "a")])
+def test_the_short_way_is_taken(name, value):
+    assert plain(SCALARS[name], value) is not None

@@ -161,12 +161,12 @@ def plain(dtype: DType, value: Any) -> NDArray[Any] | None:
     """[value], if it is of the very type, as in most pushes of one row; None: it has to be looked at more closely."""
     kind = type(value)
     if dtype.is_float:
-        fits = kind is float and abs(value) <= FLOAT32_MAX  # neither NaN nor infinite
+        is_exact = kind is float and abs(value) <= FLOAT32_MAX  # neither NaN nor infinite
     elif dtype.is_integer:
-        fits = kind is int and -INT32_LIMIT <= value < INT32_LIMIT
+        is_exact = kind is int and -INT32_LIMIT <= value < INT32_LIMIT
     else:
-        fits = kind is (str if dtype is String else bool)
-    return np.array([value], object if dtype is String else dtype.numpy) if fits else None
+        is_exact = kind is (str if dtype is String else bool)
+    return np.array([value], object if dtype is String else dtype.numpy) if is_exact else None
 
 
 def typed(where: str, dtype: DType, values: Any) -> tuple[NDArray[Any], Nulls | None]:
