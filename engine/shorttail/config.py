@@ -92,7 +92,7 @@ class Limits:
     stop_grace_s: float = 10.0  # from SIGTERM until connections with work in flight are cut
     start_timeout_s: float = 120.0
     hang_deadline_s: int = 10  # a worker whose loop has not come round for so long is killed, and another started
-    writer_start_wait_s: float = 2.0  # the server is announced without its writer if that takes longer
+    writer_start_wait_s: float = 2.0  # a worker serves without the writer if that takes longer
     restart_backoff_min_s: float = 0.1
     restart_backoff_max_s: float = 10.0
 

@@ -161,14 +161,18 @@ class Server:
         self.wait()
 
 
-def environment_with(folder, **limits):
-    """Of processes in which these of LIMITS, which no option sets, have other values. folder: an empty one."""
-    lines = [f"object.__setattr__(LIMITS, {name!r}, {value!r})" for name, value in limits.items()]
-    # Python runs it first; what reads a limit while it is imported does so later.
-    (folder / "sitecustomize.py").write_text("\n".join(["from shorttail.config import LIMITS", *lines]))
+def environment_after(folder, script):
+    """Of processes in which Python runs this first. folder: an empty one."""
+    (folder / "sitecustomize.py").write_text(script)
     return os.environ | {
         "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     }
+
+
+def environment_with(folder, **limits):
+    """Of processes in which these of LIMITS, which no option sets, have other values. folder: an empty one."""
+    lines = [f"object.__setattr__(LIMITS, {name!r}, {value!r})" for name, value in limits.items()]
+    return environment_after(folder, "\n".join(["from shorttail.config import LIMITS", *lines]))
 
 
 PREDICT = [0, 1, "predict", ["total", {"user_id": [1, 2, 9], "amount": 0.5}]]

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from pushing import Pushing, row, tiers, until
-from serving import TIMEOUT_S, make_store
+from serving import TIMEOUT_S, Server, environment_after, hang_up, make_store
 
 import shorttail as st
 from shorttail.config import LIMITS
@@ -38,10 +38,6 @@ def peers(shared):
         with shared.held(*(other for other in shared.workers() if other != worker)):
             found.append(shared.connect())
             assert found[-1].ask(0, 1, "ping", []) == [1, 1, None, "pong"]
-            until(
-                lambda: found[-1].ask(0, 0, "delete", ["stats", {"user_id": -1}])[2] is None,
-                "the writer takes requests",
-            )
     yield found
     for peer in found:
         peer.socket.close()
@@ -53,6 +49,28 @@ def server(shared, peers):
     for peer in peers:  # whatever the test did, others are still served
         assert peer.ask(0, 1, "push", ["stats", row(1)]) == [1, 1, None, {"rows": 1}]
         assert tiers(peer, 1) == ["new"]
+
+
+# In a worker: it hears its writer half a second late.
+LATE = """
+import sys
+if "shorttail.server.worker" in sys.orig_argv:
+    from shorttail.server.writer_link import WriterLink
+    heard = WriterLink.data_received
+    WriterLink.data_received = lambda self, data: self.loop.call_later(0.5, heard, self, data)
+"""
+
+
+def test_a_server_that_is_announced_takes_pushes(tmp_path):
+    late = Server(make_store(tmp_path), log=tmp_path / "log", env=environment_after(tmp_path, LATE))
+    try:
+        with late.connect() as peer:
+            assert peer.ask(0, 1, "push", ["stats", row(1)]) == [1, 1, None, {"rows": 1}]
+            assert "reloaded" in hang_up(late)
+            with late.connect() as another:
+                assert another.ask(0, 2, "push", ["stats", row(1)]) == [1, 2, None, {"rows": 1}]
+    finally:
+        late.kill()
 
 
 def commits(store):

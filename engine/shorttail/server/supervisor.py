@@ -147,10 +147,6 @@ class Supervisor:
                 if time.monotonic() > deadline_s:
                     raise Unavailable(f"a worker was not ready after {LIMITS.start_timeout_s:g} s")
                 self._wait(deadline_s)
-        # Usually ready before the workers are. Serving does not depend on it: without it, only pushes are refused.
-        deadline_s = time.monotonic() + LIMITS.writer_start_wait_s
-        while WRITER in self.children and not self.children[WRITER].said and time.monotonic() < deadline_s:
-            self._wait(deadline_s)
         self.starting = False
 
     def _announce(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import gc
 import json
 import math
@@ -133,6 +134,9 @@ async def serve(
     tasks = [asyncio.create_task(housekeeping()), asyncio.create_task(link.run())]
     gc.collect()
     gc.freeze()  # what lives now lives for good: collections need not look at it
+    # So that whoever is told that this serves can push at once. Serving does not depend on it.
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(link.ready.wait(), LIMITS.writer_start_wait_s)
     control.sendall(json.dumps(served).encode() + b"\n")
     await stop.wait()
     if http is not None:

@@ -52,7 +52,7 @@ class WriterLink(asyncio.Protocol):
     def __init__(self, path: str, loop: asyncio.AbstractEventLoop, told: Told):
         self.path = path
         self.loop = loop
-        self.is_ready = False
+        self.ready = asyncio.Event()  # the writer takes requests
         self.outstanding: dict[int, Caller] = {}
         self.outstanding_bytes = 0
         self.told = told
@@ -81,7 +81,7 @@ class WriterLink(asyncio.Protocol):
         trace: bytes | None = None,
     ) -> None:
         """Router.forward: send a request on. Raises Unavailable, ResourceExhausted."""
-        if not self.is_ready or self._transport is None:
+        if not self.ready.is_set() or self._transport is None:
             raise Unavailable("the writer is starting again; send it again")
         size = len(params) + REQUEST_BYTES
         if self.outstanding_bytes + size > LIMITS.forwarded_bytes:
@@ -109,7 +109,7 @@ class WriterLink(asyncio.Protocol):
         self._unpacker.feed(data)
         for message in self._unpacker:
             if message == READY:
-                self.is_ready = True
+                self.ready.set()
             else:
                 self._relay(message)
 
@@ -127,7 +127,7 @@ class WriterLink(asyncio.Protocol):
             caller.connection.relay(caller.msgid, outcome)
 
     def connection_lost(self, error: Exception | None) -> None:
-        self.is_ready = False
+        self.ready.clear()
         self._transport = None
         outcome = failed(DIED)
         for number in list(self.outstanding):
