@@ -1,4 +1,4 @@
-"""Drives bench/c/loadgen.c and bench/c/echo.c: compiles them when needed, runs them, returns their figures.
+"""Drives bench/c/loadgen.c, bench/c/echo.c and bench/c/sink.c: compiles them when needed and runs them.
 
 from loadgen import run, start_echo, write_payload
 
@@ -24,7 +24,7 @@ from typing import Any
 
 SOURCES = Path(__file__).resolve().parent / "c"
 BUILD = SOURCES.parents[1] / "build" / "bench"
-PROGRAMS = ("echo", "loadgen")
+PROGRAMS = ("echo", "loadgen", "sink")
 FLAGS = ("-std=c11", "-O2", "-Wall", "-Wextra")
 
 
@@ -133,6 +133,18 @@ def start_echo(
             yield bound
         finally:
             server.kill()
+
+
+def receiving_us(request_bytes: int, per_s: float, cpus: tuple[int | None, int | None]) -> float:
+    """CPU microseconds a request of a process that reads such requests and drops them. cpus: its own, the sender's."""
+    server, client = (-1 if cpu is None else cpu for cpu in cpus)
+    command = [str(build() / "sink"), "--request-bytes", str(request_bytes), "--per-s", str(per_s)]
+    done = subprocess.run(
+        [*command, "--duration-s", "2", "--cpu", f"{server},{client}"], capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        raise BenchError(_error_line(done.stderr) or f"sink ended with status {done.returncode}")
+    return float(done.stdout) / 1e3
 
 
 def _error_line(text: str) -> str:

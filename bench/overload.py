@@ -1,18 +1,23 @@
 """A server under more load than it can take: what it still answers, how soon, and what refusing the rest costs.
 
-    python bench/overload.py [--json] [--quick] [--seconds N]
+    python bench/overload.py [--json] [--quick] [--rounds N]
 
-One worker on one CPU, the load generator on another. A closed loop measures the capacity; then requests come in an open
-loop at 0.5, 0.8, 1, 2 and 5 times that, each with `deadline_ms`. Latency counts from the time at which a request was
-due, and is that of good answers alone. Goodput is good answers a second; its peak is the best of all steps.
+One worker on one CPU, the load generator on another. In each round a closed loop measures the capacity; then requests
+come in an open loop at 0.5, 0.8, 1, 2 and 5 times that, each with `deadline_ms`. Latency counts from the time at which
+a request was due, and is that of good answers alone. Goodput is good answers a second; it is given as a share of the
+round's capacity, since the machine's speed changes, and its peak is the best of all steps. Figures are medians of the
+rounds.
 
-Two models, each of so much work a request that one generator can offer five times what the server can do: a neural
-network of a million weights (ONNX Runtime) with one row, and a forest of 100 trees that ranks 64 candidates.
+Two models: a neural network of a million weights (ONNX Runtime) with one row a request, which is about the least work
+at which one generator can offer five times what the server can do; and a forest of 100 trees that ranks 500
+candidates.
 
 Every answer has to be to a request in flight on its connection, and sampled ones are compared with what the embedded
 engine answers. Recovery is the time from the last request of an overload of 5 times until the P99 of 100 ms windows at
 0.8 times is back within 1.5 times what it was in that step. A rejection's cost is the worker's CPU time at 5 times,
-less that of the good answers at what they cost in the closed loop, over the rejections.
+less that of the good answers at what they cost in the closed loop, over the rejections. `receiving_us` is what a C
+program takes to read as many such requests and do nothing (bench/c/sink.c): with `free_goodput`, what a server could
+still do at 5 times if to refuse cost nothing but that.
 """
 
 from __future__ import annotations
@@ -22,6 +27,7 @@ import os
 import sys
 import tempfile
 import time
+from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -51,9 +57,12 @@ from shorttail.loadtest.verify import unpack  # noqa: E402
 
 USERS = 10_000
 TIMES = (0.5, 0.8, 1.0, 2.0, 5.0)
+MOST = TIMES[-1]
+ROUNDS, SECONDS = 5, 4.0  # 20 s of each step in all
 DEADLINE_MS = 100.0
 HIDDEN = 1024
-ROWS = {"network": 1, "forest": 64}
+ROWS = {"network": 1, "forest": 500}
+IN_FLIGHT = {"network": 16, "forest": 2}  # in the closed loop, on each connection: a few ms of work in all
 CONNECTIONS = 8
 WINDOW_S = 0.1
 VERIFIED = 100
@@ -67,15 +76,16 @@ REJECTION_MAX = 0.1
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--quick", action="store_true", help="steps of 1.5 s; ends within 50 s")
-    parser.add_argument("--seconds", type=float, help="of each step (20; 1.5 with --quick)")
+    parser.add_argument("--quick", action="store_true", help="one round of steps of 1.5 s; ends within 50 s")
+    parser.add_argument("--rounds", type=int, help="rounds to take the medians of (5; 1 with --quick)")
     parser.add_argument("--model", choices=sorted(ROWS), action="append", help="only this one")
     options = parser.parse_args()
-    seconds = options.seconds or (1.5 if options.quick else 20.0)
+    rounds = options.rounds or (1 if options.quick else ROUNDS)
+    seconds = 1.5 if options.quick else SECONDS
     forests.training_rows = forests.QUICK_TRAINING_ROWS
     try:
         with tempfile.TemporaryDirectory() as folder:
-            figures = {name: measure(Path(folder), name, seconds) for name in options.model or ROWS}
+            figures = {name: measure(Path(folder), name, rounds, seconds) for name in options.model or ROWS}
     except (BenchError, ShorttailError) as error:
         raise SystemExit(f"error: {error}") from None
     bars = [bar for name, figure in figures.items() for bar in bars_of(name, figure)]
@@ -90,12 +100,12 @@ def main() -> None:
 def bars_of(name: str, figure: dict[str, Any]) -> list[dict[str, Any]]:
     steps = {step["times"]: step for step in figure["steps"]}
     over = [steps[times] for times in TIMES if times > 1]
-    calm_us = steps[0.8]["p99_us"]
+    calm_us = steps[0.8]["p99_us"]["median"]
     return [
         *(
             report.at_least(
                 f"{name}: goodput at {step['times']:g} x / peak",
-                step["good_per_s"] / figure["peak_per_s"],
+                step["goodput"]["median"] / figure["peak_goodput"],
                 GOODPUT_MIN,
                 "x",
             )
@@ -103,16 +113,16 @@ def bars_of(name: str, figure: dict[str, Any]) -> list[dict[str, Any]]:
         ),
         *(
             report.at_most(
-                f"{name}: P99 at {step['times']:g} x / at 0.8 x", step["p99_us"] / calm_us, P99_RATIO_MAX, "x"
+                f"{name}: P99 at {step['times']:g} x / at 0.8 x", step["p99_us"]["median"] / calm_us, P99_RATIO_MAX, "x"
             )
             for step in over
         ),
         *(
-            report.at_most(f"{name}: P99 at {step['times']:g} x", step["p99_us"] / 1e3, DEADLINE_MS, "ms")
+            report.at_most(f"{name}: P99 at {step['times']:g} x", step["p99_us"]["median"] / 1e3, DEADLINE_MS, "ms")
             for step in over
         ),
-        report.at_most(f"{name}: recovery after 5 x", figure["recovery_s"], RECOVERY_S_MAX, "s"),
-        report.at_most(f"{name}: a rejection / a service", figure["rejection_ratio"], REJECTION_MAX, "x"),
+        report.at_most(f"{name}: recovery after 5 x", figure["recovery_s"]["median"], RECOVERY_S_MAX, "s"),
+        report.at_most(f"{name}: a rejection / a service", figure["rejection_ratio"]["median"], REJECTION_MAX, "x"),
         report.at_most(f"{name}: wrong answers", figure["wrong_answers"], 0, "answers"),
     ]
 
@@ -142,7 +152,7 @@ class Bench:
         return step, (cpu_seconds(self.worker) - before_s) / (time.monotonic() - start_s)
 
 
-def measure(folder: Path, name: str, seconds: float) -> dict[str, Any]:
+def measure(folder: Path, name: str, rounds: int, seconds: float) -> dict[str, Any]:
     cpus = sorted(os.sched_getaffinity(0))
     server_cpu, client_cpu = (cpus[0], cpus[1]) if len(cpus) > 1 else (None, None)
     model = folder / f"{name}.onnx"
@@ -156,35 +166,55 @@ def measure(folder: Path, name: str, seconds: float) -> dict[str, Any]:
     load = Load(connections=CONNECTIONS, pipeline=4096, duration_s=seconds, warmup_s=min(1.0, seconds), timeout_s=2.0)
     with start_server(store, folder / "log", cpu=server_cpu) as (address, server):
         bench = Bench(plan, target.find(address), worker_of(server), client_cpu, load)
-        closed = replace(load, closed=True, pipeline=16, duration_s=min(5.0, seconds))
-        bench.run(replace(closed, duration_s=1.0), None)
-        most, busy = bench.run_and_count(closed, None)
-        if most.outcomes["error"] or not most.outcomes["good"]:
-            raise BenchError(f"the load could not be put on the server: {most.errors}")
-        service_us = busy / most.good_per_s * 1e6
-        steps, wrong = [], 0
-        for times in TIMES:
-            step = bench.run(replace(load, verified=VERIFIED), times * most.good_per_s)
-            different = sum(is_wrong(pair, expected) for pair in step.captures)
-            wrong += step.counts["wrong_answers"] + different
-            steps.append({"times": times, **describe(step), "compared": len(step.captures)})
-        calm_us = next(step["p99_us"] for step in steps if step["times"] == 0.8)
-        rejection_us = cost_of_rejection(bench, 5 * most.good_per_s, service_us)
-        recovery_s = recovery(bench, most.good_per_s, calm_us)
+        closed = replace(load, closed=True, pipeline=IN_FLIGHT[name], duration_s=min(2.0, seconds))
+        bench.run(closed, None)
+        taken = [take_round(bench, closed, expected) for _ in range(rounds)]
+        worst = [one.steps[MOST] for one in taken]
+        request_bytes = round(np.mean([len(asked) for step in worst for asked, _ in step.captures]))
+        receiving_us = loadgen.receiving_us(request_bytes, worst[-1].offered_per_s, (server_cpu, client_cpu))
+    steps = [{"times": times, **describe([one.steps[times] for one in taken], taken)} for times in TIMES]
+    service_us = report.spread([one.service_us for one in taken])
     return {
         "runs": runs,
         "rows": ROWS[name],
+        "request_bytes": request_bytes,
         "deadline_ms": DEADLINE_MS,
         "pinned": server_cpu is not None,
-        "capacity_per_s": most.good_per_s,
+        "capacity_per_s": report.spread([one.capacity_per_s for one in taken]),
         "steps": steps,
-        "peak_per_s": max(step["good_per_s"] for step in steps),
-        "wrong_answers": wrong,
+        "peak_goodput": max(step["goodput"]["median"] for step in steps),
+        "wrong_answers": sum(one.wrong for one in taken),
         "service_us": service_us,
-        "rejection_us": rejection_us,
-        "rejection_ratio": rejection_us / service_us,
-        "recovery_s": recovery_s,
+        "rejection_us": report.spread([one.rejection_us for one in taken]),
+        "rejection_ratio": report.spread([one.rejection_us / one.service_us for one in taken]),
+        "receiving_us": receiving_us,
+        "free_goodput": max(0.0, 1 - (MOST - 1) * receiving_us / service_us["median"]),
+        "recovery_s": report.spread([one.recovery_s for one in taken]),
     }
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    capacity_per_s: float
+    service_us: float
+    steps: dict[float, Step]
+    wrong: int
+    rejection_us: float
+    recovery_s: float
+
+
+def take_round(bench: Bench, closed: Load, expected: Any) -> Round:
+    most, busy = bench.run_and_count(closed, None)
+    if most.outcomes["error"] or not most.outcomes["good"]:
+        raise BenchError(f"the load could not be put on the server: {most.errors}")
+    capacity_per_s, service_us = most.good_per_s, busy / most.good_per_s * 1e6
+    steps, wrong = {}, 0
+    for times in TIMES:
+        step = steps[times] = bench.run(replace(bench.load, verified=VERIFIED), times * capacity_per_s)
+        wrong += step.counts["wrong_answers"] + sum(is_wrong(pair, expected) for pair in step.captures)
+    rejection_us = cost_of_rejection(bench, MOST * capacity_per_s, service_us)
+    calm_us = steps[0.8].latency.percentile(99) / 1e3
+    return Round(capacity_per_s, service_us, steps, wrong, rejection_us, recovery(bench, capacity_per_s, calm_us))
 
 
 def is_wrong(pair: tuple[bytes, bytes], expected: Any) -> bool:
@@ -195,34 +225,44 @@ def is_wrong(pair: tuple[bytes, bytes], expected: Any) -> bool:
     return not np.allclose(output, expected[users], rtol=1e-4, atol=1e-6)
 
 
-def describe(step: Step) -> dict[str, Any]:
-    p50, p99, p999 = (ns / 1e3 for ns in step.latency.at([50, 99, 99.9]))
+def describe(steps: list[Step], rounds: list[Round]) -> dict[str, Any]:
+    """The same step of every round."""
+    rejected: Counter[str] = Counter()
+    for step in steps:
+        rejected.update({code: error.count for code, error in step.errors.items()})
+    latency = {
+        f"p{str(percent).replace('.', '')}_us": report.spread(
+            [step.latency.percentile(percent) / 1e3 for step in steps]
+        )
+        for percent in (50, 99, 99.9)
+    }
     return {
-        "offered_per_s": step.offered_per_s,
-        "good_per_s": step.good_per_s,
-        "p50_us": p50,
-        "p99_us": p99,
-        "p999_us": p999,
-        **step.outcomes,
-        "rejected": {code: error.count for code, error in step.errors.items()},
-        "lag_p99_us": step.lag.percentile(99) / 1e3,
-        "hiccup_p999_us": step.hiccups.percentile(99.9) / 1e3,
-        "fatal": step.fatal,
+        "offered_per_s": report.spread([step.offered_per_s for step in steps]),
+        "good_per_s": report.spread([step.good_per_s for step in steps]),
+        "goodput": report.spread(
+            [step.good_per_s / one.capacity_per_s for step, one in zip(steps, rounds, strict=True)]
+        ),
+        **latency,
+        **{outcome: sum(step.outcomes[outcome] for step in steps) for outcome in steps[0].outcomes},
+        "rejected": dict(rejected),
+        "lag_p99_us": report.spread([step.lag.percentile(99) / 1e3 for step in steps]),
+        "hiccup_p999_us": report.spread([step.hiccups.percentile(99.9) / 1e3 for step in steps]),
+        "compared": sum(len(step.captures) for step in steps),
     }
 
 
 def cost_of_rejection(bench: Bench, per_s: float, service_us: float) -> float:
     """CPU microseconds of the worker."""
-    step, busy = bench.run_and_count(replace(bench.load, duration_s=min(5.0, bench.load.duration_s)), per_s)
+    step, busy = bench.run_and_count(replace(bench.load, duration_s=min(2.0, bench.load.duration_s)), per_s)
     rejected = step.outcomes["error"]
     if not rejected:
-        raise BenchError("nothing was rejected at 5 times the capacity")
+        raise BenchError(f"nothing was rejected at {MOST:g} times the capacity")
     return max(0.0, busy * step.seconds * 1e6 - step.outcomes["good"] * service_us) / rejected
 
 
 def recovery(bench: Bench, capacity_per_s: float, calm_us: float) -> float:
     """Seconds; those in which the generator stops one load and starts the other count too."""
-    seconds, rates = min(3.0, bench.load.duration_s), (5 * capacity_per_s, 0.8 * capacity_per_s)
+    seconds, rates = min(2.0, bench.load.duration_s), (MOST * capacity_per_s, 0.8 * capacity_per_s)
     load = replace(bench.load, duration_s=seconds, warmup_s=0.0)
     flood = bench.run(replace(load, events=int(seconds * rates[0] * 1.2)), rates[0])
     calm = bench.run(replace(load, events=int(seconds * rates[1] * 1.2)), rates[1])
@@ -277,16 +317,21 @@ def cpu_seconds(pid: int) -> float:
 
 
 def show(name: str, figure: dict[str, Any]) -> None:
-    print(f"{name}: {figure['rows']} rows a request, {figure['capacity_per_s']:,.0f} requests/s in a closed loop")
+    capacity_per_s = figure["capacity_per_s"]["median"]
+    print(f"{name}: {figure['rows']} rows a request, {capacity_per_s:,.0f} requests/s in a closed loop")
     for step in figure["steps"]:
         print(
-            f"  {step['times']:3g} x  offered {step['offered_per_s']:9,.0f}/s  good {step['good_per_s']:8,.0f}/s"
-            f"  P50 {step['p50_us'] / 1e3:7.2f} ms  P99 {step['p99_us'] / 1e3:7.2f} ms  {step['rejected'] or ''}"
-            f"  (send lag P99 {step['lag_p99_us'] / 1e3:.2f} ms, hiccups P99.9 {step['hiccup_p999_us'] / 1e3:.2f} ms)"
+            f"  {step['times']:3g} x  offered {step['offered_per_s']['median']:9,.0f}/s  good"
+            f" {step['good_per_s']['median']:8,.0f}/s  P50 {step['p50_us']['median'] / 1e3:7.2f} ms"
+            f"  P99 {step['p99_us']['median'] / 1e3:7.2f} ms  {step['rejected'] or ''}"
+            f"  (send lag P99 {step['lag_p99_us']['median'] / 1e3:.2f} ms,"
+            f" hiccups P99.9 {step['hiccup_p999_us']['median'] / 1e3:.2f} ms)"
         )
     print(
-        f"  a request takes {figure['service_us']:.1f} us of CPU, a rejection {figure['rejection_us']:.2f} us;"
-        f" recovered {figure['recovery_s']:.2f} s after 5 x"
+        f"  a request takes {figure['service_us']['median']:.1f} us of CPU, a rejection"
+        f" {figure['rejection_us']['median']:.2f} us, of which receiving it {figure['receiving_us']:.2f} us (goodput at"
+        f" {MOST:g} x if nothing else: {figure['free_goodput']:.2f}); recovered"
+        f" {figure['recovery_s']['median']:.2f} s after {MOST:g} x"
     )
 
 

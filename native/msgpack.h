@@ -36,6 +36,7 @@ struct mp_limits { uint64_t frame_bytes; uint32_t nesting_depth; uint64_t declar
 struct mp_scan {
     uint64_t position;               /* of the next tag; beyond the data while a string's body is awaited */
     uint64_t declared;               /* array items and map pairs announced so far */
+    uint64_t at_depth_2;             /* where the last value inside two containers begins: of a call, its last param */
     uint32_t depth;
     int ended;                       /* the last value is announced, its body may still be on the way */
     uint64_t left[MP_MAX_DEPTH];     /* values that each open container still lacks */
@@ -73,7 +74,7 @@ static inline uint32_t mp_fixed_bytes(uint8_t tag)
 /* Ready for the next message. left[] is written before it is read. */
 static inline void mp_scan_reset(struct mp_scan *s)
 {
-    s->position = s->declared = 0;
+    s->position = s->declared = s->at_depth_2 = 0;
     s->depth = 0;
     s->ended = 0;
 }
@@ -112,6 +113,8 @@ static inline enum mp_scan_result mp_scan_value(struct mp_scan *s, const uint8_t
     }
     if (s->position + bytes > limits->frame_bytes)
         return MP_TOO_LONG;
+    if (s->depth == 2)
+        s->at_depth_2 = s->position;
     if (container) {
         if (s->depth >= limits->nesting_depth)
             return MP_TOO_DEEP;

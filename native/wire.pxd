@@ -27,6 +27,14 @@ cdef struct options_t:
     const uint8_t *trace    # traceparent, in the message; NULL = none that could be valid
     uint32_t trace_bytes
 
+cdef struct kept_t:         # a request that waits until all that came are read
+    PyObject *connection    # owned, as is the next
+    PyObject *data          # bytes that the message lies in
+    const uint8_t *message
+    const uint8_t *last_param
+    Py_ssize_t size
+    uint32_t nth            # of its connection in this turn
+
 
 cdef class ColumnNames:
     cdef tuple names            # bytes, as they come on the wire
@@ -145,6 +153,12 @@ cdef class Router:
     cdef readonly Py_ssize_t waiting_rows, waiting_bytes
     cdef readonly int64_t last_turn_ns
     cdef int64_t turn_ns, ended_ns, arrived_ns
+    # Newest first: wire_newest.pxi.
+    cdef readonly bint keeps        # this turn's requests, until all are read
+    cdef int64_t shed_ns            # when a turn that refused some ended
+    cdef kept_t *kept
+    cdef Py_ssize_t n_kept, kept_capacity
+    cdef uint32_t first_kept
     cdef int wake(self) except -1
     cdef Route model_route(self, const uint8_t *name, Py_ssize_t size, int64_t version)
     cdef Route features_route(self, const uint8_t *refs, Py_ssize_t size)
@@ -173,6 +187,10 @@ cdef class Connection:
     cdef int64_t heard_s, held_s, mark_s, made_s
     cdef object peer
     cdef Py_ssize_t scan_bytes      # of the message that is handled
+    cdef const uint8_t *message_at  # where it begins
+    cdef const uint8_t *last_param
+    cdef bytes data                 # what it lies in; None: in `held`, where it cannot be kept
+    cdef uint32_t n_kept            # requests that wait until all of this turn are read
     cdef bytes carried              # what its last worker had read of a message
     cdef int hold(self, const uint8_t *data, size_t size) except -1
     cdef int drop_buffer(self, mp_out *buffer) except -1

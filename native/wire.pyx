@@ -5,7 +5,8 @@ of features), values going straight into the batch's `Columns`. server/batcher.p
 calls `reply`, which writes every request's rows into its connection's output. The `Router` is what connections share.
 
 Everything runs in the loop's thread with the GIL held. wire_decode.pxi reads columns, wire_encode.pxi writes arrays,
-wire_connection.pxi is the protocol, wire_options.pxi its options, wire_guard.pxi its limits, wire_codec.pxi for tests.
+wire_connection.pxi is the protocol, wire_options.pxi its options, wire_guard.pxi its limits, wire_newest.pxi what it
+admits in an overload; wire_codec.pxi is for tests.
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
@@ -342,6 +343,10 @@ cdef class Router:
         self.idle_deadline_s = self.frame_deadline_s = self.write_deadline_s = self.auth_deadline_s = 1 << 40
         self.target_ns = self.burst_ns = 1e18   # any amount of work is welcome
         self.ended_ns = _now_ns()
+        self.shed_ns = self.ended_ns - KEEPS_NS
+
+    def __dealloc__(self):
+        free(self.kept)
 
     cdef int wake(self) except -1:
         if not self.awake:
@@ -357,6 +362,7 @@ cdef class Router:
         Those of a route that is busy stay, and take what comes until it no longer is.
         """
         cdef Batch batch
+        _take_kept(self)
         taken, waiting = [], self.pending
         self.pending = []
         for batch in waiting:
@@ -481,6 +487,7 @@ cdef class Router:
 
 include "wire_options.pxi"
 include "wire_guard.pxi"
+include "wire_newest.pxi"
 include "wire_counts.pxi"
 include "wire_connection.pxi"
 include "wire_codec.pxi"

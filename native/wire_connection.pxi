@@ -7,6 +7,7 @@ cdef enum:
     LINGERING = 3   # told so; what it still sends is dropped until it closes
     GONE = 4
 
+cdef int64_t MSGID_MAX = (1 << 32) - 1
 # Closing at once, with input unread, would reset the connection and could destroy the error that was just sent.
 cdef double LINGER_S = 1.0
 
@@ -91,14 +92,24 @@ cdef class Connection:
         cdef const uint8_t *p = <const uint8_t *>PyBytes_AS_STRING(data)
         cdef size_t size = PyBytes_GET_SIZE(data)
         cdef size_t taken
+        cdef bint joined
         self.heard = True
         self.router.received_bytes += size
         _begin_unless_begun(self.router)
         self.router.reading = True
+        joined = self.router.keeps and 0 < self.held.size <= size
+        if joined:
+            data = PyBytes_FromStringAndSize(<const char *>self.held.data, self.held.size) + data
+            p = <const uint8_t *>PyBytes_AS_STRING(data)
+            size = PyBytes_GET_SIZE(data)
+            self.held.size = 0
         if self.held.size == 0:
+            self.data = data
             taken = self.take(p, size)
+            self.data = None
             if taken < size:
-                self.held_s = 0
+                if taken or not joined:
+                    self.held_s = 0
                 self.hold(p + taken, size - taken)
         elif self.state == OPEN:
             self.hold(p, size)
@@ -109,7 +120,7 @@ cdef class Connection:
         """The peer sends no more. True keeps the connection until what it is owed is written."""
         if self.state < LINGERING:
             self.state = ENDING
-            return not self.secure and bool(self.in_flight or self.touched)
+            return not self.secure and bool(self.in_flight or self.touched or self.n_kept)
         return False
 
     def carry(self, bytes held not None, int access):
@@ -142,7 +153,7 @@ cdef class Connection:
 
     def quiet(self, Py_ssize_t most):
         """What has been read of a message, if nothing else is under way and it is at most so many bytes; else None."""
-        if (self.state != OPEN or self.in_flight or self.touched or self.out.size or self.secure
+        if (self.state != OPEN or self.in_flight or self.n_kept or self.touched or self.out.size or self.secure
                 or self.held.size > <size_t>most or self.transport is None
                 or self.transport.get_write_buffer_size()):
             return None
@@ -203,7 +214,9 @@ cdef class Connection:
                 break
             length = self.scan.position
             self.scan_bytes = length
+            self.last_param = data + start + self.scan.at_depth_2
             mp_scan_reset(&self.scan)
+            self.message_at = data + start
             self.message(data + start)
             start += length
         return size
@@ -226,7 +239,7 @@ cdef class Connection:
             p = mp_read(p, &v)
         if n == 4 and v.kind == MP_INT and v.number.i == 0:
             p = mp_read(p, &v)
-            if v.kind != MP_INT or not 0 <= v.number.i <= 0xFFFFFFFF:
+            if v.kind != MP_INT or v.number.i < 0 or v.number.i > MSGID_MAX:
                 return self.refuse("INVALID_ARGUMENT", "msgid must be a whole number from 0 to 4294967295")
             msgid = <uint32_t>v.number.i
         elif n == 3 and v.kind == MP_INT and v.number.i == 2:
@@ -262,8 +275,12 @@ cdef class Connection:
         if self.router.auth is not None and _is(method, b"auth", 4):
             return self.authenticate(params, msgid, flags)
         if _is(method, b"predict", 7):
+            if self.router.keeps and self.data is not None:
+                return _keep(self)
             return self.predict(p, v.size, msgid, flags)
         if _is(method, b"get_online_features", 19):
+            if self.router.keeps and self.data is not None:
+                return _keep(self)
             return self.get_online_features(p, v.size, msgid, flags)
         if self.router.forward is not None and (_is(method, b"push", 4) or _is(method, b"delete", 6)):
             return self.hand_on(_text(method), params, msgid, flags)
@@ -320,7 +337,7 @@ cdef class Connection:
         if columns.kind != MP_MAP:
             raise InvalidArgument("predict takes [model, {column: value or array}, {option: value}?]")
         if n == 3:
-            _read_options(mp_skip(map_at), PREDICT_OPTIONS, &options)
+            _read_options(self.last_param, PREDICT_OPTIONS, &options)
         if self.last is None or not self.last.leads_from(False, model.body, model.size, options.version):
             self.last = self.router.model_route(model.body, model.size, options.version)
         self.asked = self.last
@@ -340,7 +357,7 @@ cdef class Connection:
         if columns.kind != MP_MAP:
             raise InvalidArgument("get_online_features takes [[feature reference], {key column: value or array}, {option: value}?]")
         if n == 3:
-            _read_options(mp_skip(map_at), FEATURES_OPTIONS, &options)
+            _read_options(self.last_param, FEATURES_OPTIONS, &options)
         if self.last is None or not self.last.leads_from(True, p, map_at - p, -1):
             self.last = self.router.features_route(p, map_at - p)
         return self.enqueue(self.last, map_at, msgid, &options)
@@ -394,7 +411,7 @@ cdef class Connection:
         if columns.kind != MP_MAP:
             raise InvalidArgument(f"{method} takes [view, {{column: value or array}}, {{option: value}}?]")
         if n == 3:
-            _read_options(mp_skip(map_at), WRITE_OPTIONS, &options)
+            _read_options(self.last_param, WRITE_OPTIONS, &options)
         if self.forwarded >= PUSHES_PER_CONNECTION:
             raise ResourceExhausted(f"{self.forwarded} requests of this connection wait to be written; "
                                     f"wait for their answers, then send it again")
@@ -483,7 +500,7 @@ cdef class Connection:
 
     cdef int maybe_end(self) except -1:
         """Close once nothing is owed."""
-        if self.in_flight or self.touched:
+        if self.in_flight or self.touched or self.n_kept:
             return 0
         if self.state == ENDING:
             self.transport.close()

@@ -62,6 +62,7 @@ cdef int _begin_turn(Router router) except -1:
     cdef int64_t now_ns = _now_ns()
     router.turn_ns = now_ns
     router.arrived_ns = now_ns
+    router.keeps = now_ns - router.shed_ns < KEEPS_NS
     if now_ns - router.ended_ns < BACK_TO_BACK_NS:
         router.arrived_ns -= router.last_turn_ns
     return 0
@@ -73,6 +74,8 @@ cdef int _end_turn(Router router) except -1:
     router.full = False
     router.sheds = router.shed != router.shed_before
     router.shed_before = router.shed
+    if router.sheds:
+        router.shed_ns = now_ns
     router.last_turn_ns = now_ns - router.turn_ns
     router.ended_ns = now_ns
     router.reading = False

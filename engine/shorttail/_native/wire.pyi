@@ -60,6 +60,7 @@ class Router:
     cut_ns: float
     shed: int
     sheds: bool
+    keeps: bool
     last_turn_ns: int
     waiting_rows: int
     waiting_bytes: int

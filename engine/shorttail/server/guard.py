@@ -23,7 +23,7 @@ OTHER_FILES: Final = 512
 # half of the P99 budget. In an overload they are kept short, as a longer wait only makes everybody late
 # (native/wire_guard.pxi).
 BURST_SHARE: Final = 0.5
-TARGET_SHARE: Final = 0.03
+TARGET_SHARE: Final = 0.04
 POLL_MEMORY: Final = 0.1  # what the last turn weighs in whether to poll
 
 

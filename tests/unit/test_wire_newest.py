@@ -1,0 +1,144 @@
+"""An overload of many connections: the newest requests are admitted, of all alike, and none is answered twice."""
+
+import msgpack
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as values
+from test_wire_guard import Measured
+
+MALFORMED = b"\xc1"
+
+
+def request(msgid, kind=0):
+    return msgpack.packb([kind, msgid, "predict", ["double", {"key": msgid, "amount": 0}]])
+
+
+class Overloaded(Measured):
+    def __init__(self):
+        super().__init__()
+        for _ in range(3):
+            self.offer(10)
+
+    def overload(self, rows):
+        """Refuse something, so that the next turn keeps what it reads. rows: what that one has time for."""
+        self.always(1)
+        while not self.router.keeps:
+            assert self.offer(10)[1] > 0
+            self.offer(1)  # it begins a turn soon after
+        self.always(rows)
+
+    def turn(self, streams, rows):
+        """[replies] of each stream of requests, in a turn that keeps them."""
+        while True:
+            self.overload(rows)
+            connections = [self.connect() for _ in streams]
+            for connection, stream in zip(connections, streams, strict=True):
+                connection.data_received(stream)
+            kept = self.router.keeps  # unless this process stood still meanwhile
+            self.loop.turn()
+            replies = [self.replies(connection) for connection in connections]
+            for connection in connections:
+                connection.connection_lost(None)
+            if kept:
+                return replies
+
+
+@pytest.fixture
+def overloaded():
+    return Overloaded()
+
+
+def good(replies):
+    return [reply[1] for reply in replies if reply[2] is None]
+
+
+def test_the_newest_of_every_connection_are_admitted(overloaded):
+    counts = [1000, 1000, 500, 10]
+    answers = overloaded.turn([b"".join(map(request, range(n))) for n in counts], 251)
+    for count, replies in zip(counts, answers, strict=True):
+        assert sorted(reply[1] for reply in replies) == list(range(count))
+        admitted = good(replies)
+        assert sorted(admitted) == list(range(count - len(admitted), count))
+        assert len(admitted) == pytest.approx(count / 10, abs=1)
+
+
+def test_connections_of_one_request_each_have_their_turn(overloaded):
+    answered = set()
+    for _ in range(40):
+        overloaded.overload(30)
+        replies = overloaded.turn([request(n) for n in range(100)], 30)
+        answered |= {n for n, [reply] in enumerate(replies) if reply[2] is None}
+    assert answered == set(range(100))
+
+
+def test_other_methods_are_answered_in_their_order(overloaded):
+    ping = msgpack.packb([0, 5000, "ping", []])
+    [replies] = overloaded.turn([request(1) + ping + request(2)], 100)
+    assert {reply[1]: reply[2] for reply in replies} == {1: None, 2: None, 5000: None}
+
+
+@settings(deadline=None, max_examples=200)
+@given(values.data())
+def test_however_the_stream_is_cut_each_is_answered_once(data):
+    overloaded = Overloaded()
+    overloaded.overload(50)
+    stream = b"".join(map(request, range(200)))
+    cuts = sorted(data.draw(values.lists(values.integers(0, len(stream)), max_size=12)))
+    connection = overloaded.connect()
+    for start, end in zip([0, *cuts], [*cuts, len(stream)], strict=True):
+        connection.data_received(stream[start:end])
+        if data.draw(values.booleans()):
+            overloaded.loop.turn()
+    overloaded.loop.turn()
+    assert sorted(reply[1] for reply in overloaded.replies(connection)) == list(range(200))
+    assert overloaded.router.in_flight == connection.in_flight == 0
+
+
+def test_a_peer_that_goes_is_forgotten(overloaded):
+    overloaded.overload(50)
+    gone, there = overloaded.connect(), overloaded.connect()
+    for connection in (gone, there):
+        connection.data_received(request(1))
+    gone.connection_lost(None)
+    overloaded.loop.turn()
+    assert good(overloaded.replies(there)) == [1]
+    assert overloaded.replies(gone) == []
+    assert overloaded.router.in_flight == 0
+
+
+def test_a_peer_that_ends_is_answered_and_closed(overloaded):
+    overloaded.overload(50)
+    connection = overloaded.connect()
+    connection.data_received(request(1))
+    assert connection.eof_received()
+    assert connection.quiet(100) is None
+    overloaded.loop.turn()
+    assert good(overloaded.replies(connection)) == [1]
+    assert overloaded.transport_of[connection].closed
+
+
+def test_one_that_ends_after_a_notification_is_closed(overloaded):
+    overloaded.overload(50)
+    connection = overloaded.connect()
+    connection.data_received(msgpack.packb([2, "predict", ["double", {"key": 1, "amount": 0}]]))
+    connection.eof_received()
+    overloaded.loop.turn()
+    assert overloaded.transport_of[connection].closed
+
+
+def test_what_came_before_nonsense_is_answered(overloaded):
+    [replies] = overloaded.turn([request(1) + request(2) + MALFORMED + request(3)], 100)
+    assert sorted(good(replies)) == [1, 2]
+    [refused] = [reply for reply in replies if reply[2] is not None]
+    assert refused[1] is None
+    assert refused[2]["code"] == "INVALID_ARGUMENT"
+
+
+def test_one_byte_at_a_time_does_not_put_the_end_off(overloaded):
+    overloaded.router.frame_deadline_s = 30
+    connection = overloaded.connect()
+    for now_s, byte in enumerate(request(1), 1):
+        overloaded.overload(10)
+        connection.data_received(bytes([byte]))
+        overloaded.sweep(now_s)
+    assert overloaded.transport_of[connection].closed
