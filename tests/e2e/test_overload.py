@@ -1,8 +1,10 @@
 """More than a server can do: what it refuses, what it still answers, and who waits for whom."""
 
 import concurrent.futures
+import contextlib
 import http.client
 import json
+import time
 
 import msgpack
 import numpy as np
@@ -110,6 +112,31 @@ def test_a_flood_is_answered_in_part_and_refused_in_part_and_then_it_is_over(sta
     with server.connect() as peer:
         assert peer.ask(*PREDICT) == PREDICTED
         assert peer.ask(*slow_request(5, 1))[2] is None
+
+
+def test_no_connection_is_starved_by_those_that_are_read_before_it(start):
+    """All send the same, more than can be served. What is sent first may find the server idle, a few times as often."""
+    server = start("--no-http", "--p99-budget-ms", "20")
+    peers = [server.connect() for _ in range(8)]
+    burst = b"".join(msgpack.packb(slow_request(n, 400, "total")) for n in range(40))
+    good, refused, unsent = [0] * len(peers), [0] * len(peers), [b""] * len(peers)
+    for peer in peers:
+        peer.socket.setblocking(False)
+    end_s = time.monotonic() + TIMEOUT_S
+    while sum(good) < 4000 or min(refused) < 1000:
+        assert time.monotonic() < end_s, (good, refused)
+        time.sleep(0.002)
+        for n, peer in enumerate(peers):
+            with contextlib.suppress(BlockingIOError):
+                unsent[n] = unsent[n] or burst
+                unsent[n] = unsent[n][peer.socket.send(unsent[n]) :]
+            with contextlib.suppress(BlockingIOError):
+                answers = peer.socket.recv(1 << 20)
+                good[n] += answers.count(b"outputs")
+                refused[n] += answers.count(b"RESOURCE_EXHAUSTED")
+    for peer in peers:
+        peer.socket.close()
+    assert max(good) < 10 * min(good), (good, refused)
 
 
 def test_http_is_under_the_same_admission(start):
