@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import os
 import resource
 import time
@@ -24,6 +25,10 @@ OTHER_FILES: Final = 512
 # (native/wire_guard.pxi).
 BURST_SHARE: Final = 0.5
 TARGET_SHARE: Final = 0.04
+# Of glibc's malloc.h. More free memory at the end of the heap than the one is given back; what is larger than the other
+# is mapped and unmapped by itself, and so rare that this costs nothing.
+M_TRIM_THRESHOLD: Final = (-1, 8 << 20)
+M_MMAP_THRESHOLD: Final = (-3, 4 << 20)
 POLL_MEMORY: Final = 0.1  # what the last turn weighs in whether to poll
 
 
@@ -55,6 +60,13 @@ def allow_files(count: int) -> None:
     if soft != resource.RLIM_INFINITY and soft < wanted:
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def return_memory() -> None:
+    """Have malloc give back what a few large answers took. Left to itself, glibc keeps up to 64 MiB for others."""
+    with contextlib.suppress(AttributeError):  # another libc
+        for option in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
+            ctypes.CDLL(None).mallopt(*option)
 
 
 def pin(cpu: int) -> None:

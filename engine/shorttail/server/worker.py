@@ -244,6 +244,7 @@ def main() -> int:
     if args.cpu is not None:
         guard.pin(args.cpu)
     guard.allow_files(settings.max_connections)
+    guard.return_memory()
     control = socket.socket(fileno=args.control_fd)
     try:
         engine, served = load(args.store, args.device, args.pretouch, args.lock_memory)
