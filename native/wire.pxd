@@ -158,6 +158,7 @@ cdef class Router:
     cdef int64_t shed_ns            # when a turn that refused some ended
     cdef kept_t *kept
     cdef Py_ssize_t n_kept, kept_capacity
+    cdef readonly Py_ssize_t kept_bytes     # that they keep in memory
     cdef uint32_t first_kept
     cdef int wake(self) except -1
     cdef Route model_route(self, const uint8_t *name, Py_ssize_t size, int64_t version)

@@ -275,11 +275,11 @@ cdef class Connection:
         if self.router.auth is not None and _is(method, b"auth", 4):
             return self.authenticate(params, msgid, flags)
         if _is(method, b"predict", 7):
-            if self.router.keeps and self.data is not None:
+            if _may_keep(self):
                 return _keep(self)
             return self.predict(p, v.size, msgid, flags)
         if _is(method, b"get_online_features", 19):
-            if self.router.keeps and self.data is not None:
+            if _may_keep(self):
                 return _keep(self)
             return self.get_online_features(p, v.size, msgid, flags)
         if self.router.forward is not None and (_is(method, b"push", 4) or _is(method, b"delete", 6)):

@@ -10,8 +10,15 @@
 cdef enum:
     AGES = 1024     # in so many steps
 
+cdef Py_ssize_t KEPT_LIMIT_BYTES = LIMITS.kept_bytes
 cdef int64_t KEEPS_NS = 100_000_000
 cdef uint32_t STEP = 2_654_435_761     # of the golden ratio: any number of connections is gone round evenly
+
+
+cdef bint _may_keep(Connection connection) noexcept:
+    """Beyond so many bytes in a turn, what else comes is admitted or refused as it is read."""
+    cdef Router router = connection.router
+    return router.keeps and connection.data is not None and router.kept_bytes < KEPT_LIMIT_BYTES
 
 
 cdef int _keep(Connection connection) except -1:
@@ -26,6 +33,8 @@ cdef int _keep(Connection connection) except -1:
         router.kept = <kept_t *>grown
         router.kept_capacity = 2 * router.kept_capacity + 256
     kept = &router.kept[router.n_kept]
+    if router.n_kept == 0 or router.kept[router.n_kept - 1].data != <PyObject *>connection.data:
+        router.kept_bytes += PyBytes_GET_SIZE(connection.data)
     kept.connection = <PyObject *>connection
     kept.data = <PyObject *>connection.data
     Py_INCREF(connection)
@@ -86,7 +95,7 @@ cdef int _age(const kept_t *kept) noexcept:
 cdef int _drop_kept(Router router) except -1:
     cdef Py_ssize_t i, n = router.n_kept
     cdef Connection connection
-    router.n_kept = 0
+    router.n_kept = router.kept_bytes = 0
     for i in range(n):
         connection = <Connection>router.kept[i].connection
         connection.n_kept = 0

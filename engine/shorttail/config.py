@@ -43,6 +43,7 @@ class Limits:
     connections: int = 16_384
     waiting_rows: int = 524_288  # parsed, and not answered yet
     waiting_bytes: int = 256 << 20  # the same, as they came on the wire
+    kept_bytes: int = 16 << 20  # in an overload read in a turn before any of it is admitted
     p99_budget_ms: float = 50.0  # what an accepted request may take under overload
 
     # HTTP, of one worker.

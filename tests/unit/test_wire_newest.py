@@ -6,6 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as values
 from test_wire_guard import Measured
 
+from shorttail.config import LIMITS
+
 MALFORMED = b"\xc1"
 
 
@@ -92,6 +94,22 @@ def test_however_the_stream_is_cut_each_is_answered_once(data):
     overloaded.loop.turn()
     assert sorted(reply[1] for reply in overloaded.replies(connection)) == list(range(200))
     assert overloaded.router.in_flight == connection.in_flight == 0
+
+
+def test_so_much_is_kept_and_no_more(overloaded):
+    """Memory, not requests, is what is counted: a small one may be all that holds on to much that came with it."""
+    stream = request(1) + msgpack.packb([2, "ping", [bytes(1 << 20)]])
+    overloaded.overload(2000)
+    connections = []
+    for count in range(1, LIMITS.kept_bytes // len(stream) + 4):
+        connections.append(overloaded.connect())
+        connections[-1].data_received(bytes(bytearray(stream)))  # an object of its own
+        kept_bytes = min(count, 16) * len(stream)
+        assert overloaded.router.kept_bytes == kept_bytes
+        assert overloaded.router.in_flight == max(0, count - 16)  # admitted as it is read
+    overloaded.loop.turn()
+    assert overloaded.router.kept_bytes == 0
+    assert [good(overloaded.replies(connection)) for connection in connections] == [[1]] * len(connections)
 
 
 def test_a_peer_that_goes_is_forgotten(overloaded):

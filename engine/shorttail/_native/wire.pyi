@@ -61,6 +61,7 @@ class Router:
     shed: int
     sheds: bool
     keeps: bool
+    kept_bytes: int
     last_turn_ns: int
     waiting_rows: int
     waiting_bytes: int
