@@ -68,7 +68,8 @@ class Swapping:
         self.engine = st.Engine.open(home / "store", create=True)
         self.engine.apply(home / "definitions.py")
         self.engine.push("stats", ROWS)
-        self.server = Server(home / "store", *options, log=home / "log")
+        # However slow the machine is at that moment, nothing is refused for want of time.
+        self.server = Server(home / "store", "--p99-budget-ms", "1e6", *options, log=home / "log")
         self.peer = self.server.connect()
 
     def deploy(self, **options):
