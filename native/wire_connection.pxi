@@ -216,7 +216,6 @@ cdef class Connection:
             self.scan_bytes = length
             self.last_param = data + start + self.scan.at_depth_2
             mp_scan_reset(&self.scan)
-            self.message_at = data + start
             self.message(data + start)
             start += length
         return size
@@ -233,6 +232,7 @@ cdef class Connection:
         cdef uint32_t msgid = 0
         cdef uint32_t n
         cdef int flags = 0
+        self.message_at = p
         p = mp_read(p, &v)
         n = v.size if v.kind == MP_ARRAY else 0
         if n:

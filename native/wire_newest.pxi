@@ -77,7 +77,6 @@ cdef int _take_kept(Router router) except -1:
             kept = &router.kept[order[i]]
             connection = <Connection>kept.connection
             if connection.state != GONE:
-                connection.message_at = kept.message
                 connection.last_param = kept.last_param
                 connection.scan_bytes = kept.size
                 connection.message(kept.message)

@@ -2,9 +2,9 @@
  *
  *     sink --request-bytes N --per-s RATE --duration-s S [--cpu SERVER,CLIENT]
  *
- * A process sends RATE requests a second, one send each, over CONNECTIONS connections in turn; another reads all of them every
- * 2.5 ms, about as often as a worker in an overload, into one buffer. Prints the CPU nanoseconds a request of the one that reads: whatever a server does with
- * a request, and if it refuses it, that much it cannot avoid.
+ * A process sends RATE requests a second, one send each, over CONNECTIONS connections in turn; another reads all of them
+ * every 2.5 ms, about as often as a worker in an overload, into one buffer. Prints the CPU nanoseconds a request of the
+ * one that reads: whatever a server does with a request, and if it refuses it, that much it cannot avoid.
  */
 #define _GNU_SOURCE
 #include <errno.h>
