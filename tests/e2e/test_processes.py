@@ -10,7 +10,18 @@ import time
 
 import msgpack
 import pytest
-from serving import PREDICT, PREDICTED, SERVE, TIMEOUT_S, Peer, alive, children_of, until
+from serving import (
+    PREDICT,
+    PREDICTED,
+    SERVE,
+    TIMEOUT_S,
+    Peer,
+    Server,
+    alive,
+    children_of,
+    environment_after,
+    until,
+)
 
 
 def test_sigterm_answers_what_is_in_flight_and_exits_with_0(start, store, tmp_path):
@@ -193,6 +204,37 @@ def test_workers_are_not_killed_for_the_time_in_which_nothing_ran(start):
         assert peer.ask(*PREDICT) == PREDICTED
     assert server.stop() == 0
     assert server.log.read_text() == ""
+
+
+SLEEPS = """
+import os, time
+from shorttail.server.systemd import Notifier
+
+def beat(self, flag={flag!r}):  # it comes between two waits for events
+    if os.path.exists(flag):
+        os.remove(flag)
+        time.sleep(3)
+
+Notifier.beat = beat
+"""
+
+
+def test_a_supervisor_that_stood_still_blames_nobody(store, tmp_path):
+    """Wherever it was just then."""
+    flag, log, folder = tmp_path / "flag", tmp_path / "log", tmp_path / "path"
+    folder.mkdir()
+    environment = environment_after(folder, SLEEPS.format(flag=str(flag)))
+    server = Server(store, "--workers", "2", "--hang-deadline-s", "2", log=log, env=environment)
+    try:
+        flag.touch()
+        until(lambda: not flag.exists(), server)
+        time.sleep(3.5)  # no synchronisation: it sleeps, and then looks
+        with server.connect() as peer:
+            assert peer.ask(*PREDICT) == PREDICTED
+        assert server.stop() == 0
+    finally:
+        server.kill()
+    assert log.read_text() == ""
 
 
 def test_a_worker_that_cannot_be_started_again_is_tried_again(start):

@@ -55,16 +55,12 @@ class Child:
         self.received += received
         if received and self.received.endswith(b"\n"):
             self.said = json.loads(self.received)
-            self.is_heard()
+            if self.share is not None:
+                self.share.heard_s = time.monotonic()
         return bool(received)
 
-    def is_heard(self) -> None:
-        if self.share is not None:
-            self.share.heard_s = time.monotonic()
-
-    def hangs(self, deadline_s: float) -> str:
+    def hangs(self, now_s: float, deadline_s: float) -> str:
         """Why it is to be killed: its loop stood still for so long, or it does not come to its start. "": it is not."""
-        now_s = time.monotonic()
         if self.said is None:
             late = now_s - self.started_s > LIMITS.start_timeout_s
             return f"it was not ready after {LIMITS.start_timeout_s:g} s" if late else ""

@@ -32,9 +32,9 @@ from shorttail.server.sharing import Sharing
 from shorttail.server.signals import RELOAD, STOP, Signals
 from shorttail.server.systemd import Notifier
 
-WAIT_MAX_S: Final = 1.0
-# A wait that took longer than it was to by this: this process did not run, so perhaps none did.
-SLEPT_S: Final = 0.5
+WAIT_MAX_S: Final = 0.25
+# So long after it looked last, this process did not run, so perhaps none did.
+STOOD_STILL_S: Final = 0.75
 
 
 def serve(
@@ -103,6 +103,7 @@ class Supervisor:
         self.served: dict[str, Any] = {}  # what the first worker said that was ready
         self.starting = True
         self.reload_wanted = False
+        self.looked_s = 0.0  # for workers that hang
 
     def run(self, check: bool) -> int:
         self.signals.register(self.selector)
@@ -194,11 +195,7 @@ class Supervisor:
 
     def _wait(self, until_s: float) -> None:
         due_s = min(until_s, self.sharing.due_s, math.inf if self.systemd.due_s is None else self.systemd.due_s)
-        began_s = time.monotonic()
-        timeout_s = min(max(0.0, due_s - began_s), WAIT_MAX_S)
-        events = self.selector.select(timeout_s)
-        slept_s = time.monotonic() - began_s - timeout_s
-        for key, _ in events:
+        for key, _ in self.selector.select(min(max(0.0, due_s - time.monotonic()), WAIT_MAX_S)):
             if key.data is None:
                 self._hear_signals()
             elif key.data == sharing.ACCEPT:
@@ -207,8 +204,6 @@ class Supervisor:
                 self._hear(key.data)
             elif key.data.control.fileno() >= 0:  # not buried in this round
                 key.data.share.hear(self.sharing.give)
-        if slept_s > SLEPT_S:
-            self._forgive()
         if self.sharing.due_s <= time.monotonic():
             self.sharing.look()
         self.systemd.beat()
@@ -262,18 +257,22 @@ class Supervisor:
 
     def _kill_hung(self) -> None:
         """Kill workers whose loop stands still, and those that do not come to their start; then they are restarted."""
+        now_s = time.monotonic()
+        if now_s - self.looked_s > STOOD_STILL_S:
+            self._forgive(now_s)
+        self.looked_s = now_s
         for worker in self.workers():
-            if not worker.killed_for and (reason := worker.hangs(self.settings.hang_deadline_s)):
+            if not worker.killed_for and (reason := worker.hangs(now_s, self.settings.hang_deadline_s)):
                 worker.killed_for = f"{reason}, and was killed"
                 worker.process.kill()
 
-    def _forgive(self) -> None:
+    def _forgive(self, now_s: float) -> None:
         """The whole machine or container may have stood still: nobody was silent in that time."""
         for worker in self.workers():
-            if worker.said:
-                worker.is_heard()
-            else:
-                worker.started_s = time.monotonic()
+            if worker.share is not None:
+                worker.share.heard_s = now_s
+            if not worker.said:
+                worker.started_s = now_s
 
     # -- for rolling.py ----------------------------------------------------------------------------------------
 
