@@ -27,7 +27,7 @@ BURST_SHARE: Final = 0.5
 TARGET_SHARE: Final = 0.04
 # Of glibc's malloc.h. More free memory at the end of the heap than the one is given back; what is larger than the other
 # is mapped and unmapped by itself, and so rare that this costs nothing.
-M_TRIM_THRESHOLD: Final = (-1, 8 << 20)
+M_TRIM_THRESHOLD: Final = (-1, 4 << 20)
 M_MMAP_THRESHOLD: Final = (-3, 4 << 20)
 POLL_MEMORY: Final = 0.1  # what the last turn weighs in whether to poll
 
