@@ -6,14 +6,20 @@ from __future__ import annotations
 class ShorttailError(Exception):
     """Base of every error this package raises on purpose.
 
-    The message is one line: what is wrong, with the name the user gave, and what to do about it.
+    The message is one line: what is wrong, with the name the user gave, and what to do about it. A name may hold
+    anything; what would break the line, or mean something to a terminal, is shown escaped.
     """
 
     code = "INTERNAL"
 
+    def __init__(self, message: str = ""):
+        if not message.isprintable():
+            message = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+        super().__init__(message)
+
     @property
     def message(self) -> str:
-        return str(self.args[0]) if self.args else self.code
+        return str(self) or self.code
 
 
 class InvalidArgument(ShorttailError):
