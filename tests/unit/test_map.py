@@ -84,6 +84,7 @@ def test_little_address_space(path: Path) -> None:
 
 LOCK = """
 import os, resource, sys
+from shorttail.errors import ResourceExhausted
 from test_store import *
 
 def locked():

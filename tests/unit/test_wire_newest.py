@@ -4,7 +4,7 @@ import msgpack
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as values
-from test_wire_guard import Measured
+from test_wire_admission import Measured
 
 from shorttail.config import LIMITS
 

@@ -1,0 +1,175 @@
+"""What is not a store, or one that cannot be used now: one line says why, and nothing is lost."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import lmdb
+import pytest
+from test_store import make_store, rows, scores
+
+from shorttail.config import LIMITS, Limits
+from shorttail.errors import InvalidArgument, NotFound, ResourceExhausted
+from shorttail.store import Store, environment, mapping
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "store"
+
+
+@pytest.fixture
+def store(path: Path) -> Iterator[Store]:
+    with make_store(path) as store:
+        yield store
+
+
+def test_missing_store(path: Path) -> None:
+    with pytest.raises(NotFound, match=r"no store at '.*store'; create it with `shorttail apply"):
+        Store.open(path)
+    path.mkdir()
+    with pytest.raises(NotFound, match="no store"):
+        Store.open(path)
+    assert list(path.iterdir()) == []
+
+
+def test_not_a_store(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("hello")
+    with pytest.raises(InvalidArgument, match="is a file, not a store"):
+        Store.open(file)
+    with pytest.raises(InvalidArgument, match="holds other files"):
+        Store.open(tmp_path, create=True)
+    other = tmp_path / "other"
+    lmdb.open(str(other)).close()
+    with pytest.raises(InvalidArgument, match="not a shorttail store"):
+        Store.open(other)
+    garbage = tmp_path / "garbage"
+    garbage.mkdir()
+    (garbage / "data.mdb").write_bytes(os.urandom(20_000))
+    with pytest.raises(InvalidArgument, match="truncated or damaged"):
+        Store.open(garbage)
+
+
+def test_newer_format(path: Path) -> None:
+    with make_store(path) as store, store.environment.write() as writer:
+        writer.txn.put(b"format", b"7")
+    with pytest.raises(InvalidArgument, match="format 7, and this shorttail reads 2; upgrade"):
+        Store.open(path)
+
+
+def test_older_format(path: Path) -> None:
+    with make_store(path) as store, store.environment.write() as writer:
+        writer.txn.put(b"format", b"1")
+    with pytest.raises(InvalidArgument, match="format 1, and this shorttail reads 2; make a new store"):
+        Store.open(path)
+
+
+@pytest.mark.parametrize("keep", [0, 100, 8192, 40_000, -4096])
+def test_truncated_file(path: Path, keep: int) -> None:
+    with make_store(path) as store:
+        store.load("stats", [rows(range(5000))])
+    data = path / "data.mdb"
+    os.truncate(data, keep if keep >= 0 else data.stat().st_size + keep)
+    with pytest.raises(InvalidArgument, match="truncated or damaged"):
+        Store.open(path)
+
+
+def test_file_that_only_lacks_unused_pages_is_sound(path: Path) -> None:
+    with make_store(path) as store:
+        store.load("stats", [rows(range(5000))])
+        store.refresh()
+        environment.drop_table(store.environment, store.catalog.tables["stats"].id)
+        info = store.environment.handle.env.info()
+    data = path / "data.mdb"
+    pages = data.stat().st_size // 4096
+    assert pages == info["last_pgno"] + 1
+    shutil.copytree(path, path.with_name("copy"))
+    shorter = path.with_name("copy") / "data.mdb"
+    for cut in range(1, 6):
+        os.truncate(shorter, (pages - cut) * 4096)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            try:
+                Store.open(path.with_name("copy")).close()
+            except InvalidArgument:
+                assert cut > 1  # a page that is in use is gone now
+                break
+
+
+def test_disk_full_fails_the_write_and_keeps_the_rest(store: Store) -> None:
+    store.load("stats", [rows(range(100))])
+    code = (
+        "import sys, resource\n"
+        "sys.path.insert(0, sys.argv[2])\n"
+        "import test_store as t\nfrom shorttail.errors import ResourceExhausted\n"
+        "s = t.Store.open(sys.argv[1])\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))\n"
+        "try:\n    s.load('stats', [t.rows(range(20_000))])\n"
+        "except ResourceExhausted as error:\n    print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, store.path, str(Path(__file__).parent)], timeout=60, capture_output=True, text=True
+    )
+    assert "is full" in done.stdout, done.stderr
+    assert store.count("stats") == 100
+    assert store.load("stats", [rows(range(20_000))]) == 20_000
+
+
+def test_map_full(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mapping, "LIMITS", Limits(map_bytes=1 << 20))
+    with make_store(path) as store:
+        store.load("stats", [rows(range(10))])
+        with pytest.raises(ResourceExhausted, match="filled its map"):
+            store.load("stats", [rows(range(50_000))])
+        assert store.count("stats") == 10
+
+
+def test_use_after_fork_is_refused(store: Store) -> None:
+    store.load("stats", [rows([1])])
+    assert scores(store, [1]) == [1.0]
+    read_end, write_end = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # threads of earlier tests
+        pid = os.fork()
+    if pid == 0:
+        said = []
+        for use in (store.refresh, lambda: store.upsert("stats", rows([2])), lambda: Store.open(store.path)):
+            try:
+                use()
+                said.append("nothing")
+            except InvalidArgument as error:
+                said.append(str(error))
+        os.write(write_end, "\n".join(said).encode())
+        os._exit(0)
+    os.waitpid(pid, 0)
+    os.close(write_end)
+    with os.fdopen(read_end) as pipe:
+        said = pipe.read().split("\n")
+    assert len(said) == 3
+    assert all("before this process forked" in line for line in said)
+    assert scores(store, [1]) == [1.0]
+
+
+def test_one_environment_per_path(store: Store, path: Path) -> None:
+    link = path.with_name("link")
+    link.symlink_to(path)
+    with Store.open(link) as other:
+        assert other.environment is store.environment
+    store.load("stats", [rows([1])])
+    assert store.count("stats") == 1
+    assert LIMITS.readers > 1
+
+
+def test_closed_store_says_so(path: Path) -> None:
+    store = make_store(path)
+    store.close()
+    store.close()
+    with pytest.raises(InvalidArgument, match="is closed"):
+        store.refresh(force=True)
