@@ -88,10 +88,13 @@ def run(
     warmup_s: float = 0.5,
     cpu: int | None = None,
     raw_reply_bytes: int | None = None,
+    per_s: int | None = None,
+    awake: bool = False,
 ) -> dict[str, Any]:
     """Run the compiled closed-loop client. Returns the JSON object described in bench/c/loadgen.c.
 
-    With `raw_reply_bytes` replies are counted as that many bytes each and not looked at (for start_echo).
+    With `raw_reply_bytes` replies are counted as that many bytes each and not looked at (for start_echo); and with
+    `per_s` besides it is an open loop of so many requests a second; `awake`: which does not sleep between them.
     Raises BenchError when the run stopped: refused, cut off, or answered by something other than MessagePack-RPC.
     """
     command = [
@@ -101,6 +104,8 @@ def run(
     ]
     if raw_reply_bytes is not None:
         command += ["--raw", "--reply-bytes", str(raw_reply_bytes)]
+    if per_s is not None:
+        command += ["--per-s", str(per_s), *(["--awake"] if awake else [])]
     with pinned(cpu):
         client = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     with client:

@@ -1,7 +1,11 @@
 /* Closed-loop load: C connections with D requests in flight on each; a reply is answered by the next request.
  *
  *     loadgen --address HOST:PORT|unix:PATH --payload FILE [--connections 1] [--pipeline 1]
- *             [--warmup-s 0.5] [--duration-s 5] [--raw --reply-bytes M]
+ *             [--warmup-s 0.5] [--duration-s 5] [--raw --reply-bytes M [--per-s R [--awake]]]
+ *
+ * With --per-s it is an open loop: R requests a second at even distances, of each connection in turn, and a latency counts
+ * from when its request was due. One that finds D in flight on its connection waits, and those behind it. --awake: it
+ * never sleeps in between.
  *
  * FILE holds requests to send in turn, each a u32 little-endian length and that many bytes: a MessagePack-RPC request
  * that starts 94 00 ce and four bytes of message id. Each request gets an id of its own, and each reply must carry the
@@ -17,11 +21,13 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
+#include <poll.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
+#include <sys/prctl.h>
 #include <sys/socket.h>
 #include <time.h>
 #include <unistd.h>
@@ -46,6 +52,7 @@ struct slot { /* one request in flight */
 struct connection {
     int fd, watches_output;
     uint32_t first_slot, oldest; /* slots [first_slot, first_slot + pipeline); replies in --raw come in order */
+    uint32_t next;               /* the slot for its next request, in an open loop */
     uint8_t *out;                /* holds `pipeline` of the longest request: what is in flight can never be more */
     size_t out_start, out_end;
     uint8_t *in;
@@ -57,7 +64,8 @@ static struct {
     const char *address, *payload;
     uint32_t connections, pipeline;
     double warmup_s, duration_s;
-    int raw;
+    uint64_t per_s;
+    int raw, awake;
     uint64_t reply_bytes;
 } options = {.connections = 1, .pipeline = 1, .warmup_s = 0.5, .duration_s = 5};
 
@@ -267,6 +275,8 @@ static void take_replies(struct connection *c, uint64_t now)
         uint32_t number = finish_request(c, c->in + start, end - start, now);
         start = end;
         scan_start(&c->scan, start);
+        if (options.per_s)
+            continue;
         uint64_t send_time = now_ns();
         if (send_time < end_ns)
             queue_request(c, number, send_time);
@@ -321,32 +331,64 @@ static void open_connections(int epoll, struct connection *all)
     }
 }
 
+/* Take what comes within timeout_ms, and send what is queued. */
+static void handle_events(int epoll, int timeout_ms)
+{
+    struct epoll_event events[EVENTS];
+    int n = epoll_wait(epoll, events, EVENTS, timeout_ms);
+    for (int i = 0; i < n; i++) {
+        struct connection *c = events[i].data.ptr;
+        if (events[i].events & ~(uint32_t)EPOLLOUT)
+            receive(c);
+        if (c->out_start < c->out_end)
+            send_queued(epoll, c);
+    }
+}
+
+static void run_closed_loop(int epoll, struct connection *all)
+{
+    for (uint32_t i = 0; i < options.connections; i++) {
+        for (uint32_t d = 0; d < options.pipeline; d++)
+            queue_request(&all[i], all[i].first_slot + d, now_ns());
+        send_queued(epoll, &all[i]);
+    }
+    uint64_t stop = end_ns + drain_ns;
+    for (uint64_t now = now_ns(); in_flight > 0 && now < stop; now = now_ns())
+        handle_events(epoll, (int)((stop - now) / 1000000) + 1);
+}
+
+static void run_open_loop(int epoll, struct connection *all, uint64_t start)
+{
+    uint64_t n = 0, due = start, stop = end_ns + drain_ns;
+    (void)prctl(PR_SET_TIMERSLACK, 1ul); /* or the kernel wakes us up to 50 us late */
+    for (uint64_t now = now_ns(); (due < end_ns || in_flight > 0) && now < stop; now = now_ns()) {
+        while (due < end_ns && due <= now) {
+            struct connection *c = &all[n % options.connections];
+            if (slots[c->first_slot + c->next].busy)
+                break; /* its reply wakes us */
+            queue_request(c, c->first_slot + c->next, due);
+            send_queued(epoll, c);
+            c->next = c->next + 1 < options.pipeline ? c->next + 1 : 0;
+            due = start + (uint64_t)((double)++n * 1e9 / (double)options.per_s);
+        }
+        uint64_t wait_ns = (due < end_ns && due > now ? due : stop) - now;
+        struct timespec timeout = {.tv_sec = (time_t)(wait_ns / 1000000000), .tv_nsec = (long)(wait_ns % 1000000000)};
+        struct pollfd waiting = {.fd = epoll, .events = POLLIN};
+        if (options.awake || ppoll(&waiting, 1, &timeout, NULL) > 0) /* epoll_wait counts in milliseconds */
+            handle_events(epoll, 0);
+    }
+}
+
 static void run_load(int epoll, struct connection *all)
 {
     uint64_t start = now_ns();
     warm_ns = start + (uint64_t)(options.warmup_s * 1e9);
     end_ns = warm_ns + (uint64_t)(options.duration_s * 1e9);
     last_reply_ns = warm_ns;
-    for (uint32_t i = 0; i < options.connections; i++) {
-        for (uint32_t d = 0; d < options.pipeline; d++)
-            queue_request(&all[i], all[i].first_slot + d, now_ns());
-        send_queued(epoll, &all[i]);
-    }
-    struct epoll_event events[EVENTS];
-    uint64_t stop = end_ns + drain_ns;
-    while (in_flight > 0) {
-        uint64_t now = now_ns();
-        if (now >= stop)
-            break;
-        int n = epoll_wait(epoll, events, EVENTS, (int)((stop - now) / 1000000) + 1);
-        for (int i = 0; i < n; i++) {
-            struct connection *c = events[i].data.ptr;
-            if (events[i].events & ~(uint32_t)EPOLLOUT)
-                receive(c);
-            if (c->out_start < c->out_end)
-                send_queued(epoll, c);
-        }
-    }
+    if (options.per_s)
+        run_open_loop(epoll, all, start);
+    else
+        run_closed_loop(epoll, all);
 }
 
 static void print_result(void)
@@ -375,6 +417,10 @@ static void parse_options(int argc, char **argv)
             options.raw = 1;
             continue;
         }
+        if (strcmp(argv[i], "--awake") == 0) {
+            options.awake = 1;
+            continue;
+        }
         const char *name = argv[i], *value = option_value(NAME, argc, argv, i++);
         if (strcmp(name, "--address") == 0)
             options.address = value;
@@ -388,6 +434,8 @@ static void parse_options(int argc, char **argv)
             options.warmup_s = parse_seconds(NAME, name, value);
         else if (strcmp(name, "--duration-s") == 0)
             options.duration_s = parse_seconds(NAME, name, value);
+        else if (strcmp(name, "--per-s") == 0)
+            options.per_s = (uint64_t)parse_whole(NAME, name, value, 1, 10000000);
         else if (strcmp(name, "--reply-bytes") == 0)
             options.reply_bytes = (uint64_t)parse_whole(NAME, name, value, 1, (long long)reply_bytes_max);
         else
@@ -397,6 +445,8 @@ static void parse_options(int argc, char **argv)
         die(NAME, "--address and --payload are needed");
     if (options.raw != (options.reply_bytes > 0))
         die(NAME, "--raw and --reply-bytes go together");
+    if (options.per_s && !options.raw)
+        die(NAME, "--per-s needs --raw");
     if ((uint64_t)options.connections * options.pipeline > 1u << 22)
         die(NAME, "connections times pipeline is more than %u", 1u << 22);
 }

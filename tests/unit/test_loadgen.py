@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -87,6 +89,41 @@ def test_against_echo(tmp_path: Path, connections: int, pipeline: int, unix: boo
     latencies = [figures[name] for name in ("p50_us", "p90_us", "p99_us", "p999_us", "max_us")]
     assert latencies == sorted(latencies)
     assert latencies[0] > 0
+
+
+@pytest.mark.parametrize(("connections", "pipeline", "awake"), [(1, 64, False), (3, 20, True)])
+def test_an_open_loop_asks_as_often_as_told(tmp_path: Path, connections: int, pipeline: int, awake: bool) -> None:
+    payload = tmp_path / "payload"
+    loadgen.write_payload(payload, [bytes(100)])
+    with loadgen.start_echo(100, 33) as address:
+        figures = loadgen.run(
+            address, payload, connections, pipeline=pipeline, raw_reply_bytes=33, per_s=1000, awake=awake, **RUN
+        )
+    assert figures["requests"] == 200
+    assert figures["unanswered"] == 0
+
+
+def test_an_open_loop_counts_from_when_a_request_was_due(tmp_path: Path) -> None:
+    """A server that answers nothing for 0.3 s and then all: with one in flight the others wait, and that is counted."""
+    payload = tmp_path / "payload"
+    loadgen.write_payload(payload, [bytes(10)])
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            peer, _ = listener.accept()
+            with peer:
+                time.sleep(0.3)  # no synchronisation: this is the time
+                while data := peer.recv(65536):
+                    peer.sendall(data)
+
+        server = threading.Thread(target=serve)
+        server.start()
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        figures = loadgen.run(address, payload, 1, 0.2, warmup_s=0.0, raw_reply_bytes=10, per_s=100)
+        server.join()
+    assert (figures["requests"], figures["unanswered"]) == (20, 0)
+    assert figures["max_us"] > 299_000
+    assert 100_000 <= figures["p50_us"] < figures["max_us"] - 80_000
 
 
 def test_replies_far_larger_than_any_buffer(tmp_path: Path) -> None:
