@@ -56,6 +56,7 @@ class Apart:
         self.threads: ThreadPoolExecutor | None = None
         self.lanes: dict[Runner, deque[Prepared]] = {}  # the first of each runs, or waits for a thread
         self.ended = threading.Event()  # a batch has, and `finish` does not know yet
+        self.closed = False
 
     def put(self, prepared: Prepared) -> None:
         route = prepared.batch.route
@@ -90,6 +91,8 @@ class Apart:
 
     def finish(self, runner: Runner, lane: deque[Prepared], done: Future[None]) -> None:
         self.ended.clear()
+        if self.closed:
+            return  # nobody is left to be answered
         prepared = lane.popleft()
         prepared.answered(prepared, done.exception())
         self.router.resume(prepared.batch.route)
@@ -110,6 +113,8 @@ class Apart:
             self.loop.call_soon_threadsafe(function, *args)
 
     def close(self) -> None:
+        """Once every connection is closed."""
+        self.closed = True
         if self.threads is not None:
             self.threads.shutdown(wait=False, cancel_futures=True)
 
