@@ -33,6 +33,7 @@ alias.symlink_to(Path("native").resolve())
 # kernel -> plain C files compiled beside it
 sources = {
     "columns": [],
+    "route": [],
     "pages": [f"native/{part}.c" for part in ("crc32c", "page", "lookup", "tree", "merge", "load", "writeback")],
     "forest": [f"native/forest_{part}.c" for part in ("run", "build", "pack", "plain", "avx2", "avx512")],
     "wire": [],

@@ -10,6 +10,7 @@ from micro import forest as forests
 
 import shorttail as st
 from shorttail import protocol
+from shorttail.client import columns as client_columns
 
 MODEL = "ranker"
 CANDIDATES = 500
@@ -48,6 +49,6 @@ def requests() -> list[bytes]:
     packed = []
     for _ in range(REQUESTS):
         row = {"user_id": int(random.integers(USERS)), "item_id": random.integers(0, ITEMS, CANDIDATES)}
-        params = [MODEL, protocol.encode_columns(row), {"encoding": "tensor"}]
-        packed.append(protocol.pack_request(protocol.MSGID_LIMIT - 1, "predict", params))
+        params = [MODEL, client_columns.encode_columns(row), {"encoding": "tensor"}]
+        packed.append(client_columns.pack_request(protocol.MSGID_LIMIT - 1, "predict", params))
     return packed

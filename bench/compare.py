@@ -44,12 +44,13 @@ from rivals import Peer, Unusable  # noqa: E402
 
 import shorttail as st  # noqa: E402
 from shorttail import protocol  # noqa: E402
+from shorttail.client import columns as client_columns  # noqa: E402
 from shorttail.config import LIMITS  # noqa: E402
 from shorttail.errors import ShorttailError  # noqa: E402
 from shorttail.loadtest import target  # noqa: E402
-from shorttail.loadtest.plan import Plan, Workload, plan_http, plan_raw, plan_rpc  # noqa: E402
 from shorttail.loadtest.rates import Rate  # noqa: E402
 from shorttail.loadtest.runner import Load, run_step  # noqa: E402
+from shorttail.loadtest.traffic import Traffic, Workload, plan_http, plan_raw, plan_rpc  # noqa: E402
 
 DATA = ROOT / "build" / "scenarios"
 CONNECTIONS = (4, 16, 64)  # with one request in flight on each
@@ -78,7 +79,7 @@ class Run:
         values = [f"{name}=uniform:{low}:{high}" for name, (low, high) in self.described["values"].items()]
         self.workload = Workload(rows=self.described["rows"], shared=self.described["shared"], keys=keys, values=values)
 
-    def rpc(self, address: str) -> Plan:
+    def rpc(self, address: str) -> Traffic:
         """What shorttail is asked: predictions, or features where there is no model."""
         if self.described["kind"] == "model":
             workload = replace(self.workload, predict=self.described["name"])
@@ -87,11 +88,11 @@ class Run:
         with st.Client(address) as client:
             return plan_rpc(workload, client.models(), client.views())
 
-    def http(self, url: str, body: str) -> Plan:
+    def http(self, url: str, body: str) -> Traffic:
         return plan_http(replace(self.workload, body=body), target.find(url))
 
     def drive(
-        self, plan: Plan, address: str, rate: float | None, connections: int, in_flight: int = 1, raw: int = 0
+        self, plan: Traffic, address: str, rate: float | None, connections: int, in_flight: int = 1, raw: int = 0
     ) -> dict[str, Any]:
         """One step of load: an open loop at the rate, or a closed one."""
         load = Load(
@@ -121,18 +122,18 @@ class Run:
             "samples": step.latency.total,
         }
 
-    def peak(self, plan: Plan, address: str, raw: int = 0) -> dict[str, Any]:
+    def peak(self, plan: Traffic, address: str, raw: int = 0) -> dict[str, Any]:
         """The closed loop that gave most, of those without an error if there are such."""
         steps = [self.drive(plan, address, None, connections, 1, raw) for connections in CONNECTIONS]
         return max(steps, key=lambda step: (step["bad"] == 0, step["good_per_s"]))
 
-    def peak_and_alone(self, plan: Plan, address: str, raw: int = 0) -> dict[str, Any]:
+    def peak_and_alone(self, plan: Traffic, address: str, raw: int = 0) -> dict[str, Any]:
         return {"peak": self.peak(plan, address, raw), "alone": self.drive(plan, address, None, 1, 1, raw)}
 
-    def open_loop(self, plan: Plan, address: str, rate: float) -> dict[str, Any]:
+    def open_loop(self, plan: Traffic, address: str, rate: float) -> dict[str, Any]:
         return self.drive(plan, address, rate, CONNECTIONS[-1])
 
-    def below_peak(self, plan: Plan, address: str, peak: dict[str, Any]) -> dict[str, Any]:
+    def below_peak(self, plan: Traffic, address: str, peak: dict[str, Any]) -> dict[str, Any]:
         """An open loop at the largest share of the peak that the server keeps up with; {} where it does with none."""
         for share in SHARES_OF_PEAK:
             step = self.open_loop(plan, address, share * peak["good_per_s"])
@@ -245,7 +246,7 @@ def check_own(run: Run, address: str) -> None:
                 raise loadgen.BenchError(f"shorttail gave a wrong answer to request {number} of {run.data.name}")
 
 
-def measure_own(run: Run, own: dict[str, Any], plan: Plan, found: dict[str, Any]) -> None:
+def measure_own(run: Run, own: dict[str, Any], plan: Traffic, found: dict[str, Any]) -> None:
     request, reply = message_bytes(run)
     url = f"http://{own['http']}/v2/models/{run.described['name']}/infer"
     describe = {
@@ -267,7 +268,7 @@ def measure_own(run: Run, own: dict[str, Any], plan: Plan, found: dict[str, Any]
         found[SHORTTAIL + IN_FLIGHT]["rounds"].append({"peak": run.drive(plan, own["rpc"], None, *PIPELINED)})
 
 
-def measure_peer(run: Run, peer: Peer, own: str, plan: Plan, found: dict[str, Any]) -> None:
+def measure_peer(run: Run, peer: Peer, own: str, plan: Traffic, found: dict[str, Any]) -> None:
     """One round of a peer, and shorttail at its rate. A failure is noted and ends its rounds."""
     note(f"  {peer.title}")
     log = run.folder / f"{peer.name}.log"
@@ -301,10 +302,10 @@ def message_bytes(run: Run) -> tuple[int, int]:
     """Of a request and its answer, as shorttail has them on the wire."""
     first = json.loads((run.data / "requests.json").read_text())[0]
     columns = {name: np.asarray(v) if isinstance(v, list) else v for name, v in first["columns"].items()}
-    params = [run.described["name"], protocol.encode_columns(columns), {"encoding": "tensor"}]
+    params = [run.described["name"], client_columns.encode_columns(columns), {"encoding": "tensor"}]
     width = 1 if run.described["column"] is None else 2
     reply = 60 + 4 * width * run.described["rows"]
-    return len(protocol.pack_request(protocol.MSGID_LIMIT - 1, "predict", params)), reply
+    return len(client_columns.pack_request(protocol.MSGID_LIMIT - 1, "predict", params)), reply
 
 
 def http_body(run: Run) -> str:

@@ -41,11 +41,11 @@ from overload import Bench
 from serving import ENVIRONMENT, start_server, worker_of
 
 import shorttail as st
-from shorttail import protocol
+from shorttail.client import columns as client_columns
 from shorttail.errors import ShorttailError
 from shorttail.loadtest import target
-from shorttail.loadtest.plan import Workload, plan_rpc
 from shorttail.loadtest.runner import Load
+from shorttail.loadtest.traffic import Workload, plan_rpc
 
 IDLE, SLOW = 10_000, 1_000
 OTHER_FILES = 512
@@ -214,7 +214,7 @@ def dribble(address: str) -> None:
     os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     allow_files(SLOW + OTHER_FILES)
     slow = [connect(address, IDLE + n) for n in range(SLOW)]
-    message = protocol.pack_request(1, "ping", [])
+    message = client_columns.pack_request(1, "ping", [])
     print("ready", flush=True)
     due_s = time.monotonic()
     for n in itertools.count():
@@ -246,7 +246,7 @@ def starve(address: str, worker: int) -> tuple[float, float, float]:
     """(seconds from when nothing more was read to when the last was cut, MB at most, MB afterwards)."""
     host, _, port = address.rpartition(":")
     references = [f"stats:f{i}" for i in range(FEATURES)]
-    request = protocol.pack_request(1, "get_online_features", [references, {"user_id": [1] * ASKED_ROWS}])
+    request = client_columns.pack_request(1, "get_online_features", [references, {"user_id": [1] * ASKED_ROWS}])
     greedy = [socket.create_connection((host, int(port))) for _ in range(NEVER_READING)]
     try:
         for one in greedy:

@@ -2,7 +2,7 @@
 
 from loadgen import run, start_echo, write_payload
 
-write_payload(path, [protocol.pack_request(0, "predict", [...]) for ... in ...])
+write_payload(path, [client_columns.pack_request(0, "predict", [...]) for ... in ...])
 figures = run("127.0.0.1:7711", path, connections=64, duration_s=2.0)
 with start_echo(request_bytes=120, reply_bytes=60) as address:
     floor = run(address, path, connections=64, duration_s=2.0, raw_reply_bytes=60)
@@ -58,7 +58,7 @@ def build() -> Path:
 
 
 def write_payload(path: str | os.PathLike[str], requests: Sequence[bytes]) -> None:
-    """Write requests for `run`: each MessagePack-RPC with a 5-byte message id, as protocol.pack_request packs it."""
+    """Write requests for `run`: each MessagePack-RPC with a 5-byte message id, as pack_request packs it."""
     with Path(path).open("wb") as file:
         for request in requests:
             file.write(struct.pack("<I", len(request)))

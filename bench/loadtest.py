@@ -37,10 +37,10 @@ from loadgen import BenchError  # noqa: E402
 
 from shorttail.errors import ShorttailError  # noqa: E402
 from shorttail.loadtest import target  # noqa: E402
-from shorttail.loadtest.plan import Workload, plan_raw, plan_rpc  # noqa: E402
 from shorttail.loadtest.rates import Rate  # noqa: E402
 from shorttail.loadtest.result import Step  # noqa: E402
 from shorttail.loadtest.runner import Load, run_step  # noqa: E402
+from shorttail.loadtest.traffic import Workload, plan_raw, plan_rpc  # noqa: E402
 
 REQUEST_BYTES, REPLY_BYTES = 120, 60
 RATE_MIN = 100_000.0

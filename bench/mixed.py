@@ -28,10 +28,10 @@ import rivals  # noqa: E402
 import shorttail as st  # noqa: E402
 from shorttail.errors import ShorttailError  # noqa: E402
 from shorttail.loadtest import target  # noqa: E402
-from shorttail.loadtest.plan import Plan, plan_rpc  # noqa: E402
 from shorttail.loadtest.rates import Rate  # noqa: E402
 from shorttail.loadtest.result import Step  # noqa: E402
 from shorttail.loadtest.runner import Load, run_step  # noqa: E402
+from shorttail.loadtest.traffic import Traffic, plan_rpc  # noqa: E402
 
 SCENARIO, VIEW = "fraud", "activity"
 SHARE_OF_PEAK = 0.25
@@ -86,7 +86,7 @@ def measure(run: compare.Run, address: str, rounds: int) -> dict[str, Any]:
     }
 
 
-def plan_of(run: compare.Run, address: str, share: float) -> Plan:
+def plan_of(run: compare.Run, address: str, share: float) -> Traffic:
     """share: pushes a prediction."""
     workload = replace(run.workload, predict=SCENARIO)
     if share:
@@ -95,7 +95,7 @@ def plan_of(run: compare.Run, address: str, share: float) -> Plan:
         return plan_rpc(workload, client.models(), client.views())
 
 
-def drive(run: compare.Run, plan: Plan, address: str, rate: float) -> Step:
+def drive(run: compare.Run, plan: Traffic, address: str, rate: float) -> Step:
     load = Load(connections=CONNECTIONS, pipeline=IN_FLIGHT, duration_s=run.seconds, warmup_s=compare.WARMUP_S)
     with rivals.pinned(run.client):
         step = run_step(plan, target.find(address), load, Rate(rate, rate))

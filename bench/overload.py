@@ -49,10 +49,10 @@ import shorttail as st  # noqa: E402
 from shorttail import calls  # noqa: E402
 from shorttail.errors import ShorttailError  # noqa: E402
 from shorttail.loadtest import target  # noqa: E402
-from shorttail.loadtest.plan import Plan, Workload, plan_rpc  # noqa: E402
 from shorttail.loadtest.rates import Rate  # noqa: E402
 from shorttail.loadtest.result import Step  # noqa: E402
 from shorttail.loadtest.runner import Load, run_step  # noqa: E402
+from shorttail.loadtest.traffic import Traffic, Workload, plan_rpc  # noqa: E402
 from shorttail.loadtest.verify import unpack  # noqa: E402
 
 USERS = 10_000
@@ -131,7 +131,7 @@ def bars_of(name: str, figure: dict[str, Any]) -> list[dict[str, Any]]:
 class Bench:
     """A server under load: what is asked, of whom, from which CPU."""
 
-    plan: Plan
+    plan: Traffic
     where: target.Target
     worker: int
     cpu: int | None

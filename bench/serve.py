@@ -35,6 +35,7 @@ import serving  # noqa: E402
 from loadgen import BenchError  # noqa: E402
 
 from shorttail import protocol  # noqa: E402
+from shorttail.client import columns as client_columns  # noqa: E402
 
 MODEL = "late"
 FLIGHTS = 20_000
@@ -183,7 +184,7 @@ def flight_requests() -> list[bytes]:
     columns = [chosen[name].tolist() for name in data.REQUEST]
     rows = (dict(zip(data.REQUEST, values, strict=True)) for values in zip(*columns, strict=True))
     # The client writes its own message id, which has to take five bytes.
-    return [protocol.pack_request(protocol.MSGID_LIMIT - 1, "predict", [MODEL, row]) for row in rows]
+    return [client_columns.pack_request(protocol.MSGID_LIMIT - 1, "predict", [MODEL, row]) for row in rows]
 
 
 def mean_reply_bytes(address: str, requests: list[bytes]) -> int:

@@ -39,10 +39,10 @@ from shorttail.config import LIMITS  # noqa: E402
 from shorttail.errors import ShorttailError  # noqa: E402
 from shorttail.loadtest import target  # noqa: E402
 from shorttail.loadtest.histogram import Histogram  # noqa: E402
-from shorttail.loadtest.plan import Plan, Workload, plan_rpc  # noqa: E402
 from shorttail.loadtest.rates import Rate  # noqa: E402
 from shorttail.loadtest.result import Step  # noqa: E402
 from shorttail.loadtest.runner import Load, run_step  # noqa: E402
+from shorttail.loadtest.traffic import Traffic, Workload, plan_rpc  # noqa: E402
 from shorttail.models import registry  # noqa: E402
 from shorttail.models.serving import go_behind  # noqa: E402
 from shorttail.models.session import Session  # noqa: E402
@@ -157,7 +157,7 @@ def measure(folder: Path, cycles: int) -> dict[str, Any]:
 
 
 def swap_under_load(
-    engine: st.Engine, models: Models, plan: Plan, where: target.Target, rate: float, cycles: int, worker: int
+    engine: st.Engine, models: Models, plan: Traffic, where: target.Target, rate: float, cycles: int, worker: int
 ) -> tuple[Step, list[float], int]:
     """The step; MB in use after each swap second; the last version."""
     duration_s = float(spells_for(cycles)[0])

@@ -22,7 +22,7 @@ import train
 from definitions import late as model
 
 import shorttail as st
-from shorttail import protocol
+from shorttail.client import columns as client_columns
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = Path("demo")  # below ROOT, where main() goes
@@ -200,7 +200,7 @@ def show_latency(tcp: str, unix: str, flights: pd.DataFrame) -> None:
     requests = [[model.name, dict(zip(data.REQUEST, row, strict=True))] for row in rows]
     # The message id takes five bytes, as the load generator, which sets it, wants it.
     payload = OUT / "requests.bin"
-    loadgen.write_payload(payload, [protocol.pack_request(1 << 31, "predict", params) for params in requests])
+    loadgen.write_payload(payload, [client_columns.pack_request(1 << 31, "predict", params) for params in requests])
     say("             connections       P50       P99   requests/s")
     for name, address in (("TCP", tcp), ("Unix socket", unix)):
         for connections in (1, 64):

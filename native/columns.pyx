@@ -50,7 +50,7 @@ cdef uint64_t _mixed(uint64_t x) noexcept nogil:
 cdef class Columns:
     """Columns(names, dtypes): an empty batch.
 
-    names: column names; dtypes: their `shorttail.dtypes.DType`. `n_rows` counts the rows of finished requests.
+    names: column names; dtypes: their `shorttail.define.dtypes.DType`. `n_rows` counts the rows of finished requests.
     """
 
     def __cinit__(self, names, dtypes):

@@ -2,7 +2,7 @@
 
 The memory is an array of 64-bit words: a region for each process, one writer each, so that an increment needs neither a
 lock nor an atomic operation; readers see every word whole. A region outlives its process: whoever takes it next counts
-on. The layout is in the constants below; shorttail.monitor.memory makes and reads it.
+on. The layout is in the constants below; shorttail.observe.memory makes and reads it.
 
     region: HEADER words (gauges and counters of the process), then SLOTS slots
     slot:   of one method and model: used, method, bytes of the name, the name, rows, requests[protocol][code],
@@ -150,15 +150,18 @@ cdef class Recorder:
             _observe(stage + 4 * C_STAGE, end_ns - (inferred_ns if inferred_ns else prepared_ns))
             _observe(stage + 5 * C_STAGE, end_ns - opened_ns)
 
-    def answered(self, int method, str name not None, uint64_t requests, uint64_t rows, int64_t opened_ns,
+    def answered(self, int method, str name not None, int protocol, uint64_t requests, uint64_t rows, int64_t opened_ns,
                  int64_t start_ns, int64_t looked_up_ns, int64_t prepared_ns, int64_t inferred_ns):
-        """`batch` of MessagePack-RPC, done now. Returns the nanoseconds since opened_ns."""
+        """`batch`, answered now. Returns the nanoseconds since opened_ns.
+
+        requests: 0 over HTTP, whose requests are counted, and their encoding timed, where responses are made.
+        """
         cdef timespec now
         cdef int64_t end_ns
         clock_gettime(CLOCK_MONOTONIC, &now)
         end_ns = <int64_t>now.tv_sec * 1_000_000_000 + now.tv_nsec
-        self.batch(self._find(method, name), 0, requests, rows, opened_ns, start_ns, looked_up_ns, prepared_ns,
-                   inferred_ns, end_ns)
+        self.batch(self._find(method, name), protocol, requests, rows, opened_ns, start_ns, looked_up_ns, prepared_ns,
+                   inferred_ns, 0 if protocol else end_ns)
         return end_ns - opened_ns
 
     def stage(self, int slot, int stage, int64_t ns):

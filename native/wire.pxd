@@ -2,6 +2,7 @@ from cpython.ref cimport PyObject
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 from shorttail._native.columns cimport Columns
+from shorttail._native.route cimport Route, Split
 from shorttail._native.wire_c cimport array_part, mp_out, mp_scan, mp_value
 
 
@@ -44,21 +45,18 @@ cdef class ColumnNames:
     cdef int find(self, int guess, const mp_value *name) noexcept
 
 
-cdef class Route:
-    """One model version or one list of features: its plan, its open batch, the constant bytes of its replies."""
-    cdef readonly object plan
+cdef class WireRoute(Route):
+    """A route of the server: its open batch, what its batches cost, the constant bytes of its replies."""
     cdef readonly bint stale        # the catalog changed since: find the plan anew
     cdef bytes key                  # the bytes on the wire that lead here: a model name, or an array of references
     cdef bint features
     cdef int64_t asked              # the version asked for; -1 = the current one
     cdef int64_t version
-    cdef Route canary               # takes the requests that hash below split_below; None: there is none
-    cdef uint64_t split_below       # of 2**32
-    cdef uint32_t split_salt
-    cdef int split_columns
-    cdef public bint busy           # its next batch waits until this is False again
+    cdef WireRoute canary           # answers the requests that `split` takes; None: there is none
+    cdef Split split
+    cdef readonly bint busy         # its next batch waits until this is False again
     cdef Batch open                 # takes requests; None until one comes
-    cdef Batch spare                # kept for its memory
+    cdef Batch spare_batch          # kept for its memory
     cdef double shape_batch_ns, shape_row_ns    # what a batch and each of its rows should cost
     cdef double scale               # times which it has cost lately; 0: not known
     cdef readonly double batch_cost_ns, row_cost_ns     # the two, scaled
@@ -81,16 +79,15 @@ cdef class Route:
 
 cdef class Batch:
     """Requests that will run together."""
-    cdef readonly Route route
+    cdef readonly WireRoute route
     cdef readonly Columns columns
     cdef request_t *request
     cdef readonly Py_ssize_t n_requests
     cdef readonly Py_ssize_t waiting    # of them, those that `wanted` found an answer is owed to
     cdef Py_ssize_t capacity
     cdef readonly int64_t opened_ns     # when its first request was read, on CLOCK_MONOTONIC
-    cdef bint has_deadlines
     cdef readonly dict traces       # place of a request in the batch -> (msgid, traceparent); None: no request has one
-    cdef public bint keep           # once answered it is not used again: somebody still reads its columns
+    cdef bint keep                  # once answered it is not used again: somebody still reads its columns
     cdef Router router              # of what is counted below; None while that is nothing
     cdef bint apart                 # runs outside the loop, and so takes none of the turn's time
     cdef Py_ssize_t waiting_rows, waiting_bytes
@@ -161,8 +158,8 @@ cdef class Router:
     cdef readonly Py_ssize_t kept_bytes     # that they keep in memory
     cdef uint32_t first_kept
     cdef int wake(self) except -1
-    cdef Route model_route(self, const uint8_t *name, Py_ssize_t size, int64_t version)
-    cdef Route features_route(self, const uint8_t *refs, Py_ssize_t size)
+    cdef WireRoute model_route(self, const uint8_t *name, Py_ssize_t size, int64_t version)
+    cdef WireRoute features_route(self, const uint8_t *refs, Py_ssize_t size)
 
 
 cdef class Connection:
@@ -172,8 +169,8 @@ cdef class Connection:
     cdef mp_out out                 # replies that wait for the end of this turn
     cdef mp_out held                # the beginning of a message whose end has not arrived
     cdef mp_scan scan               # how far it has been checked
-    cdef Route last                 # where the last request went
-    cdef Route asked                # where the one that is being read goes; None: not known yet
+    cdef WireRoute last                 # where the last request went
+    cdef WireRoute asked                # where the one that is being read goes; None: not known yet
     cdef readonly Py_ssize_t in_flight
     cdef Py_ssize_t forwarded       # of them, what the writer has
     cdef readonly bint paused       # the peer does not read its replies
@@ -198,7 +195,7 @@ cdef class Connection:
     cdef int count_peer(self) except -1
     cdef int check_access(self, const mp_value *method) except -1
     cdef int authenticate(self, const uint8_t *params, uint32_t msgid, int flags) except -1
-    cdef int refuse_cheaply(self, Route route, int why, uint32_t msgid, int flags) except -1
+    cdef int refuse_cheaply(self, WireRoute route, int why, uint32_t msgid, int flags) except -1
     cdef int drop_held(self, size_t size) except -1
     cdef size_t take(self, const uint8_t *data, size_t size) except? 0
     cdef int refuse(self, str code, str reason) except -1
@@ -206,7 +203,7 @@ cdef class Connection:
     cdef int call(self, const mp_value *method, const uint8_t *params, uint32_t msgid, int flags) except -1
     cdef int predict(self, const uint8_t *p, uint32_t n, uint32_t msgid, int flags) except -1
     cdef int get_online_features(self, const uint8_t *p, uint32_t n, uint32_t msgid, int flags) except -1
-    cdef int enqueue(self, Route route, const uint8_t *columns, uint32_t msgid, const options_t *options) except -1
+    cdef int enqueue(self, WireRoute route, const uint8_t *columns, uint32_t msgid, const options_t *options) except -1
     cdef int hand_on(self, str method, const uint8_t *params, uint32_t msgid, int flags) except -1
     cdef int handle(self, str method, const uint8_t *params, uint32_t msgid, int flags) except -1
     cdef int touch(self) except -1

@@ -23,6 +23,7 @@ import numpy as np
 cimport numpy as cnp
 
 from shorttail._native.columns cimport KIND_F64, KIND_I64, KIND_STR, KIND_VEC, Columns, column_t
+from shorttail._native.route cimport Route
 from shorttail._native.wire_c cimport *
 from shorttail._native.columns import (
     empty_column, finish_error, string_too_long, too_many_rows, unknown_column, wrong_type,
@@ -63,9 +64,9 @@ cdef int64_t _now_ns() noexcept:
     return <int64_t>now.tv_sec * 1_000_000_000 + now.tv_nsec
 
 
-cdef class Route:
-    def __cinit__(self, plan, bytes key, int64_t asked):
-        self.plan = plan
+cdef class WireRoute:
+    def __init__(self, plan, bytes key, int64_t asked):
+        Route.__init__(self, plan)
         self.key = key
         self.asked = asked
         self.features = plan.kind == "features"
@@ -73,8 +74,8 @@ cdef class Route:
         self.view_pieces = [msgpack.packb(name) for name in plan.view_names]
         self.defaults = bytes(plan.has_default)
         _shape_cost(self)
-        self.spare = Batch(self, plan.new_columns())
-        self.names = ColumnNames(self.spare.columns)
+        self.spare_batch = Batch(self, plan.new_columns())
+        self.names = ColumnNames(self.spare_batch.columns)
 
     cdef bint leads_from(self, bint features, const uint8_t *key, Py_ssize_t size, int64_t version) noexcept:
         if self.stale or self.features != features or PyBytes_GET_SIZE(self.key) != size:
@@ -104,7 +105,7 @@ cdef class Route:
 
 
 cdef class Batch:
-    def __cinit__(self, Route route, Columns columns):
+    def __cinit__(self, WireRoute route, Columns columns):
         self.route = route
         self.columns = columns
 
@@ -137,7 +138,6 @@ cdef class Batch:
             Py_INCREF(connection)
             connection.in_flight += 1
             connection.router.in_flight += 1
-        self.has_deadlines |= options.deadline_ns != 0
         if options.trace is not NULL:
             if self.traces is None:
                 self.traces = {}
@@ -162,7 +162,6 @@ cdef class Batch:
         cdef int c
         _count_out(self)
         self.n_requests = 0
-        self.has_deadlines = False
         self.traces = None
         if self.keep:
             return 0
@@ -171,8 +170,8 @@ cdef class Batch:
             col = &columns.col[c]
             if col.data_cap > KEPT_BYTES or col.row_cap * 8 * (col.width if col.kind == KIND_VEC else 1) > KEPT_BYTES:
                 return 0
-        if self.route.spare is None and not self.route.stale:
-            self.route.spare = self
+        if self.route.spare_batch is None and not self.route.stale:
+            self.route.spare_batch = self
         return 0
 
     def wanted(self):
@@ -201,9 +200,25 @@ cdef class Batch:
             self.recycle()
         return remain
 
+    protocol = 0    # its place in metrics.PROTOCOLS
+    inputs = None   # the columns are all that its requests bring
+
+    @property
+    def n_rows(self):
+        return self.columns.n_rows
+
     def leave_loop(self):
-        """It runs outside the loop, and no other route waits for it. Called between `wanted` and `reply`."""
+        """It runs outside the loop, and its route's next batch waits for it. Called between `wanted` and `reply`."""
+        self.route.busy = self.route.apart = True
         _leave_loop(self)
+
+    def stay_in_loop(self):
+        """It runs in the loop, and the route's next ones are admitted as such."""
+        self.route.apart = False
+
+    def keep_columns(self):
+        """Somebody still reads its columns once it is answered: they are not used for another batch."""
+        self.keep = True
 
     def count(self, Router router not None, Py_ssize_t rows, Py_ssize_t size):
         """Rows that came by another way than a connection of the router's: they wait, and `run` is called for them."""
@@ -277,7 +292,7 @@ cdef class Batch:
 
     cdef int put_reply(self, mp_out *out, request_t *request, Encoder encoder, const uint8_t *statuses,
                        Py_ssize_t n_statuses, int64_t version) except -1:
-        cdef Route route = self.route
+        cdef WireRoute route = self.route
         cdef bint as_tensor = request.flags & AS_TENSORS
         cdef bint with_views = not route.features and request.flags & WANTS_STATUSES
         cdef Py_ssize_t stride = self.columns.n_rows
@@ -311,15 +326,18 @@ cdef class Batch:
         return 0
 
 
+_LIMITS = frozenset((
+    "access", "auth", "max_connections", "max_peer_connections", "idle_deadline_s", "frame_deadline_s",
+    "write_deadline_s", "auth_deadline_s", "target_ns", "burst_ns",
+))
+
+
 cdef class Router:
     """Router(loop, engine, handlers): what the connections of one worker share.
 
     loop: for call_soon and call_later. engine: plan_for_model(name, version | None) and plan_for_features(refs).
-    handlers: method -> function of the list of params, for the methods that are not batched. Set `run` (called
-    once in a loop turn that brought work: `take` the batches, answer them, `flush`) and, if wanted, `fault` (told
-    of exceptions that nobody foresaw) and `forward` (takes pushes and deletes, columns unread: called with connection
-    or None, msgid, method, params as bytes, deadline_ns and, if there is one, traceparent as bytes, it raises, or sees
-    to it that the connection is told the outcome later by its `relay`; None is a notification, of which nobody is told).
+    handlers: method -> function of the list of params, for the methods that are not batched. `connect` says who runs
+    the batches.
     """
 
     def __init__(self, loop, engine, handlers):
@@ -348,6 +366,29 @@ cdef class Router:
     def __dealloc__(self):
         free(self.kept)
 
+    def connect(self, run=None, fault=None, forward=None):
+        """Say who does the work; None leaves what was said before.
+
+        run: called once in a loop turn that brought work; it takes the batches (`take`), answers them, and calls
+        `flush`. fault: told of every exception that nobody foresaw. forward: takes pushes and deletes with their
+        columns unread. It is called with connection (None for a notification, of which nobody is told the outcome),
+        msgid, method, params as bytes, deadline_ns and, if there is one, traceparent as bytes. It raises, or sees to
+        it that the connection's `relay` is called with the outcome later.
+        """
+        self.run = self.run if run is None else run
+        self.fault = self.fault if fault is None else fault
+        self.forward = self.forward if forward is None else forward
+
+    def limit(self, **limits):
+        """Set limits by their names: access, auth, max_connections, idle_deadline_s, target_ns and so on.
+
+        Raises AttributeError for a name that is no limit.
+        """
+        for name, value in limits.items():
+            if name not in _LIMITS:
+                raise AttributeError(f"a router has no limit {name!r}")
+            setattr(self, name, value)
+
     cdef int wake(self) except -1:
         if not self.awake:
             self.awake = True
@@ -374,7 +415,7 @@ cdef class Router:
             taken.append(batch)
         return taken
 
-    def admit(self, Route route not None, int64_t deadline_ns=0):
+    def admit(self, WireRoute route not None, int64_t deadline_ns=0):
         """Whether there is time for a request that comes by another way than a connection of ours.
 
         Raises ResourceExhausted, DeadlineExceeded. deadline_ns: of CLOCK_MONOTONIC; 0: none.
@@ -391,7 +432,7 @@ cdef class Router:
         if why == TOO_LATE:
             raise DeadlineExceeded(LATE_MESSAGE)
 
-    def resume(self, Route route not None):
+    def resume(self, WireRoute route not None):
         """A route is busy no more: `run` is called for what waited for it."""
         route.busy = False
         self.wake()
@@ -423,13 +464,13 @@ cdef class Router:
 
         Nothing else may keep a route and with it a model: neither a connection that is silent nor a spare batch.
         """
-        cdef Route route
+        cdef WireRoute route
         cdef Connection connection
         for routes in (self.models, self.features):
             for route in routes.values():
                 _count_shed(self, route)
                 route.stale = True
-                route.spare = None
+                route.spare_batch = None
                 if route.open is not None and route.open.n_requests == 0:
                     route.open = None
             routes.clear()
@@ -438,7 +479,7 @@ cdef class Router:
 
     def take_errors(self):
         """{(method, model, code): [requests, last msgid or -1, last message]} since this was last asked."""
-        cdef Route route
+        cdef WireRoute route
         for routes in (self.models, self.features):
             for route in routes.values():
                 _count_shed(self, route)
@@ -452,24 +493,22 @@ cdef class Router:
         self.traced = []
         return traced
 
-    cdef Route model_route(self, const uint8_t *name, Py_ssize_t size, int64_t version):
-        cdef Route route
+    cdef WireRoute model_route(self, const uint8_t *name, Py_ssize_t size, int64_t version):
+        cdef WireRoute route
         name_bytes = PyBytes_FromStringAndSize(<const char *>name, size)
         key = name_bytes if version < 0 else (name_bytes, version)
         route = self.models.get(key)
         if route is None:
             plan = self.engine.plan_for_model(name_bytes.decode("utf-8", "replace"), None if version < 0 else version)
-            route = Route(plan, name_bytes, version)
+            route = WireRoute(plan, name_bytes, version)
             if version < 0 and plan.split is not None:
-                route.split_below = plan.split.below
-                route.split_salt = plan.split.salt
-                route.split_columns = plan.split.columns
+                route.split = plan.split
                 route.canary = self.model_route(name, size, plan.split.version)
             self.models[key] = route
         return route
 
-    cdef Route features_route(self, const uint8_t *refs, Py_ssize_t size):
-        cdef Route route
+    cdef WireRoute features_route(self, const uint8_t *refs, Py_ssize_t size):
+        cdef WireRoute route
         if size > FEATURE_LIST_BYTES:
             raise InvalidArgument(f"a list of features of {size} bytes; at most {FEATURE_LIST_BYTES} are taken")
         key = PyBytes_FromStringAndSize(<const char *>refs, size)
@@ -478,7 +517,7 @@ cdef class Router:
             names = _as_python(refs)
             if not all([isinstance(name, str) for name in names]):
                 raise InvalidArgument("features must be an array of references, each a string 'view:feature'")
-            route = Route(self.engine.plan_for_features(tuple(names)), key, -1)
+            route = WireRoute(self.engine.plan_for_features(tuple(names)), key, -1)
             if len(self.features) >= LIMITS.feature_plans_cached:
                 self.features.clear()
             self.features[key] = route

@@ -309,7 +309,7 @@ cdef class Connection:
         mp_put_raw(&self.out, <const uint8_t *>b"\xC0\xC3", 2)
         return self.touch()
 
-    cdef int refuse_cheaply(self, Route route, int why, uint32_t msgid, int flags) except -1:
+    cdef int refuse_cheaply(self, WireRoute route, int why, uint32_t msgid, int flags) except -1:
         """Refuse a request for want of time: no exception, nothing is packed."""
         if why == TOO_MUCH:
             self.router.shed += 1
@@ -362,7 +362,7 @@ cdef class Connection:
             self.last = self.router.features_route(p, map_at - p)
         return self.enqueue(self.last, map_at, msgid, &options)
 
-    cdef int enqueue(self, Route route, const uint8_t *columns, uint32_t msgid, const options_t *options) except -1:
+    cdef int enqueue(self, WireRoute route, const uint8_t *columns, uint32_t msgid, const options_t *options) except -1:
         """Read the columns into the route's open batch."""
         cdef Batch batch = route.open
         cdef Py_ssize_t rows
@@ -375,14 +375,13 @@ cdef class Connection:
             raise ResourceExhausted(f"{self.in_flight} requests of this connection are in flight; "
                                     f"wait for their answers, then send it again")
         if batch is None:
-            batch = route.spare
-            route.spare = None
+            batch = route.spare_batch
+            route.spare_batch = None
             if batch is None:
                 batch = Batch(route, route.plan.new_columns())
             route.open = batch
         rows = _read_columns(batch.columns, route.names, columns)
-        if route.canary is not None and rows and batch.columns.hash_values(
-                batch.columns.n_rows - rows, route.split_columns, route.split_salt) < route.split_below:
+        if route.canary is not None and rows and route.split.takes(batch.columns, batch.columns.n_rows - rows):
             batch.columns.drop_last(rows)
             return self.enqueue(route.canary, columns, msgid, options)
         batch.add(self, msgid, options, rows)

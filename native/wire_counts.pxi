@@ -22,7 +22,7 @@ cdef int _note_traced(Router router, str method, str model, str code, int64_t ms
     return 0
 
 
-cdef int _note_refused(Router router, Route route, int why, uint32_t msgid, const options_t *options) except -1:
+cdef int _note_refused(Router router, WireRoute route, int why, uint32_t msgid, const options_t *options) except -1:
     if len(router.traced) >= TRACED_FAILURES:
         return 0
     code, message = ("RESOURCE_EXHAUSTED", SHED_MESSAGE) if why == TOO_MUCH else ("DEADLINE_EXCEEDED", LATE_MESSAGE)
@@ -41,11 +41,11 @@ cdef int _count_unanswered(Batch batch, Py_ssize_t i, str code, str message) exc
     return 0
 
 
-cdef str _method_of(Route route):
+cdef str _method_of(WireRoute route):
     return "get_online_features" if route.features else "predict"
 
 
-cdef int _count_shed(Router router, Route route) except -1:
+cdef int _count_shed(Router router, WireRoute route) except -1:
     """Move what a route has shed to the errors."""
     while route is not None:
         if route.shed:

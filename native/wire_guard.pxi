@@ -89,7 +89,7 @@ cdef double _next_cut(Router router, double cut_ns, bint full, int64_t passed_ns
     return max(0.0, cut_ns - REGAIN * passed_ns)
 
 
-cdef int _admit(Router router, Route route, const options_t *options) noexcept:
+cdef int _admit(Router router, WireRoute route, const options_t *options) noexcept:
     """The first request always is: an estimate, however wrong, must not lock everybody out.
 
     What runs outside the loop has a queue of its own, and takes no time from the others: the batch that gathers while
@@ -162,7 +162,7 @@ cdef int _leave_loop(Batch batch) except -1:
 cdef int _count_out(Batch batch) except -1:
     """A batch is done: what it held waits no more."""
     cdef Router router = batch.router
-    cdef Route route = batch.route
+    cdef WireRoute route = batch.route
     cdef int64_t now_ns
     if router is None:
         return 0
@@ -186,7 +186,7 @@ cdef int _count_out(Batch batch) except -1:
     return 0
 
 
-cdef int _shape_cost(Route route) except -1:
+cdef int _shape_cost(WireRoute route) except -1:
     """What a batch and a row should cost, as the model's warm-up says: one row takes nearly as long as some more do.
 
     Without it a batch of one row would be taken for the price of each row, and many rows would seem to be too much.
@@ -202,7 +202,7 @@ cdef int _shape_cost(Route route) except -1:
     return 0
 
 
-cdef int _scale_cost(Route route, double scale) except -1:
+cdef int _scale_cost(WireRoute route, double scale) except -1:
     route.scale = scale
     route.batch_cost_ns = scale * route.shape_batch_ns
     route.row_cost_ns = scale * route.shape_row_ns
@@ -211,7 +211,7 @@ cdef int _scale_cost(Route route, double scale) except -1:
 
 cdef int _learn_cost(Batch batch) except -1:
     """The batch has run: how much more than it should have did it cost?"""
-    cdef Route route = batch.route
+    cdef WireRoute route = batch.route
     cdef double sample
     if batch.started_ns == 0 or batch.waiting_rows == 0:
         return 0

@@ -37,7 +37,7 @@ from report import at_most, print_bars, print_json, spread
 
 import shorttail as st
 from shorttail._native.transforms import TransformProgram
-from shorttail.transforms import compile_on_demand
+from shorttail.ondemand.compile import compile_on_demand
 
 BATCHES = (1, 50, 500, 1000)
 # run(a, b, out) gives the call that fills the columns of `out`, a float32 matrix: what is timed.

@@ -31,9 +31,9 @@ import tables
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from report import at_least, at_most, print_bars, print_json, spread
 
-from shorttail import dtypes
 from shorttail._native.columns import Columns
 from shorttail._native.pages import Lookup, lookup
+from shorttail.define import dtypes
 from shorttail.store import Store
 
 COMMIT_ROWS, NEW_ROWS = 1000, 100

@@ -15,8 +15,9 @@ import lmdb
 import numpy as np
 from numpy.typing import NDArray
 
-from shorttail import dtypes
-from shorttail.definitions import Entity, Feature, FeatureView
+from shorttail.define import dtypes
+from shorttail.define.entities import Entity
+from shorttail.define.views import Feature, FeatureView
 from shorttail.store import ColumnBatch, Store
 
 FEATURES = 32

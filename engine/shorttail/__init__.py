@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from shorttail.dtypes import Bool, Float32, Float64, Int32, Int64, String, Timestamp, Vector
+from shorttail.config import VERSION
+from shorttail.define.dtypes import Bool, Float32, Float64, Int32, Int64, String, Timestamp, Vector
 from shorttail.errors import (
     DeadlineExceeded,
     Internal,
@@ -21,30 +21,30 @@ from shorttail.errors import (
 
 if TYPE_CHECKING:
     from shorttail.client import AsyncClient, Client
-    from shorttail.definitions import Entity, Feature, FeatureView, Model, ParquetSource
+    from shorttail.define.entities import Entity
+    from shorttail.define.models import Model
+    from shorttail.define.ondemand import on_demand
+    from shorttail.define.sources import ParquetSource
+    from shorttail.define.views import Feature, FeatureView
     from shorttail.engine import Engine
-    from shorttail.ondemand import on_demand
     from shorttail.results import Features, Prediction, Status
 
-try:
-    __version__ = version("shorttail")
-except PackageNotFoundError:  # run from a source tree that was not installed
-    __version__ = "0"
+__version__ = VERSION
 
 # Imported when first used: a client process needs neither LMDB nor ONNX Runtime, and a command should start at once.
 _LAZY = {
     "AsyncClient": "client",
     "Client": "client",
     "Engine": "engine",
-    "Entity": "definitions",
-    "Feature": "definitions",
-    "FeatureView": "definitions",
+    "Entity": "define.entities",
+    "Feature": "define.views",
+    "FeatureView": "define.views",
     "Features": "results",
-    "Model": "definitions",
-    "ParquetSource": "definitions",
+    "Model": "define.models",
+    "ParquetSource": "define.sources",
     "Prediction": "results",
     "Status": "results",
-    "on_demand": "ondemand",
+    "on_demand": "define.ondemand",
 }
 
 __all__ = [
@@ -84,3 +84,8 @@ def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(import_module(f"shorttail.{_LAZY[name]}"), name)
     raise AttributeError(f"module 'shorttail' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """The public names, imported or not: a notebook completes from this list."""
+    return sorted([*__all__, "__version__"])

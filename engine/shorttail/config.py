@@ -1,9 +1,15 @@
-"""Every limit in one place. The unit stands last in the name."""
+"""Every limit in one place, with its unit last in its name; and the version of this package."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from typing import Final
+
+try:
+    VERSION: Final = version("shorttail")
+except PackageNotFoundError:  # run from a source tree that was not installed
+    VERSION: Final = "0"  # type: ignore[misc]
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,22 +10,23 @@ from typing import TYPE_CHECKING, Any
 from shorttail import pipeline
 from shorttail import plan as planning
 from shorttail._native.pages import crc32c
+from shorttail._native.route import Route, Split
 from shorttail.config import LIMITS
 from shorttail.errors import InvalidArgument, NotFound, Unavailable
-from shorttail.models import registry
 from shorttail.models.device import CPU, Device, check_cuda
 from shorttail.models.serving import Key, Versions, follow
-from shorttail.models.shadow import Shadow, ShadowCounts
 from shorttail.models.signature import request_columns
-from shorttail.pipeline import BatchResult, Plan, PlanOutdated, Split
+from shorttail.pipeline import BatchResult, Plan, PlanOutdated, Shadow
+from shorttail.registry import versions as registry
 from shorttail.results import Features, Prediction
 from shorttail.store import Store
 
 if TYPE_CHECKING:
     from shorttail._native.columns import Columns
-    from shorttail.collect import Definitions
-    from shorttail.store.apply import Change
-    from shorttail.store.catalog import ModelEntry
+    from shorttail.define.catalog import ModelEntry
+    from shorttail.define.collect import Definitions
+    from shorttail.define.dtypes import DType
+    from shorttail.registry.apply import Change
 
 Progress = Callable[[int, int | None], None]  # rows done, rows in all if known
 
@@ -36,11 +37,10 @@ class Engine:
     def __init__(self, store: Store, device: Device = CPU):
         self._store = store
         self._device = device
-        self._plans: dict[tuple[Any, ...], Plan] = {}
-        self._last_features: tuple[list[str], Plan] | None = None
+        self._routes: dict[tuple[Any, ...], Route] = {}
+        self._last_features: tuple[list[str], Route] | None = None
         self._versions = Versions(store, device)
-        self._plans_of = 0  # what `changes` of the versions was when the plans were made
-        self._shadow_counts: dict[tuple[Key, Key], ShadowCounts] = {}  # of (current, shadow)
+        self._routes_of = 0  # what `changes` of the versions was when the routes were made
 
     @classmethod
     def open(
@@ -74,7 +74,7 @@ class Engine:
         return cls(store, where)
 
     def close(self) -> None:
-        self._plans.clear()
+        self._routes.clear()
         self._last_features = None
         self._versions.close()
         self._store.close()
@@ -99,8 +99,10 @@ class Engine:
         A scalar beside arrays is repeated. While the model has a canary, the keys of the first row decide which version
         answers. Raises NotFound, InvalidArgument, Internal.
         """
-        plan = self.plan_for_request(self.plan_for_model(model, version), columns)
-        result = self._ask(plan, columns)
+        route = self._route(("predict", model, version))
+        if route.plan.split is not None:
+            route = self._route(self.plan_for_request(route.plan, columns).key)
+        result, plan = self._ask(route, columns), route.plan
         statuses = dict(zip(plan.view_names, result.view_statuses, strict=True))
         return Prediction(model, result.version, dict(zip(result.names, result.values, strict=True)), statuses)
 
@@ -111,11 +113,12 @@ class Engine:
         # Mostly the same list as before, and comparing it costs a fifth of hashing it, which is a tenth of a lookup.
         last = self._last_features
         if type(features) is list and last and features == last[0] and self._is_current(last[1]):
-            plan = last[1]
+            route = last[1]
         else:
-            plan = self.plan_for_features(tuple(features))
-            self._last_features = list(features), plan
-        result = self._ask(plan, columns)
+            route = self._route(("features", tuple(features)))
+            self._last_features = list(features), route
+        result = self._ask(route, columns)
+        plan = route.plan
         assert result.feature_statuses is not None
         return Features(plan.feature_names, result.values, result.feature_statuses, plan.has_default)
 
@@ -126,82 +129,77 @@ class Engine:
             return plan
         columns = plan.new_columns()
         columns.append(values)
-        if columns.n_rows and columns.hash_row(0, split.columns, split.salt) < split.below:
+        if columns.n_rows and split.takes(columns, 0):
             return self.plan_for_model(plan.model, split.version)
         return plan
 
-    def _ask(self, plan: Plan, values: Mapping[str, Any]) -> BatchResult:
-        # pop and append are atomic, so threads share the spare batches without a lock. Asking first whether there is
-        # one would not be: another thread may take it in between.
-        try:
-            columns = plan.spare.pop()
-        except IndexError:
-            columns = plan.new_columns()
+    def _ask(self, route: Route, values: Mapping[str, Any]) -> BatchResult:
+        columns = route.take_columns()
         try:
             columns.append(values)
-            return self.run(plan, columns)
+            return self.run(route, columns)
         finally:
-            columns.reset()
-            plan.spare.append(columns)
+            route.give_back(columns)
 
-    def run(self, plan: Plan, columns: Columns) -> BatchResult:
-        """Run a batch. When the catalog changed since `plan` was compiled, its successor runs in its place.
+    def run(self, route: Route, columns: Columns) -> BatchResult:
+        """Run a batch. When the catalog changed since the route's plan was compiled, its successor runs in its place.
 
         Raises Unavailable if the successor takes other columns.
         """
         try:
-            return pipeline.run_batch(plan, self._store, columns)
+            return pipeline.run_batch(route, self._store, columns)
         except PlanOutdated:
-            plan, result = self.prepare(plan, columns)
+            plan, result = self.prepare(route, columns)
             if plan.runner is not None:
                 pipeline.infer(plan.runner, result)
             return result
 
-    def prepare(self, plan: Plan, columns: Columns) -> tuple[Plan, BatchResult]:
+    def prepare(self, route: Route, columns: Columns) -> tuple[Plan, BatchResult]:
         """All of `run` but the model, with the plan that was used: `pipeline.infer(plan.runner, result)` is the rest.
 
         For those that run a slow model in another thread. Raises Unavailable as `run` does.
         """
-        asked = plan
+        asked = route.plan
         while True:
             try:
-                return plan, pipeline.prepare(plan, self._store, columns)
+                return route.plan, pipeline.prepare(route, self._store, columns)
             except PlanOutdated:
-                plan = self._plan(plan.key)
-                if not plan.answers_for(asked, columns):
+                route = self._route(asked.key)
+                if not route.plan.answers_for(asked, columns):
                     raise Unavailable("the definitions changed while this request waited; send it again") from None
 
     # -- plans -----------------------------------------------------------------------------------------------
 
     def plan_for_model(self, name: str, version: int | None = None) -> Plan:
         """The compiled plan of a model (the current version, or that one). Raises NotFound."""
-        return self._plan(("predict", name, version))
+        return self._route(("predict", name, version)).plan
 
     def plan_for_features(self, references: tuple[str, ...]) -> Plan:
         """The compiled plan of a list of feature references. Raises NotFound, InvalidArgument."""
-        return self._plan(("features", references))
+        return self._route(("features", references)).plan
 
-    def _plan(self, key: tuple[Any, ...]) -> Plan:
-        plan = self._plans.get(key)
-        if plan is not None and self._is_current(plan) and self._plans_of == self._versions.changes:
-            return plan
+    def _route(self, key: tuple[Any, ...]) -> Route:
+        """The route of a plan's key; its plan is compiled now if there is none for the present catalog."""
+        route = self._routes.get(key)
+        if route is not None and self._is_current(route) and self._routes_of == self._versions.changes:
+            return route
         with self._versions.lock:
             self.refresh()  # what is asked for may be newer than the snapshot
-            plan = self._compile(key)
-            if self._plans_of != self._versions.changes:
-                self._plans_of = self._versions.changes
-                self._plans.clear()
-            if len(self._plans) >= LIMITS.feature_plans_cached:
+            route = Route(self._compile(key))
+            if self._routes_of != self._versions.changes:
+                self._routes_of = self._versions.changes
+                self._routes.clear()
+            if len(self._routes) >= LIMITS.feature_plans_cached:
                 self._forget_features()
-            self._plans[key] = plan
-            return plan
+            self._routes[key] = route
+            return route
 
-    def _is_current(self, plan: Plan) -> bool:
-        return plan.catalog_version == self._store.catalog_version
+    def _is_current(self, route: Route) -> bool:
+        return route.plan.catalog_version == self._store.catalog_version
 
     def _forget_features(self) -> None:
-        for key in [key for key in self._plans if key[0] == "features"]:
-            del self._plans[key]
+        for key in [key for key in self._routes if key[0] == "features"]:
+            del self._routes[key]
 
     def _compile(self, key: tuple[Any, ...]) -> Plan:
         if key[0] == "features":
@@ -211,50 +209,44 @@ class Engine:
             asked = self._versions.asked(name, version)
             return planning.compile_model(self._store, name, version, self._versions.runners[asked], key)
         serving = self._versions.serving(name)
-        number = serving.current.version
-        entry = self._store.catalog.model(name)
+        current, entry = serving.current, self._store.catalog.model(name)
+        runner = self._versions.runners[current]
         try:
-            plan = planning.compile_model(self._store, name, number, self._versions.runners[serving.current], key)
+            wanted = request_columns(self._store.catalog, entry.version(current.version).model, runner.inputs)
+            split = self._split(current, wanted, *serving.canary) if serving.canary is not None else None
+            shadow = self._shadow(current, wanted, *serving.shadow) if serving.shadow is not None else None
+            return planning.compile_model(
+                self._store, name, current.version, runner, key, wanted, split=split, shadow=shadow
+            )
         except (NotFound, InvalidArgument):
-            if number == entry.current:
+            if current.version == entry.current:
                 raise
             raise Unavailable(f"model '{name}' version {entry.current} is being loaded; send it again") from None
-        if serving.canary is not None:
-            plan.split = self._split(plan, *serving.canary)
-        if serving.shadow is not None:
-            plan.shadow = self._shadow(plan, serving.current, *serving.shadow)
-        return plan
 
-    def _split(self, plan: Plan, canary: Key, percent: float) -> Split:
+    def _split(self, current: Key, asked: dict[str, DType], canary: Key, percent: float) -> Split:
         """By the keys of the first view that feeds the model; of a model without views by all columns."""
         catalog = self._store.catalog
-        references = catalog.model(plan.model).version(plan.version).model.references
+        references = catalog.model(current.model).version(current.version).model.references
         # Request columns begin with the keys of the first view that is mentioned.
         first = next((name for name in references if not name.startswith("request:")), None)
-        keys = len(catalog.feature(first)[0].keys) if first else len(plan.names)
+        keys = len(catalog.feature(first)[0].keys) if first else len(asked)
         # Of the version too, so that the next canary is tried on other entities.
         salt = crc32c(f"{canary.model}:{canary.version}".encode())
-        return Split(canary.version, round(percent / 100 * 2**32), salt, keys)
+        return Split(canary.version, percent, salt, keys)
 
-    def _shadow(self, plan: Plan, current: Key, shadow: Key, percent: float) -> Shadow | None:
-        """None if it does not fit what the store is now."""
-        runner, entry = self._versions.runners[shadow], self._store.catalog.model(shadow.model)
-        asked = dict(zip(plan.names, plan.dtypes, strict=True))
+    def _shadow(self, current: Key, asked: dict[str, DType], shadow: Key, percent: float) -> Shadow | None:
+        """None if it does not fit what the store is now. asked: the columns of requests for the current version."""
+        runners, entry = self._versions.runners, self._store.catalog.model(shadow.model)
+        runner, key = runners[shadow], ("shadow", *shadow[:2])
         try:
             needed = request_columns(self._store.catalog, entry.version(shadow.version).model, runner.inputs)
             if any(asked.get(name) != dtype for name, dtype in needed.items()):
                 return None
-            key = ("shadow", *shadow[:2])
-            shadow_plan = planning.compile_model(self._store, shadow.model, shadow.version, runner, key, asked)
+            plan = planning.compile_model(self._store, shadow.model, shadow.version, runner, key, asked)
         except (NotFound, InvalidArgument):
             return None
-        assert plan.runner is not None
         same_model = entry.version(shadow.version).model.inputs == entry.version(current.version).model.inputs
-        same = same_model and runner.inputs == plan.runner.inputs
-        self._shadow_counts = {pair: n for pair, n in self._shadow_counts.items() if pair[0].model != current.model} | {
-            (current, shadow): self._shadow_counts.get((current, shadow)) or ShadowCounts()
-        }
-        return Shadow(shadow_plan, percent / 100, same, self._shadow_counts[current, shadow])
+        return Shadow(plan, percent / 100, same_model and runner.inputs == runners[current].inputs)
 
     # -- versions ----------------------------------------------------------------------------------------------
 
@@ -288,7 +280,7 @@ class Engine:
 
         dry_run: only report the changes. reset: empty the views whose schema changes. Raises InvalidArgument.
         """
-        from shorttail.store.apply import apply
+        from shorttail.registry.apply import apply
 
         return apply(self._store, definitions, dry_run=dry_run, reset=reset)
 
@@ -314,7 +306,7 @@ class Engine:
         may take in memory (default LIMITS.load_memory_bytes); rows beyond it wait in a file in the store's directory.
         Returns the rows stored. Raises NotFound, InvalidArgument, ResourceExhausted (disk).
         """
-        from shorttail.ingest.parquet import arrow_batches, parquet_batches
+        from shorttail.sources.parquet import arrow_batches, parquet_batches
 
         definition = self._store.catalog.view(view)
         batches_of = parquet_batches if isinstance(data, str | Path) else arrow_batches
@@ -335,20 +327,20 @@ class Engine:
         The view's timestamp column (or `event_time`) holds event times; without it they are now. A row older than
         the one stored is dropped. Raises NotFound, InvalidArgument.
         """
-        from shorttail.ingest.rows import column_batch
+        from shorttail.sources.rows import column_batch
 
         return self._store.upsert(view, column_batch(self._store.catalog.view(view), rows))
 
     def delete(self, view: str, keys: Mapping[str, Any]) -> int:
         """Delete the rows of these keys; durable when it returns how many there were."""
-        from shorttail.ingest.rows import key_arrays
+        from shorttail.sources.rows import key_arrays
 
         return self._store.delete(view, key_arrays(self._store.catalog.view(view), keys))
 
     def deploy(self, model: str, path: str | Path, **options: Any) -> int:
         """Register an ONNX file as the next version of `model` and make it current. Returns the version.
 
-        options: of `shorttail.models.registry.deploy`: promote, owner, description, run, metrics, canary_percent.
+        options: of `shorttail.registry.versions.deploy`: promote, owner, description, run, metrics, canary_percent.
         """
         return registry.deploy(self._store, model, Path(path), **options)
 
@@ -365,8 +357,8 @@ class Engine:
         """[{"name", "version", "columns": {column: type}, "outputs": [name], "runs": text, "canary", "shadow",
         "problem"}] of the versions that serve.
 
-        runs: what runs the model and why; None until it is loaded. canary: {"version", "percent"} or None; shadow: the
-        same and what was compared so far. problem: why what the catalog names does not serve, or None.
+        runs: what runs the model and why; None until it is loaded. canary, shadow: {"version", "percent"} or None; a
+        server adds what its shadows were found to answer. problem: why what the catalog names does not serve, or None.
         """
         self.refresh()
         return [self._describe(name, entry) for name, entry in self._store.catalog.models.items()]
@@ -377,7 +369,6 @@ class Engine:
         info = entry.version(number)
         runner = self._versions.runners.get(serving.current) if serving else None
         canary, shadow = (serving.canary, serving.shadow) if serving else (None, None)
-        counts = self._shadow_counts.get((serving.current, shadow[0])) if serving and shadow else None
         try:
             columns = request_columns(self._store.catalog, info.model, info.inputs)
         except (NotFound, InvalidArgument):  # it served until the views changed, and what comes next is being loaded
@@ -389,9 +380,7 @@ class Engine:
             "outputs": [tensor.name for tensor in info.outputs],
             "runs": runner.description if runner else None,
             "canary": {"version": canary[0].version, "percent": canary[1]} if canary else None,
-            "shadow": {"version": shadow[0].version, "percent": shadow[1], **(counts or ShadowCounts()).to_dict()}
-            if shadow
-            else None,
+            "shadow": {"version": shadow[0].version, "percent": shadow[1]} if shadow else None,
             "problem": self._versions.problem(name),
         }
 

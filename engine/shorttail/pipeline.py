@@ -9,54 +9,30 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shorttail._native.columns import Columns, CopyColumns
-from shorttail._native.pages import Directory, Lookup, lookup
+from shorttail._native.pages import Lookup, lookup
+from shorttail._native.route import Route, Split
 from shorttail._native.transforms import TransformProgram
-from shorttail.dtypes import DType
+from shorttail.define.dtypes import DType
+from shorttail.models.buffers import Buffer
 from shorttail.results import Statuses
 
 if TYPE_CHECKING:
     from shorttail.models.load import Runner
-    from shorttail.models.shadow import Shadow
     from shorttail.store import Store
 
 STATUS = np.dtype(np.uint8)
 
 
-class Buffer(NamedTuple):
-    """An array that a batch fills: a model input, an argument of an on-demand function, a feature column."""
-
-    dtype: np.dtype[Any]
-    width: int | None  # None: [rows]; else [rows, width]
-
-    def example(self, rows: int, random: np.random.Generator) -> NDArray[Any]:
-        """Random values, for warming up and measuring a model: small enough to be an index, or a number as text."""
-        shape = rows if self.width is None else (rows, self.width)
-        if self.dtype.hasobject:
-            return np.full(shape, "0", self.dtype)
-        values = random.normal(size=shape) if self.dtype.kind == "f" else random.integers(0, 2, shape)
-        return values.astype(self.dtype)
-
-
-@dataclass(frozen=True, slots=True)
-class Split:
-    """Which requests a canary answers: those whose first row, its first `columns` columns, hashes to below `below`."""
-
-    version: int
-    below: int  # of 2**32
-    salt: int
-    columns: int
-
-
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Plan:
-    """One model version, or one list of features, ready to run."""
+    """One model version, or one list of features, compiled. A plan never changes; a Route holds what does."""
 
     kind: str  # "predict" or "features"
     key: tuple[Any, ...]  # what was asked for; finds this plan's successor when the catalog changes
@@ -75,16 +51,8 @@ class Plan:
     feature_places: tuple[tuple[int, int | None], ...]  # of each its buffer, and the column if that is a matrix
     has_default: tuple[bool, ...]
     status_rows: list[int] | None  # features: where the lookup wrote each one's statuses, unless in order
-    spare: list[Columns] = field(default_factory=list)
-    split: Split | None = None  # another version answers a part of the requests
-    shadow: Shadow | None = None  # another version runs on what was answered
-    directories: Sequence[Directory | None] = ()  # one a view, as they were in
-    directories_of: object = None  # that dict of the store's
-
-    def find_directories(self, store: Store) -> None:
-        """Between enter() and leave()."""
-        self.directories = [store.directory(view) for view in self.view_names]
-        self.directories_of = store.directories
+    split: Split | None = None  # the requests that a canary answers
+    shadow: Shadow | None = None  # another version that runs on what was answered
 
     def new_columns(self) -> Columns:
         """An empty batch for this plan."""
@@ -97,6 +65,19 @@ class Plan:
             and self.view_names == asked.view_names
             and self.has_default == asked.has_default
         )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Shadow:
+    """A version that runs on what the current one has answered, to be compared with it.
+
+    plan: of the shadow; share: the part of the batches that it runs on, 0 to 1; same_inputs: both versions take the
+    same inputs, so the shadow runs on the arrays that the current one got.
+    """
+
+    plan: Plan
+    share: float
+    same_inputs: bool
 
 
 @dataclass(slots=True)
@@ -116,6 +97,13 @@ class BatchResult:
     looked_up_ns: int = 0
     prepared_ns: int = 0
     inferred_ns: int = 0
+
+    @classmethod
+    def of_inputs(cls, plan: Plan, inputs: Sequence[NDArray[Any]]) -> BatchResult:
+        """What `prepare` would give for a caller who brings the model's input tensors: nothing was looked up."""
+        assert plan.runner is not None
+        nothing = np.empty((0, len(inputs[0])), STATUS)
+        return cls(plan.runner.output_names, inputs, nothing, None, plan.version, prepared_ns=time.perf_counter_ns())
 
     @property
     def outputs(self) -> list[tuple[str, NDArray[Any]]]:
@@ -144,19 +132,21 @@ class PlanOutdated(Exception):
     """The catalog changed after the plan was compiled; compile it again."""
 
 
-def run_batch(plan: Plan, store: Store, columns: Columns) -> BatchResult:
-    """Look up, transform, infer: every row that `columns` holds, at once."""
-    result = prepare(plan, store, columns)
-    if plan.runner is not None:
-        infer(plan.runner, result)
+def run_batch(route: Route, store: Store, columns: Columns) -> BatchResult:
+    """Look up, transform, infer: every row that `columns` holds, at once. Raises PlanOutdated."""
+    result = prepare(route, store, columns)
+    runner = route.plan.runner
+    if runner is not None:
+        infer(runner, result)
     return result
 
 
-def prepare(plan: Plan, store: Store, columns: Columns) -> BatchResult:
+def prepare(route: Route, store: Store, columns: Columns) -> BatchResult:
     """Look up and transform: all there is to do but `infer`, if there is a model. Raises PlanOutdated.
 
     Nothing in the result refers to `columns`, which may be filled again at once.
     """
+    plan = route.plan
     rows = columns.n_rows
     buffers = [np.empty(rows if width is None else (rows, width), dtype) for dtype, width in plan.buffers]
     view_statuses = np.empty((len(plan.lookups), rows), STATUS)
@@ -169,10 +159,9 @@ def prepare(plan: Plan, store: Store, columns: Columns) -> BatchResult:
     try:
         if store.catalog_version != plan.catalog_version:
             raise PlanOutdated
-        if plan.directories_of is not store.directories:
-            plan.find_directories(store)
+        directories = route.directories_in(store)
         now_us = time.time_ns() // 1000
-        lookup(plan.directories, plan.lookups, columns, buffers, view_statuses, now_us, feature_statuses)
+        lookup(directories, plan.lookups, columns, buffers, view_statuses, now_us, feature_statuses)
     finally:
         if gate.leave():
             store.wake()

@@ -11,24 +11,18 @@ import numpy as np
 
 from shorttail._native.columns import CopyColumns
 from shorttail._native.pages import Lookup
+from shorttail._native.route import Split
 from shorttail._native.transforms import TransformProgram
-from shorttail.definitions import Column
-from shorttail.dtypes import DType, String
+from shorttail.define.dtypes import DType, String
+from shorttail.define.names import split_reference
+from shorttail.define.ondemand import OnDemandFeature
 from shorttail.errors import InvalidArgument
+from shorttail.models.buffers import Buffer, input_buffer
 from shorttail.models.load import Runner
-from shorttail.models.signature import column_width, key_columns, request_columns
-from shorttail.names import split_reference
-from shorttail.ondemand import OnDemandFeature
-from shorttail.pipeline import Buffer, Plan
+from shorttail.models.signature import key_columns, request_columns
+from shorttail.ondemand.compile import compile_on_demand, copy_function
+from shorttail.pipeline import Plan, Shadow
 from shorttail.store import Store
-from shorttail.store.catalog import TENSOR_TYPES, Catalog, TensorInfo
-from shorttail.transforms import compile_on_demand, copy_function
-
-
-def input_buffer(catalog: Catalog, tensor: TensorInfo, columns: Sequence[Column]) -> tuple[Buffer, list[int]]:
-    """The array that feeds an input of a model, and how many of its columns each of these fills."""
-    widths = [column_width(catalog, column, tensor, len(columns)) for column in columns]
-    return Buffer(np.dtype(TENSOR_TYPES[tensor.dtype].numpy), None if len(tensor.shape) == 1 else sum(widths)), widths
 
 
 def compile_model(
@@ -38,10 +32,13 @@ def compile_model(
     runner: Runner,
     key: tuple[Any, ...],
     request: dict[str, DType] | None = None,
+    split: Split | None = None,
+    shadow: Shadow | None = None,
 ) -> Plan:
     """The plan of a model's version (None: the current one). Raises NotFound, InvalidArgument.
 
-    request: the columns that requests bring, where they may be more than the version needs.
+    request: the columns that requests bring, where they may be more than the version needs. split: the requests that a
+    canary answers; shadow: a version that is compared with this one.
     """
     catalog = store.catalog
     entry = catalog.model(name)
@@ -66,7 +63,7 @@ def compile_model(
     uses = Counter(part for feature, _, _ in pending for part in set(feature.walk()))
     for feature, buffer, offset in pending:
         builder.transform(feature, buffer, offset, used_again=uses[feature] > 1)
-    return builder.finish("predict", key, model=name, version=number, runner=runner)
+    return builder.finish("predict", key, model=name, version=number, runner=runner, split=split, shadow=shadow)
 
 
 def compile_features(store: Store, references: Sequence[str], key: tuple[Any, ...]) -> Plan:
@@ -162,6 +159,8 @@ class PlanBuilder:
         runner: Runner | None = None,
         feature_names: tuple[str, ...] = (),
         feature_places: tuple[tuple[int, int | None], ...] = (),
+        split: Split | None = None,
+        shadow: Shadow | None = None,
     ) -> Plan:
         lookups = []
         for view_name, operations in self.gathers.items():
@@ -191,4 +190,6 @@ class PlanBuilder:
             feature_places=feature_places,
             status_rows=None if in_order else status_rows,
             has_default=tuple(self.catalog.feature(name)[1].default is not None for name in feature_names),
+            split=split,
+            shadow=shadow,
         )

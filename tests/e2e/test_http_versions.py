@@ -5,7 +5,7 @@ from http_asking import ask_json
 from pushing import until
 from test_swap import Swapping
 
-from shorttail.models import registry
+from shorttail.registry import versions as registry
 
 USERS = [1, 2, 3]
 SUMS = {1: 11.5, 2: 22.5, 3: 5.0}

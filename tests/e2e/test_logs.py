@@ -15,9 +15,9 @@ from serving import PREDICT, PREDICTED, SERVE, TIMEOUT_S, until
 import shorttail as st
 from shorttail.config import LIMITS
 from shorttail.errors import NotFound
-from shorttail.monitor import stderr
-from shorttail.monitor.logs import trace_ids
-from shorttail.server.faults import FaultLog
+from shorttail.observe import stderr
+from shorttail.observe.logs import trace_ids
+from shorttail.server.errorlog import ErrorLog
 
 TRACE_ID, PARENT_ID = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 TRACEPARENT = f"00-{TRACE_ID}-{PARENT_ID}-01"
@@ -104,7 +104,7 @@ def test_what_an_interpreter_would_print_is_a_line_with_its_traceback():
     """Exceptions that end a thread or the process, warnings, and the logs of libraries."""
     program = """
 import asyncio, logging, threading, warnings
-from shorttail.monitor import stderr
+from shorttail.observe import stderr
 stderr.everything("json")
 warnings.warn("old")
 logging.getLogger("asyncio").error("lost\\nit")
@@ -129,7 +129,7 @@ raise KeyError("last")
 
 def test_faults_have_their_traceback(capsys):
     async def fault():
-        faults = FaultLog("json")
+        faults = ErrorLog("json")
         for _ in range(3):
             try:
                 raise RuntimeError("unforeseen\nof two lines")

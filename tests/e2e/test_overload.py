@@ -16,9 +16,9 @@ from serving import DEFINITIONS, PREDICT, PREDICTED, ROWS, TIMEOUT_S, Server, en
 
 import shorttail as st
 from shorttail.loadtest import target
-from shorttail.loadtest.plan import Workload, plan_rpc
 from shorttail.loadtest.rates import Rate
 from shorttail.loadtest.runner import Load, run_step
+from shorttail.loadtest.traffic import Workload, plan_rpc
 
 WIDE = 1024
 SLOW = """

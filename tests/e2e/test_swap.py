@@ -14,7 +14,7 @@ from pushing import until
 from serving import ASAN, DEFINITIONS, ROWS, Server, write_sum
 
 import shorttail as st
-from shorttail.models import registry
+from shorttail.registry import versions as registry
 
 CLIENTS = 4
 PIPELINE = 8

@@ -21,16 +21,17 @@ import numpy as np
 from numpy.typing import NDArray
 from zygote import FULL_ONCE, LOST, Shim
 
-from shorttail import dtypes
 from shorttail._native.columns import Columns
 from shorttail._native.pages import Lookup, lookup
 from shorttail.config import LIMITS
-from shorttail.definitions import Entity, Feature, FeatureView
+from shorttail.define import dtypes
+from shorttail.define.entities import Entity
+from shorttail.define.views import Feature, FeatureView
 from shorttail.errors import ResourceExhausted, Unavailable
-from shorttail.models.registry import model_path
+from shorttail.registry.apply import apply
 from shorttail.store import ColumnBatch, Delete, Store, Upsert
-from shorttail.store.apply import apply
 from shorttail.store.environment import table_ids, table_pages
+from shorttail.store.files import model_path
 from shorttail.store.table import make_layout
 
 Report = Callable[..., None]

@@ -14,10 +14,10 @@ import msgpack
 
 from shorttail import protocol
 from shorttail.loadtest import target
-from shorttail.loadtest.plan import Plan, Workload, plan_rpc
 from shorttail.loadtest.rates import Rate
 from shorttail.loadtest.result import Step
 from shorttail.loadtest.runner import Load, run_step
+from shorttail.loadtest.traffic import Traffic, Workload, plan_rpc
 
 MODELS = [{"name": "m", "version": 1, "columns": {"user_id": "Int64", "amount": "Float64"}, "outputs": ["y"]}]
 VIEWS = [{"name": "v", "keys": {"user_id": "Int64"}, "features": {"age": "Float32", "tier": "String"}}]
@@ -164,6 +164,6 @@ def with_load(**changes: Any) -> Load:
     return dataclasses.replace(QUICK, **changes)
 
 
-def load_on(address: str, load: Load = QUICK, rate: float | None = QUICK_PER_S, plan: Plan | None = None) -> Step:
+def load_on(address: str, load: Load = QUICK, rate: float | None = QUICK_PER_S, plan: Traffic | None = None) -> Step:
     plan = plan or plan_rpc(predict(), MODELS, VIEWS)
     return run_step(plan, target.find(address), load, None if rate is None else Rate(rate, rate))

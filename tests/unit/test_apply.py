@@ -13,12 +13,12 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import shorttail as st
-from shorttail.collect import Definitions, collect_objects
+from shorttail.define.collect import Definitions, collect_objects
 from shorttail.errors import InvalidArgument, NotFound, ShorttailError
-from shorttail.models import registry
 from shorttail.models.onnx_file import uses_external_data
+from shorttail.registry import versions as registry
+from shorttail.registry.apply import Change, apply
 from shorttail.store import ColumnBatch, Store
-from shorttail.store.apply import Change, apply
 
 FLOAT, INT64, STRING = TensorProto.FLOAT, TensorProto.INT64, TensorProto.STRING
 

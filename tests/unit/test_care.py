@@ -15,16 +15,17 @@ import numpy as np
 import pytest
 from test_store import make_store, rows, scanned, scores
 
-from shorttail import dtypes
 from shorttail._native.pages import crc32c
-from shorttail.definitions import Entity, Feature, FeatureView
+from shorttail.define import dtypes
+from shorttail.define.entities import Entity
+from shorttail.define.views import Feature, FeatureView
 from shorttail.errors import InvalidArgument, NotFound
 from shorttail.store import ColumnBatch, Store
 from shorttail.store import verify as verify_module
 from shorttail.store.backup import backup
 from shorttail.store.environment import table_pages
-from shorttail.store.figures import figures
 from shorttail.store.lmdb_file import structure_problems
+from shorttail.store.stat import figures
 from shorttail.store.verify import verify
 
 TESTS = str(Path(__file__).parent)

@@ -12,8 +12,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from shorttail import calls, protocol
-from shorttail.calls import Call
+from shorttail import protocol
+from shorttail.client import calls
+from shorttail.client.calls import Call
 from shorttail.protocol import parse_address
 from shorttail.results import Features, Prediction
 

@@ -14,8 +14,8 @@ import pytest
 from test_client import Peer, both, call_async, call_blocking, serving
 
 from shorttail import errors
-from shorttail.calls import Call
 from shorttail.client import AsyncClient, Client, retries
+from shorttail.client.calls import Call
 from shorttail.config import LIMITS
 from shorttail.protocol import parse_address
 

@@ -9,15 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from shorttail import codecache, transforms
+from shorttail.ondemand import codecache
+from shorttail.ondemand import compile as transforms
 
 pytest.importorskip("numba")
 
 CHILD = r"""
 import sys, numpy as np
-from shorttail.ondemand import OnDemand
-from shorttail.dtypes import Float64
-from shorttail.transforms import compile_on_demand
+from shorttail.define.ondemand import OnDemand
+from shorttail.define.dtypes import Float64
+from shorttail.ondemand.compile import compile_on_demand
 from shorttail._native.transforms import TransformProgram
 f = OnDemand("half", (("x", Float64),), Float64, "def half(x):\n    return math.sin(x) / 2.0\n")
 out = [np.ones(3), np.zeros(3)]

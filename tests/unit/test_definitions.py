@@ -10,11 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from shorttail.collect import collect
-from shorttail.definitions import Entity, Feature, FeatureView, Model, OnDemand, ParquetSource, on_demand
-from shorttail.dtypes import Bool, Float32, Float64, Int32, Int64, String, Timestamp, Vector
+from shorttail.define.catalog import Catalog, ModelEntry, TensorInfo, VersionInfo
+from shorttail.define.collect import collect
+from shorttail.define.dtypes import Bool, Float32, Float64, Int32, Int64, String, Timestamp, Vector
+from shorttail.define.entities import Entity
+from shorttail.define.models import Model
+from shorttail.define.ondemand import OnDemand, on_demand
+from shorttail.define.sources import ParquetSource
+from shorttail.define.views import Feature, FeatureView
 from shorttail.errors import Internal, InvalidArgument, NotFound
-from shorttail.store.catalog import Catalog, ModelEntry, TensorInfo, VersionInfo
 
 USER = Entity("user", keys={"user_id": Int64})
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shorttail import dtypes
-from shorttail.definitions import Entity, Feature, FeatureView
+from shorttail.define import dtypes
+from shorttail.define.entities import Entity
+from shorttail.define.views import Feature, FeatureView
 from shorttail.errors import Internal, InvalidArgument, NotFound
 from shorttail.store import ColumnBatch, Delete, Store, Upsert
 from shorttail.store.environment import page_key

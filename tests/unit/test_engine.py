@@ -16,6 +16,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import shorttail as st
+from shorttail._native.route import Route
 from shorttail.errors import InvalidArgument, NotFound, Unavailable
 from shorttail.results import Status
 
@@ -229,7 +230,7 @@ def test_a_batch_that_waits_while_definitions_change_is_run_by_the_new_plan_or_r
     columns.append({"user_id": [1]})
     defaults = st.FeatureView("other", entity=USER, features=[st.Feature("x", st.Float32)])
     engine.apply([USER, defaults])
-    assert engine.run(plan, columns).outputs[0][1].tolist() == [20.0]
+    assert engine.run(Route(plan), columns).outputs[0][1].tolist() == [20.0]
 
     other = st.FeatureView("late", entity=USER, features=[st.Feature("x", st.Float32)])
     engine.apply([USER, other])
@@ -240,7 +241,7 @@ def test_a_batch_that_waits_while_definitions_change_is_run_by_the_new_plan_or_r
     rekeyed = st.FeatureView("late", entity=member, features=[st.Feature("x", st.Float32)])
     engine.apply([member, rekeyed])
     with pytest.raises(Unavailable, match="definitions changed"):
-        engine.run(late, waiting)
+        engine.run(Route(late), waiting)
 
 
 def test_a_list_of_features_that_is_used_again_is_read_again(engine: st.Engine) -> None:

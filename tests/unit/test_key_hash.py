@@ -6,10 +6,11 @@ import numpy as np
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from shorttail import dtypes
 from shorttail._native.pages import SortedRows
-from shorttail.definitions import Entity, Feature, FeatureView
-from shorttail.store.catalog import TableInfo
+from shorttail.define import dtypes
+from shorttail.define.catalog import TableInfo
+from shorttail.define.entities import Entity
+from shorttail.define.views import Feature, FeatureView
 from shorttail.store.table import encode_keys, make_layout
 
 WORD = (1 << 64) - 1

@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from shorttail import dtypes
 from shorttail._native.pages import PageImages, RowPartitions, first_bad_string
 from shorttail.config import LIMITS
-from shorttail.definitions import Entity, Feature, FeatureView
+from shorttail.define import dtypes
+from shorttail.define.catalog import TableInfo
+from shorttail.define.entities import Entity
+from shorttail.define.views import Feature, FeatureView
 from shorttail.errors import InvalidArgument
 from shorttail.store import ColumnBatch, Store
 from shorttail.store import load as load_module
-from shorttail.store.catalog import TableInfo
 from shorttail.store.environment import table_ids
 from shorttail.store.table import Texts, make_layout, source_columns
 

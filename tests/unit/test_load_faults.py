@@ -14,7 +14,7 @@ import pytest
 from test_load import SMALL, Seen, held, small, small_memory, store, tables
 
 from shorttail._native.pages import PageImages
-from shorttail.definitions import FeatureView
+from shorttail.define.views import FeatureView
 from shorttail.errors import InvalidArgument, ResourceExhausted
 from shorttail.store import ColumnBatch, Store
 from shorttail.store import load as load_module

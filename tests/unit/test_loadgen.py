@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from shorttail import protocol
+from shorttail.client import columns as client_columns
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 import loadgen
@@ -35,7 +36,7 @@ def _compiler() -> None:
 def payload(tmp_path: Path) -> Path:
     rows = [{"user_id": user, "amount": user / 7} for user in range(100)]
     path = tmp_path / "payload"
-    loadgen.write_payload(path, [protocol.pack_request(2**32 - 1, "predict", ["m", row]) for row in rows])
+    loadgen.write_payload(path, [client_columns.pack_request(2**32 - 1, "predict", ["m", row]) for row in rows])
     return path
 
 

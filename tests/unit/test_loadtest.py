@@ -14,10 +14,10 @@ from fakes import MODELS, QUICK, VIEWS, good, http_server, load_on, predict, rep
 
 from shorttail._native import loadtest as native
 from shorttail.loadtest import target
-from shorttail.loadtest.plan import Workload, plan_http, plan_rpc
 from shorttail.loadtest.rates import Rate
 from shorttail.loadtest.result import Step
 from shorttail.loadtest.runner import Load, run_step
+from shorttail.loadtest.traffic import Workload, plan_http, plan_rpc
 
 
 @pytest.fixture

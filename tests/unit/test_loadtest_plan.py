@@ -17,11 +17,11 @@ from shorttail._native import loadtest as native
 from shorttail.errors import InvalidArgument, NotFound, ShorttailError
 from shorttail.loadtest import rates, target
 from shorttail.loadtest.histogram import HIGHEST, Histogram, write_log
-from shorttail.loadtest.plan import Workload, plan_rpc
 from shorttail.loadtest.rates import Rate
 from shorttail.loadtest.result import Step
 from shorttail.loadtest.runner import find_capacity
 from shorttail.loadtest.templates import Column, Group, Template
+from shorttail.loadtest.traffic import Workload, plan_rpc
 
 
 @pytest.fixture

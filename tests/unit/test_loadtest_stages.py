@@ -18,8 +18,8 @@ from shorttail.loadtest import stages
 from shorttail.loadtest.findings import server
 from shorttail.loadtest.result import Step
 from shorttail.loadtest.target import Target
-from shorttail.monitor.exposition import exposition
-from shorttail.monitor.memory import MetricsMemory
+from shorttail.observe.memory import MetricsMemory
+from shorttail.server.http.exposition import exposition
 
 NO_MODELS: Any = SimpleNamespace(store=SimpleNamespace(catalog=SimpleNamespace(models={})))
 PREDICT, FEATURES = METHODS.index("predict"), METHODS.index("get_online_features")

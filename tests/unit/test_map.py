@@ -13,7 +13,7 @@ from test_store import make_store, rows, scores
 
 from shorttail.errors import InvalidArgument, ResourceExhausted
 from shorttail.store import Store
-from shorttail.store.figures import figures
+from shorttail.store.stat import figures
 from shorttail.store.verify import verify
 
 # -- the map -------------------------------------------------------------------------------------------------------

@@ -12,9 +12,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from shorttail._native.metrics import BOUNDS_NS, METHODS, ROW_BOUNDS, SLOTS, STAGES, UNKNOWN, Recorder
 from shorttail.config import LIMITS
-from shorttail.monitor.exposition import exposition
-from shorttail.monitor.logs import RequestLog, line, trace_ids
-from shorttail.monitor.memory import WORD, MetricsMemory
+from shorttail.observe.logs import RequestLog, line, trace_ids
+from shorttail.observe.memory import WORD, MetricsMemory
+from shorttail.server.http.exposition import exposition
 
 PREDICT = METHODS.index("predict")
 TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
@@ -83,7 +83,7 @@ def test_workers_are_added_up_and_survive_their_processes(memory):
     """Each worker is a process: it claims a region, counts and ends, one of them by kill -9."""
     script = """
 import os, sys
-from shorttail.monitor.memory import WORD, MetricsMemory
+from shorttail.observe.memory import WORD, MetricsMemory
 memory = MetricsMemory.attach(int(sys.argv[1]))
 recorder = memory.claim()
 recorder.requests(recorder.slot(0, "fraud"), 0, "OK", 5)

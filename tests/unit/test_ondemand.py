@@ -18,9 +18,9 @@ from onnx import TensorProto, helper
 
 import shorttail as st
 from shorttail._native.transforms import TransformProgram
+from shorttail.define.ondemand import OnDemand
 from shorttail.errors import Internal, InvalidArgument
-from shorttail.ondemand import OnDemand
-from shorttail.transforms import compile_on_demand
+from shorttail.ondemand.compile import compile_on_demand
 
 pytest.importorskip("numba")
 

@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shorttail import dtypes
 from shorttail._native.columns import Columns
 from shorttail._native.pages import Directory, GenerationWord, Layout, Lookup, SortedRows, lookup
-from shorttail.definitions import Entity, Feature, FeatureView
-from shorttail.store.catalog import TableInfo
+from shorttail.define import dtypes
+from shorttail.define.catalog import TableInfo
+from shorttail.define.entities import Entity
+from shorttail.define.views import Feature, FeatureView
 from shorttail.store.table import ColumnBatch, encode_rows, make_layout
 
 PRESENT, NULL, NOT_FOUND, STALE = 0, 1, 2, 3

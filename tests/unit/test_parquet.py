@@ -19,7 +19,7 @@ import pyarrow.csv  # noqa: E402
 import pyarrow.feather  # noqa: E402
 import pyarrow.parquet  # noqa: E402
 
-from shorttail.ingest import parquet  # noqa: E402
+from shorttail.sources import parquet  # noqa: E402
 
 AT = datetime(2026, 1, 2, 3, 4, 5, 6, tzinfo=UTC)
 AT_US = 1_767_323_045_000_006

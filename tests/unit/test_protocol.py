@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from shorttail import errors, protocol
+from shorttail.client import columns as client_columns
 
 
 @pytest.mark.parametrize("address", ["", "host:", "host:x", "host:0", "host:70000", "unix:", "a:b:c", "http://x:1"])
@@ -26,7 +27,7 @@ def test_addresses() -> None:
 
 def as_sent(value: Any) -> Any:
     """What a server gets for a column."""
-    request = protocol.pack_request(0, "predict", ["m", protocol.encode_columns({"x": value})])
+    request = client_columns.pack_request(0, "predict", ["m", client_columns.encode_columns({"x": value})])
     unpacker = protocol.new_unpacker()
     unpacker.feed(request)
     return unpacker.unpack()[3][1]["x"]
@@ -85,7 +86,7 @@ def test_pandas_and_arrow_columns() -> None:
     assert as_sent(pyarrow.array([1, None])) == [1, None]
     assert as_sent(pyarrow.array(["a", "b"])) == ["a", "b"]
     frame = pandas.DataFrame({"a": [1, 2], "b": ["x", "y"]})
-    sent = protocol.encode_columns(frame)
+    sent = client_columns.encode_columns(frame)
     assert protocol.unpack_tensor(sent["a"].data).tolist() == [1, 2]
     assert sent["b"] == ["x", "y"]
 

@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as values
 
 import shorttail as st
-from shorttail import protocol
-from shorttail.dtypes import SCALARS
+from shorttail.client import columns as client_columns
+from shorttail.define.dtypes import SCALARS
 from shorttail.errors import InvalidArgument
-from shorttail.ingest.rows import column_batch, key_arrays, plain, typed
 from shorttail.server.writer import read_params
+from shorttail.sources.rows import column_batch, key_arrays, plain, typed
 
 SHOP = st.Entity("shop", keys={"country": st.String, "shop_id": st.Int64})
 VIEW = st.FeatureView(
@@ -69,7 +69,9 @@ FRAMES = {
 
 def over_the_wire(columns):
     """What the writer reads of what a client sends."""
-    return read_params(msgpack.packb(["shops", protocol.encode_columns(columns)], default=protocol._pack_other))[1]
+    return read_params(
+        msgpack.packb(["shops", client_columns.encode_columns(columns)], default=client_columns._pack_other)
+    )[1]
 
 
 def content(batch):
@@ -197,7 +199,7 @@ anything = values.recursive(
 
 @given(values.fixed_dictionaries({name: anything | values.just(column) for name, column in ROWS.items()}))
 def test_any_messagepack_at_all_is_rows_or_invalid(columns):
-    packed = msgpack.packb(["shops", columns], default=protocol._pack_other)
+    packed = msgpack.packb(["shops", columns], default=client_columns._pack_other)
     with contextlib.suppress(InvalidArgument):
         batch = column_batch(VIEW, read_params(packed)[1])
         assert len(batch) > 0

@@ -26,7 +26,7 @@ from shorttail.models.buckets import BucketSession
 from shorttail.models.device import Device, check_cuda
 from shorttail.models.load import Runner, load
 from shorttail.models.session import Session
-from shorttail.models.settings import DEFAULT, Settings
+from shorttail.models.settings import DEFAULT, RunSettings
 
 Shape = Sequence[int | str | None]
 FLOAT, DOUBLE, INT32, INT64 = TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.INT32, TensorProto.INT64
@@ -136,7 +136,7 @@ def test_an_output_whose_shape_is_declared_wrongly(
 @pytest.mark.parametrize("rows", [0, 1, 3, 4, 5, 9])
 def test_files_exported_for_a_fixed_number_of_rows(tmp_path: Path, fixed: int, rows: int) -> None:
     path = scaled(tmp_path / "m.onnx", fixed)
-    for settings in (DEFAULT, Settings(padded=True)):
+    for settings in (DEFAULT, RunSettings(padded=True)):
         if rows:
             check_scaled(load(path, ["y", "s"], settings).run, rows)
     texts = load(every_type(tmp_path / "t.onnx", fixed), ["s_out", "b_out"])
@@ -369,10 +369,10 @@ def test_an_output_that_has_not_a_row_for_each_row_is_refused(tmp_path: Path) ->
 def test_what_runs_is_said_with_the_reason(tmp_path: Path) -> None:
     path = scaled(tmp_path / "m.onnx")
     assert load(path, ["y", "s"]).description == "ONNX Runtime, 1 thread: it has a node of type ReduceSum"
-    padded = load(path, ["y"], Settings(threads=2, padded=True))
+    padded = load(path, ["y"], RunSettings(threads=2, padded=True))
     assert padded.description == "ONNX Runtime, 2 threads, padded batches: it has no tree ensemble"
     assert padded.kind == "onnxruntime"
-    text = load(every_type(tmp_path / "t.onnx"), ["s_out"], Settings(padded=True))
+    text = load(every_type(tmp_path / "t.onnx"), ["s_out"], RunSettings(padded=True))
     assert text.description.startswith("ONNX Runtime, 1 thread: ")
     assert text.why.endswith("; its texts cannot be bound to buffers")
     assert load(scaled(tmp_path / "f.onnx", 2), ["y"]).description.startswith(

@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from shorttail import dtypes
 from shorttail._native.columns import Columns
 from shorttail._native.pages import Lookup, lookup
 from shorttail.config import Limits
-from shorttail.definitions import Entity, Feature, FeatureView
+from shorttail.define import dtypes
+from shorttail.define.entities import Entity
+from shorttail.define.views import Feature, FeatureView
 from shorttail.errors import Internal, InvalidArgument, NotFound
 from shorttail.store import ColumnBatch, Store, environment
 from shorttail.store import load as load_module
@@ -232,11 +233,11 @@ def test_failed_load_changes_nothing_and_leaves_nothing(store: Store, monkeypatc
     assert scores(store, [1, 2]) == [1.0, None]
 
     monkeypatch.setattr(load_module, "LIMITS", Limits(load_commit_bytes=100_000))
-    killed = Store._is_current
-    monkeypatch.setattr(Store, "_is_current", lambda *_: False)  # the last commit is not reached
+    killed = load_module.is_current
+    monkeypatch.setattr(load_module, "is_current", lambda *_: False)  # the last commit is not reached
     with pytest.raises(InvalidArgument, match="changed while it was loaded"):
         store.load("stats", [rows(range(5000))])
-    monkeypatch.setattr(Store, "_is_current", killed)
+    monkeypatch.setattr(load_module, "is_current", killed)
     assert scores(store, [1, 2]) == [1.0, None]
     assert list(table_entries(store).values()) == [1]
     store.load("stats", [rows([3])])
@@ -259,7 +260,7 @@ def test_killed_load_leaves_the_store_as_it_was(store: Store) -> None:
         "from shorttail.config import Limits\n"
         "t.load_module.LIMITS = Limits(load_commit_bytes=100_000)\n"
         "s = t.Store.open(sys.argv[1])\n"
-        "s._is_current = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "t.load_module.is_current = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
         "s.load('stats', [t.rows(range(5000))])\n"
     )
     done = subprocess.run([sys.executable, "-c", code, store.path, str(Path(__file__).parent)], timeout=60)

@@ -30,16 +30,17 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from shorttail import dtypes
 from shorttail._native.columns import Columns
 from shorttail._native.pages import Lookup, SortedRows, lookup
 from shorttail.config import LIMITS
-from shorttail.definitions import Entity, Feature, FeatureView
+from shorttail.define import dtypes
+from shorttail.define.catalog import TableInfo
+from shorttail.define.entities import Entity
+from shorttail.define.views import Feature, FeatureView
 from shorttail.errors import InvalidArgument, NotFound
 from shorttail.results import Status
 from shorttail.store import ColumnBatch, Delete, Store, Upsert, environment
 from shorttail.store import load as load_module
-from shorttail.store.catalog import TableInfo
 from shorttail.store.table import encode_keys, make_layout
 
 STEPS = int(os.environ.get("SHORTTAIL_MACHINE_STEPS", "10000"))

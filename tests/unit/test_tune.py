@@ -17,9 +17,10 @@ from onnx import TensorProto, helper, numpy_helper
 import shorttail as st
 from shorttail.cli import cli
 from shorttail.errors import InvalidArgument, NotFound
-from shorttail.models import settings, tune
+from shorttail.models import settings
 from shorttail.models.load import Runner
-from shorttail.models.settings import DEFAULT, Settings, tuned
+from shorttail.models.settings import DEFAULT, RunSettings, tuned
+from shorttail.registry import tune
 
 USER = st.Entity("user", keys={"id": st.Int64})
 VIEW = st.FeatureView(
@@ -115,9 +116,9 @@ def test_every_way_to_run_a_forest_is_measured_on_new_rows(store: str, monkeypat
     ]
     assert [candidate.settings for candidate in result.candidates] == [
         DEFAULT,
-        Settings("onnxruntime"),
-        Settings("onnxruntime", padded=True),
-        Settings("onnxruntime", threads=2),
+        RunSettings("onnxruntime"),
+        RunSettings("onnxruntime", padded=True),
+        RunSettings("onnxruntime", threads=2),
     ]
     assert all(list(candidate.us) == [1, 8, 64, 512] for candidate in result.candidates)
     assert all(us > 0 for candidate in result.candidates for us in candidate.us.values())
@@ -205,9 +206,9 @@ def test_a_new_version_starts_without_the_choice(store: str, run: Callable[..., 
 
 
 def test_settings_of_a_device_are_apart() -> None:
-    choice = {settings.host("cuda:1"): Settings("onnxruntime").to_json()}
+    choice = {settings.host("cuda:1"): RunSettings("onnxruntime").to_json()}
     assert settings.host("cuda:1") == f"{settings.host()}, cuda"
-    assert tuned(choice, "cuda:0") == (Settings("onnxruntime"), f"tuned on {settings.host()}, cuda")
+    assert tuned(choice, "cuda:0") == (RunSettings("onnxruntime"), f"tuned on {settings.host()}, cuda")
     assert tuned(choice)[0] == DEFAULT
     assert tuned({}) == (DEFAULT, "")
 

@@ -18,10 +18,12 @@ from onnx import TensorProto, helper, numpy_helper
 
 import shorttail as st
 from shorttail._native.columns import Columns
+from shorttail._native.route import Route
 from shorttail.config import LIMITS
 from shorttail.errors import Internal, InvalidArgument, NotFound, ShorttailError, Unavailable
-from shorttail.models import registry, serving
-from shorttail.models.shadow import TOLERANCE, Shadow, ShadowBatch, compare
+from shorttail.models import serving
+from shorttail.registry import versions as registry
+from shorttail.server.shadow import TOLERANCE, ShadowBatch, ShadowState, ShadowThread, compare
 
 USER = st.Entity("user", keys={"user_id": st.Int64})
 SHOP = st.Entity("shop", keys={"shop": st.String})
@@ -235,7 +237,7 @@ def test_the_old_version_answers_until_the_new_one_is_loaded(
     assert version(engine) == 2
     columns = plan.new_columns()
     columns.append({"user_id": [1], "amount": [1.0]})
-    assert engine.run(plan, columns).version == 1, "a batch that was parsed for it runs by it"
+    assert engine.run(Route(plan), columns).version == 1, "a batch that was parsed for it runs by it"
     registry.rollback(engine.store, "m")
     assert version(engine) == 1, "the version before is kept, so this needs no load"
 
@@ -383,8 +385,8 @@ def test_what_counts_as_a_difference() -> None:
 
 @pytest.mark.parametrize("share", [1.0, 0.3, 0.01])
 def test_a_shadow_takes_its_share_of_batches(share: float) -> None:
-    shadow = Shadow(None, share, True)  # type: ignore[arg-type]
-    assert sum(shadow.is_due() for _ in range(1000)) == round(1000 * share)
+    state = ShadowState()
+    assert sum(state.is_due(share) for _ in range(1000)) == round(1000 * share)
 
 
 def test_a_shadow_with_other_features_looks_up_its_own(engine: st.Engine, tmp_path: Path) -> None:
@@ -397,9 +399,11 @@ def test_a_shadow_with_other_features_looks_up_its_own(engine: st.Engine, tmp_pa
     assert (plan.shadow.same_inputs, plan.shadow.share) == (False, 0.5)
     columns = plan.new_columns()
     columns.append({"user_id": [1, 2], "amount": [10.0, 5.0]})
-    result = engine.run(plan, columns)  # [[10, 10], [20, 5]]; the shadow gives [[1, 10], [2, 20]]
-    ShadowBatch(plan.shadow, columns, [], result.names, result.values).run(engine.store)
-    counts = engine.models()[0]["shadow"]
+    result = engine.run(Route(plan), columns)  # [[10, 10], [20, 5]]; the shadow gives [[1, 10], [2, 20]]
+    shadows = ShadowThread(engine.store)
+    state = shadows.state("m", 1, 2)
+    ShadowBatch(plan.shadow, state, columns, [], result.names, result.values).run(engine.store)
+    counts = shadows.describe(engine.models())[0]["shadow"]
     assert (counts["batches"], counts["rows"], counts["rows_differing"]) == (1, 2, 2)
     assert counts["largest_difference"] == 18.0
 
@@ -408,8 +412,8 @@ def test_a_shadow_with_other_features_looks_up_its_own(engine: st.Engine, tmp_pa
 
     assert plan.shadow.plan.runner is not None
     plan.shadow.plan.runner.run = fail  # type: ignore[method-assign]
-    ShadowBatch(plan.shadow, columns, [], result.names, result.values).run(engine.store)
-    counts = engine.models()[0]["shadow"]
+    ShadowBatch(plan.shadow, state, columns, [], result.names, result.values).run(engine.store)
+    counts = shadows.describe(engine.models())[0]["shadow"]
     assert (counts["errors"], counts["batches"]) == (1, 1)
     assert "the model failed" in counts["last_error"]
 

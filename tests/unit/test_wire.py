@@ -55,10 +55,11 @@ class FakeEngine:
     def follow(self):
         pass
 
-    def prepare(self, plan, columns):
-        return plan, self.run(plan, columns)
+    def prepare(self, route, columns):
+        return route.plan, self.run(route, columns)
 
-    def run(self, plan, columns):
+    def run(self, route, columns):
+        plan = route.plan
         keys = columns.column("key")
         self.batches.append((plan.model, len(keys)))
         if plan.model == "broken":

@@ -25,7 +25,7 @@ class Measured(Guarded):
                 self.route = batches[0].route
             for batch in batches:
                 if batch.wanted():
-                    batch.reply(self.engine.run(batch.route.plan, batch.columns))
+                    batch.reply(self.engine.run(batch.route, batch.columns))
             self.router.flush()
 
         assert run is not None
@@ -199,7 +199,7 @@ def test_what_comes_by_another_way_is_admitted_alike(measured):
     """As HTTP does it: ask, count, run."""
     measured.always(3)
     plan = measured.route.plan
-    route = wire.Route(plan, b"", -1)
+    route = wire.WireRoute(plan, b"", -1)
     for ran in (True, True):  # the first teaches nothing
         batch = wire.Batch(route, plan.new_columns())
         measured.router.admit(route)

@@ -236,7 +236,7 @@ def test_what_waits_in_all(served, limit):
     """Counted by another way than a connection, as so much does not go into one turn of a test."""
     assert served.ask(PREDICT) == [PREDICTED]
     plan = served.engine.plan_for_model("double")
-    batch = wire.Batch(wire.Route(plan, b"", -1), plan.new_columns())
+    batch = wire.Batch(wire.WireRoute(plan, b"", -1), plan.new_columns())
     at = getattr(LIMITS, limit)
     rows, size = (at - 1, 0) if limit == "waiting_rows" else (1, at - 1)
     batch.count(served.router, rows, size)

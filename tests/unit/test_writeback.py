@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from shorttail import dtypes
 from shorttail._native.pages import Writeback
-from shorttail.definitions import Entity, Feature, FeatureView
+from shorttail.define import dtypes
+from shorttail.define.entities import Entity
+from shorttail.define.views import Feature, FeatureView
 from shorttail.store import ColumnBatch, Store
-from shorttail.store.handle import EARLY_PAGES
+from shorttail.store.lmdb_handle import EARLY_PAGES
 from shorttail.store.verify import verify
 
 ROWS_A_PAGE = 30  # at most, of 32 floats

@@ -14,7 +14,7 @@ from shorttail import protocol
 from shorttail.config import Limits
 from shorttail.errors import InvalidArgument, NotFound, ResourceExhausted, ShorttailError
 from shorttail.server import writer as module
-from shorttail.server.faults import FaultLog
+from shorttail.server.errorlog import ErrorLog
 from shorttail.server.writer import WorkerConnection, Writer, read_params
 from shorttail.store import Delete, Upsert
 
@@ -60,7 +60,7 @@ class FakeWorker:
 
 class Served:
     def __init__(self, loop):
-        self.store, self.faults, self.worker = FakeStore(), FaultLog(), FakeWorker()
+        self.store, self.faults, self.worker = FakeStore(), ErrorLog(), FakeWorker()
         self.writer = Writer(self.store, loop, self.faults)
 
     def send(self, number, method="push", view="stats", columns=None, deadline_ns=0):

@@ -3,7 +3,7 @@ from typing import Any, Self
 
 from numpy.typing import NDArray
 
-from shorttail.dtypes import DType
+from shorttail.define.dtypes import DType
 from shorttail.errors import ShorttailError
 
 class Columns:

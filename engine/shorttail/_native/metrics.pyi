@@ -38,6 +38,7 @@ class Recorder:
         self,
         method: int,
         name: str,
+        protocol: int,
         requests: int,
         rows: int,
         opened_ns: int,

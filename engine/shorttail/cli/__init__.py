@@ -13,20 +13,20 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from shorttail import __version__
 from shorttail.cli.bench import bench
-from shorttail.cli.care import backup, stat, verify
 from shorttail.cli.models import models
+from shorttail.cli.operate import backup, stat, verify
 from shorttail.cli.options import answerer, json_option, opened, progress_bar, source_options, store_option
+from shorttail.cli.output import print_json, print_table, rate, status_notes
 from shorttail.cli.rows import delete, push
-from shorttail.cli.serving import settings_options
+from shorttail.cli.serve_options import settings_options
 from shorttail.cli.tune import tune
-from shorttail.cli.values import parse_columns, print_json, print_table, rate, status_notes
-from shorttail.config import DEFAULT_HOST, DEFAULT_PORT, LIMITS
+from shorttail.config import DEFAULT_HOST, DEFAULT_PORT, LIMITS, VERSION
+from shorttail.define.values import parse_columns
 from shorttail.errors import InvalidArgument, NotFound, ShorttailError
 
 if TYPE_CHECKING:
-    from shorttail.server.settings import Settings
+    from shorttail.server.settings import ServerSettings
 
 
 def main() -> None:
@@ -58,7 +58,7 @@ def fail(message: str, code: int) -> None:
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(__version__, prog_name="shorttail")
+@click.version_option(VERSION, prog_name="shorttail")
 def cli() -> None:
     """shorttail: features and predictions for structured-data models, with a short latency tail.
 
@@ -85,8 +85,8 @@ def apply(definitions: str, store: str, dry_run: bool, reset: bool, as_json: boo
     Example:
       shorttail apply definitions.py --store store
     """
-    from shorttail.store import apply as applying
-    from shorttail.store.catalog import Catalog
+    from shorttail.define.catalog import Catalog
+    from shorttail.registry import apply as applying
 
     prepared = applying.prepare(definitions)
     if not Path(store).exists():
@@ -131,7 +131,7 @@ def materialize(views: tuple[str, ...], store: str, memory_mib: int, as_json: bo
       shorttail materialize --store store user_stats --memory-mib 512
     """
     from shorttail.engine import Engine
-    from shorttail.ingest import parquet  # noqa: F401  here, to be outside the time that is measured
+    from shorttail.sources import parquet  # noqa: F401  here, to be outside the time that is measured
 
     loaded = []
     with Engine.open(store) as engine:
@@ -175,7 +175,7 @@ def serve(
     pretouch: bool,
     lock_memory: bool,
     check: bool,
-    settings: Settings,
+    settings: ServerSettings,
 ) -> int:
     """Serve features and predictions.
 

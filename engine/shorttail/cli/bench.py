@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from shorttail.cli.values import print_json
+from shorttail.cli.output import print_json
 from shorttail.config import LIMITS
 from shorttail.errors import InvalidArgument, NotFound, ShorttailError
 
 if TYPE_CHECKING:
-    from shorttail.loadtest.plan import Plan, Workload
     from shorttail.loadtest.rates import Objective, Rate
     from shorttail.loadtest.result import Step
     from shorttail.loadtest.runner import Capacity, LiveLine, Load
     from shorttail.loadtest.stages import StageWatch
     from shorttail.loadtest.target import Target
+    from shorttail.loadtest.traffic import Traffic, Workload
 
 MIXED = ("predict", "features", "push")
 FLAGS = {"headers": "header", "deadline_ms": "deadline-ms"}  # of options whose names differ
@@ -245,7 +245,7 @@ def make_load(options: dict[str, Any], is_http: bool) -> Load:
 
 
 def make_workload(options: dict[str, Any], seed: int, is_http: bool) -> Workload:
-    from shorttail.loadtest.plan import Workload
+    from shorttail.loadtest.traffic import Workload
 
     mine = ("predict", "features", "push", "mix", "shared", "deadline_ms")
     for name in mine if is_http else ("body", "headers"):
@@ -293,8 +293,8 @@ def parse_mix(text: str) -> dict[str, float]:
     return weights
 
 
-def make_plan(workload: Workload, target: Target) -> Plan:
-    from shorttail.loadtest import plan
+def make_plan(workload: Workload, target: Target) -> Traffic:
+    from shorttail.loadtest import traffic as plan
 
     if target.protocol == "http":
         return plan.plan_http(workload, target)
@@ -303,7 +303,7 @@ def make_plan(workload: Workload, target: Target) -> Plan:
 
 
 def run_steps(
-    plan: Plan,
+    plan: Traffic,
     target: Target,
     load: Load,
     rates: list[Rate | None],

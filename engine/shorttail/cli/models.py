@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from shorttail.cli.options import json_option, opened
-from shorttail.cli.values import print_json, print_table
+from shorttail.cli.output import print_json, print_table
 from shorttail.errors import ShorttailError
 
 if TYPE_CHECKING:
+    from shorttail.define.catalog import Share
     from shorttail.store import Store
-    from shorttail.store.catalog import Share
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -96,7 +96,7 @@ def models_list(store: str | None, as_json: bool) -> None:
     Example:
       shorttail models list --store store
     """
-    from shorttail.models import registry
+    from shorttail.registry import versions as registry
 
     with opened(required_store(store)) as target:
         versions = registry.list_versions(target.catalog)
@@ -131,8 +131,8 @@ def part(version: dict[str, Any]) -> str:
 def runs_as(store: Store, name: str, version: int) -> str:
     """What runs a version here, and why; or why nothing does."""
     from shorttail.models.load import load
-    from shorttail.models.registry import model_path
     from shorttail.models.settings import tuned
+    from shorttail.store.files import model_path
 
     info = store.catalog.model(name).version(version)
     outputs = [tensor.name for tensor in info.outputs]
@@ -155,8 +155,8 @@ def models_show(store: str | None, as_json: bool, name: str, version: int | None
       shorttail models show fraud --store store
     """
     from shorttail.engine import Engine
-    from shorttail.models.registry import describe
     from shorttail.models.settings import tuned
+    from shorttail.registry.versions import describe
 
     with Engine.open(required_store(store)) as engine:
         engine.refresh()
@@ -239,8 +239,8 @@ def models_deploy(
       shorttail models deploy fraud fraud-new.onnx --store store
       shorttail models deploy fraud fraud-new.onnx --store store --canary 10% --run mlflow:3f2a --metric auc=0.91
     """
-    from shorttail.models import registry
     from shorttail.models.serving import behind
+    from shorttail.registry import versions as registry
 
     if canary == 0:
         raise click.UsageError("--canary 0%: leave a version idle with --no-promote", click.get_current_context())
@@ -272,7 +272,7 @@ def models_promote(store: str | None, as_json: bool, name: str, number: int | No
     Example:
       shorttail models promote fraud 2 --store store
     """
-    from shorttail.models import registry
+    from shorttail.registry import versions as registry
 
     if number is not None and version is not None:
         raise click.UsageError("give the version once", click.get_current_context())
@@ -293,7 +293,7 @@ def models_rollback(store: str | None, as_json: bool, name: str) -> None:
     Example:
       shorttail models rollback fraud --store store
     """
-    from shorttail.models import registry
+    from shorttail.registry import versions as registry
 
     with opened(required_store(store)) as target:
         version = registry.rollback(target, name)
@@ -314,7 +314,7 @@ def models_canary(store: str | None, as_json: bool, share: str, version: int | N
       shorttail models canary fraud=10% --store store
       shorttail models canary fraud=off --store store
     """
-    from shorttail.models import registry
+    from shorttail.registry import versions as registry
 
     name, equals, percent = share.partition("=")
     if not name or not equals:
@@ -343,7 +343,7 @@ def models_shadow(
       shorttail models shadow fraud --version 3 --store store
       shorttail models shadow fraud --off --store store
     """
-    from shorttail.models import registry
+    from shorttail.registry import versions as registry
 
     if off == (version is not None):
         raise click.UsageError("give either --version N or --off", click.get_current_context())

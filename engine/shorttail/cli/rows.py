@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from shorttail.cli.options import connect, json_option, opened, progress_bar, source_options
-from shorttail.cli.values import parse_columns, print_json, rate
+from shorttail.cli.output import print_json, rate
 from shorttail.config import LIMITS
+from shorttail.define.values import parse_columns
 from shorttail.errors import InvalidArgument, NotFound, ShorttailError
 
 if TYPE_CHECKING:
     from shorttail.client import Client
-    from shorttail.definitions import FeatureView
+    from shorttail.define.views import FeatureView
     from shorttail.store import ColumnBatch, Store
 
 REQUEST_ROWS = 4096  # sent to a server at a time
@@ -40,7 +41,7 @@ def push(view: str, file: str, store: str | None, server: str | None, as_json: b
       shorttail push user_stats today.parquet --store store
       shorttail push user_stats today.parquet --server 127.0.0.1:7711
     """
-    from shorttail.ingest.parquet import parquet_batches
+    from shorttail.sources.parquet import parquet_batches
 
     with target(store, server) as rows_of:
         definition = rows_of.view(view)
@@ -127,7 +128,7 @@ class RowsOfStore:
         yield self.store.upsert(view.name, batch)
 
     def delete(self, view: FeatureView, columns: dict[str, Any]) -> int:
-        from shorttail.ingest.rows import key_arrays
+        from shorttail.sources.rows import key_arrays
 
         return self.store.delete(view.name, key_arrays(view, columns))
 
@@ -138,8 +139,10 @@ class RowsOfServer:
 
     def view(self, name: str) -> FeatureView:
         """As far as reading a file needs it. Raises NotFound."""
-        from shorttail.definitions import Entity, Feature, FeatureView, ParquetSource
-        from shorttail.dtypes import parse_dtype
+        from shorttail.define.dtypes import parse_dtype
+        from shorttail.define.entities import Entity
+        from shorttail.define.sources import ParquetSource
+        from shorttail.define.views import Feature, FeatureView
 
         views = {view["name"]: view for view in self.client.views()}
         if name not in views:
@@ -187,7 +190,7 @@ def weight(batch: ColumnBatch) -> int:
 
 def wire_columns(view: FeatureView, batch: ColumnBatch) -> dict[str, Any]:
     """The batch as Client.push takes it."""
-    from shorttail.ingest.rows import time_column
+    from shorttail.sources.rows import time_column
 
     given: list[tuple[str, Any, Any]] = [
         (name, values, None) for name, values in zip(view.keys, batch.keys, strict=True)
@@ -220,7 +223,7 @@ def key_columns(
         count = max((len(value) for value in columns.values() if isinstance(value, list)), default=1)
         yield count, count, columns
         return
-    from shorttail.ingest.keys import key_batches
+    from shorttail.sources.keys import key_batches
 
     total, batches = key_batches(file, view, REQUEST_ROWS)
     for arrays in batches:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from shorttail.cli.options import json_option, opened, store_option
-from shorttail.cli.values import print_json, print_table
+from shorttail.cli.output import print_json, print_table
 
 
 @click.command()
@@ -28,8 +28,8 @@ def tune(
     Example:
       shorttail tune fraud --store store
     """
-    from shorttail.models import tune as tuning
     from shorttail.models.device import Device, check_cuda
+    from shorttail.registry import tune as tuning
 
     where = Device.parse(device)
     if where.kind == "cuda":

@@ -8,12 +8,13 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
-from shorttail import calls, credentials, protocol
-from shorttail.calls import Call
+from shorttail import protocol
+from shorttail.client import calls, credentials
+from shorttail.client.calls import Call
+from shorttail.client.credentials import TLS
 from shorttail.client.pool import Connection, Pool
 from shorttail.client.retries import Retries
 from shorttail.config import LIMITS
-from shorttail.credentials import TLS
 from shorttail.errors import InvalidArgument, Unavailable
 from shorttail.results import Features, Prediction
 

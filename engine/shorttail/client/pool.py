@@ -9,8 +9,9 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from shorttail import calls, credentials, protocol
-from shorttail.calls import Call
+from shorttail import protocol
+from shorttail.client import calls, credentials
+from shorttail.client.calls import Call
 from shorttail.errors import DeadlineExceeded, Internal, ShorttailError, Unavailable
 from shorttail.protocol import Address
 

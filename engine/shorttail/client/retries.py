@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import random
 
-from shorttail.calls import Call
+from shorttail.client.calls import Call
 from shorttail.config import LIMITS
 from shorttail.errors import InvalidArgument, Unavailable
 

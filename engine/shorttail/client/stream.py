@@ -8,8 +8,9 @@ import ssl
 from dataclasses import dataclass
 from typing import Any, cast
 
-from shorttail import calls, protocol
-from shorttail.calls import Call
+from shorttail import protocol
+from shorttail.client import calls
+from shorttail.client.calls import Call
 from shorttail.client.retries import backoff_s
 from shorttail.errors import Internal, ShorttailError, Unavailable
 from shorttail.protocol import Address

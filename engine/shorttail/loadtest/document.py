@@ -10,14 +10,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from shorttail import __version__
+from shorttail.config import VERSION
 from shorttail.errors import InvalidArgument, NotFound
 from shorttail.loadtest.findings import findings, server
-from shorttail.loadtest.plan import Plan, Workload
 from shorttail.loadtest.result import FORMAT, Step
 from shorttail.loadtest.runner import Capacity, Load
 from shorttail.loadtest.stages import StageWatch
 from shorttail.loadtest.target import Target
+from shorttail.loadtest.traffic import Traffic, Workload
 from shorttail.loadtest.verify import Verified
 
 
@@ -47,7 +47,7 @@ def make_document(
     label: str,
     target: Target,
     workload: Workload,
-    plan: Plan,
+    plan: Traffic,
     load: Load,
     command: str,
     started_s: float,
@@ -59,7 +59,7 @@ def make_document(
     document: dict[str, Any] = {
         "tool": "shorttail bench",
         "format": FORMAT,
-        "version": __version__,
+        "version": VERSION,
         "label": label,
         "command": command,
         "started": datetime.fromtimestamp(started_s, UTC).isoformat(timespec="seconds"),

@@ -14,10 +14,10 @@ from shorttail._native.loadtest import Generator, Hiccups
 from shorttail.config import LIMITS
 from shorttail.errors import InvalidArgument, Unavailable
 from shorttail.loadtest.histogram import Histogram
-from shorttail.loadtest.plan import Plan
 from shorttail.loadtest.rates import Objective, Rate
 from shorttail.loadtest.result import HICCUP_SLICE_NS, Step, collect
 from shorttail.loadtest.target import Target
+from shorttail.loadtest.traffic import Traffic
 
 POLL_S: Final = 0.1
 SLICE_MIN_S: Final = 0.1
@@ -62,7 +62,7 @@ def intervals_of(duration_s: float) -> int:
     return max(1, min(LIMITS.bench_intervals, int(duration_s / SLICE_MIN_S)))
 
 
-def make_generators(plan: Plan, target: Target, load: Load, rate: Rate | None) -> list[Generator]:
+def make_generators(plan: Traffic, target: Target, load: Load, rate: Rate | None) -> list[Generator]:
     """One a thread; rate and connections are divided among them."""
     shares = [load.connections // load.threads + (i < load.connections % load.threads) for i in range(load.threads)]
     expected = (rate.mean if rate else 1000.0) * load.duration_s / load.threads
@@ -95,7 +95,7 @@ def make_generators(plan: Plan, target: Target, load: Load, rate: Rate | None) -
     ]
 
 
-def run_step(plan: Plan, target: Target, load: Load, rate: Rate | None, watch: Watch | None = None) -> Step:
+def run_step(plan: Traffic, target: Target, load: Load, rate: Rate | None, watch: Watch | None = None) -> Step:
     """One rate (None: closed loop) to its end, or to Ctrl-C, which ends it early; a second one at once.
 
     Raises Unavailable when the server takes no connections.

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 from shorttail import protocol
 from shorttail._native.metrics import STAGES as MEASURED
-from shorttail.calls import reason
+from shorttail.client.calls import reason
 from shorttail.config import DEFAULT_HOST, DEFAULT_HTTP_PORT, LIMITS
 from shorttail.errors import InvalidArgument, Unavailable
 from shorttail.loadtest.rates import samples_for

@@ -12,8 +12,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from shorttail.cli.values import FLOATS, INTEGERS, parse_value
 from shorttail.config import LIMITS
+from shorttail.define.values import FLOATS, INTEGERS, parse_value
 from shorttail.errors import InvalidArgument, NotFound
 from shorttail.loadtest.rates import parse_number
 

@@ -9,7 +9,7 @@ from typing import Final
 from urllib.parse import urlsplit
 
 from shorttail import protocol
-from shorttail.calls import reason
+from shorttail.client.calls import reason
 from shorttail.errors import InvalidArgument, Unavailable
 
 CONNECT_TIMEOUT_S: Final = 5.0

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from shorttail import calls, protocol
-from shorttail.client import Client
+from shorttail import protocol
+from shorttail.client import Client, calls
 from shorttail.errors import ShorttailError
 
 

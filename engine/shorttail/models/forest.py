@@ -13,11 +13,11 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from shorttail.define.catalog import TensorInfo
 from shorttail.errors import Internal
 from shorttail.models.ensemble import Ensemble, NotAForest, compile_ensemble
 from shorttail.models.graph_ops import OPERATORS, Operation, keeps_value, result_dtype
 from shorttail.models.onnx_graph import ELEMENTS, Graph, Node, read_graph
-from shorttail.store.catalog import TensorInfo
 
 __all__ = ["Forest", "NotAForest", "compile_forest"]
 

@@ -18,7 +18,7 @@ from shorttail.errors import InvalidArgument
 from shorttail.models.device import CPU, Device
 from shorttail.models.forest import NotAForest, Runs, compile_forest
 from shorttail.models.session import FixedRows, Session
-from shorttail.models.settings import DEFAULT, Settings
+from shorttail.models.settings import DEFAULT, RunSettings
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ class Runner:
         return low
 
 
-def load(path: Path, outputs: Sequence[str], settings: Settings = DEFAULT, device: Device = CPU) -> Runner:
+def load(path: Path, outputs: Sequence[str], settings: RunSettings = DEFAULT, device: Device = CPU) -> Runner:
     """The fastest thing that gives the file's answers. Raises InvalidArgument if ONNX Runtime cannot load it.
 
     A forest is compared with ONNX Runtime before it may serve: on rows at its thresholds, just below and just above.

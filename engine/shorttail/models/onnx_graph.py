@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shorttail._native.forest import read_attribute
+from shorttail.define.catalog import TensorInfo
 from shorttail.models.onnx_file import fields, varint
-from shorttail.store.catalog import TensorInfo
 
 # TensorProto.DataType: our name of the element type, and its NumPy type.
 ELEMENTS: dict[int, tuple[str, str]] = {

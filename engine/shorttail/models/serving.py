@@ -22,14 +22,14 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from shorttail.config import LIMITS
+from shorttail.define.catalog import TENSOR_TYPES, Catalog, ModelEntry, Share, VersionInfo
 from shorttail.errors import Internal, InvalidArgument, NotFound, ShorttailError, Unavailable
-from shorttail.models import registry
+from shorttail.models.buffers import input_buffer
 from shorttail.models.device import CPU, Device
 from shorttail.models.load import Runner, load
-from shorttail.models.settings import Settings, tuned
-from shorttail.plan import input_buffer
+from shorttail.models.settings import RunSettings, tuned
 from shorttail.store import Store
-from shorttail.store.catalog import TENSOR_TYPES, Catalog, ModelEntry, Share, VersionInfo
+from shorttail.store.files import model_path
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -45,7 +45,7 @@ class Key(NamedTuple):
 
     model: str
     version: int
-    settings: Settings
+    settings: RunSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ class Serving:
 
 
 def load_version(
-    path: Path, info: VersionInfo, catalog: Catalog, number: int, settings: Settings, device: Device = CPU
+    path: Path, info: VersionInfo, catalog: Catalog, number: int, settings: RunSettings, device: Device = CPU
 ) -> Runner:
     """A version that may serve: its file is the one registered, it is loaded and warm, and takes and gives what the
     manifest says.
@@ -95,6 +95,11 @@ def load_version(
     except OSError as error:
         raise Internal(f"model '{info.model.name}' version {number}: cannot read {path}: {error.strerror}") from error
     return runner
+
+
+def vet(catalog: Catalog, info: VersionInfo, number: int, path: Path) -> None:
+    """Load, warm and check a version in this process: only what passes may serve. Raises as `load_version`."""
+    load_version(path, info, catalog, number, tuned(info.tuning)[0])
 
 
 def check_schema(runner: Runner, info: VersionInfo) -> None:
@@ -245,7 +250,7 @@ class Versions:
             self._threads[behind].submit(self._load_apart, *job)
 
     def _load(self, key: Key, info: VersionInfo, catalog: Catalog) -> Runner | ShorttailError:
-        path = registry.model_path(self._store.path, key.model, key.version)
+        path = model_path(self._store.path, key.model, key.version)
         try:
             return load_version(path, info, catalog, key.version, key.settings, self._device)
         except ShorttailError as error:

@@ -15,8 +15,8 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from shorttail.define.catalog import TensorInfo
 from shorttail.errors import Internal, InvalidArgument
-from shorttail.store.catalog import TensorInfo
 
 Array = NDArray[Any]
 ON_CPU: tuple[Any, ...] = ("CPUExecutionProvider",)

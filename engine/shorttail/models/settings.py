@@ -17,7 +17,7 @@ from shorttail._native.forest import simd_level
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class RunSettings:
     """runner: "auto" takes a compiled forest where the model is one, "onnxruntime" does not.
 
     threads: of ONNX Runtime for one run. padded: batches are padded to powers of two, in buffers bound once.
@@ -31,14 +31,14 @@ class Settings:
         return asdict(self)
 
 
-DEFAULT = Settings()
+DEFAULT = RunSettings()
 
 
-def tuned(tuning: Mapping[str, Mapping[str, Any]], device: str = "cpu") -> tuple[Settings, str]:
+def tuned(tuning: Mapping[str, Mapping[str, Any]], device: str = "cpu") -> tuple[RunSettings, str]:
     """The settings measured on a host like this one, or the default; and a note on choices that are not used."""
     here = host(device)
     if here in tuning:
-        return Settings(**tuning[here]), f"tuned on {here}"
+        return RunSettings(**tuning[here]), f"tuned on {here}"
     if tuning:
         return DEFAULT, f"tuned on {'; '.join(tuning)}, which this host is not ({here})"
     return DEFAULT, ""

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from shorttail.definitions import Column, FeatureView, Model, column_label
-from shorttail.dtypes import Bool, DType, Float64, Int32, Int64, String, Timestamp, Vector
+from shorttail.define.catalog import TENSOR_TYPES, Catalog, TensorInfo
+from shorttail.define.dtypes import Bool, DType, Float64, Int32, Int64, String, Timestamp, Vector
+from shorttail.define.models import Column, Model, column_label
+from shorttail.define.names import split_reference
+from shorttail.define.ondemand import OnDemandFeature
+from shorttail.define.views import FeatureView
 from shorttail.errors import InvalidArgument, NotFound
 from shorttail.models.onnx_file import uses_external_data
-from shorttail.names import split_reference
-from shorttail.ondemand import OnDemandFeature
-from shorttail.store.catalog import TENSOR_TYPES, Catalog, TensorInfo
 
 
 @dataclass(frozen=True)

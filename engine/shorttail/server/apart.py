@@ -1,4 +1,4 @@
-"""What runs outside the loop's thread: models too slow for it, and shadows. All methods are called in that thread."""
+"""Runs models that are too slow for the loop, in threads. All methods are called in the loop's thread but `end`."""
 
 from __future__ import annotations
 
@@ -9,17 +9,15 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from shorttail import pipeline
-from shorttail._native.wire import Batch, Router
+from shorttail._native.wire import Router
 from shorttail.config import LIMITS
 from shorttail.models.load import Runner
-from shorttail.models.shadow import Shadow, ShadowBatch
 from shorttail.pipeline import BatchResult
-
-if TYPE_CHECKING:
-    from shorttail.store import Store
+from shorttail.server.runnable import Runnable
+from shorttail.server.shadow import ShadowBatch
 
 # The loop rests this many times as long as its last turn took, and never longer than this: it then finds many requests
 # in each socket, and leaves the CPU to the models.
@@ -31,15 +29,13 @@ REST_MAX_S: Final = 0.001
 class Prepared:
     """A batch that lacks nothing but `infer`.
 
-    wanted: asked before it runs, whether anybody still waits for it. answered: called in the loop's thread when it has
-    run, with what became of it: None, or what it raised.
+    answered: called in the loop's thread when the batch has run, with what the run raised, or None.
     """
 
-    batch: Batch
+    batch: Runnable
     runner: Runner
     result: BatchResult
     shadowed: ShadowBatch | None
-    wanted: Callable[[], object]
     answered: Callable[[Prepared, BaseException | None], object]
 
 
@@ -59,8 +55,6 @@ class Apart:
         self.closed = False
 
     def put(self, prepared: Prepared) -> None:
-        route = prepared.batch.route
-        route.busy = route.apart = True
         prepared.batch.leave_loop()
         lane = self.lanes.setdefault(prepared.runner, deque())
         lane.append(prepared)
@@ -71,7 +65,7 @@ class Apart:
         """Run the first batch that somebody still waits for: it may have waited long."""
         while lane:
             first = lane[0]
-            if first.wanted():
+            if first.batch.wanted():
                 thread = runner.executor or self.shared()
                 done = thread.submit(pipeline.infer, runner, first.result)
                 done.add_done_callback(lambda future: self.end(runner, lane, future))
@@ -117,49 +111,3 @@ class Apart:
         self.closed = True
         if self.threads is not None:
             self.threads.shutdown(wait=False, cancel_futures=True)
-
-
-class ShadowThread:
-    """Runs shadows on what was answered: of each model one batch at a time, and none waits but those of one turn."""
-
-    def __init__(self, store: Store):
-        self.store = store
-        self.thread: ThreadPoolExecutor | None = None
-        self.waiting: list[ShadowBatch] = []
-
-    def take(self, shadow: Shadow, batch: Batch, result: BatchResult) -> ShadowBatch | None:
-        """Before a batch's model runs: what its shadow will need, or None if this batch is none of its share."""
-        if not shadow.is_due():
-            return None
-        if shadow.running:
-            shadow.counts.skipped += 1
-            return None
-        columns = None
-        if not shadow.same_inputs:
-            columns = batch.columns
-            batch.keep = True
-        return ShadowBatch(shadow, columns, result.values, result.names)
-
-    def add(self, shadowed: ShadowBatch, result: BatchResult) -> None:
-        """Once its answers are made."""
-        shadowed.answered = result.values
-        self.waiting.append(shadowed)
-
-    def start(self) -> None:
-        """Once the answers of this turn are sent."""
-        waiting, self.waiting = self.waiting, []
-        for shadowed in waiting:
-            shadow = shadowed.shadow
-            if shadow.running:
-                shadow.counts.skipped += 1
-                continue
-            shadow.running = True
-            assert shadow.plan.runner is not None
-            thread = shadow.plan.runner.executor
-            if thread is None:
-                thread = self.thread = self.thread or ThreadPoolExecutor(1, "shadow")
-            thread.submit(shadowed.run, self.store)
-
-    def close(self) -> None:
-        if self.thread is not None:
-            self.thread.shutdown(wait=False, cancel_futures=True)

@@ -9,69 +9,97 @@ what comes meanwhile for that model is its next batch, and other models are answ
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from shorttail import pipeline
-from shorttail._native.wire import Batch, Router
+from shorttail._native.wire import Router
 from shorttail.errors import ShorttailError
-from shorttail.server.apart import Apart, Prepared, ShadowThread
-from shorttail.server.faults import one_line
-from shorttail.server.telemetry import FEATURES, PREDICT
+from shorttail.pipeline import BatchResult, Plan
+from shorttail.server.apart import Apart, Prepared
+from shorttail.server.errorlog import one_line
+from shorttail.server.runnable import Runnable
+from shorttail.server.shadow import ShadowThread
+from shorttail.server.telemetry import FEATURES, PREDICT, RPC
 
 if TYPE_CHECKING:
     from shorttail.engine import Engine
-    from shorttail.pipeline import BatchResult
-    from shorttail.server.http.batches import HttpBatches
     from shorttail.server.telemetry import Telemetry
 
 
+class OtherBatches(Protocol):
+    """Batches of another protocol than the wire's (server/http/batches.py)."""
+
+    def take(self) -> list[Runnable]:
+        """The batches that wait and whose routes are not busy. They take no more requests."""
+
+    def forget_plans(self) -> None:
+        """The catalog changed: keep no plan. Batches that wait run by the plans they came for."""
+
+
 class Batcher:
-    """Runs the batches of one worker. fault: told of every exception that nobody foresaw."""
+    """Runs the batches of one worker, of both protocols, by the same code.
+
+    http: the batches that came over HTTP, None where the server has no HTTP. fault: told of every exception that
+    nobody foresaw.
+    """
 
     def __init__(
-        self, router: Router, engine: Engine, fault: Callable[[Exception], None], telemetry: Telemetry | None = None
+        self,
+        router: Router,
+        engine: Engine,
+        fault: Callable[[Exception], None],
+        telemetry: Telemetry | None = None,
+        http: OtherBatches | None = None,
     ):
         self.router = router
         self.engine = engine
         self.fault = fault
         self.telemetry = telemetry
+        self.http = http
         self.plans_version = engine.plans_version
-        self.http: HttpBatches | None = None  # if there is HTTP: its batches run in the same turns
         self.apart = Apart(router.loop, router)
         self.shadows = ShadowThread(engine.store)
-        router.run = self.run
-        router.fault = fault
+        router.connect(run=self.run, fault=fault)
 
     def run(self) -> None:
-        """One loop turn: answer everything that waits, then one write a connection."""
-        batches = self.router.take()
+        """One loop turn: answer everything that waits, then one write for each connection."""
+        batches: list[Runnable] = [*self.router.take()]
+        answered = bool(batches)
+        if self.http is not None:
+            batches += self.http.take()
         for batch in batches:
             if batch.wanted():
                 self.answer(batch)
-        if self.http is not None and self.http.pending:
-            self.http.run()
         self.router.flush()
         if self.shadows.waiting:
             self.shadows.start()
         self.follow_catalog()
-        if self.router.sheds or not batches:
+        if self.router.sheds or not answered:
             self.apart.rest()
 
-    def answer(self, batch: Batch) -> None:
+    def answer(self, batch: Runnable) -> None:
+        """Run a batch and reply; a batch that is too slow for the loop replies later, from `answered_apart`."""
         try:
-            plan, result = self.engine.prepare(batch.route.plan, batch.columns)
-            shadowed = None if plan.shadow is None else self.shadows.take(plan.shadow, batch, result)
+            plan, result = self.prepare(batch)
+            shadowed = self.shadows.take(plan, batch, result) if plan.shadow is not None else None
             if plan.runner is not None:
-                if batch.columns.n_rows > plan.runner.loop_rows_max:
-                    self.apart.put(Prepared(batch, plan.runner, result, shadowed, batch.wanted, self.answered_apart))
+                if batch.n_rows > plan.runner.loop_rows_max:
+                    self.apart.put(Prepared(batch, plan.runner, result, shadowed, self.answered_apart))
                     return
-                batch.route.apart = False
+                batch.stay_in_loop()
                 pipeline.infer(plan.runner, result)
             self.reply(batch, result)
             if shadowed is not None:
                 self.shadows.add(shadowed, result)
         except Exception as error:
             self.fail(batch, error)
+
+    def prepare(self, batch: Runnable) -> tuple[Plan, BatchResult]:
+        """Look up and transform. Requests that bring the model's input tensors need neither."""
+        if batch.inputs is None:
+            return self.engine.prepare(batch.route, batch.columns)
+        plan = batch.route.plan
+        return plan, BatchResult.of_inputs(plan, batch.inputs)
 
     def answered_apart(self, prepared: Prepared, error: BaseException | None) -> None:
         """A batch has run in another thread: reply; this turn's run() writes the replies."""
@@ -84,21 +112,19 @@ class Batcher:
         except Exception as failure:
             self.fail(prepared.batch, failure)
 
-    def reply(self, batch: Batch, result: BatchResult) -> None:
+    def reply(self, batch: Runnable, result: BatchResult) -> None:
         telemetry = self.telemetry
         if telemetry is None:
             batch.reply(result)
             return
-        model, requests, rows = (
-            batch.route.plan.model,
-            batch.waiting,
-            batch.columns.n_rows,
-        )  # before: it is empty afterwards
-        opened_ns, start_ns, traces = batch.opened_ns, batch.started_ns, batch.traces
+        # Read before the reply: the batch is empty afterwards.
+        model, requests, rows = batch.route.plan.model, batch.waiting, batch.n_rows
+        opened_ns, start_ns, traces, protocol = batch.opened_ns, batch.started_ns, batch.traces, batch.protocol
         batch.reply(result)
         taken_ns = telemetry.recorder.answered(
             PREDICT if model else FEATURES,
             model,
+            protocol,
             requests,
             rows,
             opened_ns,
@@ -107,10 +133,10 @@ class Batcher:
             result.prepared_ns,
             result.inferred_ns,
         )
-        if taken_ns > telemetry.slow_ns:
+        if taken_ns > telemetry.slow_ns and protocol == RPC:
             telemetry.slow_batch(model, result, requests, rows, opened_ns, start_ns, taken_ns, traces)
 
-    def fail(self, batch: Batch, error: Exception) -> None:
+    def fail(self, batch: Runnable, error: Exception) -> None:
         if isinstance(error, ShorttailError):
             batch.fail(error.code, error.message)
             return
@@ -135,6 +161,6 @@ class Batcher:
         self.shadows.close()
 
 
-def describe(batch: Batch) -> str:
+def describe(batch: Runnable) -> str:
     plan = batch.route.plan
     return f"model '{plan.model}'" if plan.kind == "predict" else "get_online_features"

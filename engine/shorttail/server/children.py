@@ -17,11 +17,11 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from shorttail.config import LIMITS
-from shorttail.monitor import stderr
+from shorttail.observe import stderr
+from shorttail.server.acceptor import WorkerShare
+from shorttail.server.inherited import Inherited
 from shorttail.server.listen import Listeners, WriterSocket
-from shorttail.server.settings import Settings
-from shorttail.server.shared import Shared
-from shorttail.server.sharing import Share
+from shorttail.server.settings import ServerSettings
 
 WRITER: Final = 0  # its number; workers count from 1
 STABLE_S: Final = 10.0  # a child that lived this long starts its backoff anew
@@ -33,7 +33,7 @@ class Child:
     number: int
     process: subprocess.Popen[bytes]
     control: socket.socket  # one line of JSON comes when it is ready; then nothing until it is gone
-    share: Share | None  # of a worker
+    share: WorkerShare | None  # of a worker
     started_s: float = field(default_factory=time.monotonic)
     said: dict[str, Any] | None = None  # what is served; or of a writer that cannot write {"error": why}
     received: bytes = b""
@@ -83,8 +83,8 @@ class Launcher:
         store: str,
         listeners: Listeners,
         writer_socket: WriterSocket,
-        shared: Shared,
-        settings: Settings,
+        shared: Inherited,
+        settings: ServerSettings,
         *,
         device: str,
         options: Sequence[str],
@@ -94,7 +94,7 @@ class Launcher:
         self.store = store
         self.listeners = listeners
         self.writer_socket = writer_socket
-        self.shared = shared
+        self.inherited = shared
         self.settings = settings
         self.device = device
         self.options = options
@@ -115,10 +115,10 @@ class Launcher:
                 listening = [self.writer_socket.listener.fileno()]
                 options += ["--log", self.settings.log]
             else:
-                share = Share()
+                share = WorkerShare()
                 ours.callback(share.close)
                 listening = [listener.fileno() for listener in self.listeners.sockets] if self.accepts else []
-                fds += [share.worker_end.fileno(), *self.shared.fds]
+                fds += [share.worker_end.fileno(), *self.inherited.fds]
                 options += ["--channel-fd", str(share.worker_end.fileno()), *self._worker_options(number, check)]
             options += [f"--listen-fd={fd}" for fd in listening]
             process = self._spawn("writer" if number == WRITER else "worker", options, [*fds, *listening])
@@ -130,7 +130,7 @@ class Launcher:
 
     def _worker_options(self, number: int, check: bool) -> list[str]:
         options = ["--settings", self.settings.to_json(), "--writer", self.writer_socket.path]
-        options += ["--device", self.device, *self.options, *self.shared.worker_options]
+        options += ["--device", self.device, *self.options, *self.inherited.worker_options]
         if self.settings.pin_cpus:
             cpus = sorted(os.sched_getaffinity(0))
             options += ["--cpu", str(cpus[(number - 1) % len(cpus)])]

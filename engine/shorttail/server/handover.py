@@ -1,6 +1,6 @@
 """Connections travel between processes: from the supervisor, which accepts them, to workers; and from a worker that is
 replaced to the others. The peer sees nothing of it: its socket stays open, and no byte is lost. This is the workers'
-side; the supervisor's is sharing.py.
+side; the supervisor's is acceptor.py.
 
 A channel is a pair of SOCK_SEQPACKET sockets between the supervisor and a worker. A message that carries a socket is
 the access the connection has (FRESH: none was asked for yet) and then what had been read of a message. One without a

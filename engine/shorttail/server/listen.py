@@ -16,7 +16,7 @@ from typing import Final
 
 from shorttail.errors import InvalidArgument, ShorttailError, Unavailable
 from shorttail.server import systemd
-from shorttail.server.settings import Settings
+from shorttail.server.settings import ServerSettings
 
 BACKLOG: Final = 1024
 UNIX_PATH_BYTES: Final = 100  # the system takes 107
@@ -30,9 +30,9 @@ class Listeners:
     """
 
     def __init__(
-        self, host: str, port: int, uds: str | Path | None, settings: Settings | None = None, *, bind: bool = True
+        self, host: str, port: int, uds: str | Path | None, settings: ServerSettings | None = None, *, bind: bool = True
     ):
-        settings = settings or Settings()
+        settings = settings or ServerSettings()
         self.sockets: list[socket.socket] = []
         self._names: list[str] = []
         self._uds: Path | None = None
@@ -55,7 +55,7 @@ class Listeners:
             self.close()
             raise
 
-    def _take(self, inherited: list[socket.socket], settings: Settings) -> None:
+    def _take(self, inherited: list[socket.socket], settings: ServerSettings) -> None:
         """Use sockets that listen already. Their owner removes the file of a Unix socket."""
         self.sockets += inherited
         for listener in inherited:
@@ -118,7 +118,7 @@ class WriterSocket:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def listen_on(host: str, port: int, settings: Settings, *, bind: bool = True) -> tuple[socket.socket | None, str]:
+def listen_on(host: str, port: int, settings: ServerSettings, *, bind: bool = True) -> tuple[socket.socket | None, str]:
     """A listening TCP socket and its address to show; bind=False only checks the address. Raises as Listeners does."""
     family, address = _resolve(host, port, settings)
     if not bind:
@@ -128,7 +128,7 @@ def listen_on(host: str, port: int, settings: Settings, *, bind: bool = True) ->
     return listener, f"[{host}]:{bound}" if ":" in host else f"{host}:{bound}"
 
 
-def _resolve(host: str, port: int, settings: Settings) -> tuple[socket.AddressFamily, tuple[object, ...]]:
+def _resolve(host: str, port: int, settings: ServerSettings) -> tuple[socket.AddressFamily, tuple[object, ...]]:
     if not 0 <= port <= 65535:
         raise InvalidArgument(f"port {port} is not a port; ports are 0 to 65535, 0 takes a free one")
     try:
@@ -142,7 +142,7 @@ def _resolve(host: str, port: int, settings: Settings) -> tuple[socket.AddressFa
     return family, address
 
 
-def _check_host(host: str, address: str, settings: Settings) -> None:
+def _check_host(host: str, address: str, settings: ServerSettings) -> None:
     """Whoever can reach a server can read and write its store, unless he has to show who he is."""
     if settings.authenticates or ipaddress.ip_address(address.partition("%")[0]).is_loopback:
         return

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 from shorttail.errors import InvalidArgument, Unauthenticated
-from shorttail.server.settings import Settings
+from shorttail.server.settings import ServerSettings
 
 # What a connection may do. native/wire_guard.pxi knows the same numbers.
 NONE: Final = 0
@@ -108,7 +108,7 @@ def client_token(path: str) -> str:
 # -- TLS -------------------------------------------------------------------------------------------------------------
 
 
-def server_context(settings: Settings) -> ssl.SSLContext | None:
+def server_context(settings: ServerSettings) -> ssl.SSLContext | None:
     """TLS 1.2 or newer with the certificate given; with a client CA, only clients that show one of its certificates.
 
     None without a certificate. Raises InvalidArgument for files that do not serve.
@@ -141,7 +141,7 @@ def _reason(error: OSError | ValueError) -> str:
     return str(getattr(error, "strerror", None) or error).lower()
 
 
-def check(settings: Settings) -> None:
+def check(settings: ServerSettings) -> None:
     """Whether a worker could start with these files. Raises InvalidArgument."""
     server_context(settings)
     if settings.token_file is not None:

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Self
 
 from shorttail.config import LIMITS
-from shorttail.monitor.logs import Format
+from shorttail.observe.logs import Format
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class ServerSettings:
     """Paths are given as the user gave them. No secret is in here, only where it is: this travels on a command line."""
 
     token_file: str | None = None
@@ -30,7 +30,7 @@ class Settings:
     pin_cpus: bool = False
     busy_poll_us: int | None = None  # None: while it pays
     http: bool = True
-    http_port: int | None = None  # None: shared.wanted_port
+    http_port: int | None = None  # None: inherited.wanted_port
     log: Format = "text"
     log_failed: bool = False  # requests that fail are logged
     slow_ms: float = 0.0  # requests that take longer are logged; 0: none are

@@ -4,7 +4,7 @@ This process opens neither the store nor a model, and its children are started a
 and ONNX Runtime survive no fork. The listening sockets stay open here, so that a worker can die and its successor go on
 with the same queue of connections. A worker alone accepts connections itself. Of several, each would take what it
 happens to see first, and a few long-lived connections could all end up with one: so here they are accepted, and given
-to the worker that has the fewest (sharing.py).
+to the worker that has the fewest (acceptor.py).
 
 SIGHUP replaces the workers one by one by new ones, which read the files of tokens and TLS anew (rolling.py).
 """
@@ -22,13 +22,13 @@ from typing import Any, Final, cast
 
 from shorttail.config import DEFAULT_HOST, DEFAULT_PORT, LIMITS
 from shorttail.errors import ShorttailError, Unavailable
-from shorttail.monitor import logs, stderr
-from shorttail.server import rolling, security, sharing
+from shorttail.observe import logs, stderr
+from shorttail.server import acceptor, rolling, security
+from shorttail.server.acceptor import Acceptor
 from shorttail.server.children import WRITER, Child, Launcher, Restarts, how_it_ended
+from shorttail.server.inherited import Inherited
 from shorttail.server.listen import Listeners, WriterSocket
-from shorttail.server.settings import Settings
-from shorttail.server.shared import Shared
-from shorttail.server.sharing import Sharing
+from shorttail.server.settings import ServerSettings
 from shorttail.server.signals import RELOAD, STOP, Signals
 from shorttail.server.systemd import Notifier
 
@@ -48,7 +48,7 @@ def serve(
     pretouch: bool = False,
     lock_memory: bool = False,
     check: bool = False,
-    settings: Settings | None = None,
+    settings: ServerSettings | None = None,
 ) -> int:
     """Serve a store until SIGTERM or SIGINT; returns the exit code of the command.
 
@@ -56,7 +56,7 @@ def serve(
     the models that are no forests. pretouch, lock_memory: see Engine.open. check: only see whether everything would
     load. settings: of security, limits and CPUs. Errors are one line on stderr. Call it in the main thread.
     """
-    settings = settings or Settings()
+    settings = settings or ServerSettings()
     stderr.everything(settings.log)
     options = [*(["--pretouch"] if pretouch else []), *(["--lock-memory"] if lock_memory else [])]
     # One worker alone accepts by itself. Over TLS it would not know of connections that still shake hands, which a
@@ -68,7 +68,7 @@ def serve(
             with (
                 Listeners(host, port, uds, settings, bind=not check) as listeners,
                 WriterSocket() as writer_socket,
-                Shared(settings, host, port, workers, bind=not check) as shared,
+                Inherited(settings, host, port, workers, bind=not check) as shared,
                 Launcher(
                     str(store), listeners, writer_socket, shared, settings,
                     device=device, options=options, accepts=accepts,
@@ -95,7 +95,7 @@ class Supervisor:
         self.n_workers = workers
         self.signals = signals
         self.selector = selectors.DefaultSelector()
-        self.sharing = Sharing(self.selector, [] if launcher.accepts else launcher.listeners.sockets)
+        self.acceptor = Acceptor(self.selector, [] if launcher.accepts else launcher.listeners.sockets)
         self.restarts = Restarts()
         self.systemd = Notifier()
         self.children: dict[int, Child] = {}
@@ -152,7 +152,7 @@ class Supervisor:
 
     def _announce(self) -> None:
         plural = "" if self.n_workers == 1 else "s"
-        where = f"{self.launcher.listeners}{self.launcher.shared}"
+        where = f"{self.launcher.listeners}{self.launcher.inherited}"
         text = f"serving on {where} · {self.n_workers} worker{plural} · {self._contents()}"
         print(text, flush=True)  # on stdout, in either form of the log: whoever starts a server reads its port there
         self._note(text)
@@ -194,18 +194,18 @@ class Supervisor:
         self._wait(min(until_s, self.restarts.next_s))
 
     def _wait(self, until_s: float) -> None:
-        due_s = min(until_s, self.sharing.due_s, math.inf if self.systemd.due_s is None else self.systemd.due_s)
+        due_s = min(until_s, self.acceptor.due_s, math.inf if self.systemd.due_s is None else self.systemd.due_s)
         for key, _ in self.selector.select(min(max(0.0, due_s - time.monotonic()), WAIT_MAX_S)):
             if key.data is None:
                 self._hear_signals()
-            elif key.data == sharing.ACCEPT:
-                self.sharing.accept(cast(socket.socket, key.fileobj))
+            elif key.data == acceptor.ACCEPT:
+                self.acceptor.accept(cast(socket.socket, key.fileobj))
             elif key.fileobj is key.data.control:
                 self._hear(key.data)
             elif key.data.control.fileno() >= 0:  # not buried in this round
-                key.data.share.hear(self.sharing.give)
-        if self.sharing.due_s <= time.monotonic():
-            self.sharing.look()
+                key.data.share.hear(self.acceptor.give)
+        if self.acceptor.due_s <= time.monotonic():
+            self.acceptor.look()
         self.systemd.beat()
 
     def _hear_signals(self) -> None:
@@ -220,7 +220,7 @@ class Supervisor:
         if child.hear():
             if child.said and child.share is not None and not child.is_successor:
                 self.served = self.served or child.said
-                self.sharing.add(child.share)
+                self.acceptor.add(child.share)
             return
         code = self._bury(child)
         if child.is_successor or child.retires:
@@ -241,15 +241,15 @@ class Supervisor:
         if self.children.get(child.number) is child:
             del self.children[child.number]
         if child.share is not None:
-            child.share.hear(self.sharing.give)  # the last connections that it gave away
+            child.share.hear(self.acceptor.give)  # the last connections that it gave away
             self.selector.unregister(child.share.channel)
-            self.sharing.remove(child.share)
+            self.acceptor.remove(child.share)
         return child.close()
 
     def _plan_restart(self, child: Child, code: int, *, silent: bool = False) -> None:
         wait_s = self.restarts.plan(child.number, time.monotonic() - child.started_s)
         if not silent:
-            self.launcher.shared.restarted(writer=child.number == WRITER)
+            self.launcher.inherited.restarted(writer=child.number == WRITER)
             reason = child.killed_for or (child.said or {}).get("error") or how_it_ended(code)
             self.say("warning", f"{child} died: {reason}; starting it again in {wait_s:g} s")
 
@@ -292,12 +292,12 @@ class Supervisor:
         self.children[successor.number] = successor
         self.restarts.forget(successor.number)
         if successor.share is not None:
-            self.sharing.add(successor.share)
+            self.acceptor.add(successor.share)
         if old is not None:
             old.retires = True
             self.others.add(old)
             if old.share is not None:
-                self.sharing.remove(old.share)
+                self.acceptor.remove(old.share)
         return old
 
     # -- stopping ----------------------------------------------------------------------------------------------
@@ -306,9 +306,9 @@ class Supervisor:
         """Let them finish; returns 0 if all did in time. A second signal kills them."""
         self.systemd.say("STOPPING=1")
         self._note("stopping")
-        self.sharing.accept_no_more()
+        self.acceptor.accept_no_more()
         self.launcher.listeners.close()
-        self.launcher.shared.close()
+        self.launcher.inherited.close()
         deadline_s = time.monotonic() + LIMITS.stop_grace_s
         # Those that retire first, since they give connections to the workers; successors have nothing in flight. The
         # writer last: what workers have handed to it is written and answered.
@@ -338,7 +338,7 @@ class Supervisor:
                 if child.control.fileno() < 0:
                     continue  # buried in this round
                 if key.fileobj is not child.control:
-                    child.share.hear(self.sharing.give)
+                    child.share.hear(self.acceptor.give)
                 elif not child.hear():
                     waiting.discard(child)
                     clean &= self._bury(child) == 0 or child.said is None
@@ -349,4 +349,4 @@ class Supervisor:
         for child in [*self.children.values(), *self.others]:
             child.process.kill()
             child.close()
-        self.sharing.close()
+        self.acceptor.close()

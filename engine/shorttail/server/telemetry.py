@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from shorttail._native.metrics import METHODS, PROTOCOLS
-from shorttail.monitor.logs import RequestLog, trace_ids
-from shorttail.monitor.memory import WORD, MetricsMemory
-from shorttail.server.settings import Settings
+from shorttail.observe.logs import RequestLog, trace_ids
+from shorttail.observe.memory import WORD, MetricsMemory
+from shorttail.server.settings import ServerSettings
 
 if TYPE_CHECKING:
     from shorttail._native.wire import Router
@@ -31,8 +31,8 @@ FEATURES: Final = METHODS.index("get_online_features")
 class Telemetry:
     """Of one worker. fd: the shared memory, -1: counts are this process's alone."""
 
-    def __init__(self, fd: int = -1, settings: Settings | None = None):
-        settings = settings or Settings()
+    def __init__(self, fd: int = -1, settings: ServerSettings | None = None):
+        settings = settings or ServerSettings()
         self.memory = MetricsMemory.attach(fd) if fd >= 0 else MetricsMemory.create(1)
         self.recorder = self.memory.claim()
         self.log = RequestLog(settings.log, settings.slow_ms * 1000, settings.log_failed)

@@ -17,6 +17,7 @@ import signal
 import socket
 import ssl
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
 import uvloop
@@ -25,11 +26,11 @@ from shorttail._native.wire import Connection, Router
 from shorttail.config import LIMITS
 from shorttail.engine import Engine
 from shorttail.errors import InvalidArgument, ShorttailError
-from shorttail.monitor import logs, stderr
-from shorttail.server import guard, handover, security
+from shorttail.observe import logs, stderr
+from shorttail.server import handover, limits, security
 from shorttail.server.batcher import Batcher
-from shorttail.server.faults import FaultLog, one_line
-from shorttail.server.settings import Settings
+from shorttail.server.errorlog import ErrorLog, one_line
+from shorttail.server.settings import ServerSettings
 from shorttail.server.telemetry import Telemetry
 from shorttail.server.writer_link import WriterLink
 
@@ -43,8 +44,8 @@ STOP_MARGIN_S: Final = 1.0
 BACKLOG: Final = 1024
 
 
-def handlers(engine: Engine) -> dict[str, Any]:
-    """The methods that are answered one by one. Each takes the list of params."""
+def handlers(engine: Engine, describe: Callable[[], list[dict[str, Any]]]) -> dict[str, Any]:
+    """The methods that are answered one by one. Each takes the list of params. describe: what `models` answers."""
 
     def ping(params: list[Any]) -> str:
         _no_params("ping", params)
@@ -52,7 +53,7 @@ def handlers(engine: Engine) -> dict[str, Any]:
 
     def models(params: list[Any]) -> list[dict[str, Any]]:
         _no_params("models", params)
-        return engine.models()
+        return describe()
 
     def views(params: list[Any]) -> list[dict[str, Any]]:
         _no_params("views", params)
@@ -90,7 +91,7 @@ async def serve(
     channel_end: socket.socket,
     served: dict[str, Any],
     writer: str,
-    settings: Settings,
+    settings: ServerSettings,
     telemetry: Telemetry,
     http_listeners: list[socket.socket],
 ) -> None:
@@ -99,22 +100,24 @@ async def serve(
     writer: the path of the writer's socket. channel_end: on which connections come from the supervisor.
     """
     loop = asyncio.get_running_loop()
-    faults = FaultLog(telemetry.log.form)
-    router = Router(loop, engine, handlers(engine))
-    batcher = Batcher(router, engine, faults, telemetry)
+    faults = ErrorLog(telemetry.log.form)
+    router = Router(loop, engine, handlers(engine, lambda: batcher.shadows.describe(engine.models())))
+    http = http_server(engine, router, telemetry, faults, settings) if http_listeners else None
+    batcher = Batcher(router, engine, faults, telemetry, http.batches if http is not None else None)
     engine.load_in_background(lambda: batcher.apart.tell(batcher.follow_catalog))
     link = WriterLink(writer, loop, telemetry.wrote)
-    router.forward = link.forward
-    guard.configure(router, settings)
+    router.connect(forward=link.forward)
+    limits.configure(router, settings)
     tls = security.server_context(settings)
     channel = handover.Channel(channel_end, loop, router, tls)
     if settings.busy_poll_us != 0:
-        guard.BusyPoll(loop, router, engine, settings.busy_poll_us)
+        router.connect(run=limits.BusyPoll(loop, batcher.run, engine, settings.busy_poll_us).run)
     stop, retire = asyncio.Event(), asyncio.Event()
     loop.add_signal_handler(signal.SIGTERM, stop.set)
     loop.add_reader(control, told, loop, control, stop, retire)
     servers = [await listen(loop, listener, router, tls) for listener in listeners]
-    http = await serve_http(batcher, http_listeners, telemetry, faults, settings, tls) if http_listeners else None
+    if http is not None:
+        await http.start(http_listeners, tls)
     telemetry.watch_gc()
 
     async def housekeeping() -> None:
@@ -123,7 +126,7 @@ async def serve(
             try:
                 engine.refresh(force=True)  # sees even the commit of a writer that was killed before it counted it
                 batcher.follow_catalog()
-                guard.sweep(router)
+                limits.sweep(router)
                 channel.report()
                 telemetry.tick(engine, router, http)
             except Exception as error:
@@ -157,21 +160,17 @@ async def serve(
     telemetry.close()
 
 
-async def serve_http(
-    batcher: Batcher,
-    listeners: list[socket.socket],
-    telemetry: Telemetry,
-    faults: FaultLog,
-    settings: Settings,
-    tls: ssl.SSLContext | None,
+def http_server(
+    engine: Engine, router: Router, telemetry: Telemetry, faults: ErrorLog, settings: ServerSettings
 ) -> HttpServer:
-    """Of the extra `http`: imported only here."""
+    """The HTTP side of this worker, with its routes. Of the extra `http`: imported only here."""
     from shorttail.server.http.app import HttpServer
+    from shorttail.server.http.batches import HttpBatches
+    from shorttail.server.http.routes import add_routes
 
     access = security.Tokens.read(settings.token_file).access if settings.token_file else None
-    http = HttpServer(batcher.engine, batcher, telemetry.memory, telemetry.recorder, telemetry.log, faults, access)
-    await http.start(listeners, tls)
-    return http
+    batches = HttpBatches(engine, router)
+    return HttpServer(engine, batches, telemetry.memory, telemetry.recorder, telemetry.log, faults, add_routes, access)
 
 
 def told(loop: asyncio.AbstractEventLoop, control: socket.socket, stop: asyncio.Event, retire: asyncio.Event) -> None:
@@ -239,12 +238,12 @@ def main() -> int:
     parser.add_argument("--settings", metavar="JSON", required=True)
     parser.add_argument("--cpu", type=int, help="the CPU to run on")
     args = parser.parse_args()
-    settings = Settings.from_json(args.settings)
+    settings = ServerSettings.from_json(args.settings)
     stderr.everything(settings.log)
     if args.cpu is not None:
-        guard.pin(args.cpu)
-    guard.allow_files(settings.max_connections)
-    guard.return_memory()
+        limits.pin(args.cpu)
+    limits.allow_files(settings.max_connections)
+    limits.return_memory()
     control = socket.socket(fileno=args.control_fd)
     try:
         engine, served = load(args.store, args.device, args.pretouch, args.lock_memory)

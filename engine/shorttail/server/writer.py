@@ -39,11 +39,11 @@ from shorttail.errors import (
     ShorttailError,
     Unavailable,
 )
-from shorttail.ingest.rows import column_batch, key_arrays
-from shorttail.monitor import stderr
-from shorttail.monitor.logs import Format
-from shorttail.server.faults import FaultLog, one_line
+from shorttail.observe import stderr
+from shorttail.observe.logs import Format
+from shorttail.server.errorlog import ErrorLog, one_line
 from shorttail.server.writer_link import NIL, READY, REQUEST_BYTES, failed
+from shorttail.sources.rows import column_batch, key_arrays
 from shorttail.store import Delete, Edit, Store, Upsert
 
 # A message on its way is held in whole, and read in pieces of at most this much.
@@ -73,7 +73,7 @@ class Request:
 class Writer:
     """The requests that wait, and their commits. fault: told of every exception that nobody foresaw."""
 
-    def __init__(self, store: Store, loop: asyncio.AbstractEventLoop, fault: FaultLog):
+    def __init__(self, store: Store, loop: asyncio.AbstractEventLoop, fault: ErrorLog):
         self.store = store
         self.loop = loop
         self.fault = fault
@@ -253,7 +253,7 @@ class WorkerConnection(asyncio.Protocol):
 async def serve(store: Store, listener: socket.socket, control: socket.socket, log: Format = "text") -> None:
     """Write until SIGTERM, or until the supervisor is gone; then what is left."""
     loop = asyncio.get_running_loop()
-    faults = FaultLog(log)
+    faults = ErrorLog(log)
     writer = Writer(store, loop, faults)
 
     def supervisor_gone() -> None:  # nothing is ever sent: readable means closed

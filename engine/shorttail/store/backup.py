@@ -17,10 +17,10 @@ from typing import Any
 
 import lmdb
 
+from shorttail.define.catalog import Catalog
 from shorttail.errors import Internal, InvalidArgument, NotFound, PermissionDenied, ResourceExhausted, ShorttailError
-from shorttail.models.registry import model_path, sync_folder
-from shorttail.store.catalog import Catalog
 from shorttail.store.environment import Environment
+from shorttail.store.files import model_path, sync_folder
 from shorttail.store.mapping import plan_map
 from shorttail.store.opening import LMDB_ENGINE, translated
 from shorttail.store.snapshot import Snapshot

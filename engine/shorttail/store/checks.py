@@ -25,11 +25,12 @@ import numpy as np
 from shorttail._native.columns import Columns
 from shorttail._native.pages import Directory, Layout, Lookup, Tree, lookup
 from shorttail.config import LIMITS
-from shorttail.definitions import FeatureView
+from shorttail.define.catalog import Catalog, TableInfo
+from shorttail.define.views import FeatureView
 from shorttail.errors import ShorttailError
-from shorttail.models.registry import model_path
 from shorttail.results import Status
-from shorttail.store.catalog import Catalog, TableInfo
+from shorttail.store.checksums import KEY as SUMS_KEY
+from shorttail.store.checksums import Checksums
 from shorttail.store.environment import (
     BUCKET_KEY_BYTES,
     FORMAT_VERSION,
@@ -39,12 +40,11 @@ from shorttail.store.environment import (
     table_ids,
     table_pages,
 )
-from shorttail.store.figures import count_table_pages
+from shorttail.store.files import model_path
 from shorttail.store.lmdb_file import header_problems
 from shorttail.store.mapping import plan_map
 from shorttail.store.opening import LMDB_ENGINE, translated
-from shorttail.store.sums import KEY as SUMS_KEY
-from shorttail.store.sums import Sums
+from shorttail.store.stat import count_table_pages
 from shorttail.store.table import Array, decode_keys, make_layout, row_dtype
 
 STRUCTURE_TRIES = 3  # what was written while it was read may look damaged, once
@@ -169,11 +169,11 @@ def check_log(txn: Transaction) -> None:
         say("problem", f"the change log does not hold the commits {oldest} to {last}, as it should")
     if sum(lengths) != log_bytes or any(length % 12 for length in lengths):
         say("problem", "an entry of the change log has a wrong length")
-    sums = Sums.unpack(txn.get(SUMS_KEY))
+    sums = Checksums.unpack(txn.get(SUMS_KEY))
     if sums is None:
         say("note", "no checksums of the catalog and the change log yet; the next commit writes them")
     else:
-        now = Sums.of(txn.get(b"catalog"), state, entries)
+        now = Checksums.of(txn.get(b"catalog"), state, entries)
         for what, was, found in (
             ("the catalog", sums.catalog, now.catalog),
             ("the state of the change log", sums.state, now.state),

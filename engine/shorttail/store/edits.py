@@ -8,10 +8,10 @@ from itertools import groupby
 from typing import Any
 
 from shorttail._native.pages import Layout, SortedRows, join
-from shorttail.definitions import FeatureView
+from shorttail.define.catalog import TableInfo
+from shorttail.define.views import FeatureView
 from shorttail.errors import Internal, InvalidArgument, ShorttailError
-from shorttail.store.catalog import TableInfo
-from shorttail.store.environment import Writer
+from shorttail.store.environment import WriteTransaction
 from shorttail.store.table import Array, ColumnBatch, depth_to_grow, encode_keys, encode_rows, join_batches, make_layout
 
 SMALL_ROWS = 256  # an upsert of no more is encoded with others
@@ -47,7 +47,7 @@ class DamagedBy(Exception):
 
 
 @dataclass(slots=True)
-class Step:
+class EditRun:
     """One edit, or several upserts that follow each other: their rows are sorted and merged as one batch."""
 
     upsert: bool
@@ -62,7 +62,7 @@ class TableEdits:
     view: FeatureView
     table: TableInfo
     layout: Layout
-    steps: list[Step] = field(default_factory=list)
+    steps: list[EditRun] = field(default_factory=list)
 
     @classmethod
     def of(cls, view: FeatureView, table: TableInfo) -> TableEdits:
@@ -109,13 +109,13 @@ class TableEdits:
             self.steps[-1].numbers += numbers
             self.steps[-1].parts.append(part)
         else:
-            self.steps.append(Step(upsert, numbers, [part]))
+            self.steps.append(EditRun(upsert, numbers, [part]))
 
     @property
     def numbers(self) -> Iterable[int]:
         return (number for step in self.steps for number in step.numbers)
 
-    def apply(self, writer: Writer) -> dict[int, int]:
+    def apply(self, writer: WriteTransaction) -> dict[int, int]:
         """Write what the edits make of the table. Returns the rows removed by each Delete. Raises DamagedBy."""
         removed = {}
         for i, step in enumerate(self.steps):
@@ -131,7 +131,7 @@ class TableEdits:
                 raise DamagedBy(step.numbers, damaged(writer.path, self.view.name, error)) from None
         return removed
 
-    def _merge_into_committed(self, writer: Writer, rows: SortedRows) -> None:
+    def _merge_into_committed(self, writer: WriteTransaction, rows: SortedRows) -> None:
         """For the first step, which finds the table as the last commit left it: without LMDB for each bucket."""
         depth_grow, at = self._depth_to_grow(writer, rows), 0
         with writer.committed_tree() as tree:
@@ -139,7 +139,7 @@ class TableEdits:
                 at, images, changes = rows.merge_all(tree, at, PAGES_AT_ONCE, self.table.id, depth_grow)
                 writer.put_pages(images, changes)
 
-    def _merge(self, writer: Writer, rows: SortedRows) -> None:
+    def _merge(self, writer: WriteTransaction, rows: SortedRows) -> None:
         depth_grow, at, table_id = self._depth_to_grow(writer, rows), 0, self.table.id
         while at < len(rows):
             key, page = writer.find_bucket(table_id, rows.hash(at))
@@ -147,11 +147,11 @@ class TableEdits:
             for new_key, image in images:
                 writer.put_page(table_id, new_key, image)
 
-    def _depth_to_grow(self, writer: Writer, rows: SortedRows) -> int:
+    def _depth_to_grow(self, writer: WriteTransaction, rows: SortedRows) -> int:
         # LMDB counts the pages of all tables: one among larger ones may become deeper than it needs, which is harmless.
         return depth_to_grow(writer.n_entries + rows.image_bytes() // rows.layout.page_bytes + 1)
 
-    def _remove(self, writer: Writer, rows: SortedRows) -> int:
+    def _remove(self, writer: WriteTransaction, rows: SortedRows) -> int:
         at = removed_in_all = 0
         while at < len(rows):
             key, page = writer.find_bucket(self.table.id, rows.hash(at))
@@ -164,7 +164,7 @@ class TableEdits:
             removed_in_all += removed
         return removed_in_all
 
-    def _join_siblings(self, writer: Writer, key: bytes, page: bytes) -> None:
+    def _join_siblings(self, writer: WriteTransaction, key: bytes, page: bytes) -> None:
         """Merge the bucket with its sibling while both together are small, so that a table shrinks as it grew."""
         table_id = self.table.id
         while depth := page[4]:

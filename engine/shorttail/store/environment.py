@@ -23,13 +23,13 @@ from typing import Any
 from shorttail._native.pages import GenerationWord, Tree, crc32c
 from shorttail.config import LIMITS
 from shorttail.errors import Internal, InvalidArgument
-from shorttail.store.handle import Handle
-from shorttail.store.handle import Transaction as Transaction
+from shorttail.store.checksums import KEY as SUMS_KEY
+from shorttail.store.checksums import Checksums, entry_sum
 from shorttail.store.lmdb_file import PAGE_BYTES
+from shorttail.store.lmdb_handle import Handle
+from shorttail.store.lmdb_handle import Transaction as Transaction
 from shorttail.store.mapping import map_full, pages_to_use
 from shorttail.store.opening import check_directory, map_word, translated
-from shorttail.store.sums import KEY as SUMS_KEY
-from shorttail.store.sums import Sums, entry_sum
 
 FORMAT_VERSION = 2
 BUCKET_KEY_BYTES = 8
@@ -77,7 +77,7 @@ class Environment:
         self._pid = os.getpid()
         self._writing_thread: int | None = None
         self._checked_s = time.monotonic()  # when the table of readers was last rid of dead ones
-        self._writer: Writer | None = None
+        self._writer: WriteTransaction | None = None
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, create: bool = False) -> Environment:
@@ -213,7 +213,7 @@ class Environment:
     # -- writing ---------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def write(self) -> Iterator[Writer]:
+    def write(self) -> Iterator[WriteTransaction]:
         """A write transaction, durable when the block ends; an exception in it undoes everything.
 
         Waits for the writer that is at work, of whatever process. Raises ResourceExhausted when disk or map are full.
@@ -228,7 +228,7 @@ class Environment:
             try:
                 self._extend_file()
                 self._check_readers()
-                self._writer = writer = Writer(self, txn)
+                self._writer = writer = WriteTransaction(self, txn)
                 yield writer
                 changed = writer.finish()
                 self._check_room(writer)
@@ -241,7 +241,7 @@ class Environment:
         if changed:
             self.word.bump()
 
-    def _check_room(self, writer: Writer) -> None:
+    def _check_room(self, writer: WriteTransaction) -> None:
         """Raise ResourceExhausted if the write makes tables larger by what deletes need."""
         if writer.grown_pages() > 0 and count_pages(writer.txn) > pages_to_use(self.handle.env.info()["map_size"]):
             raise map_full(self.path)
@@ -251,7 +251,7 @@ class Environment:
         return self._writing_thread == threading.get_ident()
 
     @property
-    def writer(self) -> Writer | None:
+    def writer(self) -> WriteTransaction | None:
         """What this thread is within, if it is within write()."""
         return self._writer if self.is_writing() else None
 
@@ -277,7 +277,7 @@ class Environment:
             os.truncate(file, needed)
 
 
-class Writer:
+class WriteTransaction:
     """What is done inside Environment.write(). `txn` is the LMDB transaction."""
 
     def __init__(self, environment: Environment, txn: Transaction) -> None:
@@ -363,7 +363,9 @@ class Writer:
         if not self._changes and not self._many_changes:
             return False
         last, oldest, log_bytes = self._environment._state(self.txn)
-        known = Sums.unpack(self.txn.get(SUMS_KEY)) or Sums.of(self.get_catalog(), None, log_entries(self.txn))
+        known = Checksums.unpack(self.txn.get(SUMS_KEY)) or Checksums.of(
+            self.get_catalog(), None, log_entries(self.txn)
+        )
         entry = b"".join(self._many_changes + sorted(self._changes))
         last += 1
         self.txn.put(_log_key(last), entry)
@@ -381,7 +383,7 @@ class Writer:
         state = _STATE.pack(last, oldest, log_bytes)
         self.txn.put(_STATE_KEY, state)
         catalog_sum = crc32c(self.get_catalog() or b"") if _CATALOG_CHANGE in self._changes else known.catalog
-        self.txn.put(SUMS_KEY, Sums(catalog_sum, crc32c(state), log_sum).pack())
+        self.txn.put(SUMS_KEY, Checksums(catalog_sum, crc32c(state), log_sum).pack())
         return True
 
 

@@ -18,20 +18,18 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from shorttail._native.pages import Layout, PageImages, RowPartitions, RowRange
 from shorttail.config import LIMITS
-from shorttail.definitions import FeatureView
+from shorttail.define.catalog import Catalog, TableInfo
+from shorttail.define.views import FeatureView
 from shorttail.errors import Internal, InvalidArgument, ResourceExhausted, ShorttailError
-from shorttail.store.catalog import Catalog, TableInfo
+from shorttail.store.commits import edit_catalog, is_current
 from shorttail.store.environment import Environment, drop_table, table_ids
 from shorttail.store.lmdb_file import PAGE_BYTES
 from shorttail.store.opening import translated
 from shorttail.store.table import ColumnBatch, depth_to_grow, make_layout, pieces, source_columns
-
-if TYPE_CHECKING:
-    from shorttail.store.store import Store
 
 ADD_ROWS = 65_536  # rows that are put into partitions between two reports of progress
 PARTITION_BITS = 8  # 256 partitions: as many as a core's second-level cache and TLB can write to at a time
@@ -46,7 +44,7 @@ Progress = Callable[[int], object]  # is given the number of rows done since its
 
 
 def load(
-    store: Store,
+    environment: Environment,
     view_name: str,
     batches: Iterable[ColumnBatch],
     progress: Progress | None = None,
@@ -64,13 +62,12 @@ def load(
     up to the rows given; each counts half when it was read and half when it was written. Returns the rows stored.
     Raises NotFound (view), InvalidArgument (columns; or the view was changed), ResourceExhausted (disk).
     """
-    environment = store.environment
     budget = Budget.of(memory_bytes)
     with _loading(environment):
         _drop_leftovers(environment)
         catalog = _committed_catalog(environment)
         view, old = catalog.view(view_name), catalog.tables[view_name]
-        table = _new_table(store)
+        table = _new_table(environment)
         try:
             with ExitStack() as files:
                 done = _Done(progress)
@@ -78,7 +75,7 @@ def load(
                 _read(parts, view, batches, done)
                 table = _with_page_size(table, parts.rows)
                 n_rows = _write(environment, view, table, parts, done)
-            _switch(store, view, old, table)
+            _switch(environment, view, old, table)
         except BaseException:
             with suppress(ShorttailError):  # or the next load does it
                 _drop_leftovers(environment)  # not by its id: when a commit fails it may be in place nevertheless
@@ -345,9 +342,9 @@ def _committed_catalog(environment: Environment) -> Catalog:
         return Catalog.from_json(environment.read_catalog_json(txn))
 
 
-def _new_table(store: Store) -> TableInfo:
+def _new_table(environment: Environment) -> TableInfo:
     """A table whose id nobody else gets, and which no view has yet."""
-    with store.edit_catalog() as catalog:
+    with edit_catalog(environment) as catalog:
         table = TableInfo(catalog.next_table_id, secrets.randbits(63))
         catalog.next_table_id += 1
     return table
@@ -362,11 +359,11 @@ def _with_page_size(table: TableInfo, rows: RowPartitions) -> TableInfo:
     return replace(table, page_bytes=page_bytes)
 
 
-def _switch(store: Store, view: FeatureView, old: TableInfo, table: TableInfo) -> None:
+def _switch(environment: Environment, view: FeatureView, old: TableInfo, table: TableInfo) -> None:
     """Put the table in the place of the old one, durably."""
-    with store.environment.write() as writer:
-        if not store._is_current(writer, view, old):
-            raise InvalidArgument(f"feature view '{view.name}' was changed while it was loaded; load it again")
+    with environment.write() as writer:
         catalog = Catalog.from_json(writer.get_catalog())
+        if not is_current(catalog, view, old):
+            raise InvalidArgument(f"feature view '{view.name}' was changed while it was loaded; load it again")
         catalog.tables[view.name] = table
         writer.put_catalog(catalog.to_json())

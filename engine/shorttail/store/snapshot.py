@@ -19,8 +19,8 @@ from typing import Any, Self
 
 from shorttail._native.pages import Directory, Gate, Layout
 from shorttail.config import LIMITS
+from shorttail.define.catalog import Catalog
 from shorttail.errors import InvalidArgument, ShorttailError, Unavailable
-from shorttail.store.catalog import Catalog
 from shorttail.store.edits import damaged
 from shorttail.store.environment import Environment, table_pages
 from shorttail.store.memory import Residence

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 
-from shorttail.definitions import FeatureView
-from shorttail.errors import ResourceExhausted, ShorttailError
-from shorttail.store.catalog import Catalog, TableInfo
+from shorttail.define.catalog import Catalog
+from shorttail.errors import ShorttailError
+from shorttail.store import commits
 from shorttail.store.edits import DamagedBy, Delete, Edit, TableEdits, Upsert
-from shorttail.store.environment import Writer, drop_table
 from shorttail.store.load import Progress, load
 from shorttail.store.snapshot import Snapshot
 from shorttail.store.table import (
@@ -73,7 +72,7 @@ class Store(Snapshot):
             try:
                 with self.environment.write() as writer:
                     for table in tables:
-                        if self._is_current(writer, table.view, table.table):
+                        if commits.is_current(self._parse(writer.get_catalog()), table.view, table.table):
                             given = {i: len(e.batch) for i in table.numbers if isinstance(e := edits[i], Upsert)}
                             outcomes |= given | table.apply(writer)
                         else:
@@ -108,36 +107,15 @@ class Store(Snapshot):
         return [table for table in tables if table.steps]
 
     def _committed_catalog(self) -> Catalog:
-        """The catalog as of the last commit, of whatever process."""
+        """The catalog as of the last commit, by any process."""
         with self.environment.read() as txn:
             return self._parse(self.environment.read_catalog_json(txn))
 
-    def _is_current(self, writer: Writer, view: FeatureView, table: TableInfo) -> bool:
-        catalog = self._parse(writer.get_catalog())
-        now = catalog.views.get(view.name)
-        return now is not None and _same_columns(now, view) and catalog.tables[view.name] == table
-
     # -- the catalog -----------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def edit_catalog(self) -> Iterator[Catalog]:
-        """A copy of the newest catalog to change; it is committed when the block ends, unless by an exception.
-
-        Tables that it no longer names are deleted afterwards. Writers wait meanwhile: be quick.
-        """
-        with self.environment.write() as writer:
-            before = Catalog.from_json(writer.get_catalog())
-            catalog = before.copy()
-            yield catalog
-            document = catalog.to_json()
-            if document == before.to_json():
-                return
-            writer.put_catalog(document)
-        kept = {table.id for table in catalog.tables.values()}
-        for table in before.tables.values():
-            if table.id not in kept:
-                with suppress(ResourceExhausted):  # the catalog is changed by now; the next load deletes the rest
-                    drop_table(self.environment, table.id)
+    def edit_catalog(self) -> AbstractContextManager[Catalog]:
+        """A copy of the newest catalog to change: see commits.edit_catalog()."""
+        return commits.edit_catalog(self.environment)
 
     # -- bulk load -------------------------------------------------------------------------------------------------
 
@@ -153,10 +131,4 @@ class Store(Snapshot):
         See load.load() for what happens to equal keys, to what is upserted meanwhile, and for memory and progress.
         Raises NotFound (view), InvalidArgument (columns; or the view was changed), ResourceExhausted (disk).
         """
-        return load(self, view_name, batches, progress, memory_bytes)
-
-
-def _same_columns(a: FeatureView, b: FeatureView) -> bool:
-    return list(a.keys.items()) == list(b.keys.items()) and [(f.name, f.dtype) for f in a.features] == [
-        (f.name, f.dtype) for f in b.features
-    ]
+        return load(self.environment, view_name, batches, progress, memory_bytes)

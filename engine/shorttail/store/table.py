@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 from shorttail._native.pages import Layout, first_bad_string
 from shorttail.config import LIMITS
-from shorttail.definitions import FeatureView
-from shorttail.dtypes import DType, Int64, String
+from shorttail.define.catalog import TableInfo
+from shorttail.define.dtypes import DType, Int64, String
+from shorttail.define.views import FeatureView
 from shorttail.errors import InvalidArgument
-from shorttail.store.catalog import TableInfo
 
 HEADER_BYTES = 8
 DEPTH_MARGIN = 3  # a bucket this much deeper than most gets a longer page instead of being split once more

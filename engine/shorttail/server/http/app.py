@@ -24,14 +24,13 @@ from shorttail.errors import (
     ShorttailError,
     Unauthenticated,
 )
-from shorttail.monitor.logs import RequestLog, trace_ids
-from shorttail.server.faults import one_line
+from shorttail.observe.logs import RequestLog, trace_ids
+from shorttail.server.errorlog import one_line
 from shorttail.server.http.batches import HTTP, PREDICT, HttpBatches
 
 if TYPE_CHECKING:
     from shorttail.engine import Engine
-    from shorttail.monitor.memory import MetricsMemory
-    from shorttail.server.batcher import Batcher
+    from shorttail.observe.memory import MetricsMemory
 
 OTHER: Final = METHODS.index("other")
 ENCODE: Final = STAGES.index("encode")
@@ -51,7 +50,7 @@ STATUS: Final = {
 
 
 @dataclass(slots=True)
-class Call:
+class HttpCall:
     """A request on its way. model: its name once it is known to exist. id: what the caller calls it."""
 
     start_ns: int
@@ -68,20 +67,20 @@ class Call:
             self.deadline_ns = min(self.deadline_ns or deadline_ns, deadline_ns)
 
 
-Handler = Callable[[web.Request, Call], Awaitable[web.Response]]
+Handler = Callable[[web.Request, HttpCall], Awaitable[web.Response]]
 Access = Callable[[str], int]  # what a token allows; 0: nothing
 
 
 class HttpConnection(web.RequestHandler):  # type: ignore[misc,unused-ignore]
     """Counted and limited: aiohttp itself waits for a first request for ever, and takes any number of connections."""
 
-    __slots__ = ("_owner", "_patience", "asked")
+    __slots__ = ("_asked", "_owner", "_patience")
 
     def __init__(self, owner: HttpServer, manager: web.Server, loop: asyncio.AbstractEventLoop):
         super().__init__(manager, loop=loop, access_log=None, keepalive_timeout=LIMITS.http_idle_s)  # type: ignore[arg-type,unused-ignore]
         self._owner = owner
         self._patience: asyncio.TimerHandle | None = None
-        self.asked = False  # a request has come
+        self._asked = False  # a request has come
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -102,8 +101,12 @@ class HttpConnection(web.RequestHandler):  # type: ignore[misc,unused-ignore]
         self._owner.received_bytes += len(data)
         super().data_received(data)
 
+    def first_asked(self) -> None:
+        """A request has come: the wait for the first one is over."""
+        self._asked = True
+
     def _expect(self) -> None:
-        if not self.asked:
+        if not self._asked:
             self._cut()
 
     def _cut(self) -> None:
@@ -113,19 +116,21 @@ class HttpConnection(web.RequestHandler):  # type: ignore[misc,unused-ignore]
 
 
 class HttpServer:
-    """Of one worker. Call `start`, `drain` when no new requests should come, and `stop`.
+    """Of one worker. HttpCall `start`, `drain` when no new requests should come, and `stop`.
 
-    access: what a bearer token allows, None when nobody needs one. memory: what /metrics shows.
+    add_routes: adds the routes that are answered (server/http/routes.py). access: what a bearer token allows, None when
+    nobody needs one. memory: what /metrics shows.
     """
 
     def __init__(
         self,
         engine: Engine,
-        batcher: Batcher,
+        batches: HttpBatches,
         memory: MetricsMemory,
         recorder: Recorder,
         log: RequestLog,
         fault: Callable[[Exception], None],
+        add_routes: Callable[[web.Application, HttpServer], None],
         access: Access | None = None,
     ):
         self.engine = engine
@@ -134,7 +139,8 @@ class HttpServer:
         self.log = log
         self.fault = fault
         self.access = access
-        self.batches = HttpBatches(engine, batcher, recorder, fault)
+        self._add_routes = add_routes
+        self.batches = batches
         self.connections: set[HttpConnection] = set()
         self.connections_total = self.received_bytes = self.sent_bytes = 0
         self.in_flight = self.body_bytes = 0
@@ -143,10 +149,8 @@ class HttpServer:
         self._runner: web.AppRunner | None = None
 
     async def start(self, listeners: list[socket.socket], tls: ssl.SSLContext | None = None) -> None:
-        from shorttail.server.http.routes import add_routes
-
         app = web.Application(client_max_size=LIMITS.frame_bytes)
-        add_routes(app, self)
+        self._add_routes(app, self)
         self._runner = runner = web.AppRunner(app, access_log=None, handle_signals=False)
         await runner.setup()
         manager = runner.server
@@ -182,8 +186,8 @@ class HttpServer:
         """
 
         async def answer(request: web.Request) -> web.Response:
-            call = Call(time.perf_counter_ns())
-            request.protocol.asked = True  # type: ignore[attr-defined]
+            call = HttpCall(time.perf_counter_ns())
+            request.protocol.first_asked()  # type: ignore[attr-defined]
             self.in_flight += 1
             try:
                 if not open_to_all:
@@ -224,7 +228,7 @@ class HttpServer:
         if not self.access(token.strip()):
             raise PermissionDenied("this token is not known here")
 
-    def _count(self, request: web.Request, call: Call, code: str, message: str) -> None:
+    def _count(self, request: web.Request, call: HttpCall, code: str, message: str) -> None:
         model = call.model if call.model or call.method == OTHER else UNKNOWN
         slot = self.recorder.slot(call.method, model)
         self.recorder.requests(slot, HTTP, code)
@@ -267,7 +271,7 @@ class HttpServer:
         finally:
             self.body_bytes -= reserved
 
-    def encoded(self, call: Call, start_ns: int) -> None:
+    def encoded(self, call: HttpCall, start_ns: int) -> None:
         """A response was made since start_ns."""
         self.recorder.stage(self.recorder.slot(PREDICT, call.model), ENCODE, time.perf_counter_ns() - start_ns)
 

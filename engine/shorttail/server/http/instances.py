@@ -16,7 +16,7 @@ import numpy as np
 import orjson
 
 from shorttail.config import LIMITS
-from shorttail.dtypes import Bool, DType, String
+from shorttail.define.dtypes import Bool, DType, String
 from shorttail.errors import InvalidArgument
 from shorttail.server.http.batches import Answer
 from shorttail.server.http.v2 import parse_json

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, Final
 import orjson
 from aiohttp import web
 
-from shorttail import __version__
+from shorttail.config import VERSION
 from shorttail.errors import InvalidArgument, NotFound, Unavailable
-from shorttail.monitor.exposition import CONTENT_TYPE, exposition
 from shorttail.server.http import instances, v2
-from shorttail.server.http.app import JSON, Call, HttpServer
+from shorttail.server.http.app import JSON, HttpCall, HttpServer
 from shorttail.server.http.batches import PREDICT
+from shorttail.server.http.exposition import CONTENT_TYPE, exposition
 
 if TYPE_CHECKING:
     from shorttail.pipeline import Plan
@@ -46,15 +46,15 @@ class Probes:
         router.add_get("/readyz", endpoint(self.ready, open_to_all=True))
         router.add_get("/metrics", endpoint(self.metrics))
 
-    async def live(self, request: web.Request, call: Call) -> web.Response:
+    async def live(self, request: web.Request, call: HttpCall) -> web.Response:
         # That this runs is the heartbeat: it is the serving loop that answers.
         return web.Response(text="ok\n")
 
-    async def ready(self, request: web.Request, call: Call) -> web.Response:
+    async def ready(self, request: web.Request, call: HttpCall) -> web.Response:
         reason = self.server.not_ready
         return web.Response(text=f"{reason or 'ok'}\n", status=503 if reason else 200)
 
-    async def metrics(self, request: web.Request, call: Call) -> web.Response:
+    async def metrics(self, request: web.Request, call: HttpCall) -> web.Response:
         text = exposition(self.server.memory, self.server.engine)
         return web.Response(body=text, headers={"Content-Type": CONTENT_TYPE})
 
@@ -79,32 +79,32 @@ class OpenInference:
             router.add_get(f"{route}/stats", endpoint(self.stats))
             router.add_post(f"{route}/infer", endpoint(self.infer))
 
-    async def live(self, request: web.Request, call: Call) -> web.Response:
+    async def live(self, request: web.Request, call: HttpCall) -> web.Response:
         return web.Response()
 
-    async def ready(self, request: web.Request, call: Call) -> web.Response:
+    async def ready(self, request: web.Request, call: HttpCall) -> web.Response:
         return web.Response(status=503 if self.server.not_ready else 200)
 
-    async def metadata(self, request: web.Request, call: Call) -> web.Response:
-        return json_response(v2.server_metadata(__version__))
+    async def metadata(self, request: web.Request, call: HttpCall) -> web.Response:
+        return json_response(v2.server_metadata(VERSION))
 
-    async def index(self, request: web.Request, call: Call) -> web.Response:
+    async def index(self, request: web.Request, call: HttpCall) -> web.Response:
         return json_response(v2.repository_index(self._catalog(), not self.server.not_ready))
 
-    async def model(self, request: web.Request, call: Call) -> web.Response:
+    async def model(self, request: web.Request, call: HttpCall) -> web.Response:
         return json_response(v2.model_metadata(self._catalog(), *_asked(request)))
 
-    async def model_ready(self, request: web.Request, call: Call) -> web.Response:
+    async def model_ready(self, request: web.Request, call: HttpCall) -> web.Response:
         name, version = _asked(request)
         self._catalog().model(name).version(version)
         if self.server.not_ready:
             raise Unavailable(self.server.not_ready)
         return web.Response()
 
-    async def config(self, request: web.Request, call: Call) -> web.Response:
+    async def config(self, request: web.Request, call: HttpCall) -> web.Response:
         return json_response(v2.model_config(self._catalog(), *_asked(request)))
 
-    async def stats(self, request: web.Request, call: Call) -> web.Response:
+    async def stats(self, request: web.Request, call: HttpCall) -> web.Response:
         catalog = self._catalog()
         entries = dict(catalog.models)
         if "model" in request.match_info:
@@ -113,7 +113,7 @@ class OpenInference:
             entries = {name: catalog.model(name)}
         return json_response(v2.statistics(entries, self.server.memory.slots()))
 
-    async def infer(self, request: web.Request, call: Call) -> web.Response:
+    async def infer(self, request: web.Request, call: HttpCall) -> web.Response:
         call.method = PREDICT
         server = self.server
         name, version = _asked(request)
@@ -157,10 +157,10 @@ class Platforms:
         if predict and predict not in taken:
             router.add_post(predict, endpoint(self.invoke))
 
-    async def ping(self, request: web.Request, call: Call) -> web.Response:
+    async def ping(self, request: web.Request, call: HttpCall) -> web.Response:
         return web.Response(status=503 if self.server.not_ready else 200)
 
-    async def invoke(self, request: web.Request, call: Call) -> web.Response:
+    async def invoke(self, request: web.Request, call: HttpCall) -> web.Response:
         call.method = PREDICT
         server = self.server
         body = await server.body(request)
@@ -208,7 +208,7 @@ def _asked(request: web.Request) -> tuple[str, int | None]:
     return request.match_info["model"], v2.version_number(request.match_info.get("version"))
 
 
-def _plan(server: HttpServer, call: Call, name: str, version: int | None) -> Plan:
+def _plan(server: HttpServer, call: HttpCall, name: str, version: int | None) -> Plan:
     plan = server.engine.plan_for_model(name, version)
     call.model = name
     return plan

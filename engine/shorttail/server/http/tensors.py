@@ -12,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from shorttail.dtypes import DType, String
+from shorttail.define.dtypes import DType, String
 from shorttail.errors import InvalidArgument
 
 Array = NDArray[Any]

@@ -17,16 +17,16 @@ from numpy.typing import NDArray
 
 from shorttail._native.metrics import STAGES
 from shorttail.config import LIMITS
+from shorttail.define.catalog import TENSOR_TYPES
 from shorttail.errors import InvalidArgument, ResourceExhausted
 from shorttail.models.signature import request_columns
 from shorttail.server.http.batches import Answer
 from shorttail.server.http.tensors import binary_output, column_values, datatype, json_output, read_tensor
-from shorttail.store.catalog import TENSOR_TYPES
 
 if TYPE_CHECKING:
-    from shorttail.monitor.memory import SlotCounts
+    from shorttail.define.catalog import Catalog, ModelEntry, TensorInfo
+    from shorttail.observe.memory import SlotCounts
     from shorttail.pipeline import Plan
-    from shorttail.store.catalog import Catalog, ModelEntry, TensorInfo
 
 Array = NDArray[Any]
 STATUSES: Final = "statuses"  # a parameter of a request; its outputs are "statuses:VIEW"

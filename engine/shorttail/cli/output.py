@@ -1,0 +1,74 @@
+"""How the commands print results."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import click
+
+
+def status_notes(by_view: Mapping[str, Any], by_feature: Mapping[str, Any] | None = None) -> list[str]:
+    """For each row, what was not PRESENT: "plane NOT_FOUND, weather:wind NULL"."""
+    from shorttail.results import Status
+
+    count = max((len(codes) for codes in by_view.values()), default=0)
+    notes: list[list[str]] = [[] for _ in range(count)]
+    for view, codes in by_view.items():
+        for row, code in enumerate(codes):
+            if code != Status.PRESENT:
+                notes[row].append(f"{view} {Status(code).name}")
+    for feature, codes in (by_feature or {}).items():
+        for row, code in enumerate(codes):
+            if code == Status.NULL:
+                notes[row].append(f"{feature} NULL")
+    return [", ".join(note) for note in notes]
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Aligned columns; numbers to the right."""
+    cells = [[show(value) for value in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
+    right = [all(is_number(row[c]) for row in rows) and bool(rows) for c in range(len(header))]
+    for line in (list(header), *cells):
+        padded = [f"{cell:>{w}}" if r else f"{cell:<{w}}" for cell, w, r in zip(line, widths, right, strict=True)]
+        click.echo("  ".join(padded).rstrip())
+
+
+def is_number(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
+def show(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, list):
+        shown = [show(item) for item in value[:8]] + ["..."] * (len(value) > 8)
+        return f"[{', '.join(shown)}]"
+    return str(value)
+
+
+def print_json(document: Any) -> None:
+    click.echo(json.dumps(plain(document), indent=2))
+
+
+def plain(value: Any) -> Any:
+    """JSON has no NaN or infinity: null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {name: plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value
+
+
+def rate(rows: int, seconds: float) -> str:
+    """ "3,322 rows in 0.02 s (166,000 rows/s)", the rate to three digits."""
+    per_s = rows / max(seconds, 1e-9)
+    rounded = round(per_s, 3 - len(str(int(per_s))))
+    return f"{rows:,} row{'' if rows == 1 else 's'} in {seconds:.2f} s ({rounded:,.0f} rows/s)"

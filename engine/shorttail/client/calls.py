@@ -1,0 +1,194 @@
+"""What both clients share: the parameters of a call, its result, its timeouts and how its failures read."""
+
+from __future__ import annotations
+
+import os
+import socket
+import ssl
+import struct
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+import numpy as np
+
+from shorttail import protocol
+from shorttail.client.columns import encode_columns, pack_request
+from shorttail.errors import DeadlineExceeded, Internal, InvalidArgument, Unavailable
+from shorttail.protocol import Address
+from shorttail.results import Features, Prediction
+
+# With a deadline the server answers DEADLINE_EXCEEDED by itself; wait this much longer for that answer to arrive.
+DEADLINE_GRACE_S = 0.1
+
+_pack_float64 = struct.Struct(">d").pack
+
+
+def predict_params(
+    model: str, columns: Mapping[str, Any], version: int | None, statuses: bool, traceparent: str | None = None
+) -> list[Any]:
+    options = traced({"encoding": "tensor"}, traceparent)
+    if version is not None:
+        options["version"] = version
+    if statuses:
+        options["statuses"] = True
+    return [model, encode_columns(columns), options]
+
+
+def features_params(features: Sequence[str], columns: Mapping[str, Any], traceparent: str | None = None) -> list[Any]:
+    if isinstance(features, str):
+        raise InvalidArgument(f"features: give a list of references, such as [{features!r}]")
+    return [list(features), encode_columns(columns), traced({"encoding": "tensor"}, traceparent)]
+
+
+def write_params(view: str, columns: Any, traceparent: str | None = None) -> list[Any]:
+    """Of push and delete."""
+    return [view, encode_columns(columns), traced({}, traceparent)]
+
+
+def traced(options: dict[str, Any], traceparent: str | None) -> dict[str, Any]:
+    if traceparent is not None:
+        options["traceparent"] = traceparent
+    return options
+
+
+def read_rows(method: str, result: Any) -> int:
+    try:
+        return int(result["rows"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise Internal(f"{method}: the server's result is not understood: {error!r}") from None
+
+
+def read_prediction(model: str, result: Any) -> Prediction:
+    try:
+        outputs = {name: _to_array(values) for name, values in result["outputs"].items()}
+        statuses = {view: np.asarray(codes, np.uint8) for view, codes in result.get("statuses", {}).items()}
+        return Prediction(model, int(result["version"]), outputs, statuses)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise Internal(f"predict: the server's result is not understood: {error!r}") from None
+
+
+def read_features(result: Any) -> Features:
+    try:
+        values = [_to_array(column) for column in result["values"]]
+        statuses = [np.asarray(codes, np.uint8) for codes in result["statuses"]]
+        return Features(result["feature_names"], values, statuses, result.get("has_default"))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise Internal(f"get_online_features: the server's result is not understood: {error!r}") from None
+
+
+def read_list(method: str, result: Any) -> list[dict[str, Any]]:
+    if not isinstance(result, list):
+        raise Internal(f"{method}: the server's result is not a list")
+    return result
+
+
+def _to_array(values: Any) -> protocol.Array:
+    """An output or a column: a tensor is an array already; what comes as a list is strings."""
+    if isinstance(values, np.ndarray):
+        return values
+    array = np.array(values, object)  # not by way of fixed-width text, which loses zero bytes at the end
+    return array if array.size and isinstance(array.flat[0], str | None) else np.asarray(values)
+
+
+# Time and failures
+
+
+def check_timeout(timeout_s: float) -> float:
+    if not 0 < timeout_s < float("inf"):
+        raise InvalidArgument(f"timeout_s={timeout_s!r}: give seconds above 0")
+    return float(timeout_s)
+
+
+class Call:
+    """One call of a client: its message, and the time it has for all its attempts.
+
+    address: of the server, for messages. timeout_s is the client's, deadline_ms the caller's. Raises InvalidArgument
+    for what cannot be sent, and DeadlineExceeded when the deadline has passed already.
+    """
+
+    __slots__ = (
+        *("_deadline_s", "_end_s", "_has_options", "_request"),
+        *("address", "method", "msgid", "retries", "sent", "wait_s"),
+    )
+
+    def __init__(
+        self,
+        address: Address,
+        msgid: int,
+        method: str,
+        params: list[Any],
+        timeout_s: float,
+        deadline_ms: float | None = None,
+    ):
+        start_s = time.monotonic()
+        if deadline_ms is None:
+            self.wait_s = budget_s = timeout_s
+        elif deadline_ms > 0:
+            budget_s = min(timeout_s, deadline_ms / 1000)
+            self.wait_s = min(timeout_s, deadline_ms / 1000 + DEADLINE_GRACE_S)
+        else:
+            raise DeadlineExceeded(f"deadline_ms {deadline_ms:g}: the deadline has passed already")
+        self._end_s = start_s + self.wait_s
+        self._deadline_s = start_s + budget_s
+        self._has_options = bool(params) and type(params[-1]) is dict
+        if self._has_options:
+            params[-1]["deadline_ms"] = 0.0  # the last eight bytes of the request: see message()
+        self._request = pack_request(msgid, method, params)
+        self.address = address
+        self.method = method
+        self.msgid = msgid
+        self.retries = 0
+        self.sent = False  # whether the server can have got all of it
+
+    @property
+    def is_read(self) -> bool:
+        """Whether it changes nothing, so that it may be done twice."""
+        return self.method not in ("push", "delete")
+
+    def message(self) -> bytes:
+        """The request, with what is left of the deadline now: the server need not work for who has stopped waiting.
+
+        Raises DeadlineExceeded.
+        """
+        left_s = self._deadline_s - time.monotonic()
+        if left_s <= 0:
+            raise DeadlineExceeded(f"{self.method}: the deadline passed before it was sent")
+        return self._request[:-8] + _pack_float64(left_s * 1000) if self._has_options else self._request
+
+    def budget_s(self) -> float:
+        """Seconds until the deadline; 0 or less when it has passed."""
+        return self._deadline_s - time.monotonic()
+
+    def left_s(self) -> float:
+        """Seconds that the caller still waits for an answer. Raises DeadlineExceeded when there are none."""
+        seconds = self._end_s - time.monotonic()
+        if seconds <= 0:
+            raise self.no_answer()
+        return seconds
+
+    def no_answer(self) -> DeadlineExceeded:
+        return DeadlineExceeded(f"{self.method}: no answer from {self.address} within {self.wait_s:g} s")
+
+
+def reason(error: OSError) -> str:
+    """What the system says, without numbers: "connection refused"."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its certificate is not trusted: {error.verify_message}"
+    if isinstance(error, ssl.SSLError):
+        return f"TLS: {(error.reason or 'failed').lower().replace('_', ' ')}"
+    if isinstance(error, TimeoutError):
+        return "timed out"
+    if error.errno is not None and error.errno > 0:
+        return os.strerror(error.errno).lower()
+    return (error.strerror or str(error)).lower()
+
+
+def raise_no_server(address: Address, error: OSError) -> NoReturn:
+    if isinstance(error, socket.gaierror):
+        raise Unavailable(f"no server at {address}: cannot resolve {address.host!r}: {reason(error)}") from None
+    if isinstance(error, ssl.SSLError):
+        raise Unavailable(f"no secure connection to {address}: {reason(error)}") from None
+    raise Unavailable(
+        f"no server at {address}: {reason(error)}; start one with `shorttail serve --store STORE`"
+    ) from None

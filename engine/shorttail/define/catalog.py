@@ -1,0 +1,230 @@
+"""What a store holds: its views, their tables, its models and their versions. Kept as one JSON document.
+
+A catalog that a reader was handed is never changed in place: a writer edits a copy() and commits that.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from shorttail.define.dtypes import Bool, DType, Float32, Float64, Int32, Int64, String
+from shorttail.define.entities import Entity
+from shorttail.define.models import Model
+from shorttail.define.names import split_reference, suggestion
+from shorttail.define.views import Feature, FeatureView
+from shorttail.errors import Internal, NotFound
+
+Json = dict[str, Any]
+
+# Element types of ONNX tensors and ours. Others (float16, maps, sequences) are refused when a model is registered.
+TENSOR_TYPES: dict[str, DType] = {
+    "float": Float32,
+    "double": Float64,
+    "int64": Int64,
+    "int32": Int32,
+    "bool": Bool,
+    "string": String,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TableInfo:
+    """The table that holds a view's rows; it has no pages until its first row.
+
+    id: 1.. (0 in the change log stands for the catalog), never used again. seed: of the key hash.
+    page_bytes: 0 lets the layout choose.
+    """
+
+    id: int
+    seed: int
+    page_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """An input or output of an ONNX file. dtype: a key of TENSOR_TYPES, or ONNX Runtime's own name of another."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | None, ...]  # None where any length will do
+
+    def to_json(self) -> Json:
+        return {"name": self.name, "dtype": self.dtype, "shape": list(self.shape)}
+
+    @classmethod
+    def from_json(cls, data: Json) -> TensorInfo:
+        return cls(data["name"], data["dtype"], tuple(data["shape"]))
+
+
+@dataclass(frozen=True)
+class VersionInfo:
+    """One version of a model: what its file is, and the definition it was registered with.
+
+    The definition belongs to the version because versions may differ in their columns: rolling back brings back both.
+    outputs: those that the definition selects, in its order. tuning: host -> settings (shorttail.models.settings).
+    """
+
+    model: Model
+    sha256: str
+    created_us: int
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+    tuning: dict[str, Json] = field(default_factory=dict)
+
+    def to_json(self) -> Json:
+        return {
+            "model": self.model.to_json(),
+            "sha256": self.sha256,
+            "created_us": self.created_us,
+            "inputs": [tensor.to_json() for tensor in self.inputs],
+            "outputs": [tensor.to_json() for tensor in self.outputs],
+            "tuning": self.tuning,
+        }
+
+    @classmethod
+    def from_json(cls, data: Json) -> VersionInfo:
+        return cls(
+            Model.from_json(data["model"]),
+            data["sha256"],
+            data["created_us"],
+            tuple(TensorInfo.from_json(item) for item in data["inputs"]),
+            tuple(TensorInfo.from_json(item) for item in data["outputs"]),
+            data.get("tuning", {}),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """A version that gets a part of the requests. percent: above 0, at most 100."""
+
+    version: int
+    percent: float
+
+    def to_json(self) -> Json:
+        return {"version": self.version, "percent": self.percent}
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """A model's versions. current: the one that serves; previous: the one that `rollback` returns to.
+
+    canary: answers a part of the requests in place of the current one. shadow: runs on what the current one answered,
+    to be compared. Neither is the current one.
+    """
+
+    current: int
+    previous: int | None
+    versions: dict[int, VersionInfo]
+    canary: Share | None = None
+    shadow: Share | None = None
+
+    @property
+    def model(self) -> Model:
+        """The definition of the current version."""
+        return self.versions[self.current].model
+
+    def version(self, number: int | None = None) -> VersionInfo:
+        """That version, or the current one. Raises NotFound."""
+        if number is None:
+            number = self.current
+        if number not in self.versions:
+            known = ", ".join(str(n) for n in sorted(self.versions))
+            raise NotFound(f"model '{self.model.name}' has no version {number}; its versions: {known}")
+        return self.versions[number]
+
+    def serving(self, number: int) -> ModelEntry:
+        """The entry with that version current, which ends a canary: it was held against the version before."""
+        self.version(number)
+        if number == self.current:
+            return self
+        shadow = None if self.shadow and self.shadow.version == number else self.shadow
+        return replace(self, current=number, previous=self.current, canary=None, shadow=shadow)
+
+    def to_json(self) -> Json:
+        return {
+            "current": self.current,
+            "previous": self.previous,
+            "versions": {str(number): version.to_json() for number, version in sorted(self.versions.items())},
+            "canary": self.canary and self.canary.to_json(),
+            "shadow": self.shadow and self.shadow.to_json(),
+        }
+
+    @classmethod
+    def from_json(cls, data: Json) -> ModelEntry:
+        versions = {int(number): VersionInfo.from_json(item) for number, item in data["versions"].items()}
+        shares = (Share(**data[name]) if data.get(name) else None for name in ("canary", "shadow"))
+        return cls(data["current"], data["previous"], versions, *shares)
+
+
+@dataclass
+class Catalog:
+    """Everything a store knows about itself. Each dict is by name; every view has a table."""
+
+    entities: dict[str, Entity] = field(default_factory=dict)
+    views: dict[str, FeatureView] = field(default_factory=dict)
+    tables: dict[str, TableInfo] = field(default_factory=dict)
+    models: dict[str, ModelEntry] = field(default_factory=dict)
+    next_table_id: int = 1
+
+    def copy(self) -> Catalog:
+        """A copy whose dicts may be changed; the definitions in them are immutable and shared."""
+        return Catalog(dict(self.entities), dict(self.views), dict(self.tables), dict(self.models), self.next_table_id)
+
+    def view(self, name: str) -> FeatureView:
+        """That view. Raises NotFound with the views there are."""
+        if name not in self.views:
+            raise NotFound(f"no feature view '{name}'{suggestion(name, self.views, 'views')}")
+        return self.views[name]
+
+    def model(self, name: str) -> ModelEntry:
+        """That model. Raises NotFound with the models there are."""
+        if name not in self.models:
+            raise NotFound(f"no model '{name}'{suggestion(name, self.models, 'models')}")
+        return self.models[name]
+
+    def feature(self, reference: str) -> tuple[FeatureView, Feature]:
+        """The view and feature of "view:feature". Raises NotFound, or InvalidArgument if it is not a reference."""
+        view_name, name = split_reference(reference)
+        view = self.view(view_name)
+        if name not in view.feature_index:
+            known = suggestion(name, view.feature_index, "features")
+            raise NotFound(f"feature view '{view_name}' has no feature '{name}'{known}")
+        return view, view.features[view.feature_index[name]]
+
+    def new_table(self, view_name: str) -> TableInfo:
+        """Give the view a new, empty table, in place of the one it may have."""
+        # 63 bits, so that any JSON reader keeps it whole. Random, so that keys cannot be chosen to collide.
+        table = TableInfo(self.next_table_id, secrets.randbits(63))
+        self.tables[view_name] = table
+        self.next_table_id += 1
+        return table
+
+    def to_json(self) -> bytes:
+        document = {
+            "entities": [entity.to_json() for entity in self.entities.values()],
+            "views": [view.to_json() for view in self.views.values()],
+            "tables": {name: [table.id, table.seed, table.page_bytes] for name, table in self.tables.items()},
+            "models": {name: entry.to_json() for name, entry in self.models.items()},
+            "next_table_id": self.next_table_id,
+        }
+        return json.dumps(document, separators=(",", ":")).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes | memoryview | None) -> Catalog:
+        """The catalog of that document; None is an empty one. Raises Internal if the document is damaged."""
+        if data is None:
+            return cls()
+        try:
+            document = json.loads(bytes(data))
+            return cls(
+                {item["name"]: Entity.from_json(item) for item in document["entities"]},
+                {item["name"]: FeatureView.from_json(item) for item in document["views"]},
+                {name: TableInfo(*fields) for name, fields in document["tables"].items()},
+                {name: ModelEntry.from_json(item) for name, item in document["models"].items()},
+                document["next_table_id"],
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise Internal(f"the store's catalog is damaged ({error!r}); restore the store from a backup") from None

@@ -1,0 +1,123 @@
+"""Gathers definitions: from a file, which is executed, or from objects made in the running program."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from shorttail.define.entities import Entity
+from shorttail.define.models import Model
+from shorttail.define.views import FeatureView
+from shorttail.errors import InvalidArgument, NotFound, ShorttailError
+
+MODULE_NAME = "shorttail_definitions"  # what the file sees as its __name__
+
+
+@dataclass
+class Definitions:
+    """What a definitions file declares, by name. Paths in it are absolute."""
+
+    entities: dict[str, Entity] = field(default_factory=dict)
+    views: dict[str, FeatureView] = field(default_factory=dict)
+    models: dict[str, Model] = field(default_factory=dict)
+
+
+def collect(source: str | os.PathLike[str] | Definitions | Any) -> Definitions:
+    """The definitions in a file (a path), or in objects: one, or lists and dicts of them.
+
+    Relative paths in definitions start at the file's folder, or at the working folder for objects.
+    Raises NotFound if there is no such file, InvalidArgument if it does not run or defines nothing.
+    """
+    if isinstance(source, Definitions):
+        return source
+    if not isinstance(source, str | os.PathLike):
+        return collect_objects(source, Path.cwd())
+    path = Path(source)
+    if not path.is_file():
+        raise NotFound(f"{path}: there is no such definitions file")
+    definitions = collect_objects(run_file(path), path.absolute().parent)
+    if not (definitions.entities or definitions.views or definitions.models):
+        raise InvalidArgument(f"{path}: it defines no entity, feature view or model at its top level")
+    return definitions
+
+
+def run_file(path: Path) -> dict[str, Any]:
+    """Execute the file with its folder first on the import path; the globals that it leaves.
+
+    Not the import system: that could answer from stale bytecode when a file is edited twice within a second.
+    """
+    module = ModuleType(MODULE_NAME)
+    module.__file__ = str(path.absolute())
+    folder = str(path.absolute().parent)
+    sys.path.insert(0, folder)
+    sys.modules[MODULE_NAME] = module
+    try:
+        exec(compile(path.read_bytes(), module.__file__, "exec"), module.__dict__)
+    except SyntaxError as error:
+        raise InvalidArgument(f"{error.filename or path}:{error.lineno}: SyntaxError: {error.msg}") from error
+    except (Exception, SystemExit) as error:
+        text = error.message if isinstance(error, ShorttailError) else describe(error)
+        raise InvalidArgument(f"{path}:{user_line(error, module.__file__)}: {text}") from error
+    finally:
+        sys.path.remove(folder)
+        del sys.modules[MODULE_NAME]
+    return module.__dict__
+
+
+def describe(error: BaseException) -> str:
+    first_line = next(iter(str(error).splitlines()), "")
+    return f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__
+
+
+def user_line(error: BaseException, filename: str) -> int:
+    """The line of the definitions file that was running when the error came."""
+    lines = [line for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == filename]
+    return lines[-1] if lines else 1
+
+
+def collect_objects(objects: Any, folder: Path) -> Definitions:
+    """The definitions among these objects, entities of views included; paths made absolute from `folder`."""
+    definitions = Definitions()
+    for item in walk(objects, set()):
+        if isinstance(item, Entity):
+            add(definitions.entities, item, "entities")
+        elif isinstance(item, FeatureView):
+            add(definitions.entities, item.entity, "entities")
+            add(definitions.views, with_absolute_source(item, folder), "feature views")
+        elif isinstance(item, Model):
+            add(definitions.models, replace(item, path=absolute(folder, item.path)), "models")
+    return definitions
+
+
+def walk(value: Any, seen: set[int]) -> Iterator[Any]:
+    """Every definition in value, through lists, tuples, sets and dicts."""
+    if isinstance(value, Entity | FeatureView | Model):
+        yield value
+    elif isinstance(value, Mapping | list | tuple | set) and id(value) not in seen:
+        seen.add(id(value))
+        items: Iterable[Any] = list(value.values()) if isinstance(value, Mapping) else value
+        for item in items:
+            yield from walk(item, seen)
+
+
+def add(found: dict[str, Any], item: Any, what: str) -> None:
+    if found.setdefault(item.name, item) != item:
+        raise InvalidArgument(f"two different {what} are named '{item.name}'; names must be unique")
+
+
+def with_absolute_source(view: FeatureView, folder: Path) -> FeatureView:
+    if view.source is None:
+        return view
+    source = replace(view.source, path=absolute(folder, view.source.path))
+    return FeatureView(view.name, view.entity, view.features, view.ttl, source, view.description, view.owner)
+
+
+def absolute(folder: Path, path: str) -> str:
+    # normpath, not resolve(): a symbolic link must still be seen to be one.
+    return os.path.normpath(folder / path)

@@ -1,0 +1,170 @@
+"""Models as they are declared: the ONNX file and the columns that feed it."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+from shorttail.define.names import check_name, check_text, split_reference
+from shorttail.define.ondemand import OnDemand, OnDemandFeature
+from shorttail.errors import InvalidArgument
+
+Json = dict[str, Any]
+Column = str | OnDemandFeature
+"""One entry of a model's inputs: "view:feature", "request:column" or an on-demand feature of such."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """An ONNX model and what feeds it.
+
+    `inputs` is a list of columns for a model with one input (a matrix whose columns they are, in order; a vector
+    feature fills as many columns as it is long), or a dict from the model's input names to such lists.
+    `outputs` names the model's outputs to return; None is all of them. `path` is relative to the definitions file.
+    `run` is a link to the training run ("mlflow:..." or any URL), `metrics` what it was measured at: {name: number}.
+    """
+
+    name: str
+    path: str
+    inputs: Sequence[Column] | Mapping[str, Sequence[Column]]
+    outputs: Sequence[str] | None = None
+    description: str = ""
+    owner: str = ""
+    run: str = ""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_name(self.name, "model")
+        where = f"model '{self.name}'"
+        if not isinstance(self.path, str | Path) or not str(self.path):
+            raise InvalidArgument(f"{where}: path must be the path of an ONNX file")
+        object.__setattr__(self, "path", str(self.path))
+        if isinstance(self.inputs, Mapping):
+            if not self.inputs:
+                raise InvalidArgument(f"{where}: inputs is empty")
+            for name in self.inputs:
+                check_text(name, f"{where}: the name of an input")
+            checked: Any = {
+                name: check_columns(columns, f"{where}: input '{name}'") for name, columns in self.inputs.items()
+            }
+        else:
+            checked = check_columns(self.inputs, f"{where}: inputs")
+        object.__setattr__(self, "inputs", checked)
+        if self.outputs is not None:
+            if isinstance(self.outputs, str) or not self.outputs or len(set(self.outputs)) != len(self.outputs):
+                raise InvalidArgument(f"{where}: outputs must be a list of different output names")
+            object.__setattr__(self, "outputs", tuple(self.outputs))
+        check_text(self.description, f"{where}: description")
+        check_text(self.owner, f"{where}: owner")
+        check_run(self.run, where)
+        object.__setattr__(self, "metrics", check_metrics(self.metrics, where))
+
+    __hash__ = None  # type: ignore[assignment]  # it may hold a dict
+
+    @property
+    def columns(self) -> list[Column]:
+        """Every column of every input, in order."""
+        if isinstance(self.inputs, Mapping):
+            return [column for columns in self.inputs.values() for column in columns]
+        return list(self.inputs)
+
+    @property
+    def references(self) -> list[str]:
+        """Every "view:feature" and "request:column" the model reads, arguments included, once each, in order."""
+        found: dict[str, None] = {}
+        for column in self.columns:
+            for reference in column.references if isinstance(column, OnDemandFeature) else (column,):
+                found[reference] = None
+        return list(found)
+
+    def inputs_by_name(self, input_names: Sequence[str]) -> dict[str, tuple[Column, ...]]:
+        """The columns of each of the ONNX file's inputs; a list belongs to its only one."""
+        if isinstance(self.inputs, Mapping):
+            return {name: tuple(columns) for name, columns in self.inputs.items()}
+        return {input_names[0]: tuple(self.inputs)}
+
+    def to_json(self) -> Json:
+        inputs: Any
+        if isinstance(self.inputs, Mapping):
+            # Pairs, because the order of inputs is the order of their columns in requests and messages.
+            inputs = {"named": [[name, [column_json(c) for c in columns]] for name, columns in self.inputs.items()]}
+        else:
+            inputs = {"only": [column_json(column) for column in self.inputs]}
+        return {
+            "name": self.name,
+            "path": self.path,
+            "inputs": inputs,
+            "outputs": list(self.outputs) if self.outputs is not None else None,
+            "description": self.description,
+            "owner": self.owner,
+            "run": self.run,
+            "metrics": dict(self.metrics),
+        }
+
+    @classmethod
+    def from_json(cls, data: Json) -> Model:
+        inputs: Any
+        if "named" in data["inputs"]:
+            inputs = {name: [column_from_json(c) for c in columns] for name, columns in data["inputs"]["named"]}
+        else:
+            inputs = [column_from_json(column) for column in data["inputs"]["only"]]
+        return cls(
+            data["name"],
+            data["path"],
+            inputs,
+            data["outputs"],
+            data["description"],
+            data["owner"],
+            data.get("run", ""),
+            data.get("metrics", {}),
+        )
+
+
+def check_run(run: object, where: str) -> None:
+    """A link: "mlflow:RUN", "https://...", whatever a scheme stands before."""
+    check_text(run, f"{where}: run")
+    if run and not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*:[^\s]+", str(run)):
+        raise InvalidArgument(f"{where}: run must be a link such as 'mlflow:3f2a' or 'https://...', not {run!r}")
+
+
+def check_metrics(metrics: object, where: str) -> dict[str, float]:
+    if not isinstance(metrics, Mapping):
+        raise InvalidArgument(f"{where}: metrics must be {{name: number}}, not {type(metrics).__name__}")
+    for name, value in metrics.items():
+        if not isinstance(name, str) or not name or not name.isprintable():
+            raise InvalidArgument(f"{where}: metrics: {name!r} is not a name")
+        if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+            raise InvalidArgument(f"{where}: metric '{name}' must be a finite number, not {value!r}")
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def check_columns(columns: object, where: str) -> tuple[Column, ...]:
+    if isinstance(columns, str | OnDemandFeature) or not isinstance(columns, Sequence) or not columns:
+        raise InvalidArgument(f"{where} must be a list of 'view:feature', 'request:column' or on-demand features")
+    for column in columns:
+        if isinstance(column, OnDemand):
+            raise InvalidArgument(f"{where}: call {column.name} with the references that are its arguments")
+        if not isinstance(column, OnDemandFeature):
+            try:
+                split_reference(column)
+            except InvalidArgument as error:
+                raise InvalidArgument(f"{where}: {error.message}") from None
+    return tuple(columns)
+
+
+def column_json(column: Column) -> Any:
+    return column.to_json() if isinstance(column, OnDemandFeature) else column
+
+
+def column_from_json(data: Any) -> Column:
+    return data if isinstance(data, str) else OnDemandFeature.from_json(data)
+
+
+def column_label(column: Column) -> str:
+    """A column as the user wrote it: a reference, or function(reference, ...)."""
+    return column if isinstance(column, str) else column.label

@@ -1,0 +1,37 @@
+"""Sources as they are declared: where the rows of a view come from. shorttail.sources reads them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shorttail.errors import InvalidArgument
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ParquetSource:
+    """Where a view's rows come from: a Parquet file or folder. Relative to the definitions file.
+
+    `timestamp` names the column of event times (timestamps, or integers in microseconds since 1970 UTC). Without it
+    a row's event time is the moment it is loaded.
+    """
+
+    path: str
+    timestamp: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.path, str | Path) or not str(self.path):
+            raise InvalidArgument(f"ParquetSource({self.path!r}): give the path of a Parquet file or folder")
+        object.__setattr__(self, "path", str(self.path))
+        if self.timestamp is not None and (not isinstance(self.timestamp, str) or not self.timestamp):
+            raise InvalidArgument(f"ParquetSource({self.path!r}): timestamp must be the name of a column")
+
+    def to_json(self) -> Json:
+        return {"kind": "parquet", "path": self.path, "timestamp": self.timestamp}
+
+    @classmethod
+    def from_json(cls, data: Json) -> ParquetSource:
+        return cls(data["path"], data["timestamp"])

@@ -1,0 +1,191 @@
+"""Feature views: the features of one entity that are stored, loaded and looked up together.
+
+Objects check themselves when they are made, so a wrong definition is reported at its own line. Every definition has
+to_json() and from_json(), because the store's catalog keeps the definitions that a server needs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Any
+
+import numpy as np
+
+from shorttail.define.dtypes import Bool, DType, Int32, String, Timestamp, parse_dtype
+from shorttail.define.entities import Entity, check_dtype
+from shorttail.define.names import check_name, check_text
+from shorttail.define.sources import ParquetSource
+from shorttail.define.values import microseconds
+from shorttail.errors import InvalidArgument
+
+Json = dict[str, Any]
+
+TTL = re.compile(r"(\d+)\s*(ms|s|m|h|d|w)")
+TTL_UNITS_US = {
+    "ms": 1_000,
+    "s": 1_000_000,
+    "m": 60_000_000,
+    "h": 3_600_000_000,
+    "d": 86_400_000_000,
+    "w": 604_800_000_000,
+}
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One column of a view. `default` stands in where the row or the value is missing."""
+
+    name: str
+    dtype: DType
+    default: Any = None
+    description: str = ""
+
+    def __post_init__(self) -> None:
+        check_name(self.name, "feature")
+        check_dtype(self.dtype, f"feature '{self.name}'")
+        check_text(self.description, f"feature '{self.name}': description")
+        if self.default is not None:
+            object.__setattr__(self, "default", check_default(self.name, self.dtype, self.default))
+
+    def to_json(self) -> Json:
+        return {
+            "name": self.name,
+            "dtype": self.dtype.name,
+            "default": list(self.default) if isinstance(self.default, tuple) else self.default,
+            "description": self.description,
+        }
+
+    @classmethod
+    def from_json(cls, data: Json) -> Feature:
+        return cls(data["name"], parse_dtype(data["dtype"]), data["default"], data["description"])
+
+
+def check_default(name: str, dtype: DType, value: Any) -> Any:
+    """The default as the plain Python value that JSON and the lookup take; a vector's is a tuple of floats."""
+    wrong = InvalidArgument(f"feature '{name}': default {value!r} is not a {dtype}")
+    if isinstance(value, np.generic):
+        value = value.item()
+    if dtype == Timestamp and isinstance(value, datetime):
+        return microseconds(value)
+    if dtype == Bool:
+        if isinstance(value, bool):
+            return value
+    elif dtype == String:
+        if isinstance(value, str):
+            return value
+    elif dtype.is_vector:
+        if isinstance(value, Sequence | np.ndarray) and not isinstance(value, str) and len(value) == dtype.width:
+            try:
+                return tuple(float(item) for item in value)
+            except (TypeError, ValueError):
+                raise wrong from None
+    elif isinstance(value, bool):
+        pass
+    elif dtype.is_integer:
+        bits = 31 if dtype == Int32 else 63
+        if isinstance(value, int) and -(1 << bits) <= value < 1 << bits:
+            return value
+    elif isinstance(value, int | float):
+        return float(value)
+    raise wrong
+
+
+@dataclass(frozen=True)
+class FeatureView:
+    """Features of one entity that are stored, loaded and looked up together: one table of the online store.
+
+    `ttl` is the age of an event time beyond which a row is STALE: "2d", "12h", "30m", "45s" or a timedelta; None is
+    for ever. `ttl_us` is the same in microseconds, 0 for none.
+    """
+
+    name: str
+    entity: Entity
+    features: Sequence[Feature]  # a tuple once made
+    ttl: str | timedelta | None = field(default=None, compare=False)  # ttl_us is compared
+    source: ParquetSource | None = None
+    description: str = ""
+    owner: str = ""
+    ttl_us: int = field(init=False)
+    feature_index: dict[str, int] = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        check_name(self.name, "feature view")
+        where = f"feature view '{self.name}'"
+        if self.name == "request":
+            raise InvalidArgument(f"{where}: the name 'request' stands for request columns; choose another")
+        if not isinstance(self.entity, Entity):
+            raise InvalidArgument(f"{where}: entity must be an st.Entity, not {self.entity!r}")
+        if isinstance(self.features, str) or not isinstance(self.features, Sequence) or not self.features:
+            raise InvalidArgument(f"{where}: features must be a list of at least one st.Feature")
+        index: dict[str, int] = {}
+        for feature in self.features:
+            if not isinstance(feature, Feature):
+                raise InvalidArgument(f"{where}: {feature!r} is not an st.Feature")
+            if feature.name in index:
+                raise InvalidArgument(f"{where}: feature '{feature.name}' is named twice")
+            if feature.name in self.entity.keys:
+                raise InvalidArgument(
+                    f"{where}: '{feature.name}' is a key of entity '{self.entity.name}' and cannot also be a feature"
+                )
+            index[feature.name] = len(index)
+        if self.source is not None and not isinstance(self.source, ParquetSource):
+            raise InvalidArgument(f"{where}: source must be an st.ParquetSource, not {self.source!r}")
+        check_text(self.description, f"{where}: description")
+        check_text(self.owner, f"{where}: owner")
+        object.__setattr__(self, "features", tuple(self.features))
+        object.__setattr__(self, "ttl_us", parse_ttl(self.ttl, where))
+        object.__setattr__(self, "feature_index", index)
+
+    __hash__ = None  # type: ignore[assignment]  # it holds dicts
+
+    @property
+    def keys(self) -> dict[str, DType]:
+        """The entity's key columns, in the order of the table format."""
+        return self.entity.keys
+
+    @property
+    def timestamp(self) -> str | None:
+        """The source's column of event times."""
+        return self.source.timestamp if self.source else None
+
+    def to_json(self) -> Json:
+        return {
+            "name": self.name,
+            "entity": self.entity.to_json(),
+            "features": [feature.to_json() for feature in self.features],
+            "ttl_us": self.ttl_us,
+            "source": self.source.to_json() if self.source else None,
+            "description": self.description,
+            "owner": self.owner,
+        }
+
+    @classmethod
+    def from_json(cls, data: Json) -> FeatureView:
+        return cls(
+            data["name"],
+            Entity.from_json(data["entity"]),
+            [Feature.from_json(item) for item in data["features"]],
+            ttl=timedelta(microseconds=data["ttl_us"]) if data["ttl_us"] else None,
+            source=ParquetSource.from_json(data["source"]) if data["source"] else None,
+            description=data["description"],
+            owner=data["owner"],
+        )
+
+
+def parse_ttl(ttl: object, where: str) -> int:
+    """Microseconds of a ttl, 0 for None."""
+    if ttl is None:
+        return 0
+    ttl_us = 0
+    if isinstance(ttl, timedelta):
+        ttl_us = ttl // timedelta(microseconds=1)
+    elif isinstance(ttl, str) and (match := TTL.fullmatch(ttl.strip())):
+        ttl_us = int(match[1]) * TTL_UNITS_US[match[2]]
+    if not 0 < ttl_us < 1 << 62:
+        raise InvalidArgument(
+            f"{where}: ttl {ttl!r} is not a positive time; write '2d', '12h', '30m', '45s' or '500ms'"
+        )
+    return ttl_us

@@ -1,0 +1,325 @@
+"""What is sent: from what the user asks for, and what the server says it serves, to templates and columns."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgpack
+import numpy as np
+
+from shorttail import protocol
+from shorttail.define.names import suggestion
+from shorttail.define.values import FLOATS, INTEGERS
+from shorttail.errors import InvalidArgument, NotFound
+from shorttail.loadtest import streams as sources
+from shorttail.loadtest.streams import Stream, Values, listed
+from shorttail.loadtest.target import Target
+from shorttail.loadtest.templates import NO_GROUP, Column, Group, Template, array_header, table_column, tensor_header
+
+PLACEHOLDER = re.compile(r'"\{\{\s*([^{}"]+?)\s*\}\}"|\{\{\s*([^{}"]+?)\s*\}\}')
+NUMPY = {"Int32": "<i4", "Int64": "<i8", "Timestamp": "<i8", "Float32": "<f4", "Float64": "<f8", "Bool": "?"}
+MANY = "..."  # {{column...}} in a body: a value for each row
+CONTENT_TYPE = "application/json"
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """What the user asks for. mix: weights of "predict", "features", "push"; body: the text of an HTTP template."""
+
+    predict: str | None = None
+    features: Sequence[str] = ()
+    push: str | None = None
+    mix: Mapping[str, float] = field(default_factory=dict)
+    rows: int = 1
+    push_rows: int = 1
+    shared: Sequence[str] = ()
+    keys: Sequence[str] = ()
+    values: Sequence[str] = ()
+    draw: str = "uniform"
+    encoding: str = "tensor"
+    deadline_ms: float | None = None
+    body: str | None = None
+    headers: Sequence[str] = ()
+    method: str = "POST"
+    seed: int = 0
+
+
+@dataclass(slots=True)
+class Traffic:
+    templates: list[Template]
+    columns: list[Column] = field(default_factory=list)
+    groups: list[Group] = field(default_factory=list)
+    streams: list[Stream] = field(default_factory=list)
+    describes: dict[str, str] = field(default_factory=dict)  # column -> where its values come from
+
+
+class Builder:
+    """Columns of a plan, made as requests need them. dtypes: of all columns; "" where nobody knows."""
+
+    def __init__(self, workload: Workload, dtypes: Mapping[str, str], views: Sequence[Mapping[str, Any]]):
+        self.workload = workload
+        self.dtypes = dtypes
+        draw = sources.parse_draw(workload.draw)
+        self.streams = sources.parse_keys(workload.keys, draw, views, set(dtypes))
+        self.texts = sources.parse_values(workload.values)
+        self.keys = {key for view in views for key in view["keys"]}
+        self.plan = Traffic([], groups=[Group(s.draw, s.n, s.exponent) for s in self.streams], streams=self.streams)
+        self._numbers: dict[tuple[str, str], int] = {}
+        self._check_names()
+
+    def _check_names(self) -> None:
+        for column in (*self.texts, *self.workload.shared):
+            if column not in self.dtypes:
+                known = suggestion(column, self.dtypes, "columns")
+                raise InvalidArgument(f"no request has a column '{column}'{known}")
+        for column in self.texts:
+            if any(column in stream for stream in self.streams):
+                raise InvalidArgument(f"'{column}' has values from --keys and from --value; keep one")
+
+    def column(self, name: str, form: str) -> int:
+        """The number of a column in an encoding."""
+        if (name, form) not in self._numbers:
+            self._numbers[name, form] = len(self.plan.columns)
+            self.plan.columns.append(self._make(name, form))
+        return self._numbers[name, form]
+
+    def _make(self, name: str, form: str) -> Column:
+        dtype = self.dtypes[name]
+        for group, stream in enumerate(self.streams):
+            if name in stream.lows:
+                self.plan.describes[name] = stream.text.partition("=")[2]
+                if dtype and dtype not in INTEGERS:
+                    raise InvalidArgument(
+                        f"--keys {stream.text}: column '{name}' is {dtype}; for strings add a form, "
+                        f"{name}=uniform:1:1000:A{{}}"
+                    )
+                return Column("int", form, group, low=stream.lows[name])
+            if name in stream.tables:
+                self.plan.describes[name] = f"{stream.text} ({self.workload.draw}, {stream.n:,} rows)"
+                values = [coerce(name, value, dtype, stream.text) for value in stream.tables[name]]
+                return self._table(name, values, form, group)
+        if name in self.texts:
+            self.plan.describes[name] = self.texts[name]
+            return self._from_values(name, sources.make_values(name, self.texts[name], dtype), form)
+        if name in self.keys:
+            raise InvalidArgument(
+                f"column '{name}' is a key: say where its values come from, --keys {name}=uniform:1:100000, "
+                "--keys file:PATH or --keys store:PATH"
+            )
+        if not dtype:
+            raise InvalidArgument(f"the body has {{{{{name}}}}}: give its values by --keys or --value {name}=...")
+        self.plan.describes[name] = f"default for {dtype}"
+        return self._from_values(name, sources.default_values(dtype, self.workload.seed), form)
+
+    def _from_values(self, name: str, values: Values, form: str) -> Column:
+        if values.whole is not None:
+            low, high = values.whole
+            return Column("int", form, low=low, span=high - low + 1)
+        if values.real is not None:
+            return Column("float", form, from_=values.real[0], to=values.real[1])
+        return self._table(name, values.choices, form, NO_GROUP)
+
+    def _table(self, name: str, values: Sequence[Any], form: str, group: int) -> Column:
+        if form == "raw":
+            return table_column(list(np.asarray(values, self.tensor_dtype(name))), form, group)
+        return table_column(values, form, group)
+
+    def is_range(self, name: str) -> bool:
+        """Whether the generator makes the numbers itself, which are then of eight bytes."""
+        if any(name in stream.lows for stream in self.streams):
+            return True
+        if any(name in stream.tables for stream in self.streams):
+            return False
+        dtype = self.dtypes[name]
+        values = (
+            sources.make_values(name, self.texts[name], dtype)
+            if name in self.texts
+            else sources.default_values(dtype, self.workload.seed)
+        )
+        return not values.choices
+
+    def tensor_dtype(self, name: str) -> str:
+        dtype = self.dtypes[name]
+        if dtype.startswith("Vector("):
+            return "<f4"
+        if self.is_range(name):
+            return "<f8" if dtype in FLOATS else "<i8"
+        return NUMPY[dtype]
+
+    def has_null(self, name: str) -> bool:
+        return any(None in stream.tables[name] for stream in self.streams if name in stream.tables)
+
+
+def coerce(name: str, value: Any, dtype: str, source: str) -> Any:
+    """A value of a file as the type of the column. Raises InvalidArgument."""
+    if value is None or not dtype or dtype.startswith("Vector("):
+        return value
+    try:
+        if dtype == "String":
+            return str(value)
+        if dtype in FLOATS:
+            return float(value)
+        return bool(value) if dtype == "Bool" else int(value)
+    except (TypeError, ValueError):
+        raise InvalidArgument(f"--keys {source}: {value!r} is no {dtype}, as column '{name}' needs") from None
+
+
+# -- MessagePack-RPC ---------------------------------------------------------------------------------------------------
+
+
+def put_columns(builder: Builder, template: Template, columns: Mapping[str, str], rows: int, tables: bool) -> None:
+    """The map of columns. tables: arrays always, as push wants them; else scalars where one value does."""
+    template.literal(bytes(msgpack.Packer().pack_map_header(len(columns))))
+    for name, dtype in columns.items():
+        template.literal(bytes(msgpack.packb(name)))
+        vector = dtype.startswith("Vector(")
+        is_scalar = not tables and not vector and (rows == 1 or name in builder.workload.shared)
+        count = 1 if is_scalar else rows
+        numeric = dtype != "String" and not builder.has_null(name)
+        if is_scalar:
+            template.values(builder.column(name, "msgpack"), 1)
+        elif builder.workload.encoding == "tensor" and numeric:
+            shape = [count, int(dtype.removeprefix("Vector(").rstrip(")"))] if vector else [count]
+            template.literal(tensor_header(builder.tensor_dtype(name), shape))
+            template.values(builder.column(name, "raw"), count)
+        else:
+            template.literal(array_header(count))
+            template.values(builder.column(name, "msgpack"), count)
+
+
+def rpc_template(
+    builder: Builder, kind: str, method: str, first: Any, columns: Mapping[str, str], rows: int
+) -> Template:
+    template = Template(kind, builder.workload.mix.get(kind, 1.0))
+    template.literal(b"\x94\x00")
+    template.nonce()
+    options: dict[str, Any] = {}
+    if kind != "push" and builder.workload.encoding == "tensor":
+        options["encoding"] = "tensor"
+    if builder.workload.deadline_ms is not None:
+        options["deadline_ms"] = builder.workload.deadline_ms
+    template.literal(msgpack.packb(method) + array_header(3 if options else 2) + msgpack.packb(first))
+    put_columns(builder, template, columns, rows, tables=kind == "push")
+    if options:
+        template.literal(msgpack.packb(options))
+    return template
+
+
+def plan_rpc(workload: Workload, models: Sequence[Mapping[str, Any]], views: Sequence[Mapping[str, Any]]) -> Traffic:
+    """Requests to a server of ours. models, views: as it lists them. Raises InvalidArgument, NotFound."""
+    by_model = {str(item["name"]): item for item in models}
+    by_view = {str(item["name"]): item for item in views}
+    asked: list[tuple[str, str, Any, dict[str, str], int]] = []
+    if workload.predict is not None:
+        if workload.predict not in by_model:
+            raise NotFound(f"no model '{workload.predict}'{suggestion(workload.predict, by_model, 'models')}")
+        columns = dict(by_model[workload.predict]["columns"])
+        asked.append(("predict", "predict", workload.predict, columns, workload.rows))
+    if workload.features:
+        columns = feature_keys(workload.features, by_view)
+        asked.append(("features", "get_online_features", list(workload.features), columns, workload.rows))
+    if workload.push is not None:
+        if workload.push not in by_view:
+            raise NotFound(f"no feature view '{workload.push}'{suggestion(workload.push, by_view, 'views')}")
+        view = by_view[workload.push]
+        columns = {**view["keys"], **view["features"]}
+        asked.append(("push", "push", workload.push, columns, workload.push_rows))
+    if not asked:
+        known = f"; models: {listed(list(by_model))}" if by_model else ""
+        raise InvalidArgument(
+            f"say what to ask for: --predict MODEL, --features VIEW:FEATURE,... or --push VIEW{known}"
+        )
+    for kind in workload.mix:
+        if kind not in [item[0] for item in asked]:
+            raise InvalidArgument(f"--mix {kind}: give --{kind} too")
+    dtypes = {name: dtype for item in asked for name, dtype in item[3].items()}
+    builder = Builder(workload, dtypes, views)
+    plan = builder.plan
+    plan.templates = [rpc_template(builder, *item) for item in asked if workload.mix.get(item[0], 1.0) > 0]
+    return plan
+
+
+def feature_keys(references: Sequence[str], by_view: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """The key columns of the views of references. Raises InvalidArgument, NotFound."""
+    keys: dict[str, str] = {}
+    for reference in references:
+        name, colon, feature = reference.partition(":")
+        if not colon:
+            raise InvalidArgument(f"--features '{reference}' is no reference; write VIEW:FEATURE")
+        if name not in by_view:
+            raise NotFound(f"no feature view '{name}'{suggestion(name, by_view, 'views')}")
+        if feature not in by_view[name]["features"]:
+            known = suggestion(feature, by_view[name]["features"], "features")
+            raise NotFound(f"feature view '{name}' has no feature '{feature}'{known}")
+        keys |= by_view[name]["keys"]
+    return keys
+
+
+def plan_raw(request_bytes: int) -> Traffic:
+    """Blank requests, for an echo server."""
+    template = Template("raw", 1.0)
+    template.literal(bytes(request_bytes))
+    return Traffic([template])
+
+
+# -- HTTP --------------------------------------------------------------------------------------------------------------
+
+
+def plan_http(workload: Workload, target: Target) -> Traffic:
+    """One kind of request with the body template, or GET without one. Raises InvalidArgument."""
+    body = workload.body or ""
+    names = [(found[1] or found[2]).removesuffix(MANY).strip() for found in PLACEHOLDER.finditer(body)]
+    builder = Builder(workload, {name: "" for name in names if name != "nonce"}, ())
+    method = workload.method if workload.body is not None else "GET"
+    template = Template(f"{method} {target.path}", 1.0)
+    headers = [f"{method} {target.path} HTTP/1.1", f"Host: {target.host_header}", "Accept: */*", *workload.headers]
+    if workload.body is not None:
+        if not any(header.lower().startswith("content-type:") for header in workload.headers):
+            headers.append(f"Content-Type: {CONTENT_TYPE}")
+        headers.append(f"Content-Length: {0:8}")
+    template.literal("\r\n".join([*headers, "", ""]).encode())
+    if workload.body is not None:
+        template.body()
+        put_body(builder, template, body)
+    check_json(body)
+    builder.plan.templates = [template]
+    return builder.plan
+
+
+def put_body(builder: Builder, template: Template, body: str) -> None:
+    at = 0
+    for found in PLACEHOLDER.finditer(body):
+        template.literal(body[at : found.start()].encode())
+        name = found[1] or found[2]
+        if name == "nonce":
+            template.literal(b'"' if found[1] else b"")
+            template.nonce()
+            template.literal(b'"' if found[1] else b"")
+        else:
+            count = builder.workload.rows if name.endswith(MANY) else 1
+            template.values(builder.column(name.removesuffix(MANY).strip(), "json"), count)
+        at = found.end()
+    template.literal(body[at:].encode())
+
+
+def check_json(body: str) -> None:
+    """A body that no server could read is a mistake worth a line now. Raises InvalidArgument."""
+    if not body.strip():
+        return
+    try:
+        json.loads(PLACEHOLDER.sub("0", body))
+    except ValueError as error:
+        raise InvalidArgument(f"--body is no JSON with {{{{column}}}} placeholders: {error}") from None
+
+
+def list_catalog(address: str, timeout_s: float) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(models, views) of a server. Raises what the client raises."""
+    from shorttail.client import Client
+
+    protocol.parse_address(address)
+    with Client(address, timeout_s=timeout_s) as client:
+        return client.models(), client.views()

@@ -1,0 +1,34 @@
+"""The arrays that a batch fills: which array feeds an input of a model, and what an example of it looks like."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shorttail.define.catalog import TENSOR_TYPES, Catalog, TensorInfo
+from shorttail.define.models import Column
+from shorttail.models.signature import column_width
+
+
+class Buffer(NamedTuple):
+    """An array that a batch fills: a model input, an argument of an on-demand function, a feature column."""
+
+    dtype: np.dtype[Any]
+    width: int | None  # None: [rows]; else [rows, width]
+
+    def example(self, rows: int, random: np.random.Generator) -> NDArray[Any]:
+        """Random values, for warming up and measuring a model: small enough to be an index, or a number as text."""
+        shape = rows if self.width is None else (rows, self.width)
+        if self.dtype.hasobject:
+            return np.full(shape, "0", self.dtype)
+        values = random.normal(size=shape) if self.dtype.kind == "f" else random.integers(0, 2, shape)
+        return values.astype(self.dtype)
+
+
+def input_buffer(catalog: Catalog, tensor: TensorInfo, columns: Sequence[Column]) -> tuple[Buffer, list[int]]:
+    """The array that feeds an input of a model, and how many of its columns each of these fills."""
+    widths = [column_width(catalog, column, tensor, len(columns)) for column in columns]
+    return Buffer(np.dtype(TENSOR_TYPES[tensor.dtype].numpy), None if len(tensor.shape) == 1 else sum(widths)), widths

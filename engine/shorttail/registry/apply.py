@@ -1,0 +1,274 @@
+"""Makes a store hold what a definitions file says: all of it, or nothing if any of it is wrong.
+
+Views and models that the file does not mention stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from shorttail.config import LIMITS
+from shorttail.define.catalog import Catalog, ModelEntry, VersionInfo
+from shorttail.define.collect import Definitions, collect
+from shorttail.define.models import Model
+from shorttail.define.ondemand import OnDemandFeature
+from shorttail.define.views import FeatureView
+from shorttail.errors import InvalidArgument, NotFound, ResourceExhausted
+from shorttail.models.serving import vet
+from shorttail.models.signature import ModelFile, check_inputs, column_width
+from shorttail.registry import versions as registry
+
+if TYPE_CHECKING:
+    from shorttail.store import Store
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One line of what apply does. kind: '+' new, '~' changed, '=' as it was; what: "view plane"."""
+
+    kind: str
+    what: str
+    detail: str = ""
+
+
+@dataclass
+class ChangePlan:
+    """The catalog that will be, how it differs, and the model versions whose files must be written first."""
+
+    catalog: Catalog
+    changes: list[Change] = field(default_factory=list)
+    new_versions: dict[str, int] = field(default_factory=dict)  # model -> version
+
+    def note(self, kind: str, what: str, detail: str = "") -> None:
+        self.changes.append(Change(kind, what, detail))
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Definitions with the model files they name, read."""
+
+    wanted: Definitions
+    files: dict[str, ModelFile]
+    vetted: set[str] = field(default_factory=set)  # models that were found to run
+
+
+def prepare(definitions: Any) -> Prepared:
+    """Collect definitions (a file's path, objects, or Definitions), read their files, compile their functions.
+
+    All that can be checked without a store. Raises NotFound, InvalidArgument.
+    """
+    wanted = collect(definitions)
+    files = {name: ModelFile.read(model.path, name) for name, model in wanted.models.items()}
+    compile_functions(wanted)
+    return Prepared(wanted, files)
+
+
+def apply(store: Store, definitions: Any, dry_run: bool = False, reset: bool = False) -> list[Change]:
+    """Register definitions: what `prepare` takes, or gave. Returns the changes, in order.
+
+    dry_run: only say what would change. reset: where a view's schema changes, drop its rows rather than refuse.
+    Raises NotFound or InvalidArgument for the first thing that is wrong; nothing is written then.
+    """
+    prepared = definitions if isinstance(definitions, Prepared) else prepare(definitions)
+    store.refresh()
+    plan = plan_changes(store.catalog.copy(), prepared, store.count, reset)
+    vet_new(plan, prepared)
+    if dry_run or plan.catalog == store.catalog:
+        return plan.changes
+    with store.edit_catalog() as latest:
+        # Planned again, because another process may have committed since. Files are in memory and checked by now.
+        plan = plan_changes(latest, prepared, store.count, reset)
+        for name, number in plan.new_versions.items():
+            info = latest.models[name].version(number)
+            registry.write_version(store.path, number, info, prepared.files[name])
+    store.refresh()
+    return plan.changes
+
+
+def plan_changes(catalog: Catalog, prepared: Prepared, count: Callable[[str], int], reset: bool = False) -> ChangePlan:
+    """Change the catalog to what the definitions say, fully checked. Writes nothing; on an error drop the catalog.
+
+    count: the rows that a view's table holds.
+    """
+    wanted, plan = prepared.wanted, ChangePlan(catalog)
+    for name, entity in wanted.entities.items():
+        keys = ", ".join(f"{key} {dtype}" for key, dtype in entity.keys.items())
+        old = catalog.entities.get(name)
+        plan.note("+" if old is None else "=" if old == entity else "~", f"entity {name}", keys)
+        plan.catalog.entities[name] = entity
+    for view in wanted.views.values():
+        plan_view(plan, catalog.views.get(view.name), view, count, reset)
+    if len(plan.catalog.views) > LIMITS.views:
+        raise ResourceExhausted(f"a store holds at most {LIMITS.views} feature views, not {len(plan.catalog.views)}")
+    for model in wanted.models.values():
+        plan_model(plan, model, prepared.files[model.name])
+    check_other_models(plan.catalog, wanted)
+    return plan
+
+
+def vet_new(plan: ChangePlan, prepared: Prepared) -> None:
+    """Load, warm and check every new version. Raises InvalidArgument or Internal for one that cannot serve."""
+    for name, number in plan.new_versions.items():
+        if name not in prepared.vetted:
+            vet(plan.catalog, plan.catalog.models[name].version(number), number, prepared.files[name].path)
+            prepared.vetted.add(name)
+
+
+def plan_view(
+    plan: ChangePlan, old: FeatureView | None, view: FeatureView, count: Callable[[str], int], reset: bool
+) -> None:
+    what = f"view {view.name}"
+    plan.catalog.views[view.name] = view
+    if old is None:
+        plan.catalog.new_table(view.name)
+        plan.note("+", what, f"{', '.join(view.keys)} -> {plural(len(view.features), 'feature')}")
+        return
+    schema = schema_changes(old, view)
+    if schema:
+        rows = count(view.name)
+        if rows and not reset:
+            raise InvalidArgument(
+                f"feature view '{view.name}' holds {plural(rows, 'row')} and its schema changes ({'; '.join(schema)});"
+                " --reset drops those rows, to be materialized again"
+            )
+        plan.catalog.new_table(view.name)
+        if rows:
+            schema.append(f"{plural(rows, 'row')} dropped")
+    differences = schema + setting_changes(old, view)
+    plan.note("~" if differences else "=", what, "; ".join(differences))
+
+
+def schema_changes(old: FeatureView, new: FeatureView) -> list[str]:
+    """What differs in the layout of rows, which a table cannot change while it holds any."""
+    found = []
+    if list(old.keys.items()) != list(new.keys.items()):
+        before, after = (", ".join(f"{key} {dtype}" for key, dtype in view.keys.items()) for view in (old, new))
+        found.append(f"keys {before} -> {after}")
+    before_types = {feature.name: feature.dtype for feature in old.features}
+    after_types = {feature.name: feature.dtype for feature in new.features}
+    added = [name for name in after_types if name not in before_types]
+    removed = [name for name in before_types if name not in after_types]
+    kept = [name for name in after_types if name in before_types]
+    retyped = [f"{n} {before_types[n]} -> {after_types[n]}" for n in kept if before_types[n] != after_types[n]]
+    for verb, names in (("added", added), ("removed", removed), ("retyped", retyped)):
+        if names:
+            found.append(f"{verb} {', '.join(names)}")
+    if kept != [name for name in before_types if name in after_types]:
+        found.append("features in another order")
+    return found
+
+
+def setting_changes(old: FeatureView, new: FeatureView) -> list[str]:
+    """What differs in how rows are read and described; rows stay."""
+    found = []
+    if old.ttl_us != new.ttl_us:
+        found.append(f"ttl {show_ttl(old.ttl_us)} -> {show_ttl(new.ttl_us)}")
+    if old.source != new.source:
+        found.append("source")
+    before = {feature.name: feature for feature in old.features}
+    both = [(before[feature.name], feature) for feature in new.features if feature.name in before]
+    # By text: a default that is NaN differs from itself.
+    found += [f"default of {b.name}" for a, b in both if repr(a.default) != repr(b.default) and a.dtype == b.dtype]
+    texts = [(a.description, b.description) for a, b in both]
+    texts += [(old.description, new.description), (old.entity.description, new.entity.description)]
+    if old.owner != new.owner or any(a != b for a, b in texts):
+        found.append("descriptions")
+    return found
+
+
+def plan_model(plan: ChangePlan, model: Model, file: ModelFile) -> None:
+    """A model gets a new version when its file, its inputs or its outputs differ from the current version's."""
+    what = f"model {model.name}"
+    entry = plan.catalog.models.get(model.name)
+    old = entry.version() if entry else None
+    info = registry.inspect(plan.catalog, model, file, known=old)
+    reasons = version_reasons(old, info) if old else []
+    if entry is not None and old is not None and not reasons:
+        versions = {**entry.versions, entry.current: replace(old, model=model)}
+        plan.catalog.models[model.name] = replace(entry, versions=versions)
+        described = registry.about(old.model) == registry.about(model)
+        detail = f"version {entry.current}" + ("" if described else ": descriptions")
+        plan.note("=" if described else "~", what, detail)
+        return
+    number = registry.next_version(entry)
+    plan.catalog.models[model.name] = registry.with_version(entry, number, info)
+    plan.new_versions[model.name] = number
+    outputs = ", ".join(tensor.name for tensor in info.outputs)
+    if entry is None:
+        plan.note("+", what, f"version {number}: {plural(total_width(plan.catalog, info), 'column')} -> {outputs}")
+    else:
+        plan.note("~", what, f"version {entry.current} -> {number}: {', '.join(reasons)}")
+
+
+def version_reasons(old: VersionInfo, new: VersionInfo) -> list[str]:
+    reasons = ["new file"] if old.sha256 != new.sha256 else []
+    if old.model.inputs != new.model.inputs:
+        reasons.append("other inputs")
+    if old.model.outputs != new.model.outputs:
+        reasons.append("other outputs")
+    return reasons
+
+
+def total_width(catalog: Catalog, info: VersionInfo) -> int:
+    """Columns over all inputs; a vector counts its length."""
+    by_input = info.model.inputs_by_name([tensor.name for tensor in info.inputs])
+    entries = [
+        (column, tensor, len(by_input[tensor.name])) for tensor in info.inputs for column in by_input[tensor.name]
+    ]
+    return sum(column_width(catalog, *entry) for entry in entries)
+
+
+def check_other_models(catalog: Catalog, wanted: Definitions) -> None:
+    """That models which these definitions leave alone still fit the views as they become."""
+    for name, entry in catalog.models.items():
+        if name not in wanted.models:
+            try:
+                check_inputs(catalog, entry.model, entry.version().inputs, f"version {entry.current}")
+            except (InvalidArgument, NotFound) as error:
+                raise InvalidArgument(
+                    f"{error.message} ('{name}' is in the store but not in these definitions: add it, changed to fit)"
+                ) from None
+        check_parts(catalog, name, entry)
+
+
+def check_parts(catalog: Catalog, name: str, entry: ModelEntry) -> None:
+    """That a canary and a shadow still fit the views as they become."""
+    parts = (("canary", entry.canary, registry.check_canary), ("shadow", entry.shadow, registry.check_shadow))
+    for what, share, check in parts:
+        if share is None:
+            continue
+        end = f"{name}=off" if what == "canary" else f"{name} --off"
+        try:
+            info = entry.version(share.version)
+            check_inputs(catalog, info.model, info.inputs, f"version {share.version}")
+            check(catalog, entry, info, share.version)
+        except (InvalidArgument, NotFound) as error:
+            raise InvalidArgument(
+                f"{error.message} (it is the {what}: `shorttail models {what} {end}` ends that)"
+            ) from None
+
+
+def compile_functions(wanted: Definitions) -> None:
+    """Compile every on-demand function once, so that one that does not compile is refused here."""
+    columns = [column for model in wanted.models.values() for column in model.columns]
+    features = [feature for column in columns if isinstance(column, OnDemandFeature) for feature in column.walk()]
+    functions = dict.fromkeys(feature.function for feature in features)
+    if functions:
+        from shorttail.ondemand.compile import compile_on_demand
+
+        for function in functions:
+            compile_on_demand(function)
+
+
+def plural(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def show_ttl(ttl_us: int) -> str:
+    """172800000000 as "2d"."""
+    if not ttl_us:
+        return "none"
+    units = (("d", 86_400_000_000), ("h", 3_600_000_000), ("m", 60_000_000), ("s", 1_000_000), ("ms", 1000), ("us", 1))
+    return next(f"{ttl_us // unit_us}{unit}" for unit, unit_us in units if ttl_us % unit_us == 0)

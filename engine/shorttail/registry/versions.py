@@ -1,0 +1,331 @@
+"""Versions of models: files under STORE/models/NAME/VERSION/, entries in the catalog.
+
+A version's folder is complete before the catalog names it, and never changes afterwards. A folder that no catalog
+names was left by a crash; the version that takes its number replaces it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from shorttail.define.catalog import Catalog, ModelEntry, Share, VersionInfo
+from shorttail.define.dtypes import DType
+from shorttail.define.models import Model, column_label
+from shorttail.errors import InvalidArgument, NotFound, ResourceExhausted
+from shorttail.models.serving import vet
+from shorttail.models.signature import ModelFile, check_inputs, request_columns, select_outputs
+from shorttail.store import Store
+from shorttail.store.files import model_path, sync_folder, write_durably
+
+
+def inspect(catalog: Catalog, model: Model, file: ModelFile, known: VersionInfo | None = None) -> VersionInfo:
+    """The version that this definition and file make, fully checked against the catalog.
+
+    known: a version of the same model; if its file and outputs are the same, ONNX Runtime is not asked again.
+    Raises NotFound, InvalidArgument.
+    """
+    if known is not None and known.sha256 == file.sha256 and known.model.outputs == model.outputs:
+        inputs, outputs = known.inputs, known.outputs
+    else:
+        all_inputs, all_outputs = file.tensors
+        inputs, outputs = tuple(all_inputs), select_outputs(model, all_outputs, file.path.name)
+    check_inputs(catalog, model, inputs, file.path.name)
+    return VersionInfo(model, file.sha256, time.time_ns() // 1000, inputs, outputs)
+
+
+def next_version(entry: ModelEntry | None) -> int:
+    return max(entry.versions) + 1 if entry else 1
+
+
+def with_version(entry: ModelEntry | None, number: int, info: VersionInfo, promote: bool = True) -> ModelEntry:
+    """The entry with one more version, which serves from then on if `promote`."""
+    if entry is None:
+        return ModelEntry(number, None, {number: info})
+    grown = replace(entry, versions={**entry.versions, number: info})
+    return grown.serving(number) if promote else grown
+
+
+def write_version(store_path: str | Path, number: int, info: VersionInfo, file: ModelFile) -> None:
+    """Put a version's folder in place, durably. Call it inside the catalog's transaction: that is the lock."""
+    folder = model_path(store_path, info.model.name, number).parent
+    unfinished = folder.with_name(f".{number}.unfinished")
+    try:
+        for leftover in (unfinished, folder):
+            shutil.rmtree(leftover, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        write_durably(unfinished / "model.onnx", file.data)
+        write_durably(unfinished / "manifest.json", manifest(number, info, file))
+        sync_folder(unfinished)
+        unfinished.rename(folder)
+        for parent in (folder.parent, folder.parent.parent, Path(store_path)):
+            sync_folder(parent)
+    except OSError as error:
+        raise ResourceExhausted(f"model '{info.model.name}': cannot write {folder}: {error.strerror}") from error
+
+
+def manifest(number: int, info: VersionInfo, file: ModelFile) -> bytes:
+    document = {
+        "name": info.model.name,
+        "version": number,
+        "created": iso_time(info.created_us),
+        "file": file.path.name,
+        "sha256": info.sha256,
+        **about(info.model),
+        "columns": [column_label(column) for column in info.model.columns],
+        "features": [reference for reference in info.model.references if not reference.startswith("request:")],
+        "inputs": [tensor.to_json() for tensor in info.inputs],
+        "outputs": [tensor.to_json() for tensor in info.outputs],
+    }
+    return (json.dumps(document, indent=2) + "\n").encode()
+
+
+def iso_time(time_us: int) -> str:
+    return datetime.fromtimestamp(time_us // 1_000_000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def deploy(
+    store: Store,
+    name: str,
+    path: str | Path,
+    promote: bool = True,
+    *,
+    owner: str | None = None,
+    description: str | None = None,
+    run: str = "",
+    metrics: Mapping[str, float] | None = None,
+    canary_percent: float | None = None,
+) -> int:
+    """Register an ONNX file as the model's next version, fed as the current one is. Returns its number.
+
+    promote: it serves from now on; canary_percent: it answers so much, and the current version the rest. owner and
+    description stay those of the current version unless given; run and metrics are this file's alone. A file that the
+    current version has already makes no new version. Nothing is registered that does not load, warm and fit its schema.
+    Raises NotFound (no such model: apply its definition first), InvalidArgument, Internal (it fails when it runs).
+    """
+    refresh(store)
+    source = str(Path(path).absolute())
+    told = {"owner": owner, "description": description}
+    changes: Any = {"path": source, "run": run, "metrics": metrics or {}}
+    changes |= {field: text for field, text in told.items() if text is not None}
+    file = ModelFile.read(source, name)
+    entry = store.catalog.model(name)
+    info = inspect(store.catalog, replace(entry.model, **changes), file)
+    if canary_percent is not None:
+        check_percent(canary_percent, f"model '{name}': canary")
+        check_canary(store.catalog, entry, info, next_version(entry))
+    if entry.version().sha256 != file.sha256:
+        vet(store.catalog, info, next_version(entry), file.path)
+    with store.edit_catalog() as catalog:
+        entry = catalog.model(name)
+        number = entry.current
+        if entry.version().sha256 != file.sha256:
+            number = next_version(entry)
+            info = inspect(catalog, replace(entry.model, **changes), file)
+            write_version(store.path, number, info, file)
+            grown = with_version(entry, number, info, promote and canary_percent is None)
+            if canary_percent is not None:
+                grown = replace(grown, canary=Share(number, canary_percent))
+            catalog.models[name] = grown
+    refresh(store)
+    return number
+
+
+def promote(store: Store, name: str, version: int | None = None) -> int:
+    """Make a version of the model the one that serves; None: its canary, else its newest. Ends a canary.
+
+    Returns the version that served before. Raises NotFound, or InvalidArgument or Internal if that version does not
+    load, warm or fit its schema and the views.
+    """
+    refresh(store)
+    number = version if version is not None else candidate(store.catalog.model(name))
+    vet_stored(store, name, number)
+    with store.edit_catalog() as catalog:
+        entry = catalog.model(name)
+        check_version(store, catalog, entry, number)
+        catalog.models[name] = entry.serving(number)
+    refresh(store)
+    return entry.current
+
+
+def candidate(entry: ModelEntry) -> int:
+    """The version to be tried next: the canary, else the newest. Raises InvalidArgument if that is the current one."""
+    number = entry.canary.version if entry.canary else max(entry.versions)
+    if number <= entry.current and entry.canary is None:
+        raise InvalidArgument(
+            f"model '{entry.model.name}' has no version newer than the current one, {entry.current};"
+            " name a version, or deploy one with --no-promote"
+        )
+    return number
+
+
+def rollback(store: Store, name: str) -> int:
+    """Make the version that served before the current one serve again. Returns its number. Raises as `promote`."""
+    refresh(store)
+    previous = store.catalog.model(name).previous
+    if previous is None:
+        raise InvalidArgument(f"model '{name}' has no earlier version to go back to")
+    promote(store, name, previous)
+    return previous
+
+
+def set_canary(store: Store, name: str, percent: float, version: int | None = None) -> Share | None:
+    """Let a version (None: the canary there is, else the newest) answer so much of the requests; 0 ends the canary.
+
+    Which requests is decided by their entity keys. Raises NotFound, or InvalidArgument or Internal if the version
+    cannot serve, or takes other columns than the current one.
+    """
+    refresh(store)
+    if percent == 0:
+        with store.edit_catalog() as catalog:
+            catalog.models[name] = replace(catalog.model(name), canary=None)
+        refresh(store)
+        return None
+    check_percent(percent, f"model '{name}': canary")
+    number = version if version is not None else candidate(store.catalog.model(name))
+    vet_stored(store, name, number)
+    with store.edit_catalog() as catalog:
+        entry = catalog.model(name)
+        check_version(store, catalog, entry, number)
+        check_canary(catalog, entry, entry.version(number), number)
+        share = Share(number, percent)
+        catalog.models[name] = replace(entry, canary=share)
+    refresh(store)
+    return share
+
+
+def set_shadow(store: Store, name: str, version: int | None, percent: float = 100.0) -> Share | None:
+    """Run a version on so much of what the current one answers, and compare; None ends that. Raises as `set_canary`."""
+    refresh(store)
+    if version is None:
+        with store.edit_catalog() as catalog:
+            catalog.models[name] = replace(catalog.model(name), shadow=None)
+        refresh(store)
+        return None
+    check_percent(percent, f"model '{name}': shadow")
+    vet_stored(store, name, version)
+    with store.edit_catalog() as catalog:
+        entry = catalog.model(name)
+        check_version(store, catalog, entry, version)
+        check_shadow(catalog, entry, entry.version(version), version)
+        share = Share(version, percent)
+        catalog.models[name] = replace(entry, shadow=share)
+    refresh(store)
+    return share
+
+
+def check_percent(percent: float, where: str) -> None:
+    if not 0 < percent <= 100:
+        raise InvalidArgument(f"{where}: a share is above 0% and at most 100%, not {percent:g}%")
+
+
+def check_version(store: Store, catalog: Catalog, entry: ModelEntry, number: int) -> None:
+    """That a version is there and fits the views as they are. Raises NotFound, InvalidArgument."""
+    info = entry.version(number)
+    check_inputs(catalog, info.model, info.inputs, f"version {number}")
+    if not model_path(store.path, info.model.name, number).is_file():
+        raise NotFound(f"model '{info.model.name}': the file of version {number} is gone from the store")
+
+
+def check_canary(catalog: Catalog, entry: ModelEntry, info: VersionInfo, number: int) -> None:
+    """That a request for the current version is one for this version too. Raises InvalidArgument."""
+    now, then = other_columns(catalog, entry, info, number, "canary")
+    if now != then:
+        names = ", ".join(sorted(name for name in {*now, *then} if now.get(name) != then.get(name)))
+        raise InvalidArgument(
+            f"model '{entry.model.name}': version {number} takes other request columns than version {entry.current}"
+            f" ({names}), so it cannot answer the same requests as a canary"
+        )
+
+
+def check_shadow(catalog: Catalog, entry: ModelEntry, info: VersionInfo, number: int) -> None:
+    """That requests for the current version bring what this one needs, and that there is something to compare."""
+    now, then = other_columns(catalog, entry, info, number, "shadow")
+    where = f"model '{entry.model.name}': version {number}"
+    if lacking := [name for name, dtype in then.items() if now.get(name) != dtype]:
+        raise InvalidArgument(f"{where} needs {', '.join(lacking)}, which requests for version {entry.current} lack")
+    if not {tensor.name for tensor in info.outputs} & {tensor.name for tensor in entry.version().outputs}:
+        raise InvalidArgument(f"{where} and version {entry.current} have no output in common to compare")
+
+
+def other_columns(
+    catalog: Catalog, entry: ModelEntry, info: VersionInfo, number: int, what: str
+) -> tuple[dict[str, DType], dict[str, DType]]:
+    """The request columns of the current version and of that one."""
+    if number == entry.current:
+        raise InvalidArgument(f"model '{entry.model.name}': version {number} serves already; a {what} is another one")
+    current = entry.version()
+    return request_columns(catalog, current.model, current.inputs), request_columns(catalog, info.model, info.inputs)
+
+
+def vet_stored(store: Store, name: str, number: int) -> None:
+    info = store.catalog.model(name).version(number)
+    check_inputs(store.catalog, info.model, info.inputs, f"version {number}")
+    vet(store.catalog, info, number, model_path(store.path, name, number))
+
+
+def refresh(store: Store) -> None:
+    store.refresh()
+
+
+def list_versions(catalog: Catalog) -> list[dict[str, Any]]:
+    """Every version of every model, as plain values, newest first within a model."""
+    return [
+        {
+            "name": name,
+            "version": number,
+            **standing(entry, number),
+            "created": iso_time(info.created_us),
+            "columns": [column_label(column) for column in info.model.columns],
+            "outputs": [tensor.name for tensor in info.outputs],
+            "sha256": info.sha256,
+            **about(info.model),
+        }
+        for name, entry in catalog.models.items()
+        for number, info in sorted(entry.versions.items(), reverse=True)
+    ]
+
+
+def standing(entry: ModelEntry, number: int) -> dict[str, Any]:
+    """What a version does now. canary, shadow: its percent, or None."""
+    shares = {"canary": entry.canary, "shadow": entry.shadow}
+    percents = {what: share.percent if share and share.version == number else None for what, share in shares.items()}
+    return {"serving": number == entry.current, "previous": number == entry.previous, **percents}
+
+
+def about(model: Model) -> dict[str, Any]:
+    """What people say of a version."""
+    return {
+        "description": model.description,
+        "owner": model.owner,
+        "run": model.run,
+        "metrics": dict(model.metrics),
+    }
+
+
+def describe(catalog: Catalog, name: str, version: int | None = None) -> dict[str, Any]:
+    """One version (None: the current one) as plain values: its definition, and what a request for it must give."""
+    entry = catalog.model(name)
+    number = entry.current if version is None else version
+    info = entry.version(number)
+    by_name = info.model.inputs_by_name([tensor.name for tensor in info.inputs])
+    columns = request_columns(catalog, info.model, info.inputs)
+    return {
+        "name": name,
+        "version": number,
+        **standing(entry, number),
+        "versions": sorted(entry.versions),
+        "created": iso_time(info.created_us),
+        "sha256": info.sha256,
+        **about(info.model),
+        "inputs": {tensor: [column_label(column) for column in entries] for tensor, entries in by_name.items()},
+        "outputs": {tensor.name: tensor.dtype for tensor in info.outputs},
+        "features": [reference for reference in info.model.references if not reference.startswith("request:")],
+        "columns": {column: dtype.name for column, dtype in columns.items()},
+    }

@@ -1,0 +1,186 @@
+"""The supervisor's side of handover.py: who gets which connection.
+
+A message in a worker's channel is read by one process only, so a connection has one owner at each moment: the
+supervisor keeps a copy of the worker's end of each channel, and takes back what a worker does not read. So nobody waits
+for a worker that hangs, died, or is busy with something long while another one is free.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import math
+import selectors
+import socket
+import termios
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Final
+
+from shorttail.server import handover
+
+ACCEPT: Final = "accept"  # a listening socket's data in the selector
+ACCEPTED_AT_ONCE: Final = 64  # then others have their turn
+NO_ROOM: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+NO_ROOM_REST_S: Final = 0.01
+PATIENCE_S: Final = 0.02  # a connection that a worker has not taken by then is given to another
+WAITING_MAX: Final = 256  # connections kept while there is no worker
+
+Given = tuple[bytes, socket.socket]  # a message of handover.py
+
+
+class WorkerShare:
+    """What one worker has been given, and how it is. `channel` is this process's end, `worker_end` the worker's."""
+
+    def __init__(self) -> None:
+        self.channel, self.worker_end = handover.pair()
+        self.heard_s = time.monotonic()  # when it was ready, or last reported
+        self.is_late = False  # it left a connection lying, and has not been heard since
+        self._connections = 0
+        self._given = 0
+        self._received = 0
+        self._given_bytes = 0
+        self._unread: deque[tuple[float, int]] = deque()  # of what is given: when, and _given_bytes after it
+
+    @property
+    def load(self) -> int:
+        """Connections it has, and those on their way to it."""
+        return self._connections + self._given - self._received
+
+    def give(self, data: bytes, sock: socket.socket) -> bool:
+        try:
+            socket.send_fds(self.channel, [data], [sock.fileno()])
+        except OSError:
+            return False
+        self._given += 1
+        self._given_bytes += len(data)
+        self._unread.append((time.monotonic(), self._given_bytes))
+        return True
+
+    def unread_s(self) -> float:
+        """How long the oldest connection lies there that it has not taken; 0: it has taken all."""
+        if self._unread:
+            lying = fcntl.ioctl(self.worker_end, termios.FIONREAD, bytes(4))
+            read_bytes = self._given_bytes - int.from_bytes(lying, "little")
+            while self._unread and self._unread[0][1] <= read_bytes:
+                self._unread.popleft()
+        return time.monotonic() - self._unread[0][0] if self._unread else 0.0
+
+    def take_back(self) -> list[Given]:
+        """The connections that it has not taken."""
+        taken = list(_receive(self.worker_end))
+        self._given -= len(taken)
+        self._given_bytes -= sum(len(data) for data, _ in taken)
+        self._unread.clear()
+        return [(data, sock) for data, sock in taken if sock is not None]
+
+    def hear(self, pass_on: Callable[[bytes, socket.socket], None]) -> None:
+        """Read what the worker says. pass_on: told of each connection that it gives away."""
+        for data, sock in _receive(self.channel):
+            if sock is not None:
+                pass_on(data, sock)
+            elif len(data) == handover.REPORT.size:
+                self._connections, self._received = handover.REPORT.unpack(data)
+                self.heard_s = time.monotonic()
+                self.is_late = False
+
+    def close(self) -> None:
+        self.channel.close()
+        self.worker_end.close()
+
+
+def _receive(end: socket.socket) -> Iterable[tuple[bytes, socket.socket | None]]:
+    """The messages that lie at an end of a channel."""
+    while True:
+        try:
+            data, fds, _, _ = socket.recv_fds(end, handover.MESSAGE_BYTES, 1)
+        except OSError:  # none is left
+            return
+        if not data:
+            return
+        yield data, socket.socket(fileno=fds[0]) if fds else None
+
+
+class Acceptor:
+    """Deals connections out to the workers that are ready: each to the one with the fewest.
+
+    listeners: where to accept; none if the worker does that itself.
+    """
+
+    def __init__(self, selector: selectors.BaseSelector, listeners: list[socket.socket]):
+        self.selector = selector
+        self.listeners = listeners
+        self.ready: list[WorkerShare] = []
+        self.due_s = math.inf  # when to look after those that do not take what they were given
+        self._accepts = False
+        self._waiting: list[Given] = []  # while no worker is ready
+
+    def add(self, share: WorkerShare) -> None:
+        """Its worker is ready: once."""
+        self.ready.append(share)
+        waiting, self._waiting = self._waiting, []
+        for data, connection in waiting:
+            self.give(data, connection)
+        self._accept_while(True)
+
+    def remove(self, share: WorkerShare) -> None:
+        """Its worker retires, or is gone: what it has not taken goes to others."""
+        if share in self.ready:
+            self.ready.remove(share)
+        for data, connection in share.take_back():
+            self.give(data, connection)
+        self._accept_while(bool(self.ready))
+
+    def accept(self, listener: socket.socket) -> None:
+        for _ in range(ACCEPTED_AT_ONCE):
+            try:
+                connection, _ = listener.accept()
+            except OSError as error:  # none is left, or it has gone already
+                if error.errno in NO_ROOM:
+                    time.sleep(NO_ROOM_REST_S)  # it would be told so again at once, for as long as it lasts
+                return
+            self.give(bytes([handover.FRESH]), connection)
+
+    def give(self, data: bytes, connection: socket.socket) -> None:
+        if not self.ready and len(self._waiting) < WAITING_MAX:
+            self._waiting.append((data, connection))
+            return
+        with connection:
+            for share in sorted(self.ready, key=lambda share: (share.is_late, share.load)):
+                if share.give(data, connection):
+                    self.due_s = min(self.due_s, time.monotonic() + PATIENCE_S)
+                    return
+        # Every worker is far behind: this connection is closed, which its client sees at once.
+
+    def look(self) -> None:
+        """Once due_s has come: what a worker leaves lying is given to one that does not, if there is one."""
+        now_s, self.due_s = time.monotonic(), math.inf
+        for share in self.ready:
+            unread_s = share.unread_s()
+            share.is_late |= unread_s >= PATIENCE_S
+            if unread_s:
+                self.due_s = min(self.due_s, now_s + PATIENCE_S - (0.0 if share.is_late else unread_s))
+        if not all(share.is_late for share in self.ready):
+            for late in [share for share in self.ready if share.is_late]:
+                for data, connection in late.take_back():
+                    self.give(data, connection)
+
+    def accept_no_more(self) -> None:
+        self._accept_while(False)
+        self.listeners = []
+
+    def close(self) -> None:
+        for _, connection in self._waiting:
+            connection.close()
+        self._waiting = []
+
+    def _accept_while(self, wanted: bool) -> None:
+        if wanted == self._accepts:
+            return
+        self._accepts = wanted
+        for listener in self.listeners:
+            if wanted:
+                self.selector.register(listener, selectors.EVENT_READ, ACCEPT)
+            else:
+                self.selector.unregister(listener)

@@ -1,0 +1,189 @@
+"""Prometheus text of what a server has counted. prometheus_client writes the format; the figures are of all processes.
+
+docs/metrics.md lists the metrics. Labels are bounded: methods, codes and stages are fixed, models are those that exist.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from prometheus_client import CollectorRegistry, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.registry import Collector
+
+from shorttail._native.metrics import BOUNDS_NS, CODES, PROTOCOLS, ROW_BOUNDS, STAGES
+from shorttail.observe.memory import SUPERVISOR, MetricsMemory, Process, SlotCounts
+
+if TYPE_CHECKING:
+    from shorttail.engine import Engine
+
+CONTENT_TYPE: Final = CONTENT_TYPE_LATEST
+TICKS_PER_S: Final = os.sysconf("SC_CLK_TCK")
+PAGE_BYTES: Final = os.sysconf("SC_PAGE_SIZE")
+SECONDS: Final = [repr(bound / 1e9) for bound in BOUNDS_NS]
+ROWS: Final = [repr(float(bound)) for bound in ROW_BOUNDS]
+
+# name, help, word of the header, what one unit of it is; each a sample a worker
+WORKER_GAUGES: Final = (
+    ("store_generation", "Commits of the store that the worker has seen.", "generation", 1.0),
+    (
+        "store_reader_age_seconds",
+        "How long the worker's snapshot has been older than the store; 0: it is the newest.",
+        "reader_age_us",
+        1e6,
+    ),
+)
+# name, help, word of MessagePack-RPC, word of HTTP
+PROTOCOL_GAUGES: Final = (
+    ("connections", "Open connections.", "connections", "http_connections"),
+    ("requests_in_flight", "Requests read and not yet answered.", "in_flight", "http_in_flight"),
+)
+PROTOCOL_COUNTERS: Final = (
+    ("connections_accepted", "Connections accepted.", "connections_total", "http_connections_total"),
+    ("received_bytes", "Bytes received.", "received_bytes", "http_received_bytes"),
+    ("sent_bytes", "Bytes sent.", "sent_bytes", "http_sent_bytes"),
+)
+
+
+def exposition(memory: MetricsMemory, engine: Engine) -> bytes:
+    """The text of /metrics."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(ServerCollector(memory, engine))
+    return generate_latest(registry)
+
+
+class ServerCollector(Collector):
+    def __init__(self, memory: MetricsMemory, engine: Engine):
+        self.memory = memory
+        self.engine = engine
+
+    def describe(self) -> list[Metric]:
+        return []  # else registering would collect once
+
+    def collect(self) -> Iterator[Metric]:
+        yield from _requests(self.memory.slots())
+        processes = self.memory.processes()
+        yield from _by_protocol(processes)
+        yield from _by_worker([process for process in processes if process.region != SUPERVISOR and process.living])
+        yield from _server(processes)
+        info = GaugeMetricFamily(
+            "shorttail_model_info", "1 for the version of each model that serves.", labels=["model", "version"]
+        )
+        for name, entry in self.engine.store.catalog.models.items():
+            info.add_metric([name, str(entry.current)], 1.0)
+        yield info
+
+
+def _requests(slots: dict[tuple[str, str], SlotCounts]) -> Iterator[Metric]:
+    requests = CounterMetricFamily(
+        "shorttail_requests", "Requests by outcome.", labels=["protocol", "method", "model", "code"]
+    )
+    rows = CounterMetricFamily("shorttail_rows", "Rows answered.", labels=["method", "model"])
+    batches = HistogramMetricFamily("shorttail_batch_rows", "Rows of a batch.", labels=["method", "model"])
+    stages = HistogramMetricFamily(
+        "shorttail_stage_duration_seconds",
+        "Time of a batch in each stage; queue is that of its oldest request, total is from its arrival to the reply.",
+        labels=["method", "model", "stage"],
+    )
+    for (method, model), counts in sorted(slots.items()):
+        n_codes = len(CODES)
+        for number, n in enumerate(counts.requests):
+            if n:
+                requests.add_metric([PROTOCOLS[number // n_codes], method, model, CODES[number % n_codes]], n)
+        if not any(counts.batches):
+            continue
+        rows.add_metric([method, model], counts.rows)
+        batches.add_metric([method, model], _cumulative(ROWS, counts.batches), counts.rows)
+        for stage, words in zip(STAGES, counts.stages, strict=True):
+            if any(words[:-1]):
+                stages.add_metric([method, model, stage], _cumulative(SECONDS, words[:-1]), words[-1] / 1e9)
+    yield from (requests, rows, batches, stages)
+
+
+def _cumulative(bounds: Sequence[str], counts: Sequence[int]) -> list[tuple[str, float]]:
+    total, buckets = 0, []
+    for bound, count in zip([*bounds, "+Inf"], counts, strict=True):
+        total += count
+        buckets.append((bound, float(total)))
+    return buckets
+
+
+def _by_protocol(processes: list[Process]) -> Iterator[Metric]:
+    for name, text, *words in PROTOCOL_GAUGES:
+        gauge = GaugeMetricFamily(f"shorttail_{name}", text, labels=["protocol"])
+        for protocol, word in zip(PROTOCOLS, words, strict=True):
+            gauge.add_metric([protocol], sum(process.header[word] for process in processes if process.living))
+        yield gauge
+    for name, text, *words in PROTOCOL_COUNTERS:
+        counter = CounterMetricFamily(f"shorttail_{name}", text, labels=["protocol"])
+        for protocol, word in zip(PROTOCOLS, words, strict=True):
+            counter.add_metric([protocol], sum(process.header[word] for process in processes))
+        yield counter
+
+
+def _by_worker(workers: list[Process]) -> Iterator[Metric]:
+    for name, text, word, unit in WORKER_GAUGES:
+        gauge = GaugeMetricFamily(f"shorttail_{name}", text, labels=["worker"])
+        for worker in workers:
+            gauge.add_metric([str(worker.region)], worker.header[word] / unit)
+        yield gauge
+    heartbeat = GaugeMetricFamily(
+        "shorttail_loop_heartbeat_age_seconds", "How long ago the worker's event loop came round.", labels=["worker"]
+    )
+    memory = GaugeMetricFamily("shorttail_process_resident_memory_bytes", "Resident memory.", labels=["worker"])
+    cpu = CounterMetricFamily("shorttail_process_cpu_seconds", "CPU time, user and system.", labels=["worker"])
+    now_ns = time.monotonic_ns()
+    for worker in workers:
+        label = [str(worker.region)]
+        if worker.header["heartbeat_ns"]:
+            heartbeat.add_metric(label, max(0, now_ns - worker.header["heartbeat_ns"]) / 1e9)
+        usage = process_usage(worker.header["pid"])
+        if usage is not None:
+            cpu.add_metric(label, usage[0])
+            memory.add_metric(label, usage[1])
+    yield from (heartbeat, memory, cpu)
+
+
+def process_usage(pid: int) -> tuple[float, int] | None:
+    """CPU seconds and resident bytes of a process, from proc(5); None when it has ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return (int(fields[11]) + int(fields[12])) / TICKS_PER_S, int(fields[21]) * PAGE_BYTES
+
+
+def _server(processes: list[Process]) -> Iterator[Metric]:
+    def total(word: str) -> int:
+        return sum(process.header[word] for process in processes)
+
+    restarts = CounterMetricFamily("shorttail_restarts", "Processes started again after they died.", labels=["process"])
+    restarts.add_metric(["worker"], total("worker_restarts"))
+    restarts.add_metric(["writer"], total("writer_restarts"))
+    yield restarts
+    yield CounterMetricFamily(
+        "shorttail_gc_collections", "Garbage collections of the interpreters.", value=total("gc_collections")
+    )
+    yield CounterMetricFamily(
+        "shorttail_gc_pause_seconds", "Time the interpreters stood still in them.", value=total("gc_pause_ns") / 1e9
+    )
+    yield CounterMetricFamily(
+        "shorttail_log_lines_dropped",
+        "Log lines left out because there were too many.",
+        value=total("log_lines_dropped"),
+    )
+    workers = [process for process in processes if process.region != SUPERVISOR]
+    yield GaugeMetricFamily(
+        "shorttail_workers", "Workers that run.", value=float(sum(process.living for process in workers))
+    )
+    from shorttail.config import VERSION
+
+    info = GaugeMetricFamily("shorttail_build_info", "1, with the versions.", labels=["version", "python"])
+    info.add_metric([VERSION, platform.python_version()], 1.0)
+    yield info

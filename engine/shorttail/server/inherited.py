@@ -1,0 +1,95 @@
+"""What the supervisor makes once and every worker inherits: the memory for counters, and the socket for HTTP."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import socket
+from types import TracebackType
+from typing import Final
+
+from shorttail.config import DEFAULT_HTTP_PORT
+from shorttail.errors import InvalidArgument, ShorttailError
+from shorttail.observe import logs
+from shorttail.observe.memory import SUPERVISOR, WORD, MetricsMemory
+from shorttail.server.listen import listen_on
+from shorttail.server.settings import ServerSettings
+
+PACKAGES: Final = ("aiohttp", "orjson", "prometheus_client")  # of the extra `http`
+# Where a platform says which port its probes and requests come to.
+PORT_VARIABLES: Final = ("AIP_HTTP_PORT", "SAGEMAKER_BIND_TO_PORT")
+
+
+class Inherited:
+    """A context manager; leaving it closes both. port: of MessagePack-RPC. bind=False only checks.
+
+    Raises InvalidArgument, Unavailable (the port is taken).
+    """
+
+    def __init__(self, settings: ServerSettings, host: str, port: int, workers: int, *, bind: bool = True):
+        self.listener: socket.socket | None = None
+        self._name = ""
+        http_port = wanted_port(settings, port)
+        if http_port is not None:
+            try:
+                self.listener, self._name = listen_on(host, http_port, settings, bind=bind)
+            except ShorttailError as error:
+                raise type(error)(error.message.replace("--port", "--http-port")) from None
+        self.memory = MetricsMemory.create(workers)
+        self._recorder = self.memory.claim(SUPERVISOR)
+
+    def __str__(self) -> str:
+        return f" · http on {self._name}" if self._name else ""
+
+    @property
+    def fds(self) -> list[int]:
+        """To be passed to a worker."""
+        return [self.memory.fd, *([self.listener.fileno()] if self.listener else [])]
+
+    @property
+    def worker_options(self) -> list[str]:
+        http = ["--http-fd", str(self.listener.fileno())] if self.listener else []
+        return ["--metrics-fd", str(self.memory.fd), *http]
+
+    def restarted(self, *, writer: bool) -> None:
+        """A process died and is started again."""
+        self._recorder.add(WORD["writer_restarts" if writer else "worker_restarts"], 1)
+
+    def close(self) -> None:
+        """Stop listening here; workers stop by themselves."""
+        if self.listener is not None:
+            self.listener.close()
+
+    def __enter__(self) -> Inherited:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def wanted_port(settings: ServerSettings, port: int) -> int | None:
+    """Where to serve HTTP: as told, else where the platform says, else 7712, or a free port beside a free port.
+
+    None: not at all. Raises InvalidArgument when it was asked for and its packages are not there.
+    """
+    if not settings.http:
+        return None
+    asked = settings.http_port
+    for name in PORT_VARIABLES:
+        if asked is None and os.environ.get(name):
+            text = os.environ[name]
+            if not (text.isascii() and text.isdigit()):
+                raise InvalidArgument(f"the environment's {name} is {text!r:.40}, which is no port")
+            asked = int(text)
+    missing = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
+    if missing:
+        lacks = f"HTTP needs {', '.join(missing)}: pip install 'shorttail[http]'"
+        if asked is not None:
+            raise InvalidArgument(f"{lacks}; or serve without it: --no-http")
+        logs.say(settings.log, "info", f"note: no probes, no metrics: {lacks}; --no-http leaves this line out")
+        return None
+    if asked is not None:
+        return asked
+    return DEFAULT_HTTP_PORT if port else 0

@@ -1,0 +1,44 @@
+"""Commits of the catalog, and whether what was prepared before a commit still fits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from shorttail.define.catalog import Catalog, TableInfo
+from shorttail.define.views import FeatureView
+from shorttail.errors import ResourceExhausted
+from shorttail.store.environment import Environment, drop_table
+
+
+@contextmanager
+def edit_catalog(environment: Environment) -> Iterator[Catalog]:
+    """A copy of the newest catalog to change; it is committed when the block ends, unless by an exception.
+
+    Tables that it no longer names are deleted afterwards. Writers wait meanwhile: be quick.
+    """
+    with environment.write() as writer:
+        before = Catalog.from_json(writer.get_catalog())
+        catalog = before.copy()
+        yield catalog
+        document = catalog.to_json()
+        if document == before.to_json():
+            return
+        writer.put_catalog(document)
+    kept = {table.id for table in catalog.tables.values()}
+    for table in before.tables.values():
+        if table.id not in kept:
+            with suppress(ResourceExhausted):  # the catalog is changed by now; the next load deletes the rest
+                drop_table(environment, table.id)
+
+
+def is_current(catalog: Catalog, view: FeatureView, table: TableInfo) -> bool:
+    """Whether that table still holds the view's rows, and the view still has the same keys and features."""
+    now = catalog.views.get(view.name)
+    return now is not None and _same_columns(now, view) and catalog.tables[view.name] == table
+
+
+def _same_columns(a: FeatureView, b: FeatureView) -> bool:
+    return list(a.keys.items()) == list(b.keys.items()) and [(f.name, f.dtype) for f in a.features] == [
+        (f.name, f.dtype) for f in b.features
+    ]
