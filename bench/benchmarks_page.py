@@ -117,7 +117,7 @@ def floor() -> Iterator[str]:
 
 
 def added(figures: dict[str, Any], server: str) -> str:
-    """What a server's P50 has beyond the echo's: of the rounds one by one, or of the medians in results without that."""
+    """A server's P50 less the echo's: of the rounds one by one, or of the medians in results that lack those."""
     if "added_us" in figures:
         return range_us(figures["added_us"][server])
     return f"{figures[server]['p50_us']['median'] - figures['echo_1']['p50_us']['median']:.0f} us"

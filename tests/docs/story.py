@@ -6,7 +6,6 @@ block means:
     python    is executed in the namespace of the document. The text that it prints is what the comments beside its
               calls of print() show.
     console   each line `$ command` is run by the shell. The lines after it are what the command prints.
-    json      is parsed.
     promql    names metrics that the document's server has.
     text      is shown to the reader and not run. It may not hold a line `$ command`.
 
@@ -34,8 +33,6 @@ import contextlib
 import difflib
 import inspect
 import io
-import json
-import os
 import re
 import signal
 import subprocess
@@ -204,7 +201,7 @@ class Story:
             return None
         if block.whole is not None:
             return difference((ROOT / block.whole).read_text(), block.source)
-        evaluators = {"python": self.python, "console": self.console, "json": self.json, "promql": self.promql}
+        evaluators = {"python": self.python, "console": self.console, "promql": self.promql}
         if block.language not in evaluators:
             return f"language {block.language!r} is none of {', '.join([*evaluators, *SHOWN])}"
         return evaluators[block.language](block)
@@ -241,10 +238,6 @@ class Story:
                 shown, printed = shown.partition("\n")[0], printed.partition("\n")[0]
             if wrong := difference(shown, printed, block.mark == EVERY_FIGURE):
                 return f"$ {command}\n{wrong}"
-        return None
-
-    def json(self, block: Block) -> str | None:
-        json.loads(block.source)
         return None
 
     def promql(self, block: Block) -> str | None:
@@ -337,8 +330,3 @@ def shown_by_prints(source: str) -> list[str]:
             shown.append(token.string.removeprefix("#").strip())
             follows.add(line + 1)
     return shown
-
-
-def environment(bin_folder: Path) -> dict[str, str]:
-    """Variables for the commands of a document: this interpreter's programs come first."""
-    return {"PATH": f"{bin_folder}{os.pathsep}{os.environ.get('PATH', os.defpath)}"}
