@@ -139,7 +139,7 @@ cdef class Router:
     cdef list traced                # of those, with a traceparent: (method, model, code, msgid, message, traceparent)
     cdef list sweeping              # connections that the sweep under way has yet to look at
     cdef int64_t swept_s
-    # Admission: wire_guard.pxi.
+    # Admission: wire_limits.pxi.
     cdef public double target_ns, burst_ns  # work of a turn: in an overload at the least, and at the most
     cdef readonly double cut_ns         # what is taken off burst_ns now
     cdef readonly double admitted_ns
@@ -193,19 +193,10 @@ cdef class Connection:
     cdef int hold(self, const uint8_t *data, size_t size) except -1
     cdef int drop_buffer(self, mp_out *buffer) except -1
     cdef int count_peer(self) except -1
-    cdef int check_access(self, const mp_value *method) except -1
-    cdef int authenticate(self, const uint8_t *params, uint32_t msgid, int flags) except -1
-    cdef int refuse_cheaply(self, WireRoute route, int why, uint32_t msgid, int flags) except -1
     cdef int drop_held(self, size_t size) except -1
     cdef size_t take(self, const uint8_t *data, size_t size) except? 0
     cdef int refuse(self, str code, str reason) except -1
     cdef int message(self, const uint8_t *p) except -1
-    cdef int call(self, const mp_value *method, const uint8_t *params, uint32_t msgid, int flags) except -1
-    cdef int predict(self, const uint8_t *p, uint32_t n, uint32_t msgid, int flags) except -1
-    cdef int get_online_features(self, const uint8_t *p, uint32_t n, uint32_t msgid, int flags) except -1
-    cdef int enqueue(self, WireRoute route, const uint8_t *columns, uint32_t msgid, const options_t *options) except -1
-    cdef int hand_on(self, str method, const uint8_t *params, uint32_t msgid, int flags) except -1
-    cdef int handle(self, str method, const uint8_t *params, uint32_t msgid, int flags) except -1
     cdef int touch(self) except -1
     cdef int put_error(self, int64_t msgid, str code, str message) except -1
     cdef int write_out(self) except -1

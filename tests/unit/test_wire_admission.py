@@ -5,7 +5,7 @@ import time
 import msgpack
 import pytest
 from test_wire import PREDICT
-from test_wire_guard import Guarded
+from test_wire_limits import Guarded
 
 from shorttail._native import wire
 from shorttail.errors import DeadlineExceeded, ResourceExhausted

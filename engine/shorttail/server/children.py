@@ -44,6 +44,17 @@ class Child:
     def __str__(self) -> str:
         return f"{name_of(self.number)} (pid {self.process.pid})"
 
+    def await_turn(self) -> None:
+        """It is a successor: it serves only once `take_turn` is called."""
+        self.is_successor = True
+
+    def take_turn(self) -> None:
+        self.is_successor = False
+
+    def retire(self) -> None:
+        """Another worker has taken its place: it is not started again when it ends."""
+        self.retires = True
+
     def hear(self) -> bool:
         """Read what it says on its control socket. False: it has ended."""
         try:

@@ -279,7 +279,7 @@ class Supervisor:
     def start_successor(self, number: int) -> Child:
         """Raises OSError."""
         child = self.launcher.start(number)
-        child.is_successor = True
+        child.await_turn()
         self._take_in(child)
         self.others.add(child)
         return child
@@ -287,14 +287,14 @@ class Supervisor:
     def succeed(self, successor: Child) -> Child | None:
         """A successor that is ready takes its place. Returns the worker that is to retire, if it still lives."""
         old = self.children.get(successor.number)
-        successor.is_successor = False
+        successor.take_turn()
         self.others.discard(successor)
         self.children[successor.number] = successor
         self.restarts.forget(successor.number)
         if successor.share is not None:
             self.acceptor.add(successor.share)
         if old is not None:
-            old.retires = True
+            old.retire()
             self.others.add(old)
             if old.share is not None:
                 self.acceptor.remove(old.share)
