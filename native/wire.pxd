@@ -61,7 +61,7 @@ cdef class WireRoute(Route):
     cdef double scale               # times which it has cost lately; 0: not known
     cdef readonly double batch_cost_ns, row_cost_ns     # the two, scaled
     cdef readonly double admitted_ns    # as the router's, of a route whose batches run outside the loop
-    cdef public bint apart          # its batches run outside the loop
+    cdef public bint threaded       # its batches run in a thread, outside the loop
     cdef double running_ns          # of that, what is running
     cdef int64_t ended_ns           # when its last batch ended
     cdef readonly double cut_ns     # as the router's; of its queue outside the loop, if it has one
@@ -89,7 +89,7 @@ cdef class Batch:
     cdef readonly dict traces       # place of a request in the batch -> (msgid, traceparent); None: no request has one
     cdef bint keep                  # once answered it is not used again: somebody still reads its columns
     cdef Router router              # of what is counted below; None while that is nothing
-    cdef bint apart                 # runs outside the loop, and so takes none of the turn's time
+    cdef bint threaded              # runs in a thread, outside the loop, and so takes none of the turn's time
     cdef Py_ssize_t waiting_rows, waiting_bytes
     cdef double cost_ns             # what it was admitted at
     cdef readonly int64_t started_ns    # when `wanted` was asked

@@ -210,12 +210,12 @@ cdef class Batch:
 
     def leave_loop(self):
         """It runs outside the loop, and its route's next batch waits for it. Called between `wanted` and `reply`."""
-        self.route.busy = self.route.apart = True
+        self.route.busy = self.route.threaded = True
         _leave_loop(self)
 
     def stay_in_loop(self):
         """It runs in the loop, and the route's next ones are admitted as such."""
-        self.route.apart = False
+        self.route.threaded = False
 
     def keep_columns(self):
         """Somebody still reads its columns once it is answered: they are not used for another batch."""

@@ -2,7 +2,7 @@
 
 `data_received` appends requests to the open batch of their model; at the end of the same loop turn `run` answers all
 of them. So a batch is one request when the server is idle, with no window to wait for, and hundreds under load. A batch
-that would take too long for the loop has its features looked up here and its model run in another thread (apart.py);
+that would take too long for the loop has its features looked up here, and its model runs in a thread (model_threads.py);
 what comes meanwhile for that model is its next batch, and other models are answered.
 """
 
@@ -15,8 +15,8 @@ from shorttail import pipeline
 from shorttail._native.wire import Router
 from shorttail.errors import ShorttailError
 from shorttail.pipeline import BatchResult, Plan
-from shorttail.server.apart import Apart, Prepared
 from shorttail.server.errorlog import one_line
+from shorttail.server.model_threads import ModelThreads, PreparedBatch
 from shorttail.server.runnable import Runnable
 from shorttail.server.shadow import ShadowThread
 from shorttail.server.telemetry import FEATURES, PREDICT, RPC
@@ -57,7 +57,7 @@ class Batcher:
         self.telemetry = telemetry
         self.http = http
         self.plans_version = engine.plans_version
-        self.apart = Apart(router.loop, router)
+        self.model_threads = ModelThreads(router.loop, router)
         self.shadows = ShadowThread(engine.store)
         router.connect(run=self.run, fault=fault)
 
@@ -75,16 +75,16 @@ class Batcher:
             self.shadows.start()
         self.follow_catalog()
         if self.router.sheds or not answered:
-            self.apart.rest()
+            self.model_threads.rest()
 
     def answer(self, batch: Runnable) -> None:
-        """Run a batch and reply; a batch that is too slow for the loop replies later, from `answered_apart`."""
+        """Run a batch and reply; a batch that is too slow for the loop replies later, from `answered_in_thread`."""
         try:
             plan, result = self.prepare(batch)
             shadowed = self.shadows.take(plan, batch, result) if plan.shadow is not None else None
             if plan.runner is not None:
                 if batch.n_rows > plan.runner.loop_rows_max:
-                    self.apart.put(Prepared(batch, plan.runner, result, shadowed, self.answered_apart))
+                    self.model_threads.put(PreparedBatch(batch, plan.runner, result, shadowed, self.answered_in_thread))
                     return
                 batch.stay_in_loop()
                 pipeline.infer(plan.runner, result)
@@ -101,7 +101,7 @@ class Batcher:
         plan = batch.route.plan
         return plan, BatchResult.of_inputs(plan, batch.inputs)
 
-    def answered_apart(self, prepared: Prepared, error: BaseException | None) -> None:
+    def answered_in_thread(self, prepared: PreparedBatch, error: BaseException | None) -> None:
         """A batch has run in another thread: reply; this turn's run() writes the replies."""
         try:
             if error is not None:
@@ -157,7 +157,7 @@ class Batcher:
                 self.http.forget_plans()
 
     def close(self) -> None:
-        self.apart.close()
+        self.model_threads.close()
         self.shadows.close()
 
 

@@ -26,7 +26,7 @@ REST_MAX_S: Final = 0.001
 
 
 @dataclass(slots=True)
-class Prepared:
+class PreparedBatch:
     """A batch that lacks nothing but `infer`.
 
     answered: called in the loop's thread when the batch has run, with what the run raised, or None.
@@ -36,10 +36,10 @@ class Prepared:
     runner: Runner
     result: BatchResult
     shadowed: ShadowBatch | None
-    answered: Callable[[Prepared, BaseException | None], object]
+    answered: Callable[[PreparedBatch, BaseException | None], object]
 
 
-class Apart:
+class ModelThreads:
     """Batches that would stall the loop. Each model runs one at a time, in a thread of its own if it has one.
 
     The others share some threads, so that a slow model keeps only as slow ones waiting, and only so many of them.
@@ -50,18 +50,18 @@ class Apart:
         self.loop = loop
         self.router = router
         self.threads: ThreadPoolExecutor | None = None
-        self.lanes: dict[Runner, deque[Prepared]] = {}  # the first of each runs, or waits for a thread
+        self.lanes: dict[Runner, deque[PreparedBatch]] = {}  # the first of each runs, or waits for a thread
         self.ended = threading.Event()  # a batch has, and `finish` does not know yet
         self.closed = False
 
-    def put(self, prepared: Prepared) -> None:
+    def put(self, prepared: PreparedBatch) -> None:
         prepared.batch.leave_loop()
         lane = self.lanes.setdefault(prepared.runner, deque())
         lane.append(prepared)
         if len(lane) == 1:
             self.start(prepared.runner, lane)
 
-    def start(self, runner: Runner, lane: deque[Prepared]) -> None:
+    def start(self, runner: Runner, lane: deque[PreparedBatch]) -> None:
         """Run the first batch that somebody still waits for: it may have waited long."""
         while lane:
             first = lane[0]
@@ -78,12 +78,12 @@ class Apart:
             self.threads = ThreadPoolExecutor(LIMITS.model_threads, "model")
         return self.threads
 
-    def end(self, runner: Runner, lane: deque[Prepared], done: Future[None]) -> None:
+    def end(self, runner: Runner, lane: deque[PreparedBatch], done: Future[None]) -> None:
         """In the model's thread."""
         self.ended.set()
         self.tell(self.finish, runner, lane, done)
 
-    def finish(self, runner: Runner, lane: deque[Prepared], done: Future[None]) -> None:
+    def finish(self, runner: Runner, lane: deque[PreparedBatch], done: Future[None]) -> None:
         self.ended.clear()
         if self.closed:
             return  # nobody is left to be answered
