@@ -34,10 +34,14 @@ class WorkerShare:
     """The connections that one worker was given. `channel` is the supervisor's end, `worker_end` the worker's."""
 
     def __init__(self) -> None:
-        self.channel, self.worker_end = handover.pair() self.heard_s = time.monotonic()  # when the worker was ready, or
-        last reported self.is_late = False  # the worker left a connection unread, and has not reported since
-        self._connections = 0 self._given = 0 self._received = 0 self._given_bytes = 0 self._unread: deque[tuple[float,
-        int]] = deque()  # of each connection given: the time, and _given_bytes after it
+        self.channel, self.worker_end = handover.pair()
+        self.heard_s = time.monotonic()  # when the worker was ready, or last reported
+        self.is_late = False  # the worker left a connection unread, and has not reported since
+        self._connections = 0
+        self._given = 0
+        self._received = 0
+        self._given_bytes = 0
+        self._unread: deque[tuple[float, int]] = deque()  # for each connection given: when, and _given_bytes after it
 
     @property
     def load(self) -> int:

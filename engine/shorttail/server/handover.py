@@ -99,7 +99,7 @@ class Channel:
             sock.close()
 
     async def hand_over_all(self, until_s: float) -> None:
-        """Give every connection away as soon as all its requests are answered. until_s: time limit by the loop's clock."""
+        """Give each connection away as soon as all its requests are answered. until_s: limit by the loop's clock."""
         turns = 0  # a few turns, so that connections that were on their way have arrived
         while (self.router.connections or self._tasks or turns < 3) and self.loop.time() < until_s:
             turns += 1

@@ -157,9 +157,13 @@ class Supervisor:
         self.starting = False
 
     def _announce(self) -> None:
-        plural = "" if self.n_workers == 1 else "s" where = f"{self.launcher.listeners}{self.launcher.inherited}" text =
-        f"serving on {where} · {self.n_workers} worker{plural} · {self._contents()}" print(text, flush=True)  # on
-        stdout, whatever the log's format: programs that start a server read the port there self._note(text)
+        plural = "" if self.n_workers == 1 else "s"
+        where = f"{self.launcher.listeners}{self.launcher.inherited}"
+        text = f"serving on {where} · {self.n_workers} worker{plural} · {self._contents()}"
+        print(
+            text, flush=True
+        )  # on stdout, whatever the log's format: programs that start a server read the port there
+        self._note(text)
         self.systemd.say("READY=1", f"STATUS={self._contents()}")
 
     def _contents(self) -> str:
@@ -230,8 +234,8 @@ class Supervisor:
         if child.is_successor or child.retires:
             return  # rolling.py handles these
         if child.number == WRITER:
-            self._plan_restart(child, code, silent=self.starting)  # if the store cannot be opened, the worker reports
-            it
+            # If the store cannot be opened, the worker reports it.
+            self._plan_restart(child, code, silent=self.starting)
         elif not self.starting or child.said:
             self._plan_restart(child, code)
         else:
