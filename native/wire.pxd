@@ -61,7 +61,7 @@ cdef class WireRoute(Route):
     cdef double scale               # times which it has cost lately; 0: not known
     cdef readonly double batch_cost_ns, row_cost_ns     # the two, scaled
     cdef readonly double admitted_ns    # as the router's, of a route whose batches run outside the loop
-    cdef public bint apart          # its batches run outside the loop
+    cdef public bint threaded       # its batches run in a thread, outside the loop
     cdef double running_ns          # of that, what is running
     cdef int64_t ended_ns           # when its last batch ended
     cdef readonly double cut_ns     # as the router's; of its queue outside the loop, if it has one
@@ -89,7 +89,7 @@ cdef class Batch:
     cdef readonly dict traces       # place of a request in the batch -> (msgid, traceparent); None: no request has one
     cdef bint keep                  # once answered it is not used again: somebody still reads its columns
     cdef Router router              # of what is counted below; None while that is nothing
-    cdef bint apart                 # runs outside the loop, and so takes none of the turn's time
+    cdef bint threaded              # runs in a thread, outside the loop, and so takes none of the turn's time
     cdef Py_ssize_t waiting_rows, waiting_bytes
     cdef double cost_ns             # what it was admitted at
     cdef readonly int64_t started_ns    # when `wanted` was asked
@@ -139,7 +139,7 @@ cdef class Router:
     cdef list traced                # of those, with a traceparent: (method, model, code, msgid, message, traceparent)
     cdef list sweeping              # connections that the sweep under way has yet to look at
     cdef int64_t swept_s
-    # Admission: wire_guard.pxi.
+    # Admission: wire_limits.pxi.
     cdef public double target_ns, burst_ns  # work of a turn: in an overload at the least, and at the most
     cdef readonly double cut_ns         # what is taken off burst_ns now
     cdef readonly double admitted_ns
@@ -193,19 +193,10 @@ cdef class Connection:
     cdef int hold(self, const uint8_t *data, size_t size) except -1
     cdef int drop_buffer(self, mp_out *buffer) except -1
     cdef int count_peer(self) except -1
-    cdef int check_access(self, const mp_value *method) except -1
-    cdef int authenticate(self, const uint8_t *params, uint32_t msgid, int flags) except -1
-    cdef int refuse_cheaply(self, WireRoute route, int why, uint32_t msgid, int flags) except -1
     cdef int drop_held(self, size_t size) except -1
     cdef size_t take(self, const uint8_t *data, size_t size) except? 0
     cdef int refuse(self, str code, str reason) except -1
     cdef int message(self, const uint8_t *p) except -1
-    cdef int call(self, const mp_value *method, const uint8_t *params, uint32_t msgid, int flags) except -1
-    cdef int predict(self, const uint8_t *p, uint32_t n, uint32_t msgid, int flags) except -1
-    cdef int get_online_features(self, const uint8_t *p, uint32_t n, uint32_t msgid, int flags) except -1
-    cdef int enqueue(self, WireRoute route, const uint8_t *columns, uint32_t msgid, const options_t *options) except -1
-    cdef int hand_on(self, str method, const uint8_t *params, uint32_t msgid, int flags) except -1
-    cdef int handle(self, str method, const uint8_t *params, uint32_t msgid, int flags) except -1
     cdef int touch(self) except -1
     cdef int put_error(self, int64_t msgid, str code, str message) except -1
     cdef int write_out(self) except -1

@@ -5,8 +5,9 @@ of features), values going straight into the batch's `Columns`. server/batcher.p
 calls `reply`, which writes every request's rows into its connection's output. The `Router` is what connections share.
 
 Everything runs in the loop's thread with the GIL held. wire_decode.pxi reads columns, wire_encode.pxi writes arrays,
-wire_connection.pxi is the protocol, wire_options.pxi its options, wire_guard.pxi its limits, wire_newest.pxi what it
-admits in an overload; wire_codec.pxi is for tests.
+wire_connection.pxi is the protocol, wire_methods.pxi its methods, wire_options.pxi their options, wire_limits.pxi the
+limits, and wire_newest.pxi chooses which requests are admitted in an overload.
+wire_codec.pxi is for tests.
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
@@ -209,12 +210,12 @@ cdef class Batch:
 
     def leave_loop(self):
         """It runs outside the loop, and its route's next batch waits for it. Called between `wanted` and `reply`."""
-        self.route.busy = self.route.apart = True
+        self.route.busy = self.route.threaded = True
         _leave_loop(self)
 
     def stay_in_loop(self):
         """It runs in the loop, and the route's next ones are admitted as such."""
-        self.route.apart = False
+        self.route.threaded = False
 
     def keep_columns(self):
         """Somebody still reads its columns once it is answered: they are not used for another batch."""
@@ -525,8 +526,9 @@ cdef class Router:
 
 
 include "wire_options.pxi"
-include "wire_guard.pxi"
+include "wire_limits.pxi"
 include "wire_newest.pxi"
 include "wire_counts.pxi"
+include "wire_methods.pxi"
 include "wire_connection.pxi"
 include "wire_codec.pxi"

@@ -252,7 +252,7 @@ cdef class Connection:
             p = mp_read(p, &method)
             if method.kind != MP_STR:
                 raise InvalidArgument("method must be a string")
-            self.call(&method, p, msgid, flags)
+            _call(self, &method, p, msgid, flags)
         except ShorttailError as error:
             _count_failed(self, &method, p, error.code, msgid, error.message)
             if not flags & SILENT:
@@ -263,167 +263,6 @@ cdef class Connection:
             _count_failed(self, &method, p, "INTERNAL", msgid, type(error).__name__)
             if not flags & SILENT:
                 self.put_error(msgid, "INTERNAL", f"{type(error).__name__} while reading the request")
-        return 0
-
-    cdef int call(self, const mp_value *method, const uint8_t *params, uint32_t msgid, int flags) except -1:
-        cdef mp_value v
-        cdef const uint8_t *p = mp_read(params, &v)
-        if v.kind != MP_ARRAY:
-            raise InvalidArgument(f"params of {_text(method)!r} must be an array")
-        if self.access < ACCESS_ADMIN:
-            self.check_access(method)
-        if self.router.auth is not None and _is(method, b"auth", 4):
-            return self.authenticate(params, msgid, flags)
-        if _is(method, b"predict", 7):
-            if _may_keep(self):
-                return _keep(self)
-            return self.predict(p, v.size, msgid, flags)
-        if _is(method, b"get_online_features", 19):
-            if _may_keep(self):
-                return _keep(self)
-            return self.get_online_features(p, v.size, msgid, flags)
-        if self.router.forward is not None and (_is(method, b"push", 4) or _is(method, b"delete", 6)):
-            return self.hand_on(_text(method), params, msgid, flags)
-        return self.handle(_text(method), params, msgid, flags)
-
-    cdef int check_access(self, const mp_value *method) except -1:
-        if self.access == ACCESS_NONE:
-            self.strange += 1
-            if self.strange > STRANGER_REQUESTS:
-                self.state = REFUSED
-                raise Unauthenticated(f"{STRANGER_REQUESTS} requests came before the right token; connect again")
-            if not (_is(method, b"auth", 4) or _is(method, b"ping", 4)):
-                raise Unauthenticated("this server wants a token: call `auth` with it first")
-        elif _is(method, b"push", 4) or _is(method, b"delete", 6):
-            raise PermissionDenied(f"{_text(method)} needs the admin token; this connection has shown the serve token")
-        return 0
-
-    cdef int authenticate(self, const uint8_t *params, uint32_t msgid, int flags) except -1:
-        cdef int access = self.router.auth(_as_python(params))
-        self.access = max(self.access, access)
-        if flags & SILENT:
-            return 0
-        _need(&self.out, 16)
-        mp_put_raw(&self.out, <const uint8_t *>b"\x94\x01", 2)
-        mp_put_int(&self.out, msgid)
-        mp_put_raw(&self.out, <const uint8_t *>b"\xC0\xC3", 2)
-        return self.touch()
-
-    cdef int refuse_cheaply(self, WireRoute route, int why, uint32_t msgid, int flags) except -1:
-        """Refuse a request for want of time: no exception, nothing is packed."""
-        if why == TOO_MUCH:
-            self.router.shed += 1
-            route.shed += 1
-        else:
-            _count_errors(self.router, _method_of(route), route.plan.model, "DEADLINE_EXCEEDED", 1, msgid, LATE_MESSAGE)
-        if flags & SILENT:
-            return 0
-        _need(&self.out, 16)
-        mp_put_raw(&self.out, <const uint8_t *>b"\x94\x01", 2)
-        mp_put_int(&self.out, msgid)
-        _put_bytes(&self.out, SHED if why == TOO_MUCH else LATE)
-        return self.touch()
-
-    cdef int predict(self, const uint8_t *p, uint32_t n, uint32_t msgid, int flags) except -1:
-        cdef mp_value model, columns
-        cdef options_t options
-        cdef const uint8_t *map_at = p
-        _no_options(&options, flags, self.router)
-        model.kind = columns.kind = MP_NIL
-        if 2 <= n <= 3:
-            map_at = mp_read(p, &model)
-            if model.kind == MP_STR:
-                mp_read(map_at, &columns)
-        if columns.kind != MP_MAP:
-            raise InvalidArgument("predict takes [model, {column: value or array}, {option: value}?]")
-        if n == 3:
-            _read_options(self.last_param, PREDICT_OPTIONS, &options)
-        if self.last is None or not self.last.leads_from(False, model.body, model.size, options.version):
-            self.last = self.router.model_route(model.body, model.size, options.version)
-        self.asked = self.last
-        return self.enqueue(self.last, map_at, msgid, &options)
-
-    cdef int get_online_features(self, const uint8_t *p, uint32_t n, uint32_t msgid, int flags) except -1:
-        cdef mp_value refs, columns
-        cdef options_t options
-        cdef const uint8_t *map_at = p
-        _no_options(&options, flags, self.router)
-        refs.kind = columns.kind = MP_NIL
-        if 2 <= n <= 3:
-            mp_read(p, &refs)
-            if refs.kind == MP_ARRAY:
-                map_at = mp_skip(p)
-                mp_read(map_at, &columns)
-        if columns.kind != MP_MAP:
-            raise InvalidArgument("get_online_features takes [[feature reference], {key column: value or array}, {option: value}?]")
-        if n == 3:
-            _read_options(self.last_param, FEATURES_OPTIONS, &options)
-        if self.last is None or not self.last.leads_from(True, p, map_at - p, -1):
-            self.last = self.router.features_route(p, map_at - p)
-        return self.enqueue(self.last, map_at, msgid, &options)
-
-    cdef int enqueue(self, WireRoute route, const uint8_t *columns, uint32_t msgid, const options_t *options) except -1:
-        """Read the columns into the route's open batch."""
-        cdef Batch batch = route.open
-        cdef Py_ssize_t rows
-        cdef int why = _admit(self.router, route, options)
-        if why != ADMITTED:
-            if options.trace is not NULL:
-                _note_refused(self.router, route, why, msgid, options)
-            return self.refuse_cheaply(route, why, msgid, options.flags)
-        if self.in_flight >= CONNECTION_REQUESTS:
-            raise ResourceExhausted(f"{self.in_flight} requests of this connection are in flight; "
-                                    f"wait for their answers, then send it again")
-        if batch is None:
-            batch = route.spare_batch
-            route.spare_batch = None
-            if batch is None:
-                batch = Batch(route, route.plan.new_columns())
-            route.open = batch
-        rows = _read_columns(batch.columns, route.names, columns)
-        if route.canary is not None and rows and route.split.takes(batch.columns, batch.columns.n_rows - rows):
-            batch.columns.drop_last(rows)
-            return self.enqueue(route.canary, columns, msgid, options)
-        batch.add(self, msgid, options, rows)
-        _count_in(self.router, batch, rows, self.scan_bytes)
-        if batch.n_requests == 1:
-            batch.opened_ns = self.router.turn_ns
-            self.router.pending.append(batch)
-            self.router.wake()
-        if batch.columns.n_rows >= BATCH_ROWS:
-            route.open = None
-        return 0
-
-    cdef int hand_on(self, str method, const uint8_t *params, uint32_t msgid, int flags) except -1:
-        """A push or delete: to the writer with its columns unread. The answer comes by relay()."""
-        cdef mp_value v, view, columns
-        cdef options_t options
-        cdef const uint8_t *map_at
-        cdef const uint8_t *p = mp_read(params, &v)
-        cdef uint32_t n = v.size
-        _no_options(&options, flags, self.router)
-        columns.kind = MP_NIL
-        if 2 <= n <= 3:
-            map_at = mp_read(p, &view)
-            if view.kind == MP_STR:
-                mp_read(map_at, &columns)
-        if columns.kind != MP_MAP:
-            raise InvalidArgument(f"{method} takes [view, {{column: value or array}}, {{option: value}}?]")
-        if n == 3:
-            _read_options(self.last_param, WRITE_OPTIONS, &options)
-        if self.forwarded >= PUSHES_PER_CONNECTION:
-            raise ResourceExhausted(f"{self.forwarded} requests of this connection wait to be written; "
-                                    f"wait for their answers, then send it again")
-        silent = bool(flags & SILENT)
-        data = PyBytes_FromStringAndSize(<const char *>params, mp_skip(params) - params)
-        if options.trace is NULL:
-            self.router.forward(None if silent else self, msgid, method, data, options.deadline_ns)
-        else:
-            self.router.forward(None if silent else self, msgid, method, data, options.deadline_ns, _trace(&options))
-        if not silent:
-            self.in_flight += 1
-            self.router.in_flight += 1
-            self.forwarded += 1
         return 0
 
     def relay(self, uint32_t msgid, bytes outcome not None):
@@ -439,24 +278,6 @@ cdef class Connection:
         mp_put_int(&self.out, msgid)
         _put_bytes(&self.out, outcome)
         self.touch()
-
-    cdef int handle(self, str method, const uint8_t *params, uint32_t msgid, int flags) except -1:
-        """A method that is not batched: any MessagePack in, any out."""
-        handler = self.router.handlers.get(method)
-        if handler is None:
-            writes = ["push", "delete"] if self.router.forward is not None else []
-            known = ", ".join(["predict", "get_online_features", *writes, *self.router.handlers])
-            raise NotFound(f"unknown method {method!r}; methods: {known}")
-        result = msgpack.packb(handler(_as_python(params)))
-        if flags & SILENT:
-            return 0
-        _need(&self.out, 16)
-        mp_put_byte(&self.out, 0x94)
-        mp_put_byte(&self.out, 1)
-        mp_put_int(&self.out, msgid)
-        mp_put_byte(&self.out, 0xC0)
-        _put_bytes(&self.out, result)
-        return self.touch()
 
     # -- bytes out ---------------------------------------------------------------------------------------------
 

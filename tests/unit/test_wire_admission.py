@@ -5,7 +5,7 @@ import time
 import msgpack
 import pytest
 from test_wire import PREDICT
-from test_wire_guard import Guarded
+from test_wire_limits import Guarded
 
 from shorttail._native import wire
 from shorttail.errors import DeadlineExceeded, ResourceExhausted
@@ -131,14 +131,14 @@ def test_priorities_that_are_none(served):
 
 def test_a_route_that_runs_apart_has_a_queue_of_its_own(measured):
     measured.router.burst_ns = 9.5 * measured.route.row_cost_ns
-    measured.route.apart = True
+    measured.route.threaded = True
     assert measured.offer(1000) == (10, 990)
     assert measured.route.admitted_ns == measured.router.admitted_ns == 0.0
 
 
 def test_a_queue_outside_the_loop_is_kept_short_alike(measured):
     budgets(measured, 20, 500)
-    measured.route.apart = True
+    measured.route.threaded = True
     assert measured.offer(5000)[0] > 500
     for _ in range(9):
         assert measured.offer(5000)[1]

@@ -11,7 +11,7 @@ class WireRoute(Route):
     def __init__(self, plan: Any, key: bytes, asked: int) -> None: ...
     stale: bool
     busy: bool
-    apart: bool
+    threaded: bool
     batch_cost_ns: float
     row_cost_ns: float
     admitted_ns: float

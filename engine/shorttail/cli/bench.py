@@ -325,7 +325,7 @@ def run_steps(
             return [*each_rate(run_one, load, rates, line)], None
 
         def try_rate(rate: Rate, seconds: float) -> Step:
-            line.prefix = f"{rate}/s  "
+            line.begin(f"{rate}/s  ")
             return run_one(replace(load, duration_s=seconds), rate)
 
         assert rates[0] is not None
@@ -345,7 +345,7 @@ def each_rate(
     """A step a rate, until one fails or is interrupted."""
     steps: list[Step] = []
     for i, rate in enumerate(rates):
-        line.prefix = (
+        line.begin(
             f"{'closed loop' if rate is None else f'{rate}/s'} ({i + 1}/{len(rates)})  " if len(rates) > 1 else ""
         )
         try:

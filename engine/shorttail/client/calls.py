@@ -141,6 +141,14 @@ class Call:
         self.retries = 0
         self.sent = False  # whether the server can have got all of it
 
+    def mark_sent(self) -> None:
+        """The server can have got all of the request from now on."""
+        self.sent = True
+
+    def count_retry(self) -> None:
+        """The call is sent once more."""
+        self.retries += 1
+
     @property
     def is_read(self) -> bool:
         """Whether it changes nothing, so that it may be done twice."""

@@ -57,7 +57,7 @@ class Connection:
         try:
             self.socket.settimeout(call.left_s())
             self.socket.sendall(call.message())
-            call.sent = True
+            call.mark_sent()
             self.socket.settimeout(call.left_s())
             answered, error, result = protocol.read_response(self._receive(call))
         except TimeoutError:

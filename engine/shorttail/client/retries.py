@@ -55,7 +55,7 @@ class Retries:
         if pause_s >= call.budget_s() or self._saved + in_flight < 1:
             raise error
         self._saved -= 1
-        call.retries += 1
+        call.count_retry()
         return pause_s
 
 

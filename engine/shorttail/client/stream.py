@@ -50,7 +50,7 @@ class Stream(asyncio.Protocol):
             timer.cancel()
             self.waiting.pop(call.msgid, None)
             if self._unsent.pop(call.msgid, None) is None:
-                call.sent = True
+                call.mark_sent()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's are not of asyncio's classes

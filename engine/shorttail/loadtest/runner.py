@@ -152,13 +152,17 @@ class LiveLine:
     """Overwrites one line of stderr while that is a terminal."""
 
     def __init__(self) -> None:
-        self.prefix = ""
+        self._prefix = ""
         self._shown = 0
         self._is_terminal = sys.stderr.isatty()
 
+    def begin(self, prefix: str) -> None:
+        """Put this before every text from now on."""
+        self._prefix = prefix
+
     def __call__(self, text: str) -> None:
         if self._is_terminal:
-            line = f"{self.prefix}{text}"
+            line = f"{self._prefix}{text}"
             sys.stderr.write("\r" + line.ljust(self._shown))
             sys.stderr.flush()
             self._shown = len(line)

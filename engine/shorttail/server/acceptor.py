@@ -1,8 +1,8 @@
-"""The supervisor's side of handover.py: who gets which connection.
+"""The acceptor: the supervisor's side of handover.py, which decides which worker gets which connection.
 
-A message in a worker's channel is read by one process only, so a connection has one owner at each moment: the
-supervisor keeps a copy of the worker's end of each channel, and takes back what a worker does not read. So nobody waits
-for a worker that hangs, died, or is busy with something long while another one is free.
+Each message in a worker's channel is read by one process only, so a connection has one owner at each moment. The
+supervisor keeps a copy of the worker's end of each channel, and takes back the connections that the worker does not
+read. So no client waits for a worker that hangs, has died, or is busy, while another worker is free.
 """
 
 from __future__ import annotations
@@ -20,32 +20,32 @@ from typing import Final
 
 from shorttail.server import handover
 
-ACCEPT: Final = "accept"  # a listening socket's data in the selector
-ACCEPTED_AT_ONCE: Final = 64  # then others have their turn
+ACCEPT: Final = "accept"  # the selector's data for a listening socket
+ACCEPTED_AT_ONCE: Final = 64  # then other events are handled
 NO_ROOM: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 NO_ROOM_REST_S: Final = 0.01
-PATIENCE_S: Final = 0.02  # a connection that a worker has not taken by then is given to another
-WAITING_MAX: Final = 256  # connections kept while there is no worker
+PATIENCE_S: Final = 0.02  # a connection that a worker has not read after this time is given to another worker
+WAITING_MAX: Final = 256  # connections that are kept while no worker is ready
 
 Given = tuple[bytes, socket.socket]  # a message of handover.py
 
 
 class WorkerShare:
-    """What one worker has been given, and how it is. `channel` is this process's end, `worker_end` the worker's."""
+    """The connections that one worker was given. `channel` is the supervisor's end, `worker_end` the worker's."""
 
     def __init__(self) -> None:
         self.channel, self.worker_end = handover.pair()
-        self.heard_s = time.monotonic()  # when it was ready, or last reported
-        self.is_late = False  # it left a connection lying, and has not been heard since
+        self.heard_s = time.monotonic()  # when the worker was ready, or last reported
+        self.is_late = False  # the worker left a connection unread, and has not reported since
         self._connections = 0
         self._given = 0
         self._received = 0
         self._given_bytes = 0
-        self._unread: deque[tuple[float, int]] = deque()  # of what is given: when, and _given_bytes after it
+        self._unread: deque[tuple[float, int]] = deque()  # for each connection given: when, and _given_bytes after it
 
     @property
     def load(self) -> int:
-        """Connections it has, and those on their way to it."""
+        """Connections that the worker has, and those that are on their way to it."""
         return self._connections + self._given - self._received
 
     def give(self, data: bytes, sock: socket.socket) -> bool:
@@ -59,7 +59,7 @@ class WorkerShare:
         return True
 
     def unread_s(self) -> float:
-        """How long the oldest connection lies there that it has not taken; 0: it has taken all."""
+        """Seconds since the oldest connection was given that the worker has not read; 0 if it has read all."""
         if self._unread:
             lying = fcntl.ioctl(self.worker_end, termios.FIONREAD, bytes(4))
             read_bytes = self._given_bytes - int.from_bytes(lying, "little")
@@ -68,7 +68,7 @@ class WorkerShare:
         return time.monotonic() - self._unread[0][0] if self._unread else 0.0
 
     def take_back(self) -> list[Given]:
-        """The connections that it has not taken."""
+        """Read the connections that the worker has not read from its end."""
         taken = list(_receive(self.worker_end))
         self._given -= len(taken)
         self._given_bytes -= sum(len(data) for data, _ in taken)
@@ -76,7 +76,7 @@ class WorkerShare:
         return [(data, sock) for data, sock in taken if sock is not None]
 
     def hear(self, pass_on: Callable[[bytes, socket.socket], None]) -> None:
-        """Read what the worker says. pass_on: told of each connection that it gives away."""
+        """Read the worker's messages. pass_on: called with each connection that the worker gives away."""
         for data, sock in _receive(self.channel):
             if sock is not None:
                 pass_on(data, sock)
@@ -91,7 +91,7 @@ class WorkerShare:
 
 
 def _receive(end: socket.socket) -> Iterable[tuple[bytes, socket.socket | None]]:
-    """The messages that lie at an end of a channel."""
+    """Read all messages that wait at one end of a channel."""
     while True:
         try:
             data, fds, _, _ = socket.recv_fds(end, handover.MESSAGE_BYTES, 1)
@@ -103,21 +103,21 @@ def _receive(end: socket.socket) -> Iterable[tuple[bytes, socket.socket | None]]
 
 
 class Acceptor:
-    """Deals connections out to the workers that are ready: each to the one with the fewest.
+    """Gives each connection to the ready worker that has the fewest.
 
-    listeners: where to accept; none if the worker does that itself.
+    listeners: the listening sockets to accept from; empty if the worker accepts itself.
     """
 
     def __init__(self, selector: selectors.BaseSelector, listeners: list[socket.socket]):
         self.selector = selector
         self.listeners = listeners
         self.ready: list[WorkerShare] = []
-        self.due_s = math.inf  # when to look after those that do not take what they were given
+        self.due_s = math.inf  # when to look for connections that a worker has not read
         self._accepts = False
         self._waiting: list[Given] = []  # while no worker is ready
 
     def add(self, share: WorkerShare) -> None:
-        """Its worker is ready: once."""
+        """A worker is ready. Called once for each worker."""
         self.ready.append(share)
         waiting, self._waiting = self._waiting, []
         for data, connection in waiting:
@@ -125,7 +125,7 @@ class Acceptor:
         self._accept_while(True)
 
     def remove(self, share: WorkerShare) -> None:
-        """Its worker retires, or is gone: what it has not taken goes to others."""
+        """A worker retires or has ended: the connections that it has not read go to other workers."""
         if share in self.ready:
             self.ready.remove(share)
         for data, connection in share.take_back():
@@ -136,9 +136,9 @@ class Acceptor:
         for _ in range(ACCEPTED_AT_ONCE):
             try:
                 connection, _ = listener.accept()
-            except OSError as error:  # none is left, or it has gone already
+            except OSError as error:  # no connection waits, or its client has gone
                 if error.errno in NO_ROOM:
-                    time.sleep(NO_ROOM_REST_S)  # it would be told so again at once, for as long as it lasts
+                    time.sleep(NO_ROOM_REST_S)  # the selector would report the listener again at once
                 return
             self.give(bytes([handover.FRESH]), connection)
 
@@ -151,10 +151,10 @@ class Acceptor:
                 if share.give(data, connection):
                     self.due_s = min(self.due_s, time.monotonic() + PATIENCE_S)
                     return
-        # Every worker is far behind: this connection is closed, which its client sees at once.
+        # Every worker is far behind: the connection is closed, which its client sees at once.
 
     def look(self) -> None:
-        """Once due_s has come: what a worker leaves lying is given to one that does not, if there is one."""
+        """Give connections that a worker leaves unread to a worker that reads. Called when `due_s` has come."""
         now_s, self.due_s = time.monotonic(), math.inf
         for share in self.ready:
             unread_s = share.unread_s()

@@ -1,9 +1,10 @@
-"""Greedy batching: whatever arrived while the last batch ran is the next batch.
+"""Greedy batching: the requests that arrived while the last batch ran are the next batch.
 
-`data_received` appends requests to the open batch of their model; at the end of the same loop turn `run` answers all
-of them. So a batch is one request when the server is idle, with no window to wait for, and hundreds under load. A batch
-that would take too long for the loop has its features looked up here and its model run in another thread (apart.py);
-what comes meanwhile for that model is its next batch, and other models are answered.
+`Connection.data_received` appends each request to the open batch of its plan. `Batcher.run` answers all open batches at
+the end of the same turn of the event loop. So a batch holds one request when the server is idle, with no waiting
+window, and hundreds under load. If a batch would hold up the loop for too long, the loop only looks its features up,
+and the model runs in another thread (model_threads.py). Requests that arrive for that model meanwhile form its next
+batch; other models are answered as before.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from shorttail import pipeline
 from shorttail._native.wire import Router
 from shorttail.errors import ShorttailError
 from shorttail.pipeline import BatchResult, Plan
-from shorttail.server.apart import Apart, Prepared
 from shorttail.server.errorlog import one_line
+from shorttail.server.model_threads import ModelThreads, PreparedBatch
 from shorttail.server.runnable import Runnable
 from shorttail.server.shadow import ShadowThread
 from shorttail.server.telemetry import FEATURES, PREDICT, RPC
@@ -27,20 +28,20 @@ if TYPE_CHECKING:
 
 
 class OtherBatches(Protocol):
-    """Batches of another protocol than the wire's (server/http/batches.py)."""
+    """Batches that came by another protocol than MessagePack-RPC (server/http/batches.py)."""
 
     def take(self) -> list[Runnable]:
-        """The batches that wait and whose routes are not busy. They take no more requests."""
+        """Return the batches whose routes are not busy. No request is added to them afterwards."""
 
     def forget_plans(self) -> None:
-        """The catalog changed: keep no plan. Batches that wait run by the plans they came for."""
+        """Forget all plans: the catalog changed. Batches that wait still run by the plans they were read for."""
 
 
 class Batcher:
-    """Runs the batches of one worker, of both protocols, by the same code.
+    """Runs the batches of one worker. MessagePack-RPC and HTTP requests go through the same code.
 
-    http: the batches that came over HTTP, None where the server has no HTTP. fault: told of every exception that
-    nobody foresaw.
+    http: the batches that came over HTTP, or None if the server has no HTTP. fault: called with every exception that is
+    not a ShorttailError. telemetry: counts the batches; None counts nothing.
     """
 
     def __init__(
@@ -57,12 +58,12 @@ class Batcher:
         self.telemetry = telemetry
         self.http = http
         self.plans_version = engine.plans_version
-        self.apart = Apart(router.loop, router)
+        self.model_threads = ModelThreads(router.loop, router)
         self.shadows = ShadowThread(engine.store)
         router.connect(run=self.run, fault=fault)
 
     def run(self) -> None:
-        """One loop turn: answer everything that waits, then one write for each connection."""
+        """Run one turn: answer every batch that waits, then write once to each connection."""
         batches: list[Runnable] = [*self.router.take()]
         answered = bool(batches)
         if self.http is not None:
@@ -75,16 +76,16 @@ class Batcher:
             self.shadows.start()
         self.follow_catalog()
         if self.router.sheds or not answered:
-            self.apart.rest()
+            self.model_threads.rest()
 
     def answer(self, batch: Runnable) -> None:
-        """Run a batch and reply; a batch that is too slow for the loop replies later, from `answered_apart`."""
+        """Run a batch and reply. A batch that is too slow for the loop replies later, in `answered_in_thread`."""
         try:
             plan, result = self.prepare(batch)
             shadowed = self.shadows.take(plan, batch, result) if plan.shadow is not None else None
             if plan.runner is not None:
                 if batch.n_rows > plan.runner.loop_rows_max:
-                    self.apart.put(Prepared(batch, plan.runner, result, shadowed, self.answered_apart))
+                    self.model_threads.put(PreparedBatch(batch, plan.runner, result, shadowed, self.answered_in_thread))
                     return
                 batch.stay_in_loop()
                 pipeline.infer(plan.runner, result)
@@ -95,14 +96,14 @@ class Batcher:
             self.fail(batch, error)
 
     def prepare(self, batch: Runnable) -> tuple[Plan, BatchResult]:
-        """Look up and transform. Requests that bring the model's input tensors need neither."""
+        """Look up the features and transform them. A request that brings the model's input tensors needs neither."""
         if batch.inputs is None:
             return self.engine.prepare(batch.route, batch.columns)
         plan = batch.route.plan
         return plan, BatchResult.of_inputs(plan, batch.inputs)
 
-    def answered_apart(self, prepared: Prepared, error: BaseException | None) -> None:
-        """A batch has run in another thread: reply; this turn's run() writes the replies."""
+    def answered_in_thread(self, prepared: PreparedBatch, error: BaseException | None) -> None:
+        """Reply to a batch that has run in another thread; `run` of this turn writes the replies to the connections."""
         try:
             if error is not None:
                 raise error
@@ -140,14 +141,14 @@ class Batcher:
         if isinstance(error, ShorttailError):
             batch.fail(error.code, error.message)
             return
-        # The cause goes to the server's log, one line of it to the callers.
+        # The server's log gets the cause with its place in the code; the callers get one line.
         batch.fail("INTERNAL", f"{describe(batch)}: {one_line(error)}")
         self.fault(error)
 
     def follow_catalog(self) -> None:
-        """Drop the plans made for another catalog, or before another version answered, and have new versions loaded.
+        """Forget plans of an older catalog and of versions that no longer answer, and start to load new versions.
 
-        Run between batches: requests that wait hold their plans.
+        Called between batches. A batch that waits holds the plan it was read for.
         """
         if self.engine.plans_version != self.plans_version:
             self.engine.follow()
@@ -157,7 +158,7 @@ class Batcher:
                 self.http.forget_plans()
 
     def close(self) -> None:
-        self.apart.close()
+        self.model_threads.close()
         self.shadows.close()
 
 

@@ -1,4 +1,4 @@
-"""The supervisor's children: how a worker and the writer are started, and when one that died is started again."""
+"""The supervisor's children: how workers and the writer are started, and when they are started again."""
 
 from __future__ import annotations
 
@@ -23,29 +23,49 @@ from shorttail.server.inherited import Inherited
 from shorttail.server.listen import Listeners, WriterSocket
 from shorttail.server.settings import ServerSettings
 
-WRITER: Final = 0  # its number; workers count from 1
-STABLE_S: Final = 10.0  # a child that lived this long starts its backoff anew
-LAST_WORDS_S: Final = 1.0  # for what a child that has ended had written to be passed on
+WRITER: Final = 0  # the writer's number; workers count from 1
+STABLE_S: Final = 10.0  # the backoff of a child that lived this long starts at its minimum again
+LAST_WORDS_S: Final = 1.0  # how long to wait until the last lines of children are passed on
 
 
 @dataclass(slots=True, eq=False)
 class Child:
+    """A worker or the writer.
+
+    control: a socket on which the child sends one line of JSON when it is ready; it closes when the child ends. share:
+    a worker's connections; None for the writer. said: the line: what is served, or {"error": why} from a writer that
+    cannot open the store. killed_for: why the supervisor killed it. is_successor: it will replace a worker, and is not
+    ready yet. retires: another worker has replaced it.
+    """
+
     number: int
     process: subprocess.Popen[bytes]
-    control: socket.socket  # one line of JSON comes when it is ready; then nothing until it is gone
-    share: WorkerShare | None  # of a worker
+    control: socket.socket
+    share: WorkerShare | None
     started_s: float = field(default_factory=time.monotonic)
-    said: dict[str, Any] | None = None  # what is served; or of a writer that cannot write {"error": why}
+    said: dict[str, Any] | None = None
     received: bytes = b""
-    killed_for: str = ""  # why the supervisor killed it
-    is_successor: bool = False  # not ready yet, to take the place of one that serves
+    killed_for: str = ""
+    is_successor: bool = False
     retires: bool = False
 
     def __str__(self) -> str:
         return f"{name_of(self.number)} (pid {self.process.pid})"
 
+    def await_turn(self) -> None:
+        """Mark the child as a successor: it serves only after `take_turn`."""
+        self.is_successor = True
+
+    def take_turn(self) -> None:
+        """The successor takes the place of the worker of its number."""
+        self.is_successor = False
+
+    def retire(self) -> None:
+        """Another worker has replaced this one: it is not restarted when it ends."""
+        self.retires = True
+
     def hear(self) -> bool:
-        """Read what it says on its control socket. False: it has ended."""
+        """Read what the child sends on its control socket. Returns False if the child has ended."""
         try:
             received = self.control.recv(65536)
         except BlockingIOError:
@@ -60,7 +80,7 @@ class Child:
         return bool(received)
 
     def hangs(self, now_s: float, deadline_s: float) -> str:
-        """Why it is to be killed: its loop stood still for so long, or it does not come to its start. "": it is not."""
+        """Why the child must be killed, or "": its loop was silent for deadline_s, or it is not ready in time."""
         if self.said is None:
             late = now_s - self.started_s > LIMITS.start_timeout_s
             return f"it was not ready after {LIMITS.start_timeout_s:g} s" if late else ""
@@ -68,7 +88,7 @@ class Child:
         return f"it hung for {deadline_s:g} s" if hung else ""
 
     def close(self) -> int:
-        """Wait for its end; returns its exit code."""
+        """Wait until the child ends, and return its exit code."""
         self.control.close()
         if self.share is not None:
             self.share.close()
@@ -76,25 +96,25 @@ class Child:
 
 
 class Launcher:
-    """Starts children: new interpreters, never forks. A context manager; leaving it lets them have their last words."""
+    """Starts children as new interpreters. A context manager: leaving it passes on the last lines of their stderr."""
 
     def __init__(
         self,
         store: str,
         listeners: Listeners,
         writer_socket: WriterSocket,
-        shared: Inherited,
+        inherited: Inherited,
         settings: ServerSettings,
         *,
         device: str,
         options: Sequence[str],
         accepts: bool,
     ):
-        """options: of every worker. accepts: workers accept connections themselves."""
+        """options: command-line options of every worker. accepts: the worker accepts connections itself."""
         self.store = store
         self.listeners = listeners
         self.writer_socket = writer_socket
-        self.inherited = shared
+        self.inherited = inherited
         self.settings = settings
         self.device = device
         self.options = options
@@ -102,7 +122,7 @@ class Launcher:
         self._relays: list[threading.Thread] = []
 
     def start(self, number: int, *, check: bool = False) -> Child:
-        """Raises OSError when the system has no room for it."""
+        """Start the child of that number. Raises OSError when the system cannot start a process."""
         with contextlib.ExitStack() as theirs, contextlib.ExitStack() as ours:
             control, control_end = socket.socketpair()
             ours.callback(control.close)
@@ -140,9 +160,9 @@ class Launcher:
         return subprocess.Popen(
             [sys.executable, "-P", "-m", f"shorttail.server.{module}", *options, "--", self.store],
             stdin=subprocess.DEVNULL,
-            stderr=subprocess.PIPE if self.settings.log == "json" else None,  # to be made lines of JSON, whatever it is
+            stderr=subprocess.PIPE if self.settings.log == "json" else None,  # every line of it becomes a line of JSON
             pass_fds=fds,
-            process_group=0,  # of its own: Ctrl-C in a terminal is for the supervisor, which passes it on once
+            process_group=0,  # Ctrl-C in a terminal then reaches the supervisor alone, which stops its children
         )
 
     def __enter__(self) -> Launcher:
@@ -155,7 +175,7 @@ class Launcher:
 
 
 class Restarts:
-    """When children that died are started again: at once at first, and later the sooner they die again."""
+    """When children that died are started again: at once at first, with a doubling backoff if they die soon again."""
 
     def __init__(self) -> None:
         self.due_s: dict[int, float] = {}
@@ -166,7 +186,7 @@ class Restarts:
         return min(self.due_s.values(), default=math.inf)
 
     def plan(self, number: int, lived_s: float) -> float:
-        """Returns in how many seconds it will be."""
+        """Plan the restart of a child that lived so long. Returns the wait in seconds."""
         wait_s = 0.0 if lived_s > STABLE_S else 2 * self._backoff_s.get(number, 0.0)
         wait_s = min(max(wait_s, LIMITS.restart_backoff_min_s), LIMITS.restart_backoff_max_s)
         self._backoff_s[number] = wait_s
@@ -174,7 +194,7 @@ class Restarts:
         return wait_s
 
     def take(self) -> list[int]:
-        """The numbers of those whose time has come."""
+        """Return, and forget, the numbers of the children whose restart is due."""
         now_s = time.monotonic()
         due = [number for number, due_s in self.due_s.items() if due_s <= now_s]
         for number in due:
@@ -182,7 +202,7 @@ class Restarts:
         return due
 
     def forget(self, number: int) -> None:
-        """Another has taken its place."""
+        """Plan no restart: another child has taken its place."""
         self.due_s.pop(number, None)
 
 

@@ -1,10 +1,13 @@
-"""Connections travel between processes: from the supervisor, which accepts them, to workers; and from a worker that is
-replaced to the others. The peer sees nothing of it: its socket stays open, and no byte is lost. This is the workers'
-side; the supervisor's is acceptor.py.
+"""Handover: connections move between processes while their clients notice nothing.
 
-A channel is a pair of SOCK_SEQPACKET sockets between the supervisor and a worker. A message that carries a socket is
-the access the connection has (FRESH: none was asked for yet) and then what had been read of a message. One without a
-socket is a worker's report: how many connections it has, and how many sockets it has been given in all.
+The supervisor gives the connections that it accepts to workers, and a worker that is replaced gives its connections to
+the others. The socket stays open and no byte is lost. This module is the workers' side; acceptor.py is the
+supervisor's.
+
+A channel is a pair of SOCK_SEQPACKET sockets between the supervisor and a worker. A message with a socket holds one
+byte, the access of the connection (FRESH: it has not authenticated), and then the bytes that were already read of an
+unfinished request. A message without a socket is a worker's report: how many connections it has, and how many sockets
+it was given in all.
 """
 
 from __future__ import annotations
@@ -20,13 +23,13 @@ from typing import Any, Final
 from shorttail._native.wire import Connection, Router
 
 FRESH: Final = 255
-# What may have been read of a message when its connection moves; a longer one is waited for.
+# A connection moves with at most this much of an unfinished request. If more was read, the worker waits for its end.
 HELD_BYTES: Final = 64 << 10
 MESSAGE_BYTES: Final = HELD_BYTES + 1
 REPORT: Final = struct.Struct("<QQ")
 HANDSHAKE_S: Final = 10.0
 POLL_S: Final = 0.002
-REPORT_S: Final = 0.25  # a worker is heard at least so often
+REPORT_S: Final = 0.25  # a worker reports at least this often
 
 
 def pair() -> tuple[socket.socket, socket.socket]:
@@ -37,7 +40,7 @@ def pair() -> tuple[socket.socket, socket.socket]:
 
 
 class Channel:
-    """A worker's end."""
+    """A worker's end of its channel."""
 
     def __init__(self, end: socket.socket, loop: asyncio.AbstractEventLoop, router: Router, tls: ssl.SSLContext | None):
         self.end = end
@@ -51,7 +54,7 @@ class Channel:
         loop.add_reader(end, self._receive)
 
     def report(self) -> None:
-        """Tell the supervisor how many connections there are: when that has changed, and now and then to be heard."""
+        """Report the number of connections when it has changed, and at least every REPORT_S as a sign of life."""
         figures = (len(self.router.connections) + len(self._tasks), self.given)
         now_s = self.loop.time()
         if figures != self._reported or now_s - self._reported_s > REPORT_S:
@@ -65,14 +68,14 @@ class Channel:
         self.end.close()
 
     def _receive(self) -> None:
-        for _ in range(64):  # then others have their turn
+        for _ in range(64):  # then other events are handled
             try:
                 data, fds, _, _ = socket.recv_fds(self.end, MESSAGE_BYTES, 1)
             except (BlockingIOError, InterruptedError):
                 return
             except OSError:
                 data, fds = b"", []
-            if not data:  # the supervisor is gone, which the control socket says too
+            if not data:  # the supervisor has ended; the control socket closes too
                 self.loop.remove_reader(self.end)
                 return
             for fd in fds:
@@ -92,12 +95,12 @@ class Channel:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connected: Any = self.loop.connect_accepted_socket  # a Connection has all of asyncio.Protocol but its name
             await connected(lambda: connection, sock, **options)
-        except OSError:  # it has gone, or does not speak TLS
+        except OSError:  # the client has gone, or does not speak TLS
             sock.close()
 
     async def hand_over_all(self, until_s: float) -> None:
-        """Give every connection away that can be, as soon as it owes nothing. until_s: by the loop's clock."""
-        turns = 0  # what was on its way here when this began has arrived after a few
+        """Give each connection away as soon as all its requests are answered. until_s: limit by the loop's clock."""
+        turns = 0  # a few turns, so that connections that were on their way have arrived
         while (self.router.connections or self._tasks or turns < 3) and self.loop.time() < until_s:
             turns += 1
             for connection in list(self.router.connections):
@@ -118,7 +121,7 @@ class Channel:
         try:
             socket.send_fds(self.end, [bytes([connection.access]) + held], [fd])
         except OSError:
-            return  # the supervisor is behind; again in a moment
+            return  # the channel is full; the next turn tries again
         finally:
             os.close(fd)
-        connection.abort()  # closes this end of it only
+        connection.abort()  # closes this process's copy of the socket alone

@@ -1,4 +1,4 @@
-"""What the supervisor makes once and every worker inherits: the memory for counters, and the socket for HTTP."""
+"""The resources that the supervisor makes once and every worker inherits: shared counters, and the HTTP socket."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from shorttail.server.listen import listen_on
 from shorttail.server.settings import ServerSettings
 
 PACKAGES: Final = ("aiohttp", "orjson", "prometheus_client")  # of the extra `http`
-# Where a platform says which port its probes and requests come to.
+# Environment variables by which Vertex AI and SageMaker name the HTTP port.
 PORT_VARIABLES: Final = ("AIP_HTTP_PORT", "SAGEMAKER_BIND_TO_PORT")
 
 
 class Inherited:
-    """A context manager; leaving it closes both. port: of MessagePack-RPC. bind=False only checks.
+    """The memory for counters, and the listening HTTP socket. A context manager: leaving it closes the socket.
 
-    Raises InvalidArgument, Unavailable (the port is taken).
+    port: the port of MessagePack-RPC. bind: False only checks the address. Raises InvalidArgument, or Unavailable if
+    the port is taken.
     """
 
     def __init__(self, settings: ServerSettings, host: str, port: int, workers: int, *, bind: bool = True):
@@ -43,7 +44,7 @@ class Inherited:
 
     @property
     def fds(self) -> list[int]:
-        """To be passed to a worker."""
+        """The file descriptors to pass to a worker."""
         return [self.memory.fd, *([self.listener.fileno()] if self.listener else [])]
 
     @property
@@ -52,11 +53,11 @@ class Inherited:
         return ["--metrics-fd", str(self.memory.fd), *http]
 
     def restarted(self, *, writer: bool) -> None:
-        """A process died and is started again."""
+        """Count a restart of the writer or of a worker."""
         self._recorder.add(WORD["writer_restarts" if writer else "worker_restarts"], 1)
 
     def close(self) -> None:
-        """Stop listening here; workers stop by themselves."""
+        """Close the supervisor's copy of the socket; workers close theirs."""
         if self.listener is not None:
             self.listener.close()
 
@@ -70,9 +71,9 @@ class Inherited:
 
 
 def wanted_port(settings: ServerSettings, port: int) -> int | None:
-    """Where to serve HTTP: as told, else where the platform says, else 7712, or a free port beside a free port.
+    """The port for HTTP: the option's, else the platform's, else 7712 (a free port if `port` is 0). None: no HTTP.
 
-    None: not at all. Raises InvalidArgument when it was asked for and its packages are not there.
+    Raises InvalidArgument if HTTP was asked for and its packages are not installed.
     """
     if not settings.http:
         return None
@@ -81,7 +82,7 @@ def wanted_port(settings: ServerSettings, port: int) -> int | None:
         if asked is None and os.environ.get(name):
             text = os.environ[name]
             if not (text.isascii() and text.isdigit()):
-                raise InvalidArgument(f"the environment's {name} is {text!r:.40}, which is no port")
+                raise InvalidArgument(f"the environment's {name} is {text!r:.40}, which is not a port")
             asked = int(text)
     missing = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
     if missing:

@@ -1,4 +1,4 @@
-"""What a worker is set to before it serves: access, limits, admission (native/wire_guard.pxi), CPUs, open files."""
+"""What a worker is set to before it serves: access, limits, admission (native/wire_limits.pxi), CPUs, open files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 OTHER_FILES: Final = 512
 # An accepted request waits for the turn before its own, or for the batch that runs, and then for its own: each may take
 # half of the P99 budget. In an overload they are kept short, as a longer wait only makes everybody late
-# (native/wire_guard.pxi).
+# (native/wire_limits.pxi).
 BURST_SHARE: Final = 0.5
 TARGET_SHARE: Final = 0.04
 # Of glibc's malloc.h. More free memory at the end of the heap than the one is given back; what is larger than the other

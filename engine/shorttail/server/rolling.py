@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 from shorttail.config import LIMITS
 from shorttail.errors import ShorttailError
@@ -20,12 +20,34 @@ from shorttail.server import security
 
 if TYPE_CHECKING:
     from shorttail.server.children import Child
-    from shorttail.server.supervisor import Supervisor
+    from shorttail.server.settings import ServerSettings
+    from shorttail.server.systemd import Notifier
 
 RETIRE: Final = b"retire\n"  # worker.py: told()
 
 
-def reload(supervisor: Supervisor) -> None:
+class ReloadingSupervisor(Protocol):
+    """The part of the supervisor that a reload works with."""
+
+    settings: ServerSettings
+    systemd: Notifier
+    n_workers: int
+    others: set[Child]  # processes beside the workers that serve: successors, and workers that retire
+
+    def say(self, level: str, text: str) -> None:
+        """Write a line of the server's log."""
+
+    def wait(self, until_s: float = ...) -> None:
+        """Handle the events that come until that time (of time.monotonic)."""
+
+    def start_successor(self, number: int) -> Child:
+        """Start a worker that will take the place of the worker of that number. Raises OSError."""
+
+    def succeed(self, successor: Child) -> Child | None:
+        """Let a successor that is ready serve. Returns the worker that is to retire, if it still lives."""
+
+
+def reload(supervisor: ReloadingSupervisor) -> None:
     supervisor.systemd.reloading()
     try:
         security.check(supervisor.settings)
@@ -38,7 +60,7 @@ def reload(supervisor: Supervisor) -> None:
     supervisor.systemd.say("READY=1")
 
 
-def replace(supervisor: Supervisor, number: int) -> bool:
+def replace(supervisor: ReloadingSupervisor, number: int) -> bool:
     """Put a new worker in the place of the one of this number. False: it did not start, and the old one stays."""
     try:
         successor = supervisor.start_successor(number)
@@ -62,7 +84,7 @@ def replace(supervisor: Supervisor, number: int) -> bool:
     return True
 
 
-def _wait_for_end(supervisor: Supervisor, child: Child, grace_s: float) -> None:
+def _wait_for_end(supervisor: ReloadingSupervisor, child: Child, grace_s: float) -> None:
     deadline_s = time.monotonic() + grace_s
     while child in supervisor.others and time.monotonic() < deadline_s:
         supervisor.wait(deadline_s)

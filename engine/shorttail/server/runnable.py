@@ -1,4 +1,4 @@
-"""What the batcher runs: a batch of requests, from whatever protocol they came."""
+"""The interface of a batch of requests, as the batcher runs it, whatever protocol the requests came by."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from shorttail.pipeline import BatchResult
 
 
 class Runnable(Protocol):
-    """Requests of one route that run together: native/wire's Batch, or HTTP's HttpBatch.
+    """Requests of one route that run together: a Batch of native/wire, or an HttpBatch.
 
-    protocol: its place in metrics.PROTOCOLS. columns: what the requests ask; inputs: the model's own input tensors, if
-    the requests bring them instead of columns. waiting: requests that are counted when the batch is answered.
-    traces: a request's place in the batch -> (message id, traceparent).
+    protocol: index into metrics.PROTOCOLS. columns: the request columns of all requests. inputs: the model's own input
+    tensors, if a request brings them instead of columns. waiting: requests to be counted when the batch is answered.
+    opened_ns, started_ns: when its first request was read, and when it began to run (CLOCK_MONOTONIC). traces: index of
+    a request in the batch -> (message id, traceparent).
     """
 
     @property
@@ -40,19 +41,19 @@ class Runnable(Protocol):
     def traces(self) -> dict[int, tuple[int, bytes]] | None: ...
 
     def wanted(self) -> int:
-        """Answer the requests that are past their deadline; return how many still wait. Asked before a run."""
+        """Answer the requests that are past their deadline, and return how many still wait. Called before a run."""
 
     def leave_loop(self) -> None:
-        """The batch runs outside the loop; the route's next batch waits until it has."""
+        """The batch runs in a thread. The next batch of its route waits until it has run."""
 
     def stay_in_loop(self) -> None:
-        """The batch runs in the loop."""
+        """The batch runs in the event loop."""
 
     def keep_columns(self) -> None:
-        """Leave the columns as they are once the batch is answered: somebody still reads them."""
+        """Do not reuse the columns after the reply: a shadow still reads them."""
 
     def reply(self, result: BatchResult) -> None:
-        """Give each request its rows of the result."""
+        """Answer each request with its rows of the result."""
 
     def fail(self, code: str, message: str) -> None:
-        """Give each request that has no answer this error."""
+        """Answer each request that has no answer yet with this error."""

@@ -12,7 +12,7 @@ from typing import Any, Final, Self
 from shorttail.errors import InvalidArgument, Unauthenticated
 from shorttail.server.settings import ServerSettings
 
-# What a connection may do. native/wire_guard.pxi knows the same numbers.
+# What a connection may do. native/wire_limits.pxi knows the same numbers.
 NONE: Final = 0
 SERVE: Final = 1  # everything that reads
 ADMIN: Final = 2  # push and delete too

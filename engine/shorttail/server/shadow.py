@@ -1,4 +1,7 @@
-"""A shadow: a version that runs on what the current one has answered. Its answers are compared, and never given."""
+"""Shadows: a shadow is a model version that runs on requests that the current version has answered.
+
+Its answers are compared with those of the current version and counted. No client ever gets them.
+"""
 
 from __future__ import annotations
 
@@ -21,16 +24,17 @@ if TYPE_CHECKING:
 
 Array = NDArray[Any]
 
-# Two runs of the same mathematics differ by rounding: by no more than this, relative above 1 and absolute below.
+# Two runs of the same mathematics differ by rounding. A difference up to TOLERANCE counts as equal: relative for values
+# above 1, absolute below.
 TOLERANCE: Final = 1e-4
 
 
 @dataclass(slots=True)
 class ShadowCounts:
-    """What a shadow's answers were found to be, in this process.
+    """How the answers of a shadow compared with the current version's, in this process.
 
-    rows_differing: those in which some output differs by more than TOLERANCE, or is another text, integer or truth
-    value. largest_difference: of any number. skipped: batches that came while the last one was still running.
+    rows_differing: rows in which an output differs by more than TOLERANCE, or is another text, integer or bool.
+    largest_difference: the largest difference of two numbers. skipped: batches that came while the shadow still ran.
     """
 
     batches: int = 0
@@ -47,9 +51,10 @@ class ShadowCounts:
 
 
 class ShadowState:
-    """What is known of one shadow in this process: its counts, and whether it runs.
+    """The state of one shadow in this process: its counts, and whether it runs.
 
-    It is found by the two versions, so it goes on when the catalog changes and their plans are compiled again.
+    The state belongs to a pair of versions, not to a plan, so it outlives a change of the catalog that compiles new
+    plans.
     """
 
     __slots__ = ("counts", "due", "running")
@@ -60,7 +65,7 @@ class ShadowState:
         self.running = False  # set by whoever starts a batch, cleared when it has run
 
     def is_due(self, share: float) -> bool:
-        """Whether the next batch is one of the shadow's share (0 to 1)."""
+        """Whether the shadow runs on the next batch, if it runs on this share of the batches (0 to 1)."""
         self.due += share
         if self.due < 1.0 - 1e-9:
             return False
@@ -70,7 +75,10 @@ class ShadowState:
 
 @dataclass(slots=True)
 class ShadowBatch:
-    """A batch that was answered. columns: what it was asked; None if `inputs`, what the model got, is all it takes."""
+    """A batch that the current version answers, kept for the shadow.
+
+    columns: the request columns, or None if the shadow takes the same input arrays (`inputs`) as the current version.
+    """
 
     shadow: Shadow
     state: ShadowState
@@ -80,7 +88,7 @@ class ShadowBatch:
     answered: Sequence[Array] = ()
 
     def run(self, store: Store) -> None:
-        """Run the shadow on it, compare and count. For a thread of its own; raises nothing."""
+        """Run the shadow on the batch, compare its answers and count them. Called in a thread; raises nothing."""
         counts = self.state.counts
         runner = self.shadow.plan.runner
         assert runner is not None
@@ -93,7 +101,7 @@ class ShadowBatch:
             answered = dict(zip(self.names, self.answered, strict=True))
             differing, largest = compare(answered, dict(zip(runner.output_names, values, strict=True)))
         except PlanOutdated:
-            counts.skipped += 1  # the catalog changed: the next batch comes with another plan
+            counts.skipped += 1  # the catalog changed; the next batch comes with a new plan
         except Exception as error:
             counts.failed(error)
         else:
@@ -106,16 +114,16 @@ class ShadowBatch:
 
 
 class ShadowThread:
-    """Runs shadows on what was answered: of each model one batch at a time, and none waits but those of one turn."""
+    """Runs shadows in a thread. Each shadow runs one batch at a time; only the batches of one turn wait for it."""
 
     def __init__(self, store: Store):
         self.store = store
         self.thread: ThreadPoolExecutor | None = None
         self.waiting: list[ShadowBatch] = []
-        self.states: dict[tuple[str, int, int], ShadowState] = {}  # by model, version that answers, shadow's version
+        self.states: dict[tuple[str, int, int], ShadowState] = {}  # by (model, current version, shadow's version)
 
     def state(self, model: str, current: int, shadow: int) -> ShadowState:
-        """What is known of that shadow. Another shadow of the model, or of another version of it, is forgotten."""
+        """The state of that shadow. States of the model's other pairs of versions are dropped."""
         key = (model, current, shadow)
         if key not in self.states:
             self.states = {other: state for other, state in self.states.items() if other[0] != model}
@@ -123,7 +131,7 @@ class ShadowThread:
         return self.states[key]
 
     def take(self, plan: Plan, batch: Runnable, result: BatchResult) -> ShadowBatch | None:
-        """Before a batch's model runs: what its shadow will need, or None if this batch is none of its share."""
+        """Keep what the shadow needs of a batch whose model is about to run. None: the shadow skips this batch."""
         shadow = plan.shadow
         if shadow is None:
             return None
@@ -140,12 +148,12 @@ class ShadowThread:
         return ShadowBatch(shadow, state, columns, result.values, result.names)
 
     def add(self, shadowed: ShadowBatch, result: BatchResult) -> None:
-        """Once its answers are made."""
+        """Queue a batch for the shadow, with the answers that the current version gave."""
         shadowed.answered = result.values
         self.waiting.append(shadowed)
 
     def start(self) -> None:
-        """Once the answers of this turn are sent."""
+        """Start the queued batches. Called after the replies of this turn are written."""
         waiting, self.waiting = self.waiting, []
         for shadowed in waiting:
             state = shadowed.state
@@ -161,7 +169,7 @@ class ShadowThread:
             thread.submit(shadowed.run, self.store)
 
     def describe(self, models: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """`Engine.models()` with what each shadow was found to answer so far."""
+        """Add the counts of each model's shadow to the list that `Engine.models()` gave."""
         for model in models:
             if (shadow := model["shadow"]) is not None:
                 shadow.update(asdict(self.state(model["name"], model["version"], shadow["version"]).counts))
@@ -173,9 +181,10 @@ class ShadowThread:
 
 
 def compare(answered: Mapping[str, Array], shadowed: Mapping[str, Array]) -> tuple[NDArray[np.bool_], float]:
-    """(bool [rows]: the row differs, the largest difference of a number), over the outputs that both have.
+    """Compare two versions' outputs, as far as both have an output of that name.
 
-    NaN equals NaN; against anything else it differs, and so does a row of another shape.
+    Returns (bool [rows], True where a row differs; the largest difference of two numbers). NaN equals NaN and differs
+    from every number. Outputs of different shapes differ in every row.
     """
     rows = len(next(iter(answered.values())))
     differing = np.zeros(rows, np.bool_)

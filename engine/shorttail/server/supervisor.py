@@ -1,12 +1,14 @@
-"""`shorttail serve`: binds the sockets, starts the workers and the writer, restarts the dead, stops them all.
+"""The supervisor of `shorttail serve`: binds the sockets, starts the workers and the writer, restarts them, stops them.
 
-This process opens neither the store nor a model, and its children are started as new interpreters, never forked: LMDB
-and ONNX Runtime survive no fork. The listening sockets stay open here, so that a worker can die and its successor go on
-with the same queue of connections. A worker alone accepts connections itself. Of several, each would take what it
-happens to see first, and a few long-lived connections could all end up with one: so here they are accepted, and given
-to the worker that has the fewest (acceptor.py).
+The supervisor opens neither the store nor a model. It starts its children as new interpreters and never forks, because
+LMDB and ONNX Runtime do not work after a fork. The listening sockets stay open in the supervisor, so a worker that is
+restarted goes on with the same queue of connections.
 
-SIGHUP replaces the workers one by one by new ones, which read the files of tokens and TLS anew (rolling.py).
+A single worker accepts connections itself. With several workers the supervisor accepts, and gives each connection to
+the worker that has the fewest (acceptor.py): if the workers accepted, a few long-lived connections could all end up
+with one worker.
+
+SIGHUP replaces the workers one by one by new workers, which read the token and TLS files again (rolling.py).
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ from shorttail.server.signals import RELOAD, STOP, Signals
 from shorttail.server.systemd import Notifier
 
 WAIT_MAX_S: Final = 0.25
-# So long after it looked last, this process did not run, so perhaps none did.
+# If the supervisor looks at its workers this long after the last time, it did not run itself, so perhaps no process
+# did.
 STOOD_STILL_S: Final = 0.75
 
 
@@ -50,17 +53,18 @@ def serve(
     check: bool = False,
     settings: ServerSettings | None = None,
 ) -> int:
-    """Serve a store until SIGTERM or SIGINT; returns the exit code of the command.
+    """Serve a store until SIGTERM or SIGINT, and return the exit code of the command.
 
-    port 0 takes a free port; uds is the path of a Unix socket to listen on too. device: "cpu", "cuda" or "cuda:N", for
-    the models that are no forests. pretouch, lock_memory: see Engine.open. check: only see whether everything would
-    load. settings: of security, limits and CPUs. Errors are one line on stderr. Call it in the main thread.
+    port: 0 takes a free port. uds: path of a Unix socket to listen on as well. device: "cpu", "cuda" or "cuda:N", where
+    models run that are not compiled forests. pretouch, lock_memory: see Engine.open. check: load everything, say what
+    would be served, and exit. settings: security, limits and CPUs. Errors are one line on stderr. Must be called in the
+    main thread, because it handles signals.
     """
     settings = settings or ServerSettings()
     stderr.everything(settings.log)
     options = [*(["--pretouch"] if pretouch else []), *(["--lock-memory"] if lock_memory else [])]
-    # One worker alone accepts by itself. Over TLS it would not know of connections that still shake hands, which a
-    # reload must not cut: those it knows that come from here.
+    # A single worker accepts by itself, except with TLS: it would not know of connections that are still in their
+    # handshake, and a reload would cut them. It knows those that the supervisor gave to it.
     accepts = workers == 1 and settings.tls_cert is None
     try:
         with Signals() as signals:
@@ -81,14 +85,16 @@ def serve(
 
 
 class StartFailed(Exception):
-    """A worker ended before it was ready, and has said why."""
+    """A worker ended before it was ready; it has logged why."""
 
 
 class Stopped(Exception):
-    """SIGTERM or SIGINT came."""
+    """SIGTERM or SIGINT was received."""
 
 
 class Supervisor:
+    """Starts, watches, replaces and stops the processes of one server: `workers` workers and one writer."""
+
     def __init__(self, launcher: Launcher, workers: int, signals: Signals):
         self.launcher = launcher
         self.settings = launcher.settings
@@ -100,10 +106,10 @@ class Supervisor:
         self.systemd = Notifier()
         self.children: dict[int, Child] = {}
         self.others: set[Child] = set()  # successors that are not ready, and workers that retire
-        self.served: dict[str, Any] = {}  # what the first worker said that was ready
+        self.served: dict[str, Any] = {}  # what the first worker that was ready said it serves
         self.starting = True
         self.reload_wanted = False
-        self.looked_s = 0.0  # for workers that hang
+        self.looked_s = 0.0  # when workers that hang were last looked for
 
     def run(self, check: bool) -> int:
         self.signals.register(self.selector)
@@ -125,7 +131,7 @@ class Supervisor:
         except Stopped:
             return self._stop()
         finally:
-            self._kill()  # whoever is left, however this ends
+            self._kill()  # the children that are left, however the run ends
             self.selector.close()
 
     def say(self, level: str, text: str) -> None:
@@ -137,7 +143,7 @@ class Supervisor:
     # -- starting ----------------------------------------------------------------------------------------------
 
     def _start_all(self, check: bool) -> None:
-        """One worker alone with the writer, so that a store that does not load is said once; then the others."""
+        """Start the writer and one worker, then the other workers. So a store that does not load is reported once."""
         deadline_s = time.monotonic() + LIMITS.start_timeout_s
         if not check:
             self._start(WRITER)
@@ -154,7 +160,9 @@ class Supervisor:
         plural = "" if self.n_workers == 1 else "s"
         where = f"{self.launcher.listeners}{self.launcher.inherited}"
         text = f"serving on {where} · {self.n_workers} worker{plural} · {self._contents()}"
-        print(text, flush=True)  # on stdout, in either form of the log: whoever starts a server reads its port there
+        print(
+            text, flush=True
+        )  # on stdout, whatever the log's format: programs that start a server read the port there
         self._note(text)
         self.systemd.say("READY=1", f"STATUS={self._contents()}")
 
@@ -163,7 +171,7 @@ class Supervisor:
         return f"models: {models or 'none'} · views: {', '.join(self.served['views']) or 'none'}"
 
     def _note(self, text: str) -> None:
-        """What only a log is told, and no person at a terminal."""
+        """Write a line for log collectors alone: a person at a terminal does not need it."""
         if self.settings.log == "json":
             self.say("info", text)
 
@@ -183,7 +191,7 @@ class Supervisor:
     # -- events ------------------------------------------------------------------------------------------------
 
     def wait(self, until_s: float = math.inf) -> None:
-        """Handle what happens next, or return when the time has come; the dead are started again meanwhile."""
+        """Handle the next events, or return at `until_s`. Children that died are started again when that is due."""
         for number in self.restarts.take():
             try:
                 self._start(number)
@@ -224,18 +232,19 @@ class Supervisor:
             return
         code = self._bury(child)
         if child.is_successor or child.retires:
-            return  # rolling.py looks after them
+            return  # rolling.py handles these
         if child.number == WRITER:
-            self._plan_restart(child, code, silent=self.starting)  # if the store is wrong, the worker says so
+            # If the store cannot be opened, the worker reports it.
+            self._plan_restart(child, code, silent=self.starting)
         elif not self.starting or child.said:
             self._plan_restart(child, code)
         else:
-            if code != 1:  # 1: it has said why
+            if code != 1:  # with 1 it has logged why
                 self.say("error", f"a worker died while it started: {how_it_ended(code)}")
             raise StartFailed
 
     def _bury(self, child: Child) -> int:
-        """Forget a child whose control socket has closed; returns its exit code."""
+        """Forget a child whose control socket has closed, and return its exit code."""
         self.selector.unregister(child.control)
         self.others.discard(child)
         if self.children.get(child.number) is child:
@@ -256,7 +265,7 @@ class Supervisor:
     # -- workers that hang -------------------------------------------------------------------------------------
 
     def _kill_hung(self) -> None:
-        """Kill workers whose loop stands still, and those that do not come to their start; then they are restarted."""
+        """Kill workers whose event loop hangs, and workers that are not ready in time. They are then restarted."""
         now_s = time.monotonic()
         if now_s - self.looked_s > STOOD_STILL_S:
             self._forgive(now_s)
@@ -267,7 +276,7 @@ class Supervisor:
                 worker.process.kill()
 
     def _forgive(self, now_s: float) -> None:
-        """The whole machine or container may have stood still: nobody was silent in that time."""
+        """Restart the time-outs of all workers: the whole machine or container may have been paused."""
         for worker in self.workers():
             if worker.share is not None:
                 worker.share.heard_s = now_s
@@ -277,24 +286,24 @@ class Supervisor:
     # -- for rolling.py ----------------------------------------------------------------------------------------
 
     def start_successor(self, number: int) -> Child:
-        """Raises OSError."""
+        """Start a worker that will take the place of the worker of that number. Raises OSError."""
         child = self.launcher.start(number)
-        child.is_successor = True
+        child.await_turn()
         self._take_in(child)
         self.others.add(child)
         return child
 
     def succeed(self, successor: Child) -> Child | None:
-        """A successor that is ready takes its place. Returns the worker that is to retire, if it still lives."""
+        """Let a ready successor serve. Returns the worker that has to retire, or None if it has died."""
         old = self.children.get(successor.number)
-        successor.is_successor = False
+        successor.take_turn()
         self.others.discard(successor)
         self.children[successor.number] = successor
         self.restarts.forget(successor.number)
         if successor.share is not None:
             self.acceptor.add(successor.share)
         if old is not None:
-            old.retires = True
+            old.retire()
             self.others.add(old)
             if old.share is not None:
                 self.acceptor.remove(old.share)
@@ -303,26 +312,26 @@ class Supervisor:
     # -- stopping ----------------------------------------------------------------------------------------------
 
     def _stop(self) -> int:
-        """Let them finish; returns 0 if all did in time. A second signal kills them."""
+        """Stop all children and return 0 if all ended in time. A second signal kills them at once."""
         self.systemd.say("STOPPING=1")
         self._note("stopping")
         self.acceptor.accept_no_more()
         self.launcher.listeners.close()
         self.launcher.inherited.close()
         deadline_s = time.monotonic() + LIMITS.stop_grace_s
-        # Those that retire first, since they give connections to the workers; successors have nothing in flight. The
-        # writer last: what workers have handed to it is written and answered.
+        # Workers that retire stop first, because they give their connections to the others; successors have nothing in
+        # flight. The writer stops last, so that everything that workers have forwarded is written and answered.
         clean = self._end(self.others, deadline_s) and self._end(self.workers(), deadline_s)
         clean = clean and self._end(self.children.values(), time.monotonic() + LIMITS.stop_grace_s)
         self._note("stopped" if clean else "stopped, with work cut off")
         return 0 if clean else 1
 
     def _end(self, children: Iterable[Child], deadline_s: float) -> bool:
-        """SIGTERM to those that do not retire already; True if they all ended well in time."""
+        """Send SIGTERM to children that do not retire already. True if all of them ended well and in time."""
         waiting, clean = set(children), True
         for child in waiting:
             if child.said is None:
-                child.process.kill()  # it has nothing in flight, and may be busy for long
+                child.process.kill()  # it is not ready, so it has nothing in flight, and loading may take long
             elif not child.retires:
                 child.process.send_signal(signal.SIGTERM)
         while waiting:

@@ -104,7 +104,7 @@ async def serve(
     router = Router(loop, engine, handlers(engine, lambda: batcher.shadows.describe(engine.models())))
     http = http_server(engine, router, telemetry, faults, settings) if http_listeners else None
     batcher = Batcher(router, engine, faults, telemetry, http.batches if http is not None else None)
-    engine.load_in_background(lambda: batcher.apart.tell(batcher.follow_catalog))
+    engine.load_in_background(lambda: batcher.model_threads.tell(batcher.follow_catalog))
     link = WriterLink(writer, loop, telemetry.wrote)
     router.connect(forward=link.forward)
     limits.configure(router, settings)

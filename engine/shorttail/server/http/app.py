@@ -60,6 +60,18 @@ class HttpCall:
     id: str = ""
     rows: int = 0
 
+    def predicts(self, model: str = "") -> None:
+        """The request is a prediction, by that model once it is known to exist."""
+        self.method, self.model = PREDICT, model
+
+    def note_id(self, identifier: str) -> None:
+        """What the caller calls the request, for the log."""
+        self.id = identifier
+
+    def note_rows(self, rows: int) -> None:
+        """How many rows were answered, for the log."""
+        self.rows = rows
+
     def within(self, timeout_us: int) -> None:
         """A second deadline: the earlier one holds."""
         if timeout_us:

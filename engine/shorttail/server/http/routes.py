@@ -13,7 +13,6 @@ from shorttail.config import VERSION
 from shorttail.errors import InvalidArgument, NotFound, Unavailable
 from shorttail.server.http import instances, v2
 from shorttail.server.http.app import JSON, HttpCall, HttpServer
-from shorttail.server.http.batches import PREDICT
 from shorttail.server.http.exposition import CONTENT_TYPE, exposition
 
 if TYPE_CHECKING:
@@ -114,12 +113,11 @@ class OpenInference:
         return json_response(v2.statistics(entries, self.server.memory.slots()))
 
     async def infer(self, request: web.Request, call: HttpCall) -> web.Response:
-        call.method = PREDICT
         server = self.server
         name, version = _asked(request)
         plan = _plan(server, call, name, version)
         asked = v2.parse_infer(await server.body(request), request.headers.get(HEADER_BYTES))
-        call.id = asked.id
+        call.note_id(asked.id)
         call.within(asked.timeout_us)
         if v2.is_raw(plan, asked.inputs):
             answer = await server.batches.infer(plan, asked.inputs, call.deadline_ns)
@@ -131,7 +129,7 @@ class OpenInference:
         if header_bytes is not None:
             response.content_type = "application/octet-stream"
             response.headers[HEADER_BYTES] = str(header_bytes)
-        call.rows = len(answer.values[0]) if answer.values else 0
+        call.note_rows(len(answer.values[0]) if answer.values else 0)
         server.encoded(call, start_ns)
         return response
 
@@ -161,7 +159,7 @@ class Platforms:
         return web.Response(status=503 if self.server.not_ready else 200)
 
     async def invoke(self, request: web.Request, call: HttpCall) -> web.Response:
-        call.method = PREDICT
+        call.predicts()
         server = self.server
         body = await server.body(request)
         as_csv = request.content_type == CSV
@@ -175,7 +173,7 @@ class Platforms:
         answer = await server.batches.predict(plan, columns, call.deadline_ns)
         start_ns = time.perf_counter_ns()
         response = _predictions(request, asked, answer, as_csv)
-        call.rows = len(answer.values[0])
+        call.note_rows(len(answer.values[0]))
         server.encoded(call, start_ns)
         return response
 
@@ -209,6 +207,7 @@ def _asked(request: web.Request) -> tuple[str, int | None]:
 
 
 def _plan(server: HttpServer, call: HttpCall, name: str, version: int | None) -> Plan:
+    call.predicts()
     plan = server.engine.plan_for_model(name, version)
-    call.model = name
+    call.predicts(name)
     return plan

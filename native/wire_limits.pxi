@@ -103,7 +103,7 @@ cdef int _admit(Router router, WireRoute route, const options_t *options) noexce
         return TOO_LATE
     if router.waiting_rows >= WAITING_ROWS or router.waiting_bytes >= WAITING_BYTES:
         return TOO_MUCH
-    if route.apart:
+    if route.threaded:
         ahead_ns = route.admitted_ns
         # Rows alone: what the next batch costs in any case is no reason to let fewer share it.
         queued_ns = ahead_ns - route.running_ns - route.batch_cost_ns
@@ -113,7 +113,7 @@ cdef int _admit(Router router, WireRoute route, const options_t *options) noexce
     budget_ns = min(router.burst_ns, max(router.burst_ns - cut_ns, LEAST_BATCHES * route.batch_cost_ns))
     if queued_ns >= budget_ns:
         route.full = True   # wherever its batches run: small ones do in the loop
-        if not route.apart:
+        if not route.threaded:
             router.full = True
     if options.priority == 0:
         budget_ns *= 0.5
@@ -138,9 +138,9 @@ cdef int _count_in(Router router, Batch batch, Py_ssize_t rows, Py_ssize_t size)
     router.waiting_rows += rows
     router.waiting_bytes += size
     if batch.cost_ns == 0.0:
-        batch.apart = batch.route.apart
+        batch.threaded = batch.route.threaded
     batch.cost_ns += cost_ns
-    if batch.apart:
+    if batch.threaded:
         batch.route.admitted_ns += cost_ns
     else:
         router.admitted_ns += cost_ns
@@ -151,8 +151,8 @@ cdef int _leave_loop(Batch batch) except -1:
     """The batch turns out to run outside the loop: what it was admitted at counts for its route alone."""
     if batch.router is None:
         return 0
-    if not batch.apart:
-        batch.apart = True
+    if not batch.threaded:
+        batch.threaded = True
         batch.router.admitted_ns = max(0.0, batch.router.admitted_ns - batch.cost_ns)
         batch.route.admitted_ns += batch.cost_ns
     batch.route.running_ns = batch.cost_ns
@@ -168,7 +168,7 @@ cdef int _count_out(Batch batch) except -1:
         return 0
     router.waiting_rows -= batch.waiting_rows
     router.waiting_bytes -= batch.waiting_bytes
-    if batch.apart:
+    if batch.threaded:
         route.admitted_ns = max(0.0, route.admitted_ns - batch.cost_ns)
         route.running_ns = 0.0
     else:
@@ -181,7 +181,7 @@ cdef int _count_out(Batch batch) except -1:
         router.admitted_ns = route.admitted_ns = 0.0    # no rounding errors are carried on
     batch.waiting_rows = batch.waiting_bytes = 0
     batch.cost_ns = 0.0
-    batch.apart = False
+    batch.threaded = False
     batch.router = None
     return 0
 

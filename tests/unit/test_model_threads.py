@@ -5,7 +5,7 @@ import threading
 from types import SimpleNamespace
 
 from shorttail.config import LIMITS
-from shorttail.server.apart import Apart, Prepared
+from shorttail.server.model_threads import ModelThreads, PreparedBatch
 
 
 class FakeRunner:
@@ -28,16 +28,16 @@ def test_batches_that_run_or_wait_when_it_is_closed_end_in_silence():
     async def serve():
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(lambda _, context: said.append(context))
-        apart = Apart(loop, SimpleNamespace(resume=lambda route: None))
+        threads = ModelThreads(loop, SimpleNamespace(resume=lambda route: None))
         for _ in range(LIMITS.model_threads + 2):
             runner = FakeRunner(may_end)
             for _ in range(2):
                 batch = SimpleNamespace(route=object(), leave_loop=lambda: None, wanted=lambda: 1)
                 result = SimpleNamespace(values=[], inferred_ns=0)
                 ended = lambda prepared, error: answered.append(error)  # noqa: E731
-                apart.put(Prepared(batch, runner, result, None, ended))
-        running = apart.threads
-        apart.close()
+                threads.put(PreparedBatch(batch, runner, result, None, ended))
+        running = threads.threads
+        threads.close()
         may_end.set()
         await loop.run_in_executor(None, running.shutdown)
         await asyncio.sleep(0)  # what its threads have told the loop

@@ -1,4 +1,7 @@
-"""Runs models that are too slow for the loop, in threads. All methods are called in the loop's thread but `end`."""
+"""Runs models that are too slow for the event loop, in threads.
+
+All methods are called in the loop's thread, except `end`, which the model's thread calls.
+"""
 
 from __future__ import annotations
 
@@ -19,50 +22,53 @@ from shorttail.pipeline import BatchResult
 from shorttail.server.runnable import Runnable
 from shorttail.server.shadow import ShadowBatch
 
-# The loop rests this many times as long as its last turn took, and never longer than this: it then finds many requests
-# in each socket, and leaves the CPU to the models.
+# After a turn that answered nothing, the loop rests REST_TURNS times as long as that turn took, at most REST_MAX_S. It
+# then finds many requests in each socket, and the models have the CPU meanwhile.
 REST_TURNS: Final = 4
 REST_MAX_S: Final = 0.001
 
 
 @dataclass(slots=True)
-class Prepared:
-    """A batch that lacks nothing but `infer`.
+class PreparedBatch:
+    """A batch whose features are looked up and transformed: only its model has not run.
 
-    answered: called in the loop's thread when the batch has run, with what the run raised, or None.
+    answered: called in the loop's thread when the model has run, with the exception that it raised, or None.
     """
 
     batch: Runnable
     runner: Runner
     result: BatchResult
     shadowed: ShadowBatch | None
-    answered: Callable[[Prepared, BaseException | None], object]
+    answered: Callable[[PreparedBatch, BaseException | None], object]
 
 
-class Apart:
-    """Batches that would stall the loop. Each model runs one at a time, in a thread of its own if it has one.
+class ModelThreads:
+    """Batches that would stall the loop. Each model runs one batch at a time.
 
-    The others share some threads, so that a slow model keeps only as slow ones waiting, and only so many of them.
-    While a batch of a route is here, the route's next requests gather in one batch.
+    A model that has an executor of its own (a GPU's owner thread) runs there. All others share LIMITS.model_threads
+    threads, so that slow models delay only each other. While a batch of a route runs here, the route's next requests
+    gather in one batch.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, router: Router):
         self.loop = loop
         self.router = router
         self.threads: ThreadPoolExecutor | None = None
-        self.lanes: dict[Runner, deque[Prepared]] = {}  # the first of each runs, or waits for a thread
-        self.ended = threading.Event()  # a batch has, and `finish` does not know yet
+        self.lanes: dict[
+            Runner, deque[PreparedBatch]
+        ] = {}  # batches in order; the first of each runs or waits for a thread
+        self.ended = threading.Event()  # a batch has run, and `finish` was not called for it yet
         self.closed = False
 
-    def put(self, prepared: Prepared) -> None:
+    def put(self, prepared: PreparedBatch) -> None:
         prepared.batch.leave_loop()
         lane = self.lanes.setdefault(prepared.runner, deque())
         lane.append(prepared)
         if len(lane) == 1:
             self.start(prepared.runner, lane)
 
-    def start(self, runner: Runner, lane: deque[Prepared]) -> None:
-        """Run the first batch that somebody still waits for: it may have waited long."""
+    def start(self, runner: Runner, lane: deque[PreparedBatch]) -> None:
+        """Run the first batch that still has a waiting request; deadlines may have passed while the batch waited."""
         while lane:
             first = lane[0]
             if first.batch.wanted():
@@ -78,36 +84,36 @@ class Apart:
             self.threads = ThreadPoolExecutor(LIMITS.model_threads, "model")
         return self.threads
 
-    def end(self, runner: Runner, lane: deque[Prepared], done: Future[None]) -> None:
-        """In the model's thread."""
+    def end(self, runner: Runner, lane: deque[PreparedBatch], done: Future[None]) -> None:
+        """Tell the loop that a batch has run. Called in the model's thread."""
         self.ended.set()
         self.tell(self.finish, runner, lane, done)
 
-    def finish(self, runner: Runner, lane: deque[Prepared], done: Future[None]) -> None:
+    def finish(self, runner: Runner, lane: deque[PreparedBatch], done: Future[None]) -> None:
         self.ended.clear()
         if self.closed:
-            return  # nobody is left to be answered
+            return  # every connection is closed
         prepared = lane.popleft()
         prepared.answered(prepared, done.exception())
         self.router.resume(prepared.batch.route)
         self.start(runner, lane)
 
     def rest(self) -> None:
-        """After a turn that refused requests, or answered none: read no more for a moment, unless a batch ends.
+        """Wait for a moment, or until a batch ends. Called after a turn that refused requests or answered none.
 
-        A turn has a price of its own, a read and a write a connection. While a batch runs here and nothing else is
-        asked for, the loop would pay it for every few requests that come, only to let them wait or to refuse them.
+        A turn has fixed costs: one read and one write per connection. While a batch runs in a thread and no other model
+        is asked for, the loop would pay these costs for a few requests at a time, only to queue or to refuse them.
         """
         if self.lanes:
             self.ended.wait(min(REST_TURNS * self.router.last_turn_ns / 1e9, REST_MAX_S))
 
     def tell(self, function: Callable[..., object], *args: Any) -> None:
-        """Call it in the loop's thread, from another one; not at all when the loop has ended."""
+        """Call a function in the loop's thread, from another thread. Does nothing if the loop has ended."""
         with contextlib.suppress(RuntimeError):
             self.loop.call_soon_threadsafe(function, *args)
 
     def close(self) -> None:
-        """Once every connection is closed."""
+        """Stop; called when every connection is closed. Batches that still run end without being answered."""
         self.closed = True
         if self.threads is not None:
             self.threads.shutdown(wait=False, cancel_futures=True)

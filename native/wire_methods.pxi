@@ -1,0 +1,190 @@
+# The methods of MessagePack-RPC: what one message asks for. predict and get_online_features go into the open batch of their
+# route, push and delete to the writer, and all others to a Python handler at once.
+
+
+cdef int _call(Connection connection, const mp_value *method, const uint8_t *params, uint32_t msgid, int flags) except -1:
+    cdef mp_value v
+    cdef const uint8_t *p = mp_read(params, &v)
+    if v.kind != MP_ARRAY:
+        raise InvalidArgument(f"params of {_text(method)!r} must be an array")
+    if connection.access < ACCESS_ADMIN:
+        _check_access(connection, method)
+    if connection.router.auth is not None and _is(method, b"auth", 4):
+        return _authenticate(connection, params, msgid, flags)
+    if _is(method, b"predict", 7):
+        if _may_keep(connection):
+            return _keep(connection)
+        return _predict(connection, p, v.size, msgid, flags)
+    if _is(method, b"get_online_features", 19):
+        if _may_keep(connection):
+            return _keep(connection)
+        return _get_online_features(connection, p, v.size, msgid, flags)
+    if connection.router.forward is not None and (_is(method, b"push", 4) or _is(method, b"delete", 6)):
+        return _hand_on(connection, _text(method), params, msgid, flags)
+    return _handle(connection, _text(method), params, msgid, flags)
+
+
+cdef int _check_access(Connection connection, const mp_value *method) except -1:
+    if connection.access == ACCESS_NONE:
+        connection.strange += 1
+        if connection.strange > STRANGER_REQUESTS:
+            connection.state = REFUSED
+            raise Unauthenticated(f"{STRANGER_REQUESTS} requests came before the right token; connect again")
+        if not (_is(method, b"auth", 4) or _is(method, b"ping", 4)):
+            raise Unauthenticated("this server wants a token: call `auth` with it first")
+    elif _is(method, b"push", 4) or _is(method, b"delete", 6):
+        raise PermissionDenied(f"{_text(method)} needs the admin token; this connection has shown the serve token")
+    return 0
+
+
+cdef int _authenticate(Connection connection, const uint8_t *params, uint32_t msgid, int flags) except -1:
+    cdef int access = connection.router.auth(_as_python(params))
+    connection.access = max(connection.access, access)
+    if flags & SILENT:
+        return 0
+    _need(&connection.out, 16)
+    mp_put_raw(&connection.out, <const uint8_t *>b"\x94\x01", 2)
+    mp_put_int(&connection.out, msgid)
+    mp_put_raw(&connection.out, <const uint8_t *>b"\xC0\xC3", 2)
+    return connection.touch()
+
+
+cdef int _refuse_cheaply(Connection connection, WireRoute route, int why, uint32_t msgid, int flags) except -1:
+    """Refuse a request for want of time: no exception, nothing is packed."""
+    if why == TOO_MUCH:
+        connection.router.shed += 1
+        route.shed += 1
+    else:
+        _count_errors(connection.router, _method_of(route), route.plan.model, "DEADLINE_EXCEEDED", 1, msgid, LATE_MESSAGE)
+    if flags & SILENT:
+        return 0
+    _need(&connection.out, 16)
+    mp_put_raw(&connection.out, <const uint8_t *>b"\x94\x01", 2)
+    mp_put_int(&connection.out, msgid)
+    _put_bytes(&connection.out, SHED if why == TOO_MUCH else LATE)
+    return connection.touch()
+
+
+cdef int _predict(Connection connection, const uint8_t *p, uint32_t n, uint32_t msgid, int flags) except -1:
+    cdef mp_value model, columns
+    cdef options_t options
+    cdef const uint8_t *map_at = p
+    _no_options(&options, flags, connection.router)
+    model.kind = columns.kind = MP_NIL
+    if 2 <= n <= 3:
+        map_at = mp_read(p, &model)
+        if model.kind == MP_STR:
+            mp_read(map_at, &columns)
+    if columns.kind != MP_MAP:
+        raise InvalidArgument("predict takes [model, {column: value or array}, {option: value}?]")
+    if n == 3:
+        _read_options(connection.last_param, PREDICT_OPTIONS, &options)
+    if connection.last is None or not connection.last.leads_from(False, model.body, model.size, options.version):
+        connection.last = connection.router.model_route(model.body, model.size, options.version)
+    connection.asked = connection.last
+    return _enqueue(connection, connection.last, map_at, msgid, &options)
+
+
+cdef int _get_online_features(Connection connection, const uint8_t *p, uint32_t n, uint32_t msgid, int flags) except -1:
+    cdef mp_value refs, columns
+    cdef options_t options
+    cdef const uint8_t *map_at = p
+    _no_options(&options, flags, connection.router)
+    refs.kind = columns.kind = MP_NIL
+    if 2 <= n <= 3:
+        mp_read(p, &refs)
+        if refs.kind == MP_ARRAY:
+            map_at = mp_skip(p)
+            mp_read(map_at, &columns)
+    if columns.kind != MP_MAP:
+        raise InvalidArgument("get_online_features takes [[feature reference], {key column: value or array}, {option: value}?]")
+    if n == 3:
+        _read_options(connection.last_param, FEATURES_OPTIONS, &options)
+    if connection.last is None or not connection.last.leads_from(True, p, map_at - p, -1):
+        connection.last = connection.router.features_route(p, map_at - p)
+    return _enqueue(connection, connection.last, map_at, msgid, &options)
+
+
+cdef int _enqueue(Connection connection, WireRoute route, const uint8_t *columns, uint32_t msgid, const options_t *options) except -1:
+    """Read the columns into the route's open batch."""
+    cdef Batch batch = route.open
+    cdef Py_ssize_t rows
+    cdef int why = _admit(connection.router, route, options)
+    if why != ADMITTED:
+        if options.trace is not NULL:
+            _note_refused(connection.router, route, why, msgid, options)
+        return _refuse_cheaply(connection, route, why, msgid, options.flags)
+    if connection.in_flight >= CONNECTION_REQUESTS:
+        raise ResourceExhausted(f"{connection.in_flight} requests of this connection are in flight; "
+                                f"wait for their answers, then send it again")
+    if batch is None:
+        batch = route.spare_batch
+        route.spare_batch = None
+        if batch is None:
+            batch = Batch(route, route.plan.new_columns())
+        route.open = batch
+    rows = _read_columns(batch.columns, route.names, columns)
+    if route.canary is not None and rows and route.split.takes(batch.columns, batch.columns.n_rows - rows):
+        batch.columns.drop_last(rows)
+        return _enqueue(connection, route.canary, columns, msgid, options)
+    batch.add(connection, msgid, options, rows)
+    _count_in(connection.router, batch, rows, connection.scan_bytes)
+    if batch.n_requests == 1:
+        batch.opened_ns = connection.router.turn_ns
+        connection.router.pending.append(batch)
+        connection.router.wake()
+    if batch.columns.n_rows >= BATCH_ROWS:
+        route.open = None
+    return 0
+
+
+cdef int _hand_on(Connection connection, str method, const uint8_t *params, uint32_t msgid, int flags) except -1:
+    """A push or delete: to the writer with its columns unread. The answer comes by relay()."""
+    cdef mp_value v, view, columns
+    cdef options_t options
+    cdef const uint8_t *map_at
+    cdef const uint8_t *p = mp_read(params, &v)
+    cdef uint32_t n = v.size
+    _no_options(&options, flags, connection.router)
+    columns.kind = MP_NIL
+    if 2 <= n <= 3:
+        map_at = mp_read(p, &view)
+        if view.kind == MP_STR:
+            mp_read(map_at, &columns)
+    if columns.kind != MP_MAP:
+        raise InvalidArgument(f"{method} takes [view, {{column: value or array}}, {{option: value}}?]")
+    if n == 3:
+        _read_options(connection.last_param, WRITE_OPTIONS, &options)
+    if connection.forwarded >= PUSHES_PER_CONNECTION:
+        raise ResourceExhausted(f"{connection.forwarded} requests of this connection wait to be written; "
+                                f"wait for their answers, then send it again")
+    silent = bool(flags & SILENT)
+    data = PyBytes_FromStringAndSize(<const char *>params, mp_skip(params) - params)
+    if options.trace is NULL:
+        connection.router.forward(None if silent else connection, msgid, method, data, options.deadline_ns)
+    else:
+        connection.router.forward(None if silent else connection, msgid, method, data, options.deadline_ns, _trace(&options))
+    if not silent:
+        connection.in_flight += 1
+        connection.router.in_flight += 1
+        connection.forwarded += 1
+    return 0
+
+
+cdef int _handle(Connection connection, str method, const uint8_t *params, uint32_t msgid, int flags) except -1:
+    """A method that is not batched: any MessagePack in, any out."""
+    handler = connection.router.handlers.get(method)
+    if handler is None:
+        writes = ["push", "delete"] if connection.router.forward is not None else []
+        known = ", ".join(["predict", "get_online_features", *writes, *connection.router.handlers])
+        raise NotFound(f"unknown method {method!r}; methods: {known}")
+    result = msgpack.packb(handler(_as_python(params)))
+    if flags & SILENT:
+        return 0
+    _need(&connection.out, 16)
+    mp_put_byte(&connection.out, 0x94)
+    mp_put_byte(&connection.out, 1)
+    mp_put_int(&connection.out, msgid)
+    mp_put_byte(&connection.out, 0xC0)
+    _put_bytes(&connection.out, result)
+    return connection.touch()
