@@ -65,7 +65,7 @@ class Telemetry:
         taken_ns: int,
         traces: Mapping[int, tuple[int, bytes]] | None,
     ) -> None:
-        """Log a batch of MessagePack-RPC that took longer than slow_ns. requests: answered ones; traces: Batch.traces."""
+        """Log a batch of MessagePack-RPC that took more than slow_ns. requests: answered ones; traces: Batch.traces."""
         of: dict[str, Any] = {
             "protocol": "rpc",
             "method": "predict" if model else "get_online_features",
