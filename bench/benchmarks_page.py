@@ -1,9 +1,10 @@
-"""The tables and plots of docs/benchmarks.md, made from bench/results/*.json, so that text and figures never disagree.
+"""The tables and plots of docs/benchmarks.md and the headline figures of README.md, made from bench/results/*.json, so
+that text and figures never disagree.
 
     python bench/benchmarks_page.py [--check]
 
-Rewrites what stands between `<!-- NAME -->` and `<!-- end -->` in docs/benchmarks.md, and bench/results/*.svg. --check
-writes nothing and fails if the page is not what the results say. Plots need `pip install 'shorttail[plots]'`.
+Rewrites what stands between `<!-- NAME -->` and `<!-- end -->` on both pages, and bench/results/*.svg. --check writes
+nothing and fails if a page is not what the results say. Plots need `pip install 'shorttail[plots]'`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import rivals
 from compare import FLOOR, IN_FLIGHT, SHORTTAIL, middle
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = ROOT / "docs" / "benchmarks.md"
+PAGES = (ROOT / "docs" / "benchmarks.md", ROOT / "README.md")
 RESULTS = ROOT / "bench" / "results"
 BLOCK = re.compile(r"<!-- (?P<name>[\w.-]+) -->\n.*?<!-- end -->", re.DOTALL)
 PLOTTED = ("ranking", "fraud")
@@ -42,21 +43,21 @@ OTHERS = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="fail if the page is not what the results say")
+    parser.add_argument("--check", action="store_true", help="fail if a page is not what the results say")
     options = parser.parse_args()
-    written = PAGE.read_text()
-    made = BLOCK.sub(lambda block: f"<!-- {block['name']} -->\n{content(block['name'])}\n<!-- end -->", written)
-    if options.check:
-        sys.exit(
-            0 if made == written else "docs/benchmarks.md is not what bench/results says: run this without --check"
-        )
-    PAGE.write_text(made)
-    plots()
+    for page in PAGES:
+        written = page.read_text()
+        made = BLOCK.sub(lambda block: f"<!-- {block['name']} -->\n{content(block['name'])}\n<!-- end -->", written)
+        if options.check and made != written:
+            sys.exit(f"{page.relative_to(ROOT)} is not what bench/results says: run this without --check")
+        page.write_text(made)
+    if not options.check:
+        plots()
 
 
 def content(name: str) -> str:
     """What a block of the page holds: a scenario's table, or the bars of a benchmark."""
-    makers = {"machine": machine, "bars": bars, "features": features, "mixed": mixed}
+    makers = {"floor": floor, "machine": machine, "bars": bars, "features": features, "mixed": mixed}
     try:
         return "\n".join(makers[name]() if name in makers else scenario(name))
     except NotMeasured:
@@ -91,6 +92,39 @@ def title_of(row: str) -> str:
 def renamed(bar: str) -> str:
     """A bar of compare.py with the peer in it called as its row is."""
     return re.sub(r"(?<=peak against ).*|(?<=P99 of ).*(?= against ours)", lambda peer: title_of(peer[0]), bar)
+
+
+def floor() -> Iterator[str]:
+    """What the engine adds to a bare echo of the same bytes, with the echo of that hour beside it."""
+    found = result("serve")
+    if found is None:
+        raise NotMeasured
+    figures = found["figures"]
+    echo, ours, sleeping = (figures[name]["p50_us"] for name in ("echo_1", "server_1", "sleeping_1"))
+    rate, echo_rate = (figures[name]["requests_per_s"]["median"] for name in ("server_64", "echo_64"))
+    yield f"One request in flight on one connection, P50, medians of {echo['rounds']} rounds (lowest..highest):"
+    yield ""
+    yield "| | takes | more than the echo of the same rounds |"
+    yield "|---|---:|---:|"
+    yield f"| the echo, which sleeps until a request comes | {range_us(echo)} | |"
+    yield f"| a prediction of the demo below | {range_us(ours)} | {added(figures, 'server_1')} |"
+    yield (
+        f"| the same, of a server that sleeps as the echo does (`--busy-poll-us 0`) | {range_us(sleeping)} "
+        f"| {added(figures, 'sleeping_1')} |"
+    )
+    yield ""
+    yield f"On 64 connections the server answers {rate:,.0f} requests/s, and the echo {echo_rate:,.0f}."
+
+
+def added(figures: dict[str, Any], server: str) -> str:
+    """A server's P50 less the echo's: of the rounds one by one, or of the medians in results that lack those."""
+    if "added_us" in figures:
+        return range_us(figures["added_us"][server])
+    return f"{figures[server]['p50_us']['median'] - figures['echo_1']['p50_us']['median']:.0f} us"
+
+
+def range_us(spread: dict[str, float]) -> str:
+    return f"{spread['median']:.0f} us ({spread['min']:.0f}..{spread['max']:.0f})"
 
 
 def machine() -> Iterator[str]:

@@ -146,12 +146,18 @@ def measure(folder: Path, rounds: int, duration_s: float) -> dict[str, Any]:
             "p50_polling": ratio(runs["polling_1"], runs["echo_1"], "p50_us"),
             "rate_64": ratio(runs["server_64"], runs["echo_64"], "requests_per_s"),
         },
+        "added_us": {name: added_us(runs[name], runs["echo_1"]) for name in ("server_1", "polling_1", "sleeping_1")},
     }
 
 
 def ratio(server: list[dict[str, Any]], echo: list[dict[str, Any]], key: str) -> dict[str, float | int]:
     """Of the two figures of each round, which saw the same machine: server over echo."""
     return report.spread([ours[key] / floor[key] for ours, floor in zip(server, echo, strict=True)])
+
+
+def added_us(server: list[dict[str, Any]], echo: list[dict[str, Any]]) -> dict[str, float | int]:
+    """The P50 of each round beyond the echo's P50 of the same round: what the engine adds to moving the bytes."""
+    return report.spread([ours["p50_us"] - floor["p50_us"] for ours, floor in zip(server, echo, strict=True)])
 
 
 def check(figures: dict[str, Any], name: str) -> None:
@@ -215,6 +221,8 @@ def show(figures: dict[str, Any]) -> None:
         )
     for name, value in figures["ratios"].items():
         print(f"over the echo, {name:11} {value['median']:.3f} ({value['min']:.3f}..{value['max']:.3f})")
+    for name, value in figures["added_us"].items():
+        print(f"added to the echo's P50, {name:10} {value['median']:6.1f} us ({value['min']:.1f}..{value['max']:.1f})")
 
 
 if __name__ == "__main__":

@@ -107,7 +107,7 @@ def shorttail(*arguments: object) -> None:
 @contextlib.contextmanager
 def serve(store: Path, socket: Path, log: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """A ready server on a free port and a Unix socket, and its TCP address. Killed if it outlives the block."""
-    command = ["serve", "--store", str(store), "--port", "0", "--uds", str(socket)]
+    command = ["serve", "--store", str(store), "--port", "0", "--uds", str(socket), "--no-http"]
     say(f"$ {shlex.join(['shorttail', *command])}")
     with log.open("wb") as output:
         server = subprocess.Popen([*SHORTTAIL, *command], stdout=output, stderr=subprocess.STDOUT)
@@ -204,7 +204,7 @@ def show_latency(tcp: str, unix: str, flights: pd.DataFrame) -> None:
     say("             connections       P50       P99   requests/s")
     for name, address in (("TCP", tcp), ("Unix socket", unix)):
         for connections in (1, 64):
-            figures = loadgen.run(address, payload, connections=connections, duration_s=2.0)
+            figures = loadgen.run(address, payload, connections=connections, duration_s=1.0)
             p50, p99, rate = figures["p50_us"], figures["p99_us"], figures["requests_per_s"]
             say(f"{name:12} {connections:11} {p50:6.0f} us {p99:6.0f} us {rate:12,.0f}")
             if failed := figures["errors"] + figures["bad_nonce"] + figures["unanswered"]:
