@@ -22,6 +22,11 @@ if SANITIZE != "0":
     link_flags = ["-fsanitize=address,undefined" + (",fuzzer-no-link" if SANITIZE == "fuzzer" else "")]
     flags = ["-O1", "-g", "-fno-omit-frame-pointer", "-fno-sanitize-recover=undefined", *link_flags]
 
+# What an earlier build copied would go into the wheel though its source has moved since. (Compiled objects stay.)
+for copied in Path(base).glob("lib*/shorttail/**/*.*"):
+    if copied.suffix != ".so":
+        copied.unlink()
+
 # A module here cimports another by the name it has once installed (shorttail._native.columns), so give
 # Cython a folder in which native/ bears that name.
 alias = Path(f"{base}/cimport/shorttail/_native")

@@ -23,19 +23,17 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-DEMO = ROOT / "demo"
+import installed
+import candidates
+import loadgen
+import report
+import serving
+from loadgen import BenchError
+
+from shorttail import protocol
+
+DEMO = Path(__file__).resolve().parents[1] / "demo"
 STORE = DEMO / "out" / "store"
-sys.path[:0] = [str(ROOT / "engine"), str(DEMO)]
-
-import candidates  # noqa: E402
-import loadgen  # noqa: E402
-import report  # noqa: E402
-import serving  # noqa: E402
-from loadgen import BenchError  # noqa: E402
-
-from shorttail import protocol  # noqa: E402
-
 MODEL = "late"
 FLIGHTS = 20_000
 P50_RATIO_MAX, P99_RATIO_MAX, POLLING_RATIO_MAX = 1.25, 1.4, 1.0
@@ -161,17 +159,16 @@ def check(figures: dict[str, Any], name: str) -> None:
 
 def make_store() -> None:
     print("no demo store yet: running demo/run.py", file=sys.stderr, flush=True)
-    done = subprocess.run([sys.executable, str(DEMO / "run.py")], env=serving.ENVIRONMENT, stdout=subprocess.DEVNULL)
+    done = subprocess.run([sys.executable, str(DEMO / "run.py")], stdout=subprocess.DEVNULL)
     if done.returncode != 0 or not STORE.exists():
         raise BenchError("demo/run.py did not make demo/out/store; run it by itself to see why")
 
 
 def flight_requests() -> list[bytes]:
     """predict requests of one flight each, as any client would send them."""
-    try:
-        import flights as data
-    except ImportError as error:
-        raise BenchError(f"the demo's data needs {error.name}; run: pip install 'shorttail[demo]'") from None
+    sys.path.insert(0, str(DEMO))
+    import flights as data
+
     _, held_out = data.load()
     chosen = held_out.sample(min(FLIGHTS, len(held_out)), random_state=1)
     columns = [chosen[name].tolist() for name in data.REQUEST]
