@@ -13,8 +13,8 @@ from setuptools import Extension, setup
 
 DEBUG, ANNOTATE = (os.environ.get(name, "0") == "1" for name in ("DEBUG", "ANNOTATE"))
 SANITIZE = os.environ.get("SANITIZE", "0")
-# Objects are built again when their sources change, not when flags do: so what has other flags lies elsewhere.
-base = "build" if SANITIZE == "0" else f"build/sanitize-{SANITIZE}"
+# Objects are built again when their sources change, not when flags change: so each set of flags has its own folder.
+base = f"build/sanitize-{SANITIZE}" if SANITIZE != "0" else "build/debug" if DEBUG else "build"
 
 flags = ["-O0", "-g", "-UNDEBUG"] if DEBUG else ["-O3", "-g1"]
 link_flags = []
@@ -22,7 +22,8 @@ if SANITIZE != "0":
     link_flags = ["-fsanitize=address,undefined" + (",fuzzer-no-link" if SANITIZE == "fuzzer" else "")]
     flags = ["-O1", "-g", "-fno-omit-frame-pointer", "-fno-sanitize-recover=undefined", *link_flags]
 
-# What an earlier build copied would go into the wheel though its source has moved since. (Compiled objects stay.)
+# The wheel takes all that lies in this folder. A module that was moved or deleted since the last build would still be
+# there, so delete all copies; compiled objects stay.
 for copied in Path(base).glob("lib*/shorttail/**/*.*"):
     if copied.suffix != ".so":
         copied.unlink()
@@ -72,5 +73,5 @@ setup(
             "embedsignature": False,
         },
     ),
-    options={"build": {"build_base": base}},
+    options={"build": {"build_base": base}, "build_ext": {"parallel": len(os.sched_getaffinity(0))}},
 )
