@@ -27,9 +27,8 @@ import numpy as np
 
 from shorttail._native.transforms import TransformProgram
 from shorttail.define.dtypes import Bool, DType
-from shorttail.define.ondemand import OnDemand
+from shorttail.define.ondemand import OnDemand, codecache, numerics
 from shorttail.errors import InvalidArgument
-from shorttail.ondemand import codecache, numerics
 
 FREE = "NRT_MemInfo_call_dtor"
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from shorttail.ondemand import numerics
+from shorttail.define.ondemand import numerics
 from shorttail.ondemand.numerics import Body, dot, whole
 
 types: Any = import_module("numba").types
