@@ -49,6 +49,7 @@ class Plan:
     runner: Runner | None
     feature_names: tuple[str, ...]  # () for models
     feature_places: tuple[tuple[int, int | None], ...]  # of each its buffer, and the column if that is a matrix
+    feature_types: tuple[str, ...]  # of each the name of its type
     has_default: tuple[bool, ...]
     status_rows: list[int] | None  # features: where the lookup wrote each one's statuses, unless in order
     split: Split | None = None  # the requests that a canary answers
@@ -63,6 +64,7 @@ class Plan:
         return (
             (self.names, self.dtypes) == (columns.names, columns.dtypes)
             and self.view_names == asked.view_names
+            and self.feature_types == asked.feature_types
             and self.has_default == asked.has_default
         )
 

@@ -73,6 +73,7 @@ def plan(kind: str, model: str, names: tuple[str, ...], **more: Any) -> Plan:
         version=int(kind == "predict"),
         names=names,
         dtypes=tuple(DTYPES[name] for name in names),
+        feature_types=tuple(DTYPES["key"].name for _ in more["feature_names"]),
         has_default=tuple(position % 2 == 0 for position in range(len(more["feature_names"]))),
         split=None,
         runner=None,
