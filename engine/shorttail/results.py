@@ -104,13 +104,13 @@ class Prediction:
 class Features:
     """Columns of feature values for the rows of one request.
 
-    feature_names: the references asked for, in order; values: one array a feature ([rows], or [rows, n] for a
+    feature_names: the references asked for, in order; values: one array for each feature ([rows], or [rows, n] for a
     vector; str or None for strings); feature_statuses: uint8 [features, rows] of `Status`. A value that is not
     PRESENT is the feature's default; where it has none, NaN in float arrays, 0 in integer and bool arrays, None for
     strings. The int64 of a Timestamp are microseconds since 1970-01-01 00:00 UTC.
     """
 
-    __slots__ = ("_status_rows", "_types", "_values", "feature_names", "has_default")
+    __slots__ = ("_names", "_status_rows", "_types", "_values", "has_default")
 
     def __init__(
         self,
@@ -120,16 +120,22 @@ class Features:
         has_default: Sequence[bool] | None = None,
         types: Sequence[str] | None = None,
     ):
-        self.feature_names = list(feature_names)
+        # Every lookup makes one of these: as little as possible is done here, the rest when it is asked for.
+        self._names = feature_names
         self._values = values
         self._status_rows = feature_statuses
         self.has_default = has_default if has_default is not None else [False] * len(values)
         self._types = types
 
     @property
+    def feature_names(self) -> list[str]:
+        """The references asked for, in order."""
+        return list(self._names)
+
+    @property
     def feature_statuses(self) -> dict[str, Statuses]:
         """Feature reference -> uint8 [rows] of `Status`."""
-        return {name: np.asarray(row) for name, row in zip(self.feature_names, self._status_rows, strict=True)}
+        return {name: np.asarray(row) for name, row in zip(self._names, self._status_rows, strict=True)}
 
     @property
     def feature_types(self) -> dict[str, str]:
@@ -138,7 +144,7 @@ class Features:
         From a server that sends no types: what the array tells. A Timestamp is "Int64" then.
         """
         types = self._types if self._types is not None else [_type_of(values) for values in self._values]
-        return dict(zip(self.feature_names, types, strict=True))
+        return dict(zip(self._names, types, strict=True))
 
     @property
     def statuses(self) -> dict[str, Statuses]:
@@ -154,11 +160,11 @@ class Features:
         return len(self._values[0]) if self._values else 0
 
     def __getitem__(self, feature: str) -> NDArray[Any]:
-        return self._values[self.feature_names.index(feature)]
+        return self._values[self._names.index(feature)]
 
     def to_numpy(self) -> dict[str, NDArray[Any]]:
         """Feature reference -> array, as described above."""
-        return dict(zip(self.feature_names, self._values, strict=True))
+        return dict(zip(self._names, self._values, strict=True))
 
     def to_dict(self) -> dict[str, list[Any]]:
         """Feature reference -> plain Python values; None where there is neither a value nor a default."""
@@ -209,7 +215,7 @@ class Features:
         for (name, values, missing, type_name), statuses in islice(columns, COLUMNS_SHOWN):
             note = _not_present(np.asarray(statuses))
             lines.append((name, type_name, _glance(values, missing, type_name) + (f"  ({note})" if note else "")))
-        left = len(self.feature_names) - len(lines)
+        left = len(self._names) - len(lines)
         more = [f"  … and {_count(left, 'more feature')}"] if left else []
         return "\n".join([f"Features({_count(len(self), 'row')})", *_aligned(lines), *more])
 
