@@ -309,7 +309,7 @@ def _cut(text: str, chars: int) -> str:
 def _not_present(codes: Statuses) -> str:
     """How many rows have each status but PRESENT: "1 NULL, 2 NOT_FOUND"; "" when there are none."""
     counts = [(status.name, np.count_nonzero(codes == status)) for status in Status if status != Status.PRESENT]
-    return ", ".join(f"{count} {name}" for name, count in counts if count)
+    return ", ".join(f"{count:,} {name}" for name, count in counts if count)
 
 
 def _aligned(lines: Sequence[tuple[str, str, str]]) -> list[str]:
