@@ -129,7 +129,7 @@ def replies(stream: bytes, access: int, cut: int) -> list[list[Any]]:
         connection.data_received(stream[start : start + cut])
     for batch in router.take():
         if batch.wanted():
-            batch.reply(router.engine.run(batch.route, batch.columns))
+            batch.reply(router.engine.run(batch.route.plan, batch.columns))
     for peer, msgid in forwarded:
         if peer is not None:
             peer.relay(msgid, WRITTEN)
