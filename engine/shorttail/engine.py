@@ -120,9 +120,9 @@ class Engine:
             route = self._route(("features", tuple(features)))
             self._last_features = list(features), route
         result = self._ask(route, columns)
-        plan = route.plan
-        assert result.feature_statuses is not None
-        return Features(plan.feature_names, result.values, result.feature_statuses, plan.has_default)
+        plan, statuses = route.plan, result.feature_statuses
+        assert statuses is not None
+        return Features(plan.feature_names, result.values, statuses, plan.has_default, plan.feature_types)
 
     def plan_for_request(self, plan: Plan, values: Mapping[str, Any]) -> Plan:
         """The plan that answers a request: the canary's, if the model has one and it answers for these keys."""

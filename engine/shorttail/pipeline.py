@@ -50,7 +50,8 @@ class Plan:
     feature_names: tuple[str, ...]  # () for models
     feature_places: tuple[
         tuple[int, int | None], ...
-    ]  # for each feature its buffer, and the column if that is a matrix
+    ]  # for each feature its buffer, and its column if that is a matrix
+    feature_types: tuple[str, ...]  # for each feature the name of its type
     has_default: tuple[bool, ...]
     status_rows: list[int] | None  # for each feature the row of its statuses in the lookup's output; None: in order
     split: Split | None = None  # the requests that a canary answers
@@ -65,6 +66,7 @@ class Plan:
         return (
             (self.names, self.dtypes) == (columns.names, columns.dtypes)
             and self.view_names == asked.view_names
+            and self.feature_types == asked.feature_types
             and self.has_default == asked.has_default
         )
 

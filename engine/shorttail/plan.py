@@ -167,6 +167,7 @@ class PlanBuilder:
         shadow: Shadow | None = None,
     ) -> Plan:
         lookups = []
+        features = [self.catalog.feature(name)[1] for name in feature_names]
         for view_name, operations in self.gathers.items():
             view = self.catalog.views[view_name]
             keys = [self.column_number[name] for name in view.keys]
@@ -193,7 +194,8 @@ class PlanBuilder:
             feature_names=feature_names,
             feature_places=feature_places,
             status_rows=None if in_order else status_rows,
-            has_default=tuple(self.catalog.feature(name)[1].default is not None for name in feature_names),
+            feature_types=tuple(feature.dtype.name for feature in features),
+            has_default=tuple(feature.default is not None for feature in features),
             split=split,
             shadow=shadow,
         )

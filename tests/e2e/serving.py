@@ -182,6 +182,7 @@ FEATURES = [0, 2, "get_online_features", [
 ]]  # fmt: skip
 FEATURED = [1, 2, None, {
     "feature_names": ["stats:age", "stats:visits", "stats:tier", "stats:taste"],
+    "types": ["Float32", "Int64", "String", "Vector(2)"],
     "values": [[1.5, 20.0, 1.5], [3, 2, None], ["tin", None, None], [[5.0, 6.0], [3.0, 4.0], None]],
     "has_default": [True, False, False, False],
     "statuses": [[1, 0, 2], [0, 0, 2], [0, 1, 2], [0, 0, 2]],
