@@ -25,7 +25,7 @@ from shorttail.store import verify as verify_module
 from shorttail.store.backup import backup
 from shorttail.store.environment import table_pages
 from shorttail.store.lmdb_file import structure_problems
-from shorttail.store.stat import figures
+from shorttail.store.stat import store_stats
 from shorttail.store.verify import verify
 
 TESTS = str(Path(__file__).parent)
@@ -84,7 +84,7 @@ def test_sound_store(path: Path) -> None:
     report = verify(path, lambda done, of: seen.append((done, of)))
     assert (report.ok, report.problems, report.notes) == (True, [], [])
     with Store.open(path) as store:
-        pages = figures(store)["views"][0]["buckets"]
+        pages = store_stats(store)["views"][0]["buckets"]
         with store.environment.read() as txn:
             commit = store.environment.sequence(txn)
     assert (report.tables, report.rows, report.pages, report.commit) == (1, 2950, pages, commit)
@@ -116,7 +116,7 @@ def digest(path):
 
 def check(work):  # what the command does, without three interpreters for each flip
     problems = lmdb_file.structure_problems(work)
-    checks.structure = lambda env, path: problems
+    checks.find_structure_problems = lambda env, path: problems
     checks.check(work)
 
 def forked(work, data, action):
@@ -287,8 +287,8 @@ def test_leftover_table_and_missing_log(path: Path) -> None:
         writer.put_page(77, bytes(8), bytes(4080))
         writer.txn.delete(b"l" + (2).to_bytes(8, "big"))
     report = verify(path)
-    assert report.notes == ["table 77 is in no catalog (1 pages): of a load at work, or left by a killed one"]
-    assert any("the change log does not hold the commits 1 to " in problem for problem in report.problems)
+    assert report.notes == ["table 77 is not in the catalog (1 pages): a load is running, or a killed load left it"]
+    assert any("the change log lacks some of the commits 1 to " in problem for problem in report.problems)
 
 
 def test_store_that_is_written_to(path: Path) -> None:
@@ -339,11 +339,11 @@ def test_figures_of_readers(path: Path) -> None:
         assert child.stdout is not None
         assert child.stdin is not None
         assert child.stdout.readline() == b"in\n"
-        before = figures(store)
+        before = store_stats(store)
         for n in range(3):
             store.upsert("stats", rows([n], 9, 9))
         store.refresh()
-        after = figures(store)
+        after = store_stats(store)
         child.stdin.write(b"\n")
     assert before["readers"] == [{"pid": child.pid, "snapshots": 1, "commits_behind": 0}]
     assert after["readers"] == [{"pid": child.pid, "snapshots": 1, "commits_behind": 3}]
@@ -354,7 +354,7 @@ def test_figures_of_readers(path: Path) -> None:
 
 def test_figures_of_views(path: Path) -> None:
     with Store.open(path) as store:
-        found = figures(store)
+        found = store_stats(store)
         with store.environment.read() as txn:
             pages = [bytes(page) for _, page in table_pages(txn, store.catalog.tables["stats"].id)]
     (view,) = found["views"]
@@ -409,7 +409,7 @@ def test_backup_of_an_open_store(path: Path, tmp_path: Path) -> None:
     path.chmod(0o750)
     with Store.open(path) as store, store.reading():
         done = backup(store, tmp_path / "copy")
-        found = figures(store)
+        found = store_stats(store)
     assert (done.commit, done.views, done.model_versions) == (found["commit"], 1, 0)
     assert (tmp_path / "copy").stat().st_mode & 0o777 == 0o750
     assert done.bytes <= found["file_bytes"]
@@ -419,9 +419,9 @@ def test_backup_refuses(path: Path, tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     with pytest.raises(InvalidArgument, match=r"'.*there' exists"):
         backup(path, tmp_path / "there")
-    with pytest.raises(InvalidArgument, match="is inside of the store"):
+    with pytest.raises(InvalidArgument, match="is inside the store"):
         backup(path, path / "copy")
-    with pytest.raises(InvalidArgument, match="is not there; create it"):
+    with pytest.raises(InvalidArgument, match="does not exist; create it"):
         backup(path, tmp_path / "none" / "copy")
     with pytest.raises(NotFound, match="no store at"):
         backup(tmp_path / "nowhere", tmp_path / "copy")

@@ -294,8 +294,8 @@ def test_strings_as_arrow_has_them(store: Store) -> None:
         ([0, 2, 4], b"a\xed\xa0\x80", "row 0 is not valid UTF-8"),
         ([0, 1, 3], "aé".encode() + b"b", None),
         ([0, 2, 3], "aé".encode(), "row 0 is not valid UTF-8"),
-        ([0, 3, 5], b"abc", "row 1 lies outside"),
-        ([2, 1, 1], b"abc", "row 0 lies outside"),
+        ([0, 3, 5], b"abc", "row 1 lie outside"),
+        ([2, 1, 1], b"abc", "row 0 lie outside"),
         ([0, 1, 65_537 + 1], b"a" * 70_000, "a string of 65537 bytes"),
     ],
 )

@@ -13,7 +13,7 @@ from test_store import make_store, rows, scores
 
 from shorttail.errors import InvalidArgument, ResourceExhausted
 from shorttail.store import Store
-from shorttail.store.stat import figures
+from shorttail.store.stat import store_stats
 from shorttail.store.verify import verify
 
 # -- the map -------------------------------------------------------------------------------------------------------
@@ -31,7 +31,7 @@ def test_full_map_serves_and_takes_deletes(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("SHORTTAIL_MAP_GIB", str(8 / 1024))
     path = tmp_path / "store"
     with wide_store(path, 100) as store:
-        assert figures(store)["map_bytes"] == 8 << 20
+        assert store_stats(store)["map_bytes"] == 8 << 20
         n, said = 0, []
         for step in (1000, 100, 10):
             try:
@@ -58,7 +58,7 @@ def test_full_map_serves_and_takes_deletes(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize("text", ["much", "-1", "0", "1e-9", "nan", "1e30"])
 def test_size_of_the_map_that_is_none(path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setenv("SHORTTAIL_MAP_GIB", text)
-    with pytest.raises(InvalidArgument, match=f"SHORTTAIL_MAP_GIB={text} is no size of a map; give GiB, like 512"):
+    with pytest.raises(InvalidArgument, match=f"SHORTTAIL_MAP_GIB={text} is not a valid map size; give a number"):
         Store.open(path)
 
 

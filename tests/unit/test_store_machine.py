@@ -392,7 +392,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(store=which)
     def rest(self, store: int) -> None:
-        self.stores[store].rest()
+        self.stores[store].release_if_stale()
 
     @rule(writer=which, name=names, keep=st.booleans())
     def add_or_drop(self, writer: int, name: str, keep: bool) -> None:

@@ -57,7 +57,7 @@ def serve(
     load. settings: of security, limits and CPUs. Errors are one line on stderr. Call it in the main thread.
     """
     settings = settings or ServerSettings()
-    stderr.everything(settings.log)
+    stderr.log_as_json(settings.log)
     options = [*(["--pretouch"] if pretouch else []), *(["--lock-memory"] if lock_memory else [])]
     # One worker alone accepts by itself. Over TLS it would not know of connections that still shake hands, which a
     # reload must not cut: those it knows that come from here.
@@ -76,7 +76,7 @@ def serve(
             ):  # fmt: skip
                 return Supervisor(launcher, workers, signals).run(check)
     except ShorttailError as error:
-        logs.say(settings.log, "error", error.message)
+        logs.log_now(settings.log, "error", error.message)
         return 1
 
 
@@ -129,7 +129,7 @@ class Supervisor:
             self.selector.close()
 
     def say(self, level: str, text: str) -> None:
-        logs.say(self.settings.log, level, text)
+        logs.log_now(self.settings.log, level, text)
 
     def workers(self) -> list[Child]:
         return [child for child in self.children.values() if child.number != WRITER]
