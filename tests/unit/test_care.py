@@ -270,7 +270,7 @@ def test_row_with_a_wrong_tag_or_in_a_wrong_bucket(path: Path) -> None:
 
     image_with(path, change)
     (problem,) = verify(path).problems
-    assert problem.endswith((": a row lies in the wrong bucket", ": a tag is not that of its row")), problem
+    assert problem.endswith((": a row lies in the wrong bucket", ": a tag does not match its row")), problem
 
 
 def test_missing_bucket(path: Path) -> None:
