@@ -32,7 +32,7 @@ def test_progress_adds_up_to_the_rows_given(store: Store, small_memory: Callable
 
 
 def test_memory_has_a_least(store: Store) -> None:
-    with pytest.raises(InvalidArgument, match=r"memory_bytes=1000 is too little.*4194304 or more"):
+    with pytest.raises(InvalidArgument, match=r"memory_bytes=1000 is too small.*4194304 or more"):
         store.load("small", [small([1])], None, 1000)
     assert store.load("small", [small([1])], None, 4 << 20) == 1
 
