@@ -1,4 +1,4 @@
-"""`shorttail stat`, `verify` and `backup` as a user runs them, on a store with a model."""
+"""The commands `shorttail stat`, `verify` and `backup`, on a store with a model."""
 
 from __future__ import annotations
 

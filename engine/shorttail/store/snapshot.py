@@ -198,6 +198,10 @@ class Snapshot:
             return self._advance()
 
     def _advance(self) -> bool:
+        """Replace the read transaction by a new one and update the directories. Return whether there was a new commit.
+
+        The caller holds _lock and no thread is inside. Raises InvalidArgument (closed) and what read_tree() raises.
+        """
         environment = self.environment
         if self.gate.generation == _CLOSED:
             raise InvalidArgument(f"store '{self.path}' is closed; open it again")
