@@ -48,9 +48,7 @@ class Plan:
     transforms: TransformProgram | None  # the on-demand functions
     runner: Runner | None
     feature_names: tuple[str, ...]  # () for models
-    feature_places: tuple[
-        tuple[int, int | None], ...
-    ]  # for each feature its buffer, and its column if that is a matrix
+    feature_places: tuple[tuple[int, int | None], ...]  # for each feature its buffer, and its column there
     feature_types: tuple[str, ...]  # for each feature the name of its type
     has_default: tuple[bool, ...]
     status_rows: list[int] | None  # for each feature the row of its statuses in the lookup's output; None: in order

@@ -45,7 +45,7 @@ def test_every_write_of_a_step(zygote: Zygote, tmp_path: Path, kind: str, mode: 
     assert len(messages) >= 4  # pages, their sync, and the meta page
     full = f"the disk of store '{path}' is full or failing; "
     # LMDB cannot tell whether its last write, of the meta page, is in the file.
-    unknown = full + "whether the last write is in the store is not known: look, or write it again"
+    unknown = full + "it is unknown whether the last write is in the store: check, or write it again"
     assert set(messages) - {None} == {full + "nothing was written", unknown}
     # Nobody is told of what tidies up when all is done; the next load does that.
     assert None not in messages[: messages.index(unknown) + 1]
@@ -111,5 +111,5 @@ def test_a_scan_keeps_its_memory_when_the_meta_page_cannot_be_written(zygote: Zy
     workload.create(path)
     found = zygote.start("survive_while_scanned", path=str(path)).result()
     assert found["message"] == (
-        f"store '{path}' must be opened again, as its disk failed; end the scans of it, and try again"
+        f"store '{path}' must be reopened because its disk failed; end all scans of it and try again"
     )

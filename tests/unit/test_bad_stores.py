@@ -1,4 +1,4 @@
-"""What is not a store, or one that cannot be used now: one line says why, and nothing is lost."""
+"""Paths that are not a store, and stores that cannot be used: one line says why, and no data is lost."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_truncated_file(path: Path, keep: int) -> None:
         Store.open(path)
 
 
-def test_file_that_only_lacks_unused_pages_is_sound(path: Path) -> None:
+def test_file_without_its_unused_last_pages_is_sound(path: Path) -> None:
     with make_store(path) as store:
         store.load("stats", [rows(range(5000))])
         store.refresh()
@@ -99,7 +99,7 @@ def test_file_that_only_lacks_unused_pages_is_sound(path: Path) -> None:
             try:
                 Store.open(path.with_name("copy")).close()
             except InvalidArgument:
-                assert cut > 1  # a page that is in use is gone now
+                assert cut > 1  # this cut removed a page that is in use
                 break
 
 
@@ -136,7 +136,7 @@ def test_use_after_fork_is_refused(store: Store) -> None:
     assert scores(store, [1]) == [1.0]
     read_end, write_end = os.pipe()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # threads of earlier tests
+        warnings.simplefilter("ignore")  # Python warns about fork because of threads of earlier tests
         pid = os.fork()
     if pid == 0:
         said = []

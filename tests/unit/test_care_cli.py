@@ -1,4 +1,4 @@
-"""`shorttail stat`, `verify` and `backup` as a user runs them, on a store with a model."""
+"""The commands `shorttail stat`, `verify` and `backup`, on a store with a model."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def test_verify_of_a_damaged_model_and_page(project: Project) -> None:
         r"problem: view 'plane' \(table \d+\), bucket 0000000000000000: its checksum is wrong", lines[0]
     )
     assert lines[1:] == [
-        "problem: model 'delay' version 1: model.onnx has another sha256 than the catalog says",
-        "problem: model 'delay' version 1: manifest.json is not of the file that the catalog says",
+        "problem: model 'delay' version 1: the sha256 of model.onnx is not the catalog's",
+        "problem: model 'delay' version 1: the sha256 in manifest.json is not the catalog's",
     ]
     assert project.run("verify", "--store", "store", "--json").code == 1
     error = project.fails("backup", "copy", "--store", "store")
@@ -76,7 +76,7 @@ def test_backup_and_restore(project: Project) -> None:
     said = project.ok("backup", "copy", "--store", "store").out
     assert re.fullmatch(r"copy: 2 views, 1 model version, [\d.]+ KiB as of commit \d+ in \d+\.\d s\n", said)
     assert project.fails("backup", "copy", "--store", "store") == (
-        "error: 'copy' exists; a backup is never written over anything: choose another name\n"
+        "error: 'copy' exists; a backup never overwrites anything, so choose another name\n"
     )
     project.ok("verify", "--store", "copy")
     asked = ["predict", "delay", "tailnum=N1", "hour=3", "--json", "--store"]

@@ -7,7 +7,7 @@ import os
 import traceback
 from collections import Counter
 
-from shorttail.observe.logs import TRACEBACK_CHARS, Format, line, put
+from shorttail.observe.logs import TRACEBACK_CHARS, Format, format_line, write_text
 
 
 def one_line(error: BaseException) -> str:
@@ -39,10 +39,10 @@ class ErrorLog:
     def write(self, loop: asyncio.AbstractEventLoop) -> None:
         if self.seen:
             times = {text: f" ({n} times)" if n > 1 else "" for text, n in self.seen.items()}
-            lines = [line(self.form, "error", text + times[text], self._fields(text)) for text in times]
+            lines = [format_line(self.form, "error", text + times[text], self._fields(text)) for text in times]
             self.seen.clear()
             self._traces.clear()
-            loop.run_in_executor(None, put, "\n".join(lines))
+            loop.run_in_executor(None, write_text, "\n".join(lines))
 
     def _fields(self, text: str) -> dict[str, str]:
         return {"traceback": self._traces[text]} if text in self._traces else {}

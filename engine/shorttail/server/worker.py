@@ -248,7 +248,7 @@ def main() -> int:
     parser.add_argument("--cpu", type=int, help="the CPU to run on")
     args = parser.parse_args()
     settings = ServerSettings.from_json(args.settings)
-    stderr.everything(settings.log)
+    stderr.log_as_json(settings.log)
     if args.cpu is not None:
         limits.pin(args.cpu)
     limits.allow_files(settings.max_connections)
@@ -257,10 +257,10 @@ def main() -> int:
     try:
         engine, served = load(args.store, args.device, args.pretouch, args.lock_memory)
     except ShorttailError as error:
-        logs.say(settings.log, "error", error.message)
+        logs.log_now(settings.log, "error", error.message)
         return 1
     except Exception as error:
-        logs.say(settings.log, "error", f"store {args.store}: {one_line(error)}")
+        logs.log_now(settings.log, "error", f"store {args.store}: {one_line(error)}")
         return 1
     with engine:
         if args.check:

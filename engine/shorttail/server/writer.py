@@ -306,7 +306,7 @@ def main() -> int:
     parser.add_argument("--listen-fd", type=int, required=True)
     parser.add_argument("--log", choices=("text", "json"), default="text")
     args = parser.parse_args()
-    stderr.everything(args.log)
+    stderr.log_as_json(args.log)
     control = socket.socket(fileno=args.control_fd)
     try:
         store = Store.open(args.store)
