@@ -44,7 +44,7 @@ from shorttail.loadtest.result import Step  # noqa: E402
 from shorttail.loadtest.runner import Load, run_step  # noqa: E402
 from shorttail.loadtest.traffic import Traffic, Workload, plan_rpc  # noqa: E402
 from shorttail.models import registry  # noqa: E402
-from shorttail.models.serving import go_behind  # noqa: E402
+from shorttail.models.serving import lower_priority  # noqa: E402
 from shorttail.models.session import Session  # noqa: E402
 
 USERS = 1000
@@ -168,7 +168,7 @@ def swap_under_load(
     start_s = time.monotonic() + WARMUP_S
 
     def swap() -> None:
-        go_behind()
+        lower_priority()
         try:
             for cycle in range(cycles):
                 second, part = divmod(cycle, CYCLES_PER_SECOND)
