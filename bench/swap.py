@@ -40,7 +40,7 @@ from shorttail.loadtest.rates import Rate
 from shorttail.loadtest.result import Step
 from shorttail.loadtest.runner import Load, run_step
 from shorttail.loadtest.traffic import Traffic, Workload, plan_rpc
-from shorttail.models.serving import go_behind
+from shorttail.models.serving import lower_priority
 from shorttail.models.session import Session
 from shorttail.registry import versions as registry
 
@@ -165,7 +165,7 @@ def swap_under_load(
     start_s = time.monotonic() + WARMUP_S
 
     def swap() -> None:
-        go_behind()
+        lower_priority()
         try:
             for cycle in range(cycles):
                 second, part = divmod(cycle, CYCLES_PER_SECOND)

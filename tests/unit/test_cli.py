@@ -168,7 +168,7 @@ def test_wrong_definitions_leave_no_store_behind(fresh: Project) -> None:
     (fresh.folder / "definitions.py").write_text(DEFINITIONS.replace('"plane:year", ', ""))
     message = fresh.fails("apply", "definitions.py", "--store", "store")
     assert message == (
-        "error: model 'delay': delay.onnx takes 3 columns (input 'x'), but inputs lists 2;"
+        "error: model 'delay': delay.onnx takes 3 columns (input 'x'), but inputs= lists 2;"
         " first: plane:seats, request:hour\n"
     )
     assert not (fresh.folder / "store").exists()

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from shorttail.define.ondemand import codecache
-from shorttail.define.ondemand import compile as transforms
+from shorttail.ondemand import codecache
+from shorttail.ondemand import compile as transforms
 
 pytest.importorskip("numba")
 
