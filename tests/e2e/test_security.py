@@ -8,6 +8,7 @@ import sys
 
 import msgpack
 import pytest
+from commands import error_of, run_well
 from serving import PREDICT, PREDICTED, TIMEOUT_S, Server, hang_up
 
 import shorttail as st
@@ -157,13 +158,9 @@ def test_clients_show_their_token(guarded):
 
 def test_commands_take_a_token_file(guarded, store):
     address = "{}:{}".format(*guarded.address)
-    ask = [sys.executable, "-m", "shorttail", "predict", "total", "user_id=1", "amount=0.5", "--server", address]
-    done = subprocess.run([*ask, "--token-file", str(store.parent / "tokens")], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "11.5" in done.stdout
-    refused = subprocess.run(ask, capture_output=True, text=True)
-    assert (refused.returncode, refused.stdout) == (1, "")
-    assert refused.stderr.startswith("error: this server wants a token")
+    ask = ["predict", "total", "user_id=1", "amount=0.5", "--server", address]
+    assert "11.5" in run_well(*ask, "--token-file", str(store.parent / "tokens")).out
+    assert error_of(*ask).startswith("error: this server wants a token")
 
 
 # -- where it may listen -------------------------------------------------------------------------------------------

@@ -81,7 +81,8 @@ def test_backup_and_restore(project: Project) -> None:
     project.ok("verify", "--store", "copy")
     asked = ["predict", "delay", "tailnum=N1", "hour=3", "--json", "--store"]
     assert project.ok(*asked, "copy").json == project.ok(*asked, "store").json
-    assert project.ok("serve", "--check", "--lock-memory", "--store", "copy").out.startswith("ok · models: delay v1")
+    checked = project.process("serve", "--check", "--lock-memory", "--store", "copy")
+    assert checked.stdout.startswith("ok · models: delay v1"), checked
     done = json.loads(project.ok("backup", "second", "--store", "copy", "--as-is", "--json").out)
     assert (done["backup"], done["views"], done["model_versions"]) == ("second", 2, 1)
     names = {"copy", "second", "store", "definitions.py", "delay.onnx", "planes.parquet"}

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import commands
 import numpy as np
 import onnx
 import pytest
@@ -418,13 +417,9 @@ def test_a_shadow_with_other_features_looks_up_its_own(engine: st.Engine, tmp_pa
 
 
 def cli(*arguments: str, code: int = 0) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "shorttail", "models", *arguments], capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == code, done
     if code:
-        assert done.stderr.count("\n") == 1, done.stderr
-    return done.stderr if code else done.stdout
+        return commands.error_of("models", *arguments, code=code)
+    return commands.run_well("models", *arguments).out
 
 
 def test_the_commands(engine: st.Engine, file: Callable[..., Path]) -> None:
