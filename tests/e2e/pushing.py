@@ -1,12 +1,9 @@
 """A server that is pushed to: what the tests of pushes share."""
 
-import contextlib
-import os
-import signal
 import time
 from pathlib import Path
 
-from serving import TIMEOUT_S, Server
+from serving import TIMEOUT_S, Server, stopped
 
 
 def row(user, **changed):
@@ -27,18 +24,9 @@ class Pushing(Server):
         [pid] = until(lambda: self.children("writer"), "there is a writer")
         return pid
 
-    @contextlib.contextmanager
     def held(self, *pids):
         """Processes that do nothing meanwhile; the writer if none is named."""
-        pids = pids or (self.writer(),)
-        for pid in pids:
-            os.kill(pid, signal.SIGSTOP)
-        try:
-            yield
-        finally:
-            for pid in pids:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGCONT)
+        return stopped(*(pids or (self.writer(),)))
 
     @property
     def tcp(self):

@@ -39,7 +39,7 @@ ROWS = {
 }
 SERVE = [sys.executable, "-m", "shorttail", "serve"]
 ASAN = "asan" in os.environ.get("LD_PRELOAD", "")  # `make asan`: several times slower
-TIMEOUT_S = 120.0 if ASAN else 20.0
+TIMEOUT_S = 240.0 if ASAN else 60.0  # of waits that would otherwise never end: no test is about how long they take
 
 
 def write_sum(path: Path, factor: float) -> None:
@@ -196,6 +196,24 @@ def until(condition, server):
         assert server.process.poll() is None, server.log.read_text()
         time.sleep(0.02)
     return found
+
+
+def replaced(server, pid, n):
+    """Wait until another worker is in the place of `pid`, and there are n."""
+    until(lambda: len(server.workers()) == n and pid not in server.workers(), server)
+
+
+@contextlib.contextmanager
+def stopped(*pids):
+    """Processes that do nothing meanwhile."""
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
 
 
 def hang_up(server):

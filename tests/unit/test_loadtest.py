@@ -195,8 +195,7 @@ def test_stop_ends_a_run_early() -> None:
         thread.join(10)
         assert not thread.is_alive()
     result = generator.results()
-    assert result["good"] == result["due"] >= 20
-    assert result["end_ns"] - result["warm_ns"] < 10 * 10**9
+    assert 20 <= result["good"] == result["due"] < 500 * 3600
 
 
 def test_hiccups_see_a_schedule_that_is_missed() -> None:
