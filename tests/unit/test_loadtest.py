@@ -48,7 +48,7 @@ def test_every_request_is_counted_once_and_percentiles_are_right(seed: int) -> N
 
 def test_a_stall_is_charged_to_what_was_due_and_a_closed_loop_misses_it() -> None:
     """Bar: at least 90% of what arithmetic on the intended times gives. Noise can only add to a latency, so the bound
-    holds on any machine; the closed loop sends one request a connection into each stall, far less than 1%."""
+    holds on any machine. The closed loop has one request in each stall at most: fewer than a P99 could show."""
     with rpc_server(stall_every_s=1.0, stall_s=0.1) as fake:
         step = load_on(fake.address, with_load(duration_s=2.5), rate=500.0)
         stalls = np.array(fake.stalls)
@@ -61,8 +61,10 @@ def test_a_stall_is_charged_to_what_was_due_and_a_closed_loop_misses_it() -> Non
     assert step.latency.percentile(99) / 1e9 >= 0.9 * expected_s
     with rpc_server(stall_every_s=1.0, stall_s=0.1) as fake:
         closed = load_on(fake.address, with_load(duration_s=1.5, closed=True, connections=1, pipeline=1), rate=None)
-        assert fake.stalls
-    assert closed.latency.percentile(99) / 1e9 < 0.5 * expected_s
+        stalls = np.array(fake.stalls)
+    sent = closed.events["sent_ns"] / 1e9
+    assert 1 <= len(stalls) < len(sent) / 100
+    assert all(((sent >= start) & (sent < end)).sum() <= 1 for start, end in stalls)
     assert closed.latency.max_ns / 1e9 >= 0.09
 
 

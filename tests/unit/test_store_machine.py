@@ -2,7 +2,7 @@
 
 Every run draws anew, so that each explores more. A failure prints the shortest sequence of steps that it found, and a
 line to repeat it by; all that a step does follows from its arguments, the seeds of the tables too.
-SHORTTAIL_MACHINE_STEPS sets the number of steps.
+SHORTTAIL_MACHINE_STEPS sets the number of steps (`make soak`: 100,000).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from shorttail.store import load as load_module
 from shorttail.store.catalog import TableInfo
 from shorttail.store.table import encode_keys, make_layout
 
-STEPS = int(os.environ.get("SHORTTAIL_MACHINE_STEPS", "10000"))
+STEPS = int(os.environ.get("SHORTTAIL_MACHINE_STEPS", "3000"))
 STEPS_PER_EXAMPLE = 50
 WIDTH = 80  # of the vector: a page of 4 KiB holds nine rows, so that a few dozen split and join buckets all the time
 SEEDS = (0, 0x1234_5678_9ABC_DEF0)  # of the tables of an example
