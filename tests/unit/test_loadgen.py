@@ -103,7 +103,8 @@ def test_an_open_loop_asks_as_often_as_told(tmp_path: Path, connections: int, pi
 
 
 def test_an_open_loop_counts_from_when_a_request_was_due(tmp_path: Path) -> None:
-    """A server that answers nothing for 0.3 s and then all: with one in flight the others wait, and that is counted."""
+    """A server that holds the first answer until all are due: with one in flight the others wait, and that is counted.
+    From when it was sent, each but the first takes as long as an echo does."""
     payload = tmp_path / "payload"
     loadgen.write_payload(payload, [bytes(10)])
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -111,9 +112,11 @@ def test_an_open_loop_counts_from_when_a_request_was_due(tmp_path: Path) -> None
         def serve() -> None:
             peer, _ = listener.accept()
             with peer:
-                time.sleep(0.3)  # no synchronisation: this is the time
-                while data := peer.recv(65536):
+                data = peer.recv(65536)
+                time.sleep(0.3)  # the last is due 0.2 s after the first
+                while data:
                     peer.sendall(data)
+                    data = peer.recv(65536)
 
         server = threading.Thread(target=serve)
         server.start()
@@ -121,8 +124,7 @@ def test_an_open_loop_counts_from_when_a_request_was_due(tmp_path: Path) -> None
         figures = loadgen.run(address, payload, 1, 0.2, warmup_s=0.0, raw_reply_bytes=10, per_s=100)
         server.join()
     assert (figures["requests"], figures["unanswered"]) == (20, 0)
-    assert figures["max_us"] > 299_000
-    assert 100_000 <= figures["p50_us"] < figures["max_us"]
+    assert figures["p50_us"] > 100_000
 
 
 def test_replies_far_larger_than_any_buffer(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ STEPS = int(os.environ.get("SHORTTAIL_MACHINE_STEPS", "3000"))
 STEPS_PER_EXAMPLE = 50
 WIDTH = 80  # of the vector: a page of 4 KiB holds nine rows, so that a few dozen split and join buckets all the time
 SEEDS = (0, 0x1234_5678_9ABC_DEF0)  # of the tables of an example
-PREFIX_BITS = 12
+PREFIX_BITS = 10
 ALIKE = 24  # keys whose hashes agree in so many bits: more than two pages of them
 
 FEATURES = [
@@ -138,7 +138,7 @@ def key_hash(key: Key, seed: int) -> int:
 @cache
 def keys_alike(name: str, seed: int) -> list[Key]:
     """Keys whose hashes agree in the first PREFIX_BITS bits, or more."""
-    keys = candidate_keys(name, 60_000)
+    keys = candidate_keys(name, 16_000)
     hashes = [key_hash(key, seed) for key in keys]
     order = sorted(range(len(keys)), key=hashes.__getitem__)
     shift = 64 - PREFIX_BITS
