@@ -1,4 +1,4 @@
-"""What tests of HTTP share: a store with a model of every type, and asking a running server."""
+"""What tests of HTTP share: a model that takes every type, and requests to a running server, whole or byte by byte."""
 
 import contextlib
 import http.client
@@ -57,10 +57,12 @@ def write_every(path):
 
 
 def http_port(server):
+    """The port of its HTTP, as its announcement names it."""
     return int(re.search(r"http on 127\.0\.0\.1:(\d+)", server.line)[1])
 
 
 def ask(server, method, path, body=None, **headers):
+    """(status, body) of one request. Underscores in names of headers stand for hyphens."""
     connection = http.client.HTTPConnection("127.0.0.1", http_port(server), timeout=TIMEOUT_S)
     try:
         connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
@@ -71,17 +73,20 @@ def ask(server, method, path, body=None, **headers):
 
 
 def ask_json(server, method, path, body=None, **headers):
+    """The same with bodies that are JSON."""
     status, answer = ask(server, method, path, None if body is None else json.dumps(body), **headers)
     return status, json.loads(answer)
 
 
 def tensor(name, array, kind, binary=True):
+    """An input of Triton's client. kind: its datatype; binary: sent as bytes, not as JSON."""
     made = triton.InferInput(name, list(array.shape), kind)
     made.set_data_from_numpy(array, binary_data=binary)
     return made
 
 
 def total_inputs(users, shop, amount, binary=True):
+    """The inputs of model "total" for these users in one shop."""
     texts = np.array([shop], np.object_)
     return [
         tensor("user_id", np.array(users), "INT64", binary),
@@ -101,7 +106,7 @@ def body_of(count):
 
 
 class Asking:
-    """A request written byte by byte, where http.client would write it whole."""
+    """A connection over which a test writes parts of a request, where http.client would write it whole."""
 
     def __init__(self, server, stack):
         address = "127.0.0.1", http_port(server)
@@ -111,6 +116,7 @@ class Asking:
         self.peer.sendall(text.encode())
 
     def begin(self, body_bytes, *headers):
+        """Send the headers of a request whose body has so many bytes."""
         self.send("\r\n".join([f"POST {INFER} HTTP/1.1", "Host: x", f"Content-Length: {body_bytes}", *headers, "", ""]))
 
     def answer(self):

@@ -1,7 +1,7 @@
 """What the load generator measures, against servers that stall, that answer late and that do not answer.
 
-These tests take as long as the stalls that they plant. Of a latency they assert only what was planted, as a lower bound: a
-busy machine adds to it.
+These tests take as long as the stalls that they plant. Of a latency they assert only what was planted, as a lower
+bound: a busy machine adds to it.
 """
 
 from __future__ import annotations
