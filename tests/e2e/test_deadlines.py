@@ -60,31 +60,29 @@ def rss(server):
     return pages * os.sysconf("SC_PAGESIZE")
 
 
-def test_half_a_message_is_cut_and_idle_connections_are_closed_later(strict):
+def test_half_a_message_is_cut_and_idle_connections_are_closed_later(server):
     message = msgpack.packb(PREDICT)
-    with strict.connect() as half, strict.connect() as idle, strict.connect() as busy:
+    with server.connect() as half, server.connect() as idle, server.connect() as busy:
         half.send(message[:20])
         idle.send(message)
         assert idle.reply() == PREDICTED
-        end_s = time.monotonic() + TIMEOUT_S
-        while not is_closed(half.socket):
-            assert busy.ask(*PREDICT) == PREDICTED
-            assert time.monotonic() < end_s, "not cut off"
-            time.sleep(0.02)
-        idle.socket.settimeout(TIMEOUT_S)
-        assert idle.socket.recv(1) == b""
-        assert busy.ask(*PREDICT) == PREDICTED
+        for one in (half, idle):
+            end_s = time.monotonic() + TIMEOUT_S
+            while not is_closed(one.socket):
+                assert busy.ask(*PREDICT) == PREDICTED
+                assert time.monotonic() < end_s, "not cut off"
+                time.sleep(0.02)
 
 
-def test_clients_that_never_read_are_cut_off_and_their_memory_returned(strict):
+def test_clients_that_never_read_are_cut_off_and_their_memory_returned(server):
     """Four at a time. What one round leaves behind, the next finds again: a leak of replies would be 16 MiB more in
     every round. What a round left for another reason, a later one does not leave again."""
     left = []
     for _ in range(3):
-        starve(strict)
-        with strict.connect() as peer:
+        starve(server)
+        with server.connect() as peer:
             assert peer.ask(*PREDICT) == PREDICTED
-        left.append(rss(strict))
+        left.append(rss(server))
     growth = [after - before for before, after in itertools.pairwise(left)]
     assert min(growth) < 8 * MIB, left
 
@@ -96,7 +94,7 @@ def starve(server):
         sent = dict.fromkeys(greedy, 0)
         for one in greedy:
             one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            one.settimeout(0.2)
+            one.settimeout(0.05)
         last = time.monotonic()
         while greedy:  # each until its requests are not read any more, and then until it is cut off
             assert time.monotonic() - last < TIMEOUT_S, "not cut off"
