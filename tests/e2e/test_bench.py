@@ -35,6 +35,7 @@ QUICK = [
     "m",
 ]
 FIGURES = 6
+pytestmark = pytest.mark.usefixtures("unused_port")
 # Where Debian, Fedora, Google and Microsoft put them; CHROMIUM names another.
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "microsoft-edge")
 
@@ -52,7 +53,7 @@ def bench_json(*arguments: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(tmp_path_factory: pytest.TempPathFactory, unused_port: int) -> Path:
     """A sweep and a run with errors: sweep.json and .html, failing.json and .html, sweep.hlog."""
     folder = tmp_path_factory.mktemp("runs")
 

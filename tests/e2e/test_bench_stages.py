@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +13,6 @@ import pytest
 from http_asking import http_port
 from serving import Server, make_store
 from test_bench import FIGURES, QUICK, bench, bench_json, check_page, in_browser
-
-from shorttail.loadtest import stages
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 from fakes import rpc_server
@@ -130,12 +127,7 @@ def test_runs_with_and_without_are_compared(sweep: Path, tmp_path: Path) -> None
     assert len(check_page(page)) == FIGURES
 
 
-def test_without_metrics_there_is_one_line_and_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as unused:
-        port = unused.getsockname()[
-            1
-        ]  # where nobody listens after this: a server of one's own may be at the usual port
-    monkeypatch.setattr(stages, "DEFAULT_HTTP_PORT", port)
+def test_without_metrics_there_is_one_line_and_no_error(tmp_path: Path, unused_port: int) -> None:
     page = tmp_path / "out.html"
     with rpc_server() as fake:
         output = bench(fake.address, *QUICK, "--rate", "500", "--report", str(page))
@@ -143,7 +135,7 @@ def test_without_metrics_there_is_one_line_and_no_error(tmp_path: Path, monkeypa
         refused = bench(fake.address, *QUICK, "--metrics", "http://127.0.0.1:1/metrics", code=1)
     lines = [line for line in output.splitlines() if "stage breakdown" in line]
     assert len(lines) == 1
-    assert lines[0].startswith(f"no stage breakdown from http://127.0.0.1:{port}/metrics: connection refused; ")
+    assert lines[0].startswith(f"no stage breakdown from http://127.0.0.1:{unused_port}/metrics: connection refused; ")
     assert "no stage breakdown" in page.read_text()
     assert not [figure for figure in check_page(page) if "by stage" in figure["title"]]
     assert "stage" not in quiet
