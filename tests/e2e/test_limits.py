@@ -58,7 +58,7 @@ def test_connections_from_one_address(strict, over):
         assert time.monotonic() < end
 
 
-def test_connections_over_http(strict):
+def test_connections_over_http_beyond_the_limit_are_closed(strict):
     address = "127.0.0.1", http_port(strict)
     with contextlib.ExitStack() as stack:
         peers = [stack.enter_context(socket.create_connection(address)) for _ in range(LIMITS.http_connections)]

@@ -203,7 +203,7 @@ def test_the_mode_of_the_unix_socket(start, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_tls(start, certificates, workers):
+def test_clients_speak_tls_and_others_are_refused(start, certificates, workers):
     server = start("--tls-cert", certificates / "server.pem", "--workers", workers)
     address = "{}:{}".format(*server.address)
     with st.Client(address, tls=certificates / "ca.pem") as client:

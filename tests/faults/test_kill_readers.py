@@ -42,7 +42,7 @@ def dead(child: Child) -> list[dict[str, int]]:
     return said
 
 
-def test_random_kills(zygote: Zygote, tmp_path: Path) -> None:
+def test_readers_that_are_killed_at_random_leave_nothing_behind(zygote: Zygote, tmp_path: Path) -> None:
     seed = int(os.environ.get("SHORTTAIL_FAULT_SEED", time.time_ns() % 1_000_000))
     print(f"SHORTTAIL_FAULT_SEED={seed}")
     rng = random.Random(seed)

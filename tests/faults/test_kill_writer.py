@@ -56,7 +56,9 @@ def acknowledged(child: Child) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("observed", [True, False], ids=["observed", "alone"])
-def test_random_kills(zygote: Zygote, tmp_path: Path, observed: bool) -> None:
+def test_a_writer_that_is_killed_at_random_loses_nothing_it_acknowledged(
+    zygote: Zygote, tmp_path: Path, observed: bool
+) -> None:
     """observed: this process reads all the while, so that LMDB cannot make its lock file anew for each writer."""
     seed = int(os.environ.get("SHORTTAIL_FAULT_SEED", time.time_ns() % 1_000_000))
     print(f"SHORTTAIL_FAULT_SEED={seed}")

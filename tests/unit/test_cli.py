@@ -132,7 +132,7 @@ def test_no_command_shows_help(tmp_path: Path) -> None:
     assert result.code == 2
 
 
-def test_version(tmp_path: Path) -> None:
+def test_the_command_says_its_version(tmp_path: Path) -> None:
     assert Project(tmp_path).ok("--version").out.startswith("shorttail, version ")
 
 
@@ -199,7 +199,7 @@ def test_a_schema_change_needs_reset(fresh: Project) -> None:
     assert "~ view plane    retyped year Int32 -> Float32; 3 rows dropped" in out.splitlines()
 
 
-def test_push_upserts(fresh: Project) -> None:
+def test_push_writes_rows_of_a_file(fresh: Project) -> None:
     fresh.ok("apply", "definitions.py", "--store", "store")
     (fresh.folder / "routes.csv").write_text("origin,dest_id,late\nEWR,7,1.5\nJFK,8,\n")
     assert fresh.ok("push", "route", "routes.csv", "--store", "store").out.startswith("route: 2 rows in ")
@@ -208,7 +208,7 @@ def test_push_upserts(fresh: Project) -> None:
     assert "there is no file" in fresh.fails("push", "route", "gone.csv", "--store", "store")
 
 
-def test_predict_reads_well(loaded: Project) -> None:
+def test_predict_prints_keys_outputs_and_what_was_missing(loaded: Project) -> None:
     out = loaded.ok("predict", "delay", "tailnum=N1,123,ZZ", "hour=5", "--store", "store").out
     lines = [line.split() for line in out.splitlines()]
     assert lines[0] == ["delay", "version", "1"]
@@ -221,7 +221,7 @@ def test_predict_reads_well(loaded: Project) -> None:
     assert answer["version"] == 1
 
 
-def test_features_read_well(loaded: Project) -> None:
+def test_features_print_values_and_what_was_missing(loaded: Project) -> None:
     out = loaded.ok("features", "plane:maker", "plane:seats", "tailnum=N1,123,ZZ", "--store", "store").out
     assert [line.split() for line in out.splitlines()] == [
         ["tailnum", "plane:maker", "plane:seats", "status"],
@@ -231,7 +231,7 @@ def test_features_read_well(loaded: Project) -> None:
     ]
 
 
-def test_stat(loaded: Project) -> None:
+def test_stat_as_json_lists_the_views(loaded: Project) -> None:
     views = loaded.ok("stat", "--store", "store", "--json").json["views"]
     assert [(view["view"], view["keys"], view["features"], view["rows"]) for view in views] == [
         ("plane", ["tailnum"], 3, 3),

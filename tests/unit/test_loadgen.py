@@ -75,7 +75,7 @@ def reply(msgid: int, result: Any = None, error: Any = None) -> bytes:
 
 @pytest.mark.parametrize(("connections", "pipeline"), [(1, 1), (8, 1), (3, 5)])
 @pytest.mark.parametrize("unix", [False, True])
-def test_against_echo(tmp_path: Path, connections: int, pipeline: int, unix: bool) -> None:
+def test_an_echo_server_answers_every_request(tmp_path: Path, connections: int, pipeline: int, unix: bool) -> None:
     payload = tmp_path / "payload"
     loadgen.write_payload(payload, [bytes(100)] * 3)
     listen = f"unix:{tmp_path}/s" if unix else "127.0.0.1:0"

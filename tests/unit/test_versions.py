@@ -422,7 +422,7 @@ def cli(*arguments: str, code: int = 0) -> str:
     return commands.run_well("models", *arguments).out
 
 
-def test_the_commands(engine: st.Engine, file: Callable[..., Path]) -> None:
+def test_the_commands_say_which_version_answers_what(engine: st.Engine, file: Callable[..., Path]) -> None:
     store = ["--store", engine.store.path]
     two = str(file(2.0))
     about = ["--run", "mlflow:3f2a", "--metric", "auc=0.91", "--metric", "loss=2", "--owner", "fraud"]
