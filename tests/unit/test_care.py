@@ -79,7 +79,7 @@ def in_child(code: str, *arguments: Any, timeout_s: float = 60, **environ: str) 
 # -- verify --------------------------------------------------------------------------------------------------------
 
 
-def test_sound_store(path: Path) -> None:
+def test_a_sound_store_has_no_problems(path: Path) -> None:
     seen: list[tuple[int, int | None]] = []
     report = verify(path, lambda done, of: seen.append((done, of)))
     assert (report.ok, report.problems, report.notes) == (True, [], [])
@@ -165,7 +165,7 @@ def flip(path: Path, tmp_path: Path, positions: list[tuple[int, int]]) -> list[t
     return [tuple(json.loads(line)) for line in done.stdout.splitlines()]
 
 
-def test_flipped_bits_anywhere(path: Path, tmp_path: Path) -> None:
+def test_bits_flipped_anywhere_never_kill_verify(path: Path, tmp_path: Path) -> None:
     seed = random.randrange(1 << 32)
     print("seed", seed)
     rng = random.Random(seed)
@@ -208,7 +208,7 @@ def test_flipped_bits_outside_the_tables(path: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.3, 0.999])
-def test_truncated_file(path: Path, keep: float) -> None:
+def test_a_truncated_file_is_a_problem(path: Path, keep: float) -> None:
     data = path / "data.mdb"
     os.truncate(data, int(data.stat().st_size * keep))
     report = verify(path)
@@ -273,7 +273,7 @@ def test_row_with_a_wrong_tag_or_in_a_wrong_bucket(path: Path) -> None:
     assert problem.endswith((": a row lies in the wrong bucket", ": a tag does not match its row")), problem
 
 
-def test_missing_bucket(path: Path) -> None:
+def test_a_missing_bucket_is_a_problem(path: Path) -> None:
     with Store.open(path) as store, store.environment.write() as writer:
         table = store.catalog.tables["stats"].id
         keys = [key for key, _ in table_pages(writer.txn, table)]
@@ -415,7 +415,7 @@ def test_backup_of_an_open_store(path: Path, tmp_path: Path) -> None:
     assert done.bytes <= found["file_bytes"]
 
 
-def test_backup_refuses(path: Path, tmp_path: Path) -> None:
+def test_a_backup_goes_to_a_new_folder_outside_of_the_store(path: Path, tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     with pytest.raises(InvalidArgument, match=r"'.*there' exists"):
         backup(path, tmp_path / "there")

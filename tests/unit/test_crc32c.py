@@ -25,7 +25,7 @@ def expected(data: bytes) -> int:
     return crc ^ 0xFFFFFFFF
 
 
-def test_known_values() -> None:
+def test_checksums_are_those_of_the_standard() -> None:
     assert crc32c(b"") == 0
     assert crc32c(b"123456789") == 0xE3069283
     assert crc32c(bytes(32)) == 0x8A9136AA  # RFC 3720, B.4

@@ -74,7 +74,7 @@ def test_a_model_survives_json(inputs: Any) -> None:
         (timedelta(seconds=1), 1_000_000),
     ],
 )
-def test_ttl(ttl: Any, ttl_us: int) -> None:
+def test_a_ttl_is_a_duration(ttl: Any, ttl_us: int) -> None:
     assert view(ttl=ttl).ttl_us == ttl_us
 
 
@@ -95,7 +95,7 @@ def test_a_wrong_ttl_is_refused(ttl: Any) -> None:
         (Vector(2), np.array([1, 2]), (1.0, 2.0)),
     ],
 )
-def test_defaults(dtype: Any, default: Any, kept: Any) -> None:
+def test_defaults_fit_their_type(dtype: Any, default: Any, kept: Any) -> None:
     assert Feature("f", dtype, default).default == kept
 
 

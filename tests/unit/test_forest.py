@@ -158,7 +158,7 @@ def test_sklearn_regressors(kind, targets, seed, tmp_path):
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("kind", [RandomForestClassifier, RandomForestRegressor, GradientBoostingRegressor])
-def test_doubles(kind, seed, tmp_path):
+def test_models_of_doubles_are_exact(kind, seed, tmp_path):
     x, score = data(seed)
     y = classes(score, 2 + seed % 2) if kind is RandomForestClassifier else score
     model = from_sklearn(kind(n_estimators=7, max_depth=3 + seed, random_state=seed), x, y, DoubleTensorType)
@@ -313,7 +313,7 @@ def test_one_output_only(boosted, tmp_path):
             same(ours, theirs)
 
 
-def test_no_rows(boosted, tmp_path):
+def test_no_rows_give_no_rows(boosted, tmp_path):
     _, forest = load(boosted[1], tmp_path)
     label, probabilities = forest.run([np.zeros((0, WIDTH), np.float32)])
     assert label.shape == (0,)

@@ -2,7 +2,7 @@
 
 Every run draws new steps. A failure prints the shortest failing sequence of steps that Hypothesis found, and a line
 that repeats it: everything, including the seeds of the tables, follows from the arguments of the steps.
-SHORTTAIL_MACHINE_STEPS sets the number of steps.
+SHORTTAIL_MACHINE_STEPS sets the number of steps (`make soak`: 100,000).
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ from shorttail.store import ColumnBatch, Delete, Store, Upsert, environment
 from shorttail.store import load as load_module
 from shorttail.store.table import encode_keys, make_layout
 
-STEPS = int(os.environ.get("SHORTTAIL_MACHINE_STEPS", "10000"))
+STEPS = int(os.environ.get("SHORTTAIL_MACHINE_STEPS", "3000"))
 STEPS_PER_EXAMPLE = 50
 WIDTH = 80  # of the vector: a page of 4 KiB then holds nine rows, so a few dozen rows split and merge buckets often
 SEEDS = (0, 0x1234_5678_9ABC_DEF0)  # table seeds; each example uses one of them
-PREFIX_BITS = 12
+PREFIX_BITS = 10
 ALIKE = 24  # number of keys whose hashes share PREFIX_BITS bits: more than two pages of rows
 
 FEATURES = [
@@ -139,7 +139,7 @@ def key_hash(key: Key, seed: int) -> int:
 @cache
 def keys_with_one_prefix(name: str, seed: int) -> list[Key]:
     """Return ALIKE keys whose hashes share at least their first PREFIX_BITS bits."""
-    keys = candidate_keys(name, 60_000)
+    keys = candidate_keys(name, 16_000)
     hashes = [key_hash(key, seed) for key in keys]
     order = sorted(range(len(keys)), key=hashes.__getitem__)
     shift = 64 - PREFIX_BITS

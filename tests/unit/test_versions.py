@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import commands
 import numpy as np
 import onnx
 import pytest
@@ -422,16 +421,12 @@ def test_a_shadow_with_other_features_looks_up_its_own(engine: st.Engine, tmp_pa
 
 
 def cli(*arguments: str, code: int = 0) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "shorttail", "models", *arguments], capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == code, done
     if code:
-        assert done.stderr.count("\n") == 1, done.stderr
-    return done.stderr if code else done.stdout
+        return commands.error_of("models", *arguments, code=code)
+    return commands.run_well("models", *arguments).out
 
 
-def test_the_commands(engine: st.Engine, file: Callable[..., Path]) -> None:
+def test_the_commands_say_which_version_answers_what(engine: st.Engine, file: Callable[..., Path]) -> None:
     store = ["--store", engine.store.path]
     two = str(file(2.0))
     about = ["--run", "mlflow:3f2a", "--metric", "auc=0.91", "--metric", "loss=2", "--owner", "fraud"]

@@ -222,7 +222,7 @@ def test_one_message_cut_at_every_byte_and_sent_byte_by_byte(served):
     assert served.replies(connection) == [PREDICTED] * len(stream)
 
 
-def test_options(served):
+def test_options_of_requests_are_understood(served):
     def ask(options):
         return served.ask([0, 7, "predict", ["double", {"key": [3, -1], "amount": 1.0}, options]])[0]
 
