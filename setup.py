@@ -13,14 +13,20 @@ from setuptools import Extension, setup
 
 DEBUG, ANNOTATE = (os.environ.get(name, "0") == "1" for name in ("DEBUG", "ANNOTATE"))
 SANITIZE = os.environ.get("SANITIZE", "0")
-# Objects are built again when their sources change, not when flags do: so what has other flags lies elsewhere.
-base = "build" if SANITIZE == "0" else f"build/sanitize-{SANITIZE}"
+# Objects are built again when their sources change, not when flags change: so each set of flags has its own folder.
+base = f"build/sanitize-{SANITIZE}" if SANITIZE != "0" else "build/debug" if DEBUG else "build"
 
 flags = ["-O0", "-g", "-UNDEBUG"] if DEBUG else ["-O3", "-g1"]
 link_flags = []
 if SANITIZE != "0":
     link_flags = ["-fsanitize=address,undefined" + (",fuzzer-no-link" if SANITIZE == "fuzzer" else "")]
     flags = ["-O1", "-g", "-fno-omit-frame-pointer", "-fno-sanitize-recover=undefined", *link_flags]
+
+# The wheel takes all that lies in this folder. A module that was moved or deleted since the last build would still be
+# there, so delete all copies; compiled objects stay.
+for copied in Path(base).glob("lib*/shorttail/**/*.*"):
+    if copied.suffix != ".so":
+        copied.unlink()
 
 # A module here cimports another by the name it has once installed (shorttail._native.columns), so give
 # Cython a folder in which native/ bears that name.
@@ -68,5 +74,5 @@ setup(
             "embedsignature": False,
         },
     ),
-    options={"build": {"build_base": base}},
+    options={"build": {"build_base": base}, "build_ext": {"parallel": len(os.sched_getaffinity(0))}},
 )

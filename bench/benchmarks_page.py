@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+import installed
 import rivals
 from compare import FLOOR, IN_FLIGHT, SHORTTAIL, middle
 

@@ -31,28 +31,26 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "engine"), str(ROOT / "bench")]
+import installed
+import loadgen
+import numpy as np
+import report
+import rivals
+import scenarios
+import serving
+from rivals import Peer, Unusable
 
-import loadgen  # noqa: E402
-import numpy as np  # noqa: E402
-import report  # noqa: E402
-import rivals  # noqa: E402
-import scenarios  # noqa: E402
-import serving  # noqa: E402
-from rivals import Peer, Unusable  # noqa: E402
+import shorttail as st
+from shorttail import protocol
+from shorttail.client import columns as client_columns
+from shorttail.config import LIMITS
+from shorttail.errors import ShorttailError
+from shorttail.loadtest import target
+from shorttail.loadtest.rates import Rate
+from shorttail.loadtest.runner import Load, run_step
+from shorttail.loadtest.traffic import Traffic, Workload, plan_http, plan_raw, plan_rpc
 
-import shorttail as st  # noqa: E402
-from shorttail import protocol  # noqa: E402
-from shorttail.client import columns as client_columns  # noqa: E402
-from shorttail.config import LIMITS  # noqa: E402
-from shorttail.errors import ShorttailError  # noqa: E402
-from shorttail.loadtest import target  # noqa: E402
-from shorttail.loadtest.rates import Rate  # noqa: E402
-from shorttail.loadtest.runner import Load, run_step  # noqa: E402
-from shorttail.loadtest.traffic import Traffic, Workload, plan_http, plan_raw, plan_rpc  # noqa: E402
-
-DATA = ROOT / "build" / "scenarios"
+DATA = Path(__file__).resolve().parents[1] / "build" / "scenarios"
 CONNECTIONS = (4, 16, 64)  # with one request in flight on each
 PIPELINED = (4, 32)  # connections, and requests in flight on each, where the protocol allows it
 SHARES_OF_PEAK = (0.9, 0.7, 0.5)  # tried in turn: above what a server keeps up with, latency is the length of the run

@@ -31,6 +31,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import installed
 import numpy as np
 import overload
 import report
@@ -38,7 +39,7 @@ from loadgen import BenchError
 from micro import forest as forests
 from numpy.typing import NDArray
 from overload import Bench
-from serving import ENVIRONMENT, start_server, worker_of
+from serving import start_server, worker_of
 
 import shorttail as st
 from shorttail.client import columns as client_columns
@@ -172,7 +173,7 @@ def drawn_p99_ratios(one: list[NDArray[np.float64]], other: list[NDArray[np.floa
 @contextlib.contextmanager
 def crowded(address: str) -> Iterator[tuple[list[socket.socket], subprocess.Popen[bytes]]]:
     """The idle ones; those that send a byte a second are another process, which runs when nobody else wants its CPU."""
-    slow = subprocess.Popen([sys.executable, __file__, "--dribble", address], stdout=subprocess.PIPE, env=ENVIRONMENT)
+    slow = subprocess.Popen([sys.executable, __file__, "--dribble", address], stdout=subprocess.PIPE)
     idle: list[socket.socket] = []
     try:
         idle += (connect(address, n) for n in range(IDLE))

@@ -18,12 +18,11 @@ from pathlib import Path
 from statistics import quantiles
 from typing import Any
 
+import installed
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 import report
+from onnx import TensorProto, helper, numpy_helper
 
 from shorttail.errors import ShorttailError
 from shorttail.models.buckets import BucketSession

@@ -27,20 +27,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "engine"), str(ROOT / "tests" / "unit")]
+import installed
+import loadgen
+import numpy as np
+import report
+from loadgen import BenchError
 
-import loadgen  # noqa: E402
-import numpy as np  # noqa: E402
-import report  # noqa: E402
-from loadgen import BenchError  # noqa: E402
-
-from shorttail.errors import ShorttailError  # noqa: E402
-from shorttail.loadtest import target  # noqa: E402
-from shorttail.loadtest.rates import Rate  # noqa: E402
-from shorttail.loadtest.result import Step  # noqa: E402
-from shorttail.loadtest.runner import Load, run_step  # noqa: E402
-from shorttail.loadtest.traffic import Workload, plan_raw, plan_rpc  # noqa: E402
+from shorttail.errors import ShorttailError
+from shorttail.loadtest import target
+from shorttail.loadtest.rates import Rate
+from shorttail.loadtest.result import Step
+from shorttail.loadtest.runner import Load, run_step
+from shorttail.loadtest.traffic import Workload, plan_raw, plan_rpc
 
 REQUEST_BYTES, REPLY_BYTES = 120, 60
 RATE_MIN = 100_000.0
@@ -174,6 +172,7 @@ def histogram_error(step: Step) -> float:
 
 def stall(every_s: float, duration_s: float) -> dict[str, Any]:
     """A Python server that sleeps 200 ms at a time. Its stalls are taken from its own clock."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "unit"))
     from fakes import MODELS, VIEWS, rpc_server
 
     plan = plan_rpc(Workload(predict="m", keys=["user_id=uniform:1:1000"]), MODELS, VIEWS)

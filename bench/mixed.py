@@ -12,26 +12,24 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).resolve().parent)]
+import installed
+import compare
+import loadgen
+import report
+import rivals
 
-import compare  # noqa: E402
-import loadgen  # noqa: E402
-import report  # noqa: E402
-import rivals  # noqa: E402
-
-import shorttail as st  # noqa: E402
-from shorttail.errors import ShorttailError  # noqa: E402
-from shorttail.loadtest import target  # noqa: E402
-from shorttail.loadtest.rates import Rate  # noqa: E402
-from shorttail.loadtest.result import Step  # noqa: E402
-from shorttail.loadtest.runner import Load, run_step  # noqa: E402
-from shorttail.loadtest.traffic import Traffic, plan_rpc  # noqa: E402
+import shorttail as st
+from shorttail.errors import ShorttailError
+from shorttail.loadtest import target
+from shorttail.loadtest.rates import Rate
+from shorttail.loadtest.result import Step
+from shorttail.loadtest.runner import Load, run_step
+from shorttail.loadtest.traffic import Traffic, plan_rpc
 
 SCENARIO, VIEW = "fraud", "activity"
 SHARE_OF_PEAK = 0.25

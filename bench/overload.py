@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -33,27 +32,25 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "engine")]
+import installed
+import loadgen
+import numpy as np
+import onnx
+import report
+from loadgen import BenchError
+from micro import forest as forests
+from onnx import TensorProto, helper, numpy_helper
+from serving import start_server, worker_of
 
-import loadgen  # noqa: E402
-import numpy as np  # noqa: E402
-import onnx  # noqa: E402
-import report  # noqa: E402
-from loadgen import BenchError  # noqa: E402
-from micro import forest as forests  # noqa: E402
-from onnx import TensorProto, helper, numpy_helper  # noqa: E402
-from serving import start_server, worker_of  # noqa: E402
-
-import shorttail as st  # noqa: E402
-from shorttail import calls  # noqa: E402
-from shorttail.errors import ShorttailError  # noqa: E402
-from shorttail.loadtest import target  # noqa: E402
-from shorttail.loadtest.rates import Rate  # noqa: E402
-from shorttail.loadtest.result import Step  # noqa: E402
-from shorttail.loadtest.runner import Load, run_step  # noqa: E402
-from shorttail.loadtest.traffic import Traffic, Workload, plan_rpc  # noqa: E402
-from shorttail.loadtest.verify import unpack  # noqa: E402
+import shorttail as st
+from shorttail.client import calls
+from shorttail.errors import ShorttailError
+from shorttail.loadtest import target
+from shorttail.loadtest.rates import Rate
+from shorttail.loadtest.result import Step
+from shorttail.loadtest.runner import Load, run_step
+from shorttail.loadtest.traffic import Traffic, Workload, plan_rpc
+from shorttail.loadtest.verify import unpack
 
 USERS = 10_000
 TIMES = (0.5, 0.8, 1.0, 2.0, 5.0)

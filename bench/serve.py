@@ -23,20 +23,18 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-DEMO = ROOT / "demo"
+import installed
+import candidates
+import loadgen
+import report
+import serving
+from loadgen import BenchError
+
+from shorttail import protocol
+from shorttail.client import columns as client_columns
+
+DEMO = Path(__file__).resolve().parents[1] / "demo"
 STORE = DEMO / "out" / "store"
-sys.path[:0] = [str(ROOT / "engine"), str(DEMO)]
-
-import candidates  # noqa: E402
-import loadgen  # noqa: E402
-import report  # noqa: E402
-import serving  # noqa: E402
-from loadgen import BenchError  # noqa: E402
-
-from shorttail import protocol  # noqa: E402
-from shorttail.client import columns as client_columns  # noqa: E402
-
 MODEL = "late"
 FLIGHTS = 20_000
 P50_RATIO_MAX, P99_RATIO_MAX, POLLING_RATIO_MAX = 1.25, 1.4, 1.0
@@ -146,18 +144,12 @@ def measure(folder: Path, rounds: int, duration_s: float) -> dict[str, Any]:
             "p50_polling": ratio(runs["polling_1"], runs["echo_1"], "p50_us"),
             "rate_64": ratio(runs["server_64"], runs["echo_64"], "requests_per_s"),
         },
-        "added_us": {name: added_us(runs[name], runs["echo_1"]) for name in ("server_1", "polling_1", "sleeping_1")},
     }
 
 
 def ratio(server: list[dict[str, Any]], echo: list[dict[str, Any]], key: str) -> dict[str, float | int]:
     """Of the two figures of each round, which saw the same machine: server over echo."""
     return report.spread([ours[key] / floor[key] for ours, floor in zip(server, echo, strict=True)])
-
-
-def added_us(server: list[dict[str, Any]], echo: list[dict[str, Any]]) -> dict[str, float | int]:
-    """The P50 of each round beyond the echo's P50 of the same round: what the engine adds to moving the bytes."""
-    return report.spread([ours["p50_us"] - floor["p50_us"] for ours, floor in zip(server, echo, strict=True)])
 
 
 def check(figures: dict[str, Any], name: str) -> None:
@@ -168,17 +160,16 @@ def check(figures: dict[str, Any], name: str) -> None:
 
 def make_store() -> None:
     print("no demo store yet: running demo/run.py", file=sys.stderr, flush=True)
-    done = subprocess.run([sys.executable, str(DEMO / "run.py")], env=serving.ENVIRONMENT, stdout=subprocess.DEVNULL)
+    done = subprocess.run([sys.executable, str(DEMO / "run.py")], stdout=subprocess.DEVNULL)
     if done.returncode != 0 or not STORE.exists():
         raise BenchError("demo/run.py did not make demo/out/store; run it by itself to see why")
 
 
 def flight_requests() -> list[bytes]:
     """predict requests of one flight each, as any client would send them."""
-    try:
-        import flights as data
-    except ImportError as error:
-        raise BenchError(f"the demo's data needs {error.name}; run: pip install 'shorttail[demo]'") from None
+    sys.path.insert(0, str(DEMO))
+    import flights as data
+
     _, held_out = data.load()
     chosen = held_out.sample(min(FLIGHTS, len(held_out)), random_state=1)
     columns = [chosen[name].tolist() for name in data.REQUEST]
@@ -221,8 +212,6 @@ def show(figures: dict[str, Any]) -> None:
         )
     for name, value in figures["ratios"].items():
         print(f"over the echo, {name:11} {value['median']:.3f} ({value['min']:.3f}..{value['max']:.3f})")
-    for name, value in figures["added_us"].items():
-        print(f"added to the echo's P50, {name:10} {value['median']:6.1f} us ({value['min']:.1f}..{value['max']:.1f})")
 
 
 if __name__ == "__main__":

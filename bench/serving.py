@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import subprocess
 import sys
@@ -14,9 +13,7 @@ from pathlib import Path
 import loadgen
 from loadgen import BenchError
 
-ROOT = Path(__file__).resolve().parents[1]
 START_TIMEOUT_S = 60
-ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "engine"), os.environ.get("PYTHONPATH", "")])}
 
 
 @contextlib.contextmanager
@@ -27,7 +24,7 @@ def start_server(
     command = [sys.executable, "-m", "shorttail", "serve", "--store", str(store), "--port", "0"]
     with log.open("wb") as output, loadgen.pinned(cpu):
         server = subprocess.Popen(
-            [*command, "--workers", str(workers), *options], stdout=output, stderr=subprocess.STDOUT, env=ENVIRONMENT
+            [*command, "--workers", str(workers), *options], stdout=output, stderr=subprocess.STDOUT
         )
     with server:
         try:

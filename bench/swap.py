@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import sys
 import tempfile
 import threading
 import time
@@ -23,29 +22,27 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "engine")]
+import installed
+import numpy as np
+import onnx
+import report
+import serving
+from loadgen import BenchError
+from micro import forest as forests
 
-import numpy as np  # noqa: E402
-import onnx  # noqa: E402
-import report  # noqa: E402
-import serving  # noqa: E402
-from loadgen import BenchError  # noqa: E402
-from micro import forest as forests  # noqa: E402
-
-import shorttail as st  # noqa: E402
-from shorttail import protocol  # noqa: E402
-from shorttail.config import LIMITS  # noqa: E402
-from shorttail.errors import ShorttailError  # noqa: E402
-from shorttail.loadtest import target  # noqa: E402
-from shorttail.loadtest.histogram import Histogram  # noqa: E402
-from shorttail.loadtest.rates import Rate  # noqa: E402
-from shorttail.loadtest.result import Step  # noqa: E402
-from shorttail.loadtest.runner import Load, run_step  # noqa: E402
-from shorttail.loadtest.traffic import Traffic, Workload, plan_rpc  # noqa: E402
-from shorttail.models import registry  # noqa: E402
-from shorttail.models.serving import go_behind  # noqa: E402
-from shorttail.models.session import Session  # noqa: E402
+import shorttail as st
+from shorttail import protocol
+from shorttail.config import LIMITS
+from shorttail.errors import ShorttailError
+from shorttail.loadtest import target
+from shorttail.loadtest.histogram import Histogram
+from shorttail.loadtest.rates import Rate
+from shorttail.loadtest.result import Step
+from shorttail.loadtest.runner import Load, run_step
+from shorttail.loadtest.traffic import Traffic, Workload, plan_rpc
+from shorttail.models.serving import lower_priority
+from shorttail.models.session import Session
+from shorttail.registry import versions as registry
 
 USERS = 1000
 CYCLES_PER_SECOND = 2
@@ -168,7 +165,7 @@ def swap_under_load(
     start_s = time.monotonic() + WARMUP_S
 
     def swap() -> None:
-        go_behind()
+        lower_priority()
         try:
             for cycle in range(cycles):
                 second, part = divmod(cycle, CYCLES_PER_SECOND)

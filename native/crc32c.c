@@ -1,7 +1,7 @@
-/* See crc32c.h. The instruction takes three cycles until its result is there but starts every cycle, so three stretches
- * of the data are run at once and put together: the checksum is linear, and appending a fixed number of zeros to a
- * stretch is a linear map of 32 bits, kept as four tables (Adler's crc32c.c; Gopal et al., "Fast CRC Computation for
- * iSCSI Polynomial Using CRC32 Instruction", 2011). */
+/* See crc32c.h. The CRC instruction has a latency of three cycles but can start every cycle, so three stretches of the
+ * data are processed at once and their checksums are combined. CRC is linear, and appending a fixed number of zeros to
+ * a stretch is a linear map of 32 bits, which is stored as four tables of 256 entries. Source: Adler's crc32c.c; Gopal
+ * et al., "Fast CRC Computation for iSCSI Polynomial Using CRC32 Instruction", 2011. */
 #include "crc32c.h"
 
 #include <string.h>
@@ -14,11 +14,11 @@
 #include <sys/auxv.h>
 #endif
 
-enum { STRETCH_BYTES = 1352 }; /* a multiple of 8; three of them are a page image but for its last 20 bytes */
+enum { STRETCH_BYTES = 1352 }; /* a multiple of 8; three stretches are a page's 4,076 checksummed bytes less 20 */
 
 static uint32_t step_portable(uint32_t crc, uint8_t byte)
 {
-    /* Castagnoli polynomial, reflected, four bits at a time. */
+    /* The reflected Castagnoli polynomial, four bits at a time. */
     static const uint32_t table[16] = {
         0x00000000, 0x105ec76f, 0x20bd8ede, 0x30e349b1, 0x417b1dbc, 0x5125dad3, 0x61c69362, 0x7198540d,
         0x82f63b78, 0x92a8fc17, 0xa24bb5a6, 0xb21572c9, 0xc38d26c4, 0xd3d3e1ab, 0xe330a81a, 0xf36e6f75,
@@ -47,7 +47,7 @@ static int has_instruction(void) { return (getauxval(AT_HWCAP) & HWCAP_CRC32) !=
 #endif
 
 #ifdef TARGET
-/* What STRETCH_BYTES of zeros, and twice as many, make of each byte of a checksum. */
+/* For each value of each checksum byte: the checksum after appending STRETCH_BYTES, or twice that many, zeros. */
 static uint32_t one_stretch[4][256], two_stretches[4][256];
 
 static uint64_t load64(const uint8_t *data)
@@ -62,7 +62,7 @@ static uint32_t append(const uint32_t table[4][256], uint32_t crc)
     return table[0][crc & 255] ^ table[1][crc >> 8 & 255] ^ table[2][crc >> 16 & 255] ^ table[3][crc >> 24];
 }
 
-/* When the library is loaded, before any thread could want them. */
+/* Runs when the library is loaded, before any thread can use the tables. */
 __attribute__((constructor)) static void make_tables(void)
 {
     static const uint8_t zeros[STRETCH_BYTES];

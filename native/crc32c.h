@@ -1,4 +1,4 @@
-/* CRC-32C (Castagnoli), as iSCSI, ext4 and RocksDB use it. */
+/* CRC-32C (Castagnoli), the checksum that iSCSI, ext4 and RocksDB use. */
 #ifndef SHORTTAIL_CRC32C_H
 #define SHORTTAIL_CRC32C_H
 

@@ -1,8 +1,8 @@
-"""Compiled tree ensembles, and the reader of the protocol buffers that hold them.
+"""Compiled tree ensembles, and a reader of the ONNX attributes that hold them.
 
 `Trees` owns a forest in C (forest.h) and runs it over a batch with the GIL released. `read_attribute` decodes one
-attribute of an ONNX node: an ensemble keeps its nodes in attributes of a hundred thousand entries each, which a reader
-in Python would take seconds over.
+attribute of an ONNX node. The attributes of an ensemble may have 100,000 entries each, for which a reader in Python
+would need seconds.
 """
 
 import os
@@ -54,14 +54,17 @@ cdef extern from "forest.h" nogil:
 REASONS = {
     ST_NO_MEMORY: "there is not enough memory",
     ST_BAD_CHILD: "a branch leads to a node that does not exist",
-    ST_SHARED: "its trees share nodes, or go in circles",
+    ST_SHARED: "its trees share too many nodes, or contain a cycle",
     ST_NO_WEIGHT: "a leaf has no weight",
-    ST_BAD_TARGET: "a weight is for a target that does not exist",
+    ST_BAD_TARGET: "a weight belongs to a target that does not exist",
 }
 
 
 def simd_level():
-    """The vector instructions in use: "avx512", "avx2" or "scalar". SHORTTAIL_SIMD forces one."""
+    """Return the vector instructions in use: "avx512", "avx2" or "scalar". $SHORTTAIL_SIMD forces one of them.
+
+    Raises InvalidArgument if $SHORTTAIL_SIMD names one that this CPU or build lacks.
+    """
     return _kernel().decode()
 
 
@@ -75,20 +78,24 @@ cdef const st_kernel *_choose() except NULL:
     cdef const st_kernel *kernel = st_kernel_choose(<const char *>level if level is not None else NULL)
     if kernel is NULL:
         raise InvalidArgument(
-            f"SHORTTAIL_SIMD={wanted}: not a level that this CPU has; give avx512, avx2 or scalar, or leave it unset"
+            f"SHORTTAIL_SIMD={wanted}: this CPU has no such level; give avx512, avx2 or scalar, or leave it unset"
         )
     return kernel
 
 
 cdef class Trees:
-    """A forest ready to run. The keyword arguments name NumPy arrays, all C-contiguous:
+    """A compiled forest. Its arguments are keywords; arrays are C-contiguous NumPy arrays:
 
-    feature, yes, no: int32 [nodes], yes and no being node numbers; mode: uint8 [nodes] (0 leaf, 1 <=, 2 <, 3 >=, 4 >,
-    5 ==, 6 !=, 7 member, 8 member without its fraction); missing_yes: uint8 [nodes];
-    threshold: float64 [nodes]; root: uint32 [trees];
-    weight_begin, set_begin: uint32 [nodes + 1]; weight_target: int32; weight, set_value, base: float64.
-    wide: rows and sums are doubles; wide_scores: scores too. Raises ValueError, with a
-    readable reason, when the nodes make no forest.
+    feature, yes, no: int32 [nodes]; yes and no are node numbers. mode: uint8 [nodes] (0 leaf, 1 <=, 2 <, 3 >=, 4 >, 5
+    ==, 6 !=, 7 member, 8 member after dropping the value's fraction). missing_yes: uint8 [nodes], 1 if a missing value
+    goes to yes. threshold: float64 [nodes]. root: uint32 [trees], node numbers. weight_begin, set_begin: uint32 [nodes
+    + 1], offsets into the next arrays. weight_target: int32, weight: float64, one entry per weight of a leaf.
+    set_value: float64, the members of sets. base: float64, none, one or n_targets base values.
+
+    wide: rows and sums are doubles. wide_scores: scores are doubles too. aggregate, post_transform: codes of forest.h.
+    classifier: the forest also returns classes. one_class_votes, all_positive: for two classes, see forest_scores.h.
+
+    Raises ValueError, with a reason for the user, if the nodes are not a forest; InvalidArgument for $SHORTTAIL_SIMD.
     """
 
     cdef st_forest forest
@@ -155,17 +162,17 @@ cdef class Trees:
 
     @property
     def simd(self):
-        """The vector instructions this forest runs with."""
+        """The vector instructions that this forest uses."""
         return self.kernel.name.decode()
 
     @property
     def votes(self):
-        """How leaves vote: "one" target a tree, "all" targets, or "some"."""
+        """How leaves vote: each tree for "one" target, every leaf for "all" targets, or leaves for "some" targets."""
         return "one" if self.forest.votes == ST_ONE_TARGET else "all" if self.forest.votes == ST_ALL_TARGETS else "some"
 
     @property
     def n_bitvector_trees(self):
-        """How many trees are small enough for bitvector evaluation; the others descend."""
+        """The number of trees that are small enough for bitvector evaluation; the others use descent."""
         cdef uint32_t t
         cdef int n = 0
         for t in range(self.forest.n_trees):
@@ -173,9 +180,10 @@ cdef class Trees:
         return n
 
     def run(self, rows):
-        """rows: C-contiguous float32 (float64 when wide) [n, at least n_features].
+        """Evaluate the forest for rows: float32 (float64 if wide) [n, n_features or more]. Releases the GIL.
 
-        Returns (class numbers int64 [n] or None, scores [n, n_targets]). Raises Internal for anything else.
+        Returns (class numbers int64 [n], or None for a regressor; scores [n, n_targets]). Raises Internal for other
+        types or shapes.
         """
         if not cnp.PyArray_Check(rows):
             raise Internal("the model failed: its input is not an array")
@@ -183,7 +191,7 @@ cdef class Trees:
         cdef int wanted = cnp.NPY_DOUBLE if self.wide else cnp.NPY_FLOAT
         if x.ndim != 2 or cnp.PyArray_TYPE(x) != wanted or x.shape[1] < self.n_features:
             raise Internal(
-                f"the model failed: it takes a {'float64' if self.wide else 'float32'} matrix of at least "
+                f"the model failed: its input must be a {'float64' if self.wide else 'float32'} matrix with at least "
                 f"{self.n_features} columns, not {x.dtype} {rows.shape}"
             )
         if not cnp.PyArray_IS_C_CONTIGUOUS(x):
@@ -219,7 +227,7 @@ cdef struct cursor:
 
 
 cdef int _varint(cursor *c, uint64_t *value) noexcept nogil:
-    """0, or -1 where the buffer ends too early or the number is too long."""
+    """Read a varint. Returns 0, or -1 if the buffer ends too early or the number is too long."""
     cdef int shift = 0
     cdef uint8_t byte
     value[0] = 0
@@ -234,7 +242,7 @@ cdef int _varint(cursor *c, uint64_t *value) noexcept nogil:
 
 
 cdef int _field(cursor *c, uint64_t *number, cursor *body, uint64_t *value) noexcept nogil:
-    """The next field: its wire type, with body (length-delimited and fixed ones) or value (varints). -1 if damaged."""
+    """Read the next field: its number, and its value (varint) or body (others). Returns its wire type; -1: damaged."""
     cdef uint64_t tag, size
     if _varint(c, &tag) < 0:
         return -1
@@ -269,7 +277,7 @@ cdef struct found:
 
 cdef int _scan(cursor c, found *out, cursor *name, cursor *text, cursor *tensor,
                float *floats, int64_t *ints, cursor *strings) noexcept nogil:
-    """One pass over an AttributeProto. The last three are NULL in the first pass, which only counts."""
+    """Read an AttributeProto once. floats, ints and strings are NULL in the first pass, which only counts entries."""
     cdef uint64_t number = 0, value = 0
     cdef cursor body
     cdef int wire
@@ -278,7 +286,7 @@ cdef int _scan(cursor c, found *out, cursor *name, cursor *text, cursor *tensor,
         wire = _field(&c, &number, &body, &value)
         if wire < 0:
             return -1
-        if number == 7:  # floats, packed or one by one
+        if number == 7:  # floats, packed or not
             if wire != 5 and wire != 2:
                 return -1
             if floats != NULL:
@@ -328,7 +336,7 @@ cdef bytes _bytes(cursor c):
 
 
 cdef _strings(cursor *strings, Py_ssize_t n):
-    """(distinct values, uint32 number of each): nodes have seven modes, and a hundred thousand of them."""
+    """Return (distinct values, uint32 [n] index of each string's value): 100,000 nodes have only seven modes."""
     cdef list values = []
     cdef cnp.ndarray codes = np.empty(n, np.uint32)
     cdef uint32_t *code = <uint32_t *>cnp.PyArray_DATA(codes)
@@ -354,10 +362,10 @@ cdef _strings(cursor *strings, Py_ssize_t n):
 
 
 def read_attribute(const uint8_t[::1] data):
-    """One AttributeProto as (name, value).
+    """Decode one AttributeProto. Return (name, value).
 
-    value: float, int, bytes, float32 or int64 array, ("tensor", its bytes), ("strings", distinct values, uint32 codes)
-    or None for kinds that no ensemble has. Raises ValueError for a damaged buffer.
+    value: float, int, bytes, float32 or int64 array, ("tensor", its bytes), ("strings", distinct values, uint32 index
+    of each string's value), or None for kinds that no ensemble has. Raises ValueError for a damaged buffer.
     """
     cdef cursor c, name, text, tensor
     cdef found out

@@ -1,4 +1,4 @@
-/* The kernels with eight floats to a vector. Run only where the CPU has AVX2. */
+/* The kernels with eight floats per vector. They run only if the CPU has AVX2. */
 #if defined(__x86_64__)
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2"))), apply_to = function)

@@ -1,4 +1,4 @@
-/* The kernels with sixteen floats to a vector. Run only where the CPU has AVX-512 F, BW, DQ and VL. */
+/* The kernels with sixteen floats per vector. They run only if the CPU has AVX-512 F, BW, DQ and VL. */
 #if defined(__x86_64__)
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))), apply_to = function)

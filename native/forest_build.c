@@ -1,12 +1,12 @@
-/* Turns the nodes of a graph into steps, tests and columns. See forest.h for what those are. */
+/* Turns the nodes of an ONNX graph into steps and columns, which forest.h describes. */
 #include "forest_builder.h"
 
 #define STEPS_MAX 0x3fffffffu
 #define DEPTH_MAX 100000u
 #define FEATURES_MAX 1000000
-#define COLUMNS_MAX (1u << 26) /* times ST_BLOCK must fit st_test */
+#define COLUMNS_MAX (1u << 26) /* this times ST_BLOCK must fit in st_test.column */
 
-/* A test as it stands between the graph and st_step: thresholds are still doubles, and children are source nodes. */
+/* A test between its source node and its st_step: the threshold is still a double, the children are source nodes. */
 typedef struct {
     uint32_t column;
     double threshold;
@@ -22,7 +22,7 @@ int st_new_column(st_builder *b, st_column column, uint32_t *number) {
     return ST_OK;
 }
 
-/* The column of a feature as it is, or with NaN made -infinity. */
+/* Find or make the column of a feature, unchanged or with NaN replaced by -infinity. */
 static int feature_column(st_builder *b, uint32_t feature, int nan_low, uint32_t *number) {
     uint32_t *known = nan_low ? b->low + feature : b->plain + feature;
     if (!*known) {
@@ -35,7 +35,7 @@ static int feature_column(st_builder *b, uint32_t feature, int nan_low, uint32_t
 
 static int add_member(st_builder *b, double value) {
     st_forest *f = b->forest;
-    if (isnan(value)) return ST_OK; /* nothing equals NaN */
+    if (isnan(value)) return ST_OK; /* no value equals NaN */
     if (st_grow(&f->set_values, &b->set_room, b->n_set_values + 1, sizeof(double))) return ST_NO_MEMORY;
     f->set_values[b->n_set_values++] = value;
     return ST_OK;
@@ -50,14 +50,14 @@ static int finish_set(st_builder *b, uint32_t feature, int nan_low, int whole, s
     return st_new_column(b, column, number);
 }
 
-/* A value that ONNX Runtime can keep as one bit of a threshold's width. */
+/* Whether ONNX Runtime can keep this value as one bit in a mask of the threshold's width. */
 static int is_bit(const st_builder *b, double value) {
     return value >= 1 && value <= (b->forest->wide ? 64 : 32) && value == floor(value);
 }
 
-/* EQ, NEQ and MEMBER: go left where the set's column is 0. A chain of EQ on one feature with one common target, which
-   is how converters write categorical splits, is one set. Of neighbours in the chain that ONNX Runtime joins to a bit
-   mask, it heeds only the first one's wish for missing values. */
+/* Read EQ, NEQ and MEMBER nodes: the row goes left if the set's column is 0. Converters write a categorical split as a
+   chain of EQ nodes on one feature with the same child; such a chain becomes one set. ONNX Runtime joins neighbours in
+   the chain to a bit mask, and for those it uses only the first node's rule for missing values. */
 static int set_branch(st_builder *b, int32_t node, branch *out) {
     const st_source *s = b->source;
     const uint8_t mode = s->mode[node];
@@ -81,7 +81,7 @@ static int set_branch(st_builder *b, int32_t node, branch *out) {
         if ((code = add_member(b, s->threshold[no]))) return code;
         no = s->no[no];
     }
-    /* x != t holds for NaN too, and that is just how "not equal" reads with its children swapped. */
+    /* x != t is true for NaN too, which is what "x is in the set" gives with the children swapped. */
     if (mode == ST_NEQ) nan_yes = 0;
     if ((code = finish_set(b, feature, nan_yes, mode == ST_MEMBER_WHOLE, first, &out->column))) return code;
     out->threshold = 0.5;
@@ -90,7 +90,7 @@ static int set_branch(st_builder *b, int32_t node, branch *out) {
     return ST_OK;
 }
 
-/* Only NaN goes to `yes`, if anything does: thresholds that no number can meet. */
+/* Read a node whose threshold no number can meet: only NaN goes to `yes`, and only if missing values do. */
 static int nan_branch(st_builder *b, int32_t node, branch *out) {
     const st_source *s = b->source;
     out->threshold = 0.5;
@@ -114,7 +114,7 @@ static int read_branch(st_builder *b, int32_t node, branch *out) {
     out->left = swapped ? s->no[node] : s->yes[node];
     out->right = swapped ? s->yes[node] : s->no[node];
     const int nan_left = swapped ? !s->missing_yes[node] : s->missing_yes[node];
-    if (mode == ST_GTE && threshold == -INFINITY) { /* all but NaN go to yes */
+    if (mode == ST_GTE && threshold == -INFINITY) { /* every number goes to yes */
         out->threshold = 0.5;
         return finish_set(b, (uint32_t)s->feature[node], nan_left, 0, b->n_set_values, &out->column);
     }
@@ -127,7 +127,7 @@ static int add_leaf(st_builder *b, int32_t node) {
     const st_source *s = b->source;
     const uint32_t begin = s->weight_begin[node], end = s->weight_begin[node + 1];
     if (begin == end) return ST_NO_WEIGHT;
-    const size_t count = f->n_targets == 1 ? 1 : end - begin; /* with one target, a leaf's first weight is the one */
+    const size_t count = f->n_targets == 1 ? 1 : end - begin; /* with one target, only a leaf's first weight counts */
     if (st_grow(&f->vote_begin, &b->leaf_room, f->n_leaves + 2u, sizeof(uint32_t))) return ST_NO_MEMORY;
     if (b->n_votes + count > b->vote_room) {
         size_t room = b->vote_room;
@@ -211,7 +211,7 @@ static int add_tree(st_builder *b, uint32_t root) {
         int descends = 0;
         frame child;
         if ((code = visit(b, b->frames + n - 1, &child, &descends, &tree->depth))) return code;
-        if (b->frames[n - 1].stage == 2) n--; /* nothing is left to do there once its last child is on its way */
+        if (b->frames[n - 1].stage == 2) n--; /* its last child replaces it on the stack */
         if (!descends) continue;
         if (st_grow(&b->frames, &b->frame_room, n + 1, sizeof(frame))) return ST_NO_MEMORY;
         b->frames[n++] = child;

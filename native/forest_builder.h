@@ -1,4 +1,5 @@
-/* Shared by forest_build.c, which turns nodes into steps, and forest_pack.c, which makes of those what kernels read. */
+/* Shared by forest_build.c, which turns nodes into steps, and forest_pack.c, which turns steps into the kernels' data.
+   */
 #ifndef SHORTTAIL_FOREST_BUILDER_H
 #define SHORTTAIL_FOREST_BUILDER_H
 
@@ -8,11 +9,12 @@
 
 #include "forest.h"
 
+/* One level of the depth-first walk over a tree. */
 typedef struct {
     int32_t node;
     uint32_t step, depth, first_leaf;
     int32_t right;
-    int stage; /* 0: not seen, 1: left subtree is done, 2: both are */
+    int stage; /* 0: not visited, 1: left subtree was pushed, 2: right subtree was pushed, or it is a leaf */
 } frame;
 
 typedef struct {
@@ -20,10 +22,10 @@ typedef struct {
     const st_source *source;
     size_t step_room, leaf_room, vote_room, column_room, set_room, frame_room;
     size_t n_votes, n_set_values, steps_allowed;
-    double *threshold;        /* of each step, before ranks replace doubles */
-    uint32_t *left_end;       /* of each step that is not a leaf: end of its left subtree's leaves */
-    uint32_t *left_first;
-    uint32_t *plain, *low;    /* feature -> column, 0 when there is none yet */
+    double *threshold;        /* [steps] thresholds, before ranks replace doubles */
+    uint32_t *left_end;       /* [steps] except leaves: number after the last leaf of the left subtree */
+    uint32_t *left_first;     /* [steps] except leaves: first leaf of the left subtree */
+    uint32_t *plain, *low;    /* [features] column of the feature, and with NaN as -infinity; 0: not made yet */
     frame *frames;
 } st_builder;
 
@@ -42,10 +44,10 @@ static inline int st_by_value(const void *a, const void *b) {
     return (x > y) - (x < y);
 }
 
-/* 0, or ST_NO_MEMORY: also for more columns than a test can number. */
+/* Add a column. Returns ST_OK, or ST_NO_MEMORY, which also stands for more columns than a test can number. */
 int st_new_column(st_builder *b, st_column column, uint32_t *number);
 
-/* The whole of forest_pack.c: thresholds, columns of sets, tests, votes. 0 or a code of forest.h. */
+/* Set float thresholds, columns of sets, tests, and votes of leaves (forest_pack.c). Returns a code of forest.h. */
 int st_forest_pack(st_builder *b);
 
 #endif

@@ -1,5 +1,6 @@
-/* One column of a block from the rows of a request. Included twice by forest_run.c, with ST_ROW float or double; a
-   column of a double is its rank among the thresholds. all: column 0; number: of this column, `stride` floats apart. */
+/* Computes one column of a block from the rows of a request. forest_run.c includes this file twice, with ST_ROW float
+   and double; a column of doubles holds their ranks among the thresholds. all: the address of column 0; column `number`
+   is at all + number * stride. */
 static void ST_COLUMN_OF(const st_forest *f, const st_column *column, const ST_ROW *rows, size_t n, size_t width,
                          float *all, size_t number, size_t stride) {
     float *to = all + number * stride;

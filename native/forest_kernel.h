@@ -1,12 +1,12 @@
-/* Walks trees for a block of rows. Included once for each instruction set by forest_plain.c, forest_avx2.c and
-   forest_avx512.c, which define ST_LANES (floats in a vector) and ST_NAME.
+/* Evaluates trees for a block of rows. forest_plain.c, forest_avx2.c and forest_avx512.c include this file once each
+   and define ST_LANES (floats per vector) and ST_NAME.
 
-   Small trees: QuickScorer (Lucchese et al., SIGIR 2015) turned to vectors over rows (SIGIR 2016). A tree's leaves are
-   numbered from left to right, one bit each. Every node is tested for every row, in any order and with no branch; a
-   node that says "right" clears the leaves of its left subtree. The lowest bit that is left is the row's leaf. Leaves
-   32 to 63 are a second word with its own list of nodes, because most nodes touch one word only.
+   Small trees use QuickScorer (Lucchese et al., SIGIR 2015), vectorised over rows (SIGIR 2016). The leaves of a tree
+   are numbered from left to right, one bit each. Every node is tested for every row, in any order and without branches.
+   If the test says "right", the leaves of the left subtree are cleared. The lowest remaining bit is the row's leaf.
+   Leaves 32 to 63 are in a second word with its own list of nodes, because most nodes change only one word.
 
-   Large trees: rows descend side by side, so that their loads overlap; there is no branch to predict. */
+   Large trees: several rows descend side by side, so that their loads overlap, and without branches to predict. */
 
 #include <string.h>
 
@@ -17,8 +17,8 @@
 #endif
 
 #define ST_INLINE static inline __attribute__((always_inline))
-#define ST_SPREAD (ST_BLOCK / ST_LANES) /* vectors to a block */
-#define ST_DESCEND 8                    /* rows that descend together: as many as there are registers for */
+#define ST_SPREAD (ST_BLOCK / ST_LANES) /* vectors per block */
+#define ST_DESCEND 8                    /* rows that descend together: as many as the registers allow */
 
 typedef float floats __attribute__((vector_size(ST_LANES * 4)));
 typedef int32_t ints __attribute__((vector_size(ST_LANES * 4)));
@@ -33,13 +33,13 @@ ST_INLINE void store(float *to, floats v) { memcpy(to, &v, sizeof v); }
 
 ST_INLINE ints all(int32_t v) { return v - (ints){0}; }
 
-/* Where not x <= threshold (NaN included), drop the leaves outside `keep`. */
+/* In rows where x <= threshold is false (also for NaN), clear the leaves outside `keep`. */
 ST_INLINE ints narrow(ints alive, floats x, float threshold, uint32_t keep) {
 #if ST_LANES == 16
     __mmask16 right = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(threshold), _CMP_NLE_UQ);
     return (ints)_mm512_mask_and_epi32((__m512i)alive, right, (__m512i)alive, _mm512_set1_epi32((int)keep));
 #elif ST_LANES == 8
-    /* threshold >= x, so that x can stay in memory: the compiler turns it round, with an extra load */
+    /* threshold >= x, so that x can be a memory operand; with x <= threshold the compiler adds a load */
     __m256 left = _mm256_cmp_ps(_mm256_set1_ps(threshold), (__m256)x, _CMP_GE_OQ);
     return alive & ((ints)left | all((int32_t)keep));
 #else
@@ -47,7 +47,7 @@ ST_INLINE ints narrow(ints alive, floats x, float threshold, uint32_t keep) {
 #endif
 }
 
-/* The number of the lowest bit set, or -127 where there is none: the exponent of that bit as a float. */
+/* The number of the lowest set bit, or -127 if no bit is set: the exponent of that bit as a float. */
 ST_INLINE ints lowest_bit(ints bits) {
     floats power = __builtin_convertvector(bits & -bits, floats);
     return (((ints)power >> 23) & 255) - 127;
@@ -65,7 +65,7 @@ ST_INLINE floats gather(const float *base, ints at) {
 #endif
 }
 
-/* The leaf, counted within the tree, of n_vectors * ST_LANES rows. */
+/* Compute the leaves of n_vectors * ST_LANES rows, as numbers within the tree. */
 ST_INLINE void exits(const st_forest *forest, const st_tree *tree, const float *block, const int n_vectors,
                      ints *exit) {
     const st_test *test = forest->tests + tree->first_test;
@@ -89,7 +89,7 @@ ST_INLINE void exits(const st_forest *forest, const st_tree *tree, const float *
     }
 }
 
-/* The leaf, counted within the forest, of ST_DESCEND rows. */
+/* Compute the leaves of ST_DESCEND rows, as numbers within the forest. */
 ST_INLINE void descend(const st_step *steps, const st_tree *tree, const float *block, uint32_t *leaf) {
     uint32_t at[ST_DESCEND];
     for (int r = 0; r < ST_DESCEND; r++) at[r] = tree->root;

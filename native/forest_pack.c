@@ -1,15 +1,15 @@
-/* From steps to what kernels read: thresholds as floats, sets as bits, tests of small trees, votes of leaves. */
+/* Turns steps into the data of the kernels: float thresholds, sets as bits, tests of small trees, votes of leaves. */
 #include "forest_builder.h"
 
-#define SET_BITS_MAX 4096 /* categories that a set keeps as bits */
+#define SET_BITS_MAX 4096 /* sets of whole numbers below this are kept as bits */
 
-/* Wide forests: each feature's thresholds in ascending order; a step's threshold becomes its number among them. */
+/* Fill ranks and rank_begin of a wide forest: each feature's distinct thresholds in ascending order. */
 static int rank_thresholds(st_builder *b) {
     st_forest *f = b->forest;
     f->rank_begin = calloc((size_t)f->n_features + 2, sizeof(uint32_t));
     f->ranks = malloc((f->n_steps + 1u) * sizeof(double));
     if (!f->rank_begin || !f->ranks) return ST_NO_MEMORY;
-    uint32_t *filled = f->rank_begin + 1; /* first how many, then where each feature ends */
+    uint32_t *filled = f->rank_begin + 1; /* first the number of each feature's thresholds, then their end offsets */
     for (uint32_t i = 0; i < f->n_steps; i++) {
         const st_column *column = f->columns + f->steps[i].column;
         if (column->kind == ST_COLUMN_FEATURE || column->kind == ST_COLUMN_NAN_LOW) filled[column->feature]++;
@@ -28,13 +28,13 @@ static int rank_thresholds(st_builder *b) {
             f->ranks[next[column->feature]++] = b->threshold[i];
     }
     free(next);
-    uint32_t kept = 0; /* drop repeats, moving everything together */
+    uint32_t kept = 0; /* sort each feature's thresholds and drop duplicates */
     for (uint32_t feature = 0, begin = 0; feature < f->n_features; feature++) {
         const uint32_t end = f->rank_begin[feature + 1], first = kept;
         qsort(f->ranks + begin, end - begin, sizeof(double), st_by_value);
         for (uint32_t i = begin; i < end; i++)
             if (kept == first || f->ranks[kept - 1] != f->ranks[i]) f->ranks[kept++] = f->ranks[i];
-        if (kept - first > 1u << 24) return ST_TOO_LARGE; /* ranks must be whole floats */
+        if (kept - first > 1u << 24) return ST_TOO_LARGE; /* a float must hold every rank exactly */
         begin = end;
         f->rank_begin[feature] = first;
     }
@@ -64,7 +64,7 @@ static void set_thresholds(st_builder *b) {
     }
 }
 
-/* Tests for trees whose leaves fit; a node is listed for each word in which it can clear a leaf. */
+/* Make the tests of a tree that has few enough leaves. A node is listed once per word in which it can clear a leaf. */
 static int add_tests(st_builder *b, st_tree *tree, uint32_t end_step, size_t *room) {
     st_forest *f = b->forest;
     tree->first_test = f->n_tests;
@@ -97,7 +97,8 @@ static int has_bits(const st_forest *f, const st_column *column) {
     return 1;
 }
 
-/* The index column of a feature, with or without fractions, made when there is none; its limit takes in this set. */
+/* Find or make the column of bit numbers of a set's feature (with or without fractions), and raise its limit to the
+   set's highest value. */
 static int index_column(st_builder *b, const st_column *set, uint32_t *known, uint32_t *number) {
     st_forest *f = b->forest;
     const uint32_t highest = set->count ? (uint32_t)f->set_values[set->first + set->count - 1] : 0;
@@ -109,7 +110,8 @@ static int index_column(st_builder *b, const st_column *set, uint32_t *known, ui
     return ST_OK;
 }
 
-/* Sets of small whole numbers, which is what categories are, become bits: one load and a shift for each row. */
+/* Turn sets of small whole numbers, such as categories, into bits: membership then costs one load and a shift per row.
+   */
 static int index_sets(st_builder *b) {
     st_forest *f = b->forest;
     uint32_t *known = calloc((size_t)f->n_features * 2 + 2, sizeof(uint32_t));
@@ -118,7 +120,7 @@ static int index_sets(st_builder *b) {
     size_t words = 0;
     for (uint32_t c = 0; c < f->first_index; c++) {
         if (!has_bits(f, f->columns + c)) continue;
-        const st_column set = f->columns[c]; /* a copy, as the columns may move */
+        const st_column set = f->columns[c]; /* a copy, because index_column() may reallocate the columns */
         uint32_t number;
         if (index_column(b, &set, known, &number)) {
             free(known);
@@ -174,7 +176,7 @@ static int set_leaves(st_forest *f) {
     if (f->votes != ST_ONE_TARGET) return ST_OK;
     for (uint32_t t = 0; t < f->n_trees; t++) f->trees[t].target = f->vote_target[f->trees[t].first_leaf];
     if (f->wide) {
-        f->leaf_value_wide = f->vote; /* one vote a leaf, in order */
+        f->leaf_value_wide = f->vote; /* there is one vote per leaf, in order */
         f->vote = NULL;
         return ST_OK;
     }

@@ -1,4 +1,4 @@
-/* The kernels in plain C: four floats to a vector, which the compiler turns into SSE2 or NEON. */
+/* The kernels in plain C with four floats per vector, which the compiler turns into SSE2 or NEON. */
 #define ST_LANES 4
 #define ST_NAME "scalar"
 #include "forest_kernel.h"

@@ -1,4 +1,4 @@
-/* Runs a forest over a batch: rows to columns, trees to sums, sums to labels and scores. */
+/* Runs a forest over a batch: turns rows into columns, evaluates the trees, and turns sums into labels and scores. */
 #include "forest.h"
 
 #include <float.h>
@@ -6,7 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* Both halves of a tile, its columns and its sums, should stay in the second-level cache while trees go by. */
+/* Size of a tile: its columns and sums should stay in the L2 cache while all trees are evaluated. */
 #ifndef TILE_BYTES
 #define TILE_BYTES 32000
 #endif
@@ -17,7 +17,8 @@ static float logistic(float x) {
     return x < 0 ? 1 - v : v;
 }
 
-/* The inverse of the error function in Winitzki's approximation, a = 0.147, as ONNX Runtime has it. */
+/* sqrt(2) times the inverse error function of 2p - 1, in Winitzki's approximation with a = 0.147, as in ONNX Runtime.
+   */
 static float probit(float p) {
     const float x = 2 * p - 1, log_term = logf((1 - x) * (1 + x));
     const float half = 2 / ((float)3.14159265358979323846 * 0.147f) + 0.5f * log_term;
@@ -52,7 +53,7 @@ static float rank(const st_forest *f, const st_column *column, double value) {
     const double *ranks = f->ranks + f->rank_begin[column->feature];
     uint32_t n = f->rank_begin[column->feature + 1] - f->rank_begin[column->feature];
     const double *base = ranks;
-    while (n > 1) { /* without branches: a threshold is as likely above as below */
+    while (n > 1) { /* branch-free, because each comparison would be mispredicted half of the time */
         const uint32_t half = n / 2;
         base += base[half - 1] < value ? half : 0;
         n -= half;
@@ -84,15 +85,16 @@ static void bits_column(const st_forest *f, const st_column *column, const int32
 
 static void columns_of(const st_forest *f, const void *rows, size_t first, size_t n, size_t width, float *to,
                        size_t stride) {
-    /* bit numbers come last among the columns, and are what sets read */
+    /* Columns of bit numbers come last but are computed first, because ST_COLUMN_BITS columns read them. */
     for (uint32_t i = 0, c = f->first_index; i < f->n_columns; i++, c = c + 1 < f->n_columns ? c + 1 : 0) {
-        if (c == f->n_columns) c = 0; /* there are no bit numbers */
+        if (c == f->n_columns) c = 0; /* there are no columns of bit numbers */
         if (f->wide) double_column(f, f->columns + c, (const double *)rows + first * width, n, width, to, c, stride);
         else float_column(f, f->columns + c, (const float *)rows + first * width, n, width, to, c, stride);
     }
 }
 
-/* The leaves of one row in `n` trees that follow one another: descent as in forest_kernel.h, but trees side by side. */
+/* Compute the leaves of one row in n consecutive trees, by descent as in forest_kernel.h, but with trees side by side.
+   */
 #define ALONE 8
 static inline __attribute__((always_inline)) void leaves_alone(const st_forest *f, const st_tree *tree, const int n,
                                                                const float *row, uint32_t *leaf) {
@@ -138,7 +140,7 @@ static void run_alone(const st_forest *f, const void *rows, size_t first, size_t
     }
 }
 
-/* Sums that the kernel makes itself: [block][target][row]. */
+/* Evaluate a tile whose sums the kernel computes. sums: [block][target][row]. */
 static void run_sums(const st_forest *f, const st_kernel *kernel, const float *columns, size_t first, size_t n,
                      float *sums, float *row_sum, int64_t *label, void *scores) {
     const uint32_t n_blocks = (uint32_t)((n + ST_BLOCK - 1) / ST_BLOCK);
@@ -151,7 +153,7 @@ static void run_sums(const st_forest *f, const st_kernel *kernel, const float *c
     }
 }
 
-/* Sums from each row's leaves: [row][target]. */
+/* Evaluate a tile through the leaves of each row. sums: [row][target]. */
 static void run_votes(const st_forest *f, const st_kernel *kernel, const float *columns, size_t first, size_t n,
                       double *sums, uint8_t *has, int64_t *label, void *scores) {
     float *narrow = (float *)sums;
@@ -191,7 +193,7 @@ int st_forest_run(const st_forest *f, const st_kernel *kernel, const void *rows,
     const int alone = n <= f->alone_rows;
     const size_t blocks = alone ? 1 : tile_blocks(f, n), stride = alone ? 1 : ST_BLOCK;
     const size_t column_floats = blocks * f->n_columns * stride, sum_count = blocks * f->n_targets * stride;
-    /* columns, then sums as floats or doubles, then one row's sums, then which targets were voted for */
+    /* The memory holds columns, sums as floats or doubles, one row's sums, and which targets have votes. */
     const size_t bytes = column_floats * sizeof(float) + 8 + (sum_count + f->n_targets) * sizeof(double) + sum_count;
     double small[512];
     char *memory = bytes <= sizeof small ? (char *)small : malloc(bytes);
@@ -209,7 +211,7 @@ int st_forest_run(const st_forest *f, const st_kernel *kernel, const void *rows,
             for (size_t r = 0; r < count; r += ST_BLOCK) {
                 const size_t here = count - r < ST_BLOCK ? count - r : ST_BLOCK;
                 float *block = columns + r * f->n_columns;
-                if (here < ST_BLOCK) /* rows beyond the last are walked too: let them be numbers */
+                if (here < ST_BLOCK) /* the kernels also read the unused rows of the last block */
                     memset(block, 0, (size_t)f->n_columns * ST_BLOCK * sizeof(float));
                 columns_of(f, rows, first + r, here, width, block, ST_BLOCK);
             }

@@ -1,7 +1,7 @@
-/* From leaves to scores, in the type that ONNX Runtime sums in. Included twice by forest_run.c, with ST_SCORE float
-   or double: its results are followed to the last step of rounding, and so are its special cases for two classes. */
+/* Turns leaves into scores, in the type in which ONNX Runtime sums. forest_run.c includes this file twice, with
+   ST_SCORE float and double. Rounding and the special cases for two classes are exactly ONNX Runtime's. */
 
-/* Adds the votes of one leaf to a row's sums. */
+/* Add the votes of one leaf to a row's sums. */
 static void ST_TYPED(vote)(const st_forest *f, uint32_t leaf, ST_SCORE *sum, uint8_t *has) {
     const uint32_t end = f->vote_begin[leaf + 1];
     for (uint32_t i = f->vote_begin[leaf]; i < end; i++) {
@@ -30,7 +30,7 @@ static void ST_TYPED(softmax)(ST_SCORE *s, uint32_t n, int skip_zeros) {
     for (uint32_t i = 0; i < n; i++) s[i] = skip_zeros ? s[i] / total : (float)s[i] / total;
 }
 
-/* post-transform of two or more scores, in place */
+/* Apply the post-transform to two or more scores, in place. */
 static void ST_TYPED(transform)(const st_forest *f, ST_SCORE *s, uint32_t n) {
     switch (f->post_transform) {
     case ST_LOGISTIC:
@@ -48,8 +48,8 @@ static void ST_TYPED(transform)(const st_forest *f, ST_SCORE *s, uint32_t n) {
     }
 }
 
-/* Two classes of which only the first was voted for: its sum stands for the second class, and the first gets what is
-   left of one (sums that are probabilities) or the opposite (raw scores). */
+/* Finish two classes of which only the first has votes: its sum is the score of the second class. The first class gets
+   1 - sum if sums are probabilities, otherwise -sum. Returns the class. */
 static int64_t ST_TYPED(finish_single)(const st_forest *f, ST_SCORE *s) {
     const ST_SCORE sum = s[0];
     const int positive = f->one_class_votes && f->all_positive ? sum > (ST_SCORE)0.5 : sum > 0;
@@ -77,7 +77,7 @@ static int64_t ST_TYPED(finish_pair)(const st_forest *f, ST_SCORE *s, const uint
     if (!has1 && f->n_base != 2) return ST_TYPED(finish_single)(f, s);
     const ST_SCORE deciding = has1 ? s[1] : has0 ? s[0] : 0;
     const int positive = deciding > (f->one_class_votes && f->all_positive ? (ST_SCORE)0.5 : 0);
-    if (!has0) s[0] = 0; /* what nothing voted for counts as zero, whatever its base value */
+    if (!has0) s[0] = 0; /* a class without votes counts as zero, whatever its base value */
     if (!has1) s[1] = 0;
     ST_TYPED(transform)(f, s, 2);
     return positive;
@@ -103,7 +103,7 @@ static void ST_TYPED(finish_targets)(const st_forest *f, ST_SCORE *s) {
     else if (f->post_transform == ST_PROBIT) s[0] = probit((float)s[0]);
 }
 
-/* One row. sum: [n_targets], overwritten. label: the class number, or NULL. */
+/* Finish one row. sum: [n_targets], overwritten. label: the class numbers of all rows, or NULL. */
 static void ST_TYPED(finish)(const st_forest *f, ST_SCORE *sum, const uint8_t *has, int64_t *label, void *scores,
                              size_t row) {
     if (f->classifier) {

@@ -11,11 +11,11 @@
 
 enum {
     SLAB_BYTES = 4 << 20,
-    SLAB_ALIGN = 2 << 20,   /* of a huge page: filling small ones for the first time costs more than the rows do */
-    BLOCK_BYTES = 16 << 10, /* stays in the first-level cache */
+    SLAB_ALIGN = 2 << 20,   /* a huge page: page faults of 4 KiB pages would cost more than the rows themselves */
+    BLOCK_BYTES = 16 << 10, /* a block stays in the L1 cache */
     BLOCK_ROWS_MIN = 16,    /* one cache line of a 4-byte column */
     BLOCK_ROWS_MAX = 256,
-    GAP_BYTES = 4096, /* less unused room than that in a chunk is written too */
+    GAP_BYTES = 4096, /* a smaller gap between rows and strings of a chunk is written as well */
 };
 
 /* ---- chunks ---------------------------------------------------------------------------------------------------- */
@@ -61,7 +61,7 @@ static uint8_t *chunk_from_slab(st_load *l)
         void *slab;
         if (posix_memalign(&slab, SLAB_ALIGN, l->slab_chunks * l->chunk_bytes)) return NULL;
 #ifdef MADV_HUGEPAGE
-        (void)madvise(slab, l->slab_chunks * l->chunk_bytes, MADV_HUGEPAGE); /* without them it is only slower */
+        (void)madvise(slab, l->slab_chunks * l->chunk_bytes, MADV_HUGEPAGE); /* only speed depends on it */
 #endif
         slabs[l->n_slabs++] = slab;
     }
@@ -70,7 +70,7 @@ static uint8_t *chunk_from_slab(st_load *l)
 
 static int new_chunk(st_load *l, st_partition *p, size_t needed)
 {
-    if (needed > UINT32_MAX) return ST_LOAD_ROW_TOO_LONG; /* references have 32 bits */
+    if (needed > UINT32_MAX) return ST_LOAD_ROW_TOO_LONG; /* string references have 32 bits */
     st_chunk *chunk = malloc(sizeof *chunk);
     if (!chunk) return ST_LOAD_NO_MEMORY;
     *chunk = (st_chunk){.bytes = needed > l->chunk_bytes ? needed : l->chunk_bytes, .own = needed > l->chunk_bytes};
@@ -93,7 +93,7 @@ static inline st_partition *partition_of(const st_load *l, uint64_t hash)
     return &l->partitions[l->bits ? hash << l->skip_bits >> (64 - l->bits) : 0];
 }
 
-/* Room for a row and its strings at the end of a partition. */
+/* Make room for a row and its strings at the end of a partition, and count the row. */
 static inline int make_room(st_load *l, st_partition *p, size_t heap_bytes)
 {
     size_t needed = l->layout->row_bytes + heap_bytes;
@@ -154,7 +154,7 @@ static int is_utf8(const uint8_t *s, size_t n)
         if (c < 0x80) continue;
         size_t more = c >= 0xc2 && c <= 0xdf ? 1 : c >= 0xe0 && c <= 0xef ? 2 : c >= 0xf0 && c <= 0xf4 ? 3 : 0;
         if (!more || n - i < more) return 0;
-        /* Neither longer than needed, nor half of a surrogate pair, nor above U+10FFFF. */
+        /* Refuse overlong encodings, surrogates, and code points above U+10FFFF. */
         if ((c == 0xe0 && s[i] < 0xa0) || (c == 0xed && s[i] > 0x9f) || (c == 0xf0 && s[i] < 0x90) ||
             (c == 0xf4 && s[i] > 0x8f))
             return 0;
@@ -175,7 +175,7 @@ size_t st_source_check(const st_source *s, size_t n, size_t n_values, size_t len
     return n;
 }
 
-/* One column of fixed width into the rows of the block. */
+/* Copy a column of fixed width into the rows of the block. */
 static void put_values(uint8_t *to, size_t row_bytes, const uint8_t *values, uint32_t bytes, size_t n)
 {
     if (bytes == 4) {
@@ -189,7 +189,7 @@ static void put_values(uint8_t *to, size_t row_bytes, const uint8_t *values, uin
     }
 }
 
-/* The next block's values of many columns are more streams than the processor foresees by itself. */
+/* Prefetch the next block's values: many columns are more streams than the hardware prefetcher follows. */
 static inline void prefetch_values(const uint8_t *values, uint32_t bytes, size_t n)
 {
     for (size_t at = 0; at < n * bytes; at += 64) __builtin_prefetch(values + at);
@@ -209,7 +209,8 @@ static int any_nan64(const uint8_t *values, size_t n)
     return found;
 }
 
-/* Set the null bit of feature f, with zeros for the value, in those rows of the block that nulls says, or all NaN. */
+/* In the rows of the block where nulls is set (nulls NULL: where the value is NaN), set the null bit of feature f and
+ * zero its value. */
 static void set_nulls(const st_layout *l, uint32_t f, uint8_t *block, const uint8_t *nulls, size_t n)
 {
     const st_field *field = &l->features[f];
@@ -223,7 +224,7 @@ static void set_nulls(const st_layout *l, uint32_t f, uint8_t *block, const uint
     }
 }
 
-/* Rows at .. at + n - 1 of the batch into the block; references to strings are left for the partition. */
+/* Convert rows at .. at + n - 1 of the batch into the block, without string references, which depend on the chunk. */
 static void fill_block(const st_load *load, const st_source *sources, size_t at, size_t n)
 {
     const st_layout *l = load->layout;
@@ -257,7 +258,7 @@ static uint64_t hash_of(const st_layout *l, const st_source *sources, const uint
     return st_hash_end(l, h);
 }
 
-/* The source of string column s: keys come first, as in string_offsets. */
+/* The source of string column number s; keys come first, as in st_layout.string_offsets. */
 static const st_source *string_source(const st_layout *l, const st_source *sources, uint32_t s)
 {
     for (uint32_t c = 0; c < l->n_keys + l->n_features; c++) {
@@ -267,7 +268,7 @@ static const st_source *string_source(const st_layout *l, const st_source *sourc
     return NULL;
 }
 
-/* Row i of the batch, which is row b of the block, into its partition. */
+/* Copy row i of the batch, which is row b of the block, into its partition. */
 static int scatter_row(st_load *load, const st_source *const *strings, size_t b, size_t i)
 {
     const st_layout *l = load->layout;
@@ -326,7 +327,7 @@ static int read_all(int fd, uint8_t *data, size_t bytes, uint64_t at)
 {
     while (bytes) {
         ssize_t done = pread(fd, data, bytes, (off_t)at);
-        if (done == 0) { /* the file ends with the unused room of a chunk */
+        if (done == 0) { /* the gap of the last chunk was not written, so the file may end early */
             memset(data, 0, bytes);
             return 0;
         }
@@ -375,12 +376,12 @@ int st_chunks_read(const st_load *load, const st_chunk *from, const st_chunk *to
                    st_item *items)
 {
     const st_layout *l = load->layout;
-    const st_chunk *read_to = from; /* chunks before it are in the buffer already */
+    const st_chunk *read_to = from; /* chunks before it are already in the buffer */
     uint8_t *buffer_end = buffer;
     for (; from != to; from = from->next) {
         const uint8_t *data = from->data;
         if (!data) {
-            if (read_to == from) { /* with those that follow it in the file */
+            if (read_to == from) { /* read it together with the chunks that follow it in the file */
                 size_t bytes = 0;
                 while (read_to != to && !read_to->data && read_to->file_at == from->file_at + bytes) {
                     bytes += read_to->bytes;
@@ -411,7 +412,7 @@ void st_partition_punch(const st_partition *p, int fd)
         uint64_t bytes = 0;
         for (next = chunk; next && !next->data && next->file_at == chunk->file_at + bytes; next = next->next)
             bytes += next->bytes;
-        if (!bytes) /* in memory */
+        if (!bytes) /* the chunk is in memory */
             next = chunk->next;
         else
             (void)fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)chunk->file_at, (off_t)bytes);

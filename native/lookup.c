@@ -1,12 +1,12 @@
 /* The batch lookup.
  *
- * A lookup of one key is a chain of loads that miss the cache: directory entry, page header with tags, row. For one key
- * their times add up; for many they overlap, if all first loads are asked for before the first of the second loads is
- * needed. So groups of rows go through short loops, each of which prefetches what the next one reads, and a group is
- * one loop ahead of the one behind it: while rows are copied, pages and tags of the next groups are under way. The loops
- * run over all views at once, so that a batch of one row with four views overlaps too.
- * (Group prefetching and software-pipelined prefetching: Chen, Ailamaki, Gibbons, Mowry, "Improving hash join
- * performance through prefetching", ICDE 2004.)
+ * The lookup of one key is a chain of dependent cache misses: directory entry, page header with tags, row. For a
+ * single key their latencies add up. For many keys they overlap, if the first load of every key is prefetched before
+ * the second load of any key. So groups of rows pass through a pipeline of short loops. Each loop prefetches what the
+ * next loop reads, and each group is one loop ahead of the group after it: while rows of one group are copied, pages
+ * and tags of the following groups are being fetched. Each loop handles all views of the batch, so a batch of one row
+ * with four views overlaps as well. Source: group prefetching and software-pipelined prefetching in Chen, Ailamaki,
+ * Gibbons, Mowry, "Improving hash join performance through prefetching", ICDE 2004.
  */
 #include "row.h"
 
@@ -15,22 +15,22 @@
 #endif
 
 enum {
-    GROUP = 6, /* lookups in each loop, measured: at 5 lines each they keep busy what a core can have under way */
+    GROUP = 6, /* lookups per loop, measured: with 5 cache lines each they fill a core's miss buffers */
     LINE = 64,
-    ROW_LINES = 8, /* longer rows are read in order, which the hardware prefetches by itself */
+    ROW_LINES = 8, /* of longer rows, only the first lines: the hardware prefetches sequential reads by itself */
     VIEWS_MAX = 64,
     SLOTS = VIEWS_MAX + GROUP,
 };
 
 typedef struct {
     uint64_t hash[SLOTS];
-    const uint8_t *page[SLOTS]; /* NULL: not found, for certain */
-    uint32_t candidate[SLOTS];  /* row whose tag matches */
+    const uint8_t *page[SLOTS]; /* NULL: the key was not found */
+    uint32_t candidate[SLOTS];  /* a row with the key's tag */
 } slots;
 
 /* ---- values ---------------------------------------------------------------------------------------------------- */
 
-/* Conversions never trap and never depend on the machine: what does not fit saturates, NaN becomes 0. */
+/* Conversions never trap and give the same result on every machine: values out of range saturate, NaN becomes 0. */
 static inline int64_t int64_of(double v)
 {
     if (!(v == v)) return 0;
@@ -63,7 +63,7 @@ CONVERT(f64_i32, double, int32_t, int32_of(x)) CONVERT(f64_bool, double, uint8_t
 
 st_convert st_conversion(uint32_t from, uint32_t to)
 {
-    /* columns: ST_OUT_FLOAT32, FLOAT64, INT64, INT32, BOOL */
+    /* The order within each array is ST_OUT_FLOAT32, FLOAT64, INT64, INT32, BOOL. */
     static const st_convert of_bool[] = {bool_f32, bool_f64, bool_i64, bool_i32, NULL};
     static const st_convert of_i32[] = {i32_f32, i32_f64, i32_i64, NULL, i32_bool};
     static const st_convert of_i64[] = {i64_f32, i64_f64, NULL, i64_i32, i64_bool};
@@ -84,7 +84,7 @@ uint32_t st_output_bytes(uint32_t to)
     return bytes[to];
 }
 
-/* A copy of the usual small sizes without a call. */
+/* Copy bytes, without a call for the usual small sizes. */
 static inline void copy_bytes(uint8_t *to, const uint8_t *from, uint32_t bytes)
 {
     if (bytes == 4) memcpy(to, from, 4);
@@ -101,7 +101,7 @@ typedef struct {
     size_t first, count;
 } group;
 
-/* Most tables have one integer for a key: those do without the loops over key columns. */
+/* Most tables have a single integer key. For them the loops over key columns are skipped. */
 static inline int one_int_key(const st_layout *l) { return l->n_keys == 1 && !l->key_is_string[0]; }
 
 static inline int has_string_key(const st_layout *l)
@@ -111,7 +111,7 @@ static inline int has_string_key(const st_layout *l)
     return 0;
 }
 
-/* 1. Hash the keys; ask for directory entries. */
+/* Loop 1: hash the keys and prefetch directory entries. */
 static void hash_keys(const st_view *v, group g, slots *s, size_t slot)
 {
     const st_layout *l = v->layout;
@@ -132,11 +132,11 @@ static void hash_keys(const st_view *v, group g, slots *s, size_t slot)
         }
         h = st_hash_end(l, h);
         s->hash[slot] = h;
-        __builtin_prefetch(&v->pages[(h >> 1) >> (63 - v->depth)]); /* two shifts: depth may be 0 */
+        __builtin_prefetch(&v->pages[(h >> 1) >> (63 - v->depth)]); /* two shifts: a shift by 64 is undefined */
     }
 }
 
-/* 2. Load directory entries; ask for page headers and tags. */
+/* Loop 2: load directory entries and prefetch page headers and tags. */
 static void find_pages(const st_view *v, group g, slots *s, size_t slot)
 {
     const st_layout *l = v->layout;
@@ -154,7 +154,8 @@ static void find_pages(const st_view *v, group g, slots *s, size_t slot)
     }
 }
 
-/* The first row from `from` on whose tag is that, or n. May name rows with another tag: keys are compared in full. */
+/* The first row at or after `from` with this tag, or n. Without SSE2 it may also return a row with another tag, which
+ * does no harm because keys are compared in full. */
 static inline uint32_t next_tag(const uint8_t *tags, uint32_t from, uint32_t n, uint8_t tag)
 {
 #if defined(__SSE2__)
@@ -183,7 +184,7 @@ static inline uint32_t next_tag(const uint8_t *tags, uint32_t from, uint32_t n, 
     return n;
 }
 
-/* 3. Match tags; ask for the row. */
+/* Loop 3: match tags and prefetch the row. */
 static void match_tags(const st_view *v, group g, slots *s, size_t slot)
 {
     const st_layout *l = v->layout;
@@ -208,10 +209,10 @@ static inline void ask_for_string(const uint8_t *page, const uint8_t *reference)
 {
     const uint8_t *string = page + st_load32(reference);
     __builtin_prefetch(string);
-    __builtin_prefetch(string + st_load32(reference + 4) - 1); /* it may straddle two lines */
+    __builtin_prefetch(string + st_load32(reference + 4) - 1); /* a string may cross a line boundary */
 }
 
-/* 4. Where there are strings, ask for those of the row. */
+/* Loop 4, only if there are strings: prefetch the strings of the row. */
 static void ask_for_strings(const st_view *v, group g, slots *s, size_t slot)
 {
     const st_layout *l = v->layout;
@@ -227,7 +228,7 @@ static void ask_for_strings(const st_view *v, group g, slots *s, size_t slot)
     }
 }
 
-/* memcmp() == 0 for keys: short, and nearly always equal. */
+/* memcmp() == 0, made for keys, which are short and nearly always equal. */
 static inline int same_bytes(const uint8_t *a, const uint8_t *b, size_t n)
 {
     if (n >= 8) {
@@ -260,7 +261,7 @@ static inline int key_matches(const st_view *v, const uint8_t *page, const uint8
     return 1;
 }
 
-/* What a row without a value gets. */
+/* Write the fill values to all outputs of a missing row. */
 static void fill_row(const st_view *v, size_t i)
 {
     const st_plan *p = v->plan;
@@ -271,6 +272,7 @@ static void fill_row(const st_view *v, size_t i)
     }
 }
 
+/* Replace null features of a row by their fill values. */
 static void fix_nulls(const st_view *v, size_t i, size_t n, const uint8_t *row)
 {
     const st_plan *p = v->plan;
@@ -316,7 +318,7 @@ static inline void copy_row(const st_view *v, size_t i, const uint8_t *row)
     }
 }
 
-/* 5. Compare keys in full; copy rows. */
+/* Loop 5: compare keys in full and copy rows. */
 static void copy_rows(const st_view *v, group g, size_t n, slots *s, size_t slot)
 {
     const st_plan *p = v->plan;
@@ -367,11 +369,12 @@ static group group_at(size_t number, size_t rows, size_t n)
     return (group){first, n - first < rows ? n - first : rows};
 }
 
-enum { RING = 8 /* a power of two, so that a group finds its slots again by its number */ };
+enum { RING = 8 /* a power of two; group i uses ring[i % RING] */ };
 
-/* One loop for the groups of all views; in the steps before its first group and after its last there is nothing to do. */
+/* Run one loop for the group that is at this point of the pipeline, in all views. At the start and the end of a batch
+ * there may be no such group. */
 #define LOOP(BEHIND, CALL)                                                                      \
-    if (step - (BEHIND) < n_groups) { /* before: a number without end */                        \
+    if (step - (BEHIND) < n_groups) { /* step < BEHIND wraps to a huge number, which is false */ \
         size_t number = step - (BEHIND);                                                        \
         group g = group_at(number, rows, n);                                                    \
         slots *s = &ring[number % RING];                                                        \
@@ -382,7 +385,8 @@ enum { RING = 8 /* a power of two, so that a group finds its slots again by its 
         }                                                                                       \
     }
 
-/* Group g goes through a loop `behind` steps after its first; the loop for strings runs where there are any. */
+/* Look up all rows in up to VIEWS_MAX views. At each step, group `step` is in the first loop, group `step - 1` in the
+ * second loop, and so on. The loop for strings runs only if there are strings. */
 static void look_up_together(const st_view *const *views, size_t n_views, size_t n, int strings)
 {
     slots ring[RING];

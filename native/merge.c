@@ -8,7 +8,7 @@
 
 enum { LINE = 64 };
 
-/* Finds the buckets of the rows that come next, so that their pages are under way from memory when they are needed. */
+/* Find and prefetch the buckets of the next ST_AHEAD rows. Returns the bucket of row m->next, or NULL for damage. */
 static const st_found *look_ahead(st_merger *m)
 {
     if (m->looked < m->next) m->looked = m->next;
@@ -34,7 +34,7 @@ static st_item *scratch_for(st_merger *m, size_t items)
     return m->scratch;
 }
 
-/* By hash. Pages are written in this order, or nearly. */
+/* Insertion sort by hash, because the rows of a page are sorted or nearly sorted already. */
 static void sort(st_item *items, size_t n)
 {
     for (size_t i = 1; i < n; i++) {
@@ -45,7 +45,8 @@ static void sort(st_item *items, size_t n)
     }
 }
 
-/* Stored rows come before new ones of the same hash: of equal event times the new one stays. */
+/* Merge two sorted lists. Stored rows come before new rows with the same hash, so st_dedupe() prefers the new row at
+ * equal event times. */
 static size_t merge_sorted(const st_item *stored, size_t n_stored, const st_item *rows, size_t n_rows, st_item *out)
 {
     size_t n = 0, s = 0, r = 0;
@@ -54,7 +55,8 @@ static size_t merge_sorted(const st_item *stored, size_t n_stored, const st_item
     return n;
 }
 
-/* The images of a bucket that now has these items. ST_MERGE_ROOM leaves nothing behind but what lies in the arena. */
+/* Build the images of a bucket with its new items. On ST_MERGE_ROOM m->n_images is unchanged; only the arena is dirty.
+ * */
 static int build(st_merger *m, const st_item *items, size_t n, uint64_t key, uint32_t depth, size_t *used)
 {
     st_splitter splitter;
@@ -106,7 +108,7 @@ int st_merge(st_merger *m, st_fault *fault)
         uint64_t last = depth ? key | (UINT64_MAX >> depth) : UINT64_MAX;
         size_t stop = m->next;
         while (stop < m->n && m->rows[stop].hash <= last) stop++;
-        if (stop == m->next) return fail(fault, "it does not reach to where the next one starts", key);
+        if (stop == m->next) return fail(fault, "the bucket after it is missing", key);
         size_t n_new = stop - m->next;
         st_item *stored = scratch_for(m, 2 * n_stored + n_new);
         if (!stored) return fail(fault, NULL, key);
@@ -116,7 +118,7 @@ int st_merge(st_merger *m, st_fault *fault)
         size_t n_all = merge_sorted(stored, n_stored, m->rows + m->next, n_new, all);
         n_all = st_dedupe(m->layout, all, n_all);
         int outcome = build(m, all, n_all, key, depth, &used);
-        if (outcome < 0) return fail(fault, "more rows share it than a page image can hold", key);
+        if (outcome < 0) return fail(fault, "it has more rows than a page image can hold", key);
         if (outcome == ST_MERGE_ROOM) return m->n_images ? ST_MERGE_OK : ST_MERGE_ROOM;
         m->next = stop;
     }

@@ -1,14 +1,14 @@
-/* Merging sorted rows into the buckets of a table: the writer's inner loop. */
+/* Merges sorted rows into the buckets of a table: the inner loop of an upsert. */
 #ifndef SHORTTAIL_MERGE_H
 #define SHORTTAIL_MERGE_H
 
 #include "tree.h"
 
-enum { ST_AHEAD = 8 /* buckets that are found before they are needed; a power of two */ };
+enum { ST_AHEAD = 8 /* rows whose buckets are found and prefetched in advance; a power of two */ };
 
 typedef struct {
-    uint8_t key[ST_PAGE_KEY_BYTES]; /* in LMDB */
-    size_t offset;                  /* in the arena */
+    uint8_t key[ST_PAGE_KEY_BYTES]; /* LMDB key */
+    size_t offset;                  /* offset in the arena */
     uint32_t bytes;
 } st_image;
 
@@ -18,15 +18,16 @@ typedef struct {
     uint64_t bytes;
 } st_found;
 
-/* Set by the caller: tree .. arena_bytes, images, images_max. All memory but scratch is the caller's. */
+/* The state of a merge. The caller sets tree .. arena_bytes, images and images_max, and owns all memory except
+ * scratch. */
 typedef struct {
-    const st_tree *tree; /* has the table as it is */
+    const st_tree *tree; /* the table before the merge */
     const st_layout *layout;
     uint32_t table_id;
     uint32_t depth_grow; /* see st_splitter */
-    const st_item *rows; /* sorted, one for each key */
+    const st_item *rows; /* sorted, one row per key */
     size_t n;
-    size_t next; /* first row that is not merged yet */
+    size_t next; /* index of the first row that is not merged yet */
     uint8_t *arena;
     size_t arena_bytes;
     st_image *images;
@@ -35,13 +36,14 @@ typedef struct {
     st_item *scratch;
     size_t scratch_items;
     st_found ahead[ST_AHEAD];
-    size_t looked; /* rows before this one have their bucket in ahead */
+    size_t looked; /* the buckets of all rows before this index have been found */
 } st_merger;
 
 enum { ST_MERGE_OK = 0, ST_MERGE_ROOM = 1 /* the arena is too small for the next bucket's images */ };
 
-/* Build the images of the next buckets that rows belong to, until arena or images are full or next reaches n. A stored
- * row with a later event time than the new one stays. ST_MERGE_OK, ST_MERGE_ROOM, or -1 with fault (what NULL: no memory). */
+/* Build images of the next buckets with their new rows, until the arena or images is full or next reaches n. A stored
+ * row is kept if its event time is later than the new row's. Returns ST_MERGE_OK, ST_MERGE_ROOM, or -1 with fault set
+ * (what NULL: no memory). */
 int st_merge(st_merger *m, st_fault *fault);
 void st_merge_free(st_merger *m);
 

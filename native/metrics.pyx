@@ -1,12 +1,13 @@
-"""Counters of one process in memory that all processes of a server share.
+"""Metrics counters of one process, in memory that all processes of a server share.
 
-The memory is an array of 64-bit words: a region for each process, one writer each, so that an increment needs neither a
-lock nor an atomic operation; readers see every word whole. A region outlives its process: whoever takes it next counts
-on. The layout is in the constants below; shorttail.observe.memory makes and reads it.
+The memory is an array of 64-bit words with one region per process. Each region has a single writer, so an increment
+needs neither a lock nor an atomic operation, and readers never see half a word. A region outlives its process: the next
+process that claims it continues its counters. The constants below define the layout; shorttail.observe.memory makes and
+reads the memory.
 
-    region: HEADER words (gauges and counters of the process), then SLOTS slots
-    slot:   of one method and model: used, method, bytes of the name, the name, rows, requests[protocol][code],
-            batches by rows, then a histogram for each stage: buckets, and the sum in nanoseconds
+    region: HEADER_WORDS words (gauges and counters of the process), then SLOTS slots
+    slot:   the counters of one method with one model: used flag, method, length of the name, name, rows,
+            requests[protocol][code], batches by number of rows, then a histogram per stage: buckets, sum in nanoseconds
 """
 
 from libc.stdint cimport int64_t, uint64_t
@@ -26,10 +27,10 @@ cdef enum:
     AT_LENGTH = 2
     AT_NAME = 3
     AT_ROWS = 11
-    AT_REQUESTS = 12        # 2 protocols of 9 codes
-    AT_BATCHES = 30         # up to 1, 2, 4 ... 16384 rows, and more
+    AT_REQUESTS = 12        # 2 protocols with 9 codes each
+    AT_BATCHES = 30         # buckets of up to 1, 2, 4 ... 16384 rows, and of more
     AT_STAGES = 48
-    C_STAGE = 24            # 22 buckets, one for what is longer, the sum
+    C_STAGE = 24            # 22 buckets, one for longer times, the sum
 
 HEADER_WORDS = C_HEADER
 SLOTS = C_SLOTS
@@ -56,7 +57,7 @@ for _i in range(C_BOUNDS):
 cdef dict _CODE = {name: number for number, name in enumerate(CODES)}
 cdef int _INTERNAL = _CODE["INTERNAL"]
 
-UNKNOWN = "unknown"     # the name of a model that there is not, and of models beyond the last slot
+UNKNOWN = "unknown"     # stands for models that do not exist, and for models that get no slot any more
 
 
 cdef inline void _observe(uint64_t *histogram, int64_t ns) noexcept nogil:
@@ -70,11 +71,14 @@ cdef inline void _observe(uint64_t *histogram, int64_t ns) noexcept nogil:
 
 
 cdef class Recorder:
-    """Recorder(words, region): writes one region; words is a writable buffer of uint64."""
+    """Recorder(words, region): writes one region. words: the whole memory, a writable buffer of uint64.
+
+    Raises ValueError if the memory has no such region.
+    """
 
     cdef uint64_t[::1] _words
     cdef uint64_t *_word
-    cdef list _slots        # of each method: name -> slot
+    cdef list _slots        # per method: dict of model name -> slot
     cdef int _used
 
     def __cinit__(self, words, Py_ssize_t region):
@@ -85,7 +89,7 @@ cdef class Recorder:
         self._slots = [{} for _ in METHODS]
         self._used = 0
         cdef uint64_t *slot
-        while self._used < C_SLOTS:     # what a process before this one counted goes on
+        while self._used < C_SLOTS:     # continue the slots of the process that had the region before
             slot = self._slot(self._used)
             if not slot[0]:
                 break
@@ -97,9 +101,10 @@ cdef class Recorder:
         return self._word + C_HEADER + <Py_ssize_t>number * C_SLOT
 
     def slot(self, int method, str name not None):
-        """The slot of a method (its place in METHODS) and a model's name; the name must be one that exists, or UNKNOWN.
+        """Return the slot of a method (index in METHODS) and a model's name; make it if necessary.
 
-        When all slots are taken, the first one of UNKNOWN.
+        name: an existing model, UNKNOWN or "" (arbitrary names from clients would use up the slots). If only the
+        reserved slots are left, returns the slot of UNKNOWN. Raises ValueError for a wrong method.
         """
         return self._find(method, name)
 
@@ -113,7 +118,7 @@ cdef class Recorder:
         cdef bytes text = name.encode("ascii", "replace")[:C_NAME_BYTES]
         cdef uint64_t *slot
         if self._used >= C_SLOTS - 2 * len(METHODS) and name not in (UNKNOWN, ""):
-            return self._find(method, UNKNOWN)   # the last slots are kept for those
+            return self._find(method, UNKNOWN)   # the last slots are reserved for UNKNOWN and ""
         if self._used == C_SLOTS:
             return C_SLOTS - 1
         slot = self._slot(self._used)
@@ -127,7 +132,10 @@ cdef class Recorder:
 
     cpdef batch(self, int slot, int protocol, uint64_t requests, uint64_t rows, int64_t opened_ns, int64_t start_ns,
               int64_t looked_up_ns, int64_t prepared_ns, int64_t inferred_ns, int64_t end_ns):
-        """A batch that was answered, by the clock of time.perf_counter_ns. A stage whose time is 0 was not run, or is counted apart."""
+        """Count a batch that was answered.
+
+        Times are of time.perf_counter_ns(). A time of 0 means that the stage did not run, or that stage() counts it.
+        """
         cdef uint64_t *at
         cdef uint64_t *stage
         cdef int i = 0
@@ -152,9 +160,9 @@ cdef class Recorder:
 
     def answered(self, int method, str name not None, int protocol, uint64_t requests, uint64_t rows, int64_t opened_ns,
                  int64_t start_ns, int64_t looked_up_ns, int64_t prepared_ns, int64_t inferred_ns):
-        """`batch`, answered now. Returns the nanoseconds since opened_ns.
+        """Call batch() with the present time as its end. Return the nanoseconds since opened_ns.
 
-        requests: 0 over HTTP, whose requests are counted, and their encoding timed, where responses are made.
+        requests: 0 for HTTP, whose requests and encoding times are counted where responses are made.
         """
         cdef timespec now
         cdef int64_t end_ns
@@ -165,25 +173,26 @@ cdef class Recorder:
         return end_ns - opened_ns
 
     def stage(self, int slot, int stage, int64_t ns):
-        """One time of a stage (its place in STAGES)."""
+        """Count one time of a stage. stage: index in STAGES."""
         if not 0 <= slot < C_SLOTS or not 0 <= stage < C_STAGES:
             raise ValueError("no such stage")
         _observe(self._slot(slot) + AT_STAGES + stage * C_STAGE, ns)
 
     def requests(self, int slot, int protocol, str code, uint64_t n=1):
-        """Requests that ended with this code; one that is not among CODES counts as INTERNAL."""
+        """Count n requests that ended with a code. A code that is not in CODES counts as INTERNAL."""
         cdef int number = _CODE.get(code, _INTERNAL)
         if not 0 <= slot < C_SLOTS or not 0 <= protocol < 2:
             raise ValueError("no such slot")
         self._slot(slot)[AT_REQUESTS + protocol * C_CODES + number] += n
 
     def add(self, int word, uint64_t n):
-        """To a word of the header."""
+        """Add n to a word of the header."""
         if not 0 <= word < C_HEADER:
             raise ValueError("no such word")
         self._word[word] += n
 
     def put(self, int word, uint64_t value):
+        """Set a word of the header."""
         if not 0 <= word < C_HEADER:
             raise ValueError("no such word")
         self._word[word] = value

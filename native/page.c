@@ -93,7 +93,7 @@ static int64_t event_time(const st_layout *l, const st_item *item)
 
 size_t st_dedupe(const st_layout *l, st_item *items, size_t n)
 {
-    size_t kept = 0, run = 0; /* run: first kept item with the present hash */
+    size_t kept = 0, run = 0; /* run: index of the first kept item with the current hash */
     for (size_t i = 0; i < n; i++) {
         if (kept == 0 || items[kept - 1].hash != items[i].hash) run = kept;
         size_t j = run;
@@ -118,7 +118,7 @@ size_t st_without(const st_layout *l, const st_item *a, size_t n_a, const st_ite
     return kept;
 }
 
-/* Bits of the hash that the first pass sorts by, so that about eight items are left to the second. */
+/* The number of hash bits for the first pass (counting sort), so that groups of about 8 items remain for the second. */
 static unsigned sort_bits(size_t n)
 {
     unsigned bits = n < 32 ? 0 : 60 - (unsigned)__builtin_clzll(n);
@@ -132,7 +132,7 @@ void st_sort(const st_item *from, st_item *to, size_t n, size_t *counts)
     unsigned shift = 64 - sort_bits(n), skip = 0;
     size_t n_counts = st_sort_counts(n);
     if (n_counts) {
-        uint64_t differ = 1; /* the bits in which not all hashes agree: by the first of them on it sorts */
+        uint64_t differ = 1; /* bits in which hashes differ; the counting sort starts at the highest of them */
         for (size_t i = 1; i < n; i++) differ |= from[i].hash ^ from[0].hash;
         skip = (unsigned)__builtin_clzll(differ);
         memset(counts, 0, n_counts * sizeof *counts);
@@ -146,7 +146,7 @@ void st_sort(const st_item *from, st_item *to, size_t n, size_t *counts)
     } else if (n) {
         memcpy(to, from, n * sizeof *to);
     }
-    for (size_t i = 1; i < n; i++) { /* nearly sorted now: nothing moves far */
+    for (size_t i = 1; i < n; i++) { /* insertion sort: items are nearly sorted, so each moves only a little */
         st_item item = to[i];
         size_t j = i;
         for (; j && to[j - 1].hash > item.hash; j--) to[j] = to[j - 1];
@@ -186,7 +186,7 @@ void st_splitter_init(st_splitter *s, const st_layout *l, const st_item *items, 
                        .depth_min = depth, .depth_grow = depth_grow};
 }
 
-/* First item from start on whose hash is above last. */
+/* The first item at or after start whose hash is greater than last. */
 static size_t stop_of(const st_splitter *s, size_t start, uint64_t last)
 {
     size_t low = start, high = s->n;
@@ -197,7 +197,7 @@ static size_t stop_of(const st_splitter *s, size_t start, uint64_t last)
     return low;
 }
 
-/* Bytes of an image of these items, or 0 when they are too many for one page. */
+/* The image size for these items if they fit in a normal page, otherwise 0. */
 static uint64_t bytes_if_one_page(const st_splitter *s, size_t start, size_t stop)
 {
     const st_layout *l = s->layout;
@@ -227,8 +227,8 @@ int st_splitter_next(st_splitter *s, st_bucket *bucket)
         stop = stop_of(s, start, last_of(s->key, s->depth));
         bytes = bytes_if_one_page(s, start, stop);
         if (bytes) break;
-        /* Splitting cannot help one long row, nor rows whose hashes share so many bits; it would only make every
-         * reader's directory longer. */
+        /* Splitting does not help a single long row, or rows whose hashes share this many bits. It would only double
+         * the directory of every reader. */
         if (stop - start == 1 || s->depth >= s->depth_grow || s->depth >= 60) {
             bytes = bytes_grown(s, start, stop);
             if (stop - start > ST_ROWS_MAX || bytes > (uint64_t)ST_IMAGE_PAGES_MAX * ST_PAGE_BYTES) return -1;
@@ -252,7 +252,7 @@ void st_build(const st_layout *l, const st_item *items, size_t n, uint32_t depth
               uint32_t bytes)
 {
     uint32_t tags = (uint32_t)tag_bytes_for(n > l->rows_per_page ? n : l->rows_per_page);
-    /* With many strings the full room for tags may not be there, nor is it needed. */
+    /* Only a normal page without strings has space for the tags of a full page; other pages get just what they need. */
     if (l->n_strings || bytes != l->page_bytes) tags = (uint32_t)tag_bytes_for(n);
     memset(image, 0, bytes);
     uint8_t *row = image + ST_HEADER_BYTES + tags;
@@ -289,9 +289,9 @@ const char *st_check_header(const st_layout *l, const uint8_t *page, size_t byte
     if (table_id && st_load32(footer) != table_id) return "it belongs to another table";
     if (st_load32(footer + 4) != l->row_bytes) return "its rows have another layout";
     uint64_t n = st_rows(page), tags = st_tag_bytes(page), heap = st_load32(footer + 8);
-    if (tags % ST_TAG_ALIGN || n > tags) return "its rows are more than its tags";
+    if (tags % ST_TAG_ALIGN || n > tags) return "it has more rows than tags";
     if (ST_HEADER_BYTES + tags + n * l->row_bytes > heap || heap > bytes - ST_FOOTER_BYTES) return "its rows do not fit";
-    if (st_depth(page) > 60) return "its depth is impossible";
+    if (st_depth(page) > 60) return "its depth is too large";
     return NULL;
 }
 
@@ -311,7 +311,7 @@ const char *st_check_page(const st_layout *l, const uint8_t *page, size_t bytes,
         }
         uint64_t hash = st_hash_row(l, row, page);
         if (hash < key || hash > last) return "a row lies in the wrong bucket";
-        if (page[ST_HEADER_BYTES + i] != st_tag(hash)) return "a tag is not that of its row";
+        if (page[ST_HEADER_BYTES + i] != st_tag(hash)) return "a tag does not match its row";
     }
     return NULL;
 }

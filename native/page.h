@@ -1,6 +1,6 @@
-/* Pages of the feature tables: row layout, page images, and the batch lookup. The format is in docs/format.md.
+/* Pages of the feature tables: row layout, page images, and the batch lookup. docs/format.md describes the format.
  *
- * Nothing here allocates, calls LMDB or touches Python: callers own all memory, and everything may run without the GIL.
+ * Nothing here allocates, calls LMDB or uses Python. Callers own all memory; every function may run without the GIL.
  */
 #ifndef SHORTTAIL_PAGE_H
 #define SHORTTAIL_PAGE_H
@@ -17,19 +17,19 @@ enum {
     ST_FOOTER_BYTES = 16,
     ST_KEYS_MAX = 8,
     ST_TAG_ALIGN = 16,     /* tags are compared 16 at a time */
-    ST_PAGE_BYTES = 4096,  /* of LMDB ... */
-    ST_PAGE_OVERHEAD = 16, /* ... of which its own header takes so many once in an overflow value */
+    ST_PAGE_BYTES = 4096,  /* an LMDB page */
+    ST_PAGE_OVERHEAD = 16, /* LMDB's page header, at the start of the first overflow page of a value */
     ST_IMAGE_PAGES_MAX = 65535,
-    ST_ROWS_MAX = 65520,   /* rows of a page: they are counted in 16 bits */
+    ST_ROWS_MAX = 65520,   /* rows in a page image: the count has 16 bits */
 };
 
-/* Codes of shorttail.dtypes. */
+/* Type codes, as in shorttail.define.dtypes. */
 enum { ST_BOOL = 1, ST_INT32, ST_INT64, ST_FLOAT32, ST_FLOAT64, ST_STRING, ST_TIMESTAMP, ST_VECTOR };
 
 /* Element types of output columns. */
 enum { ST_OUT_FLOAT32, ST_OUT_FLOAT64, ST_OUT_INT64, ST_OUT_INT32, ST_OUT_BOOL, ST_OUT_OBJECT };
 
-/* shorttail.results.Status */
+/* Status of a row or value, as in shorttail.results.Status. */
 enum { ST_PRESENT = 0, ST_NULL = 1, ST_NOT_FOUND = 2, ST_STALE = 3 };
 
 typedef struct {
@@ -39,25 +39,25 @@ typedef struct {
     uint32_t bytes;
 } st_field;
 
-/* Where everything lies in a row: keys (8 bytes each) | event time | null bitmap | features. */
+/* The layout of a row: keys (8 bytes each) | event time | null bitmap | features. Offsets are bytes from its start. */
 typedef struct {
-    uint64_t seed;   /* of the key hash; second is derived from it */
-    uint64_t second;
+    uint64_t seed;   /* seed of the key hash */
+    uint64_t second; /* second secret of the key hash, derived from seed */
     uint32_t n_keys;
     uint8_t key_is_string[ST_KEYS_MAX];
     uint32_t time_offset;
     uint32_t null_offset;
     uint32_t null_bytes;
     uint32_t row_bytes;
-    uint32_t page_bytes;    /* of an image, a multiple of 4096 less 16 */
-    uint32_t rows_per_page; /* most rows of such an image, strings aside */
+    uint32_t page_bytes;    /* size of a normal image: a multiple of 4096, minus 16 */
+    uint32_t rows_per_page; /* most rows in such an image if they have no strings */
     uint32_t n_features;
     st_field *features;
-    uint32_t n_strings; /* string references in a row, keys first */
-    uint32_t *string_offsets;
+    uint32_t n_strings;       /* string columns, keys first */
+    uint32_t *string_offsets; /* offset of each string reference in the row */
 } st_layout;
 
-/* A row somewhere in memory; its string references are relative to heap. */
+/* A row in memory with its hash. Its string references are relative to heap. */
 typedef struct {
     uint64_t hash;
     const uint8_t *row;
@@ -67,13 +67,13 @@ typedef struct {
 /* One key column of a request. */
 typedef struct {
     const uint8_t *data;
-    const uint32_t *ends; /* strings: end of row i in data; NULL for int64 */
-    const uint8_t *nulls; /* NULL when the column has none */
+    const uint32_t *ends; /* strings: end of row i's bytes in data; NULL for int64 */
+    const uint8_t *nulls; /* one byte per row; NULL if the column has no nulls */
 } st_key_column;
 
 typedef struct {
     uint8_t *data;
-    size_t stride; /* bytes a row */
+    size_t stride; /* bytes per row */
 } st_output;
 
 typedef struct {
@@ -83,50 +83,50 @@ typedef struct {
 
 typedef void (*st_convert)(const uint8_t *from, uint8_t *to, uint32_t count);
 
-/* Elements that are adjacent in the row and in the output: one memcpy or one conversion loop. */
+/* Elements that are adjacent both in the row and in the output, copied by one memcpy or one conversion loop. */
 typedef struct {
     st_convert convert; /* NULL: copy bytes */
     uint32_t row_offset;
     uint32_t output;
     uint32_t column_offset; /* bytes from the start of the output's row */
     uint32_t count;         /* elements */
-    uint32_t bytes;         /* written */
-    uint32_t fill_offset;   /* in st_plan.fill: what a row without a value gets */
+    uint32_t bytes;         /* bytes written to the output */
+    uint32_t fill_offset;   /* offset in st_plan.fill of the values for a row that is missing */
 } st_run;
 
-/* One feature into one output, for what depends on the feature's own null bit. */
+/* One feature that goes to one output. Used where the feature's own null bit matters. */
 typedef struct {
-    uint32_t null_byte; /* in the row */
-    uint32_t null_bit;
+    uint32_t null_byte; /* offset of its null bit's byte in the row */
+    uint32_t null_bit;  /* mask within that byte */
     uint32_t row_offset;
     uint32_t output;
     uint32_t column_offset;
-    uint32_t bytes; /* 0 for strings, which are handed back as st_string */
+    uint32_t bytes; /* 0 for strings, which are returned as st_string */
     uint32_t fill_offset;
-    uint32_t string_index; /* of this op among the plan's string ops */
+    uint32_t string_index; /* index of this op among the plan's string ops */
 } st_op;
 
 typedef struct {
-    uint32_t null_offset; /* in the row, of 8 bytes that end with or within the null bitmap */
-    uint64_t mask;
+    uint32_t null_offset; /* offset in the row of 8 bytes that end at or inside the null bitmap */
+    uint64_t mask;        /* null bits of the features that are used */
 } st_null_word;
 
-/* What one lookup copies from a row. */
+/* The features that one lookup copies from a row. */
 typedef struct {
     uint32_t n_runs, n_ops, n_null_words;
     st_run *runs;
     st_op *ops;
-    st_null_word *null_words; /* bits of all features used */
+    st_null_word *null_words; /* a quick test of whether any used feature is null */
     uint8_t *fill;
 } st_plan;
 
-/* One view of a batch. Arrays of n rows start at row 0 of the batch. */
+/* The lookup of a batch of n rows in one view. Arrays start at row 0 of the batch. */
 typedef struct {
     const st_plan *plan;
-    const st_layout *layout; /* the table's: it has the plan's columns, but a seed of its own */
-    const uint8_t *const *pages; /* directory: 2^depth images; NULL when the table is empty */
+    const st_layout *layout; /* layout of the present table: the plan's columns, but its own seed */
+    const uint8_t *const *pages; /* the directory: addresses of 2^depth images; NULL if the table is empty */
     uint32_t depth;
-    int64_t oldest_us; /* event times before it are STALE */
+    int64_t oldest_us; /* rows with an earlier event time are STALE */
     st_key_column keys[ST_KEYS_MAX];
     const st_output *outputs;
     uint8_t *status;          /* [n] */
@@ -134,69 +134,71 @@ typedef struct {
     st_string *strings;       /* [n string ops, n] or NULL */
 } st_view;
 
-/* Choose offsets and sizes: n_keys, key_is_string, n_features, features[].code/.width, seed and page_bytes (0: choose)
- * are set by the caller, and string_offsets has room. Returns 0, or -1: a row is too large. */
+/* Compute all offsets and sizes. The caller has set n_keys, key_is_string, n_features, features[].code and .width, seed
+ * and page_bytes (0: choose one), and string_offsets has room. Returns 0, or -1 if a row is too large. */
 int st_layout_finish(st_layout *layout);
 
 uint64_t st_hash_row(const st_layout *layout, const uint8_t *row, const uint8_t *heap);
 
-/* The value at table[from][to], NULL for equal representations. from: ST_BOOL.., to: ST_OUT_FLOAT32.. */
+/* The conversion from a type (ST_BOOL..) to an output type (ST_OUT_FLOAT32..); NULL if both have the same bytes. */
 st_convert st_conversion(uint32_t from, uint32_t to);
 uint32_t st_output_bytes(uint32_t to);
 
-/* Look n rows up in all views. Outputs and statuses are written in full; strings, zero before, where there is a value. */
+/* Look up n rows in all views. Writes every output and status. Writes strings only where there is a value: the caller
+ * has set them to zero. */
 void st_lookup(const st_view *views, size_t n_views, size_t n);
 
-/* Sorted items: keep one for each key, that of the latest event time (the later item where equal). Returns how many. */
+/* Remove duplicates from sorted items: per key, keep the item with the latest event time, or the last of those. Returns
+ * the number of items kept. */
 size_t st_dedupe(const st_layout *layout, st_item *items, size_t n);
 
-/* The items of a page with their hashes; out has room for st_page_rows. */
 uint32_t st_page_rows(const uint8_t *page);
 uint32_t st_page_depth(const uint8_t *page);
 uint32_t st_page_bytes(const uint8_t *page);
-uint32_t st_page_used_bytes(const st_layout *layout, const uint8_t *page); /* all but the gap that rows could fill */
+uint32_t st_page_used_bytes(const st_layout *layout, const uint8_t *page); /* without the gap that rows could fill */
+/* Write the items of a page with their hashes to out, which has room for st_page_rows(page) items. */
 void st_page_items(const st_layout *layout, const uint8_t *page, st_item *out);
-/* Sort by hash, equal ones in their order. counts: room for st_sort_counts(n), which may be 0. from is left as it is. */
+/* Sort by hash, stable. counts: scratch memory for st_sort_counts(n) elements, which may be 0. from is not changed. */
 size_t st_sort_counts(size_t n);
 void st_sort(const st_item *from, st_item *to, size_t n, size_t *counts);
-/* The items of a (sorted) that have no equal key in b (sorted) go to out. Returns how many. */
+/* Write the items of a whose keys are not in b to out; both are sorted. Returns the number of items written. */
 size_t st_without(const st_layout *layout, const st_item *a, size_t n_a, const st_item *b, size_t n_b, st_item *out);
 
-/* Walks sorted items of the bucket (key, depth) as the buckets they will lie in, in order of their keys. */
+/* Splits the sorted items of a range of hashes, the bucket (key, depth), into buckets in the order of their keys. */
 typedef struct {
     const st_layout *layout;
     const st_item *items;
     size_t n, next;
-    uint64_t key, last; /* last hash of the range */
+    uint64_t key, last; /* key of the next bucket; last hash of the range */
     uint32_t depth;
-    uint32_t depth_min;  /* of the range itself */
-    uint32_t depth_grow; /* from here on a bucket gets more pages instead of being split */
+    uint32_t depth_min;  /* depth of the range */
+    uint32_t depth_grow; /* from this depth on, a full bucket gets a longer image instead of a split */
     int done;
 } st_splitter;
 
 typedef struct {
     uint64_t key;
     uint32_t depth;
-    size_t start, stop; /* items */
-    uint64_t bytes;     /* of the image */
+    size_t start, stop; /* its items */
+    uint64_t bytes;     /* size of its image */
 } st_bucket;
 
 void st_splitter_init(st_splitter *s, const st_layout *layout, const st_item *items, size_t n, uint64_t key,
                       uint32_t depth, uint32_t depth_grow);
-/* 1 and the next bucket, 0 at the end, -1 when a bucket would pass the limits of an image. */
+/* Return 1 and the next bucket, 0 at the end, or -1 if a bucket exceeds the limits of an image. */
 int st_splitter_next(st_splitter *s, st_bucket *bucket);
 
-/* Bytes of strings that a row refers to. */
+/* The total length of a row's strings in bytes. */
 uint64_t st_heap_bytes(const st_layout *layout, const st_item *item);
 
-/* Write the image of a bucket: bytes as st_splitter_next gave them. */
+/* Write the image of a bucket. bytes: the size that st_splitter_next computed. */
 void st_build(const st_layout *layout, const st_item *items, size_t n, uint32_t depth, uint32_t table_id,
               uint8_t *image, uint32_t bytes);
 
-/* NULL when the header is that of a page of this layout and table (0: any) that is bytes long, or what is wrong. After
- * this, rows and tags lie inside the image. */
+/* Check that header and footer belong to an image of this size, layout and table (0: any table). Returns NULL, or what
+ * is wrong. After this check, rows and tags are known to lie inside the image. */
 const char *st_check_header(const st_layout *layout, const uint8_t *page, size_t bytes, uint32_t table_id);
-/* The same for everything: checksum, string references, and that rows belong to the bucket of that key. */
+/* Check the whole page: also its checksum, its string references, and that its rows belong to the bucket `key`. */
 const char *st_check_page(const st_layout *layout, const uint8_t *page, size_t bytes, uint32_t table_id, uint64_t key);
 
 

@@ -1,15 +1,13 @@
-"""Feature tables: page images, the directory of a snapshot, and the batch lookup.
+"""Feature tables: page images, the directory of a snapshot, the batch lookup, upserts and bulk loads.
 
-The work is done in page.c and lookup.c; this file checks arguments, owns memory and talks to Python. No function here
-calls LMDB: pages are read at the addresses of buffers that py-lmdb handed out, and stay valid only as long as the read
-transaction behind them.
+The C files do the work; this module checks arguments, owns memory and talks to Python. No function here calls LMDB:
+pages are read at the addresses of buffers that py-lmdb returned, which are valid only as long as their read transaction
+is open.
 """
 
 from cpython.buffer cimport PyBUF_READ, PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytearray cimport PyByteArray_AS_STRING
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
-from cpython.buffer cimport PyBUF_READ
-from cpython.memoryview cimport PyMemoryView_FromMemory
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from cpython.memoryview cimport PyMemoryView_FromMemory
 from cpython.object cimport PyObject
@@ -194,9 +192,9 @@ cdef extern from *:
     int mlock(const void *, size_t) nogil
 
 cdef enum:
-    STACK_VIEWS = 16      # lookups of up to so many views and outputs allocate nothing
+    STACK_VIEWS = 16      # lookups with at most this many views and outputs allocate no memory for them
     ARENA_BYTES_MAX = 1 << 29
-    HELD_GIL_LOOKUPS = 16 # fewer take less time than letting go of the GIL and waiting to get it back
+    HELD_GIL_LOOKUPS = 16 # up to this many lookups take less time than releasing the GIL and getting it back
 
 
 include "pages_layout.pxi"
@@ -207,7 +205,7 @@ include "pages_writeback.pxi"
 
 
 def crc32c(data):
-    """The CRC-32C (Castagnoli) of a buffer."""
+    """Return the CRC-32C (Castagnoli) of a buffer."""
     cdef Py_buffer view
     PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
     cdef uint32_t crc = st_crc32c(<const uint8_t *>view.buf, view.len)
@@ -216,7 +214,10 @@ def crc32c(data):
 
 
 cdef class GenerationWord:
-    """The word of shared memory that counts commits; `buffer` is the writable mapping of 8 bytes or more."""
+    """GenerationWord(buffer): the 8 bytes of shared memory that count commits.
+
+    buffer: a writable mapping of at least 8 bytes; it is kept until release(). Raises ValueError if it is too short.
+    """
     cdef uint64_t *word
     cdef uint64_t poison_value
     cdef Py_buffer view
@@ -233,20 +234,20 @@ cdef class GenerationWord:
         self.release()
 
     def load(self):
-        """The present count, in one load from memory."""
+        """Return the present count, by one atomic load."""
         return st_word_load(self.word)
 
     def bump(self):
-        """Count a commit; returns the new count."""
+        """Count a commit. Return the new count."""
         return st_word_bump(self.word)
 
     def poison(self):
-        """After a fork: from now on load() gives a value that no commit has, so that its user looks closer."""
+        """Make load() return a value that no commit has. In a forked child, readers then look closer and are refused."""
         self.poison_value = UINT64_MAX
         self.word = &self.poison_value
 
     cpdef release(self):
-        """Let go of the mapping, so that it can be closed; load() then gives the value of poison()."""
+        """Release the buffer, so that the mapping can be closed. load() then returns the value of poison()."""
         self.poison()
         if self.held:
             self.held = False
@@ -254,29 +255,29 @@ cdef class GenerationWord:
 
 
 cdef class Gate:
-    """Gate(word): who may use a snapshot right now, for the price of a few loads from memory.
+    """Gate(word, generation): counts the threads that use a snapshot, at the cost of a few loads from memory.
 
-    A thread is inside between try_enter() and leave(). The GIL makes each of them one step. What to do when try_enter()
-    says no, and whom to wake, is the owner's business (store/snapshot.py).
+    A thread is inside between try_enter() and leave(). Each call is atomic because the GIL is held. The owner
+    (store/snapshot.py) decides what to do when try_enter() returns False, and wakes waiting threads.
     """
     cdef GenerationWord word
-    cdef public int64_t generation  # of the snapshot: try_enter() says no when the word has another
-    cdef public Py_ssize_t inside
-    cdef public Py_ssize_t waiting   # threads that want to be alone: nobody comes in
-    cdef public Py_ssize_t sleeping  # threads to be woken when the last one leaves
+    cdef public int64_t generation   # generation of the snapshot; try_enter() fails if the word differs
+    cdef public Py_ssize_t inside    # threads inside
+    cdef public Py_ssize_t waiting   # threads that wait for exclusive use; no thread may enter meanwhile
+    cdef public Py_ssize_t sleeping  # threads to be woken when the last thread leaves
 
     def __cinit__(self, GenerationWord word not None, int64_t generation):
         self.word = word
         self.generation = generation
 
     def try_enter(self):
-        """Come in, if the snapshot is the newest and nobody wants to be alone; False otherwise."""
+        """Enter and return True if the snapshot is the newest and no thread waits for exclusive use; else False."""
         if self.waiting or <int64_t>st_word_load(self.word.word) != self.generation:
             return False
         self.inside += 1
         return True
 
     def leave(self):
-        """Go; True if somebody waits for the last one to go, and this was it."""
+        """Leave. Return True if this was the last thread inside and a thread sleeps until then: wake it."""
         self.inside -= 1
         return self.inside == 0 and self.sleeping > 0

@@ -1,4 +1,4 @@
-# Layout and Directory: see pages.pyx.
+# Layout, Tree and Directory. Part of pages.pyx.
 
 cdef uint64_t _key_of(bytes bucket_key) except? 1:
     if len(bucket_key) != 8:
@@ -7,14 +7,14 @@ cdef uint64_t _key_of(bytes bucket_key) except? 1:
 
 
 cdef class Layout:
-    """Layout(key_codes, features, seed, page_bytes=0): where everything lies in a table's rows and pages.
+    """Layout(key_codes, features, seed, page_bytes=0): the byte offsets of a table's rows and pages.
 
-    key_codes: one dtype code (Int64 or String) a key column. features: (dtype code, width) each. seed: of the key
-    hash, 64 bits. page_bytes: size of a page image, k * 4096 - 16; 0 chooses the smallest that holds 8 rows.
-    Raises ValueError when there are too many keys or a row is too large.
+    key_codes: one dtype code (Int64 or String) per key column. features: (dtype code, width) per feature. seed: 64
+    bits, for the key hash. page_bytes: size of a page image, k * 4096 - 16; 0 chooses the smallest that holds 8 rows.
+    Raises ValueError if there are too many keys or a row is too large.
     """
     cdef st_layout c
-    cdef readonly tuple features      # (code, width) each
+    cdef readonly tuple features      # (dtype code, width) per feature
     cdef readonly bytes key_codes
     cdef readonly list key_offsets    # bytes from the start of the row
     cdef readonly list feature_offsets
@@ -39,7 +39,7 @@ cdef class Layout:
         for f in range(n):
             self.c.features[f].code, self.c.features[f].width = self.features[f]
         if st_layout_finish(&self.c):
-            raise ValueError("a row of this table is too large for its pages")
+            raise ValueError("a row of this table is too large for its pages; use fewer or shorter features")
         self.key_offsets = [8 * k for k in range(self.c.n_keys)]
         self.feature_offsets = [self.c.features[f].offset for f in range(n)]
 
@@ -57,7 +57,7 @@ cdef class Layout:
 
     @property
     def rows_per_page(self):
-        """Most rows that fit a page, strings aside."""
+        """The largest number of rows that fit in a page if they have no strings."""
         return self.c.rows_per_page
 
     @property
@@ -73,7 +73,7 @@ cdef class Layout:
         return self.c.null_bytes
 
     def check(self, page, bytes bucket_key, uint32_t table_id=0):
-        """Check everything about a page, its checksum first of all. Raises ValueError that says what is wrong."""
+        """Check a page completely: header, checksum, strings, hashes and tags. Raises ValueError with what is wrong."""
         cdef Py_buffer view
         cdef uint64_t key = _key_of(bucket_key)
         PyObject_GetBuffer(page, &view, PyBUF_SIMPLE)
@@ -84,12 +84,13 @@ cdef class Layout:
 
 
 cdef class Tree:
-    """Tree(value, txn_id): LMDB's B+tree as of a read transaction, read where it lies. See tree.h.
+    """Tree(value, txn_id): LMDB's B+tree as of a read transaction, read directly in the map. See tree.h.
 
-    value: any value that the transaction gave, a buffer. Nothing is owned: the transaction must outlive its use.
+    value: a buffer, any value that the transaction returned. The tree owns no memory, so the transaction must stay open
+    while it is used. Raises ValueError if the pages are not LMDB 0.9's.
     """
     cdef st_tree c
-    cdef readonly bint gone  # two commits were made since the transaction began, and its root cannot be found: renew it
+    cdef readonly bint gone  # two commits have overwritten the meta page with its root: begin a new transaction
 
     def __cinit__(self, value, uint64_t txn_id):
         cdef Py_buffer view
@@ -97,18 +98,18 @@ cdef class Tree:
         cdef int outcome = st_tree_open(&self.c, <const uint8_t *>view.buf, txn_id)
         PyBuffer_Release(&view)
         if outcome == ST_TREE_UNKNOWN:
-            raise ValueError("its pages are not those of LMDB 0.9 with 4096 bytes")
+            raise ValueError("its pages are not pages of LMDB 0.9 with 4096 bytes")
         self.gone = outcome == ST_TREE_GONE
 
     @property
     def map_bytes(self):
-        """Bytes of the map that this snapshot may use, from its start."""
+        """The number of bytes, from the start of the map, that this snapshot uses."""
         return self.c.n_pages * ST_PAGE_BYTES
 
     def populate(self):
-        """Map every page of the file into this process now, rather than by a fault at each first use.
+        """Map all pages of the file into this process now, instead of by a page fault at the first use of each.
 
-        Reads from disk what is not in memory. Without the GIL. Returns False where the system cannot.
+        Reads pages that are not in memory from disk. Releases the GIL. Returns False if the system cannot do it.
         """
         cdef int failed
         with nogil:
@@ -116,7 +117,7 @@ cdef class Tree:
         return failed == 0
 
     def lock(self, uint64_t from_bytes=0):
-        """Keep the file from from_bytes on in memory. Raises OSError, as when the limit of locked memory is too low."""
+        """Lock the map in memory, starting at byte from_bytes. Raises OSError, such as for a too low memlock limit."""
         cdef int failed
         cdef uint64_t bytes = self.c.n_pages * ST_PAGE_BYTES
         if from_bytes >= bytes:
@@ -128,9 +129,9 @@ cdef class Tree:
 
 
 cdef class Directory:
-    """Directory(layout, table_id=0): hash prefix -> page address, for the snapshot that the pages belong to.
+    """Directory(layout, table_id=0): an array that maps a hash prefix to the address of its page in a snapshot.
 
-    The pages' memory is not owned: the read transaction that gave them must outlive their use.
+    The directory does not own the pages: their read transaction must stay open while they are used.
     """
     cdef readonly Layout layout
     cdef st_directory c
@@ -157,7 +158,7 @@ cdef class Directory:
         return n
 
     def count_rows(self):
-        """Rows in the table. Reads the header of every page."""
+        """Return the number of rows in the table. Reads the header of every page and releases the GIL."""
         cdef uint64_t i, n = 0
         if self.c.pages is NULL:
             return 0
@@ -168,7 +169,10 @@ cdef class Directory:
         return n
 
     def measure(self):
-        """(buckets, rows, bytes of the page images, bytes of these in use). Reads both ends of every page, without the GIL."""
+        """Return (buckets, rows, bytes of the page images, used bytes of them).
+
+        Reads header and footer of every page and releases the GIL.
+        """
         cdef uint64_t i, buckets = 0, rows = 0, image_bytes = 0, used_bytes = 0
         cdef const uint8_t *page
         if self.c.pages is NULL:
@@ -185,9 +189,9 @@ cdef class Directory:
         return buckets, rows, image_bytes, used_bytes
 
     def build(self, Tree tree not None):
-        """Start again from the table's pages in that tree; returns the number of buckets. Without the GIL.
+        """Build the directory from the table's pages in a tree. Return the number of buckets. Releases the GIL.
 
-        Raises ValueError when a page or the tree is not sound.
+        Raises ValueError if a page or the tree is damaged.
         """
         cdef st_fault fault
         cdef int64_t n
@@ -199,9 +203,10 @@ cdef class Directory:
         return n
 
     def update(self, Tree tree not None, bytes changes):
-        """Move to that tree: changes are the entries of the change log since (12 bytes each, of any table).
+        """Move the directory to a newer tree. Return the number of pages that were found. Releases the GIL.
 
-        Returns the number of pages that it looked up. Without the GIL. Raises ValueError; build() then.
+        changes: the entries of the change log since the present tree, 12 bytes each, of any table. Raises ValueError if
+        a page or the tree is damaged; then call build() before the next use.
         """
         cdef st_fault fault
         cdef int64_t n_found

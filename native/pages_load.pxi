@@ -1,4 +1,4 @@
-# RowPartitions, RowRange and PageImages, for bulk loads: see pages.pyx and load.h.
+# RowPartitions, RowRange and PageImages, for bulk loads. Part of pages.pyx; see load.h.
 
 cdef int _load_outcome(int outcome) except -1:
     if outcome == ST_LOAD_OK:
@@ -6,12 +6,12 @@ cdef int _load_outcome(int outcome) except -1:
     if outcome == ST_LOAD_NO_MEMORY:
         raise MemoryError
     if outcome == ST_LOAD_ROW_TOO_LONG:
-        raise ValueError("the strings of one row pass 4 GiB")
+        raise ValueError("the strings of one row exceed 4 GiB")
     raise OSError(outcome, os.strerror(outcome))
 
 
 cdef class _Sources:
-    """The columns of a batch, held as buffers."""
+    """The columns of a batch, as st_source structs with their Python buffers."""
     cdef st_source *sources
     cdef Py_buffer *views
     cdef size_t n_views
@@ -44,10 +44,11 @@ cdef class _Sources:
 
 
 cdef class RowPartitions:
-    """RowPartitions(layout, bits, skip_bits, chunk_bytes, memory_limit): rows of a bulk load, by the hashes of their keys.
+    """RowPartitions(layout, bits, skip_bits, chunk_bytes, memory_limit): the rows of a bulk load, by their key hashes.
 
-    There are 2^bits partitions, by the bits of the hash that follow its first skip_bits. Rows lie in chunks of
-    chunk_bytes; longer ones have one of their own. memory_limit: bytes of chunks with which add() stops.
+    There are 2^bits partitions, by the hash bits after the first skip_bits. Rows are stored in chunks of chunk_bytes; a
+    longer row gets its own chunk. memory_limit: add() stops when the chunks in memory have this many bytes. Raises
+    ValueError for numbers out of range.
     """
     cdef readonly Layout layout
     cdef st_load c
@@ -56,33 +57,33 @@ cdef class RowPartitions:
                   size_t memory_limit):
         self.layout = layout
         if bits + skip_bits > 60 or bits > 16 or not 4096 <= chunk_bytes <= 1 << 30:
-            raise ValueError("impossible partitions")
+            raise ValueError("bits, skip_bits or chunk_bytes is out of range")
         _load_outcome(st_load_init(&self.c, &layout.c, bits, skip_bits, chunk_bytes, memory_limit))
 
     def __dealloc__(self):
         st_load_free(&self.c)
 
     def __len__(self):
-        """Rows added, equal keys included."""
+        """Return the number of rows added, including rows with equal keys."""
         return self.c.n_rows
 
     @property
     def memory_bytes(self):
-        """What chunks take up in memory."""
+        """The bytes of all chunks in memory."""
         return self.c.memory_bytes
 
     @property
     def file_bytes(self):
-        """How far the file is written."""
+        """The bytes written to the file so far."""
         return self.c.file_bytes
 
     @property
     def image_bytes(self):
-        """Bytes that the rows take up in pages, strings and tags included."""
+        """The bytes of the rows in page images, including strings and tags."""
         return self.c.n_rows * (<uint64_t>self.layout.c.row_bytes + 1) + self.c.heap_bytes
 
     def partition_bytes(self, uint32_t p):
-        """What its rows need in memory, there and in the file, to be sorted."""
+        """Return the memory that sorting a partition needs, in bytes: all its chunks and two items per row."""
         self._check(p, p + 1)
         return self.c.partitions[p].bytes + 2 * sizeof(st_item) * self.c.partitions[p].n_rows
 
@@ -92,19 +93,21 @@ cdef class RowPartitions:
         return 0
 
     def add(self, columns, size_t start, size_t n):
-        """Add rows start .. n - 1 of a batch of n. Returns the next one to add: less than n when memory is used up.
+        """Add rows start .. n - 1 of a batch of n rows. Return the next row to add: less than n if memory is full.
 
-        columns: for each key, for the event time, and for each feature (values, offsets, nulls), all buffers: n values
-        one after the other, with no offsets; or the UTF-8 of strings, with n + 1 offsets of 4 or 8 bytes each. nulls: n
-        bytes, not 0 where there is no value, or None. A Float32 or Float64 that is NaN is null as well. Adds some
-        rows at least. Strings must have passed first_bad_string(). Raises ValueError for buffers that do not fit.
+        columns: (values, offsets, nulls) for each key, the event time, and each feature, in this order. values: a
+        buffer of n contiguous values with offsets None; or of UTF-8 bytes, with a buffer of n + 1 offsets of 4 or 8
+        bytes. nulls: a buffer of n bytes, not 0 where the value is null, or None. NaN in a Float32 or Float64 feature
+        is null as well. Each call adds at least some rows. Strings must have passed first_bad_string(). Releases the
+        GIL. Raises ValueError if a buffer has a wrong length.
         """
         cdef const st_layout *c = &self.layout.c
         cdef _Sources sources = _Sources()
         cdef size_t i
         cdef int outcome
         if len(columns) != c.n_keys + 1 + c.n_features or start >= n:
-            raise ValueError(f"{len(columns)} columns, rows {start} to {n}")
+            raise ValueError(f"expected {c.n_keys + 1 + c.n_features} columns and a row from 0 to {n - 1}, "
+                             f"got {len(columns)} columns and row {start}")
         sources.hold(columns)
         for i, (values, offsets, nulls) in enumerate(columns):
             self._hold(sources, i, n, values, offsets, nulls)
@@ -138,17 +141,20 @@ cdef class RowPartitions:
         return 0
 
     def spill(self, int fd):
-        """Write all chunks to the end of the file and free their memory. The same file each time. Raises OSError."""
+        """Write all chunks in memory to the end of the file and free them. Raises OSError.
+
+        fd: the same file at each call. Releases the GIL.
+        """
         cdef int outcome
         with nogil:
             outcome = st_load_spill(&self.c, fd)
         _load_outcome(outcome)
 
     def move(self, uint32_t p, int fd, RowPartitions into not None, size_t group_bytes):
-        """Iterate over groups of a partition's chunks of about so many bytes; each is moved into another RowPartitions.
+        """Move a partition's rows into another RowPartitions, in groups of chunks with about group_bytes.
 
-        Of equal keys within a group one row is moved, so that a key given again and again does not fill a partition
-        of whatever number of bits.
+        Yields the number of rows of each group after it has been moved. Of equal keys within a group only one row is
+        moved, so that a key with very many rows cannot fill a partition at every number of bits.
         """
         _check_same_columns(self.layout, into.layout)
         self._check(p, p + 1)
@@ -176,10 +182,11 @@ cdef class RowPartitions:
             yield n
 
     def take(self, uint32_t first, uint32_t last, int fd):
-        """The rows of partitions first .. last - 1, sorted, as a RowRange; one for each key.
+        """Return the rows of partitions first .. last - 1 as a RowRange: sorted, one row per key.
 
-        Of rows of equal keys that of the latest event time stays, of equal times the one added last. fd: the file, or -1
-        when there is none. Room in the file is given back; in memory the rows stay until this object goes.
+        Of rows with equal keys, the row with the latest event time is kept; at equal times, the row added last. fd: the
+        file, or -1 if there is none. The rows' disk blocks are released; rows in memory stay until this object is
+        deleted. Raises OSError.
         """
         self._check(first, last)
         cdef RowRange rows = RowRange(self)
@@ -200,15 +207,15 @@ cdef class RowPartitions:
 
 
 cdef class RowRange:
-    """Sorted rows of some partitions, from RowPartitions.take()."""
+    """The sorted rows of consecutive partitions, made by RowPartitions.take()."""
     cdef RowPartitions owner
     cdef st_item *items
     cdef st_item *unsorted
     cdef size_t *counts
-    cdef uint8_t *buffer  # rows that were in the file
+    cdef uint8_t *buffer  # chunks that were in the file
     cdef size_t n
     cdef st_splitter splitter
-    cdef st_bucket waiting  # found, but there was no room for its image
+    cdef st_bucket waiting  # a bucket whose image did not fit into the last PageImages
     cdef bint started, has_waiting
 
     def __cinit__(self, RowPartitions owner not None):
@@ -233,7 +240,7 @@ cdef class RowRange:
         return 0
 
     cdef int read(self, const st_chunk *first, const st_chunk *to, size_t n, int fd, size_t buffer_at) except -1:
-        """Read and sort chunks, and append what is left of their rows. Hashes must be above those that are there."""
+        """Read chunks, sort and deduplicate their rows, and append them. Their hashes must be above the present ones."""
         cdef int outcome
         with nogil:
             outcome = st_chunks_read(&self.owner.c, first, to, fd, self.buffer + buffer_at, self.unsorted)
@@ -244,9 +251,9 @@ cdef class RowRange:
 
 
 cdef class PageImages:
-    """PageImages(layout, table_id, capacity_bytes): page images of a new table, in the order of their keys.
+    """PageImages(layout, table_id, capacity_bytes): a buffer of page images of a new table, in the order of their keys.
 
-    Iterating gives (LMDB key, page image): 13 bytes, and a memoryview that is valid until clear().
+    Iteration yields (LMDB key, page image): 13 bytes, and a memoryview that is valid until clear().
     """
     cdef readonly Layout layout
     cdef uint32_t table_id
@@ -273,22 +280,24 @@ cdef class PageImages:
         free(self.ends)
 
     def __len__(self):
-        """Images."""
+        """Return the number of images."""
         return self.n
 
     @property
     def rows(self):
-        """Rows in the images."""
+        """The number of rows in the images."""
         return self.n_rows
 
     def clear(self):
+        """Remove all images. Their memory is used again, so memoryviews from iteration become invalid."""
         self.n = self.used = self.n_rows = 0
 
     def fill(self, RowRange rows not None, uint64_t first, uint32_t depth, uint32_t depth_grow):
-        """Append the images of the rows' buckets. False when there is no more room; call again after clear().
+        """Append the images of the rows' buckets. Return False if there is no more room: clear() and call again.
 
-        The rows are all those of the table whose hashes agree with `first` in their top `depth` bits, which makes them
-        a bucket or several. depth_grow: from this depth on a full bucket gets a longer image instead of being split.
+        rows: all rows of the table whose hashes share the top `depth` bits of `first`; they form one or more buckets.
+        depth_grow: from this depth on, a full bucket gets a longer image instead of a split. Releases the GIL. Raises
+        ValueError if a row, or rows with one hash, do not fit in the longest image.
         """
         cdef st_bucket *bucket = &rows.waiting
         cdef int found = 1
@@ -299,7 +308,7 @@ cdef class PageImages:
             st_splitter_init(&rows.splitter, &self.layout.c, rows.items, rows.n, first, depth, depth_grow)
             rows.started = True
         elif rows.splitter.layout != &self.layout.c:
-            raise ValueError("these rows were begun with another layout")
+            raise ValueError("earlier images of these rows were made with another layout")
         if rows.has_waiting and self.n == 0 and bucket.bytes > self.capacity:
             self._widen(bucket.bytes)
         with nogil:
@@ -320,7 +329,7 @@ cdef class PageImages:
                 self.n += 1
                 rows.has_waiting = False
         if found < 0:
-            raise ValueError("a row, or rows of one hash, are longer than a page image can be")
+            raise ValueError("a row, or all rows with one hash, do not fit in the longest page image")
         return found == 0
 
     cdef int _widen(self, size_t bytes) except -1:
@@ -342,9 +351,10 @@ cdef class PageImages:
 
 
 def first_bad_string(values, offsets, nulls, size_t n, size_t length_max):
-    """The number of the first of n strings that is not UTF-8, is longer than length_max bytes or not within values.
+    """Return the index of the first of n strings that is not valid UTF-8, too long, or not inside values; else None.
 
-    None if all are good. Buffers as RowPartitions.add() takes them; what is null is good.
+    values, offsets, nulls: buffers as in RowPartitions.add(). length_max: bytes. Null strings are not checked. Releases
+    the GIL. Raises ValueError if offsets or nulls has a wrong length.
     """
     cdef _Sources sources = _Sources()
     cdef Py_buffer *view

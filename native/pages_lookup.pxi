@@ -1,4 +1,4 @@
-# Lookup and lookup(): see pages.pyx.
+# Lookup and lookup(). Part of pages.pyx.
 
 cdef dict _SOURCE_DTYPES = {1: np.bool_, 2: np.int32, 3: np.int64, 4: np.float32, 5: np.float64, 7: np.int64,
                             8: np.float32}
@@ -19,15 +19,16 @@ cdef int _output_type(cnp.ndarray array) except -1:
             return ST_OUT_INT64
         if cnp.PyArray_ITEMSIZE(array) == 4:
             return ST_OUT_INT32
-    raise TypeError(f"an output is float32, float64, int64, int32, bool or object, not {array.dtype}")
+    raise TypeError(f"an output must be float32, float64, int64, int32, bool or object, not {array.dtype}")
 
 
 cdef class Lookup:
-    """Lookup(layout, key_columns, ops, ttl_us): what a batch takes from one view.
+    """Lookup(layout, key_columns, ops, ttl_us): which features of one view a batch copies, and where to.
 
-    key_columns: the column of the request that holds each key. ops: (feature index, output index, column offset,
-    default or None) each. ttl_us: age beyond which a row is STALE; 0 for none.
-    Not for use by two threads at once: it caches how its ops are done for outputs of given types.
+    key_columns: per key of the view, the index of its column in the request. ops: per feature to copy, (feature index,
+    output index, column in the output, default or None). ttl_us: a row older than this many microseconds is STALE; 0
+    means no limit. Not thread-safe: it caches a plan for the types of the last outputs. Raises ValueError for indices
+    that do not exist.
     """
     cdef readonly Layout layout
     cdef readonly tuple key_columns
@@ -37,7 +38,7 @@ cdef class Lookup:
     cdef int c_key_columns[ST_KEYS_MAX]
     cdef readonly int n_strings
     cdef int n_outputs_used
-    # The outputs that the plan was made for: index, type and elements a row of each.
+    # The outputs that the plan was made for: (index, type, elements per row) each.
     cdef int *used
     cdef bint compiled
 
@@ -75,7 +76,7 @@ cdef class Lookup:
         self.compiled = False
 
     cdef int prepare(self, outputs) except -1:
-        """Make the plan, unless the one there was made for outputs of the same types and widths."""
+        """Make the plan, unless the present plan was made for outputs with the same types and widths."""
         cdef int u, n_outputs = len(outputs), kind, width
         cdef bint same = self.compiled
         cdef int *used = self.used
@@ -126,7 +127,7 @@ cdef class Lookup:
             op.bytes = 0 if kind == ST_OUT_OBJECT else field.width * st_output_bytes(kind)
             op.string_index = strings
             strings += field.code == ST_STRING
-            # Words end where the bitmap ends, so that reading the last one never leaves the row.
+            # The words end where the bitmap ends, so that reading the last word never passes the end of the row.
             used[8 * n_words - c.null_bytes + f // 8] |= 1 << (f % 8)
         for w in range(n_words):
             mask = int.from_bytes(used[8 * w:8 * w + 8], "little")
@@ -135,7 +136,8 @@ cdef class Lookup:
                 self.plan.null_words[self.plan.n_null_words].null_offset = (
                     c.null_offset + c.null_bytes - 8 * (n_words - w))
                 self.plan.n_null_words += 1
-        # In the order of the output, where neighbours are found; statuses keep the order of the ops.
+        # Runs are made in the order of the output, so that neighbours can be joined. Statuses keep the order of the
+        # ops.
         for o in sorted(range(n), key=lambda i: self.ops[i][1:3]):
             op = &self.plan.ops[o]
             if op.bytes:
@@ -150,7 +152,7 @@ cdef class Lookup:
         return 0
 
     cdef bytes _fill_of(self, o, uint32_t kind):
-        """The default of an op as the bytes that its output takes; without one NaN or 0."""
+        """Return the default of an op in the bytes of its output; without a default NaN or 0."""
         f, _, _, default = self.ops[o]
         cdef st_field *field = &self.layout.c.features[f]
         cdef st_convert convert = st_conversion(field.code, kind)
@@ -173,7 +175,7 @@ cdef class Lookup:
         cdef st_run *run
         if self.plan.n_runs:
             run = &self.plan.runs[self.plan.n_runs - 1]
-            # fill_offset follows by itself: fills are laid out in the same order.
+            # fill_offset needs no comparison: fill values are in the same order.
             if (run.convert == convert and run.output == op.output and
                     run.column_offset + run.bytes == op.column_offset and
                     run.row_offset + run.count * (field.bytes // field.width) == op.row_offset and
@@ -195,7 +197,7 @@ cdef class Lookup:
 cdef int _check_output(cnp.ndarray array, Py_ssize_t n) except -1:
     if (not cnp.PyArray_IS_C_CONTIGUOUS(array) or not 1 <= cnp.PyArray_NDIM(array) <= 2 or
             cnp.PyArray_DIM(array, 0) != n or not cnp.PyArray_ISWRITEABLE(array)):
-        raise ValueError(f"an output is a C-contiguous, writeable array of {n} rows with 1 or 2 dimensions, "
+        raise ValueError(f"an output must be a C-contiguous, writeable array of {n} rows with 1 or 2 dimensions, "
                          f"not of shape {np.shape(array)}")
     return 0
 
@@ -203,13 +205,13 @@ cdef int _check_output(cnp.ndarray array, Py_ssize_t n) except -1:
 cdef uint8_t *_status_rows(cnp.ndarray array, Py_ssize_t rows, Py_ssize_t n) except NULL:
     if (cnp.PyArray_TYPE(array) != cnp.NPY_UINT8 or cnp.PyArray_NDIM(array) != 2 or cnp.PyArray_DIM(array, 0) != rows
             or cnp.PyArray_DIM(array, 1) != n or not cnp.PyArray_IS_C_CONTIGUOUS(array)):
-        raise ValueError(f"statuses are a C-contiguous uint8 array of shape ({rows}, {n})")
+        raise ValueError(f"statuses must be a C-contiguous uint8 array of shape ({rows}, {n})")
     return <uint8_t *>cnp.PyArray_DATA(array)
 
 
 cdef int _check_same_columns(Layout a, Layout b) except -1:
     if a is not b and (a.features != b.features or a.key_codes != b.key_codes):
-        raise ValueError("the lookup was made for a table of other columns")
+        raise ValueError("the lookup was made for a table with other columns")
     return 0
 
 
@@ -223,7 +225,7 @@ cdef int _set_keys(Lookup look, Columns columns, st_view *view) except -1:
             raise ValueError(f"the request has no column number {c}")
         column = &columns.col[c]
         if column.kind != (KIND_STR if look.layout.c.key_is_string[k] else KIND_I64):
-            raise TypeError(f"column {columns.names[c]!r} is not of the type of the key")
+            raise TypeError(f"column {columns.names[c]!r} does not have the type of the key")
         view.keys[k].data = <const uint8_t *>column.data
         view.keys[k].ends = column.ends if column.kind == KIND_STR else NULL
         view.keys[k].nulls = column.nulls if column.has_nulls else NULL
@@ -231,7 +233,7 @@ cdef int _set_keys(Lookup look, Columns columns, st_view *view) except -1:
 
 
 cdef int _set_strings(Lookup look, const st_view *view, tuple outputs, Py_ssize_t n) except -1:
-    """Make the strings that st_lookup found, and put them into their object arrays."""
+    """Make Python strings of the strings that st_lookup found, and put them into their object arrays."""
     cdef Py_ssize_t i
     cdef uint32_t o
     cdef st_op *op
@@ -260,14 +262,16 @@ cdef int _set_strings(Lookup look, const st_view *view, tuple outputs, Py_ssize_
 
 def lookup(directories, lookups, Columns columns not None, outputs, cnp.ndarray view_statuses not None, int64_t now_us,
            cnp.ndarray feature_statuses=None):
-    """Look up all rows of `columns` in all views; lets go of the GIL at most once, and not at all for a few rows.
+    """Look up all n rows of `columns` in all views. Releases the GIL once, or not at all for a few rows.
 
-    directories: a Directory for each of lookups, or None where the table is empty: then all is NOT_FOUND. outputs[k]:
-    C-contiguous [n] or [n, width] of float32, float64, int64, int32, bool, or object for strings; a vector fills as many
-    columns as it is long. view_statuses: uint8 [n views, n], written. feature_statuses: uint8 [ops of all lookups, n],
-    written, or None. now_us: for TTLs. Where the status is not PRESENT an output gets the feature's default, or
-    without one NaN, 0, False or None. Numbers that do not fit an integer output saturate; NaN becomes 0.
-    The read transaction behind the directories must be open. Raises ValueError and TypeError on what does not match.
+    directories: per lookup a Directory, or None for an empty table, whose rows are all NOT_FOUND. lookups: a Lookup per
+    view. outputs: C-contiguous arrays [n] or [n, width] of float32, float64, int64, int32, bool, or object (strings); a
+    vector of width w fills w columns. view_statuses: uint8 [len(lookups), n], written. feature_statuses: uint8 [ops of
+    all lookups, n], written, or None. now_us: the present time in microseconds since 1970, for TTLs.
+
+    Where the status is not PRESENT, the output gets the feature's default, or without a default NaN, 0, False or None.
+    Numbers out of the range of an integer output saturate; NaN becomes 0. The read transaction of the directories must
+    be open. Raises ValueError and TypeError for arguments that do not fit each other.
     """
     cdef st_view few_views[STACK_VIEWS]
     cdef st_output few_outputs[STACK_VIEWS]

@@ -1,11 +1,12 @@
-# SortedRows, the writer's side: see pages.pyx.
+# SortedRows and join(), for upserts and deletes. Part of pages.pyx.
 
 cdef class SortedRows:
-    """SortedRows(layout, parts): rows to write, by hash, one for each key (the latest event time; the last if equal).
+    """SortedRows(layout, parts): rows to write or remove, sorted by hash, one row per key.
 
-    parts: pairs (rows, arena) of buffers: rows are n * layout.row_bytes bytes in the row format, and their strings are
-    u32 offsets and lengths in the arena. The buffers are kept and read in place. Raises ValueError when the rows
-    refer to what is not in the arena.
+    Of rows with equal keys, the row with the latest event time is kept; at equal times, the last row. parts: pairs
+    (rows, arena) of buffers. rows: n * layout.row_bytes bytes in the row format; a string is a u32 offset into the
+    arena and a u32 length. The buffers are kept and read in place. Raises ValueError if a string lies outside its
+    arena.
     """
     cdef readonly Layout layout
     cdef st_item *items
@@ -13,7 +14,7 @@ cdef class SortedRows:
     cdef Py_buffer *views
     cdef size_t n_views
     cdef st_merger merger
-    cdef bytearray arena  # where merge_all() builds images
+    cdef bytearray arena  # memory for the images of merge_all()
 
     def __cinit__(self, Layout layout not None, parts):
         cdef size_t total = 0, at = 0, v
@@ -69,18 +70,18 @@ cdef class SortedRows:
                     memcpy(reference, out[i].row + c.string_offsets[s], 8)
                     if <uint64_t>reference[0] + reference[1] > <uint64_t>arena.len:
                         with gil:
-                            raise ValueError("a row refers to a string outside of its arena")
+                            raise ValueError("a row refers to a string outside its arena")
                 out[i].hash = st_hash_row(c, out[i].row, out[i].heap)
         return n
 
     def hash(self, size_t i):
-        """Hash of row i, as the 8 bytes that a bucket key is made of."""
+        """Return the hash of row i as 8 bytes, big-endian, like a bucket key. Raises IndexError."""
         if i >= self.n:
             raise IndexError(i)
         return int(self.items[i].hash).to_bytes(8, "big")
 
     def image_bytes(self):
-        """Bytes that the rows take up, strings included, and tags."""
+        """Return the bytes of the rows in page images, including strings and tags."""
         cdef uint64_t bytes = self.n * (<uint64_t>self.layout.c.row_bytes + 1)
         cdef size_t i
         if self.layout.c.n_strings:
@@ -101,10 +102,10 @@ cdef class SortedRows:
         return _Buckets(self, layout, table_id, depth_grow)
 
     def merge(self, size_t i, bytes bucket_key, page, uint32_t table_id, uint32_t depth_grow):
-        """Put rows i, i + 1, ... that belong to the bucket into it. page: its image, None for the first of a table.
+        """Merge rows i, i + 1, ... into a bucket, as far as they belong to it. page: its image; None in an empty table.
 
-        Returns (next i, [(bucket key, page image), ...]): one image, or several when the bucket was split. A stored
-        row with a later event time stays. Raises ValueError when the page is not sound.
+        Returns (next i, [(bucket key, page image), ...]): one image, or several if the bucket was split. A stored row
+        is kept if its event time is later. Raises ValueError if the page is damaged or row i belongs to another bucket.
         """
         cdef _Bucket bucket = _Bucket()
         cdef Py_buffer view
@@ -123,10 +124,10 @@ cdef class SortedRows:
         return bucket.stop, images
 
     def merge_all(self, Tree tree not None, size_t i, size_t pages_max, uint32_t table_id, uint32_t depth_grow):
-        """merge() for rows i, i + 1, ... with the buckets as they are in a tree, which has the table as it is.
+        """Merge rows i, i + 1, ... into their buckets, which are read from a tree that holds the present table.
 
-        Returns (next i, [(page key, page image), ...], entries for the change log), of about pages_max pages. The
-        images are overwritten by the next call. Without the GIL. Raises ValueError when a page or the tree is not sound.
+        Returns (next i, [(LMDB key, page image), ...], entries for the change log), with about pages_max images. The
+        next call overwrites the images. Releases the GIL. Raises ValueError if a page or the tree is damaged.
         """
         cdef st_merger *m = &self.merger
         cdef st_fault fault
@@ -134,7 +135,7 @@ cdef class SortedRows:
         cdef size_t k
         cdef st_image *image
         if self.arena is None or m.images_max != pages_max:
-            # In memory that stays: getting a page from the system costs as much as filling it.
+            # The arena is kept between calls: a page fault on new memory costs as much as building a page.
             self.arena = bytearray(self.layout.c.page_bytes * pages_max)
             PyMem_Free(m.images)
             m.images = <st_image *>PyMem_Malloc(pages_max * sizeof(st_image))
@@ -176,7 +177,7 @@ cdef class SortedRows:
         try:
             if both is NULL or counts is NULL:
                 raise MemoryError
-            # Stored rows first: of equal event times the last stays.
+            # Stored rows come first, so that at equal event times the new row, being last, is kept.
             if bucket.n:
                 memcpy(both, bucket.items, bucket.n * sizeof(st_item))
             memcpy(both + bucket.n, self.items + i, n_new * sizeof(st_item))
@@ -190,10 +191,10 @@ cdef class SortedRows:
             PyMem_Free(counts)
 
     def remove(self, size_t i, bytes bucket_key, page, uint32_t table_id):
-        """Take the keys of rows i, i + 1, ... that belong to the bucket out of it.
+        """Remove the keys of rows i, i + 1, ... from a bucket, as far as they belong to it.
 
-        Returns (next i, rows removed, page image), with None for the image when nothing was removed.
-        Raises ValueError when the page is not sound.
+        Returns (next i, number of rows removed, page image); the image is None if no row was removed. Raises ValueError
+        if the page is damaged or row i belongs to another bucket.
         """
         cdef _Bucket bucket = _Bucket()
         cdef Py_buffer view
@@ -217,10 +218,10 @@ cdef class SortedRows:
 
 
 def join(Layout layout not None, uint32_t table_id, bytes bucket_key, page, bytes sibling_key, sibling):
-    """The image of the bucket that two siblings make together, or None unless they fit half a page (strings aside).
+    """Return the image of two sibling buckets merged into one, or None if together they fill more than half a page.
 
-    Half, so that a few rows more do not split them again. bucket_key, page: of the one of lower hashes.
-    Raises ValueError when a page is not sound.
+    The limit of half a page (not counting strings) avoids that a few more rows split the bucket again. bucket_key,
+    page: of the sibling with the lower hashes. Raises ValueError if a page is damaged.
     """
     cdef Py_buffer views[2]
     cdef const uint8_t *pages[2]
@@ -249,7 +250,7 @@ def join(Layout layout not None, uint32_t table_id, bytes bucket_key, page, byte
         rows = st_page_rows(pages[0])
         st_page_items(&layout.c, pages[0], items)
         st_page_items(&layout.c, pages[1], items + rows)
-        # In no order: one bucket needs none.
+        # The items are not sorted, because the splitter makes only one bucket here.
         st_splitter_init(&splitter, &layout.c, items, n, _key_of(bucket_key), depth - 1, depth - 1)
         if st_splitter_next(&splitter, &bucket) != 1 or bucket.stop != n or bucket.bytes != layout.c.page_bytes:
             return None
@@ -263,11 +264,12 @@ def join(Layout layout not None, uint32_t table_id, bytes bucket_key, page, byte
 
 
 cdef class _Bucket:
-    """A bucket to be edited: its rows by hash, and which of the rows to write belong to it."""
+    """A bucket to be edited: its rows sorted by hash, and the range of the edit's rows that belong to it."""
     cdef uint64_t key
     cdef uint32_t depth
-    cdef st_item *items  # in the page, which must outlive this
-    cdef size_t n, stop
+    cdef st_item *items  # they point into the page, which must outlive this object
+    cdef size_t n        # rows in the page
+    cdef size_t stop     # index after the last of the edit's rows that belong to the bucket
 
     cdef int open(self, SortedRows rows, size_t i, uint64_t key, const uint8_t *page, size_t n_bytes,
                   uint32_t table_id) except -1:
@@ -302,8 +304,8 @@ cdef class _Bucket:
 
 
 cdef class _Buckets:
-    """Iterator over the images of sorted items."""
-    cdef object owner  # of the items
+    """Iterates over the buckets of sorted items as (bucket key, page image)."""
+    cdef object owner  # keeps the items alive
     cdef Layout layout
     cdef uint32_t table_id, depth_grow
     cdef st_splitter splitter

@@ -1,4 +1,4 @@
-# Writing early what a commit will wait for. See writeback.h.
+# Writeback. Part of pages.pyx; see writeback.h.
 
 cdef extern from "writeback.h" nogil:
     ctypedef struct st_writeback:
@@ -8,7 +8,10 @@ cdef extern from "writeback.h" nogil:
 
 
 cdef class Writeback:
-    """A `with` block during which dirty pages of a file are written as they come. No more than a hint."""
+    """Writeback(path): a context manager during which a thread starts disk writes of a file's dirty pages.
+
+    It is only a hint to the kernel: if the thread cannot be started, nothing happens. For durability call fsync.
+    """
     cdef bytes path
     cdef bint running
     cdef st_writeback c

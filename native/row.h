@@ -1,4 +1,4 @@
-/* Reading rows and hashing keys: what page.c and lookup.c must agree on. Part of the table format. */
+/* Access to page fields and the hash of keys, shared by page.c, lookup.c and load.c. Part of the table format. */
 #ifndef SHORTTAIL_ROW_H
 #define SHORTTAIL_ROW_H
 
@@ -6,16 +6,16 @@
 
 #include "page.h"
 
-/* Images start 16 bytes into a page and rows have any length: nothing is aligned. */
+/* Rows have any length, so nothing in a row is aligned: memcpy instead of pointer casts. */
 static inline uint16_t st_load16(const uint8_t *p) { uint16_t v; memcpy(&v, p, 2); return v; }
 static inline uint32_t st_load32(const uint8_t *p) { uint32_t v; memcpy(&v, p, 4); return v; }
 static inline uint64_t st_load64(const uint8_t *p) { uint64_t v; memcpy(&v, p, 8); return v; }
 static inline void st_store16(uint8_t *p, uint16_t v) { memcpy(p, &v, 2); }
 static inline void st_store32(uint8_t *p, uint32_t v) { memcpy(p, &v, 4); }
 
-/* Header: rows u16 | tag bytes u16 | local depth u8 | zero u8 | LMDB pages u16. It is short so that with up to 40 tags
- * it lies in one cache line, which is all that a lookup reads besides the row. What else there is to say about a page
- * stands at its end: table id u32 | row bytes u32 | heap start u32 | crc32c u32 of all before. */
+/* Header: rows u16 | tag bytes u16 | local depth u8 | zero u8 | LMDB pages u16. It is short so that LMDB's page header,
+ * this header and up to 40 tags share one cache line: a lookup reads only that line and the row. All other fields are
+ * in the footer: table id u32 | row bytes u32 | heap start u32 | CRC-32C u32 of all bytes before it. */
 static inline uint32_t st_rows(const uint8_t *page) { return st_load16(page); }
 static inline uint32_t st_tag_bytes(const uint8_t *page) { return st_load16(page + 2); }
 static inline uint32_t st_depth(const uint8_t *page) { return page[4]; }
@@ -33,22 +33,22 @@ static inline const uint8_t *st_row(const st_layout *l, const uint8_t *page, uin
 #define ST_MIX_LENGTH 0xd1b54a32d192ed03u
 #define ST_MIX_END 0x8bb84b93962eacc9u
 
-/* Both halves of a 128-bit product: every bit of the result depends on every bit of a and b. */
+/* The xor of both halves of the 128-bit product: every bit of the result depends on every bit of a and b. */
 static inline uint64_t st_fold(uint64_t a, uint64_t b)
 {
     unsigned __int128 product = (unsigned __int128)a * b;
     return (uint64_t)product ^ (uint64_t)(product >> 64);
 }
 
-/* The hash of a key: h = seed, then each column in turn, then the end. Both factors of every product hold something
- * that only the store knows, so a sender cannot choose keys that collide. */
+/* The hash of a key: start with h = seed, add each key column, then call st_hash_end. Both factors of every product
+ * depend on the table's random seed (h and second come from it), so a client cannot choose keys that collide. */
 static inline uint64_t st_hash_int(const st_layout *l, uint64_t h, uint64_t value)
 {
     return st_fold(value ^ h, l->second ^ ST_MIX_INT);
 }
 
-/* The last length % 16 bytes of a string as two words, padded with zeros. Without a call, and without a byte read that
- * is not the string's: overlapping loads, shifted. */
+/* Load the last length % 16 bytes of a string into two words, padded with zeros. Overlapping loads and shifts avoid
+ * both a call of memcpy and reads outside the string. */
 static inline void st_load_tail(const uint8_t *data, size_t length, uint64_t *x, uint64_t *y)
 {
     size_t tail = length & 15;
@@ -81,7 +81,7 @@ static inline uint64_t st_hash_string(const st_layout *l, uint64_t h, const uint
 
 static inline uint64_t st_hash_end(const st_layout *l, uint64_t h) { return st_fold(h ^ l->second, ST_MIX_END ^ l->seed); }
 
-/* Buckets take the top bits of the hash, tags the lowest byte. */
+/* A tag is the lowest byte of the hash: buckets use the top bits, so tags within a bucket still differ. */
 static inline uint8_t st_tag(uint64_t hash) { return (uint8_t)hash; }
 
 #endif

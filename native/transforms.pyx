@@ -1,4 +1,4 @@
-"""Runs compiled on-demand functions (shorttail/transforms.py) over a batch: machine code at raw addresses."""
+"""Runs compiled on-demand functions (shorttail/ondemand/compile.py) over a batch: machine code at raw addresses."""
 
 from libc.stdint cimport int64_t, intptr_t, uintptr_t
 from libc.stdlib cimport calloc, free, malloc
@@ -10,40 +10,42 @@ from shorttail.errors import Internal
 
 cnp.import_array()
 
-# What Numba compiles a function (table, rows) -> int64 to: 0 is success, and the result goes to the first argument.
+# The C signature of a function (table, rows) -> int64 that Numba compiled: it returns 0 for success and writes its
+# result to the first argument.
 ctypedef int (*loop_t)(int64_t *failed, void **exception, const intptr_t *table, int64_t rows) noexcept nogil
 
 cdef enum:
-    FEW_VALUES = 256  # letting go of the GIL and taking it again costs about as much as computing so many
+    FEW_VALUES = 256  # computing this many values costs about as much as releasing the GIL and taking it again
     STACK_SLOTS = 256
 
-# An array that a step reads or writes: its slot in the table gets the address of its first element.
+# An array that a step reads or writes. Its slot in the table receives the address of its first element.
 cdef struct place_t:
     int buffer
     int type_number
-    Py_ssize_t width  # elements a row that the step touches
-    Py_ssize_t offset  # first of them
+    Py_ssize_t width  # elements per row that the step uses
+    Py_ssize_t offset  # the first of these elements in the row
 
 
 cdef struct step_t:
     loop_t loop
     int first_place
-    int n_places  # arguments, then the output
+    int n_places  # the arguments, then the output
 
 
 cdef class TransformProgram:
-    """TransformProgram(steps): on-demand functions, in order; later ones may read what earlier ones wrote.
+    """TransformProgram(steps): on-demand functions that run in order; a step may read the output of earlier steps.
 
-    steps: (address, arguments, output) each; an argument is (buffer number, dtype, width), the output (buffer number,
-    dtype, width, column offset). A width is the elements a row that are read or written: 1 for numbers.
-    The machine code at the addresses must outlive the program. Threads may share a program.
+    steps: (address, arguments, output) per function. An argument is (buffer number, dtype, width); the output is
+    (buffer number, dtype, width, column offset). A width is the number of elements per row: 1 for scalars. The machine
+    code at the addresses must outlive the program. Threads may share a program. Raises ValueError for a null address.
     """
     cdef step_t *step
     cdef place_t *place
     cdef Py_ssize_t n_steps, n_places
     cdef readonly object steps
-    # Rows that were left without a value so far: for an index outside of a vector, say; for a vector's length.
-    cdef readonly int64_t failed_rows, wrong_lengths
+    # The number of rows so far whose function gave no value.
+    cdef readonly int64_t failed_rows    # because it failed, such as by an index outside a vector
+    cdef readonly int64_t wrong_lengths  # because it returned a vector of a wrong length
 
     def __cinit__(self, steps):
         cdef Py_ssize_t s, p = 0
@@ -72,12 +74,12 @@ cdef class TransformProgram:
         free(self.place)
 
     def run(self, buffers, Py_ssize_t rows):
-        """Run every step over `rows` rows; the GIL is let go of once, and not at all for a few rows.
+        """Run all steps over `rows` rows. Releases the GIL once, or not at all for a few rows.
 
-        buffers: the plan's arrays, C-contiguous, [rows] or [rows, width]. Raises Internal where one is not what
-        the program was made for.
+        buffers: the plan's arrays, C-contiguous, [rows] or [rows, width]. Raises Internal if an array does not have the
+        type and width for which the program was made.
         """
-        # The table of a step: an address for each argument and the output, then the output's elements a row.
+        # The table of a step: the addresses of its arguments and its output, then the width of the output array.
         cdef intptr_t stack[STACK_SLOTS]
         cdef intptr_t *table = stack
         cdef cnp.ndarray array
@@ -99,10 +101,10 @@ cdef class TransformProgram:
                             cnp.PyArray_DIM(array, 0) < rows or place.offset + place.width > width or
                             (p < last and place.width != width)):
                         raise Internal(f"array {place.buffer} of a plan is {array.dtype} of shape {np.shape(array)}; "
-                                       f"its on-demand functions were compiled for another")
+                                       f"its on-demand functions were compiled for another type or shape")
                     table[slot] = <intptr_t>cnp.PyArray_DATA(array) + place.offset * cnp.PyArray_ITEMSIZE(array)
                     slot += 1
-                table[slot] = width  # of the output, which is the last
+                table[slot] = width  # of the output, which is the step's last place
                 slot += 1
             if rows * self.n_steps <= FEW_VALUES:
                 failed = self._run(table, rows)

@@ -8,15 +8,15 @@
 #include "row.h"
 
 #ifndef MADV_POPULATE_READ
-#define MADV_POPULATE_READ 22 /* Linux 5.14; where it is not known it does nothing */
+#define MADV_POPULATE_READ 22 /* since Linux 5.14; older kernels return an error */
 #endif
 
 enum {
     META_MAGIC = 16, META_VERSION = 20, META_PAGE_BYTES = 40, META_DEPTH = 94, META_ROOT = 128, META_LAST_PAGE = 136,
-    META_TXN_ID = 144, /* offsets in a meta page; the main database's record starts at 88 */
+    META_TXN_ID = 144, /* byte offsets in a meta page; the main database's record starts at 88 */
     PAGE_FLAGS = 10, PAGE_LOWER = 12, PAGE_COUNT = 12, PAGE_HEADER = 16,
     FLAG_BRANCH = 1, FLAG_LEAF = 2, FLAG_OVERFLOW = 4, FLAG_META = 8,
-    NODE_HEADER = 8, NODE_BIG = 1, /* the value lies in overflow pages */
+    NODE_HEADER = 8, NODE_BIG = 1, /* the value is in overflow pages */
     LEVELS_MAX = 32,
     PREFETCH_PAGES = 12,
     LINE = 64,
@@ -33,7 +33,7 @@ typedef struct {
 
 int st_tree_open(st_tree *t, const uint8_t *value, uint64_t txn_id)
 {
-    /* A value lies in a leaf page, or 16 bytes into the first of its overflow pages; each page knows its number. */
+    /* A value is in a leaf page or starts 16 bytes into its first overflow page. Each page begins with its number. */
     const uint8_t *page = (const uint8_t *)((uintptr_t)value & ~(uintptr_t)(ST_PAGE_BYTES - 1));
     t->base = page - st_load64(page) * ST_PAGE_BYTES;
     const uint8_t *meta = t->base + (txn_id & 1) * ST_PAGE_BYTES;
@@ -41,7 +41,8 @@ int st_tree_open(st_tree *t, const uint8_t *value, uint64_t txn_id)
         st_load32(meta + META_MAGIC) != MAGIC || st_load32(meta + META_VERSION) != 1 ||
         st_load32(meta + META_PAGE_BYTES) != ST_PAGE_BYTES)
         return ST_TREE_UNKNOWN;
-    /* Another process may be writing this page. The id is looked at before and after, as a seqlock's counter is. */
+    /* Another process may be writing this page. So, as in a seqlock, the transaction id is compared before and after.
+     * */
     const uint64_t *id = (const uint64_t *)(const void *)(meta + META_TXN_ID);
     if (__atomic_load_n(id, __ATOMIC_ACQUIRE) != txn_id) return ST_TREE_GONE;
     t->depth = st_load16(meta + META_DEPTH);
@@ -79,7 +80,7 @@ static uint64_t child_of(const node_t *node)
     return st_load32(node->node) | (uint64_t)st_load16(node->node + 4) << 32;
 }
 
-/* The value, or NULL when it lies outside of the file or is not what its page says. */
+/* The value of a node, or NULL if it does not lie inside its page or the file. */
 static const uint8_t *value_of(const st_tree *t, const uint8_t *page, const node_t *node, uint64_t *bytes)
 {
     const uint8_t *data = node->key + node->key_bytes;
@@ -92,8 +93,8 @@ static const uint8_t *value_of(const st_tree *t, const uint8_t *page, const node
     return t->base + number * ST_PAGE_BYTES + PAGE_HEADER;
 }
 
-/* Whether the first of a value's overflow pages is the page it should be. Apart from value_of so that a list of pages
- * can be made without waiting for each of them to come from memory. */
+/* Whether a value's first overflow page has the right number, flags and page count. This check is not in value_of(), so
+ * that a list of pages can be made without a cache miss on each of them. */
 static int is_overflow(const st_tree *t, const uint8_t *value, uint64_t bytes)
 {
     const uint8_t *page = value - PAGE_HEADER;
@@ -109,7 +110,8 @@ static int compare(const node_t *node, const uint8_t *key, uint32_t key_bytes)
     return order ? order : (node->key_bytes > key_bytes) - (node->key_bytes < key_bytes);
 }
 
-/* First node from `from` on whose key is at least that one; the number of nodes if there is none; -1: damaged. */
+/* The index of the first node at or after `from` whose key is not less than key; count_of(page) if there is none; -1 if
+ * the page is damaged. */
 static int64_t lower_bound(const uint8_t *page, uint32_t from, const uint8_t *key, uint32_t key_bytes)
 {
     uint32_t low = from, high = count_of(page);
@@ -122,7 +124,7 @@ static int64_t lower_bound(const uint8_t *page, uint32_t from, const uint8_t *ke
     return low;
 }
 
-/* The child in which a key lies. The first child's own key is empty, and means "less than all". */
+/* The index of the child that covers a key, or -1. The first child's key is empty and counts as less than every key. */
 static int64_t child_index(const uint8_t *page, const uint8_t *key, uint32_t key_bytes)
 {
     if (!count_of(page)) return -1;
@@ -132,7 +134,7 @@ static int64_t child_index(const uint8_t *page, const uint8_t *key, uint32_t key
     return i < count_of(page) && compare(&node, key, key_bytes) == 0 ? i : i - 1;
 }
 
-/* 1 and the value of a key, 0: there is none, -1: damaged. */
+/* Return 1 and the value of a key, 0 if the key does not exist, or -1 if the tree is damaged. */
 static int find(const st_tree *t, const uint8_t *key, uint32_t key_bytes, const uint8_t **value, uint64_t *bytes)
 {
     uint64_t number = t->root;
@@ -198,7 +200,7 @@ static const char *add(const st_tree *t, const uint8_t *page, const node_t *node
     return NULL;
 }
 
-/* The entries below a page whose keys begin with prefix. */
+/* Add all entries below a page whose keys begin with prefix to the list. Returns NULL or what is wrong. */
 static const char *collect(const st_tree *t, uint64_t number, uint32_t level, const uint8_t *prefix, uint32_t n_prefix,
                            list_t *list)
 {
@@ -210,7 +212,8 @@ static const char *collect(const st_tree *t, uint64_t number, uint32_t level, co
     for (uint32_t i = (uint32_t)first, n = count_of(page); i < n; i++) {
         node_t node;
         if (node_at(page, i, &node)) return DAMAGED;
-        /* Of a branch the first child looked at may hold smaller keys; from the next on keys must fit. */
+        /* In a branch page, the first child visited may have a smaller key and still hold matching entries. All later
+         * children must have the prefix. */
         if ((leaf || i > first) && (node.key_bytes < n_prefix || memcmp(node.key, prefix, n_prefix))) break;
         const char *wrong = leaf ? add(t, page, &node, list)
                                  : collect(t, child_of(&node), level + 1, prefix, n_prefix, list);
@@ -219,8 +222,9 @@ static const char *collect(const st_tree *t, uint64_t number, uint32_t level, co
     return NULL;
 }
 
-/* The last node at or before a key, below a page. 1, 0: there is none, -1: damaged. Below a child there may be none where
- * its first entries were deleted: then it is in the child before. */
+/* Find the last node below a page whose key is not greater than key. Returns 1, 0 if there is none, or -1 if the tree
+ * is damaged. A child may have no such node if its first entries were deleted; then the node is in the child before.
+ * */
 static int floor_node(const st_tree *t, uint64_t number, uint32_t level, const uint8_t *key, const uint8_t **page,
                       node_t *node)
 {
@@ -284,7 +288,7 @@ int st_tree_bucket(const st_tree *t, uint32_t table_id, uint64_t hash, uint64_t 
 
 /* ---- directories ----------------------------------------------------------------------------------------------- */
 
-/* Double the directory until it has that depth: every entry becomes several. */
+/* Enlarge the directory to a greater depth: every entry is repeated 2^(depth - d->depth) times. */
 static int grow(st_directory *d, uint32_t depth)
 {
     size_t n_old = (size_t)1 << d->depth, times = (size_t)1 << (depth - d->depth);
@@ -297,7 +301,7 @@ static int grow(st_directory *d, uint32_t depth)
         memset((void *)pages, 0, n_old * times * sizeof *pages);
         return 0;
     }
-    for (size_t i = n_old; i-- > 0;) { /* from the end, so that nothing is overwritten before it is read */
+    for (size_t i = n_old; i-- > 0;) { /* from the end, so that no entry is overwritten before it is read */
         const uint8_t *page = pages[i];
         for (size_t j = 0; j < times; j++) pages[i * times + j] = page;
     }
@@ -319,7 +323,7 @@ static const char *check_bucket(const st_tree *t, const st_layout *layout, uint3
     const char *wrong = st_check_header(layout, image, bytes, table_id);
     if (wrong) return wrong;
     uint32_t depth = st_depth(image);
-    if (depth > ST_DIRECTORY_DEPTH_MAX || key & (UINT64_MAX >> depth)) return "its depth is impossible";
+    if (depth > ST_DIRECTORY_DEPTH_MAX || key & (UINT64_MAX >> depth)) return "its depth does not fit its key";
     return NULL;
 }
 
@@ -329,9 +333,9 @@ static int64_t fail(st_fault *fault, const char *what, uint64_t key)
     return -1;
 }
 
-/* The kernel caches what it reads ahead in pieces of up to megabytes, and ext4 goes through all 4 KiB blocks of a piece
- * whenever one of them is written, and again when it is written back: with pieces of 2 MiB a commit took three times as
- * long. What is asked for in advance, at most by the default read-ahead at once, comes as single pages. */
+/* The kernel's read-ahead uses folios of up to several MiB. Whenever a 4 KiB block of a folio is written, and again at
+ * write-back, ext4 walks all blocks of the folio: with folios of 2 MiB, a commit took three times as long. Memory that
+ * is requested by MADV_WILLNEED in steps of at most the default read-ahead size comes as single pages. */
 int st_populate(const uint8_t *start, size_t bytes)
 {
     for (size_t at = 0; at < bytes; at += READ_BYTES)
@@ -339,7 +343,7 @@ int st_populate(const uint8_t *start, size_t bytes)
     return madvise((void *)start, bytes, MADV_POPULATE_READ);
 }
 
-/* The pages of a loaded table lie together. */
+/* Map the pages of a large table by one call if they are close together, as they are after a bulk load. */
 static void populate(const list_t *list)
 {
     uintptr_t first = UINTPTR_MAX, last = 0;
@@ -367,12 +371,12 @@ static int64_t fill(const st_tree *t, const st_layout *layout, uint32_t table_id
         }
         const char *wrong = check_bucket(t, layout, table_id, item->key, item->image, item->bytes);
         if (wrong) return fail(fault, wrong, item->key);
-        if (item->key != expected || (i && !expected)) return fail(fault, "it follows where another one should", item->key);
+        if (item->key != expected || (i && !expected)) return fail(fault, "the bucket before it is missing", item->key);
         expected = item->key + (((uint64_t)1 << (63 - st_depth(item->image))) << 1);
         if (st_depth(item->image) > deepest) deepest = st_depth(item->image);
     }
     if (expected) return fail(fault, "it is missing", expected);
-    if (grow(d, deepest)) return fail(fault, NO_MEMORY, 0); /* at once: every step of growth would copy */
+    if (grow(d, deepest)) return fail(fault, NO_MEMORY, 0); /* once: each growth copies all entries */
     for (size_t i = 0; i < list->n; i++)
         st_directory_put(d, list->items[i].key, st_depth(list->items[i].image), list->items[i].image);
     return (int64_t)list->n;

@@ -90,6 +90,7 @@ cdef class WireRoute:
         packer = msgpack.Packer()
         if self.features:
             opening = packer.pack("feature_names") + packer.pack(output_names)
+            opening += packer.pack("types") + packer.pack(list(self.plan.feature_types))
             opening += packer.pack("values") + packer.pack_array_header(len(output_names))
             pieces = [b""] * len(output_names)
             closing = packer.pack("has_default") + packer.pack([bool(has) for has in self.defaults])
@@ -306,7 +307,7 @@ cdef class Batch:
         mp_put_byte(out, 1)
         mp_put_int(out, request.msgid)
         mp_put_byte(out, 0xC0)
-        mp_put_byte(out, 0x84 if route.features else 0x83 if with_views else 0x82)
+        mp_put_byte(out, 0x85 if route.features else 0x83 if with_views else 0x82)
         for k in range(encoder.n):
             _put_bytes(out, <bytes>route.pieces[k])
             missing = NULL

@@ -7,7 +7,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { PAUSE_NS = 500000 };
+enum { PAUSE_NS = 500000 }; /* between two requests for write-back */
 
 static void write_now(int fd)
 {
@@ -55,7 +55,7 @@ int st_writeback_start(st_writeback *w, const char *path)
     w->stopped = 0;
     pthread_mutex_init(&w->mutex, NULL);
     pthread_cond_init(&w->stop, NULL);
-    sigfillset(&all); /* signals are for the threads that expect them */
+    sigfillset(&all); /* the new thread must not take signals that other threads handle */
     pthread_sigmask(SIG_SETMASK, &all, &before);
     int failed = pthread_create(&w->thread, NULL, run, w);
     pthread_sigmask(SIG_SETMASK, &before, NULL);

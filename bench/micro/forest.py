@@ -21,13 +21,13 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import installed
 import numpy as np
+import report
 
 from shorttail.models.forest import compile_forest
 from shorttail.models.session import Session
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import report
 
 WIDTH = 32
 TRAINING_ROWS = 20_000

@@ -26,15 +26,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import installed
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
+import report
 
 import shorttail as st
 from shorttail.store.environment import Environment, Writer
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import report
 
 ROWS, QUICK_ROWS = 10_000_000, 1_250_000  # an eighth: buckets are as full, so that ratios are the same
 ROUNDS, QUICK_ROUNDS = 3, 2

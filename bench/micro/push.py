@@ -25,10 +25,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import installed
 import numpy as np
 import tables
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from report import at_least, at_most, print_bars, print_json, spread
 
 from shorttail._native.columns import Columns

@@ -1,4 +1,4 @@
-"""Every limit in one place, with its unit last in its name; and the version of this package."""
+"""All limits of the package, each with its unit last in its name, and the version of the package."""
 
 from __future__ import annotations
 
@@ -14,114 +14,116 @@ except PackageNotFoundError:  # run from a source tree that was not installed
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    # One request.
-    frame_bytes: int = 16 << 20  # a MessagePack message, header to end
-    nesting_depth: int = 8  # [0, id, method, [model, {column: [[...]]}, {...}]] needs 6
-    declared_elements: int = 4_000_000  # array items and map pairs announced by one message
-    rows_per_request: int = 16_384
-    string_bytes: int = 65_535  # one string value in a request or a row
+    """Every limit, as its largest permitted value unless the comment says otherwise."""
 
-    # One turn of the loop.
-    batch_rows: int = 16_384  # a batch that is full runs, and the next one starts
-    loop_stall_us: float = 2_000.0  # a model that needs longer for its batch runs in another thread
-    model_threads: int = 4  # of such models run at the same time
-    adaptive_poll_us: int = 100  # a loop that is asked again within this most of the time does not sleep in between
+    # Per request.
+    frame_bytes: int = 16 << 20  # one whole MessagePack message
+    nesting_depth: int = 8  # [0, id, method, [model, {column: [[...]]}, {...}]] needs 6
+    declared_elements: int = 4_000_000  # array items and map pairs that one message declares
+    rows_per_request: int = 16_384
+    string_bytes: int = 65_535  # one string value in a request or in a row
+
+    # Per turn of the event loop.
+    batch_rows: int = 16_384  # a full batch runs and the next batch starts
+    loop_stall_us: float = 2_000.0  # a model whose batch takes longer runs in a thread instead of the event loop
+    model_threads: int = 4  # such models that run at the same time
+    adaptive_poll_us: int = 100  # the loop polls instead of sleeping if most requests come sooner than this
 
     # Loading a model.
-    warm_run_us: float = 20_000.0  # a warm-up goes no further once a batch takes this long,
-    warm_bytes: int = 64 << 20  # nor to batches whose inputs are larger
-    bucket_rows: int = 4096  # padded batches: the largest; a power of two
-    versions_asked: int = 4  # versions that stay loaded because requests named them
+    warm_run_us: float = 20_000.0  # warm-up tries no larger batch once a batch takes this long
+    warm_bytes: int = 64 << 20  # input bytes of the largest warm-up batch
+    bucket_rows: int = 4096  # rows of the largest padded batch; a power of two
+    versions_asked: int = 4  # versions that stay loaded only because requests named them
 
-    # One connection.
-    output_high_water_bytes: int = 4 << 20  # above this its requests are no longer read
-    output_low_water_bytes: int = 1 << 20
+    # Per connection.
+    output_high_water_bytes: int = 4 << 20  # above this much unsent output, requests are no longer read
+    output_low_water_bytes: int = 1 << 20  # below this much unsent output, requests are read again
     pushes_per_connection: int = 1024  # pushes and deletes that wait for their commit
-    requests_per_connection: int = 16_384  # in flight
-    stranger_frame_bytes: int = 16 << 10  # a message before `auth`, where a token is wanted
-    stranger_requests: int = 8  # before the right token
+    requests_per_connection: int = 16_384  # requests in flight
+    stranger_frame_bytes: int = 16 << 10  # one message of a client that has not authenticated but must
+    stranger_requests: int = 8  # requests before the right token
     stranger_deadline_s: int = 10  # from connecting to the right token
     frame_deadline_s: int = 30  # from the first byte of a message to its last
-    write_deadline_s: int = 30  # what is owed to a client has left by then, or the client is cut off
-    idle_deadline_s: int = 3600  # without a byte, and nothing in flight
+    write_deadline_s: int = 30  # a client that has not taken its output by then is disconnected
+    idle_deadline_s: int = 3600  # without a byte received and without a request in flight
 
-    # All connections of a worker.
+    # Per worker, over all its connections.
     connections: int = 16_384
-    waiting_rows: int = 524_288  # parsed, and not answered yet
-    waiting_bytes: int = 256 << 20  # the same, as they came on the wire
-    kept_bytes: int = 16 << 20  # in an overload read in a turn before any of it is admitted
-    p99_budget_ms: float = 50.0  # what an accepted request may take under overload
+    waiting_rows: int = 524_288  # rows of requests that are parsed and not answered
+    waiting_bytes: int = 256 << 20  # bytes on the wire of these requests
+    kept_bytes: int = 16 << 20  # under overload: bytes read in a loop turn before any request is admitted
+    p99_budget_ms: float = 50.0  # target for accepted requests under overload
 
-    # HTTP, of one worker.
+    # HTTP, per worker.
     http_connections: int = 1024
-    http_requests: int = 1024  # in flight
-    http_body_bytes: int = 256 << 20  # bodies that are being read
-    http_json_bytes: int = 4 << 20  # more would hold up the loop while it is parsed; tensors as bytes may be larger
-    http_header_s: float = 10.0  # from connecting to the first request's headers
+    http_requests: int = 1024  # requests in flight
+    http_body_bytes: int = 256 << 20  # all bodies that are being read
+    http_json_bytes: int = 4 << 20  # parsing a longer JSON body would block the loop; binary tensors may be larger
+    http_header_s: float = 10.0  # from connecting to the end of the first request's headers
     http_read_s: float = 30.0  # from a request's headers to the end of its body
     http_idle_s: float = 75.0  # between requests on a connection
 
     # Logs.
-    log_lines_per_s: int = 50  # of failed and slow requests, of one worker
-    traceparent_bytes: int = 128  # a longer one is ignored; version 00 has 55
-    traced_failures: int = 50  # requests with a traceparent that fail within a tenth of a second, and have a line each
+    log_lines_per_s: int = 50  # lines about failed and slow requests, per worker
+    traceparent_bytes: int = 128  # a longer header is ignored; version 00 has 55 bytes
+    traced_failures: int = 50  # failed requests with a traceparent that get a log line each, per 100 ms
 
     # Writing through a server.
-    forwarded_bytes: int = 64 << 20  # one worker's pushes and deletes that the writer has not answered
-    queued_rows: int = 262_144  # in the writer, waiting for the next commit, of all workers
-    queued_bytes: int = 256 << 20  # the same, as they came on the wire
-    commit_rows: int = 65_536  # one group commit, so that its dirty pages fit LMDB's list
-    commit_bytes: int = 32 << 20  # the same, as they came on the wire
+    forwarded_bytes: int = 64 << 20  # pushes and deletes of one worker that the writer has not answered
+    queued_rows: int = 262_144  # rows of all workers that wait in the writer for the next commit
+    queued_bytes: int = 256 << 20  # bytes on the wire of these rows
+    commit_rows: int = 65_536  # rows of one group commit; its dirty pages must fit LMDB's list
+    commit_bytes: int = 32 << 20  # bytes on the wire of one group commit
 
     # On-demand functions.
-    on_demand_depth: int = 8  # functions whose arguments are functions
-    constant_elements: int = 65_536  # of a NumPy array that a function uses
+    on_demand_depth: int = 8  # levels of functions that take other functions as arguments
+    constant_elements: int = 65_536  # elements of a NumPy array that a function uses as a constant
 
     # Caches.
     feature_plans_cached: int = 256  # distinct lists of feature references
-    feature_list_bytes: int = 65_536  # one such list on the wire; what a cached plan's key may weigh
+    feature_list_bytes: int = 65_536  # one such list on the wire, which is the key of a cached plan
 
     # The store.
     map_bytes: int = 256 << 30  # address space, not disk: LMDB grows the file as it is written
-    readers: int = 1024
+    readers: int = 1024  # read transactions open at the same time, over all processes
     views: int = 4096
-    change_log_commits: int = 4096  # a reader further behind than this rebuilds its directories
-    change_log_bytes: int = 64 << 20  # the log is kept to so much, whatever the number of commits
-    drop_commit_pages: int = 16_384  # a table that is not needed any more is deleted so many pages a commit
-    load_commit_bytes: int = 32 << 20  # a bulk load commits this much at a time, while other writers wait
-    load_memory_bytes: int = 1 << 30  # what a bulk load takes in memory unless it is told otherwise
-    load_memory_bytes_min: int = 4 << 20
-    idle_rest_ms: int = 1000  # a snapshot that is out of date and not in use gives its pages back this soon
-    reader_check_ms: int = 1000  # a writer frees what dead readers hold no more often than this
-    idle_refresh_ms: int = 100  # an idle worker moves its snapshot forward this often
+    change_log_commits: int = 4096  # a reader that is further behind rebuilds its directories
+    change_log_bytes: int = 64 << 20  # the log is cut to this size even if it holds fewer commits
+    drop_commit_pages: int = 16_384  # pages that one commit deletes when a table is dropped
+    load_commit_bytes: int = 32 << 20  # pages in one commit of a bulk load, for which other writers wait
+    load_memory_bytes: int = 1 << 30  # default memory budget of a bulk load
+    load_memory_bytes_min: int = 4 << 20  # smallest memory budget of a bulk load
+    idle_rest_ms: int = 1000  # how often snapshots that are stale and not in use are released
+    reader_check_ms: int = 1000  # shortest time between two clean-ups of dead readers by a writer
+    idle_refresh_ms: int = 100  # how often an idle worker moves its snapshot forward
 
     # The server.
-    stop_grace_s: float = 10.0  # from SIGTERM until connections with work in flight are cut
+    stop_grace_s: float = 10.0  # from SIGTERM until connections with requests in flight are closed
     start_timeout_s: float = 120.0
-    hang_deadline_s: int = 10  # a worker whose loop has not come round for so long is killed, and another started
-    writer_start_wait_s: float = 2.0  # a worker serves without the writer if that takes longer
+    hang_deadline_s: int = 10  # a worker whose event loop has been stuck this long is killed and replaced
+    writer_start_wait_s: float = 2.0  # a worker starts to serve without the writer after this wait
     restart_backoff_min_s: float = 0.1
     restart_backoff_max_s: float = 10.0
 
     # Clients.
-    client_connections: int = 1024  # of one client
-    client_retries: int = 100  # of one call
+    client_connections: int = 1024  # per client
+    client_retries: int = 100  # per call
     client_backoff_min_s: float = 0.01
     client_backoff_max_s: float = 1.0
-    client_retry_ratio: float = 0.2  # a call earns so many retries
-    client_retries_saved: float = 10_000.0  # earned and not used
-    client_retry_reserve: float = 100.0  # what a client starts with
+    client_retry_ratio: float = 0.2  # retry tokens that each call adds to the client's retry budget
+    client_retries_saved: float = 10_000.0  # most tokens in the retry budget
+    client_retry_reserve: float = 100.0  # tokens in the retry budget of a new client
 
     # Load tests.
     bench_rate_per_s: float = 10e6
-    bench_steps: int = 200  # of a sweep
-    bench_duration_s: float = 86_400.0  # of a step
-    bench_in_flight: int = 1 << 20  # connections times pipeline: each is a slot of 40 bytes
+    bench_steps: int = 200  # per sweep
+    bench_duration_s: float = 86_400.0  # per step
+    bench_in_flight: int = 1 << 20  # connections times pipeline; each is a slot of 40 bytes
     bench_threads: int = 64
     bench_key_rows: int = 1_000_000  # keys read from a file or a store
-    bench_intervals: int = 120  # points of latency over time; a histogram each
+    bench_intervals: int = 120  # points of latency over time; each has a histogram
     bench_verified: int = 200  # answers kept for --verify
-    bench_metrics_bytes: int = 16 << 20  # of /metrics, read before and after a step
+    bench_metrics_bytes: int = 16 << 20  # one reading of /metrics; it is read before and after a step
 
 
 LIMITS: Final = Limits()

@@ -1,4 +1,4 @@
-"""The embedded API: everything that a server does, in the calling process."""
+"""The embedded API: looks features up and runs models in the calling process, as a server does."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     from shorttail.define.dtypes import DType
     from shorttail.registry.apply import Change
 
-Progress = Callable[[int, int | None], None]  # rows done, rows in all if known
+Progress = Callable[[int, int | None], None]  # called with the rows done, and the number of rows if it is known
 
 
 class Engine:
-    """A store opened in this process by `Engine.open(path)`. A context manager; threads may share it."""
+    """A store that is open in this process: `Engine.open(path)`. A context manager. Threads may share an engine."""
 
     def __init__(self, store: Store, device: Device = CPU):
         self._store = store
@@ -40,7 +40,7 @@ class Engine:
         self._routes: dict[tuple[Any, ...], Route] = {}
         self._last_features: tuple[list[str], Route] | None = None
         self._versions = Versions(store, device)
-        self._routes_of = 0  # what `changes` of the versions was when the routes were made
+        self._routes_of = 0  # the value of `self._versions.changes` when the routes were made
 
     @classmethod
     def open(
@@ -52,14 +52,14 @@ class Engine:
         pretouch: bool = False,
         lock_memory: bool = False,
     ) -> Engine:
-        """Open the store at `path`. Raises NotFound when there is none, unless `create`.
+        """Open the store at `path`.
 
-        device: "cuda" or "cuda:N" runs the models that are no forests on that GPU. Raises InvalidArgument when this
-        host lacks what that needs.
+        create: make the store if there is none. device: "cuda" or "cuda:N" runs models on that GPU, except compiled
+        forests. pretouch: map the store's file and build all directories now, so that no request waits for that.
+        lock_memory: the same, and keep the file in memory, also as it grows.
 
-        pretouch: map the store's file and build all directories now, so that no request waits for that. lock_memory: do
-        that, and keep the file in memory, also as it grows. Raises ResourceExhausted when the system does not allow it
-        (ulimit -l).
+        Raises NotFound if there is no store and create is False, InvalidArgument if this host lacks what the device
+        needs, ResourceExhausted if the system does not allow that much locked memory (ulimit -l).
         """
         where = Device.parse(device)
         if where.kind == "cuda":
@@ -91,13 +91,14 @@ class Engine:
     def store(self) -> Store:
         return self._store
 
-    # -- asking ----------------------------------------------------------------------------------------------
+    # -- predictions and lookups -----------------------------------------------------------------------------
 
     def predict(self, model: str, columns: Mapping[str, Any], *, version: int | None = None) -> Prediction:
-        """Run `model` on {column: value or values}: the keys of its views and its request columns.
+        """Run `model` on {column: value or values}: the keys of its views, and its request columns.
 
-        A scalar beside arrays is repeated. While the model has a canary, the keys of the first row decide which version
-        answers. Raises NotFound, InvalidArgument, Internal.
+        A scalar beside arrays is repeated. version: the version to ask; None is the current one. While the model has a
+        canary, the keys of the first row decide whether the canary answers. docs/types.md says what a column takes.
+        Raises NotFound, InvalidArgument, Internal.
         """
         route = self._route(("predict", model, version))
         if route.plan.split is not None:
@@ -110,7 +111,8 @@ class Engine:
         """Look up "view:feature" references for {key column: value or values}. Raises NotFound, InvalidArgument."""
         if isinstance(features, str):
             raise InvalidArgument(f"features must be a list of references: [{features!r}]")
-        # Mostly the same list as before, and comparing it costs a fifth of hashing it, which is a tenth of a lookup.
+        # Callers mostly ask for the same list again. To compare it takes a fifth of the time to hash it, and to hash it
+        # takes a tenth of a lookup.
         last = self._last_features
         if type(features) is list and last and features == last[0] and self._is_current(last[1]):
             route = last[1]
@@ -118,12 +120,12 @@ class Engine:
             route = self._route(("features", tuple(features)))
             self._last_features = list(features), route
         result = self._ask(route, columns)
-        plan = route.plan
-        assert result.feature_statuses is not None
-        return Features(plan.feature_names, result.values, result.feature_statuses, plan.has_default)
+        plan, statuses = route.plan, result.feature_statuses
+        assert statuses is not None
+        return Features(plan.feature_names, result.values, statuses, plan.has_default, plan.feature_types)
 
     def plan_for_request(self, plan: Plan, values: Mapping[str, Any]) -> Plan:
-        """The plan that answers this request: that of the canary, if the model has one and the keys fall to it."""
+        """The plan that answers a request: the canary's, if the model has one and it answers for these keys."""
         split = plan.split
         if split is None:
             return plan
@@ -142,7 +144,7 @@ class Engine:
             route.give_back(columns)
 
     def run(self, route: Route, columns: Columns) -> BatchResult:
-        """Run a batch. When the catalog changed since the route's plan was compiled, its successor runs in its place.
+        """Run a batch. If the catalog changed since the route's plan was compiled, the plan's successor runs instead.
 
         Raises Unavailable if the successor takes other columns.
         """
@@ -155,9 +157,9 @@ class Engine:
             return result
 
     def prepare(self, route: Route, columns: Columns) -> tuple[Plan, BatchResult]:
-        """All of `run` but the model, with the plan that was used: `pipeline.infer(plan.runner, result)` is the rest.
+        """Do all of `run` except the model, and return the plan that was used with the result.
 
-        For those that run a slow model in another thread. Raises Unavailable as `run` does.
+        `pipeline.infer(plan.runner, result)` does the rest, in any thread. Raises Unavailable as `run` does.
         """
         asked = route.plan
         while True:
@@ -179,12 +181,12 @@ class Engine:
         return self._route(("features", references)).plan
 
     def _route(self, key: tuple[Any, ...]) -> Route:
-        """The route of a plan's key; its plan is compiled now if there is none for the present catalog."""
+        """The route of a plan's key. The plan is compiled if there is none for the present catalog."""
         route = self._routes.get(key)
         if route is not None and self._is_current(route) and self._routes_of == self._versions.changes:
             return route
         with self._versions.lock:
-            self.refresh()  # what is asked for may be newer than the snapshot
+            self.refresh()  # the model or view asked for may be newer than the snapshot
             route = Route(self._compile(key))
             if self._routes_of != self._versions.changes:
                 self._routes_of = self._versions.changes
@@ -224,18 +226,18 @@ class Engine:
             raise Unavailable(f"model '{name}' version {entry.current} is being loaded; send it again") from None
 
     def _split(self, current: Key, asked: dict[str, DType], canary: Key, percent: float) -> Split:
-        """By the keys of the first view that feeds the model; of a model without views by all columns."""
+        """Split requests by the keys of the first view that feeds the model, or by all columns if there is no view."""
         catalog = self._store.catalog
         references = catalog.model(current.model).version(current.version).model.references
         # Request columns begin with the keys of the first view that is mentioned.
         first = next((name for name in references if not name.startswith("request:")), None)
         keys = len(catalog.feature(first)[0].keys) if first else len(asked)
-        # Of the version too, so that the next canary is tried on other entities.
+        # The salt depends on the version, so that the next canary gets other keys.
         salt = crc32c(f"{canary.model}:{canary.version}".encode())
         return Split(canary.version, percent, salt, keys)
 
     def _shadow(self, current: Key, asked: dict[str, DType], shadow: Key, percent: float) -> Shadow | None:
-        """None if it does not fit what the store is now. asked: the columns of requests for the current version."""
+        """The shadow's plan, or None if it does not fit. asked: the columns of requests for the current version."""
         runners, entry = self._versions.runners, self._store.catalog.model(shadow.model)
         runner, key = runners[shadow], ("shadow", *shadow[:2])
         try:
@@ -251,24 +253,24 @@ class Engine:
     # -- versions ----------------------------------------------------------------------------------------------
 
     def load_in_background(self, changed: Callable[[], object]) -> None:
-        """From now on load new versions in a thread, while those that serve go on. For servers, once all is loaded.
+        """From now on load new versions in a thread, while the loaded versions serve. For servers, once they are ready.
 
-        changed: called from that thread when another version answers; `plans_version` has grown then.
+        changed: called from that thread when another version answers. `plans_version` has grown by then.
         """
         self._versions.load_in_background(changed)
 
     def follow(self) -> None:
-        """Have everything loaded that the catalog names; in the background, if that is on."""
+        """Load all versions that the catalog names, in the background if `load_in_background` was called."""
         follow(self._versions, self._store.catalog)
 
     @property
     def is_loading(self) -> bool:
-        """Whether a version is being loaded in the background."""
+        """Whether a version is loading in the background."""
         return self._versions.is_loading
 
     @property
     def plans_version(self) -> int:
-        """Grows when plans that were made before have to be made again."""
+        """A number that grows when existing plans have to be compiled again."""
         return self._store.catalog_version + self._versions.changes
 
     # -- changing --------------------------------------------------------------------------------------------
@@ -276,18 +278,19 @@ class Engine:
     def apply(
         self, definitions: str | Path | Definitions | Iterable[object], *, dry_run: bool = False, reset: bool = False
     ) -> list[Change]:
-        """Validate definitions (a file, or collected objects) and register them. All or nothing.
+        """Validate definitions (a file's path, or objects) and register all of them, or none if one is wrong.
 
-        dry_run: only report the changes. reset: empty the views whose schema changes. Raises InvalidArgument.
+        dry_run: only return the changes. reset: empty the views whose schema changes. Raises InvalidArgument, NotFound.
         """
         from shorttail.registry.apply import apply
 
         return apply(self._store, definitions, dry_run=dry_run, reset=reset)
 
     def materialize(self, view: str, progress: Progress | None = None, *, memory_bytes: int | None = None) -> int:
-        """Replace the rows of a view by those of its source, at once for every reader. Returns the rows stored.
+        """Replace the rows of a view by the rows of its source. Readers see all of them at once.
 
-        memory_bytes: see load(). Raises NotFound, InvalidArgument, ResourceExhausted (disk).
+        Returns the rows stored.         progress, memory_bytes: see `load`. Raises NotFound, InvalidArgument,
+        ResourceExhausted (disk).
         """
         definition = self._store.catalog.view(view)
         if definition.source is None:
@@ -297,7 +300,7 @@ class Engine:
         return self.load(view, definition.source.path, progress, memory_bytes=memory_bytes)
 
     def load(self, view: str, data: Any, progress: Progress | None = None, *, memory_bytes: int | None = None) -> int:
-        """Replace the rows of a view by those of a file or of Arrow data, at once for every reader.
+        """Replace the rows of a view by the rows of a file or of Arrow data. Readers see all of them at once.
 
         data: the path of a Parquet, Arrow or CSV file or of a folder of Parquet files; or a pyarrow Table, RecordBatch,
         RecordBatchReader or iterable of RecordBatches. Both are read a batch at a time. Event times come from the
@@ -322,17 +325,17 @@ class Engine:
         return self._store.load(view, batches, report, memory_bytes)
 
     def push(self, view: str, rows: Any) -> int:
-        """Upsert rows (dict of columns, pandas, polars or pyarrow); durable when it returns the rows taken.
+        """Upsert rows: a dict of columns, or a pandas, polars or pyarrow table. Returns the rows given, once durable.
 
-        The view's timestamp column (or `event_time`) holds event times; without it they are now. A row older than
-        the one stored is dropped. Raises NotFound, InvalidArgument.
+        The view's timestamp column, else `event_time`, holds event times; without either they are now. A row that is
+        older than the stored row of its key is dropped. Raises NotFound, InvalidArgument, ResourceExhausted (disk).
         """
         from shorttail.sources.rows import column_batch
 
         return self._store.upsert(view, column_batch(self._store.catalog.view(view), rows))
 
     def delete(self, view: str, keys: Mapping[str, Any]) -> int:
-        """Delete the rows of these keys; durable when it returns how many there were."""
+        """Delete the rows of these keys. Returns how many rows there were, once that is durable."""
         from shorttail.sources.rows import key_arrays
 
         return self._store.delete(view, key_arrays(self._store.catalog.view(view), keys))
@@ -345,9 +348,9 @@ class Engine:
         return registry.deploy(self._store, model, Path(path), **options)
 
     def refresh(self, *, force: bool = False) -> bool:
-        """Move to the newest snapshot; True if there was one. Calls that look up do so by themselves.
+        """Move to the newest snapshot. Returns whether there was a newer one. Lookups do this by themselves.
 
-        force: ask LMDB even if nobody counted a commit.
+        force: ask LMDB even if no commit was counted.
         """
         return self._store.refresh(force)
 

@@ -1,13 +1,13 @@
-"""Errors with the code that travels on the wire (the gRPC canonical names)."""
+"""The exceptions of this package. Each has the error code that is sent on the wire: a gRPC canonical name."""
 
 from __future__ import annotations
 
 
 class ShorttailError(Exception):
-    """Base of every error this package raises on purpose.
+    """The base class of every error that this package raises on purpose.
 
-    The message is one line: what is wrong, with the name the user gave, and what to do about it. A name may hold
-    anything; what would break the line, or mean something to a terminal, is shown escaped.
+    The message is one line: what is wrong, with the name that the user gave, and what to do about it. Names may hold
+    any character, so characters that are not printable (line breaks, terminal control codes) are escaped.
     """
 
     code = "INTERNAL"
@@ -23,49 +23,49 @@ class ShorttailError(Exception):
 
 
 class InvalidArgument(ShorttailError):
-    """The request, definition or file is wrong in itself; sending it again cannot help."""
+    """The request, definition or file itself is wrong. A retry cannot help."""
 
     code = "INVALID_ARGUMENT"
 
 
 class NotFound(ShorttailError):
-    """A model, view, feature, version, store or file of that name does not exist."""
+    """No model, view, feature, version, store or file has that name."""
 
     code = "NOT_FOUND"
 
 
 class DeadlineExceeded(ShorttailError):
-    """The answer could not be given in the time the caller allowed."""
+    """There was no answer within the time that the caller allowed."""
 
     code = "DEADLINE_EXCEEDED"
 
 
 class ResourceExhausted(ShorttailError):
-    """A limit was reached: size of a request, queue, disk or map."""
+    """A limit was reached: the size of a request, a queue, the disk or the store's map."""
 
     code = "RESOURCE_EXHAUSTED"
 
 
 class Unauthenticated(ShorttailError):
-    """The server wants a token first."""
+    """The server requires a token."""
 
     code = "UNAUTHENTICATED"
 
 
 class PermissionDenied(ShorttailError):
-    """The token does not allow this."""
+    """The token, or the file system, does not allow the operation."""
 
     code = "PERMISSION_DENIED"
 
 
 class Unavailable(ShorttailError):
-    """The server is not there, stopping, or not ready; trying again may help."""
+    """The server is not running, is stopping or is not ready. A retry may help."""
 
     code = "UNAVAILABLE"
 
 
 class Internal(ShorttailError):
-    """A fault of the engine or of a model while it ran."""
+    """The engine failed, a model failed while it ran, or a store is damaged."""
 
     code = "INTERNAL"
 
@@ -74,5 +74,5 @@ BY_CODE: dict[str, type[ShorttailError]] = {cls.code: cls for cls in ShorttailEr
 
 
 def from_code(code: str, message: str) -> ShorttailError:
-    """The error that a server reported, as the exception a caller can catch."""
+    """Return the exception for an error that a server reported. An unknown code gives Internal."""
     return BY_CODE.get(code, Internal)(message)

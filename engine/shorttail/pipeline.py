@@ -1,8 +1,8 @@
 """The path of a batch, from request columns to answers. Read this page first.
 
-A request reaches this page as rows of a `Columns` (filled by native/wire on the server, by a dict in embedded use),
-together with whatever else was pending for the same plan. A plan is compiled once (plan.py) and says, in numbers
-instead of names, where each value comes from and where it goes.
+A request reaches this page as rows of a `Columns`: native/wire fills it on the server, `Columns.append` in embedded
+use. A batch holds the rows of all requests that waited for the same plan. A plan is compiled once (plan.py). It says
+where each value comes from and where it goes, by column numbers, buffers and offsets instead of names.
 """
 
 from __future__ import annotations
@@ -35,34 +35,36 @@ class Plan:
     """One model version, or one list of features, compiled. A plan never changes; a Route holds what does."""
 
     kind: str  # "predict" or "features"
-    key: tuple[Any, ...]  # what was asked for; finds this plan's successor when the catalog changes
+    key: tuple[Any, ...]  # what was asked for; when the catalog changes, it finds the plan's successor
     catalog_version: int
     model: str  # "" for features
     version: int  # 0 for features
     names: tuple[str, ...]  # request columns
     dtypes: tuple[DType, ...]
     view_names: tuple[str, ...]
-    lookups: tuple[Lookup, ...]  # one a view
-    buffers: tuple[Buffer, ...]  # the model's inputs come first, in its order
+    lookups: tuple[Lookup, ...]  # one for each view
+    buffers: tuple[Buffer, ...]  # the model's inputs come first, in the model's order
     copy: CopyColumns | None  # of request columns
     transforms: TransformProgram | None  # the on-demand functions
     runner: Runner | None
     feature_names: tuple[str, ...]  # () for models
-    feature_places: tuple[tuple[int, int | None], ...]  # of each its buffer, and the column if that is a matrix
+    feature_places: tuple[tuple[int, int | None], ...]  # for each feature its buffer, and its column there
+    feature_types: tuple[str, ...]  # for each feature the name of its type
     has_default: tuple[bool, ...]
-    status_rows: list[int] | None  # features: where the lookup wrote each one's statuses, unless in order
+    status_rows: list[int] | None  # for each feature the row of its statuses in the lookup's output; None: in order
     split: Split | None = None  # the requests that a canary answers
     shadow: Shadow | None = None  # another version that runs on what was answered
 
     def new_columns(self) -> Columns:
-        """An empty batch for this plan."""
+        """Make empty request columns for this plan."""
         return Columns(self.names, self.dtypes)
 
     def answers_for(self, asked: Plan, columns: Columns) -> bool:
-        """Whether a batch parsed for `asked` can be run by this plan, and its answer read by what `asked` says."""
+        """Whether this plan can run a batch that was read for the plan `asked`, with an answer of the same form."""
         return (
             (self.names, self.dtypes) == (columns.names, columns.dtypes)
             and self.view_names == asked.view_names
+            and self.feature_types == asked.feature_types
             and self.has_default == asked.has_default
         )
 
@@ -82,11 +84,11 @@ class Shadow:
 
 @dataclass(slots=True)
 class BatchResult:
-    """What a batch of n rows gave; every array's first axis is n.
+    """The result of a batch of n rows; the first axis of every array is n.
 
-    names, values: of the outputs (until `infer`, values are the model's inputs).
-    view_statuses: uint8 [views, n]; feature_statuses: uint8 [features, n] or None.
-    looked_up_ns, prepared_ns, inferred_ns: when each step was done, by time.perf_counter_ns; 0: it was not run.
+    names, values: names and arrays of the outputs. Before `infer`, values are the model's input arrays.
+    view_statuses: uint8 [views, n]; feature_statuses: uint8 [features, n], or None for a model.
+    looked_up_ns, prepared_ns, inferred_ns: when each step ended, by time.perf_counter_ns; 0: the step was not run.
     """
 
     names: Sequence[str]
@@ -100,7 +102,7 @@ class BatchResult:
 
     @classmethod
     def of_inputs(cls, plan: Plan, inputs: Sequence[NDArray[Any]]) -> BatchResult:
-        """What `prepare` would give for a caller who brings the model's input tensors: nothing was looked up."""
+        """The result of `prepare` for a request that brings the model's input tensors: nothing is looked up."""
         assert plan.runner is not None
         nothing = np.empty((0, len(inputs[0])), STATUS)
         return cls(plan.runner.output_names, inputs, nothing, None, plan.version, prepared_ns=time.perf_counter_ns())
@@ -111,8 +113,10 @@ class BatchResult:
 
 
 class FeatureColumns(Sequence[NDArray[Any]]):
-    """The features of a batch, each a buffer or a column of one; made when asked for, because a view costs as much as
-    a lookup."""
+    """The features of a batch: each is a buffer, or a column of a buffer.
+
+    A column's array is made when it is asked for, because making a NumPy view takes as long as a lookup.
+    """
 
     __slots__ = ("buffers", "places")
 
@@ -129,11 +133,11 @@ class FeatureColumns(Sequence[NDArray[Any]]):
 
 
 class PlanOutdated(Exception):
-    """The catalog changed after the plan was compiled; compile it again."""
+    """The catalog changed after the plan was compiled. The plan has to be compiled again."""
 
 
 def run_batch(route: Route, store: Store, columns: Columns) -> BatchResult:
-    """Look up, transform, infer: every row that `columns` holds, at once. Raises PlanOutdated."""
+    """Look up, transform and infer all rows of `columns` at once. Raises PlanOutdated."""
     result = prepare(route, store, columns)
     runner = route.plan.runner
     if runner is not None:
@@ -142,9 +146,9 @@ def run_batch(route: Route, store: Store, columns: Columns) -> BatchResult:
 
 
 def prepare(route: Route, store: Store, columns: Columns) -> BatchResult:
-    """Look up and transform: all there is to do but `infer`, if there is a model. Raises PlanOutdated.
+    """Look up the features and run the on-demand functions: everything but the model. Raises PlanOutdated.
 
-    Nothing in the result refers to `columns`, which may be filled again at once.
+    The result holds no reference to `columns`, which may be filled again at once.
     """
     plan = route.plan
     rows = columns.n_rows
@@ -152,7 +156,7 @@ def prepare(route: Route, store: Store, columns: Columns) -> BatchResult:
     view_statuses = np.empty((len(plan.lookups), rows), STATUS)
     feature_statuses = np.empty((len(plan.feature_names), rows), STATUS) if plan.feature_names else None
 
-    # Until it is left the store's snapshot stays, and with it the addresses in its directories.
+    # Between enter and leave the store keeps its snapshot, so the addresses in the directories stay valid.
     gate = store.gate
     if not gate.try_enter():
         store.enter()
@@ -184,9 +188,9 @@ def prepare(route: Route, store: Store, columns: Columns) -> BatchResult:
 
 
 def infer(runner: Runner, result: BatchResult) -> None:
-    """Run the model on what `prepare` gave. It touches nothing else, so that it may run in any thread.
+    """Run the model on the result of `prepare`. This touches nothing else, so it may run in any thread.
 
-    A batch of more than `runner.loop_rows_max` rows would stall an event loop.
+    A batch of more than `runner.loop_rows_max` rows would hold up an event loop.
     """
     result.values = runner.run(result.values)
     result.inferred_ns = time.perf_counter_ns()

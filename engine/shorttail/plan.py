@@ -1,4 +1,4 @@
-"""From definitions to a plan: names become column numbers, buffers and offsets, once, before any request."""
+"""Compiles definitions into a plan: names become column numbers, buffers and offsets once, before any request."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def compile_model(
             else:
                 builder.fill(column, buffer, offset, null_string="")
             offset += width
-    # Arguments get buffers after the inputs, so that the inputs stay first.
+    # Arguments get buffers after the inputs, because the model's inputs must come first.
     uses = Counter(part for feature, _, _ in pending for part in set(feature.walk()))
     for feature, buffer, offset in pending:
         builder.transform(feature, buffer, offset, used_again=uses[feature] > 1)
@@ -67,13 +67,14 @@ def compile_model(
 
 
 def compile_features(store: Store, references: Sequence[str], key: tuple[Any, ...]) -> Plan:
-    """The plan of a get_online_features call. Raises NotFound, InvalidArgument."""
+    """The plan of a list of feature references. Raises NotFound, InvalidArgument."""
     if not references:
         raise InvalidArgument("no features asked for: give at least one 'view:feature'")
     catalog = store.catalog
     found = [catalog.feature(reference) for reference in references]
     builder = PlanBuilder(store, key_columns(view for view, _ in found))
-    # Features of one type share a matrix: its rows are copied in one piece, and one array is allocated for all of them.
+    # Features of one type share a matrix, so that one array is allocated for all of them and rows are copied in one
+    # piece.
     widths = Counter(feature.dtype.name for _, feature in found if not feature.dtype.is_vector)
     shared: dict[str, tuple[int, Iterator[int]]] = {}
     places: list[tuple[int, int | None]] = []
@@ -91,11 +92,12 @@ def compile_features(store: Store, references: Sequence[str], key: tuple[Any, ..
 
 
 class PlanBuilder:
-    """Collects buffers and the operations that fill them."""
+    """Collects the buffers of a plan and the operations that fill them."""
 
     def __init__(self, store: Store, columns: dict[str, DType]):
         self.store = store
-        # The version before the catalog: should a writer come between, the plan counts as outdated, not as new.
+        # Read the version before the catalog: if a writer commits between the two, the plan counts as outdated, not as
+        # new.
         self.catalog_version = store.catalog_version
         self.catalog = store.catalog
         self.columns = columns
@@ -111,7 +113,7 @@ class PlanBuilder:
         return len(self.buffers) - 1
 
     def fill(self, reference: str, buffer: int, offset: int, null_string: str | None) -> None:
-        """A feature or request column into a buffer."""
+        """Fill a buffer with a feature or a request column."""
         view_name, name = split_reference(reference)
         if view_name == "request":
             self.copies.append((self.column_number[name], buffer, offset))
@@ -123,7 +125,7 @@ class PlanBuilder:
         self.gathers.setdefault(view_name, []).append((view.feature_index[name], buffer, offset, default))
 
     def transform(self, feature: OnDemandFeature, buffer: int, offset: int, used_again: bool = False) -> None:
-        """An on-demand feature into a buffer; by way of a buffer of its own if it is used again, to compute it once."""
+        """Fill a buffer with an on-demand feature. A feature that is used again gets its own buffer: computed once."""
         function, args = feature.function, feature.args
         if used_again:
             function, args = copy_function(function.returns), (feature,)
@@ -136,14 +138,16 @@ class PlanBuilder:
         self.transforms.append((address, arguments, (buffer, target, function.returns.width, offset)))
 
     def argument(self, argument: str | OnDemandFeature, dtype: DType) -> int:
-        """The buffer that holds an argument in that type; filled by an earlier step if it is itself on-demand."""
+        """The buffer that holds an argument in that type. If the argument is on-demand, an earlier step fills it."""
         key = (argument, dtype.name)
         if key not in self.arguments:
             buffer = self.add_buffer(dtype, dtype.width if dtype.is_vector else None)
             if isinstance(argument, str):
                 self.fill(argument, buffer, 0, null_string=None)
             elif argument.function.returns != dtype:
-                self.transform(argument, buffer, 0, used_again=True)  # computed once, whatever the types it is used as
+                self.transform(
+                    argument, buffer, 0, used_again=True
+                )  # computed once, even if it is used in several types
             else:
                 self.transform(argument, buffer, 0)
             self.arguments[key] = buffer
@@ -163,11 +167,12 @@ class PlanBuilder:
         shadow: Shadow | None = None,
     ) -> Plan:
         lookups = []
+        features = [self.catalog.feature(name)[1] for name in feature_names]
         for view_name, operations in self.gathers.items():
             view = self.catalog.views[view_name]
             keys = [self.column_number[name] for name in view.keys]
             lookups.append(Lookup(self.store.layout(view_name), keys, operations, view.ttl_us))
-        # The lookup writes statuses view by view; an answer's columns are in the order that was asked for.
+        # The lookup writes statuses view by view; the answer has them in the order of the request.
         gathered = [operation[1:3] for operations in self.gathers.values() for operation in operations]
         row_of = {place: row for row, place in enumerate(gathered)}
         status_rows = [row_of[buffer, column or 0] for buffer, column in feature_places]
@@ -189,7 +194,8 @@ class PlanBuilder:
             feature_names=feature_names,
             feature_places=feature_places,
             status_rows=None if in_order else status_rows,
-            has_default=tuple(self.catalog.feature(name)[1].default is not None for name in feature_names),
+            feature_types=tuple(feature.dtype.name for feature in features),
+            has_default=tuple(feature.default is not None for feature in features),
             split=split,
             shadow=shadow,
         )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any
+from importlib import import_module
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +16,18 @@ if TYPE_CHECKING:
     import pyarrow
 
 Statuses = NDArray[np.uint8]
+Mask = NDArray[np.bool_]  # [rows], True where there is no value
+
+TIMESTAMP: Final = "Timestamp"  # the one type that an array does not tell: its int64 are microseconds since 1970 UTC
+# What arrays of a server say that sends no types.
+_TYPES_BY_DTYPE: Final = {
+    "bool": "Bool",
+    "int32": "Int32",
+    "int64": "Int64",
+    "float32": "Float32",
+    "float64": "Float64",
+    "object": "String",
+}
 
 
 class Status(IntEnum):
@@ -49,21 +63,54 @@ class Prediction:
             "statuses": {view: [Status(code).name for code in codes] for view, codes in self.statuses.items()},
         }
 
+    def to_pandas(self) -> pandas.DataFrame:
+        """The outputs as a DataFrame, one row for each row of the request. Raises ImportError without pandas.
+
+        An output [rows] or [rows, 1] is one column with the output's name. An output [rows, n] is n columns:
+        name_0, name_1, ... An output with more dimensions is one object column of arrays. Column types are those of
+        `Features.to_pandas`.
+        """
+        pandas = _import("pandas", "to_pandas")
+        names: list[str] = []
+        columns: list[Any] = []
+        for name, array in self.outputs.items():
+            parts = {f"{name}_{i}": array[:, i] for i in range(array.shape[1])} if array.ndim == 2 else {name: array}
+            if array.shape[1:] == (1,):
+                parts = {name: array[:, 0]}
+            names += parts
+            columns += [_pandas_column(part) for part in parts.values()]
+        frame = pandas.DataFrame(dict(enumerate(columns)))
+        frame.columns = names  # set here: should two outputs give one name, both stay
+        return frame
+
+    def to_arrow(self) -> pyarrow.Table:
+        """The outputs as an Arrow table, one column for each output. Raises ImportError without pyarrow.
+
+        A column has the array's own type, such as float or int64. An output [rows, 1] is a column of single values, an
+        output [rows, n] a column of fixed_size_list[n]. Numbers may share memory with `outputs`.
+        """
+        pyarrow = _import("pyarrow", "to_arrow")
+        arrays = [array[:, 0] if array.shape[1:] == (1,) else array for array in self.outputs.values()]
+        return pyarrow.table([_arrow_column(array) for array in arrays], names=list(self.outputs))
+
     def __repr__(self) -> str:
-        shapes = ", ".join(f"{name}{list(array.shape)}" for name, array in self.outputs.items())
-        return f"Prediction({self.model!r}, version={self.version}, outputs: {shapes})"
+        rows = len(next(iter(self.outputs.values()), ()))
+        lines = [(name, f"{a.dtype}{list(a.shape[1:]) or ''}", _glance(a)) for name, a in self.outputs.items()]
+        notes = [f"{view} {note}" for view, codes in self.statuses.items() if (note := _not_present(codes))]
+        head = f"Prediction({self.model!r}, version={self.version}, {_count(rows, 'row')})"
+        return "\n".join([head, *_aligned(lines), *([f"  statuses: {'; '.join(notes)}"] if notes else [])])
 
 
 class Features:
     """Columns of feature values for the rows of one request.
 
-    feature_names: the references asked for, in order; values: one array a feature ([rows], or [rows, n] for a
+    feature_names: the references asked for, in order; values: one array for each feature ([rows], or [rows, n] for a
     vector; str or None for strings); feature_statuses: uint8 [features, rows] of `Status`. A value that is not
     PRESENT is the feature's default; where it has none, NaN in float arrays, 0 in integer and bool arrays, None for
-    strings.
+    strings. The int64 of a Timestamp are microseconds since 1970-01-01 00:00 UTC.
     """
 
-    __slots__ = ("_status_rows", "_values", "feature_names", "has_default")
+    __slots__ = ("_names", "_status_rows", "_types", "_values", "has_default")
 
     def __init__(
         self,
@@ -71,16 +118,33 @@ class Features:
         values: Sequence[NDArray[Any]],
         feature_statuses: Sequence[Statuses] | NDArray[np.uint8],
         has_default: Sequence[bool] | None = None,
+        types: Sequence[str] | None = None,
     ):
-        self.feature_names = list(feature_names)
+        # Every lookup makes one of these: as little as possible is done here, the rest when it is asked for.
+        self._names = feature_names
         self._values = values
         self._status_rows = feature_statuses
         self.has_default = has_default if has_default is not None else [False] * len(values)
+        self._types = types
+
+    @property
+    def feature_names(self) -> list[str]:
+        """The references asked for, in order."""
+        return list(self._names)
 
     @property
     def feature_statuses(self) -> dict[str, Statuses]:
         """Feature reference -> uint8 [rows] of `Status`."""
-        return {name: np.asarray(row) for name, row in zip(self.feature_names, self._status_rows, strict=True)}
+        return {name: np.asarray(row) for name, row in zip(self._names, self._status_rows, strict=True)}
+
+    @property
+    def feature_types(self) -> dict[str, str]:
+        """Feature reference -> the name of its type, such as "Float32" or "Vector(8)".
+
+        From a server that sends no types: what the array tells. A Timestamp is "Int64" then.
+        """
+        types = self._types if self._types is not None else [_type_of(values) for values in self._values]
+        return dict(zip(self._names, types, strict=True))
 
     @property
     def statuses(self) -> dict[str, Statuses]:
@@ -96,34 +160,162 @@ class Features:
         return len(self._values[0]) if self._values else 0
 
     def __getitem__(self, feature: str) -> NDArray[Any]:
-        return self._values[self.feature_names.index(feature)]
+        return self._values[self._names.index(feature)]
 
     def to_numpy(self) -> dict[str, NDArray[Any]]:
         """Feature reference -> array, as described above."""
-        return dict(zip(self.feature_names, self._values, strict=True))
+        return dict(zip(self._names, self._values, strict=True))
 
     def to_dict(self) -> dict[str, list[Any]]:
         """Feature reference -> plain Python values; None where there is neither a value nor a default."""
         columns: dict[str, list[Any]] = {}
-        rows = zip(self.feature_names, self._values, self._status_rows, self.has_default, strict=True)
-        for name, values, statuses, has_default in rows:
+        for name, values, missing, _ in self._columns():
             plain = values.tolist()
-            if not has_default:
-                plain = [v if s == Status.PRESENT else None for v, s in zip(plain, np.asarray(statuses), strict=True)]
+            if missing is not None:
+                plain = [None if gone else value for value, gone in zip(plain, missing.tolist(), strict=True)]
             columns[name] = plain
         return columns
 
     def to_pandas(self) -> pandas.DataFrame:
-        """A DataFrame with one column a feature; null where there is neither a value nor a default."""
-        import pandas
+        """A DataFrame with one column a feature; null where there is neither a value nor a default.
 
-        return pandas.DataFrame(self.to_dict())
+        A column's type depends on the feature's type alone, so code that works on one answer works on the next, with
+        nulls or without, and integers are exact beside a null: Int32, Int64 and Bool are pandas' nullable Int32, Int64
+        and boolean; String is string; Timestamp is datetime64[us, UTC]; Float32 and Float64 are float32 and float64, a
+        null NaN; Vector(n) is an object column of float32 arrays [n] or None. Raises ImportError without pandas.
+        """
+        pandas = _import("pandas", "to_pandas")
+        columns = self._columns()
+        return pandas.DataFrame({name: _pandas_column(values, nulls, kind) for name, values, nulls, kind in columns})
 
     def to_arrow(self) -> pyarrow.Table:
-        """An Arrow table with one column a feature; null where there is neither a value nor a default."""
-        import pyarrow
+        """An Arrow table with one column a feature; null where there is neither a value nor a default.
 
-        return pyarrow.table(self.to_dict())
+        Types are the features' own: bool, int32, int64, float (32 bits), double, string, timestamp[us, tz=UTC], and
+        fixed_size_list<float>[n] for Vector(n). Numbers may share memory with the arrays of `to_numpy`. Raises
+        ImportError without pyarrow.
+        """
+        pyarrow = _import("pyarrow", "to_arrow")
+        columns = self._columns()
+        return pyarrow.table({name: _arrow_column(values, nulls, kind) for name, values, nulls, kind in columns})
+
+    def _columns(self) -> Iterable[tuple[str, NDArray[Any], Mask | None, str]]:
+        """Of each feature its name, its values, where there is neither a value nor a default, and its type's name.
+
+        None in place of a mask: there is a value everywhere.
+        """
+        rows = zip(self.feature_types.items(), self._values, self._status_rows, self.has_default, strict=True)
+        for (name, type_name), values, statuses, has_default in rows:
+            missing = None if has_default else np.asarray(statuses) != Status.PRESENT
+            yield name, values, missing if missing is not None and missing.any() else None, type_name
 
     def __repr__(self) -> str:
-        return f"Features({len(self)} rows: {', '.join(self.feature_names)})"
+        lines = []
+        columns = zip(self._columns(), self._status_rows, strict=True)
+        for (name, values, missing, type_name), statuses in islice(columns, COLUMNS_SHOWN):
+            note = _not_present(np.asarray(statuses))
+            lines.append((name, type_name, _glance(values, missing, type_name) + (f"  ({note})" if note else "")))
+        left = len(self._names) - len(lines)
+        more = [f"  … and {_count(left, 'more feature')}"] if left else []
+        return "\n".join([f"Features({_count(len(self), 'row')})", *_aligned(lines), *more])
+
+
+def _type_of(values: NDArray[Any]) -> str:
+    if values.ndim > 1:
+        return f"Vector({values.shape[1]})"
+    return _TYPES_BY_DTYPE.get(values.dtype.name, values.dtype.name)
+
+
+# Columns of pandas and Arrow, from arrays
+
+
+def _import(package: str, method: str) -> Any:
+    try:
+        return import_module(package)
+    except ModuleNotFoundError as error:
+        if error.name != package:
+            raise
+        extra = "arrow" if package == "pyarrow" else package
+        raise ImportError(f"{method} needs {package}: pip install 'shorttail[{extra}]'") from None
+
+
+def _pandas_column(values: NDArray[Any], missing: Mask | None = None, type_name: str = "") -> Any:
+    """A pandas array, or a NumPy array of floats, in which a missing value is NaN already."""
+    import pandas
+
+    if values.ndim > 1:
+        rows = list(values.copy())
+        if missing is not None:
+            rows = [None if gone else row for row, gone in zip(rows, missing.tolist(), strict=True)]
+        return pandas.Series(rows, dtype=object)
+    mask = np.zeros(len(values), np.bool_) if missing is None else missing
+    if type_name == TIMESTAMP:
+        times = values.astype("datetime64[us]")
+        times[mask] = np.datetime64("NaT")
+        return pandas.DatetimeIndex(times).tz_localize("UTC").array
+    if values.dtype.kind in "iu":
+        return pandas.arrays.IntegerArray(values, mask, copy=True)
+    if values.dtype.kind == "b":
+        return pandas.arrays.BooleanArray(values, mask, copy=True)
+    return pandas.array(values, dtype="string") if values.dtype.kind in "OU" else values
+
+
+def _arrow_column(values: NDArray[Any], missing: Mask | None = None, type_name: str = "") -> Any:
+    import pyarrow
+
+    if values.ndim > 1:
+        items = _arrow_column(values.reshape(-1, *values.shape[2:]))
+        nulls = None if missing is None else pyarrow.array(missing)
+        return pyarrow.FixedSizeListArray.from_arrays(items, values.shape[1], mask=nulls)
+    kind = pyarrow.string() if values.dtype.kind in "OU" else pyarrow.from_numpy_dtype(values.dtype)
+    column = pyarrow.array(values, kind, mask=missing)
+    return column.cast(pyarrow.timestamp("us", "UTC")) if type_name == TIMESTAMP else column
+
+
+# What a repr shows: the first values, shortened
+
+COLUMNS_SHOWN: Final = 20
+ROWS_SHOWN: Final = 5
+ITEMS_SHOWN: Final = 4  # of a vector
+TEXT_CHARS: Final = 24  # of a string
+GLANCE_CHARS: Final = 64  # of the values of a column
+
+
+def _glance(values: NDArray[Any], missing: Mask | None = None, type_name: str = "") -> str:
+    """The first values of a column: "20, None, 1.5, …"."""
+    parts: list[str] = []
+    for row in range(min(len(values), ROWS_SHOWN)):
+        part = "None" if missing is not None and missing[row] else _text(values[row], type_name)
+        if parts and sum(len(part) + 2 for part in parts) + len(part) > GLANCE_CHARS:
+            break
+        parts.append(_cut(part, GLANCE_CHARS))
+    return ", ".join([*parts, "…"] if len(parts) < len(values) else parts)
+
+
+def _text(value: Any, type_name: str = "") -> str:
+    if isinstance(value, np.ndarray):
+        return f"[{', '.join([*map(_text, value[:ITEMS_SHOWN]), *(['…'] if len(value) > ITEMS_SHOWN else [])])}]"
+    if type_name == TIMESTAMP:
+        return str(np.datetime64(int(value), "us")).removesuffix(".000000")
+    if isinstance(value, float | np.floating):
+        return f"{value:.6g}"
+    return repr(_cut(str(value), TEXT_CHARS)) if isinstance(value, str) else str(value)
+
+
+def _cut(text: str, chars: int) -> str:
+    return text if len(text) <= chars else f"{text[: chars - 1]}…"
+
+
+def _not_present(codes: Statuses) -> str:
+    """How many rows have each status but PRESENT: "1 NULL, 2 NOT_FOUND"; "" when there are none."""
+    counts = [(status.name, np.count_nonzero(codes == status)) for status in Status if status != Status.PRESENT]
+    return ", ".join(f"{count:,} {name}" for name, count in counts if count)
+
+
+def _aligned(lines: Sequence[tuple[str, str, str]]) -> list[str]:
+    widths = [max((len(line[i]) for line in lines), default=0) for i in (0, 1)]
+    return [f"  {name:<{widths[0]}}  {kind:<{widths[1]}}  {values}" for name, kind, values in lines]
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"

@@ -1,10 +1,13 @@
 """What tests of a running server share: a store for a module, and servers that a test may treat as it likes."""
 
 import shutil
+import socket
 import subprocess
 
 import pytest
 from serving import Server, make_store
+
+from shorttail.loadtest import stages
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +27,17 @@ def start(store, tmp_path):
     yield start_server
     for one in servers:
         one.kill()
+
+
+@pytest.fixture(scope="module")
+def unused_port():
+    """The port at which the load generator of this process looks for metrics, unless it is told where: nobody listens
+    there, while at the usual one somebody may."""
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        port = unused.getsockname()[1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "DEFAULT_HTTP_PORT", port)
+        yield port
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,10 @@
-"""What tests of HTTP share: a store with a model of every type, and asking a running server."""
+"""What tests of HTTP share: a model that takes every type, and requests to a running server, whole or byte by byte."""
 
+import contextlib
 import http.client
 import json
 import re
+import socket
 
 import numpy as np
 import onnx
@@ -55,10 +57,12 @@ def write_every(path):
 
 
 def http_port(server):
+    """The port of its HTTP, as its announcement names it."""
     return int(re.search(r"http on 127\.0\.0\.1:(\d+)", server.line)[1])
 
 
 def ask(server, method, path, body=None, **headers):
+    """(status, body) of one request. Underscores in names of headers stand for hyphens."""
     connection = http.client.HTTPConnection("127.0.0.1", http_port(server), timeout=TIMEOUT_S)
     try:
         connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
@@ -69,20 +73,87 @@ def ask(server, method, path, body=None, **headers):
 
 
 def ask_json(server, method, path, body=None, **headers):
+    """The same with bodies that are JSON."""
     status, answer = ask(server, method, path, None if body is None else json.dumps(body), **headers)
     return status, json.loads(answer)
 
 
 def tensor(name, array, kind, binary=True):
+    """An input of Triton's client. kind: its datatype; binary: sent as bytes, not as JSON."""
     made = triton.InferInput(name, list(array.shape), kind)
     made.set_data_from_numpy(array, binary_data=binary)
     return made
 
 
 def total_inputs(users, shop, amount, binary=True):
+    """The inputs of model "total" for these users in one shop."""
     texts = np.array([shop], np.object_)
     return [
         tensor("user_id", np.array(users), "INT64", binary),
         tensor("shop", texts, "BYTES", binary),
         tensor("amount", np.array(amount, np.float32), "FP32", binary),
     ]
+
+
+INFER = "/v2/models/total/infer"
+
+
+def body_of(count):
+    """The body of a request of so many rows for serving.py's model, to INFER."""
+    rows = [{"name": name, "datatype": kind, "shape": [count], "data": [value] * count}
+            for name, kind, value in (("user_id", "INT64", 1), ("amount", "FP32", 0.5))]  # fmt: skip
+    return json.dumps({"inputs": rows})
+
+
+class Asking:
+    """A connection over which a test writes parts of a request, where http.client would write it whole."""
+
+    def __init__(self, server, stack):
+        address = "127.0.0.1", http_port(server)
+        self.peer = stack.enter_context(socket.create_connection(address, TIMEOUT_S))
+
+    def send(self, text):
+        self.peer.sendall(text.encode())
+
+    def begin(self, body_bytes, *headers):
+        """Send the headers of a request whose body has so many bytes."""
+        self.send("\r\n".join([f"POST {INFER} HTTP/1.1", "Host: x", f"Content-Length: {body_bytes}", *headers, "", ""]))
+
+    def answer(self):
+        """(status, body) of the next response; None once the server has closed."""
+        head = b""
+        while not head.endswith(b"\r\n\r\n"):
+            got = self.peer.recv(1)
+            if not got:
+                assert not head
+                return None
+            head += got
+        status, *lines = head.decode().split("\r\n")
+        lengths = [line.split(":")[1] for line in lines if line.lower().startswith("content-length")]
+        body = b""
+        while lengths and len(body) < int(lengths[0]):
+            body += self.peer.recv(int(lengths[0]) - len(body))
+        return int(status.split()[1]), body
+
+    def probe(self):
+        """The status of /livez."""
+        self.send("GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
+        return self.answer()[0]
+
+    def has_ended(self):
+        """Wait until the server closes it; True."""
+        with contextlib.suppress(ConnectionError):
+            assert self.answer() is None
+        return True
+
+    def has_ended_already(self):
+        """Whether the server has closed it by now. What it has not read yet is kept."""
+        self.peer.setblocking(False)
+        try:
+            return self.peer.recv(1, socket.MSG_PEEK) == b""
+        except BlockingIOError:
+            return False
+        except ConnectionError:
+            return True
+        finally:
+            self.peer.settimeout(TIMEOUT_S)

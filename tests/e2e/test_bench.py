@@ -14,10 +14,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import commands
 import pytest
 from serving import Server, make_store
-
-from shorttail.cli import main
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 from fakes import good, http_server, reply, rpc_server
@@ -36,14 +35,16 @@ QUICK = [
     "m",
 ]
 FIGURES = 6
+pytestmark = pytest.mark.usefixtures("unused_port")
 # Where Debian, Fedora, Google and Microsoft put them; CHROMIUM names another.
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "microsoft-edge")
 
 
 def bench(*arguments: str, code: int = 0) -> str:
-    done = subprocess.run([*BENCH, *arguments], capture_output=True, text=True, timeout=60)
-    assert done.returncode == code, f"{done.stdout}\n{done.stderr}"
-    return done.stdout if code in (0, 130) else done.stderr
+    """What the command says, in this process: to stdout if it did its work, else to stderr."""
+    result = commands.run("bench", *arguments)
+    assert result.code == code, result
+    return result.err if code else result.out
 
 
 def bench_json(*arguments: str) -> dict[str, Any]:
@@ -52,7 +53,7 @@ def bench_json(*arguments: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(tmp_path_factory: pytest.TempPathFactory, unused_port: int) -> Path:
     """A sweep and a run with errors: sweep.json and .html, failing.json and .html, sweep.hlog."""
     folder = tmp_path_factory.mktemp("runs")
 
@@ -184,9 +185,9 @@ def test_a_capacity_search_respects_the_objective() -> None:
 
 def test_a_wrong_answer_is_fatal_and_still_reported() -> None:
     with rpc_server(lambda request: good([0, request[1] ^ 1])) as fake:
-        done = subprocess.run([*BENCH, fake.address, *QUICK, "--json"], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1
-    (step,) = json.loads(done.stdout)["steps"]
+        done = commands.run("bench", fake.address, *QUICK, "--json")
+    assert done.code == 1
+    (step,) = done.json["steps"]
     assert step["fatal"].startswith("wrong answer: ")
     assert step["counts"]["wrong_answers"] == 1
 
@@ -199,11 +200,9 @@ def test_answers_that_change_are_found_by_verify() -> None:
         return reply(request[1], {"outputs": {"y": [float(count[0])]}, "version": 1})
 
     with rpc_server(answer) as fake:
-        done = subprocess.run(
-            [*BENCH, fake.address, *QUICK, "--verify", "5"], capture_output=True, text=True, timeout=60
-        )
-    assert done.returncode == 1
-    assert re.search(r"sampled answers asked for again: \d differ, first: predict m: 'y' was \[\d+\.0\]", done.stdout)
+        done = commands.run("bench", fake.address, *QUICK, "--verify", "5")
+    assert done.code == 1
+    assert re.search(r"sampled answers asked for again: \d differ, first: predict m: 'y' was \[\d+\.0\]", done.out)
 
 
 def test_ctrl_c_ends_the_run_and_still_reports() -> None:
@@ -219,7 +218,10 @@ def test_ctrl_c_ends_the_run_and_still_reports() -> None:
     assert process.returncode == 130, errors
     (step,) = json.loads(output)["steps"]
     assert step["interrupted"]
-    assert step["good"] == step["requests"] > 0
+    assert step["good"] > 0
+    assert step["error"] == 0
+    # What was in flight is waited for, but not for long.
+    assert step["good"] + step["timeout"] + step["lost"] == step["requests"]
 
 
 @pytest.mark.parametrize(
@@ -249,19 +251,10 @@ def test_ctrl_c_ends_the_run_and_still_reports() -> None:
         ([], 2, "Missing argument"),
     ],
 )
-def test_mistakes_are_one_line(
-    arguments: list[str], code: int, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_mistakes_are_one_line(arguments: list[str], code: int, message: str) -> None:
     with rpc_server() as fake:
         words = [argument.replace("{}", fake.address) for argument in arguments]
-        monkeypatch.setattr(sys, "argv", ["shorttail", "bench", *words])
-        with pytest.raises(SystemExit) as caught:
-            main()
-    errors = capsys.readouterr().err
-    assert caught.value.code == code
-    assert errors.startswith("error: ")
-    assert message in errors
-    assert errors.count("\n") == 1
+        assert message in commands.error_of("bench", *words, code=code)
 
 
 # -- the page ----------------------------------------------------------------------------------------------------------

@@ -127,7 +127,7 @@ def test_runs_with_and_without_are_compared(sweep: Path, tmp_path: Path) -> None
     assert len(check_page(page)) == FIGURES
 
 
-def test_without_metrics_there_is_one_line_and_no_error(tmp_path: Path) -> None:
+def test_without_metrics_there_is_one_line_and_no_error(tmp_path: Path, unused_port: int) -> None:
     page = tmp_path / "out.html"
     with rpc_server() as fake:
         output = bench(fake.address, *QUICK, "--rate", "500", "--report", str(page))
@@ -135,7 +135,7 @@ def test_without_metrics_there_is_one_line_and_no_error(tmp_path: Path) -> None:
         refused = bench(fake.address, *QUICK, "--metrics", "http://127.0.0.1:1/metrics", code=1)
     lines = [line for line in output.splitlines() if "stage breakdown" in line]
     assert len(lines) == 1
-    assert lines[0].startswith("no stage breakdown from http://127.0.0.1:7712/metrics: ")
+    assert lines[0].startswith(f"no stage breakdown from http://127.0.0.1:{unused_port}/metrics: connection refused; ")
     assert "no stage breakdown" in page.read_text()
     assert not [figure for figure in check_page(page) if "by stage" in figure["title"]]
     assert "stage" not in quiet

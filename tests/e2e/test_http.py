@@ -83,7 +83,7 @@ def metrics(server):
     }
 
 
-def test_probes(server):
+def test_probes_are_answered(server):
     for path in ("/livez", "/readyz", "/ping", "/v2/health/live", "/v2/health/ready"):
         assert ask(server, "GET", path)[0] == 200, path
 
@@ -298,7 +298,7 @@ def test_tensor_bytes_that_are_wrong(server):
         assert (status, says in error) == (400, True), error
 
 
-def test_deadlines(server):
+def test_a_deadline_that_has_passed_is_504_and_a_wrong_one_400(server):
     body = {"inputs": [X]}
     path = "/v2/models/total/infer"
     assert ask_json(server, "POST", path, body, X_Deadline_Ms="10000")[0] == 200
@@ -310,7 +310,7 @@ def test_deadlines(server):
     assert ask_json(server, "POST", path, body | {"parameters": {"timeout": 1}})[0] == 504
 
 
-def test_limits_of_bodies(server):
+def test_bodies_up_to_the_limits_are_taken(server):
     path = "/v2/models/total/infer"
 
     def padded(size):
@@ -343,7 +343,7 @@ INSTANCES = [
 ]
 
 
-def test_instances(server):
+def test_instances_are_taken(server):
     asked = {"instances": INSTANCES, "parameters": {"model": "total"}}
     assert ask_json(server, "POST", "/invocations", asked) == (200, {"predictions": [11.5, 120.5], "version": 1})
     lists = {"instances": [[1, "north", 1], [2, "nowhere", None]], "parameters": {"model": "total"}}
@@ -354,7 +354,7 @@ def test_instances(server):
     assert "instance 1 has other columns" in ask_json(server, "POST", "/invocations", short)[1]["error"]
 
 
-def test_csv(server):
+def test_csv_is_taken(server):
     headers = {"Content_Type": "text/csv", "X_Amzn_SageMaker_Target_Model": "total"}
     assert ask(server, "POST", "/invocations", "1,north,1\n2,nowhere,0.5\n", **headers) == (200, b"11.5\n120.5\n")
     with_header = "amount,user_id,shop\n1,1,north\n"
@@ -423,7 +423,7 @@ def test_failed_and_slow_requests_are_logged_with_their_trace(start):
     }
 
 
-def test_without_http(start):
+def test_no_http_means_no_http_port(start):
     server = start("--no-http")
     assert "http" not in server.line
     with server.connect() as peer:

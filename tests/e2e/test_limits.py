@@ -1,15 +1,13 @@
-"""Limits and deadlines of connections, on a running server: what goes beyond is cut off, others are served."""
+"""Limits of connections and of what they send, on a running server: what goes beyond is refused, others are served."""
 
 import contextlib
-import itertools
 import os
 import socket
 import time
 from pathlib import Path
 
-import msgpack
 import pytest
-from http_asking import http_port
+from http_asking import INFER, Asking, ask, body_of, http_port
 from serving import PREDICT, PREDICTED, TIMEOUT_S, Server, make_store
 
 from shorttail.config import LIMITS
@@ -24,11 +22,9 @@ def store(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def strict(store):
-    """A server with deadlines of a second and few connections."""
-    server = Server(
-        store, "--frame-deadline-s", "1", "--write-deadline-s", "1", "--idle-deadline-s", "2",
-        "--max-connections", "12", "--max-peer-connections", "10", "--p99-budget-ms", "1e6", log=store.parent / "log",
-    )  # fmt: skip
+    """A server that takes few connections."""
+    options = ["--max-connections", "12", "--max-peer-connections", "10", "--p99-budget-ms", "1e6"]
+    server = Server(store, *options, log=store.parent / "log")
     yield server
     assert server.stop() == 0
     assert server.log.read_text() == ""
@@ -41,69 +37,6 @@ def closed(sock, within_s=TIMEOUT_S):
         while sock.recv(65536):
             pass
     return True
-
-
-def rss(server):
-    [worker] = server.workers()
-    pages = int(Path(f"/proc/{worker}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGESIZE")
-
-
-def test_half_a_message_is_cut_and_idle_connections_are_closed_later(strict):
-    message = msgpack.packb(PREDICT)
-    with strict.connect() as half, strict.connect() as idle, strict.connect() as busy:
-        start = time.monotonic()
-        half.send(message[:20])
-        idle.send(message)
-        assert idle.reply() == PREDICTED
-        while True:
-            assert busy.ask(*PREDICT) == PREDICTED
-            half.socket.setblocking(False)
-            try:
-                if half.socket.recv(1) == b"":
-                    break
-            except BlockingIOError:
-                time.sleep(0.02)
-            except ConnectionError:
-                break
-            assert time.monotonic() - start < TIMEOUT_S
-        assert closed(idle.socket)
-        assert time.monotonic() - start >= 1.0  # a deadline is never early
-
-
-def test_clients_that_never_read_are_cut_off_and_their_memory_returned(strict):
-    """Four at a time. What one round leaves behind, the next finds again: a leak of replies would be 16 MiB more in
-    every round. What a round left for another reason, a later one does not leave again."""
-    left = []
-    for _ in range(3):
-        starve(strict)
-        with strict.connect() as peer:
-            assert peer.ask(*PREDICT) == PREDICTED
-        left.append(rss(strict))
-    growth = [after - before for before, after in itertools.pairwise(left)]
-    assert min(growth) < 8 * MIB, left
-
-
-def starve(server):
-    request = msgpack.packb([0, 1, "predict", ["total", {"user_id": [1] * 4000, "amount": 0.5}]])
-    with contextlib.ExitStack() as stack:
-        greedy = [stack.enter_context(socket.create_connection(server.address)) for _ in range(4)]
-        sent = dict.fromkeys(greedy, 0)
-        for one in greedy:
-            one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            one.settimeout(0.2)
-        last = time.monotonic()
-        while greedy:  # each until its requests are not read any more, and then until it is cut off
-            assert time.monotonic() - last < TIMEOUT_S, "not cut off"
-            assert rss(server) < 1000 * MIB
-            for one in list(greedy):
-                try:  # from where the last send ended: what follows is a request again
-                    sent[one] += one.send((request * 16)[sent[one] % len(request) :])
-                    last = time.monotonic()
-                except TimeoutError:
-                    pass
-                except ConnectionError:
-                    greedy.remove(one)
 
 
 @pytest.mark.parametrize("over", [0, 1])
@@ -125,7 +58,7 @@ def test_connections_from_one_address(strict, over):
         assert time.monotonic() < end
 
 
-def test_connections_over_http(strict):
+def test_connections_over_http_beyond_the_limit_are_closed(strict):
     address = "127.0.0.1", http_port(strict)
     with contextlib.ExitStack() as stack:
         peers = [stack.enter_context(socket.create_connection(address)) for _ in range(LIMITS.http_connections)]
@@ -204,3 +137,33 @@ def test_served_all_the_same(store, tmp_path, options):
         assert server.log.read_text() == ""
     finally:
         server.kill()
+
+
+def test_bodies_that_are_being_read_have_a_budget(start):
+    """What a request announces counts, whether or not it has come: nothing of it is sent here."""
+    server = start()
+    body = body_of(1)
+    large = LIMITS.frame_bytes
+    most, rest = divmod(LIMITS.http_body_bytes, large)
+    assert rest == 0
+    with contextlib.ExitStack() as stack:
+
+        def announce(size):
+            peer = Asking(server, stack)
+            peer.begin(size, "Expect: 100-continue")
+            assert peer.answer() == (100, b"")  # its headers are read
+            return peer
+
+        for _ in range(most - 1):
+            announce(large)
+        last = announce(large - len(body))
+        assert ask(server, "POST", INFER, body)[0] == 200
+        assert ask(server, "POST", INFER, body + " ") == (
+            429, b'{"error":"too many bytes over HTTP are in flight; send it again later"}',
+        )  # fmt: skip
+        last.peer.close()
+        end_s = time.monotonic() + TIMEOUT_S
+        while ask(server, "POST", INFER, body + " ")[0] != 200:  # its bytes count until the server sees that it left
+            assert time.monotonic() < end_s
+    assert server.stop() == 0
+    assert server.log.read_text() == ""

@@ -105,7 +105,7 @@ def test_what_an_interpreter_would_print_is_a_line_with_its_traceback():
     program = """
 import asyncio, logging, threading, warnings
 from shorttail.observe import stderr
-stderr.everything("json")
+stderr.log_as_json("json")
 warnings.warn("old")
 logging.getLogger("asyncio").error("lost\\nit")
 thread = threading.Thread(target=lambda: 1 / 0)

@@ -1,4 +1,4 @@
-"""Workers that die or hang, and how a server ends."""
+"""Workers that die, and how a server ends."""
 
 import contextlib
 import os
@@ -16,10 +16,10 @@ from serving import (
     SERVE,
     TIMEOUT_S,
     Peer,
-    Server,
     alive,
     children_of,
-    environment_after,
+    replaced,
+    stopped,
     until,
 )
 
@@ -29,13 +29,11 @@ def test_sigterm_answers_what_is_in_flight_and_exits_with_0(start, store, tmp_pa
     with server.connect() as peer, server.connect() as idle:
         assert peer.ask(*PREDICT) == PREDICTED
         peer.send(msgpack.packb(PREDICT) * 500)
-        started_s = time.monotonic()
         server.process.send_signal(signal.SIGTERM)
         assert [peer.reply() for _ in range(500)] == [PREDICTED] * 500
         assert peer.reply() is None
         assert idle.reply() is None
-    assert server.wait() == 0
-    assert time.monotonic() - started_s < 5.0
+    assert server.wait() == 0  # it is 1 where a worker had to be killed at the end of the time to stop
     assert not (tmp_path / "socket").exists()
     assert server.log.read_text() == ""
     with pytest.raises(ConnectionRefusedError):
@@ -108,24 +106,6 @@ def is_refused(server):
 # -- workers that die ----------------------------------------------------------------------------------------------
 
 
-def replaced(server, pid, n):
-    """Wait until another worker is in the place of `pid`."""
-    until(lambda: len(server.workers()) == n and pid not in server.workers(), server)
-
-
-@contextlib.contextmanager
-def stopped(*pids):
-    """Processes that do nothing meanwhile."""
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGCONT)
-
-
 def test_two_workers_share_the_sockets_and_a_killed_one_is_replaced(start, tmp_path):
     server = start("--workers", "2", "--uds", tmp_path / "socket")
     assert "· 2 workers ·" in server.line
@@ -173,68 +153,6 @@ def test_connections_that_a_dead_worker_had_not_taken_go_to_its_successor(start)
         os.kill(killed, signal.SIGKILL)
         assert [peer.reply() for peer in waiting] == [PREDICTED] * 10
     assert server.stop() == 0
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_worker_that_hangs_for_long_is_killed_and_replaced(start, workers):
-    server = start("--workers", workers, "--hang-deadline-s", "1")
-    hung = server.workers()[0]
-    with server.connect() as peer:
-        assert peer.ask(*PREDICT) == PREDICTED
-        with stopped(hung):
-            replaced(server, hung, workers)
-    with server.connect() as peer:
-        assert peer.ask(*PREDICT) == PREDICTED
-    assert re.fullmatch(
-        rf"worker \d \(pid {hung}\) died: it hung for 1 s, and was killed; starting it again in 0\.1 s\n",
-        server.log.read_text(),
-    )
-    assert server.stop() == 0
-
-
-def test_workers_are_not_killed_for_the_time_in_which_nothing_ran(start):
-    """As when a container is frozen: the supervisor too goes on where it was."""
-    server = start("--workers", "2", "--hang-deadline-s", "3")
-    workers = server.workers()
-    server.process.send_signal(signal.SIGSTOP)
-    with stopped(*workers):
-        time.sleep(5)  # no synchronisation: this is the time
-        server.process.send_signal(signal.SIGCONT)
-    with server.connect() as peer:
-        assert peer.ask(*PREDICT) == PREDICTED
-    assert server.stop() == 0
-    assert server.log.read_text() == ""
-
-
-SLEEPS = """
-import os, time
-from shorttail.server.systemd import Notifier
-
-def beat(self, flag={flag!r}):  # it comes between two waits for events
-    if os.path.exists(flag):
-        os.remove(flag)
-        time.sleep(3)
-
-Notifier.beat = beat
-"""
-
-
-def test_a_supervisor_that_stood_still_blames_nobody(store, tmp_path):
-    """Wherever it was just then."""
-    flag, log, folder = tmp_path / "flag", tmp_path / "log", tmp_path / "path"
-    folder.mkdir()
-    environment = environment_after(folder, SLEEPS.format(flag=str(flag)))
-    server = Server(store, "--workers", "2", "--hang-deadline-s", "2", log=log, env=environment)
-    try:
-        flag.touch()
-        until(lambda: not flag.exists(), server)
-        time.sleep(3.5)  # no synchronisation: it sleeps, and then looks
-        with server.connect() as peer:
-            assert peer.ask(*PREDICT) == PREDICTED
-        assert server.stop() == 0
-    finally:
-        server.kill()
-    assert log.read_text() == ""
 
 
 def test_a_worker_that_cannot_be_started_again_is_tried_again(start):

@@ -3,8 +3,6 @@
 import asyncio
 import contextlib
 import re
-import subprocess
-import sys
 import time
 
 import msgpack
@@ -12,8 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from commands import run_well
 from pushing import Pushing, row, tiers, until
-from serving import TIMEOUT_S, Server, environment_after, hang_up, make_store
+from serving import Server, environment_after, hang_up, make_store
 
 import shorttail as st
 from shorttail.config import LIMITS
@@ -105,17 +104,9 @@ def push_by_command(server, view, columns):
     path = server.store.parent / "rows.parquet"
     table = pa.table({name: np.asarray(values).tolist() for name, values in columns.items()})
     pyarrow.parquet.write_table(table, path)
-    done = run("push", view, str(path), "--server", server.tcp)
+    done = run_well("push", view, str(path), "--server", server.tcp).out
     assert re.fullmatch(r"stats: [\d,]+ rows? in \d+\.\d+ s \([\d,]+ rows/s\)\n", done)
     return int(done.split()[1].replace(",", ""))
-
-
-def run(*arguments):
-    done = subprocess.run(
-        [sys.executable, "-m", "shorttail", *arguments], capture_output=True, text=True, timeout=TIMEOUT_S
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    return done.stdout
 
 
 @pytest.mark.parametrize("push", [push_by_client, push_by_async_client, push_by_bytes, push_by_command])
@@ -163,14 +154,15 @@ def test_delete_by_every_way(server, peers):
 
     assert asyncio.run(delete()) == 1
     assert peers[0].ask(0, 7, "delete", ["stats", {"user_id": 30_003}]) == [1, 7, None, {"rows": 1}]
-    assert run("delete", "stats", "user_id=30004,39999", "--server", address) == "stats: 1 row deleted of 2 keys\n"
-    (server.store.parent / "keys.csv").write_text("user_id,other\n30005,1\n30006,2\n")
-    assert '"rows": 2' in run(
-        "delete", "stats", "--file", str(server.store.parent / "keys.csv"), "--server", address, "--json"
-    )
+    deleted = run_well("delete", "stats", "user_id=30004,39999", "--server", address).out
+    assert deleted == "stats: 1 row deleted of 2 keys\n"
+    keys = server.store.parent / "keys.csv"
+    keys.write_text("user_id,other\n30005,1\n30006,2\n")
+    assert run_well("delete", "stats", "--file", str(keys), "--server", address, "--json").json["rows"] == 2
     for peer in peers:
         assert tiers(peer, *columns["user_id"]) == [None] * 7 + ["new"]
-    assert run("delete", "stats", "user_id=30007", "--store", str(server.store)) == "stats: 1 row deleted of 1 key\n"
+    deleted = run_well("delete", "stats", "user_id=30007", "--store", str(server.store)).out
+    assert deleted == "stats: 1 row deleted of 1 key\n"
     for peer in peers:
         assert tiers(peer, 30_007) == [None]
 

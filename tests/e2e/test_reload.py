@@ -348,7 +348,7 @@ def told(notices, wanted):
 def test_sockets_that_systemd_listens_on(store, tmp_path):
     """LISTEN_PID has to be the server's: a shell sets it, and becomes the server."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        command = [sys.executable, "-m", "shorttail", "serve", "--store", str(store)]
+        command = [sys.executable, "-m", "shorttail", "serve", "--store", str(store), "--http-port", "0"]
         script = 'exec 3<&"$0"; export LISTEN_PID=$$ LISTEN_FDS=1; exec "$@"'
         process = subprocess.Popen(
             ["bash", "-c", script, str(listener.fileno()), *command],

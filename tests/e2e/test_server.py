@@ -226,12 +226,12 @@ def test_a_peer_that_ends_after_its_requests_is_answered(server):
         assert [peer.reply(), peer.reply(), peer.reply()] == [PREDICTED, FEATURED, None]
 
 
-def test_the_unix_socket(server, store):
+def test_the_unix_socket_answers_as_tcp_does(server, store):
     with Peer(str(store.parent / "socket")) as peer:
         assert peer.ask(*PREDICT) == PREDICTED
 
 
-def test_the_client(server):
+def test_the_client_of_this_package_is_answered(server):
     with st.Client(f"127.0.0.1:{server.address[1]}") as client:
         prediction = client.predict("total", {"user_id": [1, 2], "amount": [0.5, 1.0]}, statuses=True)
         assert prediction.outputs["total"].tolist() == [11.5, 23.0]

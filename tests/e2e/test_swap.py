@@ -164,7 +164,7 @@ def test_a_version_that_cannot_be_loaded_never_answers(swapping):
     with pytest.raises(st.ShorttailError, match="SHA-256 differs"):
         registry.promote(swapping.engine.store, "total", number)
     with swapping.engine.store.edit_catalog() as catalog:
-        catalog.models["total"] = catalog.models["total"].serving(number)
+        catalog.models["total"] = catalog.models["total"].with_current(number)
     problem = until(lambda: swapping.model()["problem"], "the server has tried")
     assert problem == "model 'total' version 2: model.onnx is not the file that was registered: its SHA-256 differs"
     assert [swapping.total(1) for _ in range(50)] == [(1, 11.5)] * 50

@@ -1,89 +1,103 @@
-"""The wheel works where nothing else is: an empty virtual environment, outside the checkout."""
+"""The wheel of `make wheel` works where nothing else is: the quick start runs without a compiler."""
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import venv
 from pathlib import Path
 
-import numpy as np
-import onnx
-from onnx import TensorProto, helper, numpy_helper
+import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+QUICK_START = (ROOT / "docs" / "quickstart.md").read_text()
+EXTRAS = "arrow,numba"
 
-DEFINITIONS = """
-import shorttail as st
-
-user = st.Entity("user", keys={"user_id": st.Int64})
-stats = st.FeatureView("stats", entity=user, features=[st.Feature("age", st.Float32)])
-double = st.Model("double", path="double.onnx", inputs=["stats:age", "request:amount"])
-"""
-
-SERVE = """
+# What the quick start does with the client and in the process; 99999 is no user.
+ASK = """
 import re, signal, subprocess, sys
 import shorttail as st
 
-with st.Engine.open("store") as engine:
-    engine.push("stats", {"user_id": [7], "age": [20.5]})
-    embedded = engine.predict("double", {"user_id": 7, "amount": 1.5}).outputs["y"].tolist()
+asked = {"user_id": [42, 43, 99999], "amount": 120.0}
+row = {"user_id": [42], "age": [33.0], "txn_7d": [9], "tier": ["gold"]}
 server = subprocess.Popen([sys.argv[1], "serve", "--store", "store", "--port", "0"], stdout=subprocess.PIPE, text=True)
 try:
     address = re.search(r"serving on (\\S+)", server.stdout.readline())[1]
     with st.Client(address) as client:
-        served = client.predict("double", {"user_id": 7, "amount": 1.5}).outputs["y"].tolist()
+        served = client.predict("fraud", asked, statuses=True)
+        client.push("user_stats", row)
+        pushed = client.get_online_features(["user_stats:age", "user_stats:tier"], {"user_id": 42}).to_dict()
+    by_command = subprocess.run([sys.argv[1], "predict", "fraud", "user_id=42,43", "amount=120", "--server", address],
+                                capture_output=True, text=True, check=True).stdout
 finally:
     server.send_signal(signal.SIGTERM)
 assert server.wait(30) == 0
-print(embedded, served, st.__file__)
+with st.Engine.open("store") as engine:
+    embedded = engine.predict("fraud", asked)
+    engine.delete("user_stats", {"user_id": [43]})
+assert served.outputs["probabilities"].shape == (3, 2)
+assert (served.outputs["probabilities"][1] == embedded.outputs["probabilities"][1]).all()
+assert served.statuses["user_stats"].tolist() == [0, 0, 2]
+assert [value[0] for value in pushed.values()] == [33.0, "gold"]
+assert by_command.startswith("fraud version 1\\n")
+print(st.__file__)
 """
 
 
-def write_model(path: Path) -> None:
-    value = helper.make_tensor_value_info
-    graph = helper.make_graph(
-        [helper.make_node("Mul", ["x", "two"], ["y"])],
-        "double",
-        [value("x", TensorProto.FLOAT, [None, 2])],
-        [value("y", TensorProto.FLOAT, [None, 2])],
-        [numpy_helper.from_array(np.array([2], np.float32), "two")],
+def run(*command: object, cwd: Path, **environment: str) -> str:
+    """What the command prints, without what this process's environment or a `make` around it would add to its own."""
+    hidden = ("PYTHONPATH", "VIRTUAL_ENV", "LD_PRELOAD", "MAKEFLAGS")
+    clean = {name: value for name, value in os.environ.items() if name not in hidden}
+    done = subprocess.run(
+        [str(word) for word in command], cwd=cwd, env={**clean, **environment}, capture_output=True, text=True
     )
-    onnx.save_model(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
-
-
-def run(*command: object, cwd: Path) -> str:
-    clean = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    done = subprocess.run([str(word) for word in command], cwd=cwd, env=clean, capture_output=True, text=True)
     assert done.returncode == 0, f"{command}:\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
 
-def test_the_wheel_serves_from_an_empty_environment(tmp_path: Path) -> None:
-    run(
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--wheel-dir",
-        tmp_path / "dist",
-        ROOT,
-        cwd=tmp_path,
-    )
-    (wheel,) = (tmp_path / "dist").glob("shorttail-*.whl")
-    venv.create(tmp_path / "env", with_pip=True)
-    bin_folder = tmp_path / "env" / "bin"
-    run(bin_folder / "pip", "install", "--quiet", wheel, cwd=tmp_path)
+def example(containing: str) -> str:
+    """The Python block of the quick start that contains it."""
+    (found,) = (block for block in re.findall(r"```python\n(.*?)```", QUICK_START, re.S) if containing in block)
+    return found
 
-    (tmp_path / "definitions.py").write_text(DEFINITIONS)
-    write_model(tmp_path / "double.onnx")
-    applied = run(bin_folder / "shorttail", "apply", "definitions.py", "--store", "store", cwd=tmp_path)
-    assert re.search(r"\+ model double +version 1", applied)
-    (tmp_path / "smoke.py").write_text(SERVE)
-    said = run(bin_folder / "python", "smoke.py", bin_folder / "shorttail", cwd=tmp_path)
-    assert said.startswith("[[41.0, 3.0]] [[41.0, 3.0]]")
-    assert str(tmp_path / "env") in said
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("dist")
+    run("make", "wheel", f"VENV={sys.prefix}", f"DIST={folder}", cwd=ROOT)
+    (path,) = folder.iterdir()
+    return path
+
+
+def test_its_tag_is_of_any_linux_with_such_a_libc(wheel: Path) -> None:
+    python = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    platforms = r"manylinux_2_\d+_(x86_64|aarch64)(\.manylinux\w+)*"
+    assert re.fullmatch(rf"shorttail-[\d.]+-{python}-{python}-{platforms}\.whl", wheel.name)
+
+
+def install(wheel: Path, home: Path) -> None:
+    """Make an environment of the wheel, its extras and what they need, none of which may be built."""
+    uv = shutil.which("uv", path=os.pathsep.join([str(Path(sys.prefix) / "bin"), os.environ["PATH"]]))
+    venv.create(home, with_pip=uv is None)
+    python = home / "bin" / "python"
+    command = [uv, "pip", "install", "--python", python] if uv else [python, "-m", "pip", "install"]
+    run(*command, "--quiet", "--only-binary", ":all:", f"shorttail[{EXTRAS}] @ {wheel.as_uri()}", cwd=home)
+
+
+def test_the_quick_start_runs_without_a_compiler(wheel: Path, tmp_path: Path) -> None:
+    home = tmp_path / "env"
+    install(wheel, home)
+    run(sys.executable, "-c", example("skl2onnx"), cwd=tmp_path)  # the data and the model
+    (tmp_path / "definitions.py").write_text(example("st.FeatureView("))
+    (tmp_path / "ask.py").write_text(ASK)
+    assert not any(shutil.which(compiler, path=str(home / "bin")) for compiler in ("cc", "gcc", "clang", "c++"))
+
+    def here(program: str, *arguments: str) -> str:
+        return run(home / "bin" / program, *arguments, cwd=tmp_path, PATH=str(home / "bin"), CC="/bin/false")
+
+    assert re.search(r"\+ model fraud +version 1", here("shorttail", "apply", "definitions.py", "--store", "store"))
+    assert re.match(r"user_stats: 1,000 rows ", here("shorttail", "materialize", "--store", "store"))
+    assert str(home) in here("python", "ask.py", str(home / "bin" / "shorttail"))

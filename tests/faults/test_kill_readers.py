@@ -14,13 +14,14 @@ from pathlib import Path
 
 import pytest
 import workload
+from extent import CYCLES
 from zygote import Child, Zygote
 
 from shorttail.config import LIMITS
 from shorttail.store import Store, environment
 from shorttail.store.verify import verify
 
-CYCLES = 2 * int(os.environ.get("SHORTTAIL_FAULT_CYCLES", "150"))  # as many as of writers
+KILLS = 2 * CYCLES  # as many as of writers
 READERS = 4  # alive at a time
 SLOTS_EACH = 8
 
@@ -41,7 +42,7 @@ def dead(child: Child) -> list[dict[str, int]]:
     return said
 
 
-def test_random_kills(zygote: Zygote, tmp_path: Path) -> None:
+def test_readers_that_are_killed_at_random_leave_nothing_behind(zygote: Zygote, tmp_path: Path) -> None:
     seed = int(os.environ.get("SHORTTAIL_FAULT_SEED", time.time_ns() % 1_000_000))
     print(f"SHORTTAIL_FAULT_SEED={seed}")
     rng = random.Random(seed)
@@ -50,7 +51,7 @@ def test_random_kills(zygote: Zygote, tmp_path: Path) -> None:
     readers: list[Child] = []
     step = seen = 0
     with Store.open(path) as store:
-        for _ in range(CYCLES):
+        for _ in range(KILLS):
             readers.append(zygote.start("read", path=str(path)))
             if rng.random() < 0.8:  # the others are killed while they start
                 readers[-1].wait_for_first()
@@ -68,7 +69,7 @@ def test_random_kills(zygote: Zygote, tmp_path: Path) -> None:
             reader.kill()
             dead(reader)
         assert workload.step_seen(workload.look_up_all(store)) == step
-        assert seen > CYCLES / 2, "the readers did read"
+        assert seen > KILLS / 2, "the readers did read"
         # Readers that lag pin pages, for as long as they do; one that is dead and not noticed would for ever.
         assert pages(store) < 10 * usual_pages, f"{pages(store)} pages, from {usual_pages}"
     assert zygote.start("check", path=str(path)).result()["seen"] == step

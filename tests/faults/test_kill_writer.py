@@ -1,7 +1,8 @@
 """A writer killed at any moment: what it acknowledged is there, what it did not is there whole or not at all.
 
-SHORTTAIL_FAULT_CYCLES sets the number of random kills, in each of two ways (`make soak`: 1,000). A seed is printed, and
-SHORTTAIL_FAULT_SEED repeats its choices; when a kill from outside hits is not in them.
+SHORTTAIL_FAULT_CYCLES sets the number of random kills, in each of two ways (`make soak`: 1,000), and has each kind of
+step killed in each way. A seed is printed, and SHORTTAIL_FAULT_SEED repeats its choices, but not the moments at which
+kills come from outside.
 """
 
 from __future__ import annotations
@@ -15,13 +16,21 @@ from pathlib import Path
 
 import pytest
 import workload
+from extent import CYCLES, pairs
 from lmdb.verify import verify as verify_lmdb
 from zygote import AFTER, KILL, TEAR, Child, Zygote
 
 from shorttail.store import Store
 from shorttail.store.verify import verify
 
-CYCLES = int(os.environ.get("SHORTTAIL_FAULT_CYCLES", "150"))
+MODES = {"before": KILL, "within": TEAR, "after": AFTER}
+SHORT = {
+    "edit": list(MODES),
+    "grow": ["before"],
+    "shrink": ["within"],
+    "load": ["within", "after"],
+    "catalog": ["after"],
+}
 READERS_MAX = 12  # slots: a few processes, with a few transactions each
 
 
@@ -47,7 +56,9 @@ def acknowledged(child: Child) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("observed", [True, False], ids=["observed", "alone"])
-def test_random_kills(zygote: Zygote, tmp_path: Path, observed: bool) -> None:
+def test_a_writer_that_is_killed_at_random_loses_nothing_it_acknowledged(
+    zygote: Zygote, tmp_path: Path, observed: bool
+) -> None:
     """observed: this process reads all the while, so that LMDB cannot make its lock file anew for each writer."""
     seed = int(os.environ.get("SHORTTAIL_FAULT_SEED", time.time_ns() % 1_000_000))
     print(f"SHORTTAIL_FAULT_SEED={seed}")
@@ -85,9 +96,8 @@ def test_random_kills(zygote: Zygote, tmp_path: Path, observed: bool) -> None:
     assert done > CYCLES
 
 
-@pytest.mark.parametrize("mode", [KILL, TEAR, AFTER], ids=["before", "within", "after"])
-@pytest.mark.parametrize("kind", ["edit", "grow", "shrink", "load", "catalog"])
-def test_killed_at_every_write_of_a_step(zygote: Zygote, tmp_path: Path, kind: str, mode: int) -> None:
+@pytest.mark.parametrize(("kind", "mode"), pairs(workload.KINDS, MODES, SHORT))
+def test_killed_at_every_write_of_a_step(zygote: Zygote, tmp_path: Path, kind: str, mode: str) -> None:
     base, path = tmp_path / "base", tmp_path / "store"
     step = workload.create_before(base, kind)
     nth, kills = 0, 0
@@ -95,7 +105,7 @@ def test_killed_at_every_write_of_a_step(zygote: Zygote, tmp_path: Path, kind: s
         nth += 1
         shutil.copytree(base, path, ignore=shutil.ignore_patterns("lock.mdb"))
         with Store.open(path) as observer:
-            child = zygote.start("take_one", path=str(path), step=step, fault=[mode, nth])
+            child = zygote.start("take_one", path=str(path), step=step, fault=[MODES[mode], nth])
             *acks, end = child.wait()
             at = sound(zygote, path)
             assert workload.step_seen(workload.look_up_all(observer)) == at

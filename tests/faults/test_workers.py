@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import under_load
+from extent import CYCLES, SOAK
 from serving import Server, make_store
 from under_load import (
     Blocking,
@@ -33,8 +34,7 @@ from under_load import (
 
 import shorttail as st
 
-CYCLES = int(os.environ.get("SHORTTAIL_FAULT_CYCLES", "0"))
-REPLACEMENTS = max(1, CYCLES // 20)  # of all workers, one by one
+REPLACEMENTS = max(1, CYCLES // 20) if SOAK else 1  # of all workers, one by one
 KILLS = max(1, CYCLES // 200)  # of each worker; the pause before it is started again doubles each time
 WORKERS = 2
 

@@ -180,7 +180,7 @@ class OnSocket(Server):
         script = 'eval "exec 3<&$0"; export LISTEN_PID=$$ LISTEN_FDS=1; exec "$@"'
         with log.open("w") as errors:
             self.process = subprocess.Popen(
-                ["bash", "-c", script, str(fd), *SERVE, "--store", str(store), *options],
+                ["bash", "-c", script, str(fd), *SERVE, "--store", str(store), "--http-port", "0", *options],
                 stdout=subprocess.PIPE, stderr=errors, text=True, pass_fds=[fd],
             )  # fmt: skip
         ready, _, _ = select.select([self.process.stdout], [], [], TIMEOUT_S)

@@ -39,6 +39,7 @@ Rows = dict[int, int]  # key -> the step that wrote it
 MARKER = -1
 N_KEYS = 400
 WIDTH = 60  # so wide that a page holds a dozen rows
+KINDS = ("edit", "grow", "shrink", "load", "catalog")
 CYCLE = ("edit", "edit", "grow", "shrink", "load", "edit", "edit", "catalog")
 
 USER = Entity("user", keys={"user_id": dtypes.Int64})

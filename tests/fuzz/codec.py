@@ -73,6 +73,7 @@ def plan(kind: str, model: str, names: tuple[str, ...], **more: Any) -> Plan:
         version=int(kind == "predict"),
         names=names,
         dtypes=tuple(DTYPES[name] for name in names),
+        feature_types=tuple(DTYPES["key"].name for _ in more["feature_names"]),
         has_default=tuple(position % 2 == 0 for position in range(len(more["feature_names"]))),
         split=None,
         runner=None,
@@ -128,7 +129,7 @@ def replies(stream: bytes, access: int, cut: int) -> list[list[Any]]:
         connection.data_received(stream[start : start + cut])
     for batch in router.take():
         if batch.wanted():
-            batch.reply(router.engine.run(batch.route, batch.columns))
+            batch.reply(router.engine.run(batch.route.plan, batch.columns))
     for peer, msgid in forwarded:
         if peer is not None:
             peer.relay(msgid, WRITTEN)

@@ -17,7 +17,7 @@ def test_the_seeds_are_requests_that_are_served(message):
     assert [answer[2] for answer in answers] == [None] * (message[0] == 0)
 
 
-def test_seeds_damaged():
+def test_damaged_seeds_are_read_or_refused():
     print(f"seed {SEED}")
     rng = random.Random(SEED)
     for data in [*inputs()] * 20:

@@ -53,7 +53,7 @@ def test_the_frames_are_good_before_they_are_damaged(server):
         assert answer[2] is None, answer
 
 
-def test_damaged_frames(server):
+def test_damaged_frames_are_answered_or_end_their_connection(server):
     print(f"seed {SEED}")
     [pid] = server.workers()
     plateau = 0

@@ -1,4 +1,4 @@
-"""Servers that behave as a test wants, in a thread of their own: MessagePack-RPC and HTTP. And a quick load on them."""
+"""Servers of MessagePack-RPC and of HTTP that behave as a test wants, in a thread, and a quick load to put on them."""
 
 from __future__ import annotations
 
@@ -58,7 +58,11 @@ def rpc_server(
     close_after: int = 0,
     keep: int = 5000,
 ) -> Iterator[Fake]:
-    """`models` and `views` are answered; `answer` does the rest. close_after: requests until a connection is closed."""
+    """A server that answers `models` and `views` by MODELS and VIEWS, and everything else by `answer`.
+
+    stall_every_s, stall_s: how often it does nothing, and for how long. close_after: requests until it closes a
+    connection. keep: how many requests it keeps for the test to read.
+    """
     fake = Fake()
 
     class Server(asyncio.Protocol):
@@ -94,7 +98,7 @@ def rpc_server(
 
 @contextlib.contextmanager
 def http_server(answer: Callable[[bytes, bytes], bytes]) -> Iterator[Fake]:
-    """answer(head, body) -> the bytes of the response; after one that ends in b"<close>" it closes."""
+    """A server whose responses, in bytes, answer(head, body) gives; after one that ends in b"<close>" it closes."""
     fake = Fake()
 
     class Server(asyncio.Protocol):
@@ -157,13 +161,16 @@ def running(fake: Fake, factory: Any, path: str | None, stall_every_s: float, st
 
 
 def predict(**given: Any) -> Workload:
+    """Predictions of model "m" for random users, changed as given."""
     return Workload(**{"predict": "m", "keys": [USERS], **given})
 
 
 def with_load(**changes: Any) -> Load:
+    """QUICK, changed as given."""
     return dataclasses.replace(QUICK, **changes)
 
 
 def load_on(address: str, load: Load = QUICK, rate: float | None = QUICK_PER_S, plan: Traffic | None = None) -> Step:
+    """What one step of that load measures at this address. rate: requests per second; None for a closed loop."""
     plan = plan or plan_rpc(predict(), MODELS, VIEWS)
     return run_step(plan, target.find(address), load, None if rate is None else Rate(rate, rate))

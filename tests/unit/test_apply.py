@@ -189,9 +189,10 @@ def width_message(store: Store, path: Path, inputs: Any) -> str:
 
 def test_the_wrong_number_of_columns(store: Store, matrix: Callable[..., Path]) -> None:
     assert width_message(store, matrix(14), ["stats:age", "stats:txn_7d"]) == (
-        "model 'fraud': fraud.onnx takes 14 columns (input 'input'), but inputs lists 2; first: stats:age, stats:txn_7d"
+        "model 'fraud': fraud.onnx takes 14 columns (input 'input'), but inputs= lists 2;"
+        " first: stats:age, stats:txn_7d"
     )
-    assert "takes 4 columns (input 'input'), but inputs lists 2 entries that make 5 columns" in width_message(
+    assert "takes 4 columns (input 'input'), but inputs= lists 2 entries that make 5 columns" in width_message(
         store, matrix(4), ["stats:age", "stats:taste"]
     )
 
@@ -205,7 +206,7 @@ def test_a_request_column_alone_is_a_vector(store: Store, matrix: Callable[..., 
     ("signature", "inputs", "message"),
     [
         (TWO, ["stats:age", "stats:txn_7d"], "takes 2 inputs; write inputs={'a': [...], 'b': [...]}"),
-        (TWO, {"a": ["stats:age"]}, "takes the inputs 'a', 'b', but inputs feeds 'a'"),
+        (TWO, {"a": ["stats:age"]}, "takes the inputs 'a', 'b', but inputs= names 'a'"),
         (
             {"a": (FLOAT, [1, 1]), "b": (FLOAT, [2, 1])},
             {"a": ["stats:age"], "b": ["stats:age"]},

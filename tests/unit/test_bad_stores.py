@@ -1,4 +1,4 @@
-"""What is not a store, or one that cannot be used now: one line says why, and nothing is lost."""
+"""Paths that are not a store, and stores that cannot be used: one line says why, and no data is lost."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def store(path: Path) -> Iterator[Store]:
         yield store
 
 
-def test_missing_store(path: Path) -> None:
+def test_a_store_that_is_not_there_is_named(path: Path) -> None:
     with pytest.raises(NotFound, match=r"no store at '.*store'; create it with `shorttail apply"):
         Store.open(path)
     path.mkdir()
@@ -39,7 +39,7 @@ def test_missing_store(path: Path) -> None:
     assert list(path.iterdir()) == []
 
 
-def test_not_a_store(tmp_path: Path) -> None:
+def test_what_is_no_store_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("hello")
     with pytest.raises(InvalidArgument, match="is a file, not a store"):
@@ -57,14 +57,14 @@ def test_not_a_store(tmp_path: Path) -> None:
         Store.open(garbage)
 
 
-def test_newer_format(path: Path) -> None:
+def test_a_store_of_a_newer_format_is_refused(path: Path) -> None:
     with make_store(path) as store, store.environment.write() as writer:
         writer.txn.put(b"format", b"7")
     with pytest.raises(InvalidArgument, match="format 7, and this shorttail reads 2; upgrade"):
         Store.open(path)
 
 
-def test_older_format(path: Path) -> None:
+def test_a_store_of_an_older_format_is_refused(path: Path) -> None:
     with make_store(path) as store, store.environment.write() as writer:
         writer.txn.put(b"format", b"1")
     with pytest.raises(InvalidArgument, match="format 1, and this shorttail reads 2; make a new store"):
@@ -72,7 +72,7 @@ def test_older_format(path: Path) -> None:
 
 
 @pytest.mark.parametrize("keep", [0, 100, 8192, 40_000, -4096])
-def test_truncated_file(path: Path, keep: int) -> None:
+def test_a_truncated_file_is_refused(path: Path, keep: int) -> None:
     with make_store(path) as store:
         store.load("stats", [rows(range(5000))])
     data = path / "data.mdb"
@@ -81,7 +81,7 @@ def test_truncated_file(path: Path, keep: int) -> None:
         Store.open(path)
 
 
-def test_file_that_only_lacks_unused_pages_is_sound(path: Path) -> None:
+def test_file_without_its_unused_last_pages_is_sound(path: Path) -> None:
     with make_store(path) as store:
         store.load("stats", [rows(range(5000))])
         store.refresh()
@@ -99,7 +99,7 @@ def test_file_that_only_lacks_unused_pages_is_sound(path: Path) -> None:
             try:
                 Store.open(path.with_name("copy")).close()
             except InvalidArgument:
-                assert cut > 1  # a page that is in use is gone now
+                assert cut > 1  # this cut removed a page that is in use
                 break
 
 
@@ -122,7 +122,7 @@ def test_disk_full_fails_the_write_and_keeps_the_rest(store: Store) -> None:
     assert store.load("stats", [rows(range(20_000))]) == 20_000
 
 
-def test_map_full(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_map_refuses_a_load_and_keeps_its_rows(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mapping, "LIMITS", Limits(map_bytes=1 << 20))
     with make_store(path) as store:
         store.load("stats", [rows(range(10))])
@@ -136,7 +136,7 @@ def test_use_after_fork_is_refused(store: Store) -> None:
     assert scores(store, [1]) == [1.0]
     read_end, write_end = os.pipe()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # threads of earlier tests
+        warnings.simplefilter("ignore")  # Python warns about fork because of threads of earlier tests
         pid = os.fork()
     if pid == 0:
         said = []

@@ -1,4 +1,4 @@
-"""Care of a store: what `verify` finds and that nothing kills it, figures, backups of a store in use."""
+"""Operating a store: `verify` finds damage and survives it, `stat` and its statistics, backups of a store in use."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from shorttail.store import verify as verify_module
 from shorttail.store.backup import backup
 from shorttail.store.environment import table_pages
 from shorttail.store.lmdb_file import structure_problems
-from shorttail.store.stat import figures
+from shorttail.store.stat import store_stats
 from shorttail.store.verify import verify
 
 TESTS = str(Path(__file__).parent)
@@ -33,7 +33,7 @@ TESTS = str(Path(__file__).parent)
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """A store of 3000 rows, some of them written again, with a log and free pages."""
+    """Make a store of 3000 rows, some of them overwritten, with a change log and free pages."""
     with make_store(tmp_path / "store") as store:
         store.load("stats", [rows(range(3000))])
         store.upsert("stats", rows(range(0, 3000, 50), 1, 1))
@@ -42,7 +42,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def wide_store(path: Path, width: int) -> Store:
-    """A store with an empty view `wide`, whose rows have 4 * width bytes and a little more."""
+    """Make a store with an empty view `wide`, whose rows have a little more than 4 * width bytes."""
     user = Entity("user", keys={"id": dtypes.Int64})
     store = Store.open(path, create=True)
     with store.edit_catalog() as catalog:
@@ -58,7 +58,7 @@ def wide_rows(ids: range, width: int) -> ColumnBatch:
 
 
 def page_places(path: Path) -> list[tuple[str, int]]:
-    """(bucket, offset in the file) of the page images of view `stats`."""
+    """Return (bucket key, offset in the file) of each page image of view `stats`."""
     with Store.open(path) as store, store.environment.read() as txn:
         table = store.catalog.tables["stats"].id
         images = [(key.hex(), bytes(page)) for key, page in table_pages(txn, table)]
@@ -79,18 +79,18 @@ def in_child(code: str, *arguments: Any, timeout_s: float = 60, **environ: str) 
 # -- verify --------------------------------------------------------------------------------------------------------
 
 
-def test_sound_store(path: Path) -> None:
+def test_a_sound_store_has_no_problems(path: Path) -> None:
     seen: list[tuple[int, int | None]] = []
     report = verify(path, lambda done, of: seen.append((done, of)))
     assert (report.ok, report.problems, report.notes) == (True, [], [])
     with Store.open(path) as store:
-        pages = figures(store)["views"][0]["buckets"]
+        pages = store_stats(store)["views"][0]["buckets"]
         with store.environment.read() as txn:
             commit = store.environment.sequence(txn)
     assert (report.tables, report.rows, report.pages, report.commit) == (1, 2950, pages, commit)
 
 
-def test_what_is_no_store_is_refused(tmp_path: Path) -> None:
+def test_paths_that_are_not_a_store_are_refused(tmp_path: Path) -> None:
     with pytest.raises(NotFound, match="no store at"):
         verify(tmp_path / "none")
     (tmp_path / "file").write_text("x")
@@ -114,9 +114,9 @@ def digest(path):
                     found.update(repr(column.tolist()).encode())
     return found.hexdigest()
 
-def check(work):  # what the command does, without three interpreters for each flip
+def check(work):  # like the command, but without starting three interpreters per flip
     problems = lmdb_file.structure_problems(work)
-    checks.structure = lambda env, path: problems
+    checks.find_structure_problems = lambda env, path: problems
     checks.check(work)
 
 def forked(work, data, action):
@@ -151,7 +151,7 @@ for at, bit in json.load(sys.stdin):
 
 
 def flip(path: Path, tmp_path: Path, positions: list[tuple[int, int]]) -> list[tuple[int, int, bool, list[str], bool]]:
-    """(position, bit, ended well, problems, harmless: the same content is read) for each of these flips."""
+    """Flip each bit in turn. Return per flip (position, bit, ended well, problems, whether the content is the same)."""
     work = tmp_path / "flipped"
     work.mkdir()
     done = subprocess.run(
@@ -165,7 +165,7 @@ def flip(path: Path, tmp_path: Path, positions: list[tuple[int, int]]) -> list[t
     return [tuple(json.loads(line)) for line in done.stdout.splitlines()]
 
 
-def test_flipped_bits_anywhere(path: Path, tmp_path: Path) -> None:
+def test_bits_flipped_anywhere_never_kill_verify(path: Path, tmp_path: Path) -> None:
     seed = random.randrange(1 << 32)
     print("seed", seed)
     rng = random.Random(seed)
@@ -187,8 +187,8 @@ def test_flipped_bits_anywhere(path: Path, tmp_path: Path) -> None:
             assert problems or harmless, (at, bit)
 
 
-def test_flipped_bits_beside_the_tables(path: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "copy"  # without the older versions of all this that lie in free pages
+def test_flipped_bits_outside_the_tables(path: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"  # a compact copy has no old versions of pages in free pages
     backup(path, copy)
     with Store.open(copy) as store, store.environment.read() as txn:
         entries = [(bytes(key), bytes(value)) for key, value in txn.cursor() if bytes(key[:1]) != b"t"]
@@ -208,7 +208,7 @@ def test_flipped_bits_beside_the_tables(path: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.3, 0.999])
-def test_truncated_file(path: Path, keep: float) -> None:
+def test_a_truncated_file_is_a_problem(path: Path, keep: float) -> None:
     data = path / "data.mdb"
     os.truncate(data, int(data.stat().st_size * keep))
     report = verify(path)
@@ -217,7 +217,7 @@ def test_truncated_file(path: Path, keep: float) -> None:
 
 
 def test_end_of_a_long_value_is_missing(tmp_path: Path) -> None:
-    """A page image of several LMDB pages whose first is there and whose last is not."""
+    """The file ends within a page image of several LMDB pages."""
     n = 40
     with wide_store(tmp_path / "store", 1500) as store:
         store.load("wide", [wide_rows(range(n), 1500)])
@@ -233,14 +233,14 @@ def test_end_of_a_long_value_is_missing(tmp_path: Path) -> None:
             found.append(length)
             with pytest.raises(InvalidArgument, match=r"is truncated or damaged \(data.mdb has"):
                 Store.open(store_path)
-        else:  # only unused pages were cut
+        else:  # the cut removed only unused pages
             with Store.open(store_path) as store:
                 assert store.count("wide") == n
     assert found
 
 
 def image_with(path: Path, change: Any) -> None:
-    """Write one page of `stats` again, after `change(image, layout)`, with the right checksum."""
+    """Apply `change(image, layout)` to a page of `stats` and write it with a valid checksum."""
     with Store.open(path) as store:
         table, layout = store.catalog.tables["stats"], store.layout("stats")
         with store.environment.write() as writer:
@@ -250,7 +250,7 @@ def image_with(path: Path, change: Any) -> None:
             writer.put_page(table.id, key, bytes(page))
 
 
-def test_row_that_is_there_twice(path: Path) -> None:
+def test_duplicate_row(path: Path) -> None:
     def change(page: bytearray, layout: Any) -> None:
         first, n = 8 + int.from_bytes(page[2:4], "little"), layout.row_bytes
         page[first + n : first + 2 * n] = page[first : first + n]
@@ -270,10 +270,10 @@ def test_row_with_a_wrong_tag_or_in_a_wrong_bucket(path: Path) -> None:
 
     image_with(path, change)
     (problem,) = verify(path).problems
-    assert problem.endswith((": a row lies in the wrong bucket", ": a tag is not that of its row")), problem
+    assert problem.endswith((": a row lies in the wrong bucket", ": a tag does not match its row")), problem
 
 
-def test_missing_bucket(path: Path) -> None:
+def test_a_missing_bucket_is_a_problem(path: Path) -> None:
     with Store.open(path) as store, store.environment.write() as writer:
         table = store.catalog.tables["stats"].id
         keys = [key for key, _ in table_pages(writer.txn, table)]
@@ -287,11 +287,11 @@ def test_leftover_table_and_missing_log(path: Path) -> None:
         writer.put_page(77, bytes(8), bytes(4080))
         writer.txn.delete(b"l" + (2).to_bytes(8, "big"))
     report = verify(path)
-    assert report.notes == ["table 77 is in no catalog (1 pages): of a load at work, or left by a killed one"]
-    assert any("the change log does not hold the commits 1 to " in problem for problem in report.problems)
+    assert report.notes == ["table 77 is not in the catalog (1 pages): a load is running, or a killed load left it"]
+    assert any("the change log lacks some of the commits 1 to " in problem for problem in report.problems)
 
 
-def test_store_that_is_written_to(path: Path) -> None:
+def test_store_that_is_written_during_verify(path: Path) -> None:
     stop = threading.Event()
     commits = 0
 
@@ -315,7 +315,7 @@ def test_store_that_is_written_to(path: Path) -> None:
     assert report.rows > 3000
 
 
-def test_killed_by_what_it_read(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_killed_by_a_damaged_page(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\necho '[\"doing\", \"view '\"'stats'\"'\"]'\nkill -BUS $$\n")
     python.chmod(0o755)
@@ -327,7 +327,7 @@ def test_killed_by_what_it_read(path: Path, tmp_path: Path, monkeypatch: pytest.
 # -- stat ----------------------------------------------------------------------------------------------------------
 
 
-def test_figures_of_readers(path: Path) -> None:
+def test_stat_of_readers(path: Path) -> None:
     code = (
         "import sys\nfrom shorttail.store import Store\nstore = Store.open(sys.argv[1])\n"
         "with store.reading():\n    print('in', flush=True)\n    sys.stdin.readline()\n"
@@ -339,11 +339,11 @@ def test_figures_of_readers(path: Path) -> None:
         assert child.stdout is not None
         assert child.stdin is not None
         assert child.stdout.readline() == b"in\n"
-        before = figures(store)
+        before = store_stats(store)
         for n in range(3):
             store.upsert("stats", rows([n], 9, 9))
         store.refresh()
-        after = figures(store)
+        after = store_stats(store)
         child.stdin.write(b"\n")
     assert before["readers"] == [{"pid": child.pid, "snapshots": 1, "commits_behind": 0}]
     assert after["readers"] == [{"pid": child.pid, "snapshots": 1, "commits_behind": 3}]
@@ -352,16 +352,16 @@ def test_figures_of_readers(path: Path) -> None:
     assert after["change_log"]["commits"] == before["change_log"]["commits"] + 3
 
 
-def test_figures_of_views(path: Path) -> None:
+def test_stat_of_views(path: Path) -> None:
     with Store.open(path) as store:
-        found = figures(store)
+        found = store_stats(store)
         with store.environment.read() as txn:
             pages = [bytes(page) for _, page in table_pages(txn, store.catalog.tables["stats"].id)]
     (view,) = found["views"]
     assert (view["rows"], view["buckets"], view["bytes"]) == (2950, len(pages), 4096 * len(pages))
     gaps = [page.count(0) for page in pages]
     assert 0.3 < view["fill"] < 1
-    assert view["fill"] >= 1 - sum(gaps) / (4080 * len(pages))  # the gap is zeros, and so are other bytes
+    assert view["fill"] >= 1 - sum(gaps) / (4080 * len(pages))  # gaps are zeros, but other bytes are zero as well
     assert found["file_bytes"] == (path / "data.mdb").stat().st_size
     assert found["free_bytes"] < found["file_bytes"]
     assert found["leftover_tables"] == []
@@ -372,7 +372,7 @@ def test_figures_of_views(path: Path) -> None:
 
 @pytest.mark.parametrize("compact", [True, False])
 def test_backup_of_a_store_in_use(path: Path, tmp_path: Path, compact: bool) -> None:
-    """Every row of one version is in one commit, so a copy must hold one version only."""
+    """One commit writes all rows of a version, so a copy must hold exactly one version."""
     stop, started = threading.Event(), threading.Event()
     ids = list(range(0, 3000, 3))
 
@@ -400,7 +400,7 @@ def test_backup_of_a_store_in_use(path: Path, tmp_path: Path, compact: bool) -> 
         with Store.open(tmp_path / f"copy {n}") as restored:
             found = scanned(restored)
             assert len({found[i][0] for i in ids}) == 1
-            restored.upsert("stats", rows([5], 10**6, 7))  # it is a store
+            restored.upsert("stats", rows([5], 10**6, 7))  # the copy is a store that can be written
             assert scores(restored, [5]) == [5.7]
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["copy 0", "copy 1", "copy 2", "store"]
 
@@ -409,19 +409,19 @@ def test_backup_of_an_open_store(path: Path, tmp_path: Path) -> None:
     path.chmod(0o750)
     with Store.open(path) as store, store.reading():
         done = backup(store, tmp_path / "copy")
-        found = figures(store)
+        found = store_stats(store)
     assert (done.commit, done.views, done.model_versions) == (found["commit"], 1, 0)
     assert (tmp_path / "copy").stat().st_mode & 0o777 == 0o750
     assert done.bytes <= found["file_bytes"]
 
 
-def test_backup_refuses(path: Path, tmp_path: Path) -> None:
+def test_a_backup_goes_to_a_new_folder_outside_of_the_store(path: Path, tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     with pytest.raises(InvalidArgument, match=r"'.*there' exists"):
         backup(path, tmp_path / "there")
-    with pytest.raises(InvalidArgument, match="is inside of the store"):
+    with pytest.raises(InvalidArgument, match="is inside the store"):
         backup(path, path / "copy")
-    with pytest.raises(InvalidArgument, match="is not there; create it"):
+    with pytest.raises(InvalidArgument, match="does not exist; create it"):
         backup(path, tmp_path / "none" / "copy")
     with pytest.raises(NotFound, match="no store at"):
         backup(tmp_path / "nowhere", tmp_path / "copy")

@@ -1,4 +1,4 @@
-"""`shorttail stat`, `verify` and `backup` as a user runs them, on a store with a model."""
+"""The commands `shorttail stat`, `verify` and `backup`, on a store with a model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def project(tmp_path: Path) -> Project:
     return project
 
 
-def test_stat(project: Project) -> None:
+def test_stat_prints_views_file_commits_and_readers(project: Project) -> None:
     lines = project.ok("stat", "--store", "store").out.splitlines()
     assert lines[0].split() == ["view", "keys", "features", "rows", "fill", "size", "depth"]
     assert lines[1].split()[:4] == ["plane", "tailnum", "3", "3"]
@@ -29,7 +29,7 @@ def test_stat(project: Project) -> None:
     assert lines[5:] == ["readers: none"]
 
 
-def test_verify(project: Project) -> None:
+def test_verify_says_what_it_read(project: Project) -> None:
     said = project.ok("verify", "--store", "store").out
     assert re.fullmatch(r"store: sound as of commit \d+; 2 views, 3 rows, 1 page, 1 model version in \d+\.\d s\n", said)
     found = project.ok("verify", "--store", "store", "--json").json
@@ -55,8 +55,8 @@ def test_verify_of_a_damaged_model_and_page(project: Project) -> None:
         r"problem: view 'plane' \(table \d+\), bucket 0000000000000000: its checksum is wrong", lines[0]
     )
     assert lines[1:] == [
-        "problem: model 'delay' version 1: model.onnx has another sha256 than the catalog says",
-        "problem: model 'delay' version 1: manifest.json is not of the file that the catalog says",
+        "problem: model 'delay' version 1: the sha256 of model.onnx is not the catalog's",
+        "problem: model 'delay' version 1: the sha256 in manifest.json is not the catalog's",
     ]
     assert project.run("verify", "--store", "store", "--json").code == 1
     error = project.fails("backup", "copy", "--store", "store")
@@ -72,16 +72,17 @@ def test_verify_of_a_truncated_file(project: Project) -> None:
     assert result.out.startswith("note: the tables were not read, as LMDB's structure is damaged\nproblem: data.mdb: ")
 
 
-def test_backup_and_restore(project: Project) -> None:
+def test_a_backup_is_a_store_that_answers_the_same(project: Project) -> None:
     said = project.ok("backup", "copy", "--store", "store").out
     assert re.fullmatch(r"copy: 2 views, 1 model version, [\d.]+ KiB as of commit \d+ in \d+\.\d s\n", said)
     assert project.fails("backup", "copy", "--store", "store") == (
-        "error: 'copy' exists; a backup is never written over anything: choose another name\n"
+        "error: 'copy' exists; a backup never overwrites anything, so choose another name\n"
     )
     project.ok("verify", "--store", "copy")
     asked = ["predict", "delay", "tailnum=N1", "hour=3", "--json", "--store"]
     assert project.ok(*asked, "copy").json == project.ok(*asked, "store").json
-    assert project.ok("serve", "--check", "--lock-memory", "--store", "copy").out.startswith("ok · models: delay v1")
+    checked = project.process("serve", "--check", "--lock-memory", "--store", "copy")
+    assert checked.stdout.startswith("ok · models: delay v1"), checked
     done = json.loads(project.ok("backup", "second", "--store", "copy", "--as-is", "--json").out)
     assert (done["backup"], done["views"], done["model_versions"]) == ("second", 2, 1)
     names = {"copy", "second", "store", "definitions.py", "delay.onnx", "planes.parquet"}

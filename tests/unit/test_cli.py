@@ -1,19 +1,19 @@
-"""The command as a user runs it: a process of its own, its output word for word, its errors in one line."""
+"""The command as a user runs it: its output word for word, its errors in one line, its exit codes."""
 
 from __future__ import annotations
 
-import json
 import re
+import select
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import commands
 import numpy as np
 import pytest
 
@@ -43,37 +43,26 @@ delay = st.Model("delay", path="delay.onnx", inputs=["plane:year", "plane:seats"
 
 
 @dataclass
-class Result:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
-@dataclass
 class Project:
+    """A folder with definitions, a model and rows, in which commands are run."""
+
     folder: Path
 
     def command(self, *arguments: str) -> list[str]:
         return [sys.executable, "-m", "shorttail", *arguments]
 
-    def run(self, *arguments: str) -> Result:
-        done = subprocess.run(self.command(*arguments), cwd=self.folder, capture_output=True, text=True, timeout=60)
-        return Result(done.returncode, done.stdout, done.stderr)
+    def process(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """The command in a process of its own: what no test of its output needs."""
+        return subprocess.run(self.command(*arguments), cwd=self.folder, capture_output=True, text=True, timeout=60)
 
-    def ok(self, *arguments: str) -> Result:
-        result = self.run(*arguments)
-        assert (result.code, result.err) == (0, ""), result
-        return result
+    def run(self, *arguments: str) -> commands.Result:
+        return commands.run(*arguments, folder=self.folder)
+
+    def ok(self, *arguments: str) -> commands.Result:
+        return commands.run_well(*arguments, folder=self.folder)
 
     def fails(self, *arguments: str, code: int = 1) -> str:
-        result = self.run(*arguments)
-        assert result.code == code, result
-        assert re.fullmatch(r"error: .+\n", result.err), result.err
-        return result.err
+        return commands.error_of(*arguments, code=code, folder=self.folder)
 
 
 def write_model(path: Path, bias: float) -> None:
@@ -143,8 +132,19 @@ def test_no_command_shows_help(tmp_path: Path) -> None:
     assert result.code == 2
 
 
-def test_version(tmp_path: Path) -> None:
+def test_the_command_says_its_version(tmp_path: Path) -> None:
     assert Project(tmp_path).ok("--version").out.startswith("shorttail, version ")
+
+
+def test_a_process_of_its_own_prints_and_exits_the_same(loaded: Project) -> None:
+    for arguments in (
+        ["--version"],
+        ["features", "plane:maker", "tailnum=N1", "--store", "store"],
+        ["features", "plane:maker", "tail=N1", "--store", "store"],
+        ["features", "--store"],
+    ):
+        alone, here = loaded.process(*arguments), loaded.run(*arguments)
+        assert (alone.returncode, alone.stdout, alone.stderr) == (here.code, here.out, here.err), arguments
 
 
 def test_apply_says_what_changes(fresh: Project) -> None:
@@ -168,7 +168,7 @@ def test_wrong_definitions_leave_no_store_behind(fresh: Project) -> None:
     (fresh.folder / "definitions.py").write_text(DEFINITIONS.replace('"plane:year", ', ""))
     message = fresh.fails("apply", "definitions.py", "--store", "store")
     assert message == (
-        "error: model 'delay': delay.onnx takes 3 columns (input 'x'), but inputs lists 2;"
+        "error: model 'delay': delay.onnx takes 3 columns (input 'x'), but inputs= lists 2;"
         " first: plane:seats, request:hour\n"
     )
     assert not (fresh.folder / "store").exists()
@@ -199,7 +199,7 @@ def test_a_schema_change_needs_reset(fresh: Project) -> None:
     assert "~ view plane    retyped year Int32 -> Float32; 3 rows dropped" in out.splitlines()
 
 
-def test_push_upserts(fresh: Project) -> None:
+def test_push_writes_rows_of_a_file(fresh: Project) -> None:
     fresh.ok("apply", "definitions.py", "--store", "store")
     (fresh.folder / "routes.csv").write_text("origin,dest_id,late\nEWR,7,1.5\nJFK,8,\n")
     assert fresh.ok("push", "route", "routes.csv", "--store", "store").out.startswith("route: 2 rows in ")
@@ -208,7 +208,7 @@ def test_push_upserts(fresh: Project) -> None:
     assert "there is no file" in fresh.fails("push", "route", "gone.csv", "--store", "store")
 
 
-def test_predict_reads_well(loaded: Project) -> None:
+def test_predict_prints_keys_outputs_and_what_was_missing(loaded: Project) -> None:
     out = loaded.ok("predict", "delay", "tailnum=N1,123,ZZ", "hour=5", "--store", "store").out
     lines = [line.split() for line in out.splitlines()]
     assert lines[0] == ["delay", "version", "1"]
@@ -221,7 +221,7 @@ def test_predict_reads_well(loaded: Project) -> None:
     assert answer["version"] == 1
 
 
-def test_features_read_well(loaded: Project) -> None:
+def test_features_print_values_and_what_was_missing(loaded: Project) -> None:
     out = loaded.ok("features", "plane:maker", "plane:seats", "tailnum=N1,123,ZZ", "--store", "store").out
     assert [line.split() for line in out.splitlines()] == [
         ["tailnum", "plane:maker", "plane:seats", "status"],
@@ -231,7 +231,7 @@ def test_features_read_well(loaded: Project) -> None:
     ]
 
 
-def test_stat(loaded: Project) -> None:
+def test_stat_as_json_lists_the_views(loaded: Project) -> None:
     views = loaded.ok("stat", "--store", "store", "--json").json["views"]
     assert [(view["view"], view["keys"], view["features"], view["rows"]) for view in views] == [
         ("plane", ["tailnum"], 3, 3),
@@ -318,18 +318,15 @@ def test_versions_of_a_model(fresh: Project) -> None:
 
 @pytest.fixture
 def server(loaded: Project) -> Iterator[str]:
-    socket = loaded.folder / "s"
-    with subprocess.Popen(
-        loaded.command("serve", "--store", "store", "--port", "0", "--uds", "s"),
-        cwd=loaded.folder,
-        stderr=subprocess.PIPE,
-    ) as process:
+    """The address of a server of that store."""
+    command = loaded.command("serve", "--store", "store", "--port", "0", "--no-http", "--uds", "s")
+    with subprocess.Popen(command, cwd=loaded.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         try:
-            end_s = time.monotonic() + 60
-            while loaded.run("features", "plane:year", "tailnum=N1", "--server", f"unix:{socket}").code:
-                assert process.poll() is None, process.stderr.read() if process.stderr else ""
-                assert time.monotonic() < end_s, "the server did not start"
-            yield f"unix:{socket}"
+            assert process.stdout is not None
+            announced, _, _ = select.select([process.stdout], [], [], 60)
+            assert announced, "the server did not start"
+            assert process.stdout.readline().startswith(b"serving on ")
+            yield f"unix:{loaded.folder / 's'}"
         finally:
             process.send_signal(signal.SIGTERM)
             process.communicate(timeout=30)

@@ -208,16 +208,16 @@ def test_no_server(run: Any, tmp_path: Path) -> None:
 @both
 def test_no_answer_in_time(run: Any) -> None:
     with serving(lambda peer: [peer.receive() for _ in range(2)] and None) as address:
-        start = time.monotonic()
         with pytest.raises(errors.DeadlineExceeded, match=f"^predict: no answer from {address} within 0.2 s$"):
             run(address, lambda c: c.predict("m", {}), timeout_s=0.2)
         with pytest.raises(errors.DeadlineExceeded, match=r"within 0\.101 s|before it was sent"):
             run(address, lambda c: c.predict("m", {}, deadline_ms=1))
-        assert time.monotonic() - start < 3
 
 
 @both
 def test_a_server_that_trickles_does_not_outlast_the_timeout(run: Any) -> None:
+    """There are a million bytes, and each comes well within the timeout after the one before."""
+
     def script(peer: Peer) -> None:
         peer.receive()
         peer.send(b"\x94\x01\x00\xc0\xdd\x00\x10\x00\x00")
@@ -338,15 +338,18 @@ def test_client_refuses_the_reply_to_another_call() -> None:
 
 
 def test_client_does_not_take_a_late_reply_for_the_next_call() -> None:
+    given_up = threading.Event()
+
     def script(peer: Peer) -> None:
         while True:
             msgid, _, params = peer.receive()
-            time.sleep(params[1]["x"])
+            given_up.wait(10)
             peer.answer(msgid, {"outputs": {"y": [params[1]["x"]]}, "version": 1})
 
     with serving(script) as address, Client(address) as client:
         with pytest.raises(errors.DeadlineExceeded):
             client.predict("m", {"x": 0.3}, deadline_ms=1)
+        given_up.set()
         assert client.predict("m", {"x": 0.0}).outputs["y"].tolist() == [0.0]
 
 

@@ -1,4 +1,4 @@
-"""CRC-32C against a table of its polynomial, at lengths around those where the native code changes its way."""
+"""CRC-32C compared with a simple implementation, at lengths around those where the native code changes its method."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from shorttail._native.pages import crc32c
 
-STRETCH_BYTES = 1352  # of which three are run at once
+STRETCH_BYTES = 1352  # the native code processes three stretches of this size at once
 TABLE = [0] * 256
 for byte in range(256):
     value = byte
@@ -25,7 +25,7 @@ def expected(data: bytes) -> int:
     return crc ^ 0xFFFFFFFF
 
 
-def test_known_values() -> None:
+def test_checksums_are_those_of_the_standard() -> None:
     assert crc32c(b"") == 0
     assert crc32c(b"123456789") == 0xE3069283
     assert crc32c(bytes(32)) == 0x8A9136AA  # RFC 3720, B.4

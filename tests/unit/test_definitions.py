@@ -74,7 +74,7 @@ def test_a_model_survives_json(inputs: Any) -> None:
         (timedelta(seconds=1), 1_000_000),
     ],
 )
-def test_ttl(ttl: Any, ttl_us: int) -> None:
+def test_a_ttl_is_a_duration(ttl: Any, ttl_us: int) -> None:
     assert view(ttl=ttl).ttl_us == ttl_us
 
 
@@ -95,7 +95,7 @@ def test_a_wrong_ttl_is_refused(ttl: Any) -> None:
         (Vector(2), np.array([1, 2]), (1.0, 2.0)),
     ],
 )
-def test_defaults(dtype: Any, default: Any, kept: Any) -> None:
+def test_defaults_fit_their_type(dtype: Any, default: Any, kept: Any) -> None:
     assert Feature("f", dtype, default).default == kept
 
 
@@ -126,7 +126,7 @@ def test_a_default_of_another_type_is_refused(dtype: Any, default: Any) -> None:
         (lambda: Entity("e", {}), "entity 'e': keys must map"),
         (lambda: Entity("e", {"a": Float32}), "key 'a' is Float32; a key is Int64 or String"),
         (lambda: Feature("f", float), "is not a type; use st.Float32"),
-        (lambda: view(name="request"), "the name 'request' stands for request columns"),
+        (lambda: view(name="request"), "the name 'request' is reserved for request columns"),
         (lambda: view(features=[]), "at least one st.Feature"),
         (lambda: view(features=[Feature("a", Bool), Feature("a", Bool)]), "feature 'a' is named twice"),
         (lambda: view(features=[Feature("user_id", Int64)]), "'user_id' is a key of entity 'user'"),
@@ -135,7 +135,7 @@ def test_a_default_of_another_type_is_refused(dtype: Any, default: Any) -> None:
         (lambda: Model("m", "m.onnx", ["age"]), "'age' is not a feature reference; write 'view:feature'"),
         (lambda: Model("m", "m.onnx", "stats:age"), "model 'm': inputs must be a list"),
         (lambda: Model("m", "m.onnx", []), "model 'm': inputs must be a list"),
-        (lambda: Model("m", "m.onnx", [ratio]), "call ratio with the references"),
+        (lambda: Model("m", "m.onnx", [ratio]), "call ratio with its arguments"),
         (lambda: Model("../m", "m.onnx", ["stats:age"]), "a name is a letter"),
         (lambda: Model("m", "m.onnx", ["stats:age"], outputs=["p", "p"]), "outputs must be a list of different"),
         (lambda: ratio("request:a"), r"ratio\(...\) takes 2 arguments \(amount, average\), not 1"),

@@ -1,4 +1,4 @@
-"""Store.commit: several edits in one durable commit, each with an outcome of its own."""
+"""Store.commit: several edits in one durable commit, each with its own outcome."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def commits(store: Store) -> int:
         return store.environment.sequence(txn)
 
 
-def test_edits_are_applied_in_their_order_in_one_commit(store: Store) -> None:
+def test_edits_are_applied_in_order_in_one_commit(store: Store) -> None:
     store.load("a", [rows(range(3000), 0)])
     before = commits(store)
     outcomes = store.commit(
@@ -76,12 +76,12 @@ def test_edits_are_applied_in_their_order_in_one_commit(store: Store) -> None:
     assert content(store, "b") == {2: 6.0}
 
 
-def test_of_upserts_in_one_commit_the_latest_event_time_stays_and_of_equal_ones_the_last(store: Store) -> None:
+def test_upserts_of_one_key_in_one_commit_keep_the_latest_event_time_or_the_last(store: Store) -> None:
     store.commit([Upsert("a", rows([1, 2], 1, 5)), Upsert("a", rows([1, 2], 2, 4)), Upsert("a", rows([2], 3, 5))])
     assert content(store, "a") == {1: 1.0, 2: 3.0}
 
 
-def test_an_edit_that_cannot_be_applied_disturbs_no_other(store: Store) -> None:
+def test_a_wrong_edit_does_not_affect_the_others(store: Store) -> None:
     wrong = ColumnBatch([np.array(["x"])], np.zeros(1, np.int64), [(np.zeros(1), None)])
     outcomes = store.commit(
         [
@@ -115,7 +115,7 @@ MIXED = FeatureView(
 
 
 def one_row(random: np.random.Generator) -> ColumnBatch:
-    """Any of its features may be null, in each of the ways in which one can be."""
+    """Return a batch whose features may be null, in every way in which a value can be null."""
     name = np.array([random.choice(["", "a", "Z\u00fcrich", "long" * 20])], object)
     text: list[object] = [random.choice(np.array(["", "x", "\u4eba" * 9, None], object))]
     masks = [np.array([True]) if random.random() < 0.3 else None for _ in MIXED.features]
@@ -142,7 +142,7 @@ def everything(store: Store, view: str) -> dict[tuple[object, ...], list[object]
     return found
 
 
-def test_small_upserts_are_stored_as_each_alone_would_be(tmp_path: Path) -> None:
+def test_small_upserts_encoded_together_equal_separate_ones(tmp_path: Path) -> None:
     seed = int(np.random.SeedSequence().entropy or 0) % 2**32
     print(f"seed {seed}")
     random = np.random.default_rng(seed)
@@ -180,7 +180,7 @@ def test_small_upserts_are_stored_as_each_alone_would_be(tmp_path: Path) -> None
         assert found[0] == found[1]
 
 
-def test_only_the_edits_that_meet_a_damaged_page_fail(store: Store) -> None:
+def test_only_edits_of_a_damaged_page_fail(store: Store) -> None:
     store.load("a", [rows(range(3000), 0)])
     store.refresh()
     table = store.catalog.tables["a"]
@@ -192,7 +192,7 @@ def test_only_the_edits_that_meet_a_damaged_page_fail(store: Store) -> None:
     bad = [i for i, outcome in enumerate(outcomes, 3000) if isinstance(outcome, Internal)]
     assert 0 < len(bad) < 50
     assert "view 'a' is damaged" in str(outcomes[bad[0] - 3000])
-    # The same in one commit, with others of the same view and of another one.
+    # The same edits in one commit, with edits of other pages and of another view.
     outcomes = store.commit([*(Upsert("a", rows([i], 2)) for i in range(3000, 3200)), Upsert("b", rows([1], 1))])
     assert [i for i, outcome in enumerate(outcomes, 3000) if isinstance(outcome, Internal)] == bad
     assert content(store, "b") == {1: 1.0}

@@ -237,6 +237,9 @@ def test_a_batch_that_waits_while_definitions_change_is_run_by_the_new_plan_or_r
     late = engine.plan_for_features(("late:x",))
     waiting = late.new_columns()
     waiting.append({"user_id": [1]})
+    engine.apply([USER, st.FeatureView("late", entity=USER, features=[st.Feature("x", st.Int64)])])
+    with pytest.raises(Unavailable, match="definitions changed"):  # the reply would name the old type
+        engine.run(Route(late), waiting)
     member = st.Entity("user", keys={"member": st.String})
     rekeyed = st.FeatureView("late", entity=member, features=[st.Feature("x", st.Float32)])
     engine.apply([member, rekeyed])

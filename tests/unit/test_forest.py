@@ -1,7 +1,7 @@
-"""Compiled forests against ONNX Runtime: models of the usual libraries through their usual converters.
+"""Compiled forests compared with ONNX Runtime: models of the usual libraries, made by the usual converters.
 
-Every test names its seed in its id; SHORTTAIL_SEED adds to all of them. Modes that no converter emits are in
-test_forest_graphs.py.
+The id of every test shows its seed; SHORTTAIL_SEED is added to all seeds. test_forest_graphs.py tests branch modes that
+no converter emits.
 """
 
 import os
@@ -43,12 +43,12 @@ SEED = int(os.environ.get("SHORTTAIL_SEED", "0"))
 WIDTH = 6
 BATCHES = (1, 2, 3, 5, 8, 9, 16, 17, 32, 33, 100, 700)
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # converters and trainers warn a great deal
+pytestmark = pytest.mark.filterwarnings("ignore")  # converters and training libraries give many warnings
 
 
 @pytest.fixture(scope="module", autouse=True)
 def plain_numbers():
-    """skl2onnx writes NumPy integers among Python ones for histogram boosting, which newer onnx releases refuse."""
+    """Make skl2onnx write Python integers: for histogram boosting it writes NumPy integers, which new onnx refuses."""
 
     def make_node(*args, **attributes):
         for name, value in attributes.items():
@@ -63,7 +63,7 @@ def plain_numbers():
 
 
 def data(seed, rows=300, nan=False, categories=False):
-    """(features float32, a score): some features are whole numbers, so that rows meet thresholds."""
+    """Return (features float32, score). Some features are whole numbers, so that values equal thresholds."""
     random = np.random.default_rng([SEED, seed])
     x = random.normal(size=(rows, WIDTH)).astype(np.float32)
     x[:, 1] = random.integers(-3, 4, rows)
@@ -105,7 +105,7 @@ def load(model, folder, outputs=None):
 
 
 def rows_like(x, random, n, dtype):
-    """n rows of known values, shuffled within each column, with NaN, infinities and zeros among them."""
+    """Return n rows of known values, shuffled within each column, with some NaN, infinities and zeros."""
     rows = np.stack([random.choice(x[:, c], n) for c in range(x.shape[1])], axis=1).astype(dtype)
     for value in (np.nan, np.inf, -np.inf, 0.0):
         rows[random.random(rows.shape) < 0.03] = value
@@ -122,7 +122,7 @@ def same(ours, theirs):
 
 
 def check(model, x, seed, folder, batches=BATCHES):
-    """The forest's answers are ONNX Runtime's, on made-up rows and on rows at its thresholds."""
+    """Check that forest and ONNX Runtime agree, on random rows and on rows at the thresholds."""
     session, forest = load(model, folder)
     assert forest.inputs == session.inputs
     assert forest.outputs == session.outputs
@@ -158,11 +158,11 @@ def test_sklearn_regressors(kind, targets, seed, tmp_path):
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("kind", [RandomForestClassifier, RandomForestRegressor, GradientBoostingRegressor])
-def test_doubles(kind, seed, tmp_path):
+def test_models_of_doubles_are_exact(kind, seed, tmp_path):
     x, score = data(seed)
     y = classes(score, 2 + seed % 2) if kind is RandomForestClassifier else score
     model = from_sklearn(kind(n_estimators=7, max_depth=3 + seed, random_state=seed), x, y, DoubleTensorType)
-    if kind is not RandomForestClassifier:  # the converter declares doubles, but the operator gives floats
+    if kind is not RandomForestClassifier:  # the converter declares doubles, but the operator returns floats
         model.graph.output[0].type.tensor_type.elem_type = onnx.TensorProto.FLOAT
     check(model, x, seed, tmp_path)
 
@@ -217,7 +217,7 @@ def test_lightgbm_categories(seed, tmp_path):
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("objective", ["poisson", "gamma", "binary-rf", "multi-rf", "split"])
 def test_lightgbm_objectives(objective, seed, tmp_path):
-    """Objectives for which the converter adds operators of its own after the trees."""
+    """For these objectives the converter adds operators after the trees."""
     x, score = data(seed)
     forest = {"boosting_type": "rf", "bagging_fraction": 0.6, "bagging_freq": 1, "n_estimators": 6, "num_leaves": 9}
     if objective.endswith("rf"):
@@ -247,7 +247,7 @@ def test_xgboost(depth, n_classes, seed, tmp_path):
 
 
 def without_zipmap(model):
-    """CatBoost always ends a classifier with a list of dicts: take the matrix before it, as its users do."""
+    """Return a CatBoost classifier with the matrix as output instead of the list of dicts that CatBoost adds."""
     (zipmap,) = [node for node in model.graph.node if node.op_type == "ZipMap"]
     model.graph.node.remove(zipmap)
     for output in list(model.graph.output):
@@ -313,7 +313,7 @@ def test_one_output_only(boosted, tmp_path):
             same(ours, theirs)
 
 
-def test_no_rows(boosted, tmp_path):
+def test_no_rows_give_no_rows(boosted, tmp_path):
     _, forest = load(boosted[1], tmp_path)
     label, probabilities = forest.run([np.zeros((0, WIDTH), np.float32)])
     assert label.shape == (0,)
@@ -363,8 +363,8 @@ def test_read_only_rows_and_threads(boosted, tmp_path):
     assert not wrong
 
 
-def test_a_model_that_lies_is_found(boosted, tmp_path):
-    """The check at load time sees a forest whose thresholds are off by one bit."""
+def test_verify_finds_a_wrong_threshold(boosted, tmp_path):
+    """The comparison at load time finds a forest whose thresholds are wrong by one bit."""
     _, model = boosted
     session, _ = load(model, tmp_path)
     changed = onnx.ModelProto()
@@ -388,7 +388,7 @@ def test_isolation_forest_goes_to_onnx_runtime(tmp_path):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_damaged_files_are_refused_or_read(seed, boosted, tmp_path):
-    """Flipped and missing bytes: NotAForest or a forest, never a crash."""
+    """A file with flipped or missing bytes gives NotAForest or a forest, but never a crash."""
     good = boosted[1].SerializeToString()
     random = np.random.default_rng([SEED, seed])
     path = tmp_path / "damaged.onnx"

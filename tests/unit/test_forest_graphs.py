@@ -1,4 +1,4 @@
-"""Compiled forests against ONNX Runtime: hand-made graphs, for what the operators allow and converters do not emit.
+"""Compiled forests compared with ONNX Runtime: hand-made graphs with features that no converter emits.
 
 Trees are random; their thresholds and the rows' values come from one small set, so that they meet often.
 """
@@ -20,14 +20,14 @@ WIDTH = 4
 VALUES = np.array([-2.5, -1, -0.0, 0, 0.1, 1, 1.5, 3, 7, 30.5, 31.5, 40, 1e30], np.float32)
 MEMBERS = np.array(
     [-1, 0, 1, 2, 3, 7, 30, 31, 32, 33, 40, 64, 65, 1000, 4095, 4096]
-)  # ONNX Runtime wants whole numbers
+)  # ONNX Runtime requires whole numbers
 MODES = ["BRANCH_LEQ", "BRANCH_LT", "BRANCH_GTE", "BRANCH_GT", "BRANCH_EQ", "BRANCH_NEQ"]
 TRANSFORMS = ["NONE", "LOGISTIC", "SOFTMAX", "SOFTMAX_ZERO", "PROBIT"]
 BATCHES = (1, 2, 4, 7, 16, 40, 130)
 
 
 class RandomTrees:
-    """Nodes and leaves of random trees, as both generations of the operators want them."""
+    """Nodes and leaves of random trees, in the formats of both generations of the operators."""
 
     def __init__(self, random, modes, n_trees, leaves_max, extremes=False):
         self.random, self.modes, self.extremes = random, modes, extremes
@@ -61,7 +61,7 @@ class RandomTrees:
         return ("leaf", len(self.leaves) - 1)
 
     def old(self):
-        """nodes_* attributes of ai.onnx.ml 1 to 3, and (tree id, node id) of each leaf. Node ids are shuffled."""
+        """Return nodes_* attributes for ai.onnx.ml 1 to 3, with shuffled node ids, and (tree, node) of each leaf."""
         a = {f"nodes_{name}": [] for name in ("treeids", "nodeids", "modes", "featureids", "values")}
         a |= {f"nodes_{name}": [] for name in ("truenodeids", "falsenodeids", "missing_value_tracks_true")}
         places = {}
@@ -84,7 +84,7 @@ class RandomTrees:
         return a, [places[("leaf", i)] for i in range(len(self.leaves))]
 
     def new(self, dtype):
-        """nodes_* attributes of ai.onnx.ml 5."""
+        """Return nodes_* attributes for ai.onnx.ml 5."""
         kind = TensorProto.DOUBLE if dtype == np.float64 else TensorProto.FLOAT
         codes = [[*MODES, "BRANCH_MEMBER"].index(node["mode"]) for node in self.nodes]
         members = [m for node in self.nodes if node["mode"] == "BRANCH_MEMBER" for m in (*node["members"], np.nan)]
@@ -108,7 +108,7 @@ def rows_of(random, n, dtype):
     for value in (np.nan, np.inf, -np.inf, 2.0, 1e-40):
         rows[random.random(rows.shape) < 0.06] = value
     if dtype == np.float64:
-        rows[random.random(rows.shape) < 0.1] += 1e-12  # beside a threshold, by less than a float can say
+        rows[random.random(rows.shape) < 0.1] += 1e-12  # next to a threshold, by less than float32 can represent
     return rows
 
 
@@ -125,7 +125,7 @@ def model_of(nodes, outputs, element=TensorProto.FLOAT, ml=3, constants=(), inpu
 
 
 def check(model, random, folder, dtype=np.float32, batches=BATCHES):
-    """Equal to ONNX Runtime, or refused by it. Returns the forest, or None."""
+    """Check that the forest equals ONNX Runtime. Return the forest, or None if ONNX Runtime refuses the model."""
     path = folder / "model.onnx"
     path.write_bytes(model.SerializeToString())
     try:
@@ -169,7 +169,7 @@ def test_branch_modes(modes, seed, tmp_path):
 @pytest.mark.parametrize("aggregate", ["SUM", "AVERAGE", "MIN", "MAX"])
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_regressors(transform, aggregate, seed, tmp_path):
-    """One or three targets, voted for by some leaves or by all, with and without base values."""
+    """Test one and three targets, votes by some leaves or by all, with and without base values."""
     random = np.random.default_rng([SEED, seed, 1])
     trees = RandomTrees(random, ["BRANCH_LEQ", "BRANCH_GT"], 5, 30)
     nodes, leaves = trees.old()
@@ -204,7 +204,7 @@ def test_two_classes(names, voted, n_base, transform, style, tmp_path):
     a["classlabels_strings" if kind == TensorProto.STRING else "classlabels_int64s"] = names
     node = helper.make_node("TreeEnsembleClassifier", ["X"], ["L", "P"], domain="ai.onnx.ml", **a)
     model = model_of([node], [("L", kind), ("P", TensorProto.FLOAT)])
-    # What ONNX Runtime leaves undefined: it writes one of two numbers, or reads beside its arrays.
+    # ONNX Runtime leaves these cases undefined: it writes only one of two numbers, or reads outside its arrays.
     if voted == [0] and (n_base == 2 or transform == "PROBIT"):
         with pytest.raises(NotAForest, match="single score"):
             check(model, random, tmp_path)
@@ -248,7 +248,7 @@ def test_version_5(transform, aggregate, dtype, seed, tmp_path):
     node = helper.make_node("TreeEnsemble", ["X"], ["Y"], domain="ai.onnx.ml", **a)
     model = model_of([node], [("Y", kind)], kind, ml=5)
     if any(trees.nodes[root]["yes"][1] == trees.nodes[root]["no"][1] for root in trees.roots):
-        # A root whose children have the same number, one a node and one a leaf: ONNX Runtime takes it for a leaf.
+        # ONNX Runtime takes a root for a leaf if its children, a node and a leaf, have the same number.
         with pytest.raises(NotAForest, match="a tree of one leaf"):
             check(model, random, tmp_path)
     else:
@@ -256,7 +256,7 @@ def test_version_5(transform, aggregate, dtype, seed, tmp_path):
 
 
 def chain(flags, shared=True, values=None):
-    """A regressor over tests of feature 0 that share one true child, as LightGBM's converter has it for == tests."""
+    """Return a regressor whose tests of feature 0 share one true child, as LightGBM's converter writes == tests."""
     n = len(flags)
     mode = "BRANCH_EQ" if shared else "BRANCH_LEQ"
     values = values or list(range(1, n + 1))
@@ -294,7 +294,7 @@ def test_nodes_that_share_a_child(name, tmp_path):
     forest = check(model, np.random.default_rng(SEED), tmp_path)
     assert forest
     if shared:
-        assert forest.ensembles[0].trees.n_leaves == 2  # one set, not a copy of the leaf for each value
+        assert forest.ensembles[0].trees.n_leaves == 2  # one set instead of a copy of the leaf per value
 
 
 def regressor(output="Y", source="X", scale=1.0):
@@ -351,7 +351,7 @@ def test_operators_around_a_forest(name, tmp_path):
 
 
 @pytest.mark.parametrize("element", [INT64, TensorProto.INT32])
-def test_whole_numbers_in(element, tmp_path):
+def test_integer_inputs(element, tmp_path):
     random = np.random.default_rng(SEED)
     trees = RandomTrees(random, MODES, 4, 20)
     nodes, leaves = trees.old()
@@ -366,8 +366,8 @@ def test_whole_numbers_in(element, tmp_path):
     forest.verify_against(session, rows=2000)
 
 
-def test_columns_given_one_by_one(tmp_path):
-    """A matrix put together from several inputs."""
+def test_one_input_per_column(tmp_path):
+    """The graph concatenates several inputs to a matrix."""
     names = [f"f{i}" for i in range(WIDTH)]
     inputs = [helper.make_tensor_value_info(name, FLOAT, [None, 1]) for name in names]
     model = model_of([op("Concat", names, ["x"], axis=1), regressor("Y", "x")], [("Y", FLOAT)], inputs=inputs)
@@ -404,7 +404,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("reason", REFUSED)
-def test_what_is_not_understood_is_refused_with_a_reason(reason, tmp_path):
+def test_unsupported_graphs_are_refused_with_a_reason(reason, tmp_path):
     path = tmp_path / "model.onnx"
     model = model_of(REFUSED[reason], [("Y", FLOAT)], constants=[("which", np.array([0]))])
     path.write_bytes(model.SerializeToString())

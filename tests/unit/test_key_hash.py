@@ -1,4 +1,4 @@
-"""The key hash, which is part of the table format, against a plain reading of docs/format.md."""
+"""The key hash, which is part of the table format, compared with docs/format.md written in Python."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bulk loads against a dict: every type, equal keys, and memory that is too small."""
+"""Bulk loads compared with a dict: every type, equal keys, and rows that do not fit in memory."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def store(tmp_path: Path) -> Iterator[Store]:
 
 
 class Seen:
-    """How often rows went to the file, and by how many bits of their hashes they were parted."""
+    """The number of times that rows went to the file, and the hash bits by which they were partitioned."""
 
     def __init__(self) -> None:
         self.spills = self.bits_max = 0
@@ -62,7 +62,7 @@ class Seen:
 
 @pytest.fixture
 def small_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Seen]:
-    """small_memory(kib, bits): loads take so little from now on."""
+    """small_memory(kib, bits) limits the memory of all later loads to kib KiB."""
 
     def limit(kib: int, bits: int = load_module.PARTITION_BITS) -> Seen:
         seen = Seen()
@@ -86,7 +86,7 @@ def small_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Seen]:
 
 
 def random_rows(random: np.random.Generator, n: int, n_keys: int) -> Rows:
-    """Rows of ALL with few keys and event times, so that many are equal."""
+    """Return rows of ALL with few distinct keys and event times, so that many are equal."""
     texts = ["", "a", "é", "日本語" * 9, "x" * 300, "\x00", "🙂" * 40, "y" * 15, "z" * 16, "ü" * 17]
 
     def values() -> tuple[Any, ...]:
@@ -137,7 +137,7 @@ def batches_of(view: FeatureView, rows: Rows, size: int) -> Iterator[ColumnBatch
 
 
 def latest(rows: Rows) -> dict[tuple[Any, ...], Row]:
-    """What the table must hold: of equal keys the latest event time, of equal times the last row."""
+    """Return the rows that the table must hold: per key the latest event time; of equal times, the last row."""
     kept: dict[tuple[Any, ...], Row] = {}
     for key, row in rows:
         if key not in kept or row[0] >= kept[key][0]:
@@ -146,7 +146,7 @@ def latest(rows: Rows) -> dict[tuple[Any, ...], Row]:
 
 
 def scanned(store: Store, view: FeatureView) -> dict[tuple[Any, ...], Row]:
-    """What the table does hold. A scan checks every page in full."""
+    """Return the rows that the table holds. A scan also checks every page in full."""
     found: dict[tuple[Any, ...], Row] = {}
     for batch in store.scan(view.name):
         columns: list[list[Any]] = []
@@ -169,7 +169,7 @@ def held(store: Store) -> dict[int, float]:
 
 
 def tables(store: Store) -> tuple[set[int], set[int]]:
-    """Ids of tables that have pages, and of those that belong to a view."""
+    """Return the ids of tables that have pages, and the ids of tables that belong to a view."""
     store.refresh(force=True)
     with store.environment.read() as txn:
         return set(table_ids(txn)), {table.id for table in store.catalog.tables.values()}
@@ -211,8 +211,8 @@ def test_rows_that_do_not_fit_in_memory(
     ]
 
 
-def test_a_key_given_again_and_again(store: Store, small_memory: Callable[..., Seen]) -> None:
-    """No number of bits parts equal keys."""
+def test_many_rows_with_one_key(store: Store, small_memory: Callable[..., Seen]) -> None:
+    """No number of hash bits separates rows with equal keys."""
     seen = small_memory(64, 2)
     ids = np.arange(60_000) % 31
     ids[::2] = 7
@@ -258,7 +258,7 @@ def test_small_tables_stay_small(store: Store) -> None:
 def test_pages_are_as_full_as_splitting_makes_them(
     store: Store, small_memory: Callable[..., Seen], memory_kib: int | None
 ) -> None:
-    """Ranges of hashes must not be so short that their buckets are."""
+    """Loading by ranges of hashes must not give emptier buckets than splitting does."""
     if memory_kib:
         small_memory(memory_kib)
     n = 60_000
@@ -270,7 +270,7 @@ def test_pages_are_as_full_as_splitting_makes_them(
     assert n / per_page < directory.n_buckets <= 2.1 * n / per_page
 
 
-def test_strings_as_arrow_has_them(store: Store) -> None:
+def test_strings_in_arrow_layout(store: Store) -> None:
     data = "abcéß".encode()
     one = Texts(np.array([0, 1, 1, 5], np.int32), data)
     other = Texts(np.array([2, 3, 5, 7], np.int64), data)
@@ -294,8 +294,8 @@ def test_strings_as_arrow_has_them(store: Store) -> None:
         ([0, 2, 4], b"a\xed\xa0\x80", "row 0 is not valid UTF-8"),
         ([0, 1, 3], "aé".encode() + b"b", None),
         ([0, 2, 3], "aé".encode(), "row 0 is not valid UTF-8"),
-        ([0, 3, 5], b"abc", "row 1 lies outside"),
-        ([2, 1, 1], b"abc", "row 0 lies outside"),
+        ([0, 3, 5], b"abc", "row 1 lie outside"),
+        ([2, 1, 1], b"abc", "row 0 lie outside"),
         ([0, 1, 65_537 + 1], b"a" * 70_000, "a string of 65537 bytes"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Bulk loads beside readers and writers, and loads that fail or are killed."""
+"""Bulk loads while others read and write, and loads that fail or are killed."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def test_progress_adds_up_to_the_rows_given(store: Store, small_memory: Callable
     assert len(seen) > 4, "also while it is written"
 
 
-def test_memory_has_a_least(store: Store) -> None:
-    with pytest.raises(InvalidArgument, match=r"memory_bytes=1000 is too little.*4194304 or more"):
+def test_too_little_memory_is_refused(store: Store) -> None:
+    with pytest.raises(InvalidArgument, match=r"memory_bytes=1000 is too small.*4194304 or more"):
         store.load("small", [small([1])], None, 1000)
     assert store.load("small", [small([1])], None, 4 << 20) == 1
 
 
-def test_readers_see_all_of_it_or_nothing(store: Store, small_memory: Callable[..., Seen]) -> None:
+def test_readers_see_all_new_rows_or_none(store: Store, small_memory: Callable[..., Seen]) -> None:
     small_memory(512)
     store.load("small", [small(range(2000), 1.0)])
     errors: list[BaseException] = []
@@ -73,7 +73,7 @@ def test_readers_see_all_of_it_or_nothing(store: Store, small_memory: Callable[.
 
 
 def test_writers_commit_in_between(store: Store, small_memory: Callable[..., Seen]) -> None:
-    """Another view gets rows, and a table of a higher id, while pages are being written."""
+    """During the load another view gets rows, and a table with a higher id."""
     small_memory(512)
     store.load("small", [small(range(100))])
     view = FeatureView("later", entity=SMALL.entity, features=SMALL.features)
@@ -97,7 +97,7 @@ def test_writers_commit_in_between(store: Store, small_memory: Callable[..., See
     assert tables(store)[0] == tables(store)[1] - {1}
 
 
-def test_a_source_that_breaks_leaves_nothing(store: Store, small_memory: Callable[..., Seen]) -> None:
+def test_a_failing_source_leaves_nothing(store: Store, small_memory: Callable[..., Seen]) -> None:
     small_memory(512)
     store.load("small", [small([1])])
     before = tables(store)[0]
@@ -112,7 +112,7 @@ def test_a_source_that_breaks_leaves_nothing(store: Store, small_memory: Callabl
     assert tables(store)[0] == before
 
 
-def test_a_commit_that_fails_leaves_nothing(
+def test_a_failing_commit_leaves_nothing(
     store: Store, small_memory: Callable[..., Seen], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small_memory(512)
@@ -135,7 +135,7 @@ def test_a_commit_that_fails_leaves_nothing(
 
 
 def run(code: str, store: Store, memory_kib: int) -> subprocess.CompletedProcess[str]:
-    """Run code in another process with `s` the store, and loads that take little memory."""
+    """Run code in another process, in which `s` is the store and loads use little memory."""
     before = (
         "import sys, os, signal, resource\n"
         "from dataclasses import replace\n"
@@ -149,7 +149,7 @@ def run(code: str, store: Store, memory_kib: int) -> subprocess.CompletedProcess
     return subprocess.run(command, timeout=60, capture_output=True, text=True)
 
 
-def test_a_killed_load_is_cleared_by_the_next(store: Store) -> None:
+def test_the_next_load_deletes_the_leftovers_of_a_killed_one(store: Store) -> None:
     store.load("small", [small(range(100))])
     done = run(
         "done = 0\n"
@@ -171,7 +171,7 @@ def test_a_killed_load_is_cleared_by_the_next(store: Store) -> None:
     assert present <= used
 
 
-def test_no_room_for_the_rows(store: Store) -> None:
+def test_full_disk_for_the_rows(store: Store) -> None:
     store.load("small", [small(range(100))])
     done = run(
         "resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))\n"
@@ -188,11 +188,11 @@ def test_no_room_for_the_rows(store: Store) -> None:
     assert store.load("small", [small(range(50_000))]) == 50_000
 
 
-def test_a_file_system_without_nameless_files(
+def test_a_file_system_without_unnamed_files(
     store: Store, small_memory: Callable[..., Seen], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = small_memory(512)
-    monkeypatch.setattr(os, "O_TMPFILE", os.O_EXCL | os.O_CREAT)  # which fails on a directory
+    monkeypatch.setattr(os, "O_TMPFILE", os.O_EXCL | os.O_CREAT)  # opening a directory fails with these flags
     assert store.load("small", [small(range(50_000))]) == 50_000
     assert seen.spills > 0
     assert not (Path(store.path) / "load.rows").exists()

@@ -76,7 +76,7 @@ def reply(msgid: int, result: Any = None, error: Any = None) -> bytes:
 
 @pytest.mark.parametrize(("connections", "pipeline"), [(1, 1), (8, 1), (3, 5)])
 @pytest.mark.parametrize("unix", [False, True])
-def test_against_echo(tmp_path: Path, connections: int, pipeline: int, unix: bool) -> None:
+def test_an_echo_server_answers_every_request(tmp_path: Path, connections: int, pipeline: int, unix: bool) -> None:
     payload = tmp_path / "payload"
     loadgen.write_payload(payload, [bytes(100)] * 3)
     listen = f"unix:{tmp_path}/s" if unix else "127.0.0.1:0"
@@ -85,7 +85,6 @@ def test_against_echo(tmp_path: Path, connections: int, pipeline: int, unix: boo
     assert figures["requests"] > 0
     assert (figures["errors"], figures["bad_nonce"], figures["unanswered"]) == (0, 0, 0)
     assert (figures["connections"], figures["pipeline"]) == (connections, pipeline)
-    assert 0.15 < figures["seconds"] < 5
     assert figures["requests_per_s"] == pytest.approx(figures["requests"] / figures["seconds"], rel=1e-3)
     latencies = [figures[name] for name in ("p50_us", "p90_us", "p99_us", "p999_us", "max_us")]
     assert latencies == sorted(latencies)
@@ -105,7 +104,8 @@ def test_an_open_loop_asks_as_often_as_told(tmp_path: Path, connections: int, pi
 
 
 def test_an_open_loop_counts_from_when_a_request_was_due(tmp_path: Path) -> None:
-    """A server that answers nothing for 0.3 s and then all: with one in flight the others wait, and that is counted."""
+    """A server that holds the first answer until all are due: with one in flight the others wait, and that is counted.
+    From when it was sent, each but the first takes as long as an echo does."""
     payload = tmp_path / "payload"
     loadgen.write_payload(payload, [bytes(10)])
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -113,9 +113,11 @@ def test_an_open_loop_counts_from_when_a_request_was_due(tmp_path: Path) -> None
         def serve() -> None:
             peer, _ = listener.accept()
             with peer:
-                time.sleep(0.3)  # no synchronisation: this is the time
-                while data := peer.recv(65536):
+                data = peer.recv(65536)
+                time.sleep(0.3)  # the last is due 0.2 s after the first
+                while data:
                     peer.sendall(data)
+                    data = peer.recv(65536)
 
         server = threading.Thread(target=serve)
         server.start()
@@ -123,8 +125,7 @@ def test_an_open_loop_counts_from_when_a_request_was_due(tmp_path: Path) -> None
         figures = loadgen.run(address, payload, 1, 0.2, warmup_s=0.0, raw_reply_bytes=10, per_s=100)
         server.join()
     assert (figures["requests"], figures["unanswered"]) == (20, 0)
-    assert figures["max_us"] > 299_000
-    assert 100_000 <= figures["p50_us"] < figures["max_us"] - 80_000
+    assert figures["p50_us"] > 100_000
 
 
 def test_replies_far_larger_than_any_buffer(tmp_path: Path) -> None:

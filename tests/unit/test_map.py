@@ -1,4 +1,4 @@
-"""The map of a store: how large it is, what happens when it is full, and touching and locking it before it is used."""
+"""The map of a store: its size, a full map, and mapping and locking it in advance."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from test_store import make_store, rows, scores
 
 from shorttail.errors import InvalidArgument, ResourceExhausted
 from shorttail.store import Store
-from shorttail.store.stat import figures
+from shorttail.store.stat import store_stats
 from shorttail.store.verify import verify
 
 # -- the map -------------------------------------------------------------------------------------------------------
@@ -27,11 +27,11 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "store"
 
 
-def test_full_map_serves_and_takes_deletes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_map_still_serves_and_deletes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SHORTTAIL_MAP_GIB", str(8 / 1024))
     path = tmp_path / "store"
     with wide_store(path, 100) as store:
-        assert figures(store)["map_bytes"] == 8 << 20
+        assert store_stats(store)["map_bytes"] == 8 << 20
         n, said = 0, []
         for step in (1000, 100, 10):
             try:
@@ -42,7 +42,7 @@ def test_full_map_serves_and_takes_deletes(tmp_path: Path, monkeypatch: pytest.M
                 said.append(str(error))
         assert all("has filled its map; delete rows" in text for text in said)
         assert store.count("wide") == n > 5000
-        assert store.upsert("wide", wide_rows(range(100), 100)) == 100  # rows that are there may be replaced
+        assert store.upsert("wide", wide_rows(range(100), 100)) == 100  # existing rows can still be replaced
         for start in range(0, n // 2, 100):
             assert store.delete("wide", [np.arange(start, start + 100)]) == 100
         left = store.count("wide")
@@ -56,9 +56,9 @@ def test_full_map_serves_and_takes_deletes(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("text", ["much", "-1", "0", "1e-9", "nan", "1e30"])
-def test_size_of_the_map_that_is_none(path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+def test_invalid_map_size_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setenv("SHORTTAIL_MAP_GIB", text)
-    with pytest.raises(InvalidArgument, match=f"SHORTTAIL_MAP_GIB={text} is no size of a map; give GiB, like 512"):
+    with pytest.raises(InvalidArgument, match=f"SHORTTAIL_MAP_GIB={text} is not a valid map size; give a number"):
         Store.open(path)
 
 
@@ -94,7 +94,7 @@ store = Store.open(sys.argv[1])
 if sys.argv[2] == "refused":
     resource.setrlimit(resource.RLIMIT_MEMLOCK, (1 << 16, 1 << 16))
     if os.getuid() == 0:
-        os.setresuid(65534, 65534, 65534)  # root may lock what it likes
+        os.setresuid(65534, 65534, 65534)  # the memlock limit does not apply to root
     try:
         store.pretouch(lock=True)
     except ResourceExhausted as error:
@@ -121,7 +121,7 @@ def test_locked_memory_follows_the_file(path: Path) -> None:
     assert done.stdout == "True True True\n", done.stderr
 
 
-def test_memory_that_may_not_be_locked(path: Path) -> None:
+def test_memlock_limit_is_reported(path: Path) -> None:
     done = in_child(LOCK, path, "refused")
     assert done.stdout.startswith(f"store '{path}': its "), done.stderr
     assert "the limit is 64.0 KiB); raise it (ulimit -l, or LimitMEMLOCK= of systemd)" in done.stdout

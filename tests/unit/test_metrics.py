@@ -12,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from shorttail._native.metrics import BOUNDS_NS, METHODS, ROW_BOUNDS, SLOTS, STAGES, UNKNOWN, Recorder
 from shorttail.config import LIMITS
-from shorttail.observe.logs import RequestLog, line, trace_ids
+from shorttail.observe.logs import RequestLog, format_line, trace_ids
 from shorttail.observe.memory import WORD, MetricsMemory
 from shorttail.server.http.exposition import exposition
 
@@ -193,10 +193,10 @@ def test_trace_context(header, ids):
 
 
 def test_lines_of_the_log():
-    assert line("text", "warning", "request failed", {"model": "m", "error": "no x"}) == (
+    assert format_line("text", "warning", "request failed", {"model": "m", "error": "no x"}) == (
         'warning: request failed (model=m error="no x")'
     )
-    document = json.loads(line("json", "error", "two\nlines", {"n": 1}, 0.5))
+    document = json.loads(format_line("json", "error", "two\nlines", {"n": 1}, 0.5))
     assert document == {"time": "1970-01-01T00:00:00.500Z", "level": "error", "message": "two\nlines", "n": 1}
 
 

@@ -448,12 +448,12 @@ def test_arguments_are_checked_against_what_they_are_given(engine: st.Engine, tm
     ):
         with pytest.raises(st.ShorttailError, match=message):
             engine.apply([STATS, st.Model("echo", path, [column])])
-    with pytest.raises(InvalidArgument, match=r"argument of ratio\(...\): call ratio with the references"):
+    with pytest.raises(InvalidArgument, match=r"argument of ratio\(...\): call ratio with its arguments"):
         ratio("request:x", ratio)  # type: ignore[arg-type]
     nested = ratio("request:x", "request:x")
     for _ in range(7):
         nested = ratio(nested, nested)
-    with pytest.raises(InvalidArgument, match="nest 8 deep at most"):
+    with pytest.raises(InvalidArgument, match="nest at most 8 deep"):
         ratio(nested, nested)
 
 

@@ -1,4 +1,4 @@
-"""Native lookup against a plain oracle, and the page format."""
+"""The native lookup compared with a simple oracle in Python, and the page format."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Table:
         self.directory.rebuild(self.pages)
 
     def look(self, keys: list[tuple[Any, ...]], dtype: Any, now_us: int = 0) -> tuple[Any, ...]:
-        """(columns, view status, feature statuses) of all features that go into outputs of that type."""
+        """Look up all features that fit outputs of one type. Return (columns, view status, feature statuses)."""
         names = list(self.view.keys)
         columns = Columns(names, list(self.view.keys.values()))
         columns.append({name: [key[k] for key in keys] for k, name in enumerate(names)})
@@ -52,7 +52,7 @@ class Table:
         return out, status[0], statuses
 
     def oracle(self, keys: list[tuple[Any, ...]], dtype: Any, now_us: int = 0) -> tuple[Any, ...]:
-        """The same, the slow way."""
+        """Return what look_up() must return, computed in plain Python."""
         features = [
             (f, feature)
             for f, feature in enumerate(self.view.features)
@@ -70,7 +70,7 @@ class Table:
             for f, feature in features:
                 value = values[f] if status == PRESENT else None
                 if feature.dtype.is_float and value is not None and math.isnan(value):
-                    value = None  # NaN is how float columns say null
+                    value = None  # NaN in a float column is null
                 statuses[-1].append(NULL if status == PRESENT and value is None else status)
                 value = feature.default if value is None else value
                 value = converted(value, dtype, feature.dtype.width)
@@ -144,7 +144,7 @@ VALUES: dict[int, Any] = {
     7: st.integers(INT64.min, INT64.max),
     8: st.lists(float32s, min_size=5, max_size=5),
 }
-# Few distinct keys, so that batches hold duplicates and hits; hostile ones among them.
+# Few distinct keys, so that batches contain duplicates and hits. Some keys are edge cases.
 KEYS: dict[int, Any] = {
     3: st.sampled_from([0, 1, -1, 2, 3, 100, INT64.min, INT64.max, 0x9E3779B9]),
     6: st.sampled_from(["", "a", "b", "\0", "\0\0", "é", "x" * 15, "x" * 16, "x" * 17, "x" * 40]),
@@ -189,7 +189,7 @@ def test_many_rows_with_misses_in_chunks() -> None:
 
 
 def test_runs_are_split_by_gaps_order_and_type() -> None:
-    """Features taken out of order, twice, and with others between them."""
+    """Features are taken out of order, twice, and with gaps."""
     view = make_view([dtypes.Int64], [Feature("a", dtypes.Float32), Feature("b", dtypes.Float32, default=7.0),
                                       Feature("c", dtypes.Int64), Feature("d", dtypes.Float32)])  # fmt: skip
     table = Table(view, {(1,): (0, [1.0, 2.0, 3, 4.0]), (2,): (0, [1.0, None, None, 4.0])})
@@ -236,7 +236,7 @@ def test_ttl_boundary_and_extremes() -> None:
     assert table.look([(3,)], np.int64, INT64.min)[1].tolist() == [PRESENT]
 
 
-def test_outputs_that_do_not_match_are_refused() -> None:
+def test_wrong_outputs_are_refused() -> None:
     view = make_view([dtypes.Int64], [Feature("a", dtypes.Int64), Feature("s", dtypes.String)])
     table = Table(view, {(1,): (0, [1, "x"])})
     columns = Columns(["k0", "t"], [dtypes.Int64, dtypes.String])
@@ -303,7 +303,7 @@ def test_long_rows_get_longer_pages() -> None:
     assert_same(table, [*rows, ("none",)], object)
 
 
-def test_merge_and_remove_keep_the_rest() -> None:
+def test_merge_and_remove_leave_other_rows_unchanged() -> None:
     view = make_view([dtypes.Int64], [Feature("a", dtypes.Int64), Feature("s", dtypes.String)])
     old = {(k,): (10, [k, f"old {k}"]) for k in range(40)}
     new = {(k,): (9 if k % 2 else 10, [-k, f"new {k}"]) for k in range(20, 300)}
@@ -338,7 +338,7 @@ def test_merge_and_remove_keep_the_rest() -> None:
     assert_same(table, [(k,) for k in range(310)], np.int64)
 
 
-def test_check_notices_every_changed_byte() -> None:
+def test_check_detects_every_changed_byte() -> None:
     view = make_view([dtypes.String], [Feature("a", dtypes.Int64), Feature("s", dtypes.String)])
     table = Table(view, {(f"k{i}",): (i, [i, f"value {i}"]) for i in range(5)})
     (key, page), *others = table.pages
@@ -367,7 +367,7 @@ def test_lookup_of_damaged_strings_stays_inside_the_page() -> None:
         assert (out.tolist(), status.tolist(), statuses.tolist()) == ([["none"]], [PRESENT], [[NULL]])
 
 
-def test_directory_refuses_what_does_not_cover_all_hashes() -> None:
+def test_directory_refuses_gaps_and_overlaps() -> None:
     view = make_view([dtypes.Int64], [Feature("a", dtypes.Int64)])
     table = Table(view, {(k,): (0, [k]) for k in range(2000)})
     directory = Directory(table.layout, 1)
@@ -380,7 +380,7 @@ def test_directory_refuses_what_does_not_cover_all_hashes() -> None:
     assert directory.count_rows() == directory.n_buckets == 0
 
 
-def test_sorted_rows_refuse_strings_outside_of_the_arena() -> None:
+def test_sorted_rows_refuse_strings_outside_the_arena() -> None:
     view = make_view([dtypes.String], [Feature("a", dtypes.Int64)])
     layout = make_layout(view, TableInfo(1, 7))
     rows, arena = encode_rows(layout, view, to_batch(view, {("abc",): (0, [1])}))
@@ -394,6 +394,6 @@ def test_generation_word() -> None:
     assert (word.load(), word.bump(), word.load()) == (0, 1, 1)
     word.release()
     assert word.load() == 2**64 - 1
-    memory.append(0)  # no longer exported
+    memory.append(0)  # possible only if release() has released the buffer
     with pytest.raises(ValueError, match="8 bytes"):
         GenerationWord(bytearray(7))

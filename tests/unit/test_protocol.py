@@ -18,7 +18,7 @@ def test_addresses_that_are_not(address: str) -> None:
         protocol.parse_address(address)
 
 
-def test_addresses() -> None:
+def test_addresses_are_parsed() -> None:
     texts = ["10.0.0.1:80", ":80", "host", "[::1]:80", "unix:/a/b"]
     assert [str(protocol.parse_address(text)) for text in texts] == [
         *("10.0.0.1:80", "127.0.0.1:80", "host:7711", "[::1]:80", "unix:/a/b")
@@ -91,7 +91,7 @@ def test_pandas_and_arrow_columns() -> None:
     assert sent["b"] == ["x", "y"]
 
 
-def test_tensor_bytes() -> None:
+def test_tensors_are_the_bytes_of_the_format() -> None:
     """The bytes of docs/protocol.md."""
     tensor = protocol.pack_tensor(np.array([[1.0, 2.0]], np.float32))
     assert tensor.code == 1

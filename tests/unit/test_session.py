@@ -24,7 +24,7 @@ from shorttail.errors import Internal, InvalidArgument
 from shorttail.models import device as devices
 from shorttail.models.buckets import BucketSession
 from shorttail.models.device import Device, check_cuda
-from shorttail.models.load import Runner, load
+from shorttail.models.load import Runner, load_runner
 from shorttail.models.session import Session
 from shorttail.models.settings import DEFAULT, RunSettings
 
@@ -90,7 +90,7 @@ def opened(request: pytest.FixtureRequest) -> Callable[[Path], Any]:
 
 @pytest.mark.parametrize("rows", [1, 5])
 def test_every_type_of_tensor_goes_in_and_comes_out(tmp_path: Path, rows: int) -> None:
-    runner = load(every_type(tmp_path / "m.onnx"), [f"{name}_out" for name in "sbldif"])
+    runner = load_runner(every_type(tmp_path / "m.onnx"), [f"{name}_out" for name in "sbldif"])
     number = np.arange(rows * 3).reshape(rows, 3) - 1
     text = np.array([[f"é{i}", "", "a" * 300] for i in range(rows)], object)
     inputs = [number.astype("f4"), number.astype("f8"), number[:, 0].astype("i4"), number[:, 1], number[:, 2] > 0, text]
@@ -138,8 +138,8 @@ def test_files_exported_for_a_fixed_number_of_rows(tmp_path: Path, fixed: int, r
     path = scaled(tmp_path / "m.onnx", fixed)
     for settings in (DEFAULT, RunSettings(padded=True)):
         if rows:
-            check_scaled(load(path, ["y", "s"], settings).run, rows)
-    texts = load(every_type(tmp_path / "t.onnx", fixed), ["s_out", "b_out"])
+            check_scaled(load_runner(path, ["y", "s"], settings).run, rows)
+    texts = load_runner(every_type(tmp_path / "t.onnx", fixed), ["s_out", "b_out"])
     inputs = [np.zeros((rows, 3), t) for t in ("f4", "f8")] + [np.zeros(rows, t) for t in ("i4", "i8", "?")]
     words = np.full((rows, 3), "word", object)
     s, b = texts.run([*inputs, words])
@@ -300,7 +300,7 @@ def examples(rows: int) -> list[Any]:
 
 
 def test_warming_up_runs_every_power_of_two_and_notes_the_cost(tmp_path: Path) -> None:
-    runner = load(scaled(tmp_path / "m.onnx"), ["y", "s"])
+    runner = load_runner(scaled(tmp_path / "m.onnx"), ["y", "s"])
     sizes = []
 
     def counted(rows: int) -> list[Any]:
@@ -361,21 +361,21 @@ def test_a_model_with_a_thread_of_its_own_never_runs_on_the_loop(tmp_path: Path)
 
 def test_an_output_that_has_not_a_row_for_each_row_is_refused(tmp_path: Path) -> None:
     nodes = [helper.make_node("ReduceSum", ["x"], ["y"], keepdims=0)]
-    runner = load(save(tmp_path / "m.onnx", nodes, {"x": (FLOAT, ["N", 4])}, {"y": (FLOAT, [])}), ["y"])
+    runner = load_runner(save(tmp_path / "m.onnx", nodes, {"x": (FLOAT, ["N", 4])}, {"y": (FLOAT, [])}), ["y"])
     with pytest.raises(InvalidArgument, match=r"output 'y' has the shape \[\] for a batch of 1; the first axis"):
         runner.warm(examples)
 
 
 def test_what_runs_is_said_with_the_reason(tmp_path: Path) -> None:
     path = scaled(tmp_path / "m.onnx")
-    assert load(path, ["y", "s"]).description == "ONNX Runtime, 1 thread: it has a node of type ReduceSum"
-    padded = load(path, ["y"], RunSettings(threads=2, padded=True))
+    assert load_runner(path, ["y", "s"]).description == "ONNX Runtime, 1 thread: it has a node of type ReduceSum"
+    padded = load_runner(path, ["y"], RunSettings(threads=2, padded=True))
     assert padded.description == "ONNX Runtime, 2 threads, padded batches: it has no tree ensemble"
     assert padded.kind == "onnxruntime"
-    text = load(every_type(tmp_path / "t.onnx"), ["s_out"], RunSettings(padded=True))
+    text = load_runner(every_type(tmp_path / "t.onnx"), ["s_out"], RunSettings(padded=True))
     assert text.description.startswith("ONNX Runtime, 1 thread: ")
-    assert text.why.endswith("; its texts cannot be bound to buffers")
-    assert load(scaled(tmp_path / "f.onnx", 2), ["y"]).description.startswith(
+    assert text.why.endswith("; strings cannot be bound to buffers")
+    assert load_runner(scaled(tmp_path / "f.onnx", 2), ["y"]).description.startswith(
         "ONNX Runtime, 1 thread, 2 rows at a time: "
     )
 
@@ -429,7 +429,7 @@ def test_a_runtime_for_cpus_is_named_as_what_is_wrong(tmp_path: Path) -> None:
     with (
         mock.patch.object(devices, "installed_runtimes", return_value={"onnxruntime"}),
         mock.patch("onnxruntime.get_available_providers", return_value=providers),
-        pytest.raises(InvalidArgument, match="device 'cuda:1': the installed onnxruntime is for CPUs only: pip"),
+        pytest.raises(InvalidArgument, match="device 'cuda:1': the installed onnxruntime is for CPUs only; run: pip"),
     ):
         st.Engine.open(tmp_path / "store", create=True, device="cuda:1")
     assert not (tmp_path / "store").exists()

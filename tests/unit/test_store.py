@@ -1,4 +1,4 @@
-"""Stores on disk: load, upsert, delete, and what other processes see."""
+"""Stores on disk: load, upsert, delete, and the view that other processes have."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def store(path: Path) -> Iterator[Store]:
 
 
 def scores(store: Store, ids: Any) -> list[float | None]:
-    """What a lookup of the newest snapshot gives; None where there is no such row."""
+    """Look up scores in the newest snapshot; None for a row that does not exist."""
     columns = Columns(["user_id"], [dtypes.Int64])
     columns.append({"user_id": list(ids)})
     out, status = np.empty(len(ids)), np.empty((1, len(ids)), np.uint8)
@@ -112,7 +112,7 @@ def test_latest_event_time_wins(store: Store) -> None:
     assert scores(store, [1]) == [1.6]
 
 
-def test_snapshot_stands_still_until_refresh(store: Store) -> None:
+def test_snapshot_does_not_change_until_refresh(store: Store) -> None:
     store.load("stats", [rows(range(500))])
     with Store.open(store.path) as reader:
         assert reader.count("stats") == 500
@@ -123,7 +123,7 @@ def test_snapshot_stands_still_until_refresh(store: Store) -> None:
         assert directory is not None
         assert directory.count_rows() == 500
         assert reader.refresh() is True
-        assert directory is reader.directory("stats"), "changed buckets are patched, nothing is rebuilt"
+        assert directory is reader.directory("stats"), "the directory must be updated, not rebuilt"
         assert directory.count_rows() == 900
         assert reader.catalog_version == version
         store.load("stats", [rows(range(10))])
@@ -234,7 +234,7 @@ def test_failed_load_changes_nothing_and_leaves_nothing(store: Store, monkeypatc
 
     monkeypatch.setattr(load_module, "LIMITS", Limits(load_commit_bytes=100_000))
     killed = load_module.is_current
-    monkeypatch.setattr(load_module, "is_current", lambda *_: False)  # the last commit is not reached
+    monkeypatch.setattr(load_module, "is_current", lambda *_: False)  # the load fails before its last commit
     with pytest.raises(InvalidArgument, match="changed while it was loaded"):
         store.load("stats", [rows(range(5000))])
     monkeypatch.setattr(load_module, "is_current", killed)
@@ -246,7 +246,7 @@ def test_failed_load_changes_nothing_and_leaves_nothing(store: Store, monkeypatc
 
 
 def table_entries(store: Store) -> dict[int, int]:
-    """Pages by table id."""
+    """Return the number of pages by table id."""
     with store.environment.read() as txn:
         return {number: sum(1 for _ in environment.table_pages(txn, number)) for number in environment.table_ids(txn)}
 
@@ -271,7 +271,7 @@ def test_killed_load_leaves_the_store_as_it_was(store: Store) -> None:
     assert max(table_entries(store).values()) == 1
 
 
-def test_views_that_go_away_are_emptied(store: Store) -> None:
+def test_removed_views_lose_their_tables(store: Store) -> None:
     store.load("stats", [rows(range(1000))])
     store.refresh()
     with store.edit_catalog() as catalog:
@@ -284,7 +284,7 @@ def test_views_that_go_away_are_emptied(store: Store) -> None:
         store.upsert("stats", rows([1]))
 
 
-def test_edit_catalog_undoes_on_error_and_skips_no_change(store: Store) -> None:
+def test_edit_catalog_commits_neither_after_an_error_nor_without_a_change(store: Store) -> None:
     version = store.catalog_version
 
     def broken() -> None:
@@ -302,7 +302,7 @@ def test_edit_catalog_undoes_on_error_and_skips_no_change(store: Store) -> None:
 
 
 def test_counts_and_refresh_within_a_catalog_edit(store: Store) -> None:
-    """Definitions are planned within the edit; that must not wait for itself, whatever other stores have committed."""
+    """Registering definitions counts rows inside the edit. It must not deadlock, even after commits of other stores."""
     with Store.open(store.path) as other:
         other.load("stats", [rows(range(10))])
         with store.edit_catalog() as catalog:

@@ -1,8 +1,8 @@
-"""A store against dicts: Hypothesis draws loads, pushes, deletes, lookups, reopenings and changes of the catalog.
+"""A store compared with dicts: Hypothesis draws loads, upserts, deletes, lookups, reopenings and catalog changes.
 
-Every run draws anew, so that each explores more. A failure prints the shortest sequence of steps that it found, and a
-line to repeat it by; all that a step does follows from its arguments, the seeds of the tables too.
-SHORTTAIL_MACHINE_STEPS sets the number of steps.
+Every run draws new steps. A failure prints the shortest failing sequence of steps that Hypothesis found, and a line
+that repeats it: everything, including the seeds of the tables, follows from the arguments of the steps.
+SHORTTAIL_MACHINE_STEPS sets the number of steps (`make soak`: 100,000).
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ from shorttail.store import ColumnBatch, Delete, Store, Upsert, environment
 from shorttail.store import load as load_module
 from shorttail.store.table import encode_keys, make_layout
 
-STEPS = int(os.environ.get("SHORTTAIL_MACHINE_STEPS", "10000"))
+STEPS = int(os.environ.get("SHORTTAIL_MACHINE_STEPS", "3000"))
 STEPS_PER_EXAMPLE = 50
-WIDTH = 80  # of the vector: a page of 4 KiB holds nine rows, so that a few dozen split and join buckets all the time
-SEEDS = (0, 0x1234_5678_9ABC_DEF0)  # of the tables of an example
-PREFIX_BITS = 12
-ALIKE = 24  # keys whose hashes agree in so many bits: more than two pages of them
+WIDTH = 80  # of the vector: a page of 4 KiB then holds nine rows, so a few dozen rows split and merge buckets often
+SEEDS = (0, 0x1234_5678_9ABC_DEF0)  # table seeds; each example uses one of them
+PREFIX_BITS = 10
+ALIKE = 24  # number of keys whose hashes share PREFIX_BITS bits: more than two pages of rows
 
 FEATURES = [
     Feature("b", dtypes.Bool, default=True),
@@ -82,7 +82,7 @@ TTL_US = 1_000_000
 NAMES = sorted(VIEWS)
 
 Key = tuple[int | str, ...]
-Row = tuple[int, int, int]  # event time, the number that the values are made of, nulls (bit f: feature f)
+Row = tuple[int, int, int]  # event time, a number from which the values are computed, nulls (bit f: feature f)
 
 INTS = [0, -1, 1, 2**63 - 1, -(2**63), *range(1000, 1020)]
 TEXTS = ["", "\0", "x", "x" * 16, "x" * 17, "x" * 300, "é" * 9, "日本", *(f"user-{n}" for n in range(16))]
@@ -120,7 +120,7 @@ def fold(a: int, b: int) -> int:
 
 
 def key_hash(key: Key, seed: int) -> int:
-    """The hash of docs/format.md."""
+    """Compute the key hash as docs/format.md describes it."""
     mask = (1 << 64) - 1
     second = fold(seed ^ 0x2545F4914F6CDD1D, 0xD6E8FEB86659FD93) | 1
     h = seed
@@ -137,9 +137,9 @@ def key_hash(key: Key, seed: int) -> int:
 
 
 @cache
-def keys_alike(name: str, seed: int) -> list[Key]:
-    """Keys whose hashes agree in the first PREFIX_BITS bits, or more."""
-    keys = candidate_keys(name, 60_000)
+def keys_with_one_prefix(name: str, seed: int) -> list[Key]:
+    """Return ALIKE keys whose hashes share at least their first PREFIX_BITS bits."""
+    keys = candidate_keys(name, 16_000)
     hashes = [key_hash(key, seed) for key in keys]
     order = sorted(range(len(keys)), key=hashes.__getitem__)
     shift = 64 - PREFIX_BITS
@@ -149,13 +149,13 @@ def keys_alike(name: str, seed: int) -> list[Key]:
 
 @cache
 def pool(name: str, seed: int) -> list[Key]:
-    return keys_alike(name, seed) + ordinary_keys(name)
+    return keys_with_one_prefix(name, seed) + ordinary_keys(name)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_keys_that_are_alike(name: str) -> None:
-    """The kernel agrees that they are."""
-    view, keys = VIEWS[name], keys_alike(name, SEEDS[1])
+def test_native_hashes_share_the_prefix(name: str) -> None:
+    """The native code computes the same hashes for these keys."""
+    view, keys = VIEWS[name], keys_with_one_prefix(name, SEEDS[1])
     layout = make_layout(view, TableInfo(1, SEEDS[1]))
     parts, arena = encode_keys(layout, view, key_columns(name, keys))
     rows = SortedRows(layout, [(parts, b"".join(arena.parts))])
@@ -168,7 +168,7 @@ def test_keys_that_are_alike(name: str) -> None:
 
 
 def values_of(row: Row) -> list[Any]:
-    """What the features of a row are; None for null."""
+    """Return the feature values of a row; None for null."""
     time_us, number, nulls = row
     vector = [float(number + i) for i in range(WIDTH)]
     text = "" if number % 7 == 0 else f"{number}é" * (number % 60)
@@ -187,7 +187,7 @@ def batch_of(name: str, given: list[tuple[Key, Row]]) -> ColumnBatch:
             features.append((texts, None))
             continue
         shape = (len(column), WIDTH) if f == 6 else len(column)
-        array = np.full(shape, 1, feature.dtype.numpy)  # what lies under a mask does not matter
+        array = np.full(shape, 1, feature.dtype.numpy)  # values under a mask must be ignored
         for i, value in enumerate(column):
             if value is not None:
                 array[i] = value
@@ -211,15 +211,15 @@ def rows_of(batch: ColumnBatch) -> Iterator[tuple[Key, int, list[Any]]]:
 # -- the machine ---------------------------------------------------------------------------------------------------
 
 names = st.sampled_from(NAMES)
-draws = st.integers(0, 2**32)  # a step makes its rows from such a number: drawing each row would leave fewer steps
+draws = st.integers(0, 2**32)  # a step generates its rows from this number, which is faster than drawing each row
 some = st.one_of(st.integers(0, 4), st.integers(0, 70))
 which = st.integers(0, 1)
 
 
 class StoreMachine(RuleBasedStateMachine):
-    """self.rows: view -> key -> row, of every view there is."""
+    """Applies each step to two stores on one path, and to self.rows: view -> key -> row of the existing views."""
 
-    n_steps = 0  # of all examples
+    n_steps = 0  # over all examples
 
     @initialize(seed=st.sampled_from(SEEDS), log_commits=st.sampled_from([1, 5, LIMITS.change_log_commits]))
     def make(self, seed: int, log_commits: int) -> None:
@@ -233,23 +233,23 @@ class StoreMachine(RuleBasedStateMachine):
         ]
         for patch in self.patches:
             patch.start()
-        memory = Path("/dev/shm")  # nothing here is about the disk
+        memory = Path("/dev/shm")  # these tests do not need a disk
         self.folder = tempfile.mkdtemp(dir=memory if os.access(memory, os.W_OK) else None)
         self.path = Path(self.folder) / "store"
         self.stores = [Store.open(self.path, create=True), Store.open(self.path)]
-        self.laggard = Store.open(self.path)
+        self.idle_reader = Store.open(self.path)
         for name in NAMES:
             self.add(0, name)
 
     def teardown(self) -> None:
-        if hasattr(self, "laggard"):
+        if hasattr(self, "idle_reader"):
             self.close()
             shutil.rmtree(self.folder)
             for patch in self.patches:
                 patch.stop()
 
     def close(self) -> None:
-        for store in (*self.stores, self.laggard):
+        for store in (*self.stores, self.idle_reader):
             store.close()
 
     def add(self, writer: int, name: str) -> None:
@@ -337,10 +337,10 @@ class StoreMachine(RuleBasedStateMachine):
         self.check_lookup(self.stores[reader], name, [key for key, _ in self.drawn(name, draw, n + 1)], now_us)
 
     @rule(draw=draws, n=some)
-    def look_up_with_the_laggard(self, draw: int, n: int) -> None:
-        """Which reads nothing else, so that it is behind by more commits than the log may hold."""
+    def look_up_in_the_idle_reader(self, draw: int, n: int) -> None:
+        """This reader does nothing else, so it may be behind by more commits than the change log holds."""
         for name in NAMES:
-            self.check_lookup(self.laggard, name, [key for key, _ in self.drawn(name, draw, n + 1)], 0)
+            self.check_lookup(self.idle_reader, name, [key for key, _ in self.drawn(name, draw, n + 1)], 0)
 
     def check_lookup(self, store: Store, name: str, keys: list[Key], now_us: int) -> None:
         columns = Columns(list(KEYS[name]), list(KEYS[name].values()))
@@ -382,24 +382,24 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(first=which)
     def reopen(self, first: int) -> None:
-        if first:  # one after the other, so that LMDB stays open
+        if first:  # reopen one store while the other keeps LMDB open
             self.stores[0].close()
             self.stores[0] = Store.open(self.path)
             return
         self.close()
         self.stores = [Store.open(self.path), Store.open(self.path)]
-        self.laggard = Store.open(self.path)
+        self.idle_reader = Store.open(self.path)
 
     @rule(store=which)
-    def rest(self, store: int) -> None:
-        self.stores[store].rest()
+    def release_if_stale(self, store: int) -> None:
+        self.stores[store].release_if_stale()
 
     @rule(writer=which, name=names, keep=st.booleans())
     def add_or_drop(self, writer: int, name: str, keep: bool) -> None:
         if name not in self.rows:
             self.add(writer, name)
             return
-        if keep:  # or too many steps would find no view
+        if keep:  # so that most steps find their view
             return
         with self.stores[writer].edit_catalog() as catalog:
             del catalog.views[name], catalog.tables[name]
@@ -413,7 +413,7 @@ class StoreMachine(RuleBasedStateMachine):
                 assert self.stores[1].count(name) == len(rows)
 
 
-def test_a_store_is_a_dict() -> None:
+def test_a_store_equals_a_dict() -> None:
     StoreMachine.n_steps = 0
     while StoreMachine.n_steps < STEPS:
         n_examples = (STEPS - StoreMachine.n_steps) // (STEPS_PER_EXAMPLE - 10) + 1

@@ -120,8 +120,8 @@ def test_every_way_to_run_a_forest_is_measured_on_new_rows(store: str, monkeypat
         RunSettings("onnxruntime", padded=True),
         RunSettings("onnxruntime", threads=2),
     ]
-    assert all(list(candidate.us) == [1, 8, 64, 512] for candidate in result.candidates)
-    assert all(us > 0 for candidate in result.candidates for us in candidate.us.values())
+    assert all(list(candidate.median_us) == [1, 8, 64, 512] for candidate in result.candidates)
+    assert all(us > 0 for candidate in result.candidates for us in candidate.median_us.values())
 
 
 def test_rows_are_new_in_every_turn_and_the_same_for_all() -> None:

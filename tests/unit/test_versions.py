@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import commands
 import numpy as np
 import onnx
 import pytest
@@ -183,7 +182,7 @@ def test_an_open_engine_keeps_what_served_when_the_next_cannot_be_loaded(
     whole = path.read_bytes()
     path.write_bytes(whole[:-1])
     with engine.store.edit_catalog() as catalog:  # behind the command's back
-        catalog.models["m"] = catalog.models["m"].serving(2)
+        catalog.models["m"] = catalog.models["m"].with_current(2)
     assert [version(engine) for _ in range(3)] == [1, 1, 1]
     [model] = engine.models()
     assert model["version"] == 1
@@ -336,7 +335,7 @@ def test_a_canary_ends_when_another_version_serves(engine: st.Engine, file: Call
 def test_what_cannot_be_a_canary_or_shadow(engine: st.Engine, file: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(InvalidArgument, match="no version newer than the current one, 1; name a version, or deploy"):
         registry.set_canary(engine.store, "m", 10.0)
-    with pytest.raises(InvalidArgument, match="version 1 serves already; a canary is another one"):
+    with pytest.raises(InvalidArgument, match="version 1 is the current one; name another version as the canary"):
         registry.set_canary(engine.store, "m", 10.0, 1)
     with pytest.raises(NotFound, match="model 'm' has no version 9; its versions: 1"):
         registry.set_shadow(engine.store, "m", 9)
@@ -348,7 +347,7 @@ def test_what_cannot_be_a_canary_or_shadow(engine: st.Engine, file: Callable[...
         registry.set_canary(engine.store, "m", 10.0, 2)
     with pytest.raises(InvalidArgument, match="version 2 needs extra, which requests for version 1 lack"):
         registry.set_shadow(engine.store, "m", 2)
-    with pytest.raises(InvalidArgument, match="a share is above 0% and at most 100%, not 101%"):
+    with pytest.raises(InvalidArgument, match="the share must be above 0% and at most 100%, not 101%"):
         registry.set_canary(engine.store, "m", 101.0, 2)
     assert same_catalog(engine) == before
     renamed = st.Model("m", str(file(3.0, output="z")), COLUMNS)
@@ -422,16 +421,12 @@ def test_a_shadow_with_other_features_looks_up_its_own(engine: st.Engine, tmp_pa
 
 
 def cli(*arguments: str, code: int = 0) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "shorttail", "models", *arguments], capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == code, done
     if code:
-        assert done.stderr.count("\n") == 1, done.stderr
-    return done.stderr if code else done.stdout
+        return commands.error_of("models", *arguments, code=code)
+    return commands.run_well("models", *arguments).out
 
 
-def test_the_commands(engine: st.Engine, file: Callable[..., Path]) -> None:
+def test_the_commands_say_which_version_answers_what(engine: st.Engine, file: Callable[..., Path]) -> None:
     store = ["--store", engine.store.path]
     two = str(file(2.0))
     about = ["--run", "mlflow:3f2a", "--metric", "auc=0.91", "--metric", "loss=2", "--owner", "fraud"]

@@ -45,7 +45,8 @@ class FakeEngine:
         if "v:none" in references:
             raise NotFound("unknown feature 'v:none'")
         return FakePlan(kind="features", model="", version=0, names=("key",), dtypes=(Int64,), view_names=("v",),
-                        feature_names=references, has_default=tuple(r == "v:given" for r in references),
+                        feature_names=references, feature_types=("Float64",) * len(references),
+                        has_default=tuple(r == "v:given" for r in references),
                         runner=None, split=None, shadow=None)  # fmt: skip
 
     @property
@@ -160,7 +161,7 @@ PREDICT = [0, 7, "predict", ["double", {"key": 3, "amount": 1.0}]]
 PREDICTED = [1, 7, None, {"outputs": {"label": [6], "p": [[3.0, -3.0]]}, "version": 2}]
 FEATURES = [0, 8, "get_online_features", [["v:a", "v:given"], {"key": [4, -1]}]]
 FEATURED = [1, 8, None, {
-    "feature_names": ["v:a", "v:given"], "values": [[4.0, None], [4.0, -1.0]],
+    "feature_names": ["v:a", "v:given"], "types": ["Float64", "Float64"], "values": [[4.0, None], [4.0, -1.0]],
     "has_default": [False, True], "statuses": [[0, 2], [0, 2]],
 }]  # fmt: skip
 
@@ -221,7 +222,7 @@ def test_one_message_cut_at_every_byte_and_sent_byte_by_byte(served):
     assert served.replies(connection) == [PREDICTED] * len(stream)
 
 
-def test_options(served):
+def test_options_of_requests_are_understood(served):
     def ask(options):
         return served.ask([0, 7, "predict", ["double", {"key": [3, -1], "amount": 1.0}, options]])[0]
 

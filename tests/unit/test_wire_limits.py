@@ -122,7 +122,7 @@ def test_one_that_reads_a_little_of_much_is(served):
 
 
 @pytest.mark.parametrize("late", [0, 1])
-def test_silence(served, late):
+def test_a_silent_connection_is_closed_and_a_busy_one_is_not(served, late):
     served.router.idle_deadline_s = 60
     silent, busy = served.connect(), served.connect()
     for now_s in range(10, 71 + late):

@@ -1,4 +1,4 @@
-"""Pages of a large commit are written while LMDB hands over the rest: a hint, which changes nothing else."""
+"""Writeback starts disk writes during a large commit. It is only a hint and must not change any result."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from shorttail.store import ColumnBatch, Store
 from shorttail.store.lmdb_handle import EARLY_PAGES
 from shorttail.store.verify import verify
 
-ROWS_A_PAGE = 30  # at most, of 32 floats
+ROWS_PER_PAGE = 30  # most rows of 32 floats in a page
 
 
 def threads() -> set[int]:
@@ -25,7 +25,7 @@ def threads() -> set[int]:
 
 
 def ended(before: set[int]) -> bool:
-    """Whether there are no others now. The kernel lists a thread for a moment after it was joined."""
+    """Return whether no other thread runs. The kernel may list a thread for a moment after it was joined."""
     end_s = time.monotonic() + 10
     while threads() - before and time.monotonic() < end_s:
         time.sleep(0.001)
@@ -44,13 +44,13 @@ def test_the_thread_ends_with_the_block(tmp_path: Path) -> None:
     assert len(list(Path("/proc/self/fd").iterdir())) == files
 
 
-def test_a_file_that_cannot_be_opened_is_none_of_its_business(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_opened_is_ignored(tmp_path: Path) -> None:
     before = threads()
     with Writeback(tmp_path / "missing"):
         assert threads() <= before
 
 
-def test_left_open_it_is_ended_by_its_destructor(tmp_path: Path) -> None:
+def test_the_destructor_ends_the_thread(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"x")
     before = threads()
@@ -61,7 +61,7 @@ def test_left_open_it_is_ended_by_its_destructor(tmp_path: Path) -> None:
     assert ended(before)
 
 
-def test_signals_reach_the_threads_that_expect_them(tmp_path: Path) -> None:
+def test_the_thread_blocks_all_signals(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"x")
     own = threads()
@@ -76,7 +76,7 @@ def test_signals_reach_the_threads_that_expect_them(tmp_path: Path) -> None:
 def test_large_and_small_commits_are_read_back(tmp_path: Path) -> None:
     features = [Feature(f"f{i}", dtypes.Float32) for i in range(32)]
     view = FeatureView("rows", entity=Entity("row", keys={"id": dtypes.Int64}), features=features)
-    n = 2 * EARLY_PAGES * ROWS_A_PAGE
+    n = 2 * EARLY_PAGES * ROWS_PER_PAGE
     with Store.open(tmp_path / "store", create=True) as store:
         with store.edit_catalog() as catalog:
             catalog.entities["row"] = view.entity

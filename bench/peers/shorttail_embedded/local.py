@@ -11,12 +11,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+sys.path.extend(map(str, Path(__file__).resolve().parents[1:3]))  # bench/peers, bench
+import installed
 import numpy as np
+from lookups import Scenario, arguments, measure
 
 import shorttail as st
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from lookups import Scenario, arguments, measure
 
 
 def load(path: Path, scenario: Scenario) -> st.Engine:

@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 
 from shorttail._native.columns import Columns
 
-_Buffer = Any  # anything with the buffer protocol; collections.abc.Buffer is of Python 3.12
+_Buffer = Any  # an object with the buffer protocol; collections.abc.Buffer needs Python 3.12
 
 class Layout:
     features: tuple[tuple[int, int], ...]

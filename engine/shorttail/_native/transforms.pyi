@@ -3,7 +3,7 @@ from typing import Any, Self
 
 from numpy.typing import NDArray
 
-# (address, [(buffer number, dtype, width) of each argument], (the same of the output, and its column offset))
+# (address, [(buffer number, dtype, width) per argument], (buffer number, dtype, width, column offset) of the output)
 _Step = tuple[int, Sequence[tuple[int, Any, int]], tuple[int, Any, int, int]]
 
 class TransformProgram:

@@ -130,14 +130,14 @@ def part(version: dict[str, Any]) -> str:
 
 def runs_as(store: Store, name: str, version: int) -> str:
     """What runs a version here, and why; or why nothing does."""
-    from shorttail.models.load import load
+    from shorttail.models.load import load_runner
     from shorttail.models.settings import tuned
     from shorttail.store.files import model_path
 
     info = store.catalog.model(name).version(version)
     outputs = [tensor.name for tensor in info.outputs]
     try:
-        return load(model_path(store.path, name, version), outputs, tuned(info.tuning)[0]).description
+        return load_runner(model_path(store.path, name, version), outputs, tuned(info.tuning)[0]).description
     except ShorttailError as error:
         return f"nothing: {error.message}"
 
@@ -239,7 +239,7 @@ def models_deploy(
       shorttail models deploy fraud fraud-new.onnx --store store
       shorttail models deploy fraud fraud-new.onnx --store store --canary 10% --run mlflow:3f2a --metric auc=0.91
     """
-    from shorttail.models.serving import behind
+    from shorttail.models.serving import run_at_low_priority
     from shorttail.registry import versions as registry
 
     if canary == 0:
@@ -248,7 +248,9 @@ def models_deploy(
     with opened(required_store(store)) as target:
         before = target.catalog.model(name).current
         # This host may be serving, and checking a model takes a CPU for a while.
-        version = behind(lambda: registry.deploy(target, name, path, not no_promote, canary_percent=canary, **about))
+        version = run_at_low_priority(
+            lambda: registry.deploy(target, name, path, not no_promote, canary_percent=canary, **about)
+        )
         serving = target.catalog.model(name).current
     if version == before:
         note = "unchanged: it is that file already"

@@ -24,10 +24,10 @@ def stat(store: str, as_json: bool) -> None:
       shorttail stat --store store
     """
     from shorttail.store.mapping import size_text
-    from shorttail.store.stat import figures
+    from shorttail.store.stat import store_stats
 
     with opened(store) as target:
-        found = figures(target)
+        found = store_stats(target)
     if as_json:
         return print_json(found)
     if found["views"]:

@@ -45,7 +45,7 @@ def tune(
                 "version": result.version,
                 "host": result.host,
                 "candidates": [
-                    {"settings": c.settings.to_json(), "runs": c.runner.model.description, "us": c.us}
+                    {"settings": c.settings.to_json(), "runs": c.runner.model.description, "us": c.median_us}
                     for c in result.candidates
                 ],
                 "chosen": result.best.settings.to_json(),
@@ -53,7 +53,7 @@ def tune(
             }
         )
     click.echo(f"{model} version {result.version} on {result.host}: microseconds for a batch, medians")
-    rows = [[c.runner.model.description, *(round(us, 1) for us in c.us.values())] for c in result.candidates]
+    rows = [[c.runner.model.description, *(round(us, 1) for us in c.median_us.values())] for c in result.candidates]
     print_table(["runs as", *(f"{n} row{'s' * (n != 1)}" for n in tuning.BATCHES)], rows)
     if result.candidates[0].runner.kind != "forest":
         click.echo(f"no compiled forest: {result.candidates[0].runner.why}")

@@ -72,7 +72,10 @@ def read_features(result: Any) -> Features:
     try:
         values = [_to_array(column) for column in result["values"]]
         statuses = [np.asarray(codes, np.uint8) for codes in result["statuses"]]
-        return Features(result["feature_names"], values, statuses, result.get("has_default"))
+        types = result.get("types")  # older servers send none
+        if types is not None and len(types) != len(values):
+            raise ValueError(f"{len(types)} types for {len(values)} columns")
+        return Features(result["feature_names"], values, statuses, result.get("has_default"), types)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise Internal(f"get_online_features: the server's result is not understood: {error!r}") from None
 

@@ -1,7 +1,8 @@
-"""A Python function as text that stands on its own: with the constants and plain functions of its file that it uses.
+"""Captures a Python function as source text that needs nothing else of its file.
 
-A server compiles on-demand functions from the catalog alone; it never sees the definitions file. So what the file's
-names mean is settled here, by value, when the function is declared.
+The text contains the constants and plain functions of the file that the function uses. A server compiles on-demand
+functions from the catalog alone and never sees the definitions file, so the values of the file's names are captured
+when the function is declared.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import numpy as np
 from shorttail.config import LIMITS
 from shorttail.errors import InvalidArgument
 
-# Builtins that reach outside of the function, or that mean nothing where there are only numbers.
+# Builtins that reach outside of the function, or that have no meaning for numbers.
 FORBIDDEN_BUILTINS = {
     "print", "input", "open", "eval", "exec", "compile", "globals", "locals", "vars", "dir", "getattr", "setattr",
     "delattr", "hasattr", "breakpoint", "exit", "quit", "help", "id", "hash", "super", "type", "object",
@@ -50,7 +51,7 @@ FORBIDDEN_SYNTAX: dict[type[ast.AST], str] = {
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a function was written, for messages. lines: of the captured text -> of the file."""
+    """Where a function was written, for messages. lines: line of the captured text -> line of the file."""
 
     file: str
     line: int
@@ -60,16 +61,16 @@ class Origin:
 
 @dataclass
 class Capture:
-    """Text gathered so far; `where` begins every message."""
+    """The text captured so far. where: the beginning of every error message."""
 
     where: str
-    parts: dict[str, str] = field(default_factory=dict)  # global name -> its statement, in order of execution
+    parts: dict[str, str] = field(default_factory=dict)  # global name -> the statement that defines it, in order
     values: dict[str, Any] = field(default_factory=dict)
-    open: list[str] = field(default_factory=list)  # functions being captured, outermost first
-    trees: dict[str, tuple[ast.FunctionDef, FunctionType]] = field(default_factory=dict)  # of the functions in parts
+    open: list[str] = field(default_factory=list)  # functions that are being captured, outermost first
+    trees: dict[str, tuple[ast.FunctionDef, FunctionType]] = field(default_factory=dict)  # the functions in `parts`
 
     def function(self, function: FunctionType, name: str) -> ast.FunctionDef:
-        """Everything `function` needs goes to parts; its own definition, bare, is returned. Raises InvalidArgument."""
+        """Add everything that `function` uses to `parts`, and return its bare definition. Raises InvalidArgument."""
         definition = bare_definition(function, self.where, name)
         self.open.append(name)
         cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
@@ -78,31 +79,31 @@ class Capture:
                 value = cells[used].cell_contents if used in cells else function.__globals__[used]
             except (KeyError, ValueError):
                 if used not in cells and hasattr(builtins, used):
-                    self.builtin(used)
+                    self.check_builtin(used)
                     continue
                 raise InvalidArgument(
-                    f"{self.where} uses '{used}', which is not defined (yet): define it above, in the same file"
+                    f"{self.where} uses '{used}', which is not defined yet; define it above the function, in its file"
                 ) from None
             self.add(used, value)
         self.open.pop()
         return definition
 
-    def builtin(self, name: str) -> None:
+    def check_builtin(self, name: str) -> None:
         if name in FORBIDDEN_BUILTINS:
             raise InvalidArgument(f"{self.where} uses {name}(), which cannot be compiled; only numbers and vectors can")
 
     def add(self, name: str, value: Any) -> None:
-        """What a global name stands for, as a statement."""
+        """Add the statement that gives a global name its present value. Raises InvalidArgument."""
         if name in self.open:
             raise InvalidArgument(f"{self.where}: '{name}' calls itself, which cannot be compiled; write a loop")
         if name in self.values:
             if self.values[name] is not value:
                 raise InvalidArgument(
-                    f"{self.where} uses two different things that are called '{name}', in two files; rename one"
+                    f"{self.where} uses two different values with the name '{name}', from two files; rename one of them"
                 )
             return
-        value = getattr(value, "py_func", value)  # of what the user compiled with Numba already
-        value = getattr(getattr(value, "origin", None), "function", value)  # of another on-demand function
+        value = getattr(value, "py_func", value)  # the user may have compiled the function with Numba already
+        value = getattr(getattr(value, "origin", None), "function", value)  # it may be another on-demand function
         if isinstance(value, FunctionType) and not is_library(value):
             definition = self.function(value, name)
             definition.name = name
@@ -122,31 +123,31 @@ class Capture:
 
 
 def capture(function: FunctionType, where: str) -> tuple[str, Origin]:
-    """The text that defines `function` again where only `math` and `np` exist, and where it was written.
+    """Return source text that defines `function` where only `math` and `np` exist, and where it was written.
 
-    Raises InvalidArgument, beginning with `where`.
+    where: the beginning of error messages. Raises InvalidArgument.
     """
     name = function.__name__
-    gathered = Capture(where)
-    definition = gathered.function(function, name)
-    gathered.parts[name] = ast.unparse(definition)
-    gathered.trees[name] = definition, function
+    captured = Capture(where)
+    definition = captured.function(function, name)
+    captured.parts[name] = ast.unparse(definition)
+    captured.trees[name] = definition, function
     file = function.__code__.co_filename
     lines: dict[int, int] = {}
     text = ""
-    for part, statement in gathered.parts.items():
+    for part, statement in captured.parts.items():
         before = text.count("\n")
         text += f"{statement}\n"
-        if part in gathered.trees and gathered.trees[part][1].__code__.co_filename == file:
-            tree, written = gathered.trees[part]
+        if part in captured.trees and captured.trees[part][1].__code__.co_filename == file:
+            tree, written = captured.trees[part]
             own = printed_lines(statement, tree)
             lines |= {before + new: written.__code__.co_firstlineno + old - 1 for new, old in own.items()}
     return text, Origin(file, lines[before + 1], lines, function)
 
 
 def printed_lines(text: str, tree: ast.FunctionDef) -> dict[int, int]:
-    """Line of the text printed from a tree -> line that the tree was read from; both count from 1."""
-    # Both trees have one shape, so that walking them together pairs every line printed with the line in the file.
+    """Return, for each line of a text printed from a tree, the line that the tree was read from. Both count from 1."""
+    # Both trees have the same shape, so walking them in step pairs each printed line with its line in the file.
     pairs = zip(ast.walk(ast.parse(text).body[0]), ast.walk(tree), strict=True)
     found: dict[int, int] = {}
     for new, old in pairs:
@@ -156,7 +157,7 @@ def printed_lines(text: str, tree: ast.FunctionDef) -> dict[int, int]:
 
 
 def bare_definition(function: FunctionType, where: str, name: str) -> ast.FunctionDef:
-    """The function's tree without decorators, annotations or docstring. Raises InvalidArgument."""
+    """Return the function's tree without decorators, annotations and docstring. Raises InvalidArgument."""
     helper = "" if name == function.__name__ and where.endswith(f"'{name}'") else f" uses '{name}'"
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
@@ -177,7 +178,8 @@ def bare_definition(function: FunctionType, where: str, name: str) -> ast.Functi
         definition.args.defaults = [default_value(value, where, name) for value in function.__defaults__]
     if ast.get_docstring(definition) is not None:
         definition.body = definition.body[1:] or [ast.Pass()]
-    for node in ast.walk(definition):  # annotations of variables are not evaluated, and may name what is not captured
+    # Annotations of variables are dropped: Python does not evaluate them, and they may use names that are not captured.
+    for node in ast.walk(definition):
         for body in (getattr(node, block, None) for block in ("body", "orelse")):
             if isinstance(body, list):
                 body[:] = [plain_assignment(statement) for statement in body]
@@ -185,6 +187,7 @@ def bare_definition(function: FunctionType, where: str, name: str) -> ast.Functi
 
 
 def check_syntax(node: ast.AST, where: str, first_line: int) -> None:
+    """Raise InvalidArgument for syntax that cannot be compiled. first_line: line of the function in its file."""
     reason = FORBIDDEN_SYNTAX.get(type(node))
     if isinstance(node, ast.Attribute) and node.attr == "random" and isinstance(node.value, ast.Name):
         reason = "it cannot draw random numbers: the same request must get the same answer"
@@ -195,6 +198,7 @@ def check_syntax(node: ast.AST, where: str, first_line: int) -> None:
 
 
 def plain_assignment(statement: ast.stmt) -> ast.stmt:
+    """Return `x: int = 1` as `x = 1`, `x: int` as `pass`, and any other statement unchanged."""
     if not isinstance(statement, ast.AnnAssign):
         return statement
     if statement.value is None:
@@ -203,6 +207,7 @@ def plain_assignment(statement: ast.stmt) -> ast.stmt:
 
 
 def default_value(value: Any, where: str, name: str) -> ast.expr:
+    """Return a parameter's default as an expression. Raises InvalidArgument if it is not a number."""
     text = literal(value)
     if text is None:
         raise InvalidArgument(f"{where} uses '{name}', which has a default that is {describe(value)}, not a number")
@@ -210,6 +215,7 @@ def default_value(value: Any, where: str, name: str) -> ast.expr:
 
 
 def global_names(code: CodeType) -> Iterator[str]:
+    """Yield the global names that a function uses, and those of the functions inside it."""
     for instruction in dis.get_instructions(code):
         if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
             yield instruction.argval
@@ -223,7 +229,7 @@ def is_library(value: FunctionType) -> bool:
 
 
 def library_text(value: Any) -> str | None:
-    """math, np and what is in them, however the file has imported it."""
+    """Return `math`, `np` or a name in them ("np.sqrt") for such a value, however the file imported it; else None."""
     if isinstance(value, ModuleType):
         return {"math": "math", "numpy": "np", "numpy.linalg": "np.linalg"}.get(value.__name__)
     if isinstance(value, BuiltinFunctionType | FunctionType | np.ufunc | type) or hasattr(value, "__wrapped__"):
@@ -235,7 +241,7 @@ def library_text(value: Any) -> str | None:
 
 
 def literal(value: Any) -> str | None:
-    """An expression of that value: numbers, tuples of them, NumPy arrays of numbers; else None."""
+    """Return an expression for a number, a tuple of such, or a NumPy array of numbers; None for any other value."""
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, bool):
@@ -255,6 +261,7 @@ def literal(value: Any) -> str | None:
 
 
 def describe(value: Any) -> str:
+    """Return the kind of a value in words, for error messages."""
     if isinstance(value, ModuleType):
         return f"the module {value.__name__}"
     if isinstance(value, np.ndarray):

@@ -1,6 +1,6 @@
-"""What a store holds: its views, their tables, its models and their versions. Kept as one JSON document.
+"""The catalog of a store: its entities, views, tables, models and model versions, kept as a single JSON document.
 
-A catalog that a reader was handed is never changed in place: a writer edits a copy() and commits that.
+A catalog that readers use is never changed in place: a writer edits a copy() and commits the copy.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from shorttail.errors import Internal, NotFound
 
 Json = dict[str, Any]
 
-# Element types of ONNX tensors and ours. Others (float16, maps, sequences) are refused when a model is registered.
+# ONNX element type -> our type. A model with another type (float16, a map, a sequence) is refused at registration.
 TENSOR_TYPES: dict[str, DType] = {
     "float": Float32,
     "double": Float64,
@@ -32,10 +32,10 @@ TENSOR_TYPES: dict[str, DType] = {
 
 @dataclass(frozen=True, slots=True)
 class TableInfo:
-    """The table that holds a view's rows; it has no pages until its first row.
+    """The table that holds a view's rows. It has no pages until its first row is written.
 
-    id: 1.. (0 in the change log stands for the catalog), never used again. seed: of the key hash.
-    page_bytes: 0 lets the layout choose.
+    id: from 1 on, never reused (in the change log 0 stands for the catalog). seed: of the hash of keys.
+    page_bytes: size of a page, 0 to let the layout choose it.
     """
 
     id: int
@@ -45,11 +45,11 @@ class TableInfo:
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """An input or output of an ONNX file. dtype: a key of TENSOR_TYPES, or ONNX Runtime's own name of another."""
+    """An input or output of an ONNX file. dtype: a key of TENSOR_TYPES, or ONNX Runtime's name of another type."""
 
     name: str
     dtype: str
-    shape: tuple[int | None, ...]  # None where any length will do
+    shape: tuple[int | None, ...]  # None: any length
 
     def to_json(self) -> Json:
         return {"name": self.name, "dtype": self.dtype, "shape": list(self.shape)}
@@ -61,10 +61,11 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class VersionInfo:
-    """One version of a model: what its file is, and the definition it was registered with.
+    """A version of a model: its file's hash, inputs and outputs, and the definition that it was registered with.
 
-    The definition belongs to the version because versions may differ in their columns: rolling back brings back both.
-    outputs: those that the definition selects, in its order. tuning: host -> settings (shorttail.models.settings).
+    Each version has its own definition, because versions may differ in their columns; a rollback restores both.
+    sha256: of the file, in hexadecimal. created_us: microseconds since 1970 UTC. outputs: those that the definition
+    selects, in its order. tuning: host description -> settings (shorttail.models.settings).
     """
 
     model: Model
@@ -98,7 +99,7 @@ class VersionInfo:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """A version that gets a part of the requests. percent: above 0, at most 100."""
+    """A version that gets a percentage of the requests. percent: above 0, at most 100."""
 
     version: int
     percent: float
@@ -109,10 +110,11 @@ class Share:
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """A model's versions. current: the one that serves; previous: the one that `rollback` returns to.
+    """The versions of a model.
 
-    canary: answers a part of the requests in place of the current one. shadow: runs on what the current one answered,
-    to be compared. Neither is the current one.
+    current: the version that answers. previous: the version that `rollback` returns to.
+    canary: another version, which answers a share of the requests in place of the current one.
+    shadow: another version, which runs on a share of the current one's requests; its answers are only compared.
     """
 
     current: int
@@ -127,7 +129,7 @@ class ModelEntry:
         return self.versions[self.current].model
 
     def version(self, number: int | None = None) -> VersionInfo:
-        """That version, or the current one. Raises NotFound."""
+        """Return a version (None: the current one). Raises NotFound that lists the versions."""
         if number is None:
             number = self.current
         if number not in self.versions:
@@ -135,8 +137,11 @@ class ModelEntry:
             raise NotFound(f"model '{self.model.name}' has no version {number}; its versions: {known}")
         return self.versions[number]
 
-    def serving(self, number: int) -> ModelEntry:
-        """The entry with that version current, which ends a canary: it was held against the version before."""
+    def with_current(self, number: int) -> ModelEntry:
+        """Return the entry with that version as the current one. Raises NotFound.
+
+        A canary ends, because it was compared with the version that was current before.
+        """
         self.version(number)
         if number == self.current:
             return self
@@ -161,7 +166,7 @@ class ModelEntry:
 
 @dataclass
 class Catalog:
-    """Everything a store knows about itself. Each dict is by name; every view has a table."""
+    """All definitions of a store. The keys of each dict are names; every view has a table."""
 
     entities: dict[str, Entity] = field(default_factory=dict)
     views: dict[str, FeatureView] = field(default_factory=dict)
@@ -170,23 +175,26 @@ class Catalog:
     next_table_id: int = 1
 
     def copy(self) -> Catalog:
-        """A copy whose dicts may be changed; the definitions in them are immutable and shared."""
+        """Return a copy whose dicts may be changed. The definitions in them are immutable and shared."""
         return Catalog(dict(self.entities), dict(self.views), dict(self.tables), dict(self.models), self.next_table_id)
 
     def view(self, name: str) -> FeatureView:
-        """That view. Raises NotFound with the views there are."""
+        """Return a view. Raises NotFound that suggests a name."""
         if name not in self.views:
             raise NotFound(f"no feature view '{name}'{suggestion(name, self.views, 'views')}")
         return self.views[name]
 
     def model(self, name: str) -> ModelEntry:
-        """That model. Raises NotFound with the models there are."""
+        """Return the entry of a model. Raises NotFound that suggests a name."""
         if name not in self.models:
             raise NotFound(f"no model '{name}'{suggestion(name, self.models, 'models')}")
         return self.models[name]
 
     def feature(self, reference: str) -> tuple[FeatureView, Feature]:
-        """The view and feature of "view:feature". Raises NotFound, or InvalidArgument if it is not a reference."""
+        """Return the view and the feature that "view:feature" names.
+
+        Raises NotFound if one of them does not exist, InvalidArgument if the text is not a reference.
+        """
         view_name, name = split_reference(reference)
         view = self.view(view_name)
         if name not in view.feature_index:
@@ -195,14 +203,16 @@ class Catalog:
         return view, view.features[view.feature_index[name]]
 
     def new_table(self, view_name: str) -> TableInfo:
-        """Give the view a new, empty table, in place of the one it may have."""
-        # 63 bits, so that any JSON reader keeps it whole. Random, so that keys cannot be chosen to collide.
+        """Give the view a new, empty table, which replaces its present table."""
+        # The seed has 63 bits, so that every JSON reader keeps it exact. It is random, so that nobody can choose keys
+        # that collide.
         table = TableInfo(self.next_table_id, secrets.randbits(63))
         self.tables[view_name] = table
         self.next_table_id += 1
         return table
 
     def to_json(self) -> bytes:
+        """Return the catalog as the JSON document that the store keeps."""
         document = {
             "entities": [entity.to_json() for entity in self.entities.values()],
             "views": [view.to_json() for view in self.views.values()],
@@ -214,7 +224,7 @@ class Catalog:
 
     @classmethod
     def from_json(cls, data: bytes | memoryview | None) -> Catalog:
-        """The catalog of that document; None is an empty one. Raises Internal if the document is damaged."""
+        """Return the catalog of a document, an empty one for None. Raises Internal if the document is damaged."""
         if data is None:
             return cls()
         try:

@@ -1,4 +1,4 @@
-"""Gathers definitions: from a file, which is executed, or from objects made in the running program."""
+"""Collects definitions from a file, which is executed, or from objects of the running program."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from shorttail.define.models import Model
 from shorttail.define.views import FeatureView
 from shorttail.errors import InvalidArgument, NotFound, ShorttailError
 
-MODULE_NAME = "shorttail_definitions"  # what the file sees as its __name__
+MODULE_NAME = "shorttail_definitions"  # __name__ in the executed file
 
 
 @dataclass
 class Definitions:
-    """What a definitions file declares, by name. Paths in it are absolute."""
+    """The entities, views and models that a definitions file declares, by name. Their paths are absolute."""
 
     entities: dict[str, Entity] = field(default_factory=dict)
     views: dict[str, FeatureView] = field(default_factory=dict)
@@ -29,9 +29,9 @@ class Definitions:
 
 
 def collect(source: str | os.PathLike[str] | Definitions | Any) -> Definitions:
-    """The definitions in a file (a path), or in objects: one, or lists and dicts of them.
+    """Return the definitions of a file (given as a path), of an object, or of lists and dicts of objects.
 
-    Relative paths in definitions start at the file's folder, or at the working folder for objects.
+    Relative paths in definitions start at the file's folder; for objects, at the working folder.
     Raises NotFound if there is no such file, InvalidArgument if it does not run or defines nothing.
     """
     if isinstance(source, Definitions):
@@ -48,9 +48,9 @@ def collect(source: str | os.PathLike[str] | Definitions | Any) -> Definitions:
 
 
 def run_file(path: Path) -> dict[str, Any]:
-    """Execute the file with its folder first on the import path; the globals that it leaves.
+    """Execute the file with its folder first on the import path, and return its globals.
 
-    Not the import system: that could answer from stale bytecode when a file is edited twice within a second.
+    The import system is not used: its cached bytecode is stale if a file is edited twice within a second.
     """
     module = ModuleType(MODULE_NAME)
     module.__file__ = str(path.absolute())
@@ -71,18 +71,19 @@ def run_file(path: Path) -> dict[str, Any]:
 
 
 def describe(error: BaseException) -> str:
+    """Return "ValueError: text", with the first line of the text only."""
     first_line = next(iter(str(error).splitlines()), "")
     return f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__
 
 
 def user_line(error: BaseException, filename: str) -> int:
-    """The line of the definitions file that was running when the error came."""
+    """Return the line of the definitions file that was running when the error was raised."""
     lines = [line for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == filename]
     return lines[-1] if lines else 1
 
 
 def collect_objects(objects: Any, folder: Path) -> Definitions:
-    """The definitions among these objects, entities of views included; paths made absolute from `folder`."""
+    """Return the definitions among these objects, with the entities of views. Relative paths start at `folder`."""
     definitions = Definitions()
     for item in walk(objects, set()):
         if isinstance(item, Entity):
@@ -96,7 +97,7 @@ def collect_objects(objects: Any, folder: Path) -> Definitions:
 
 
 def walk(value: Any, seen: set[int]) -> Iterator[Any]:
-    """Every definition in value, through lists, tuples, sets and dicts."""
+    """Yield every definition in `value`, which may be a list, tuple, set or dict of others. seen: ids to skip."""
     if isinstance(value, Entity | FeatureView | Model):
         yield value
     elif isinstance(value, Mapping | list | tuple | set) and id(value) not in seen:
@@ -107,6 +108,7 @@ def walk(value: Any, seen: set[int]) -> Iterator[Any]:
 
 
 def add(found: dict[str, Any], item: Any, what: str) -> None:
+    """Add a definition. Raises InvalidArgument if another, different one has its name."""
     if found.setdefault(item.name, item) != item:
         raise InvalidArgument(f"two different {what} are named '{item.name}'; names must be unique")
 
@@ -119,5 +121,5 @@ def with_absolute_source(view: FeatureView, folder: Path) -> FeatureView:
 
 
 def absolute(folder: Path, path: str) -> str:
-    # normpath, not resolve(): a symbolic link must still be seen to be one.
+    # normpath and not resolve(), so that a later check still sees a symbolic link.
     return os.path.normpath(folder / path)

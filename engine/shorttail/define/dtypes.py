@@ -1,6 +1,6 @@
-"""The value types of keys, features and request columns.
+"""The types of keys, features and request columns.
 
-The codes are part of the table format and of the wire's tensor encoding: never renumber.
+The codes are part of the table format and of the wire's tensor encoding. Never change a code.
 """
 
 from __future__ import annotations
@@ -15,12 +15,16 @@ from shorttail.errors import InvalidArgument
 
 @dataclass(frozen=True, slots=True)
 class DType:
-    """A value type: its name for people, its code for files and the wire, its width for vectors."""
+    """A type of values.
+
+    name: as users write it, "Vector(8)". code: in files and on the wire. numpy: NumPy's scalar type of an element,
+    object for strings. width: elements in a value: n for Vector(n), else 1.
+    """
 
     name: str
     code: int
-    numpy: Any  # numpy scalar type of one element; object for strings
-    width: int = 1  # elements a value: n for Vector(n), else 1
+    numpy: Any
+    width: int = 1
 
     @property
     def is_vector(self) -> bool:
@@ -50,9 +54,9 @@ Timestamp = DType("Timestamp", 7, np.int64)  # microseconds since 1970-01-01 UTC
 
 
 def Vector(length: int) -> DType:
-    """A fixed-length float32 vector."""
+    """Return the type of float32 vectors of `length` elements, 1 to 65536. Raises InvalidArgument."""
     if not isinstance(length, int) or isinstance(length, bool) or not 1 <= length <= 65_536:
-        raise InvalidArgument(f"Vector({length!r}): the length must be a whole number from 1 to 65536")
+        raise InvalidArgument(f"Vector({length!r}): the length must be an integer from 1 to 65536")
     return DType(f"Vector({length})", VECTOR_CODE, np.float32, length)
 
 
@@ -60,7 +64,7 @@ SCALARS: dict[str, DType] = {t.name: t for t in (Bool, Int32, Int64, Float32, Fl
 
 
 def parse_dtype(name: str) -> DType:
-    """The type of that name, as `repr` of a type prints it. Raises InvalidArgument."""
+    """Return the type with that name, as `repr` of a type prints it. Raises InvalidArgument."""
     if name in SCALARS:
         return SCALARS[name]
     if name.startswith("Vector(") and name.endswith(")") and name[7:-1].isdigit():

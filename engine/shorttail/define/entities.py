@@ -1,4 +1,4 @@
-"""Entities: what the rows of feature views are about."""
+"""Declares entities: the users, items, ... that the rows of feature views describe, and their key columns."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ Json = dict[str, Any]
 
 
 def check_dtype(dtype: object, what: str) -> DType:
+    """Return `dtype` if it is a type. what: the beginning of the message. Raises InvalidArgument."""
     if not isinstance(dtype, DType):
         raise InvalidArgument(
             f"{what}: {dtype!r} is not a type; use st.Float32, st.Int64, st.String, st.Vector(n), ..."
@@ -23,7 +24,10 @@ def check_dtype(dtype: object, what: str) -> DType:
 
 @dataclass(frozen=True)
 class Entity:
-    """What rows are about: one or more key columns, each Int64 or String."""
+    """An entity, such as a user: the subject of the rows of feature views.
+
+    keys: key column -> type, Int64 or String; together they identify a row. Raises InvalidArgument.
+    """
 
     name: str
     keys: dict[str, DType]
@@ -41,7 +45,7 @@ class Entity:
         object.__setattr__(self, "keys", dict(self.keys))
 
     def to_json(self) -> Json:
-        # A list of pairs: the order of the keys is part of the table format.
+        # A list of pairs, because the order of the keys is part of the table format.
         return {
             "name": self.name,
             "keys": [[key, dtype.name] for key, dtype in self.keys.items()],

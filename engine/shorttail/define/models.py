@@ -1,4 +1,4 @@
-"""Models as they are declared: the ONNX file and the columns that feed it."""
+"""Declares models: the ONNX file and the columns that feed it."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ from shorttail.errors import InvalidArgument
 
 Json = dict[str, Any]
 Column = str | OnDemandFeature
-"""One entry of a model's inputs: "view:feature", "request:column" or an on-demand feature of such."""
+"""An entry of a model's inputs: "view:feature", "request:column" or an on-demand feature."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """An ONNX model and what feeds it.
+    """An ONNX model and the columns that feed it.
 
-    `inputs` is a list of columns for a model with one input (a matrix whose columns they are, in order; a vector
-    feature fills as many columns as it is long), or a dict from the model's input names to such lists.
-    `outputs` names the model's outputs to return; None is all of them. `path` is relative to the definitions file.
-    `run` is a link to the training run ("mlflow:..." or any URL), `metrics` what it was measured at: {name: number}.
+    `inputs` is a list of columns for a model with a single input: they are the columns of its matrix, in order, and a
+    vector feature fills as many columns as it has elements. For several inputs it is a dict: input name -> such a list.
+    `outputs` names the model's outputs to return; None returns all. `path` is relative to the definitions file.
+    `run` is a link to the training run ("mlflow:..." or any URL). `metrics` holds measured figures: {name: number}.
+    Raises InvalidArgument.
     """
 
     name: str
@@ -68,14 +69,14 @@ class Model:
 
     @property
     def columns(self) -> list[Column]:
-        """Every column of every input, in order."""
+        """The columns of all inputs, in order."""
         if isinstance(self.inputs, Mapping):
             return [column for columns in self.inputs.values() for column in columns]
         return list(self.inputs)
 
     @property
     def references(self) -> list[str]:
-        """Every "view:feature" and "request:column" the model reads, arguments included, once each, in order."""
+        """Each "view:feature" and "request:column" that the model reads, also as an argument, in order, each once."""
         found: dict[str, None] = {}
         for column in self.columns:
             for reference in column.references if isinstance(column, OnDemandFeature) else (column,):
@@ -83,7 +84,7 @@ class Model:
         return list(found)
 
     def inputs_by_name(self, input_names: Sequence[str]) -> dict[str, tuple[Column, ...]]:
-        """The columns of each of the ONNX file's inputs; a list belongs to its only one."""
+        """Return the columns of each input. input_names: the ONNX file's inputs; a list belongs to its only input."""
         if isinstance(self.inputs, Mapping):
             return {name: tuple(columns) for name, columns in self.inputs.items()}
         return {input_names[0]: tuple(self.inputs)}
@@ -91,7 +92,7 @@ class Model:
     def to_json(self) -> Json:
         inputs: Any
         if isinstance(self.inputs, Mapping):
-            # Pairs, because the order of inputs is the order of their columns in requests and messages.
+            # A list of pairs, because the order of inputs is the order of their columns in requests and messages.
             inputs = {"named": [[name, [column_json(c) for c in columns]] for name, columns in self.inputs.items()]}
         else:
             inputs = {"only": [column_json(column) for column in self.inputs]}
@@ -126,29 +127,31 @@ class Model:
 
 
 def check_run(run: object, where: str) -> None:
-    """A link: "mlflow:RUN", "https://...", whatever a scheme stands before."""
+    """Check that `run` is "" or a link with a scheme: "mlflow:RUN", "https://...". Raises InvalidArgument."""
     check_text(run, f"{where}: run")
     if run and not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*:[^\s]+", str(run)):
         raise InvalidArgument(f"{where}: run must be a link such as 'mlflow:3f2a' or 'https://...', not {run!r}")
 
 
 def check_metrics(metrics: object, where: str) -> dict[str, float]:
+    """Return the metrics as floats. Raises InvalidArgument for a wrong name and for a number that is not finite."""
     if not isinstance(metrics, Mapping):
         raise InvalidArgument(f"{where}: metrics must be {{name: number}}, not {type(metrics).__name__}")
     for name, value in metrics.items():
         if not isinstance(name, str) or not name or not name.isprintable():
-            raise InvalidArgument(f"{where}: metrics: {name!r} is not a name")
+            raise InvalidArgument(f"{where}: metrics: {name!r} is not a name; write {{'auc': 0.91}}")
         if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
             raise InvalidArgument(f"{where}: metric '{name}' must be a finite number, not {value!r}")
     return {name: float(value) for name, value in metrics.items()}
 
 
 def check_columns(columns: object, where: str) -> tuple[Column, ...]:
+    """Return the columns of an input as a tuple. Raises InvalidArgument."""
     if isinstance(columns, str | OnDemandFeature) or not isinstance(columns, Sequence) or not columns:
         raise InvalidArgument(f"{where} must be a list of 'view:feature', 'request:column' or on-demand features")
     for column in columns:
         if isinstance(column, OnDemand):
-            raise InvalidArgument(f"{where}: call {column.name} with the references that are its arguments")
+            raise InvalidArgument(f"{where}: call {column.name} with its arguments: {column.name}('view:feature', ...)")
         if not isinstance(column, OnDemandFeature):
             try:
                 split_reference(column)
@@ -166,5 +169,5 @@ def column_from_json(data: Any) -> Column:
 
 
 def column_label(column: Column) -> str:
-    """A column as the user wrote it: a reference, or function(reference, ...)."""
+    """Return a column as the user wrote it: a reference, or function(reference, ...)."""
     return column if isinstance(column, str) else column.label

@@ -1,7 +1,7 @@
-"""On-demand features: a small numeric function over request columns, stored features and other on-demand features.
+"""Declares on-demand features: small numeric functions of request columns, stored features and other such features.
 
-The function is kept as source text with the types of its parameters (capture.py), so that a server compiles it (Numba,
-see transforms.py) from the catalog alone and never needs the definitions file.
+The catalog keeps a function as source text with the types of its parameters (capture.py). A server compiles it with
+Numba from the catalog alone (ondemand/compile.py) and never needs the definitions file.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from shorttail.errors import InvalidArgument
 
 Json = dict[str, Any]
 Argument = Union[str, "OnDemandFeature"]
-"""What an on-demand function is called with: "view:feature", "request:column", or another on-demand feature."""
+"""An argument of an on-demand function: "view:feature", "request:column", or another on-demand feature."""
 
 
 @dataclass(frozen=True)
 class OnDemand:
-    """A function declared with @on_demand. Equal when name, types and source are equal.
+    """A function declared with @on_demand. Two functions are equal if their names, types and sources are.
 
-    params: (name, dtype) of each parameter. source: statements that define the function, `def` included, where
-    nothing but `math` and `np` is known. origin: where it was written, if this process has seen it.
+    params: (name, dtype) of each parameter. source: statements that define the function and need only `math` and `np`.
+    origin: where the function was written; None in a process that has it from the catalog.
     """
 
     name: str
@@ -37,7 +37,7 @@ class OnDemand:
     origin: Origin | None = field(default=None, compare=False, repr=False)
 
     def __call__(self, *arguments: Argument) -> OnDemandFeature:
-        """The feature this function gives for these arguments: "view:feature", "request:column", or such a feature."""
+        """Return the feature that this function computes from these arguments. Raises InvalidArgument."""
         return OnDemandFeature(self, arguments)
 
     def to_json(self) -> Json:
@@ -56,7 +56,7 @@ class OnDemand:
 
 @dataclass(frozen=True)
 class OnDemandFeature:
-    """One column of a model's input (a vector: several): a function and its arguments."""
+    """A function with its arguments. It fills a column of a model's input; a vector fills a column for each element."""
 
     function: OnDemand
     args: tuple[Argument, ...]
@@ -70,7 +70,7 @@ class OnDemandFeature:
         for arg in self.args:
             if isinstance(arg, OnDemand):
                 raise InvalidArgument(
-                    f"argument of {name}(...): call {arg.name} with the references that are its arguments"
+                    f"argument of {name}(...): call {arg.name} with its arguments: {arg.name}('view:feature', ...)"
                 )
             if isinstance(arg, OnDemandFeature):
                 continue
@@ -79,7 +79,7 @@ class OnDemandFeature:
             except InvalidArgument as error:
                 raise InvalidArgument(f"argument of {name}(...): {error.message}") from None
         if self.depth > LIMITS.on_demand_depth:
-            raise InvalidArgument(f"{name}(...): on-demand features nest {LIMITS.on_demand_depth} deep at most")
+            raise InvalidArgument(f"{name}(...): on-demand features nest at most {LIMITS.on_demand_depth} deep")
 
     @property
     def depth(self) -> int:
@@ -87,17 +87,17 @@ class OnDemandFeature:
 
     @property
     def label(self) -> str:
-        """As the user wrote it: function(argument, ...)."""
+        """The feature as the user wrote it: function(argument, ...)."""
         shown = (arg if isinstance(arg, str) else arg.label for arg in self.args)
         return f"{self.function.name}({', '.join(shown)})"
 
     @property
     def references(self) -> list[str]:
-        """Every "view:feature" and "request:column" below it, in order."""
+        """The "view:feature" and "request:column" arguments of this feature and of the features inside it, in order."""
         return [name for feature in self.walk() for name in feature.args if isinstance(name, str)]
 
     def walk(self) -> Iterator[OnDemandFeature]:
-        """This feature and those that are its arguments, the innermost first: an order to compute them in."""
+        """Yield the features inside this one, innermost first, and then this one: an order to compute them in."""
         for arg in self.args:
             if isinstance(arg, OnDemandFeature):
                 yield from arg.walk()
@@ -114,10 +114,10 @@ class OnDemandFeature:
 
 
 def on_demand(function: Callable[..., Any]) -> OnDemand:
-    """Declare a function over columns; it is compiled and run over the whole batch.
+    """Declare a function of columns, which is compiled and run over whole batches (docs/on-demand.md).
 
-    Parameters and return value are annotated with types (st.Float64, st.Vector(8), ...). Constants and plain functions
-    of the same file are taken as they are now. Raises InvalidArgument.
+    Annotate the parameters and the return value with types (st.Float64, st.Vector(8), ...). The present values of
+    constants and plain functions of the same file are captured. Raises InvalidArgument.
     """
     if not inspect.isfunction(function):
         raise InvalidArgument(f"@on_demand: {function!r} is not a function")
@@ -141,6 +141,7 @@ def on_demand(function: Callable[..., Any]) -> OnDemand:
 
 
 def numeric(dtype: object, what: str) -> DType:
+    """Return `dtype` if it is a type other than String. what: the beginning of the message. Raises InvalidArgument."""
     if not isinstance(dtype, DType):
         raise InvalidArgument(f"{what} has no type; annotate it, for example with st.Float64")
     if dtype == String:

@@ -1,4 +1,4 @@
-"""Sources as they are declared: where the rows of a view come from. shorttail.sources reads them."""
+"""Declares sources, which the rows of views are loaded from. shorttail.sources reads them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class ParquetSource:
-    """Where a view's rows come from: a Parquet file or folder. Relative to the definitions file.
+    """A Parquet file or folder that a view's rows are loaded from. `path` is relative to the definitions file.
 
-    `timestamp` names the column of event times (timestamps, or integers in microseconds since 1970 UTC). Without it
-    a row's event time is the moment it is loaded.
+    `timestamp` names the column of event times (timestamps, or integers in microseconds since 1970 UTC). Without it,
+    the event time of a row is the time at which it is loaded. Raises InvalidArgument.
     """
 
     path: str

@@ -1,7 +1,7 @@
-"""Feature views: the features of one entity that are stored, loaded and looked up together.
+"""Declares feature views: features of an entity that are stored, loaded and looked up together.
 
-Objects check themselves when they are made, so a wrong definition is reported at its own line. Every definition has
-to_json() and from_json(), because the store's catalog keeps the definitions that a server needs.
+A definition checks itself when it is made, so an error is reported at its own line of the definitions file. Every
+definition has to_json() and from_json(), because the store's catalog keeps it for the server.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ TTL_UNITS_US = {
 
 @dataclass(frozen=True)
 class Feature:
-    """One column of a view. `default` stands in where the row or the value is missing."""
+    """A column of a view. `default` is the value where the row or its value is missing. Raises InvalidArgument."""
 
     name: str
     dtype: DType
@@ -95,15 +95,15 @@ def check_default(name: str, dtype: DType, value: Any) -> Any:
 
 @dataclass(frozen=True)
 class FeatureView:
-    """Features of one entity that are stored, loaded and looked up together: one table of the online store.
+    """Features of an entity that are stored, loaded and looked up together. A view is a table of the online store.
 
-    `ttl` is the age of an event time beyond which a row is STALE: "2d", "12h", "30m", "45s" or a timedelta; None is
-    for ever. `ttl_us` is the same in microseconds, 0 for none.
+    `ttl` is the time to live: a row with an older event time is STALE. It is "2d", "12h", "30m", "45s" or a timedelta;
+    with None rows never become stale. `ttl_us` is the same in microseconds, 0 for None. Raises InvalidArgument.
     """
 
     name: str
     entity: Entity
-    features: Sequence[Feature]  # a tuple once made
+    features: Sequence[Feature]  # stored as a tuple
     ttl: str | timedelta | None = field(default=None, compare=False)  # ttl_us is compared
     source: ParquetSource | None = None
     description: str = ""
@@ -115,7 +115,7 @@ class FeatureView:
         check_name(self.name, "feature view")
         where = f"feature view '{self.name}'"
         if self.name == "request":
-            raise InvalidArgument(f"{where}: the name 'request' stands for request columns; choose another")
+            raise InvalidArgument(f"{where}: the name 'request' is reserved for request columns; choose another name")
         if not isinstance(self.entity, Entity):
             raise InvalidArgument(f"{where}: entity must be an st.Entity, not {self.entity!r}")
         if isinstance(self.features, str) or not isinstance(self.features, Sequence) or not self.features:
@@ -143,12 +143,12 @@ class FeatureView:
 
     @property
     def keys(self) -> dict[str, DType]:
-        """The entity's key columns, in the order of the table format."""
+        """The entity's key columns, in the order that the table stores them in."""
         return self.entity.keys
 
     @property
     def timestamp(self) -> str | None:
-        """The source's column of event times."""
+        """The name of the source's column of event times, None if it has none."""
         return self.source.timestamp if self.source else None
 
     def to_json(self) -> Json:
@@ -176,7 +176,7 @@ class FeatureView:
 
 
 def parse_ttl(ttl: object, where: str) -> int:
-    """Microseconds of a ttl, 0 for None."""
+    """Return a ttl in microseconds, 0 for None. where: the beginning of the message. Raises InvalidArgument."""
     if ttl is None:
         return 0
     ttl_us = 0

@@ -1,7 +1,8 @@
-"""A session whose batches are padded to powers of two, in buffers that are bound to it once: how a GPU is used.
+"""A session that pads batches to powers of two and runs them in buffers that are bound once. GPUs are used this way.
 
-On a GPU each size has its own page-locked host buffers, its own device buffers and, where every operator runs there,
-its own captured graph, so that a run is copy, replay, copy. One thread owns all of it. The same code runs on a CPU.
+On a GPU each batch size has its own page-locked host buffers, its own device buffers and, if CUDA runs every operator,
+its own captured CUDA graph. A run then copies the inputs in, replays the graph and copies the outputs back. One thread
+owns the session, its buffers and its graphs. The same code runs on a CPU, without copies and graphs.
 """
 
 from __future__ import annotations
@@ -21,18 +22,18 @@ from onnxruntime import OrtValue
 from shorttail.config import LIMITS
 from shorttail.errors import Internal, InvalidArgument
 from shorttail.models.device import CPU, CudaMemory, Device, cuda_providers
-from shorttail.models.session import ON_CPU, Session, blank, in_pieces, one_line
+from shorttail.models.session import ON_CPU, Session, blank_rows, one_line, run_in_pieces
 
 Array = NDArray[Any]
-RUNS_BEFORE_REPLAY = 3  # two that ONNX Runtime makes before it captures, and the first replay
+RUNS_BEFORE_REPLAY = 3  # two runs that ONNX Runtime needs before it captures a graph, and the first replay
 
 
 class BucketSession:
-    """What shorttail.models.session.Session is, in padded sizes.
+    """Does the work of shorttail.models.session.Session with batches padded to powers of two.
 
-    owned: all runs are made by one thread, `executor`; else by whoever calls, one at a time.
-    graphs: whether runs are captured and replayed. Raises InvalidArgument for a file that cannot be loaded or that has
-    texts, which cannot be bound.
+    owned: True: one thread, `executor`, makes all runs; False: the calling threads make them, one at a time.
+    graphs: whether runs are captured as CUDA graphs and replayed.
+    Raises InvalidArgument if the file cannot be loaded, or has string inputs or outputs, which cannot be bound.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class BucketSession:
 
     @property
     def description(self) -> str:
+        """For example "ONNX Runtime, cuda:0, with CUDA graphs, pinned buffers"."""
         if self.device.kind == "cpu":
             return f"{self._session.description}, padded batches"
         graphs = "with CUDA graphs" if self.graphs else "without CUDA graphs"
@@ -65,11 +67,16 @@ class BucketSession:
         return f"ONNX Runtime, {self.device}, {graphs}, {pinned} buffers"
 
     def run(self, inputs: Sequence[Array]) -> list[Array]:
-        """One array for each of `self.inputs` in, one for each of `output_names` out, in order; none is used again."""
-        results: list[Array] = self._in_owner(in_pieces, self._run_padded, inputs, self._rows_max)
+        """Run a batch of any size.
+
+        inputs: an array for each of `self.inputs`, in order. Returns a new array for each of `output_names`, in order.
+        Raises Internal if the model fails.
+        """
+        results: list[Array] = self._in_owner(run_in_pieces, self._run_padded, inputs, self._rows_max)
         return results
 
     def _in_owner(self, function: Any, *arguments: Any) -> Any:
+        """Call the function in the thread that owns the session, or under the lock if no thread does."""
         if self.executor is None:
             with self._lock:
                 return function(*arguments)
@@ -81,19 +88,21 @@ class BucketSession:
         providers = ON_CPU if self.device == CPU else cuda_providers(self.device, graphs)
         session = Session(self._path, self._outputs, self._threads, providers)
         if any(tensor.dtype == "string" for tensor in (*session.inputs, *session.outputs)):
-            raise InvalidArgument(f"{self._path.name}: texts cannot be bound to buffers")
+            raise InvalidArgument(f"{self._path.name}: strings cannot be bound to buffers")
         if self.device.kind == "cuda":
             if "CUDAExecutionProvider" not in session.onnx.get_providers():
-                raise InvalidArgument(f"device '{self.device}': ONNX Runtime found no usable GPU of that number")
-            # If a run fails there, its answer must not come from a CPU session made in its place.
+                raise InvalidArgument(f"device '{self.device}': ONNX Runtime found no usable GPU with that number")
+            # If a run fails on the GPU, ONNX Runtime must not repeat it in a CPU session.
             session.onnx.disable_fallback()
-            with contextlib.suppress(OSError, AttributeError):  # slower copies, the same answers
+            # Without page-locked memory copies are slower; the answers stay the same.
+            with contextlib.suppress(OSError, AttributeError):
                 self._memory = self._memory or CudaMemory(self.device)
         return session
 
     def _open_first(self) -> Session:
+        """Open the session, with CUDA graphs where the model allows them."""
         if self.device.kind == "cuda":
-            with contextlib.suppress(InvalidArgument):  # not every operator runs there
+            with contextlib.suppress(InvalidArgument):  # raised if CUDA lacks an operator of the model
                 session = self._open(graphs=True)
                 self.graphs = True
                 return session
@@ -118,7 +127,8 @@ class BucketSession:
         except Exception:
             if not self.graphs:
                 raise
-        # Some runs cannot be captured (an operator waits for the GPU, an output's shape is declared wrongly).
+        # Some models load with graphs and still cannot be captured: an operator waits for the GPU, or the file declares
+        # an output with a wrong shape.
         self.graphs = False
         self._buckets.clear()
         self._session = self._open(graphs=False)
@@ -126,37 +136,41 @@ class BucketSession:
 
 
 class Bucket:
-    """The buffers of one size, bound to the session. like: arrays as wide as those to come."""
+    """The bound input and output buffers of one padded batch size.
+
+    rows: the padded size. like: input arrays whose widths and dtypes the buffers take.
+    """
 
     def __init__(self, owner: BucketSession, rows: int, like: Sequence[Array]):
         session, device, self._memory = owner._session, owner.device, owner._memory
         self._onnx = session.onnx
-        self._shared = device == CPU and self._memory is None  # what is bound is the host array itself
+        self._shared = device == CPU and self._memory is None  # True: the bound memory is the host array itself
         self._binding = self._onnx.io_binding()
         self._options = uncaptured = None
         if owner.graphs:
             self._options, uncaptured = onnxruntime.RunOptions(), onnxruntime.RunOptions()
             self._options.add_run_config_entry("gpu_graph_id", str(rows))
             uncaptured.add_run_config_entry("gpu_graph_id", "-1")
-        inputs = [blank(array, rows) for array in like]
+        inputs = [blank_rows(array, rows) for array in like]
         outputs = session.run(inputs, uncaptured)
         self._inputs = [self._buffer(array, device) for array in inputs]
         self._outputs = [self._buffer(array, device) for array in outputs]
         for tensor, (_, value) in zip(session.inputs, self._inputs, strict=True):
             self._binding.bind_ortvalue_input(tensor.name, value)
         declared = {tensor.name: tensor.shape for tensor in session.outputs}
-        # Converters declare some outputs wrongly (a label of a batch as one number). ONNX Runtime lets that pass unless
-        # it is handed a buffer for it, even its own of the run before.
+        # Converters declare some outputs wrongly (the labels of a batch as a single number). ONNX Runtime accepts that
+        # only if no buffer is bound to the output, not even the buffer that it returned from an earlier run.
         self._unbound = {
             i: name
             for i, (name, array) in enumerate(zip(session.output_names, outputs, strict=True))
             if not _agrees(declared[name], array.shape)
         }
         if self._unbound and owner.graphs:
-            raise Internal("an output has another shape than the file declares, so its run cannot be captured")
+            raise Internal("an output's shape differs from the file's declaration, so runs cannot be captured")
         for i, (name, (_, value)) in enumerate(zip(session.output_names, self._outputs, strict=True)):
             if i in self._unbound:
-                self._binding.bind_output(name)  # here already, for the order of outputs is that of their first binding
+                # _run binds it again; it is bound here too because outputs come in the order of their first binding.
+                self._binding.bind_output(name)
             else:
                 self._binding.bind_ortvalue_output(name, value)
         for _ in range(RUNS_BEFORE_REPLAY if owner.graphs else 1):
@@ -168,9 +182,9 @@ class Bucket:
         self._onnx.run_with_iobinding(self._binding, self._options)
 
     def _buffer(self, array: Array, device: Device) -> tuple[Array, OrtValue]:
-        """A host array of that shape and what is bound for it: the same memory on a CPU, its counterpart on a GPU."""
+        """Return a host array shaped like `array`, and the value to bind: the same memory on a CPU, GPU memory else."""
         if self._shared:
-            # Not the array itself, which ONNX Runtime may own: an output that was bound is written again and again.
+            # `array` itself may belong to ONNX Runtime, and every run writes into a bound output.
             host = np.zeros(array.shape, array.dtype)
             return host, OrtValue.ortvalue_from_numpy(host)
         value = OrtValue.ortvalue_from_shape_and_type(list(array.shape), array.dtype, device.kind, device.index)
@@ -178,17 +192,18 @@ class Bucket:
         return host, value
 
     def takes(self, inputs: Sequence[Array]) -> bool:
-        """Whether they are of the types and widths that this was made for."""
+        """Return whether the inputs have the dtypes and widths of these buffers."""
         return all(
             host.shape[1:] == array.shape[1:] and host.dtype == array.dtype
             for (host, _), array in zip(self._inputs, inputs, strict=True)
         )
 
     def run(self, inputs: Sequence[Array]) -> list[Array]:
+        """Run a batch of at most the padded size. Returns new arrays with as many rows as the inputs."""
         rows = len(inputs[0])
         for (host, value), array in zip(self._inputs, inputs, strict=True):
             host[:rows] = array
-            host[rows:] = 0  # what an earlier batch left there must not decide anything
+            host[rows:] = 0  # rows of an earlier batch must not influence this one
             self._upload(host, value)
         self._run()
         self._binding.synchronize_outputs()
@@ -206,7 +221,7 @@ class Bucket:
             value.update_inplace(host)
 
     def _download(self, host: Array, value: OrtValue, rows: int) -> Array:
-        """The first rows, in memory of their own."""
+        """Return a copy of the first rows of an output."""
         if self._memory is not None:
             self._memory.copy(host.ctypes.data, value.data_ptr(), host[:rows].nbytes)
             return host[:rows].copy()
@@ -214,4 +229,5 @@ class Bucket:
 
 
 def _agrees(declared: Sequence[int | None], actual: Sequence[int]) -> bool:
+    """Return whether an output's shape is the declared shape, in which None stands for any size."""
     return len(declared) == len(actual) and all(d in (None, a) for d, a in zip(declared, actual, strict=True))

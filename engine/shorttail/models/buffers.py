@@ -1,4 +1,4 @@
-"""The arrays that a batch fills: which array feeds an input of a model, and what an example of it looks like."""
+"""Describes the arrays that a batch is written into: dtype and width of each, and random examples of them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ from shorttail.models.signature import column_width
 
 
 class Buffer(NamedTuple):
-    """An array that a batch fills: a model input, an argument of an on-demand function, a feature column."""
+    """An array that a batch is written into: a model input, an argument of an on-demand function, a feature column."""
 
     dtype: np.dtype[Any]
-    width: int | None  # None: [rows]; else [rows, width]
+    width: int | None  # None: the shape is [rows]; else [rows, width]
 
     def example(self, rows: int, random: np.random.Generator) -> NDArray[Any]:
-        """Random values, for warming up and measuring a model: small enough to be an index, or a number as text."""
+        """Return random values to warm up or measure a model.
+
+        The values are small, because a model may use them as indexes; strings are "0", because it may parse numbers.
+        """
         shape = rows if self.width is None else (rows, self.width)
         if self.dtype.hasobject:
             return np.full(shape, "0", self.dtype)
@@ -29,6 +32,6 @@ class Buffer(NamedTuple):
 
 
 def input_buffer(catalog: Catalog, tensor: TensorInfo, columns: Sequence[Column]) -> tuple[Buffer, list[int]]:
-    """The array that feeds an input of a model, and how many of its columns each of these fills."""
+    """Return the buffer that feeds an input of a model, and how many of its columns each entry of `columns` fills."""
     widths = [column_width(catalog, column, tensor, len(columns)) for column in columns]
     return Buffer(np.dtype(TENSOR_TYPES[tensor.dtype].numpy), None if len(tensor.shape) == 1 else sum(widths)), widths

@@ -1,4 +1,4 @@
-"""Where sessions run: "cpu", or "cuda:N". What a GPU needs is looked for before any model is loaded."""
+"""Names the device that sessions run on ("cpu" or "cuda:N"), and checks a GPU's libraries before a model is loaded."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ INSTALL = "pip uninstall -y onnxruntime onnxruntime-gpu; pip install onnxruntime
 
 @dataclass(frozen=True, slots=True)
 class Device:
+    """A device that ONNX Runtime runs models on."""
+
     kind: str  # "cpu" or "cuda"
     index: int = 0
 
@@ -31,7 +33,7 @@ class Device:
 
     @classmethod
     def parse(cls, text: str) -> Device:
-        """The device of that name: "cpu", "cuda", "cuda:1". Raises InvalidArgument for another."""
+        """Return the device with that name: "cpu", "cuda" (the first GPU) or "cuda:1". Raises InvalidArgument."""
         found = re.fullmatch(r"(cpu)|cuda(?::(\d{1,3}))?", text)
         if found is None:
             raise InvalidArgument(f"device '{text}': it must be cpu, cuda or cuda:N")
@@ -42,20 +44,20 @@ CPU = Device("cpu")
 
 
 def check_cuda(device: Device) -> None:
-    """That ONNX Runtime can use this GPU. Raises InvalidArgument with what is missing.
+    """Check that ONNX Runtime can use this GPU. Raises InvalidArgument that says what is missing.
 
-    ONNX Runtime itself only logs such faults, and then runs the model on the CPU.
+    Without this check ONNX Runtime only logs the problem and runs the model on the CPU.
     """
     installed = installed_runtimes()
     if "onnxruntime" in installed and "onnxruntime-gpu" in installed:
         raise InvalidArgument(
             f"device '{device}': onnxruntime and onnxruntime-gpu are both installed, and each overwrites files of the"
-            f" other: {INSTALL}"
+            f" other; run: {INSTALL}"
         )
     import onnxruntime
 
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        raise InvalidArgument(f"device '{device}': the installed onnxruntime is for CPUs only: {INSTALL}")
+        raise InvalidArgument(f"device '{device}': the installed onnxruntime is for CPUs only; run: {INSTALL}")
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -71,7 +73,7 @@ def check_cuda(device: Device) -> None:
 
 
 def installed_runtimes() -> set[str]:
-    """Which of the packages that bring the module `onnxruntime` are installed."""
+    """Return the installed packages that provide the module `onnxruntime`: onnxruntime, onnxruntime-gpu, or both."""
     found = set()
     for name in ("onnxruntime", "onnxruntime-gpu"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -81,10 +83,10 @@ def installed_runtimes() -> set[str]:
 
 
 def _preload(onnxruntime: Any) -> str:
-    """Load CUDA's libraries, from pip's packages or the system. Returns what went wrong first: it only prints that."""
+    """Load CUDA's libraries, from pip's packages or the system. Returns the first error as text, "" if all load."""
     onnxruntime.set_default_logger_severity(4)
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said):
+    # preload_dlls only prints its errors; loading the provider below reports them.
+    with contextlib.redirect_stdout(io.StringIO()):
         onnxruntime.preload_dlls()
     provider = Path(onnxruntime.__file__).parent / "capi" / "libonnxruntime_providers_cuda.so"
     try:
@@ -96,17 +98,17 @@ def _preload(onnxruntime: Any) -> str:
 
 
 def cuda_providers(device: Device, graphs: bool) -> Sequence[Any]:
-    """The providers of a session on that GPU. graphs: runs are captured once and replayed."""
+    """Return ONNX Runtime's execution providers for that GPU. graphs: runs are captured once and then replayed."""
     options = {"device_id": str(device.index), "enable_cuda_graph": str(int(graphs))}
-    # Operators that CUDA lacks run on the CPU; a session with graphs refuses to be made then.
+    # Operators that CUDA lacks run on the CPU. With graphs, ONNX Runtime refuses to load such a model.
     return (("CUDAExecutionProvider", options), "CPUExecutionProvider")
 
 
 class CudaMemory:
-    """Page-locked host memory, and copies from and to it: CUDA's runtime, as ONNX Runtime has loaded it.
+    """Allocates page-locked host memory and copies between it and the GPU, with the libcudart that ONNX Runtime loaded.
 
-    ONNX Runtime's Python API copies from any array, but only page-locked ones go to the GPU without a stop between.
-    Functions return 0 when they succeed (CUDA Runtime API, "Memory Management").
+    ONNX Runtime's Python API copies from any array, but only page-locked memory goes to the GPU without a staging copy.
+    CUDA's functions return 0 when they succeed (CUDA Runtime API, "Memory Management"). Raises OSError if they do not.
     """
 
     def __init__(self, device: Device):
@@ -117,7 +119,7 @@ class CudaMemory:
         self._check(self._cuda.cudaSetDevice(device.index), "cudaSetDevice")
 
     def empty(self, shape: Sequence[int], dtype: np.dtype[Any]) -> NDArray[Any]:
-        """An array in page-locked memory, which is freed with it."""
+        """Return an uninitialized array in page-locked memory, which is freed together with the array."""
         size = max(1, int(np.prod(shape)) * dtype.itemsize)
         address = ctypes.c_void_p()
         self._check(self._cuda.cudaHostAlloc(ctypes.byref(address), size, 0), "cudaHostAlloc")
@@ -126,18 +128,18 @@ class CudaMemory:
         return np.ndarray(tuple(shape), dtype, memoryview(memory))
 
     def copy(self, target: int, source: int, size_bytes: int) -> None:
-        """Between host and device addresses, either way; complete when it returns. Drops the GIL."""
-        by_address = 4  # cudaMemcpyDefault: the addresses tell where they are
+        """Copy between a host and a device address, in either direction, and wait for the end. Drops the GIL."""
+        by_address = 4  # cudaMemcpyDefault: CUDA finds the direction from the addresses
         self._check(self._cuda.cudaMemcpy(target, source, size_bytes, by_address), "cudaMemcpy")
 
     @staticmethod
-    def _check(code: int, what: str) -> None:
+    def _check(code: int, function: str) -> None:
         if code != 0:
-            raise OSError(f"{what} failed with CUDA error {code}")
+            raise OSError(f"{function} failed with CUDA error {code}")
 
 
 def _loaded_library(name: str) -> str:
-    """The path of a shared library that this process has loaded. Raises OSError."""
+    """Return the path of a shared library that this process has loaded. Raises OSError if it has not."""
     for line in Path("/proc/self/maps").read_text().splitlines():
         path = line.split(maxsplit=5)[-1]
         if f"/{name}" in path:

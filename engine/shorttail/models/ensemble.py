@@ -1,6 +1,6 @@
-"""Tree ensemble operators of ONNX to native forests: TreeEnsembleClassifier, TreeEnsembleRegressor, TreeEnsemble.
+"""Compiles ONNX's tree ensemble operators to native forests: TreeEnsembleClassifier, -Regressor and TreeEnsemble.
 
-What the operators mean is what ONNX Runtime does with them; where it departs from the specification, it is followed.
+ONNX Runtime's behaviour is followed, also where it departs from the ONNX specification.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from shorttail.models.onnx_graph import Node
 
 Array = NDArray[Any]
 
-# Codes of native/forest.h.
+# These numbers are the codes of native/forest.h.
 MODES = {
     b"LEAF": 0,
     b"BRANCH_LEQ": 1,
@@ -29,13 +29,14 @@ MODES = {
 }
 LEAF, MEMBER, MEMBER_WHOLE = 0, 7, 8
 TARGETS_MAX = 10_000
-BITS_MAX = 30  # a set of numbers up to this is a bit mask in ONNX Runtime, and of any others an int32 set
+BITS_MAX = 30  # ONNX Runtime keeps a set of numbers in 0 ... 30 as a bit mask, any other set as an int32 set
 AGGREGATES = {b"SUM": 0, b"AVERAGE": 1, b"MIN": 2, b"MAX": 3}
 TRANSFORMS = {b"NONE": 0, b"LOGISTIC": 1, b"SOFTMAX": 2, b"SOFTMAX_ZERO": 3, b"PROBIT": 4}
 PROBIT = TRANSFORMS[b"PROBIT"]
-# ai.onnx.ml 5 numbers them: BRANCH_LEQ 0, LT 1, GTE 2, GT 3, EQ 4, NEQ 5, MEMBER 6; AVERAGE 0, SUM 1, MIN 2, MAX 3.
+# ai.onnx.ml 5 has numbers for modes and aggregates: BRANCH_LEQ 0, LT 1, GTE 2, GT 3, EQ 4, NEQ 5, MEMBER 6;
+# AVERAGE 0, SUM 1, MIN 2, MAX 3.
 AGGREGATES_5 = (1, 0, 2, 3)
-# Post-transforms by the number that ONNX Runtime reads: it takes 1 for LOGISTIC, which the specification gives SOFTMAX.
+# Post-transforms by the number that ONNX Runtime reads: 1 is LOGISTIC there, and SOFTMAX in the specification.
 TRANSFORMS_5 = (0, 1, 2, 3, 4)
 
 NODE_KEYS = {
@@ -58,7 +59,7 @@ KEYS_5 = {
 
 
 class NotAForest(Exception):
-    """The model, or part of it, is something that only ONNX Runtime should run. `reason` says what, in one line."""
+    """Raised for a model that only ONNX Runtime should run. `reason` says why, in one line."""
 
     def __init__(self, reason: str):
         super().__init__(reason)
@@ -67,14 +68,19 @@ class NotAForest(Exception):
 
 @dataclass
 class Ensemble:
-    """One ensemble operator, compiled. labels: what class numbers stand for (int64, or object array of str)."""
+    """A compiled ensemble operator.
+
+    labels: the label of each class number (int64, or an object array of str); None if numbers are the labels.
+    feature, threshold: for each test of the trees, the column and the number that it is compared with.
+    """
 
     trees: Trees
     labels: Array | None
-    feature: NDArray[np.int32]  # of each node that is not a leaf, with its threshold or a value of its set
+    feature: NDArray[np.int32]
     threshold: NDArray[np.float64]
 
     def run(self, rows: Array) -> tuple[Array | None, Array]:
+        """Run a batch, [rows, features]. Returns (labels [rows], None for a regressor; scores [rows, targets])."""
         numbers, scores = self.trees.run(rows)
         if numbers is None or self.labels is None:
             return numbers, scores
@@ -82,48 +88,53 @@ class Ensemble:
 
 
 def compile_ensemble(node: Node, element: str) -> Ensemble:
-    """element: type of the operator's input, "float" or "double". Raises NotAForest."""
-    a = node.attributes
+    """Compile an ensemble operator. element: type of its input, "float" or "double". Raises NotAForest."""
+    attributes = node.attributes
     known = KEYS_5 if node.op_type == "TreeEnsemble" else NODE_KEYS
     known = known | (CLASS_KEYS if node.op_type == "TreeEnsembleClassifier" else TARGET_KEYS)
-    for name in a:
-        if name not in known or a[name] is None:
+    for name in attributes:
+        if name not in known or attributes[name] is None:
             raise NotAForest(f"{node.op_type} has an attribute {name!r} that is not known")
     build = compile_5 if node.op_type == "TreeEnsemble" else compile_3
     try:
-        return build(node, a, element == "double")
+        return build(node, attributes, element == "double")
     except (ValueError, TypeError, KeyError, IndexError, OverflowError) as error:
         raise NotAForest(f"{node.op_type}: {error}") from error
 
 
-def compile_3(node: Node, a: dict[str, Any], wide: bool) -> Ensemble:
-    """The operators before ai.onnx.ml 5: nodes and weights are found by (tree id, node id)."""
+def compile_3(node: Node, attributes: dict[str, Any], wide: bool) -> Ensemble:
+    """Compile an operator from before ai.onnx.ml 5, where (tree id, node id) identifies nodes and weights.
+
+    wide: the input is float64, not float32.
+    """
     classifier = node.op_type == "TreeEnsembleClassifier"
     prefix = "class" if classifier else "target"
-    tree_ids, node_ids = ints(a, "nodes_treeids"), ints(a, "nodes_nodeids")
+    tree_ids, node_ids = int_list(attributes, "nodes_treeids"), int_list(attributes, "nodes_nodeids")
     finder = NodeFinder(tree_ids, node_ids)
-    mode = codes(a["nodes_modes"], MODES)
+    mode = enum_codes(attributes["nodes_modes"], MODES)
     n = finder.size
     inner = mode != LEAF
     yes, no = np.zeros(n, np.int32), np.zeros(n, np.int32)
-    yes[inner] = finder.find(finder.tree[inner], sized(ints(a, "nodes_truenodeids"), n)[inner])
-    no[inner] = finder.find(finder.tree[inner], sized(ints(a, "nodes_falsenodeids"), n)[inner])
-    targets, weights = ints(a, f"{prefix}_ids"), numbers(a, f"{prefix}_weights", wide)
-    owner = finder.find(finder.tree_of(ints(a, f"{prefix}_treeids")), ints(a, f"{prefix}_nodeids"))
+    yes[inner] = finder.find(finder.tree[inner], of_length(int_list(attributes, "nodes_truenodeids"), n)[inner])
+    no[inner] = finder.find(finder.tree[inner], of_length(int_list(attributes, "nodes_falsenodeids"), n)[inner])
+    targets, weights = int_list(attributes, f"{prefix}_ids"), float_list(attributes, f"{prefix}_weights", wide)
+    owner = finder.find(
+        finder.tree_of(int_list(attributes, f"{prefix}_treeids")), int_list(attributes, f"{prefix}_nodeids")
+    )
     require(len(targets) == len(weights) == len(owner), "its weights differ in number from their nodes")
-    labels, n_targets = class_labels(a) if classifier else (None, int(a.get("n_targets", 0)))
-    base = numbers(a, "base_values", wide)
+    labels, n_targets = class_labels(attributes) if classifier else (None, int(attributes.get("n_targets", 0)))
+    base = float_list(attributes, "base_values", wide)
     order = np.argsort(owner, kind="stable")
     single = classifier and n_targets == 2 and len(np.unique(targets)) == 1
     trees = make_trees(
-        feature=sized(ints(a, "nodes_featureids"), n),
+        feature=of_length(int_list(attributes, "nodes_featureids"), n),
         yes=yes,
         no=no,
         mode=mode,
-        missing_yes=padded(a.get("nodes_missing_value_tracks_true"), n),
-        threshold=sized(numbers(a, "nodes_values", wide), n),
+        missing_yes=node_flags(attributes.get("nodes_missing_value_tracks_true"), n),
+        threshold=of_length(float_list(attributes, "nodes_values", wide), n),
         root=finder.first,
-        weight_begin=offsets(owner, n),
+        weight_begin=weight_offsets(owner, n),
         weight_target=targets[order],
         weight=weights[order],
         set_begin=np.zeros(n + 1),
@@ -131,26 +142,29 @@ def compile_3(node: Node, a: dict[str, Any], wide: bool) -> Ensemble:
         base=base,
         n_targets=n_targets,
         wide=wide,
-        wide_scores=False,  # the operators before 5 give floats, whatever they take
-        aggregate=AGGREGATES[a.get("aggregate_function", b"SUM")] if not classifier else 0,
-        post_transform=TRANSFORMS[a.get("post_transform", b"NONE")],
+        wide_scores=False,  # the operators before ai.onnx.ml 5 return float, also for double inputs
+        aggregate=AGGREGATES[attributes.get("aggregate_function", b"SUM")] if not classifier else 0,
+        post_transform=TRANSFORMS[attributes.get("post_transform", b"NONE")],
         classifier=classifier,
         one_class_votes=single,
         all_positive=bool(classifier and not (weights < 0).any()),
     )
     if labels is not None:
-        check_classes(trees, a, base, set(np.unique(targets)))
-        # Where both of two classes are voted for, ONNX Runtime answers 0 and 1, whatever the classes are called.
+        check_classes(trees, attributes, base, set(np.unique(targets)))
+        # With two classes that both have weights, ONNX Runtime answers 0 and 1, whatever the class labels are.
         numbered = labels.dtype == np.int64 and np.array_equal(labels, np.arange(n_targets))
         if numbered or (labels.dtype == np.int64 and n_targets == 2 and not single):
             labels = None
-    features, thresholds = ints(a, "nodes_featureids")[inner], numbers(a, "nodes_values", wide)[inner]
+    features, thresholds = (
+        int_list(attributes, "nodes_featureids")[inner],
+        float_list(attributes, "nodes_values", wide)[inner],
+    )
     return Ensemble(trees, labels, features.astype(np.int32), thresholds)
 
 
-def check_classes(trees: Trees, a: dict[str, Any], base: Array, targets: set[int]) -> None:
-    """Refuses what ONNX Runtime leaves undefined."""
-    n, transform = trees.n_targets, TRANSFORMS[a.get("post_transform", b"NONE")]
+def check_classes(trees: Trees, attributes: dict[str, Any], base: Array, targets: set[int]) -> None:
+    """Raise NotAForest for a classifier whose result ONNX Runtime leaves undefined."""
+    n, transform = trees.n_targets, TRANSFORMS[attributes.get("post_transform", b"NONE")]
     require(n >= 2, "a classifier of one class")
     require(len(base) in (0, n) or (n == 2 and len(base) == 1), f"{len(base)} base values for {n} classes")
     if n == 2:
@@ -159,39 +173,47 @@ def check_classes(trees: Trees, a: dict[str, Any], base: Array, targets: set[int
         require(len(base) != 2 or targets != {0}, "two base values for a single score")
 
 
-def compile_5(node: Node, a: dict[str, Any], wide: bool) -> Ensemble:
-    """ai.onnx.ml 5: nodes and leaves are numbered separately; here leaves follow the nodes."""
-    modes = np.asarray(a["nodes_modes"]).astype(np.int64)
-    n, leaves = len(modes), len(ints(a, "leaf_targetids"))
-    yes, no = sized(ints(a, "nodes_truenodeids"), n), sized(ints(a, "nodes_falsenodeids"), n)
-    roots = ints(a, "tree_roots")
+def compile_5(node: Node, attributes: dict[str, Any], wide: bool) -> Ensemble:
+    """Compile TreeEnsemble of ai.onnx.ml 5. ONNX numbers nodes and leaves separately; here leaves follow the nodes."""
+    modes = np.asarray(attributes["nodes_modes"]).astype(np.int64)
+    n, leaves = len(modes), len(int_list(attributes, "leaf_targetids"))
+    yes, no = (
+        of_length(int_list(attributes, "nodes_truenodeids"), n),
+        of_length(int_list(attributes, "nodes_falsenodeids"), n),
+    )
+    roots = int_list(attributes, "tree_roots")
     require(bool(((modes >= 0) & (modes <= 6)).all()), "a branch mode that is not known")
     require(bool(((roots >= 0) & (roots < n)).all()), "a root that is not a node")
     require(bool((yes[roots] != no[roots]).all()), "a tree of one leaf")
-    yes = yes + n * (sized(ints(a, "nodes_trueleafs"), n) != 0)
-    no = no + n * (sized(ints(a, "nodes_falseleafs"), n) != 0)
-    weights = sized(numbers(a, "leaf_weights", wide, suffix=False), leaves)
-    sets, values, whole = members(modes, numbers(a, "membership_values", wide, suffix=False), n + leaves)
-    aggregate = int(a.get("aggregate_function", 1))
-    transform = int(a.get("post_transform", 0))
+    yes = yes + n * (of_length(int_list(attributes, "nodes_trueleafs"), n) != 0)
+    no = no + n * (of_length(int_list(attributes, "nodes_falseleafs"), n) != 0)
+    weights = of_length(float_list(attributes, "leaf_weights", wide, suffix=False), leaves)
+    sets, values, whole = member_sets(
+        modes, float_list(attributes, "membership_values", wide, suffix=False), n + leaves
+    )
+    aggregate = int(attributes.get("aggregate_function", 1))
+    transform = int(attributes.get("post_transform", 0))
     require(0 <= aggregate < 4 and 0 <= transform < 5, "a post-transform or an aggregate that is not known")
     fill = np.zeros(leaves, np.int64)
-    features, splits = sized(ints(a, "nodes_featureids"), n), sized(numbers(a, "nodes_splits", wide, suffix=False), n)
+    features, splits = (
+        of_length(int_list(attributes, "nodes_featureids"), n),
+        of_length(float_list(attributes, "nodes_splits", wide, suffix=False), n),
+    )
     trees = make_trees(
         feature=np.concatenate([features, fill]),
         yes=np.concatenate([yes, fill]),
         no=np.concatenate([no, fill]),
         mode=np.concatenate([modes + 1, fill]) + whole,
-        missing_yes=padded(a.get("nodes_missing_value_tracks_true"), n + leaves),
+        missing_yes=node_flags(attributes.get("nodes_missing_value_tracks_true"), n + leaves),
         threshold=np.concatenate([splits, fill]),
         root=roots,
         weight_begin=np.concatenate([np.zeros(n, np.int64), np.arange(leaves + 1)]),
-        weight_target=ints(a, "leaf_targetids"),
+        weight_target=int_list(attributes, "leaf_targetids"),
         weight=weights,
         set_begin=sets,
         set_value=values,
         base=np.zeros(0),
-        n_targets=int(a.get("n_targets", 0)),
+        n_targets=int(attributes.get("n_targets", 0)),
         wide=wide,
         wide_scores=wide,
         aggregate=AGGREGATES_5[aggregate],
@@ -204,13 +226,14 @@ def compile_5(node: Node, a: dict[str, Any], wide: bool) -> Ensemble:
     return Ensemble(trees, None, tested.astype(np.int32), np.concatenate([splits, values]))
 
 
-def members(modes: Array, values: Array, n: int) -> tuple[Array, Array, Array]:
-    """(offsets [n + 1], values, flags [n]): the sets of MEMBER nodes, listed in order with NaN after each.
+def member_sets(modes: Array, values: Array, n: int) -> tuple[Array, Array, Array]:
+    """Return the sets of MEMBER nodes as (offsets [n + 1], values, flags [n]).
 
-    The flag says that ONNX Runtime looks a number up without its fraction: it does in sets that are no bit mask.
+    values: all sets in the order of their nodes, each followed by NaN. n: nodes and leaves. A flag is set where ONNX
+    Runtime drops the fraction of a number before it looks it up, which it does in sets that are not bit masks.
     """
     set_nodes = np.flatnonzero(modes == MEMBER - 1)
-    which = np.cumsum(np.isnan(values)) - np.isnan(values)  # number of the set that each value is in
+    which = np.cumsum(np.isnan(values)) - np.isnan(values)  # index of the set that each value belongs to
     kept = ~np.isnan(values) & (which < len(set_nodes))
     which, values = which[kept], values[kept]
     require(
@@ -225,7 +248,7 @@ def members(modes: Array, values: Array, n: int) -> tuple[Array, Array, Array]:
 
 
 class NodeFinder:
-    """Finds nodes by (tree id, node id). Trees must be listed one after another, as converters do."""
+    """Finds nodes by (tree id, node id). The nodes of a tree must stand together, as converters write them."""
 
     def __init__(self, tree_ids: Array, node_ids: Array):
         self.size = len(tree_ids)
@@ -247,12 +270,13 @@ class NodeFinder:
             require(bool((self._keys[1:] != self._keys[:-1]).all()), "a node is there twice")
 
     def tree_of(self, tree_ids: Array) -> Array:
+        """Return the ordinals of trees from their ids."""
         at = np.searchsorted(self._ids, tree_ids)
         require(bool((self._ids[np.minimum(at, len(self._ids) - 1)] == tree_ids).all()), "a weight has no tree")
         return self._by_id[at]
 
     def find(self, tree: Array, node_ids: Array) -> Array:
-        """Indices of nodes, from their trees' ordinals and their numbers."""
+        """Return the indices of nodes. tree: ordinals of their trees. node_ids: their ids within the tree."""
         require(len(tree) == len(node_ids), "its arrays differ in length")
         if self._dense:
             require(bool(((node_ids >= 0) & (node_ids < self._count[tree])).all()), "a node that does not exist")
@@ -264,6 +288,7 @@ class NodeFinder:
 
 
 def make_trees(**arrays: Any) -> Trees:
+    """Convert the arrays to the dtypes that native code takes. Raises NotAForest for a number out of range."""
     require(0 < arrays["n_targets"] <= TARGETS_MAX, f"{arrays['n_targets']} targets or classes")
     types = {
         **dict.fromkeys(("feature", "yes", "no", "weight_target"), np.int32),
@@ -279,17 +304,19 @@ def make_trees(**arrays: Any) -> Trees:
     return Trees(**arrays)
 
 
-def class_labels(a: dict[str, Any]) -> tuple[Array, int]:
-    if "classlabels_strings" in a and len(a["classlabels_strings"][1]):
-        values, which = a["classlabels_strings"]
+def class_labels(attributes: dict[str, Any]) -> tuple[Array, int]:
+    """Return the class labels (int64, or an object array of str) and their number."""
+    if "classlabels_strings" in attributes and len(attributes["classlabels_strings"][1]):
+        values, which = attributes["classlabels_strings"]
         labels = np.array([value.decode() for value in values] + [None], object)[:-1][which]
         return labels, len(labels)
-    labels = ints(a, "classlabels_int64s")
+    labels = int_list(attributes, "classlabels_int64s")
     return labels, len(labels)
 
 
-def ints(a: dict[str, Any], name: str) -> NDArray[np.int64]:
-    value = a.get(name)
+def int_list(attributes: dict[str, Any], name: str) -> NDArray[np.int64]:
+    """Return an attribute that is a list of integers, empty if it is missing."""
+    value = attributes.get(name)
     if value is None:
         return np.zeros(0, np.int64)
     require(isinstance(value, np.ndarray) and value.dtype == np.int64, f"{name} is not a list of integers")
@@ -297,9 +324,12 @@ def ints(a: dict[str, Any], name: str) -> NDArray[np.int64]:
     return result
 
 
-def numbers(a: dict[str, Any], name: str, wide: bool, suffix: bool = True) -> NDArray[np.float64]:
-    """A list of floats, or the tensor in its place, as float64. A tensor must be of the type that sums are made in."""
-    value, as_tensor = a.get(name), a.get(f"{name}_as_tensor") if suffix else None
+def float_list(attributes: dict[str, Any], name: str, wide: bool, suffix: bool = True) -> NDArray[np.float64]:
+    """Return an attribute that is a list of floats, or the tensor NAME_as_tensor, as float64; empty if it is missing.
+
+    wide: a tensor must be float64, else float32. suffix: the attribute may be given as a tensor.
+    """
+    value, as_tensor = attributes.get(name), attributes.get(f"{name}_as_tensor") if suffix else None
     if as_tensor is not None and len(as_tensor):
         require(value is None or not len(value), f"{name} is given twice")
         value = as_tensor
@@ -312,15 +342,16 @@ def numbers(a: dict[str, Any], name: str, wide: bool, suffix: bool = True) -> ND
     return result
 
 
-def codes(value: tuple[Sequence[bytes], Array], known: dict[bytes, int]) -> NDArray[np.uint8]:
+def enum_codes(value: tuple[Sequence[bytes], Array], known: dict[bytes, int]) -> NDArray[np.uint8]:
+    """Return the code of each string of a list. Raises NotAForest for a string that `known` lacks."""
     texts, which = value
     for text in texts:
         require(text in known, f"{text.decode(errors='replace')!r} is not known")
     return np.array([known[text] for text in texts], np.uint8)[which]
 
 
-def padded(value: Array | None, n: int) -> Array:
-    """Flags for n nodes; what is not given is 0, and so is anything but 1."""
+def node_flags(value: Array | None, n: int) -> Array:
+    """Return a flag for each of n nodes: 1 where the attribute is 1, else 0, also where it is too short."""
     flags = np.zeros(n, np.uint8)
     if value is not None:
         given = value[:n] == 1
@@ -328,11 +359,13 @@ def padded(value: Array | None, n: int) -> Array:
     return flags
 
 
-def offsets(owner: Array, n: int) -> Array:
+def weight_offsets(owner: Array, n: int) -> Array:
+    """Return where the weights of each node begin, [n + 1]. owner: the node of each weight."""
     return np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=n))])
 
 
-def sized(array: Any, n: int) -> Any:
+def of_length(array: Any, n: int) -> Any:
+    """Return the array if it has n entries. Raises NotAForest otherwise."""
     require(len(array) == n, "its arrays differ in length")
     return array
 

@@ -1,7 +1,7 @@
-"""Runs a model that is a tree ensemble by native code instead of ONNX Runtime.
+"""Runs tree ensembles in native code instead of ONNX Runtime.
 
-`compile_forest` reads the ONNX graph and either understands all of it or raises NotAForest with the reason. What it
-gives has the attributes and the `run` of shorttail.models.session.Session, so an engine can use either.
+`compile_forest` reads the ONNX graph and either understands all of it or raises NotAForest with the reason. The
+returned Forest has the attributes and the `run` of shorttail.models.session.Session, so an engine can use either.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ __all__ = ["Forest", "NotAForest", "compile_forest"]
 Array = NDArray[Any]
 ENSEMBLES = {"TreeEnsembleClassifier": 3, "TreeEnsembleRegressor": 3, "TreeEnsemble": 5}
 ML_VERSION_MAX = 5
-NODES_MAX = 200  # of the graph; more is not a forest with a few things around it
+NODES_MAX = 200  # a graph with more nodes is not a forest with a few operators around it
 DTYPES = {name: np.dtype(code) for name, code in ELEMENTS.values()}
 CHECK_ROWS = 512
-SCORES = [1]  # of what an ensemble gives, labels and scores, these alone: labels need not be made
+SCORES = [1]  # an ensemble returns (labels, scores); here only the scores are asked for, and labels are not made
 TOLERANCE = 1e-5
 
 
-class Runs(Protocol):
-    """A forest, a session, or a session in padded sizes. What a forest is checked against is one too."""
+class RunnableModel(Protocol):
+    """The interface that Forest, Session, FixedRows and BucketSession share."""
 
     inputs: list[TensorInfo]
     output_names: list[str]
 
     @property
     def description(self) -> str:
-        """What it is, without why."""
+        """What runs the model, in a few words, without the reason."""
 
     def run(self, inputs: Sequence[Array]) -> list[Array]: ...
 
 
 class Forest:
-    """A compiled model. Made by compile_forest.
+    """A compiled tree ensemble with the few operators around it. `compile_forest` makes it.
 
-    inputs, outputs: as the file declares them. output_names: what `run` gives, in order.
+    inputs, outputs: the tensors as the file declares them. output_names: the outputs that `run` returns, in order.
     """
 
     def __init__(self, graph: Graph, output_names: Sequence[str]):
@@ -72,11 +72,12 @@ class Forest:
 
     @property
     def description(self) -> str:
-        """ "compiled forest, avx2, 300 trees"."""
+        """For example "compiled forest, avx2, 300 trees"."""
         trees = sum(ensemble.trees.n_trees for ensemble in self.ensembles)
         return f"compiled forest, {self.ensembles[0].trees.simd}, {trees} tree{'s' * (trees != 1)}"
 
     def _add(self, node: Node) -> None:
+        """Append the node to the steps, or record it as an alias or a constant. Raises NotAForest."""
         for name in node.inputs:
             if name not in self._alias and name not in self._dtypes:
                 raise NotAForest(f"a {node.op_type} whose input {name!r} is not known")
@@ -101,7 +102,7 @@ class Forest:
     def _add_ensemble(self, node: Node, inputs: list[str], dtypes: list[str]) -> None:
         source, element = inputs[0], dtypes[0]
         if element in ("int64", "int32") and node.op_type == "TreeEnsembleClassifier":
-            # ONNX Runtime compares whole numbers with float thresholds: as floats.
+            # ONNX Runtime converts integers to float before it compares them with the thresholds.
             inputs, element = [f"{source} as floats"], "float"
             self._steps.append((lambda x: x.astype(np.float32), [source], inputs))
         if element not in ("float", "double"):
@@ -118,7 +119,9 @@ class Forest:
         self._steps.append((ensemble, inputs, names))
 
     def _only_step(self) -> tuple[Ensemble, list[int]] | None:
-        """When the graph is one ensemble over its input: that, and which of its two results is which output."""
+        """If the graph is a single ensemble over its only input, return the ensemble and, for each output, which of the
+        ensemble's two results (0: labels, 1: scores) it is; else None.
+        """
         if len(self._steps) != 1 or len(self.inputs) != 1:
             return None
         ensemble, inputs, names = self._steps[0]
@@ -129,7 +132,11 @@ class Forest:
         return ensemble, [names.index(name) for name in self._results]
 
     def run(self, inputs: Sequence[Array]) -> list[Array]:
-        """One array for each of `self.inputs` in, one for each of `output_names` out, in order. Drops the GIL."""
+        """Run a batch. Drops the GIL inside the ensembles.
+
+        inputs: an array for each of `self.inputs`, in order, [rows, columns]. Returns an array for each of
+        `output_names`, in order. Raises Internal if an input's dtype or number of axes is not what the file declares.
+        """
         if self._single is not None and len(inputs) == 1:
             ensemble, picked = self._single
             if picked == SCORES:
@@ -152,10 +159,10 @@ class Forest:
                 values[names[0]] = operation(*arguments)
         return [values[name] for name in self._results]
 
-    def verify_against(self, session: Runs, rows: int = CHECK_ROWS, seed: int = 0) -> None:
-        """Compares with ONNX Runtime on rows made of thresholds, the numbers just below and above, NaN and infinities.
+    def verify_against(self, session: RunnableModel, rows: int = CHECK_ROWS, seed: int = 0) -> None:
+        """Compare with ONNX Runtime on rows of thresholds, the numbers just below and above them, NaN and infinities.
 
-        Raises NotAForest, with what differs, when labels are not the same or numbers differ by more than 1e-5.
+        Raises NotAForest that names the difference if labels differ, or numbers differ by more than 1e-5.
         """
         random = np.random.default_rng(seed)
         inputs = self.example(rows, random)
@@ -169,7 +176,7 @@ class Forest:
                 _compare(name, ours, np.asarray(theirs))
 
     def example(self, rows: int, random: np.random.Generator) -> list[Array]:
-        """Random rows for each input. A feature that is tested gets the values at which its tests turn."""
+        """Return random rows for each input. A feature that the trees test gets values at and beside its thresholds."""
         result = []
         feature = np.concatenate([ensemble.feature for ensemble in self.ensembles])
         threshold = np.concatenate([ensemble.threshold for ensemble in self.ensembles])
@@ -190,17 +197,17 @@ class Forest:
 
 
 def compile_forest(model_path: Path, output_names: Sequence[str]) -> Forest:
-    """The forest in an ONNX file. Raises NotAForest, with a reason, for any graph that is not fully understood."""
+    """Return the forest of an ONNX file. Raises NotAForest, with a reason, if the graph is not fully understood."""
     try:
         graph = read_graph(model_path.read_bytes())
-        _refuse_strangers(graph)
+        _check_graph(graph)
         return Forest(graph, output_names)
     except (ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
         raise NotAForest(f"its graph cannot be read: {error}") from error
 
 
-def _refuse_strangers(graph: Graph) -> None:
-    """What can be said without looking at a node."""
+def _check_graph(graph: Graph) -> None:
+    """Raise NotAForest for a graph that cannot be a forest, whatever its nodes are."""
     if graph.has_functions:
         raise NotAForest("it defines functions")
     if graph.opsets.get("ai.onnx.ml", 1) > ML_VERSION_MAX:
@@ -213,18 +220,18 @@ def _refuse_strangers(graph: Graph) -> None:
 
 
 def _needed(graph: Graph, output_names: Sequence[str]) -> list[Node]:
-    """The nodes on the way to those outputs, in the order of the file, which must be one they can run in."""
-    wanted = set(output_names)
+    """Return the nodes that those outputs depend on, in the file's order, which ONNX requires to be topological."""
+    names = set(output_names)
     kept = []
     for node in reversed(graph.nodes):
-        if wanted.intersection(node.outputs):
+        if names.intersection(node.outputs):
             kept.append(node)
-            wanted.update(node.inputs)
+            names.update(node.inputs)
     return kept[::-1]
 
 
 def _mix(column: Array, thresholds: NDArray[np.float64], random: np.random.Generator) -> None:
-    """Overwrites most of a column with interesting values: at a threshold, beside one, NaN, infinite, zero."""
+    """Overwrite most of a column with values where errors show: a threshold, its neighbours, NaN, infinities, zero."""
     if column.dtype.kind != "f":
         column[:] = random.integers(-100, 100, len(column))
         if len(thresholds):
@@ -234,7 +241,7 @@ def _mix(column: Array, thresholds: NDArray[np.float64], random: np.random.Gener
     if len(thresholds):
         at = random.choice(thresholds, len(column)).astype(column.dtype)
         side = random.integers(0, 4, len(column))
-        with np.errstate(over="ignore"):  # beside the largest number is infinity, which is to be tried as well
+        with np.errstate(over="ignore"):  # the neighbour of the largest number is infinity, which is tried as well
             up, down = np.nextafter(at, np.inf, dtype=column.dtype), np.nextafter(at, -np.inf, dtype=column.dtype)
             column[:] = np.select([side == 0, side == 1, side == 2], [at, up, down], column * np.abs(at).mean())
     special = random.random(len(column))
@@ -243,6 +250,7 @@ def _mix(column: Array, thresholds: NDArray[np.float64], random: np.random.Gener
 
 
 def _compare(name: str, ours: Array, theirs: Array) -> None:
+    """Raise NotAForest if our array for an output differs from ONNX Runtime's."""
     if ours.dtype != theirs.dtype or ours.shape != theirs.shape:
         raise NotAForest(
             f"output {name!r} is {ours.dtype} {ours.shape}, and {theirs.dtype} {theirs.shape} in ONNX Runtime"
@@ -257,4 +265,5 @@ def _compare(name: str, ours: Array, theirs: Array) -> None:
 
 
 def _name_of(dtype: np.dtype[Any]) -> str:
+    """Return the ONNX name of a NumPy dtype, "" if it has none here."""
     return next((name for name, known in DTYPES.items() if known == dtype), "")

@@ -1,7 +1,7 @@
-"""The few operators that converters put around a tree ensemble, over NumPy arrays.
+"""Implements, with NumPy, the few ONNX operators that converters put around a tree ensemble.
 
-Each entry of OPERATORS makes, from a node, a function of its input arrays. Only what is sure to mean the same as in
-ONNX Runtime is here; a graph with anything else goes to ONNX Runtime.
+Each entry of OPERATORS takes a node and returns a function of the node's input arrays. An operator is here only if it
+surely gives what ONNX Runtime gives; a graph with any other operator runs in ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def argmax(node: Node) -> Operation:
 
 
 def feature_extractor(node: Node) -> Operation:
-    """ArrayFeatureExtractor: columns by number; of a vector, as ONNX Runtime has it, a matrix of one row."""
+    """ArrayFeatureExtractor selects columns by index. From a vector ONNX Runtime makes a matrix with one row."""
 
     def run(x: Array, which: Array) -> Array:
         taken = np.take(x, which.reshape(-1), axis=-1)
@@ -121,7 +121,7 @@ OPERATORS: dict[str, Callable[[Node], Operation]] = {
 
 
 def keeps_value(node: Node, dtype: str, constants: dict[str, Array]) -> str | None:
-    """The input that a node merely passes on, when it does: Identity, Cast to the same type, a product with 1."""
+    """Return the input that the node returns unchanged (Identity, Cast to the same type, product with 1), else None."""
     if node.op_type == "Identity":
         return node.inputs[0]
     if node.op_type == "Cast" and ELEMENTS.get(int(node.attributes.get("to", 0)), ("", ""))[0] == dtype:
@@ -135,7 +135,7 @@ def keeps_value(node: Node, dtype: str, constants: dict[str, Array]) -> str | No
 
 
 def result_dtype(op_type: str, node: Node, dtypes: Sequence[str]) -> str:
-    """Element type of a node's result from those of its inputs."""
+    """Return the element type of a node's result. dtypes: the element types of its inputs."""
     if op_type == "Cast":
         return ELEMENTS[int(node.attributes["to"])][0]
     return "int64" if op_type == "ArgMax" else dtypes[0]

@@ -1,4 +1,4 @@
-"""A model file into what runs it: a compiled forest where the graph is one, ONNX Runtime otherwise."""
+"""Loads a model file into a Runner: a compiled forest if the graph is a tree ensemble, else an ONNX Runtime session."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from shorttail.config import LIMITS
 from shorttail.errors import InvalidArgument
 from shorttail.models.device import CPU, Device
-from shorttail.models.forest import NotAForest, Runs, compile_forest
+from shorttail.models.forest import NotAForest, RunnableModel, compile_forest
 from shorttail.models.session import FixedRows, Session
 from shorttail.models.settings import DEFAULT, RunSettings
 
@@ -24,24 +24,25 @@ log = logging.getLogger(__name__)
 
 Array = NDArray[Any]
 
-# `warm` times a batch in so many runs at the most, and no more of them after so long.
+# `warm` times a batch size with at most TIMED_RUNS runs, and starts no further run after TIMED_US (but at least two).
 TIMED_RUNS: Final = 10
 TIMED_US: Final = 1000
 
 
 class Runner:
-    """A loaded model: what a plan runs.
+    """A loaded model, as a plan runs it.
 
-    run: one array for each of `inputs` in, one for each of `output_names` out. kind: "forest", "onnxruntime" or "cuda".
-    why: what decided that, one line. executor: the only thread that may run it, if there is one.
-    cost_us: rows -> microseconds of a batch, as `warm` measured them. loop_rows_max: a batch of more rows would stall
-    an event loop.
+    run: takes an array for each of `inputs` and returns an array for each of `output_names`.
+    kind: "forest", "onnxruntime" or "cuda". why: the reason for that kind, in one line, "" for a forest.
+    executor: the only thread that may call `run`; None if every thread may.
+    measured_us: rows of a batch -> microseconds, filled by `warm`.
+    loop_rows_max: the most rows that may run on an event loop; a larger batch would stall it.
     """
 
-    def __init__(self, model: Runs, kind: str, why: str = "", executor: Executor | None = None):
+    def __init__(self, model: RunnableModel, kind: str, why: str = "", executor: Executor | None = None):
         self.inputs = model.inputs
         self.output_names = model.output_names
-        self.run = model.run  # the model's own: nothing is called in between
+        self.run = model.run  # the model's own method, so that no call is added to the hot path
         self.kind = kind
         self.why = why
         self.executor = executor
@@ -51,14 +52,15 @@ class Runner:
 
     @property
     def description(self) -> str:
-        """ "compiled forest, avx2, 300 trees", or "ONNX Runtime, 1 thread: it has a node of type Gemm"."""
+        """For example "compiled forest, avx2, 300 trees" or "ONNX Runtime, 1 thread: it has a node of type Gemm"."""
         return f"{self.model.description}: {self.why}" if self.why else self.model.description
 
     def warm(self, example: Callable[[int], list[Array]]) -> None:
-        """Run every power of two of rows, so that no request pays for a first run, and note what it costs.
+        """Run a batch of 1, 2, 4, ... rows, so that no request pays for a first run, and record how long each takes.
 
-        example: inputs of that many rows. Sizes that cost far more than a loop can bear, or much memory, are left out.
-        Raises InvalidArgument when an output has not one row for each row.
+        example: returns inputs with the given number of rows. Warming stops at LIMITS.batch_rows, before a batch whose
+        inputs exceed LIMITS.warm_bytes, and after a batch that takes more than LIMITS.warm_run_us.
+        Raises InvalidArgument if an output does not have as many rows as the inputs.
         """
         rows = 1
         while rows <= LIMITS.batch_rows:
@@ -79,7 +81,10 @@ class Runner:
             self.loop_rows_max = self._rows_within(LIMITS.loop_stall_us)
 
     def cost_us(self, rows: int) -> float:
-        """Microseconds that a batch takes: measured, or in proportion to what was. 0.0 before `warm`."""
+        """Estimate the microseconds of a batch: interpolated between measured sizes, in proportion beyond the largest.
+
+        Returns 0.0 before `warm`.
+        """
         if not self.measured_us:
             return 0.0
         last = max(self.measured_us)
@@ -88,6 +93,7 @@ class Runner:
         return float(np.interp(rows, list(self.measured_us), list(self.measured_us.values())))
 
     def _rows_within(self, limit_us: float) -> int:
+        """Return the largest batch, in rows, whose estimated time is at most `limit_us`."""
         low, high = 0, LIMITS.batch_rows
         while low < high:
             middle = (low + high + 1) // 2
@@ -95,11 +101,11 @@ class Runner:
         return low
 
 
-def load(path: Path, outputs: Sequence[str], settings: RunSettings = DEFAULT, device: Device = CPU) -> Runner:
-    """The fastest thing that gives the file's answers. Raises InvalidArgument if ONNX Runtime cannot load it.
+def load_runner(path: Path, outputs: Sequence[str], settings: RunSettings = DEFAULT, device: Device = CPU) -> Runner:
+    """Load an ONNX file into the fastest runner that gives ONNX Runtime's answers.
 
     A forest is compared with ONNX Runtime before it may serve: on rows at its thresholds, just below and just above.
-    Forests run on the CPU whatever the device.
+    Forests run on the CPU, also where `device` is a GPU. Raises InvalidArgument if ONNX Runtime cannot load the file.
     """
     session = Session(path, outputs, settings.threads)
     plain = FixedRows(session, session.fixed_rows) if session.fixed_rows else session
@@ -115,12 +121,12 @@ def load(path: Path, outputs: Sequence[str], settings: RunSettings = DEFAULT, de
                 forest.verify_against(plain)
                 return Runner(forest, "forest")
             except NotAForest as no:
-                why = f"its compiled forest answers otherwise: {no.reason}"
+                why = f"its compiled forest gives other answers than ONNX Runtime: {no.reason}"
                 log.warning("%s runs in ONNX Runtime: %s", path, why)
     if device == CPU and not settings.padded:
         return Runner(plain, "onnxruntime", why)
     if any(tensor.dtype == "string" for tensor in (*session.inputs, *session.outputs)):
-        return Runner(plain, "onnxruntime", f"{why}; its texts cannot be bound to buffers")
+        return Runner(plain, "onnxruntime", f"{why}; strings cannot be bound to buffers")
 
     from shorttail.models.buckets import BucketSession
 
@@ -130,7 +136,7 @@ def load(path: Path, outputs: Sequence[str], settings: RunSettings = DEFAULT, de
 
 
 def _shortest_us(run: Callable[[Sequence[Array]], list[Array]], inputs: list[Array]) -> float:
-    """Of two runs, and of more while they are short: what else the machine does weighs most on those."""
+    """Return the microseconds of the fastest run. Short runs are repeated most: other processes disturb them most."""
     shortest_us, runs, began_ns = math.inf, 0, time.perf_counter_ns()
     while runs < 2 or (runs < TIMED_RUNS and time.perf_counter_ns() - began_ns < 1e3 * TIMED_US):
         start_ns = time.perf_counter_ns()

@@ -1,14 +1,14 @@
-"""Reads just enough of an ONNX file (a protocol buffer) to know whether it points at other files.
+"""Reads just enough of an ONNX file (a protocol buffer) to know whether it refers to other files.
 
-ONNX Runtime opens such files by itself, from paths that the model chooses (CVE-2024-27318 and kin), so a model is
-looked at before ONNX Runtime sees it. The onnx package is not needed to serve.
+ONNX Runtime opens such files by itself, from paths that the model chooses (CVE-2024-27318 and similar ones), so every
+model is checked before ONNX Runtime opens it. Serving does not need the onnx package.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-# Message types of onnx.proto, and which of their fields hold messages that can lead to a tensor.
+# Message types of onnx.proto: field number -> type of the message in it, for fields through which a tensor is reached.
 CHILDREN: dict[str, dict[int, str]] = {
     "Model": {7: "Graph", 20: "Training", 25: "Function"},
     "Graph": {1: "Node", 5: "Tensor", 15: "SparseTensor"},
@@ -24,9 +24,9 @@ NESTING_MAX = 64
 
 
 def uses_external_data(data: bytes) -> bool:
-    """Whether some tensor of the model is kept in another file. Damaged input gives True or False, never an error."""
-    # An external tensor names its file under the key "location". Forests of millions of nodes hold no such word, and
-    # walking them field by field in Python would take seconds.
+    """Return whether a tensor of the model is kept in another file. Damaged input never raises an error."""
+    # An external tensor names its file under the key "location". A forest of millions of nodes does not contain this
+    # word, and walking it field by field in Python would take seconds.
     if b"location" not in data:
         return False
     try:
@@ -36,6 +36,7 @@ def uses_external_data(data: bytes) -> bool:
 
 
 def any_external(message: memoryview, kind: str, depth: int) -> bool:
+    """Return whether a message of type `kind` contains an external tensor. Nesting beyond NESTING_MAX counts as one."""
     if depth > NESTING_MAX:
         return True
     children = CHILDREN[kind]
@@ -49,7 +50,10 @@ def any_external(message: memoryview, kind: str, depth: int) -> bool:
 
 
 def fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-    """(field number, value) of a message: an int for varints, the bytes for everything else."""
+    """Yield (field number, value) for each field of a message: an int for a varint, the bytes for any other type.
+
+    Raises ValueError or IndexError for bytes that are not a protocol buffer.
+    """
     at = 0
     while at < len(message):
         tag, at = varint(message, at)
@@ -63,7 +67,7 @@ def fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
         elif wire_type in (1, 5):
             length = 8 if wire_type == 1 else 4
         elif wire_type in (3, 4):
-            continue  # the marks around a group: look at what is between them as if it stood here
+            continue  # start or end of a group: the group's fields are read as fields of this message
         else:
             raise ValueError("no such wire type")
         if at + length > len(message):
@@ -73,7 +77,7 @@ def fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
 
 
 def varint(message: memoryview, at: int) -> tuple[int, int]:
-    """The value at that offset, and the offset after it."""
+    """Decode the varint at an offset. Returns the value and the offset after it."""
     value = shift = 0
     while True:
         byte = message[at]

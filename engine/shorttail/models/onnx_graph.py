@@ -1,7 +1,7 @@
-"""Reads the graph of an ONNX file: its nodes, constants, inputs and outputs. The onnx package is not needed to serve.
+"""Reads the graph of an ONNX file: nodes, constants, inputs and outputs. Serving does not need the onnx package.
 
-Attributes stay packed until they are asked for, and are then decoded in C, because a tree ensemble keeps its nodes in
-them: a thousand trees are some five megabytes of one-entry fields.
+Attributes stay encoded until they are used, and C code decodes them, because a tree ensemble keeps its nodes in
+attributes: a thousand trees are about 5 MB of fields with a single number each.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from shorttail._native.forest import read_attribute
 from shorttail.define.catalog import TensorInfo
 from shorttail.models.onnx_file import fields, varint
 
-# TensorProto.DataType: our name of the element type, and its NumPy type.
+# TensorProto.DataType -> (ONNX's name of the element type, NumPy dtype).
 ELEMENTS: dict[int, tuple[str, str]] = {
     1: ("float", "f4"),
     6: ("int32", "i4"),
@@ -33,7 +33,7 @@ EMPTY = memoryview(b"")
 
 @dataclass
 class Node:
-    """One operator of a graph. An input or output that is not given has the name ""."""
+    """An operator of a graph. An optional input or output that is left out has the name ""."""
 
     op_type: str = ""
     domain: str = ""
@@ -43,7 +43,11 @@ class Node:
 
     @cached_property
     def attributes(self) -> dict[str, Any]:
-        """Name -> float, int, bytes, float32 or int64 array, Array of a tensor, or (distinct strings, their codes)."""
+        """The decoded attributes by name.
+
+        A value is a float, an int, bytes, a float32 or int64 array, the array of a tensor, or, for a list of strings,
+        (distinct strings, index of each entry's string).
+        """
         result: dict[str, Any] = {}
         for data in self.packed:
             name, value = read_attribute(data)
@@ -58,6 +62,8 @@ class Node:
 
 @dataclass
 class Graph:
+    """The parts of an ONNX model that a forest is compiled from. opsets: operator domain -> version."""
+
     opsets: dict[str, int] = field(default_factory=dict)
     nodes: list[Node] = field(default_factory=list)
     constants: dict[str, Array] = field(default_factory=dict)
@@ -67,12 +73,12 @@ class Graph:
 
 
 def read_graph(data: bytes) -> Graph:
-    """The graph of a whole ONNX file. Raises ValueError (or IndexError) for what is not one."""
+    """Return the graph of an ONNX file's bytes. Raises ValueError or IndexError for bytes that are not an ONNX file."""
     graph = Graph()
     for number, value in fields(memoryview(data)):
         if number == 8 and isinstance(value, memoryview):
             parts = dict(fields(value))
-            graph.opsets[text(parts.get(1, EMPTY))] = whole(parts.get(2, 0))
+            graph.opsets[as_text(parts.get(1, EMPTY))] = as_int(parts.get(2, 0))
         elif number == 25:
             graph.has_functions = True
         elif number == 7 and isinstance(value, memoryview):
@@ -83,6 +89,7 @@ def read_graph(data: bytes) -> Graph:
 
 
 def read_body(data: memoryview, graph: Graph) -> None:
+    """Add the nodes, constants, inputs and outputs of a GraphProto to `graph`."""
     for number, value in fields(data):
         if not isinstance(value, memoryview):
             continue
@@ -105,24 +112,24 @@ def read_node(data: memoryview) -> Node:
         if not isinstance(value, memoryview):
             continue
         if number == 1:
-            node.inputs.append(text(value))
+            node.inputs.append(as_text(value))
         elif number == 2:
-            node.outputs.append(text(value))
+            node.outputs.append(as_text(value))
         elif number == 4:
-            node.op_type = text(value)
+            node.op_type = as_text(value)
         elif number == 5:
             node.packed.append(value)
         elif number == 7:
-            node.domain = text(value)
+            node.domain = as_text(value)
     return node
 
 
 def value_info(data: memoryview) -> TensorInfo:
-    """dtype is "" for what is not a tensor of a type in ELEMENTS. No shape at all reads as ()."""
+    """Decode a ValueInfoProto. dtype is "" unless it is a tensor with a type in ELEMENTS; a missing shape is ()."""
     name, kind, shape = "", "", []
     for number, value in fields(data):
         if number == 1:
-            name = text(value)
+            name = as_text(value)
         elif number == 2 and isinstance(value, memoryview):
             for which, inner in fields(value):
                 if which != 1 or not isinstance(inner, memoryview):
@@ -136,7 +143,7 @@ def value_info(data: memoryview) -> TensorInfo:
 
 
 def dimension(data: int | memoryview) -> int | None:
-    """A fixed size, or None for one that has a name, is unknown, or is 0 (how some converters write "any")."""
+    """Return a fixed size, or None if the size is named, unknown, or 0 (some converters write 0 for "any size")."""
     assert isinstance(data, memoryview)
     for number, value in fields(data):
         if number == 1 and isinstance(value, int) and 0 < value < 1 << 62:
@@ -145,7 +152,7 @@ def dimension(data: int | memoryview) -> int | None:
 
 
 def tensor(data: memoryview) -> tuple[str, Array]:
-    """(name, value) of a TensorProto. Raises ValueError for element types that are not in ELEMENTS."""
+    """Return (name, value) of a TensorProto. Raises ValueError for an element type that is not in ELEMENTS."""
     name, element, sizes = "", 0, []
     raw: memoryview | None = None
     chunks: dict[int, list[int | memoryview]] = {}
@@ -155,7 +162,7 @@ def tensor(data: memoryview) -> tuple[str, Array]:
         elif number == 2 and isinstance(value, int):
             element = value
         elif number == 8:
-            name = text(value)
+            name = as_text(value)
         elif number == 9 and isinstance(value, memoryview):
             raw = value
         elif number in (13, 14) and value != 0:
@@ -175,13 +182,13 @@ def tensor(data: memoryview) -> tuple[str, Array]:
         )
         return name, np.frombuffer(packed, dtype).reshape(sizes)
     if element == 8:
-        return name, np.array([text(chunk) for chunk in chunks.get(6, [])], object).reshape(sizes)
+        return name, np.array([as_text(chunk) for chunk in chunks.get(6, [])], object).reshape(sizes)
     numbers = [number for chunk in chunks.get(7 if element == 7 else 5, []) for number in integers(chunk)]
     return name, np.array(numbers, np.int64).astype(dtype).reshape(sizes)
 
 
 def integers(value: int | memoryview) -> Iterator[int]:
-    """The numbers of a repeated int64 field, packed or not, with their signs."""
+    """Yield the signed numbers of a repeated int64 field, whether it is packed or not."""
     if isinstance(value, int):
         yield signed(value)
         return
@@ -195,13 +202,13 @@ def signed(number: int) -> int:
     return number - (1 << 64) if number >> 63 else number
 
 
-def whole(value: int | memoryview) -> int:
+def as_int(value: int | memoryview) -> int:
     if not isinstance(value, int):
-        raise ValueError("a number is a text")
+        raise ValueError("a field that must hold an integer holds bytes")
     return value
 
 
-def text(value: int | memoryview) -> str:
+def as_text(value: int | memoryview) -> str:
     if isinstance(value, int):
-        raise ValueError("a name is a number")
+        raise ValueError("a field that must hold text holds an integer")
     return bytes(value).decode("utf-8", "replace")

@@ -1,8 +1,8 @@
-"""Which versions of models this process has loaded, and which of them answer.
+"""Loads the model versions that the catalog names, and decides which loaded versions answer requests.
 
-The catalog says what should serve. A version that is not loaded yet is loaded, warmed and checked first: in the
-caller's thread, or in a server in a thread of its own, while the version that served before goes on. One that cannot be
-loaded never answers: what served before goes on, `problems` says why, and a change of the catalog tries it again.
+A version is loaded, warmed and checked before it answers: in the caller's thread, or, in a server, in a background
+thread while the previous version goes on answering. A version that cannot be loaded never answers: the previous version
+goes on, `Versions.problem` says why, and the next change of the catalog tries it again.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from shorttail.define.catalog import TENSOR_TYPES, Catalog, ModelEntry, Share, V
 from shorttail.errors import Internal, InvalidArgument, NotFound, ShorttailError, Unavailable
 from shorttail.models.buffers import input_buffer
 from shorttail.models.device import CPU, Device
-from shorttail.models.load import Runner, load
+from shorttail.models.load import Runner, load_runner
 from shorttail.models.settings import RunSettings, tuned
 from shorttail.store import Store
 from shorttail.store.files import model_path
@@ -34,14 +34,15 @@ from shorttail.store.files import model_path
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-# A thread that loads a model and one that answers take turns this often, not every 5 ms as Python has it by default.
+# While a model loads, threads hand over the GIL after 0.2 ms, not after Python's default of 5 ms, so that the event
+# loop waits less for the loading thread.
 LOADING_SWITCH_S = 0.0002
 SWITCH_S = sys.getswitchinterval()
-LOADING_NICE = 10  # where a thread that loads and one that answers want the same CPU, the latter has it
+LOADING_NICE = 10  # the loading thread yields a CPU that an answering thread wants
 
 
 class Key(NamedTuple):
-    """A version, and how it is run here: what a loaded model is found by."""
+    """Identifies a loaded model: its name, its version, and the settings that it runs with on this host."""
 
     model: str
     version: int
@@ -50,13 +51,14 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Serving:
-    """What answers requests for a model, all of it loaded. canary, shadow: and their percent of requests."""
+    """The loaded versions that answer requests for a model. canary, shadow: a version and its percent of requests."""
 
     current: Key
     canary: tuple[Key, float] | None = None
     shadow: tuple[Key, float] | None = None
 
     def versions(self) -> Iterator[Key]:
+        """Yield the current version, then the canary and the shadow if there are any."""
         yield self.current
         for part in (self.canary, self.shadow):
             if part is not None:
@@ -66,18 +68,17 @@ class Serving:
 def load_version(
     path: Path, info: VersionInfo, catalog: Catalog, number: int, settings: RunSettings, device: Device = CPU
 ) -> Runner:
-    """A version that may serve: its file is the one registered, it is loaded and warm, and takes and gives what the
-    manifest says.
+    """Load and warm a version, and check that its file is the registered one and has the manifest's inputs and outputs.
 
-    path: of the ONNX file; catalog: of the views that feed it. Raises NotFound, InvalidArgument or Internal, with the
-    model and version named.
+    path: the ONNX file. catalog: holds the views that feed the model. number: the version, for errors.
+    Raises NotFound, InvalidArgument or Internal; the message names the model and the version.
     """
     try:
         if not path.is_file():
             raise NotFound(f"its file {path} is gone")
         if hashlib.sha256(path.read_bytes()).hexdigest() != info.sha256:
             raise InvalidArgument(f"{path.name} is not the file that was registered: its SHA-256 differs")
-        runner = load(path, [tensor.name for tensor in info.outputs], settings, device)
+        runner = load_runner(path, [tensor.name for tensor in info.outputs], settings, device)
         check_schema(runner, info)
         columns = info.model.inputs_by_name([tensor.name for tensor in info.inputs])
         buffers = [input_buffer(catalog, tensor, columns[tensor.name])[0] for tensor in info.inputs]
@@ -98,12 +99,12 @@ def load_version(
 
 
 def vet(catalog: Catalog, info: VersionInfo, number: int, path: Path) -> None:
-    """Load, warm and check a version in this process: only what passes may serve. Raises as `load_version`."""
+    """Load, warm and check a version before it is registered or promoted. Raises the errors of `load_version`."""
     load_version(path, info, catalog, number, tuned(info.tuning)[0])
 
 
 def check_schema(runner: Runner, info: VersionInfo) -> None:
-    """That the file takes what its version was registered with."""
+    """Check that the file has the inputs that its version was registered with. Raises InvalidArgument."""
     takes = [(tensor.name, tensor.dtype) for tensor in runner.inputs]
     registered = [(tensor.name, tensor.dtype) for tensor in info.inputs]
     if takes != registered:
@@ -111,28 +112,34 @@ def check_schema(runner: Runner, info: VersionInfo) -> None:
 
 
 class Versions:
-    """The loaded versions of one store's models. Its methods are called with `lock` held, but for those that say so."""
+    """The loaded versions of a store's models.
+
+    The caller holds `lock` when it calls a method, except for the methods that say "Needs no lock".
+    """
 
     def __init__(self, store: Store, device: Device):
         self.lock = threading.Lock()
         self.runners: dict[Key, Runner] = {}
-        self.changes = 0  # grows when another version answers: plans made before are to be made again
+        self.changes = 0  # grows when another version answers: older plans must be made again
         self._store = store
         self._device = device
         self._serving: dict[str, Serving] = {}
-        self._asked: dict[Key, None] = {}  # versions that requests named, the latest last
-        self._failed: dict[Key, tuple[int, ShorttailError]] = {}  # and the catalog that it was tried with
+        self._asked: dict[Key, None] = {}  # versions that requests named; the most recent is last
+        self._failed: dict[Key, tuple[int, ShorttailError]] = {}  # (version of the catalog at the attempt, error)
         self._loading: set[Key] = set()
-        self._threads: tuple[ThreadPoolExecutor, ThreadPoolExecutor] | None = None  # one that all others go before
+        self._threads: tuple[ThreadPoolExecutor, ThreadPoolExecutor] | None = None  # normal and low priority
         self._changed: Callable[[], object] = lambda: None
 
     def load_in_background(self, changed: Callable[[], object]) -> None:
-        """From now on load in a thread; `changed` is called from it when another version answers. Takes no lock."""
-        self._threads = ThreadPoolExecutor(1, "load"), ThreadPoolExecutor(1, "load-behind", initializer=go_behind)
+        """Load versions in background threads from now on. Needs no lock.
+
+        changed: the loading thread calls it when another version may answer.
+        """
+        self._threads = ThreadPoolExecutor(1, "load"), ThreadPoolExecutor(1, "load-low", initializer=lower_priority)
         self._changed = changed
 
     def close(self) -> None:
-        """Takes no lock."""
+        """Stop loading and forget all loaded models. Needs no lock."""
         for thread in self._threads or ():
             thread.shutdown(wait=False, cancel_futures=True)
         self.runners.clear()
@@ -141,18 +148,18 @@ class Versions:
     # -- what answers ------------------------------------------------------------------------------------------
 
     def serving(self, name: str) -> Serving:
-        """What answers requests for the model now. Loads what is missing, or has it loaded.
+        """Return the versions that answer requests for the model now. Loads missing versions, here or in background.
 
-        Raises NotFound; Unavailable while the first version loads in the background; what `load_version` raises.
+        Raises NotFound; Unavailable while the first version loads in the background; the errors of `load_version`.
         """
         entry = self._store.catalog.model(name)
-        wanted = self._wanted(name, entry)
+        target = self._target(name, entry)
         before = self._serving.get(name)
-        for key in wanted.versions():
-            self._provide(key)
-        current = wanted.current
+        for key in target.versions():
+            self._ensure_loaded(key)
+        current = target.current
         if current in self.runners:
-            now = Serving(current, self._loaded(wanted.canary), self._loaded(wanted.shadow))
+            now = Serving(current, self._if_loaded(target.canary), self._if_loaded(target.shadow))
         elif before is not None and before.current in self.runners and before.current.version in entry.versions:
             now = before
         elif current in self._failed:
@@ -163,13 +170,14 @@ class Versions:
             self._serving[name] = now
             if before is not None:
                 self.changes += 1
-            self._trim()
+            self._release_unused()
         return now
 
     def asked(self, name: str, version: int) -> Key:
-        """A version that a request names. The latest LIMITS.versions_asked of them stay loaded.
+        """Return the key of a version that a request names, and load it if needed.
 
-        Raises NotFound; Unavailable while it loads in the background; what `load_version` raises.
+        The last LIMITS.versions_asked such versions stay loaded.
+        Raises NotFound; Unavailable while it loads in the background; the errors of `load_version`.
         """
         entry = self._store.catalog.model(name)
         entry.version(version)
@@ -178,9 +186,9 @@ class Versions:
         self._asked[key] = None
         while len(self._asked) > LIMITS.versions_asked:
             del self._asked[next(iter(self._asked))]
-            self.changes += 1  # so that nobody keeps its plan
-        self._provide(key)
-        self._trim()
+            self.changes += 1  # so that the engine drops the plan of that version
+        self._ensure_loaded(key)
+        self._release_unused()
         if key in self.runners:
             return key
         if key in self._failed:
@@ -188,31 +196,33 @@ class Versions:
         raise Unavailable(f"model '{name}' version {version} is being loaded; send it again")
 
     def serving_now(self, name: str) -> Serving | None:
-        """What answers as far as known, without loading anything."""
+        """Return the versions that answered last, None if the model was never loaded. Loads nothing."""
         return self._serving.get(name)
 
     def problem(self, name: str) -> str | None:
-        """Why what the catalog names for the model does not serve."""
+        """Return why versions that the catalog names for the model could not be loaded, None if all could."""
         entry = self._store.catalog.model(name)
-        failed = [self._failed[key][1].message for key in self._wanted(name, entry).versions() if key in self._failed]
+        failed = [self._failed[key][1].message for key in self._target(name, entry).versions() if key in self._failed]
         return "; ".join(failed) or None
 
-    def _wanted(self, name: str, entry: ModelEntry) -> Serving:
+    def _target(self, name: str, entry: ModelEntry) -> Serving:
+        """Return the versions that the catalog names, loaded or not."""
+
         def part(share: Share | None) -> tuple[Key, float] | None:
             return None if share is None else (self._key(name, entry, share.version), share.percent)
 
         return Serving(self._key(name, entry, entry.current), part(entry.canary), part(entry.shadow))
 
-    def _loaded(self, part: tuple[Key, float] | None) -> tuple[Key, float] | None:
+    def _if_loaded(self, part: tuple[Key, float] | None) -> tuple[Key, float] | None:
         return part if part is not None and part[0] in self.runners else None
 
     def _key(self, name: str, entry: ModelEntry, version: int) -> Key:
         return Key(name, version, tuned(entry.version(version).tuning, str(self._device))[0])
 
-    def _trim(self) -> None:
-        """Let go of the versions that nothing names any more. A batch that runs keeps its own.
+    def _release_unused(self) -> None:
+        """Release the versions that neither the catalog nor recent requests name. A running batch keeps its version.
 
-        The one that served before stays, so that rolling back takes effect at once.
+        The previous version stays loaded, so that a rollback takes effect at once.
         """
         catalog = self._store.catalog
         keep = set(self._asked)
@@ -221,7 +231,7 @@ class Versions:
                 del self._serving[name]
                 continue
             entry = catalog.models[name]
-            keep.update(self._serving[name].versions(), self._wanted(name, entry).versions())
+            keep.update(self._serving[name].versions(), self._target(name, entry).versions())
             if entry.previous is not None:
                 keep.add(self._key(name, entry, entry.previous))
         for key in [key for key in self.runners if key not in keep]:
@@ -229,25 +239,25 @@ class Versions:
 
     @property
     def is_loading(self) -> bool:
-        """Takes no lock."""
+        """Whether a background thread loads a version now. Needs no lock."""
         return bool(self._loading)
 
     # -- loading -----------------------------------------------------------------------------------------------
 
-    def _provide(self, key: Key) -> None:
-        """Load that version if it is not, now or soon. A failure is kept, and tried again with another catalog."""
+    def _ensure_loaded(self, key: Key) -> None:
+        """Load a version, here or in background, unless it is loaded, loading, or failed with the current catalog."""
         tried = self._failed.get(key)
         if key in self.runners or key in self._loading or (tried and tried[0] == self._store.catalog_version):
             return
         catalog = self._store.catalog
         job = (key, catalog.model(key.model).version(key.version), catalog, self._store.catalog_version)
         if self._threads is None:
-            self._take(key, job[3], self._load(*job[:3]))
+            self._record(key, job[3], self._load(*job[:3]))
         else:
             self._loading.add(key)
-            # ONNX Runtime's own threads would stay behind with the one that makes them.
-            behind = key.settings.threads == 1 and self._device == CPU
-            self._threads[behind].submit(self._load_apart, *job)
+            # ONNX Runtime's own threads would inherit, and keep, the low priority of the thread that starts them.
+            low_priority = key.settings.threads == 1 and self._device == CPU
+            self._threads[low_priority].submit(self._load_in_background, *job)
 
     def _load(self, key: Key, info: VersionInfo, catalog: Catalog) -> Runner | ShorttailError:
         path = model_path(self._store.path, key.model, key.version)
@@ -255,11 +265,12 @@ class Versions:
             return load_version(path, info, catalog, key.version, key.settings, self._device)
         except ShorttailError as error:
             return error
-        except Exception as error:  # a loader thread must not end with a request waiting for it
+        except Exception as error:  # the loading thread must always report an outcome: requests wait for it
             text = " ".join(str(error).split())[:300]
             return Internal(f"model '{key.model}' version {key.version}: {type(error).__name__}: {text}")
 
-    def _take(self, key: Key, catalog_version: int, outcome: Runner | ShorttailError) -> None:
+    def _record(self, key: Key, catalog_version: int, outcome: Runner | ShorttailError) -> None:
+        """Keep the outcome of an attempt to load a version. catalog_version: of the catalog at the attempt."""
         if isinstance(outcome, Runner):
             self.runners[key] = outcome
             self._failed.pop(key, None)
@@ -267,12 +278,12 @@ class Versions:
         known = self._failed.get(key)
         self._failed[key] = (catalog_version, outcome)
         before = self._serving.get(key.model)
-        # Where nothing else serves, whoever asked hears it.
+        # If no other version serves, the error goes to the client, and the log need not repeat it.
         other = before.current.version if before else self._store.catalog.model(key.model).current
         if (known is None or known[1].message != outcome.message) and (before or other != key.version):
             log.warning("%s; version %d serves", outcome.message, other)
 
-    def _load_apart(self, key: Key, info: VersionInfo, catalog: Catalog, catalog_version: int) -> None:
+    def _load_in_background(self, key: Key, info: VersionInfo, catalog: Catalog, catalog_version: int) -> None:
         sys.setswitchinterval(LOADING_SWITCH_S)
         try:
             outcome = self._load(key, info, catalog)
@@ -280,28 +291,28 @@ class Versions:
             sys.setswitchinterval(SWITCH_S)
         with self.lock:
             self._loading.discard(key)
-            self._take(key, catalog_version, outcome)
+            self._record(key, catalog_version, outcome)
             self.changes += 1
         self._changed()
 
 
-def behind(work: Callable[[], T]) -> T:
-    """Run it in a thread to which all others go first."""
-    with ThreadPoolExecutor(1, "load-behind", initializer=go_behind) as thread:
+def run_at_low_priority(work: Callable[[], T]) -> T:
+    """Call `work` in a low-priority thread and return its result."""
+    with ThreadPoolExecutor(1, "load-low", initializer=lower_priority) as thread:
         return thread.submit(work).result()
 
 
-def go_behind() -> None:
-    """From now on all other threads go before this one, and before those that it starts."""
+def lower_priority() -> None:
+    """Give the calling thread, and the threads that it starts later, a low scheduling priority (nice 10)."""
     with suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOADING_NICE)
 
 
 def follow(versions: Versions, catalog: Catalog) -> None:
-    """Have everything loaded that the catalog names. Takes the lock."""
+    """Start to load every version that the catalog names. Takes the lock itself."""
     with versions.lock:
         for name in catalog.models:
             try:
                 versions.serving(name)
             except ShorttailError as error:
-                log.debug("%s", error.message)  # whoever asks for it hears it
+                log.debug("%s", error.message)  # a request for the model gets the error

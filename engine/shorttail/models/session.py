@@ -1,8 +1,8 @@
-"""One ONNX Runtime session, set for latency: explicit threads, no spinning, no arena, no logs on the way.
+"""An ONNX Runtime session configured for latency: explicit threads, no spinning, no memory arena, no logging.
 
-Batches run at their own size. Bound buffers of padded sizes are no faster on a CPU (docs/models.md has the figures);
-for a GPU they are, see buckets.py. Without arena and memory patterns nothing is kept for the sizes that were seen, so
-memory does not grow with them, and small batches take no longer.
+Batches run at their own size. Padded sizes in bound buffers are no faster on a CPU (docs/models.md has the figures);
+on a GPU they are faster, see buckets.py. Without arena and memory patterns ONNX Runtime keeps no memory for each batch
+size that it has seen, and small batches take no longer.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ ON_CPU: tuple[Any, ...] = ("CPUExecutionProvider",)
 
 
 class Session:
-    """A loaded model.
+    """An ONNX file loaded into ONNX Runtime.
 
-    path: an .onnx file; threads: intra-op threads (1 keeps a small model off the pool); outputs: names to compute,
-    or None for all. fixed_rows: the rows that the file was exported for, None where any number will do.
-    Raises InvalidArgument when ONNX Runtime cannot load the file.
+    path: the .onnx file. outputs: names of the outputs to compute, None for all. threads: ONNX Runtime's intra-op
+    threads; with 1 the calling thread runs the model and no thread pool is used. providers: execution providers.
+    fixed_rows: the batch size that the file was exported for, None if it takes any.
+    Raises InvalidArgument if ONNX Runtime cannot load the file.
     """
 
     def __init__(
@@ -42,13 +43,13 @@ class Session:
         options.inter_op_num_threads = 1
         options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
         options.enable_cpu_mem_arena = False
-        options.enable_mem_pattern = False  # a plan of the memory is kept for every size that comes by
+        options.enable_mem_pattern = False  # ONNX Runtime would keep a memory plan for every batch size it sees
         options.log_severity_level = 4
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry("session.inter_op.allow_spinning", "0")
         try:
             self.onnx = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
-        except Exception as error:  # its exceptions share no base class
+        except Exception as error:  # ONNX Runtime's exceptions share no base class
             raise InvalidArgument(f"{path.name}: ONNX Runtime cannot load this model: {one_line(error)}") from error
         self.inputs = [_tensor(node) for node in self.onnx.get_inputs()]
         self.outputs = [_tensor(node) for node in self.onnx.get_outputs()]
@@ -56,12 +57,16 @@ class Session:
         self.fixed_rows = next((info.shape[0] for info in self.inputs if info.shape and info.shape[0]), None)
         self.description = f"ONNX Runtime, {threads} thread{'s' * (threads != 1)}"
         self._input_names = [tensor.name for tensor in self.inputs]
-        # What InferenceSession.run calls once it has checked the names of what it was given, which takes as long as a
-        # small model does; here they come from the model itself.
+        # InferenceSession.run first checks the names of inputs and outputs, which takes as long as a small model. Here
+        # the names come from the model itself, so the method behind it is called directly.
         self._run = self.onnx._sess.run
 
     def run(self, inputs: Sequence[Array], options: Any = None) -> list[Array]:
-        """One array for each of `self.inputs` in, one for each of `output_names` out, in order. Drops the GIL."""
+        """Run a batch. Drops the GIL.
+
+        inputs: an array for each of `self.inputs`, in order. options: an onnxruntime.RunOptions or None.
+        Returns an array for each of `output_names`, in order. Raises Internal if the model fails.
+        """
         try:
             result: list[Array] = self._run(
                 self.output_names, dict(zip(self._input_names, inputs, strict=True)), options
@@ -72,7 +77,7 @@ class Session:
 
 
 class FixedRows:
-    """A session whose file takes exactly so many rows, for batches of any size: in pieces, the last one padded."""
+    """Runs batches of any size in a session that takes exactly `rows` rows: in pieces, of which the last is padded."""
 
     def __init__(self, session: Session, rows: int):
         self.inputs = session.inputs
@@ -82,18 +87,19 @@ class FixedRows:
         self._rows = rows
 
     def run(self, inputs: Sequence[Array]) -> list[Array]:
-        return in_pieces(self._run_piece, inputs, self._rows)
+        """Run a batch. Inputs, results and errors are those of Session.run."""
+        return run_in_pieces(self._run_piece, inputs, self._rows)
 
     def _run_piece(self, inputs: Sequence[Array]) -> list[Array]:
         rows = len(inputs[0])
         if rows == self._rows:
             return self._session.run(inputs)
-        full = [np.concatenate([array, blank(array, self._rows - rows)]) for array in inputs]
+        full = [np.concatenate([array, blank_rows(array, self._rows - rows)]) for array in inputs]
         return [array[:rows] for array in self._session.run(full)]
 
 
-def in_pieces(run: Callable[[Sequence[Array]], list[Array]], inputs: Sequence[Array], rows_max: int) -> list[Array]:
-    """What `run` gives for a batch of any size, called with at most `rows_max` rows at a time."""
+def run_in_pieces(run: Callable[[Sequence[Array]], list[Array]], inputs: Sequence[Array], rows_max: int) -> list[Array]:
+    """Call `run` with at most `rows_max` rows at a time, and return the concatenated results."""
     rows = len(inputs[0])
     if rows <= rows_max:
         return run(inputs)
@@ -101,17 +107,18 @@ def in_pieces(run: Callable[[Sequence[Array]], list[Array]], inputs: Sequence[Ar
     return [np.concatenate(parts) for parts in zip(*pieces, strict=True)]
 
 
-def blank(array: Array, rows: int) -> Array:
-    """Rows of zeros, or of empty texts, as wide as the array's."""
+def blank_rows(array: Array, rows: int) -> Array:
+    """Return `rows` rows of zeros, or of empty strings, with the array's width and dtype."""
     return np.full((rows, *array.shape[1:]), "" if array.dtype.hasobject else 0, array.dtype)
 
 
 def one_line(error: Exception) -> str:
+    """Return an error's text in a single line of at most 300 characters."""
     return " ".join(str(error).split())[:300]
 
 
 def _tensor(node: Any) -> TensorInfo:
-    """dtype "float" for tensor(float); whatever is not a tensor keeps ONNX Runtime's spelling: "seq(map(...))"."""
+    """Convert ONNX Runtime's description: "tensor(float)" becomes "float"; a type that is no tensor keeps its text."""
     kind = node.type
     if kind.startswith("tensor("):
         return TensorInfo(

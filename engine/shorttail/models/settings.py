@@ -1,6 +1,6 @@
-"""How a version of a model is run on a kind of host. `shorttail tune` measures it and keeps it in the catalog.
+"""Settings with which a model version runs on a kind of host. `shorttail tune` measures and stores them in the catalog.
 
-A choice holds for the CPU it was measured on: it is found by that host's description, and elsewhere it is not used.
+Settings are stored under a description of the host that they were measured on. Other hosts do not use them.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from shorttail._native.forest import simd_level
 
 @dataclass(frozen=True, slots=True)
 class RunSettings:
-    """runner: "auto" takes a compiled forest where the model is one, "onnxruntime" does not.
+    """How a model version is run.
 
-    threads: of ONNX Runtime for one run. padded: batches are padded to powers of two, in buffers bound once.
+    runner: "auto" uses a compiled forest if the model is a tree ensemble; "onnxruntime" always uses ONNX Runtime.
+    threads: ONNX Runtime's threads for a run. padded: batches are padded to powers of two, in buffers bound once.
     """
 
     runner: str = "auto"
@@ -35,7 +36,10 @@ DEFAULT = RunSettings()
 
 
 def tuned(tuning: Mapping[str, Mapping[str, Any]], device: str = "cpu") -> tuple[RunSettings, str]:
-    """The settings measured on a host like this one, or the default; and a note on choices that are not used."""
+    """Return the settings measured on a host like this one, else the defaults; and a note that says where from.
+
+    tuning: host description -> settings, as the catalog keeps them. The note is "" if the version was never tuned.
+    """
     here = host(device)
     if here in tuning:
         return RunSettings(**tuning[here]), f"tuned on {here}"
@@ -45,12 +49,13 @@ def tuned(tuning: Mapping[str, Mapping[str, Any]], device: str = "cpu") -> tuple
 
 
 def host(device: str = "cpu") -> str:
-    """What a choice depends on: "AMD EPYC 9654, avx512, 2 CPUs", and the device unless it is the CPU."""
+    """Describe this host as settings are stored by it: "AMD EPYC 9654, avx512, 2 CPUs", for a GPU with ", cuda"."""
     return cpu() if device == "cpu" else f"{cpu()}, {device.partition(':')[0]}"
 
 
 @cache
 def cpu() -> str:
+    """Return the CPU's model, its SIMD level and the number of CPUs that this process may use."""
     cpus = len(os.sched_getaffinity(0))
     return f"{_cpu_model()}, {simd_level()}, {cpus} CPU{'s' * (cpus != 1)}"
 

@@ -1,7 +1,7 @@
-"""What an ONNX file takes and gives, and whether a model's definition fits it.
+"""Reads the inputs and outputs of an ONNX file, and checks that a model's definition and the views fit them.
 
-Everything that can be wrong between a definition, the views and the file is found here, before the file is
-registered: afterwards a request can only fail for what is in the request.
+Every mismatch of definition, views and file is found here, before the file is registered. Afterwards a request can
+only fail because of its own content.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ from shorttail.models.onnx_file import uses_external_data
 
 @dataclass(frozen=True)
 class ModelFile:
-    """An ONNX file read once, so that what was checked is what is copied."""
+    """An ONNX file that is read once, so that exactly the checked bytes are copied into the store.
+
+    model_name: the model it is for, named in errors. sha256: of `data`, in hexadecimal.
+    """
 
     model_name: str
     path: Path
@@ -33,7 +36,7 @@ class ModelFile:
 
     @classmethod
     def read(cls, path: str | Path, model_name: str) -> ModelFile:
-        """Raises NotFound, or InvalidArgument for what cannot be a model file on its own."""
+        """Read a file. Raises NotFound; InvalidArgument for a symbolic link or a model with weights in other files."""
         path = Path(path)
         where = f"model '{model_name}'"
         if path.is_symlink():
@@ -53,7 +56,7 @@ class ModelFile:
 
     @cached_property
     def tensors(self) -> tuple[list[TensorInfo], list[TensorInfo]]:
-        """Its inputs and outputs. Loads the whole model into ONNX Runtime, once: tens of ms and more."""
+        """The file's inputs and outputs. The first use loads the model into ONNX Runtime, which takes 10 ms or more."""
         from shorttail.models.session import Session
 
         try:
@@ -64,7 +67,10 @@ class ModelFile:
 
 
 def select_outputs(model: Model, outputs: Sequence[TensorInfo], label: str) -> tuple[TensorInfo, ...]:
-    """The outputs that the definition names, or all. Raises InvalidArgument for unknown names and for maps."""
+    """Return the outputs that the definition names, or all of them. label: what errors call the file.
+
+    Raises InvalidArgument for an unknown name, and for an output that is not a tensor of a supported type.
+    """
     where = f"model '{model.name}'"
     by_name = {tensor.name: tensor for tensor in outputs}
     for name in model.outputs or ():
@@ -85,19 +91,19 @@ def select_outputs(model: Model, outputs: Sequence[TensorInfo], label: str) -> t
 
 
 def check_inputs(catalog: Catalog, model: Model, inputs: Sequence[TensorInfo], label: str) -> None:
-    """That the definition's columns exist and fit the file's inputs in number and type.
+    """Check that the definition's columns exist and fit the file's inputs in number and type. label: as above.
 
-    Raises NotFound for a view or feature that is not there, InvalidArgument for the rest.
+    Raises NotFound for a view or feature that does not exist, InvalidArgument for any other mismatch.
     """
     where = f"model '{model.name}'"
     names = [tensor.name for tensor in inputs]
     if isinstance(model.inputs, Mapping):
         if set(model.inputs) != set(names):
             takes, given = (", ".join(f"'{name}'" for name in side) for side in (names, model.inputs))
-            raise InvalidArgument(f"{where}: {label} takes the inputs {takes}, but inputs feeds {given}")
+            raise InvalidArgument(f"{where}: {label} takes the inputs {takes}, but inputs= names {given}")
     elif len(names) != 1:
-        wanted = ", ".join(f"'{name}': [...]" for name in names)
-        raise InvalidArgument(f"{where}: {label} takes {len(names)} inputs; write inputs={{{wanted}}}")
+        needed = ", ".join(f"'{name}': [...]" for name in names)
+        raise InvalidArgument(f"{where}: {label} takes {len(names)} inputs; write inputs={{{needed}}}")
     try:
         for reference in model.references:
             stored_dtype(catalog, reference)
@@ -116,7 +122,7 @@ def check_inputs(catalog: Catalog, model: Model, inputs: Sequence[TensorInfo], l
 
 
 def check_shape(where: str, tensor: TensorInfo) -> None:
-    """That it is a matrix or a column of a type we have."""
+    """Check that an input is a matrix or a column of a supported type. Raises InvalidArgument."""
     if tensor.dtype not in TENSOR_TYPES:
         raise InvalidArgument(f"{where} is {tensor.dtype}; supported: {', '.join(TENSOR_TYPES)}")
     if len(tensor.shape) not in (1, 2):
@@ -124,7 +130,7 @@ def check_shape(where: str, tensor: TensorInfo) -> None:
 
 
 def check_width(where: str, label: str, tensor: TensorInfo, columns: Sequence[Column], catalog: Catalog) -> None:
-    """That as many columns arrive as the tensor has."""
+    """Check that the columns of the definition fill exactly the columns of the input. Raises InvalidArgument."""
     takes = tensor.shape[1] if len(tensor.shape) == 2 else 1
     width = sum(column_width(catalog, column, tensor, len(columns)) for column in columns)
     if takes is None or takes == width:
@@ -133,12 +139,12 @@ def check_width(where: str, label: str, tensor: TensorInfo, columns: Sequence[Co
     shown = ", ".join(column_label(column) for column in columns[:5]) + (", ..." if len(columns) > 5 else "")
     raise InvalidArgument(
         f"{where}: {label} takes {takes} column{'s' * (takes != 1)} (input '{tensor.name}'),"
-        f" but inputs lists {given}; first: {shown}"
+        f" but inputs= lists {given}; first: {shown}"
     )
 
 
 def check_types(where: str, label: str, tensor: TensorInfo, column: Column, catalog: Catalog) -> None:
-    """That a column's values can become the tensor's, and those of an on-demand's arguments its parameters."""
+    """Check that the input can hold the column's type, and on-demand parameters the types of their arguments."""
     if isinstance(column, OnDemandFeature):
         for feature in column.walk():
             check_arguments(where, feature, catalog)
@@ -150,6 +156,7 @@ def check_types(where: str, label: str, tensor: TensorInfo, column: Column, cata
 
 
 def check_arguments(where: str, feature: OnDemandFeature, catalog: Catalog) -> None:
+    """Check that each argument of an on-demand feature fits its parameter. Raises InvalidArgument."""
     for (name, dtype), argument in zip(feature.function.params, feature.args, strict=True):
         gives = stored_dtype(catalog, argument) if isinstance(argument, str) else argument.function.returns
         if gives is not None and not (fits(gives, dtype) and gives.is_vector == dtype.is_vector):
@@ -157,7 +164,7 @@ def check_arguments(where: str, feature: OnDemandFeature, catalog: Catalog) -> N
 
 
 def fits(source: DType, target: DType) -> bool:
-    """Whether every value of one type can be given where the other is wanted; to floats it may be rounded."""
+    """Return whether `target` takes every value of `source`. Numbers that become floats may be rounded."""
     if source == target:
         return True
     if String in (source, target) or target.is_vector:
@@ -169,14 +176,14 @@ def fits(source: DType, target: DType) -> bool:
 
 
 def stored_dtype(catalog: Catalog, reference: str) -> DType | None:
-    """The type of a stored feature; None for a request column. Raises NotFound."""
+    """Return the type of a stored feature, None for a request column. Raises NotFound."""
     return None if reference.startswith("request:") else catalog.feature(reference)[1].dtype
 
 
 def column_width(catalog: Catalog, column: Column, tensor: TensorInfo, entries: int) -> int:
-    """Columns of the tensor that one of its `entries` entries fills: a vector's length, else 1.
+    """Return how many columns of the tensor an entry of the definition fills: a vector's length, else 1.
 
-    A request column that is all of an input is a vector as wide as that input.
+    entries: how many entries feed the tensor. A request column that is the only entry is a vector as wide as the input.
     """
     if isinstance(column, OnDemandFeature):
         return column.function.returns.width
@@ -188,7 +195,10 @@ def column_width(catalog: Catalog, column: Column, tensor: TensorInfo, entries: 
 
 
 def key_columns(views: Iterable[FeatureView]) -> dict[str, DType]:
-    """The key columns that a request for these views must give. Raises InvalidArgument where two disagree."""
+    """Return the key columns that a request for these views must carry: name -> type.
+
+    Raises InvalidArgument if two views give a key of the same name different types.
+    """
     keys: dict[str, DType] = {}
     origin: dict[str, str] = {}
     for view in views:
@@ -204,22 +214,25 @@ def key_columns(views: Iterable[FeatureView]) -> dict[str, DType]:
 
 @dataclass(frozen=True)
 class Use:
-    """Where a request column goes: the type wanted there, the type that a request would best give for it."""
+    """A place that a request column feeds.
 
-    wanted: DType
+    required: the type that the place takes. natural: the type that a request should have for it. where: in words.
+    """
+
+    required: DType
     natural: DType
     where: str
 
     def takes(self, dtype: DType) -> bool:
-        return fits(dtype, self.wanted) and dtype.width == self.natural.width
+        return fits(dtype, self.required) and dtype.width == self.natural.width
 
 
 def request_columns(catalog: Catalog, model: Model, inputs: Sequence[TensorInfo]) -> dict[str, DType]:
-    """Every column that a request for the model carries, with its type: the keys of its views first.
+    """Return every column that a request for the model carries: name -> type, with the keys of its views first.
 
-    A request column that is also a key has the key's type. Others take the type of what they feed: a parameter of an
-    on-demand function, or an input (Float64 for a float matrix, which takes whole numbers too).
-    Raises InvalidArgument where its uses cannot be served by one type.
+    A request column that is also a key has the key's type. Another has the type of the place that it feeds: a parameter
+    of an on-demand function, or an input (Float64 for a float matrix, so that it takes integers too).
+    Raises InvalidArgument if no single type fits all uses of a column.
     """
     views = dict.fromkeys(split_reference(reference)[0] for reference in model.references)
     try:
@@ -231,14 +244,14 @@ def request_columns(catalog: Catalog, model: Model, inputs: Sequence[TensorInfo]
         fitting = [dtype for dtype in candidates if all(use.takes(dtype) for use in uses)]
         if not fitting:
             key = f" is a key of type {columns[name]}, but" if name in columns else ""
-            wanted = " and ".join(dict.fromkeys(f"{use.wanted} for {use.where}" for use in uses))
-            raise InvalidArgument(f"model '{model.name}': request:{name}{key} must be {wanted}")
+            needed = " and ".join(dict.fromkeys(f"{use.required} for {use.where}" for use in uses))
+            raise InvalidArgument(f"model '{model.name}': request:{name}{key} must be {needed}")
         columns[name] = fitting[0]
     return columns
 
 
 def request_uses(catalog: Catalog, model: Model, inputs: Sequence[TensorInfo]) -> dict[str, list[Use]]:
-    """Request column -> its uses, in order of first mention."""
+    """Return the uses of each request column, in the order in which the columns first occur."""
     by_input = model.inputs_by_name([tensor.name for tensor in inputs])
     uses: dict[str, list[Use]] = {}
     for tensor in inputs:

@@ -1,4 +1,7 @@
-"""The server's log: one line an event on stderr, as text or as JSON, written off the loop and bounded in rate."""
+"""The server's log: one line per event on stderr, as text or JSON.
+
+Lines about requests are limited in rate and written outside the event loop.
+"""
 
 from __future__ import annotations
 
@@ -15,23 +18,23 @@ from typing import Any, Final, Literal, TextIO
 from shorttail.config import LIMITS
 
 Format = Literal["text", "json"]
-TRACEBACK_CHARS: Final = 4000  # the end of a traceback that a line of JSON has
+TRACEBACK_CHARS: Final = 4000  # a JSON line holds at most this much of the end of a traceback
 TRACEPARENT: Final = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}")  # W3C Trace Context, level 1
 
 
 def trace_ids(traceparent: str | None) -> dict[str, str]:
-    """{"trace_id", "parent_id"} of a traceparent header; {} if there is none, or none that is valid."""
+    """Return {"trace_id", "parent_id"} of a traceparent header; {} if it is missing or invalid."""
     found = TRACEPARENT.match(traceparent) if traceparent else None
     if found is None or traceparent is None or traceparent.startswith("ff") or not found[1].strip("0"):
         return {}
-    more = traceparent[found.end() :]  # of versions to come, after another dash
+    more = traceparent[found.end() :]  # later versions may append fields after another dash
     if not found[2].strip("0") or (more and (traceparent.startswith("00") or not more.startswith("-"))):
         return {}
     return {"trace_id": found[1], "parent_id": found[2]}
 
 
-def line(form: Format, level: str, message: str, fields: Mapping[str, Any], time_s: float | None = None) -> str:
-    """One line of the log, without its end."""
+def format_line(form: Format, level: str, message: str, fields: Mapping[str, Any], time_s: float | None = None) -> str:
+    """Return one line of the log, without a newline. time_s: seconds since 1970 UTC; None is now."""
     if form == "text":
         more = " ".join(f"{name}={_plain(value)}" for name, value in fields.items())
         return f"{level}: {message}" + (f" ({more})" if more else "")
@@ -40,16 +43,16 @@ def line(form: Format, level: str, message: str, fields: Mapping[str, Any], time
     return json.dumps(document | {"message": message} | dict(fields), default=str)
 
 
-def say(form: Format, level: str, message: str, **fields: Any) -> None:
-    """Write a line now. As text it is what a person at the terminal reads: an error is named as such, fields go."""
+def log_now(form: Format, level: str, message: str, **fields: Any) -> None:
+    """Write a line immediately. In text form it is for a person: errors get a prefix and fields are left out."""
     if form == "json":
-        put(line(form, level, message, fields))
+        write_text(format_line(form, level, message, fields))
     else:
-        put(f"error: {message}" if level == "error" else message)
+        write_text(f"error: {message}" if level == "error" else message)
 
 
-def put(text: str, stream: TextIO | None = None) -> None:
-    """Write lines to stderr in one piece, as other threads do. A stderr that is closed stops nobody."""
+def write_text(text: str, stream: TextIO | None = None) -> None:
+    """Write text and a newline to stderr in one piece, so that lines of threads do not mix. Ignores OSError."""
     stream = stream or sys.stderr
     with contextlib.suppress(OSError):
         stream.write(text + "\n")
@@ -62,10 +65,10 @@ def _plain(value: Any) -> str:
 
 
 class RequestLog:
-    """Failed and slow requests of one worker: kept as they come, written later by `write`.
+    """The log of failed and slow requests of one worker. note() keeps lines in memory; write() writes them.
 
-    failed: requests that fail are wanted. slow_us: and those that take longer; 0: none. No more than
-    LIMITS.log_lines_per_s are kept, in bursts of as many; what is left out is counted and said.
+    failed: log failed requests. slow_us: log requests that take longer; 0 logs none. At most LIMITS.log_lines_per_s
+    lines are kept per second, in bursts of up to that many. Other lines are only counted, and the count is logged.
     """
 
     def __init__(self, form: Format = "text", slow_us: float = 0.0, failed: bool = False, stream: TextIO | None = None):
@@ -80,7 +83,7 @@ class RequestLog:
         self._filled_s = time.monotonic()
 
     def note(self, level: str, message: str, **fields: Any) -> None:
-        """Keep a line, unless there are too many. fields: what is None or "" is left out."""
+        """Keep a line for write(); above the rate limit only count it. Fields that are None or "" are omitted."""
         now_s = time.monotonic()
         most = float(LIMITS.log_lines_per_s)
         self._tokens = min(most, self._tokens + (now_s - self._filled_s) * most)
@@ -91,14 +94,14 @@ class RequestLog:
             return
         self._tokens -= 1.0
         given = {name: value for name, value in fields.items() if value not in (None, "")}
-        self.waiting.append(line(self.form, level, message, given))
+        self.waiting.append(format_line(self.form, level, message, given))
 
     def write(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Write what was kept, in a thread: stderr may be a pipe that nobody empties."""
+        """Write the kept lines in a thread, because a write to a full pipe on stderr would block the event loop."""
         if self.dropped:
-            self.waiting.append(line(self.form, "warning", "log lines left out", {"lines": self.dropped}))
+            self.waiting.append(format_line(self.form, "warning", "log lines left out", {"lines": self.dropped}))
             self.dropped = 0
         if self.waiting:
             text = "\n".join(self.waiting)
             self.waiting.clear()
-            loop.run_in_executor(None, put, text, self.stream)
+            loop.run_in_executor(None, write_text, text, self.stream)

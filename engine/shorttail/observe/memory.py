@@ -1,8 +1,8 @@
-"""The counters of all processes of a server: one file in memory, which every process of it can read.
+"""The metrics counters of all processes of a server, in one shared memory file.
 
-The supervisor makes the file, its workers inherit it, and whichever of them is asked for /metrics adds up what all have
-counted. Each process writes a region of its own (native/metrics.pyx has the layout). A region stays when its process
-ends and the next one goes on counting there, so no counter goes back while the server runs.
+The supervisor makes the file and its workers inherit it. The worker that answers a request for /metrics adds up the
+counters of all processes. Each process writes its own region (native/metrics.pyx describes the layout). When a process
+ends, its successor continues to count in the same region, so no counter decreases while the server runs.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from shorttail._native.metrics import Recorder
 from shorttail.errors import Internal
 
 REGION_BYTES: Final = 8 * native.REGION_WORDS
-SUPERVISOR: Final = 0  # its region; workers take the others
+SUPERVISOR: Final = 0  # the supervisor's region; workers use the others
 
-# The header of a region, word by word. Gauges are those of a process that lives.
+# The words of a region's header. Gauges are valid only while the region's process runs.
 HEADER: Final = (
     "pid",
     "started_ns",  # since 1970
-    "heartbeat_ns",  # of time.monotonic_ns: when the loop last came round
+    "heartbeat_ns",  # time.monotonic_ns() of the last turn of the event loop
     "generation",
     "reader_age_us",
     "connections",
@@ -50,7 +50,7 @@ WORD: Final = {name: number for number, name in enumerate(HEADER)}
 
 @dataclass(slots=True)
 class SlotCounts:
-    """What one method did with one model, of all processes."""
+    """The counters of one method with one model, summed over all processes. See native/metrics.pyx for the lists."""
 
     rows: int = 0
     requests: list[int] = field(default_factory=lambda: [0] * (len(native.PROTOCOLS) * len(native.CODES)))
@@ -72,7 +72,7 @@ def _add(into: list[int], words: list[int], at: int) -> None:
 
 @dataclass(slots=True)
 class Process:
-    """One region's header. living: its process runs."""
+    """The header of one region. living: whether its process still runs."""
 
     region: int
     header: dict[str, int]
@@ -80,7 +80,10 @@ class Process:
 
 
 class MetricsMemory:
-    """The file; `create` makes it, `attach` maps one that was inherited. It goes with the processes that have it."""
+    """The shared memory file. It exists as long as a process has it open.
+
+    create() makes the file; attach() maps an inherited descriptor.
+    """
 
     def __init__(self, fd: int):
         self.fd = fd
@@ -90,19 +93,24 @@ class MetricsMemory:
 
     @classmethod
     def create(cls, workers: int) -> MetricsMemory:
-        """For a supervisor and so many workers, each of which may be replaced while it still ends."""
+        """Make the file for a supervisor and `workers` workers.
+
+        There are two regions per worker, because a replacement may start while its predecessor is still stopping.
+        """
         fd = os.memfd_create("shorttail-metrics")
         os.ftruncate(fd, REGION_BYTES * (1 + 2 * workers))
         return cls(fd)
 
     @classmethod
     def attach(cls, fd: int) -> MetricsMemory:
+        """Map the file that a parent process made."""
         return cls(fd)
 
     def claim(self, first: int = SUPERVISOR + 1) -> Recorder:
-        """The first region that no living process has, from `first` on; it is this process's until that ends.
+        """Claim the first free region, starting at `first`, until this process ends. Return a Recorder for it.
 
-        The claim is a lock on the file, which the system drops with the process, however it ends.
+        The claim is a lock on the file's range, which the system releases when the process ends in any way. Raises
+        Internal if no region is free.
         """
         for region in range(first, self.regions):
             try:
@@ -115,10 +123,10 @@ class MetricsMemory:
             recorder.put(WORD["started_ns"], time.time_ns())
             recorder.put(WORD["pid"], os.getpid())
             return recorder
-        raise Internal(f"all {self.regions} regions for metrics are taken by processes that still run")
+        raise Internal(f"all {self.regions} regions for metrics are in use by running processes")
 
     def processes(self) -> list[Process]:
-        """The header of every region that was ever claimed."""
+        """Return the header of every region that was ever claimed."""
         found = []
         for region in range(self.regions):
             at = region * native.REGION_WORDS
@@ -128,7 +136,7 @@ class MetricsMemory:
         return found
 
     def slots(self) -> dict[tuple[str, str], SlotCounts]:
-        """(method, model) -> what was counted, of all processes."""
+        """Return the counters of all processes, summed by (method, model)."""
         merged: dict[tuple[str, str], SlotCounts] = {}
         for region in range(self.regions):
             at = region * native.REGION_WORDS + native.HEADER_WORDS

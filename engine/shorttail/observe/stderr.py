@@ -1,8 +1,8 @@
-"""Under `--log json` every line on stderr is a JSON object: also those that others write.
+"""Makes every line on stderr a JSON object under `--log json`, including lines that other code writes.
 
-What a process's own interpreter would print (exceptions that end it, warnings, what libraries log) becomes a line with
-its traceback by `everything`. What comes by no such way (a native library, the last words of an interpreter that dies)
-is read from the process's stderr by its supervisor: `relay`.
+log_as_json() turns the output of Python code (uncaught exceptions, warnings, log records of libraries) into JSON lines
+with tracebacks. Native libraries and a crashing interpreter write to stderr directly; the supervisor reads the stderr
+of its children and converts these lines: relay().
 """
 
 from __future__ import annotations
@@ -14,19 +14,21 @@ import threading
 from types import TracebackType
 from typing import IO, Final
 
-from shorttail.observe.logs import TRACEBACK_CHARS, Format, line, put
+from shorttail.observe.logs import TRACEBACK_CHARS, Format, format_line, write_text
 
 
 class _Handler(logging.Handler):
+    """Writes log records as JSON lines."""
+
     def emit(self, record: logging.LogRecord) -> None:
         fields = {"logger": record.name}
         if record.exc_info:
             fields["traceback"] = logging.Formatter().formatException(record.exc_info)[-TRACEBACK_CHARS:]
-        put(line("json", record.levelname.lower(), record.getMessage(), fields))
+        write_text(format_line("json", record.levelname.lower(), record.getMessage(), fields))
 
 
-def everything(form: Format) -> None:
-    """Have this process write JSON lines, if form is "json": exceptions, warnings, and what libraries log."""
+def log_as_json(form: Format) -> None:
+    """If form is "json", write uncaught exceptions, warnings and log records of this process as JSON lines."""
     if form != "json":
         return
     logging.basicConfig(handlers=[_Handler()], level=logging.WARNING, force=True)
@@ -49,11 +51,15 @@ def everything(form: Format) -> None:
     sys.unraisablehook = unraisable
 
 
-RAW_LINE_BYTES: Final = 65_536  # what is longer is cut in pieces
+RAW_LINE_BYTES: Final = 65_536  # longer lines are split
 
 
 def relay(source: IO[bytes], process: str) -> threading.Thread:
-    """Pass on to stderr what a child writes to its own, until it ends: lines of JSON as they are, others made such."""
+    """Start a thread that copies a child's stderr to this process's stderr until the child closes it.
+
+    source: the read end of the child's stderr. process: the child's name, for the log. JSON lines are copied as they
+    are; other lines become the message of a JSON line.
+    """
     thread = threading.Thread(target=_relay, args=(source, process), name=f"stderr of {process}", daemon=True)
     thread.start()
     return thread
@@ -66,8 +72,8 @@ def _relay(source: IO[bytes], process: str) -> None:
             if not text:
                 continue
             if not _is_object(text):
-                text = line("json", "warning", text, {"process": process})
-            put(text)
+                text = format_line("json", "warning", text, {"process": process})
+            write_text(text)
 
 
 def _is_object(text: str) -> bool:

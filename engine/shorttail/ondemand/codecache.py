@@ -1,8 +1,8 @@
-"""A private directory of compiled functions, so that a second start need not compile, nor import Numba.
+"""Caches compiled functions in a private directory, so that a later start neither compiles nor imports Numba.
 
-What lies here is machine code that will be run, so nobody else may be able to write it: the directory is the user's
-own and closed to others, or it is not used. A cache that is missing, closed, full or damaged costs time, never an
-error. Several processes may use it at once: files appear whole, by rename.
+The files are machine code that will be executed, so no other user may be able to write them: the directory belongs to
+the user and is closed to others, or it is not used. A cache that is missing, unusable, full or damaged costs time and
+never raises an error. Several processes may use it at once, because a rename makes each file appear complete.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SUFFIX = ".code"
 
 
 def directory() -> Path:
-    """$SHORTTAIL_CACHE_DIR, or `shorttail` in the user's cache directory."""
+    """Return $SHORTTAIL_CACHE_DIR, else `shorttail` in the user's cache directory."""
     chosen = os.environ.get("SHORTTAIL_CACHE_DIR")
     if chosen:
         return Path(chosen)
@@ -31,7 +31,7 @@ def directory() -> Path:
 
 
 def private_directory() -> Path | None:
-    """The cache, made if it is not there; None, and a line in the log, where it is not for this user alone."""
+    """Return the cache directory, and make it if needed. Logs a warning and returns None if others could use it."""
     path = directory()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,8 +43,8 @@ def private_directory() -> Path | None:
         return None
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
         log.warning(
-            "compiled functions are not cached: %s must be a directory of this user that is closed to others;"
-            " run `chmod 700` on it, or set SHORTTAIL_CACHE_DIR",
+            "compiled functions are not cached: %s must be a directory that belongs to this user and is closed to"
+            " others; run `chmod 700` on it, or set SHORTTAIL_CACHE_DIR",
             path,
         )
         return None
@@ -52,7 +52,7 @@ def private_directory() -> Path | None:
 
 
 def load(key: str) -> bytes | None:
-    """What was stored under `key` (hex digits), or None."""
+    """Return the bytes stored under `key` (hexadecimal digits), None if there are none or they are damaged."""
     folder = private_directory()
     if folder is None:
         return None
@@ -73,7 +73,7 @@ def load(key: str) -> bytes | None:
 
 
 def store(key: str, body: bytes) -> None:
-    """Keep `body` under `key`, if that can be done."""
+    """Store `body` under `key`. Logs a warning if that fails."""
     folder = private_directory()
     if folder is None:
         return

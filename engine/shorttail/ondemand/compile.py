@@ -1,9 +1,8 @@
-"""On-demand features: users' functions, compiled into loops over a batch that neither need the GIL nor can raise.
+"""Compiles on-demand functions into loops over a batch, which do not need the GIL and cannot raise.
 
-Numba turns a function into LLVM's language and LLVM turns that into machine code, which is kept (codecache.py): the
-next process loads it through llvmlite alone, in milliseconds, and never imports Numba. What division by zero,
-overflow and the like give is written in docs/on-demand.md; a row that fails all the same gets NaN or 0, and its batch
-goes on.
+Numba compiles a function to LLVM's language, and LLVM compiles that to machine code, which is cached (codecache.py).
+The next process loads it through llvmlite alone, in milliseconds, and does not import Numba. docs/on-demand.md says
+what division by zero, overflow and the like give. A row that still fails gets NaN or 0, and its batch goes on.
 """
 
 from __future__ import annotations
@@ -34,18 +33,18 @@ from shorttail.ondemand import codecache, numerics
 FREE = "NRT_MemInfo_call_dtor"
 
 _addresses: dict[tuple[OnDemand, str], int] = {}
-_lock = threading.RLock()  # LLVM's and Numba's state is the process's
+_lock = threading.RLock()  # LLVM and Numba have state that all threads of the process share
 
 
 class NotLoadable(Exception):
-    """Machine code that refers to something that this process does not have."""
+    """Raised for machine code that refers to a symbol which this process does not have."""
 
 
 def compile_on_demand(function: OnDemand, out_dtype: Any = None) -> int:
-    """The address of a loop over rows for a TransformProgram. It stays valid as long as the process.
+    """Return the address of the function's loop over rows, for a TransformProgram. It is valid until the process ends.
 
-    out_dtype: numpy type of the output, by default that of the return annotation. Raises InvalidArgument when numba
-    is missing or the function does not compile.
+    out_dtype: NumPy dtype of the output, by default that of the return annotation.
+    Raises InvalidArgument if Numba is missing or the function does not compile.
     """
     target = np.dtype(out_dtype if out_dtype is not None else function.returns.numpy)
     with _lock:
@@ -56,7 +55,7 @@ def compile_on_demand(function: OnDemand, out_dtype: Any = None) -> int:
 
 
 def copy_function(dtype: DType) -> OnDemand:
-    """A function that gives its only argument: how a value that was computed once gets to a second place."""
+    """Return a function that returns its argument. It copies a value that was computed once to a second place."""
     return OnDemand("copy", (("x", dtype),), dtype, "def copy(x):\n    return x\n")
 
 
@@ -74,7 +73,7 @@ def _load_or_compile(function: OnDemand, target: np.dtype[Any]) -> int:
         try:
             return load_object(stored, symbol)
         except NotLoadable:
-            pass  # made by a Numba that has since been built otherwise
+            pass  # the Numba that compiled it was built in another way, so the function is compiled again
     try:
         import_module("numba")
     except ImportError:
@@ -87,19 +86,15 @@ def _load_or_compile(function: OnDemand, target: np.dtype[Any]) -> int:
 
 
 def cache_key(function: OnDemand, target: np.dtype[Any]) -> str:
-    """Differs wherever the machine code may. Raises ImportError without numba or llvmlite."""
+    """Return a hash of everything that the machine code depends on. Raises ImportError without numba or llvmlite."""
     parts: list[Any] = [function.to_json(), target.name, platform.python_version(), sorted(host_cpu())]
     try:
         parts += [(name, metadata.version(name)) for name in ("numba", "llvmlite")]
     except metadata.PackageNotFoundError as error:
         raise ImportError(str(error)) from None
     digest = hashlib.sha256(json.dumps(parts).encode())
-    for name in (
-        "compile.py",
-        "numerics.py",
-        "overloads.py",
-        "intrinsics.py",
-    ):  # what is generated changes with this package, too
+    # The generated code also depends on these files of this package.
+    for name in ("compile.py", "numerics.py", "overloads.py", "intrinsics.py"):
         digest.update(Path(__file__).with_name(name).read_bytes())
     return digest.hexdigest()
 
@@ -109,17 +104,18 @@ def cache_key(function: OnDemand, target: np.dtype[Any]) -> str:
 
 @cache
 def llvm() -> Any:
+    """Return llvmlite.binding, initialized for this processor."""
     binding: Any = import_module("llvmlite.binding")
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()
-    with suppress(RuntimeError):  # sin, exp and the like; where they are in no library of that name, Numba brings them
+    with suppress(RuntimeError):  # for sin, exp, ...; on a system without this library Numba provides them
         binding.load_library_permanently("libm.so.6")
     return binding
 
 
 @cache
 def host_cpu() -> tuple[str, str]:
-    """(name, features) in LLVM's words."""
+    """Return the name and the features of this processor as LLVM spells them."""
     return llvm().get_host_cpu_name(), llvm().get_host_cpu_features().flatten()
 
 
@@ -132,22 +128,22 @@ def target_machine() -> Any:
 
 @cache
 def engine() -> Any:
-    """Owns all machine code that is loaded, for ever."""
+    """Return the LLVM engine that owns all loaded machine code until the process ends."""
     return llvm().create_mcjit_compiler(llvm().parse_assembly(""), target_machine())
 
 
 def load_object(code: bytes, symbol: str) -> int:
-    """The address of `symbol` in an object file, now loaded. Raises NotLoadable."""
+    """Load an object file and return the address of `symbol` in it. Raises NotLoadable."""
     llvm()
     missing = [name for name in undefined_symbols(code) if not llvm().address_of_symbol(name)]
     if missing:
-        try:  # Numba's runtime, for functions that make arrays
+        try:  # importing Numba's runtime defines the symbols that functions with arrays need
             _ = import_module("numba.core.registry").cpu_target.target_context
         except ImportError as error:
             raise NotLoadable(str(error)) from None
         missing = [name for name in missing if not llvm().address_of_symbol(name)]
     if missing:
-        raise NotLoadable(f"it needs {', '.join(missing)}")  # LLVM would end the process
+        raise NotLoadable(f"it needs {', '.join(missing)}")  # with a missing symbol LLVM would abort the process
     engine().add_object_file(llvm().ObjectFileRef.from_data(code))
     engine().finalize_object()
     address = int(engine().get_function_address(symbol))
@@ -157,7 +153,7 @@ def load_object(code: bytes, symbol: str) -> int:
 
 
 def undefined_symbols(code: bytes) -> Iterator[str]:
-    """Names that an ELF object file takes from elsewhere."""
+    """Yield the names that an ELF object file uses and does not define."""
     sections = {section.name(): section.data() for section in llvm().ObjectFileRef.from_data(code).sections()}
     names = sections.get(b".strtab", b"")
     for name, _, _, section, _, _ in struct.iter_unpack("<IBBHQQ", sections.get(b".symtab", b"")):
@@ -166,14 +162,14 @@ def undefined_symbols(code: bytes) -> Iterator[str]:
 
 
 def object_file(text: str, entry: str, symbol: str) -> bytes:
-    """Machine code of LLVM's text; only its function `entry` can be seen from outside, as `symbol`."""
+    """Compile LLVM assembly to an object file that exports only the function `entry`, under the name `symbol`."""
     module = llvm().parse_assembly(without_runtime(text))
     for function in module.functions:
         if not function.is_declaration:
             function.linkage = "external" if function.name == entry else "internal"
     main = module.get_function(entry)
     if [str(argument.type) for argument in main.arguments] != ["ptr", "ptr", "ptr", "i64"]:
-        raise NotLoadable("this version of Numba calls functions otherwise")
+        raise NotLoadable("this version of Numba has another calling convention")
     main.name = symbol
     passes = llvm().create_new_module_pass_manager()
     passes.add_global_dead_code_eliminate_pass()
@@ -182,7 +178,10 @@ def object_file(text: str, entry: str, symbol: str) -> bytes:
 
 
 def without_runtime(text: str) -> str:
-    """A text that frees arrays but makes none (they are the runner's) need not be bound to Numba's runtime."""
+    """Return LLVM assembly that does not need Numba's runtime, if its only use there is to free arrays.
+
+    Such code makes no arrays itself, and the arrays that it would free belong to the runner.
+    """
     if set(re.findall(r"^declare .*@(NRT_\w+)\(", text, re.MULTILINE)) != {FREE}:
         return text
     return re.sub(rf"^declare void @{FREE}\(.*$", f"define void @{FREE}(ptr %array) {{ ret void }}", text, flags=re.M)
@@ -195,7 +194,7 @@ MISSING = {"b": "0", "i": "0", "f": "np.nan"}
 
 
 def machine_code(function: OnDemand, target: np.dtype[Any], symbol: str) -> bytes:
-    """An object file of the loop over rows. Raises InvalidArgument with what is wrong with the function."""
+    """Return an object file of the loop over rows. Raises InvalidArgument that explains what does not compile."""
     numba: Any = import_module("numba")
     explain = import_module("shorttail.ondemand.explain")
     intrinsics: Any = import_module("shorttail.ondemand.intrinsics")
@@ -204,11 +203,11 @@ def machine_code(function: OnDemand, target: np.dtype[Any], symbol: str) -> byte
     types = [argument_type(numba, dtype) for _, dtype in function.params]
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of Numba, about speed
+            warnings.simplefilter("ignore")  # Numba warns about speed
             exec(compile(numerics.rewrite(function.source), explain.FILE, "exec"), namespace)
             for name, value in namespace.items():
                 if isinstance(value, FunctionType) and name not in numerics.NAMES:
-                    # Indices are checked: a request must not choose which memory is read.
+                    # Indices are checked, because they may come from a request.
                     namespace[name] = numba.njit(boundscheck=True, **OPTIONS)(value)
             scalar = namespace[function.name]
             scalar.compile(tuple(types))
@@ -223,6 +222,7 @@ def machine_code(function: OnDemand, target: np.dtype[Any], symbol: str) -> byte
 
 
 def loop_code(loop: FunctionType, symbol: str) -> bytes:
+    """Compile the loop with Numba and return its object file."""
     numba: Any = import_module("numba")
     signature = numba.intp(numba.types.CPointer(numba.intp), numba.intp)
     options = OPTIONS | {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
@@ -232,14 +232,16 @@ def loop_code(loop: FunctionType, symbol: str) -> bytes:
 
 
 def argument_type(numba: Any, dtype: DType) -> Any:
+    """Return Numba's type of a parameter; a vector is a read-only array."""
     kind = numba.from_dtype(np.dtype(dtype.numpy))
     return numba.types.Array(kind, 1, "C", readonly=True) if dtype.is_vector else kind
 
 
 def loop_source(function: OnDemand, target: np.dtype[Any], result: Any) -> str:
-    """A loop that calls the function for each row; its argument is a table as TransformProgram fills it.
+    """Return the source of a loop that calls the function for each row.
 
-    Returns the rows that failed, and those whose vector was of another length times 2**32.
+    The loop's argument is a table of addresses, which TransformProgram fills. The loop returns the number of rows that
+    failed, plus 2**32 times the number of rows whose vector has a wrong length. target: dtype of the output.
     """
     columns, values, width = [], [], function.returns.width
     for i, (_, dtype) in enumerate(function.params):
@@ -254,7 +256,7 @@ def loop_source(function: OnDemand, target: np.dtype[Any], result: Any) -> str:
     missing = MISSING[target.kind]
     if not function.returns.is_vector:
         store = [f"out[row * stride] = {converted('value', function.returns, target)}"]
-    elif hasattr(result, "types"):  # a tuple: its items may be of different types
+    elif hasattr(result, "types"):  # a tuple, whose items may have different types
         store = [
             f"out[row * stride + {k}] = {converted(f'value[{k}]', function.returns, target)}" for k in range(width)
         ]
@@ -286,7 +288,7 @@ def loop_source(function: OnDemand, target: np.dtype[Any], result: Any) -> str:
 
 
 def stored_type(dtype: Any) -> str:
-    """The type that a pointer to such values has: Numba's pointers to bits do not work."""
+    """Return the element type of a pointer to such values. Numba's pointers to bool do not work, so it is uint8."""
     return "uint8" if np.dtype(dtype) == np.bool_ else np.dtype(dtype).name
 
 
@@ -300,7 +302,7 @@ CONVERSIONS = {
 
 
 def converted(value: str, returns: DType, target: np.dtype[Any]) -> str:
-    """First to the type that the function declares, then to that of the output."""
+    """Return an expression that converts a value to the declared type and then to the output's type."""
     declared = np.dtype(returns.numpy)
     value = CONVERSIONS[declared.name].format(value)
     value = value if declared == target else CONVERSIONS[target.name].format(value)
@@ -308,7 +310,7 @@ def converted(value: str, returns: DType, target: np.dtype[Any]) -> str:
 
 
 def check_length(function: OnDemand, target: np.dtype[Any], address: int) -> None:
-    """Run a function that gives a vector on a row of ones. Raises InvalidArgument if its length is another one."""
+    """Run a function with a vector result on a row of ones. Raises InvalidArgument if the length is not as declared."""
     if not function.returns.is_vector:
         return
     arrays = [np.ones((1, dtype.width), dtype.numpy) for _, dtype in function.params]
@@ -319,5 +321,5 @@ def check_length(function: OnDemand, target: np.dtype[Any], address: int) -> Non
     if program.wrong_lengths:
         explain = import_module("shorttail.ondemand.explain")
         raise InvalidArgument(
-            explain.paragraph(function, f"it gives a vector of another length than {function.returns}, as declared")
+            explain.paragraph(function, f"it is declared to return {function.returns}, but returns another length")
         )

@@ -1,4 +1,7 @@
-"""Why an on-demand function does not compile, in one paragraph for its author. Numba's own is a page of tracebacks."""
+"""Explains to its author, in a single line, why an on-demand function does not compile.
+
+Numba's own message is a page of tracebacks; the rules here find the reason in it.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,7 @@ OPERATORS = {
 
 
 def paragraph(function: OnDemand, reason: str) -> str:
+    """Return the whole message: the function, its file and line if known, and the reason."""
     where = ""
     if function.origin is not None:
         where = f" ({Path(function.origin.file).name}:{function.origin.line})"
@@ -28,7 +32,7 @@ def paragraph(function: OnDemand, reason: str) -> str:
 
 
 def explain(function: OnDemand, error: BaseException) -> str:
-    """The reason, after the line that it is about, without tracebacks."""
+    """Return the reason of Numba's error in plain words, after the source line that it is about."""
     text = str(error)
     line = re.search(re.escape(FILE) + r'(?:", line | \()(\d+)', text)
     place = f"{source_line(function, int(line[1]))}: " if line else ""
@@ -36,7 +40,7 @@ def explain(function: OnDemand, error: BaseException) -> str:
 
 
 def source_line(function: OnDemand, number: int) -> str:
-    """Line 14, `return x + y`: of the file if it is known, else the text that is kept without a number."""
+    """Return "line 14, `return x + y`" if the file is known, else the captured line without a number."""
     if function.origin is not None and number in function.origin.lines:
         line = function.origin.lines[number]
         text = linecache.getline(function.origin.file, line)
@@ -47,6 +51,7 @@ def source_line(function: OnDemand, number: int) -> str:
 
 
 def plain_reason(kind: str, text: str) -> str:
+    """Apply the first rule that matches Numba's text; without one, return its first line. kind: of the exception."""
     body = text.partition("pipeline (step:")[2].partition("\n")[2] or text
     for pattern, say in RULES:
         found = re.search(pattern, body, re.DOTALL)
@@ -57,13 +62,14 @@ def plain_reason(kind: str, text: str) -> str:
 
 
 def no_implementation(call: str, name: str, arguments: str, rest: str) -> str:
+    """Say that a function or an operator does not take these types."""
     name = name.removeprefix("_shorttail_")
     given = split_types(arguments)
     if "Cannot modify readonly" in rest:
-        return "a vector cannot be changed, because others read it too; make another, such as v * 2 or v.copy()"
+        return "a vector cannot be changed, because others read it too; make a new one, such as v * 2 or v.copy()"
     if name in ("getitem", "static_getitem") and len(given) == 2:
         if given[0] == "a vector":
-            return f"a vector cannot be indexed by {given[1]}; make it a whole number: int(...)"
+            return f"a vector cannot be indexed by {given[1]}; make it an integer: int(...)"
         return f"{given[0]} cannot be indexed"
     if name in OPERATORS:
         return f"{OPERATORS[name]} is not defined for {' and '.join(given)}"
@@ -80,7 +86,7 @@ def unsupported_attribute(name: str, owner: str) -> str:
 
 
 def split_types(text: str) -> list[str]:
-    """The arguments of a signature as Numba writes it, in words; commas within brackets do not separate."""
+    """Split the arguments of a Numba signature and put each into words. Commas inside brackets do not separate."""
     parts, depth, start = [], 0, 0
     for i, character in enumerate(text):
         depth += (character in "([<{") - (character in ")]>}")
@@ -112,7 +118,7 @@ WORDS = (
 
 
 def words(text: str) -> str:
-    """Numba's names of types as this package calls them."""
+    """Replace Numba's names of types by this package's names."""
     for pattern, word in WORDS:
         text = re.sub(pattern, word, text)
     return " ".join(text.split())
@@ -125,7 +131,10 @@ RULES: tuple[tuple[str, Any], ...] = (
     ),
     (r"Unknown attribute '?(\w+)'? of type ([^\n]+)", unsupported_attribute),
     (r"module '([\w.]+)' has no attribute '(\w+)'", lambda module, name: f"{module} has nothing called '{name}'"),
-    (r"unsupported NumPy function 'numpy\.([\w.]+)'", lambda name: f"np.{name} cannot be compiled, or not so called"),
+    (
+        r"unsupported NumPy function 'numpy\.([\w.]+)'",
+        lambda name: f"np.{name} cannot be compiled, or not with these arguments",
+    ),
     (
         r"Cannot bind .*? \"TypeError: ([^\"]+)\".*?(?:<function (\w+)|$)",
         lambda reason, name: f"{name or 'the function called'}(): {reason}",
@@ -145,7 +154,7 @@ RULES: tuple[tuple[str, Any], ...] = (
 
 
 def wrong_result(function: OnDemand, result: Any) -> str | None:
-    """What is wrong with the type that a function returns, as Numba found it; None if it fits the annotation."""
+    """Return why the type of a function's result does not fit its annotation, None if it fits. result: Numba type."""
     types: Any = import_module("numba.types")
     declared = function.returns
     if isinstance(result, types.NoneType):

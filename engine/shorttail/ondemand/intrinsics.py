@@ -1,4 +1,7 @@
-"""What a loop over rows needs that Python has no words for, as Numba intrinsics. Imported only to compile."""
+"""Numba intrinsics for loops over rows: pointers, read-only vectors, and calls that cannot raise.
+
+This module is imported only to compile.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ _njit: Any = import_module("numba").njit
 
 
 def _pointer(typing: Any, address: Any, kind: Any) -> Any:
-    """pointer(address, np.float64): indexed without checks, because the runner has checked the arrays."""
+    """pointer(address, np.float64) is a pointer. It is indexed without checks: the runner has checked the arrays."""
     result = _types.CPointer(kind.dtype)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -23,17 +26,17 @@ def _pointer(typing: Any, address: Any, kind: Any) -> Any:
 
 
 def _frozen(typing: Any, array: Any) -> Any:
-    """The same array, read-only: other functions and the model may read the same row."""
+    """frozen(array) is the same array, read-only, because other functions and the model may read the same row."""
     result = array.copy(readonly=True)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return arguments[0]  # a view of memory that Numba does not own: there is nothing to count
+        return arguments[0]  # no reference is counted, because Numba does not own the memory
 
     return result(array), generate
 
 
 def _attempt(typing: Any, function: Any, values: Any) -> Any:
-    """attempt(function, (value, ...)) -> (whether it returned, what it returned), whatever it raises."""
+    """attempt(function, (value, ...)) -> (whether it returned, its result). It never raises."""
     signature = function.get_call_type(typing, tuple(values), {})
     result = _types.Tuple((_types.boolean, signature.return_type))
 

@@ -1,13 +1,13 @@
-"""The arithmetic of on-demand functions where Numba's own is undefined, traps, or needs SciPy.
+"""Replaces the arithmetic of on-demand functions where Numba's own is undefined, traps, or needs SciPy.
 
-`rewrite` changes a captured function's text so that it calls the functions here; overloads.py teaches Numba what those
-compile to. Numba's own definitions stay as they are for everybody else in the process.
+`rewrite` changes a captured function's text so that it calls the functions here, and overloads.py tells Numba how to
+compile them. Numba's own definitions stay as they are for all other code of the process.
 
-- A float becomes a whole number (int, round, math.floor, ...) by dropping its fraction; what does not fit an Int64
-  saturates and NaN is 0. By LLVM's rules it could be anything.
-- np.mod, np.fmod and np.divmod of the lowest Int64 and -1 are 0; by the processor's rules they end the process.
+- int, round, math.floor, ... of a float give an Int64: a value out of range saturates, and NaN gives 0. LLVM leaves
+  both undefined.
+- np.mod, np.fmod and np.divmod of the lowest Int64 and -1 are 0; the processor would end the process.
 - Shifts by 64 and more give 0 (or -1), as in Python.
-- np.dot, @ and np.linalg.norm of vectors need no BLAS; np.where and np.clip take numbers too.
+- np.dot, @ and np.linalg.norm of vectors need no BLAS; np.where and np.clip also take numbers.
 """
 
 from __future__ import annotations
@@ -65,15 +65,15 @@ CALLS: dict[str, Body] = {
     "round": nearest,
     "np.int64": whole,
     "np.int32": whole32,
-}  # only where they are called
+}  # replaced only where they are called, because np.int64 is also a dtype
 OPERATORS: dict[type[ast.operator], Body] = {ast.MatMult: dot, ast.LShift: left, ast.RShift: right}
 
 
 def rewrite(source: str) -> ast.Module:
-    """The tree of a captured text with calls of the functions above in it; lines stay."""
+    """Return the tree of a captured text that calls the functions above. Line numbers stay the same."""
     tree = ast.parse(source)
     aliases = {"math": "math", "np": "np"}
-    for statement in tree.body:  # numpy = np, sqrt = math.sqrt: whatever the file calls them
+    for statement in tree.body:  # names that the file gave to modules and functions: numpy = np, sqrt = math.sqrt
         if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
             name = ast.unparse(statement.value)
             if name.partition(".")[0] in ("math", "np") and "(" not in name:
@@ -83,6 +83,8 @@ def rewrite(source: str) -> ast.Module:
 
 
 class Rewriter(ast.NodeTransformer):
+    """Replaces calls and operators in a tree. aliases: name in the file -> dotted name, "math.sqrt"."""
+
     def __init__(self, aliases: dict[str, str]):
         self.aliases = aliases
         self.local: set[str] = set()
@@ -97,7 +99,7 @@ class Rewriter(ast.NodeTransformer):
         return node
 
     def dotted(self, node: ast.AST) -> str:
-        """np.linalg.norm of such an expression, an empty text of another."""
+        """Return the dotted name of an expression, "np.linalg.norm", or "" if it is not a global dotted name."""
         if isinstance(node, ast.Name):
             return "" if node.id in self.local else self.aliases.get(node.id, node.id)
         if isinstance(node, ast.Attribute) and (owner := self.dotted(node.value)):

@@ -1,4 +1,7 @@
-"""What the functions of numerics.py compile to, by the types of their arguments. Imported only to compile."""
+"""Tells Numba how to compile the functions of numerics.py, for each type of arguments.
+
+This module is imported only to compile.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ WHOLE_NUMBERS = types.Integer | types.Boolean
 
 
 def define(stub: Body, choose: Body, **options: Any) -> None:
-    """choose(*types of arguments) gives the function to compile, None where there is none."""
+    """Register a stub. choose(*types of arguments) returns the function to compile, None if the types do not fit."""
     overload(stub, jit_options={"error_model": "numpy", "nogil": True} | options, strict=False)(choose)
 
 
@@ -36,6 +39,7 @@ def are_vectors(*kinds: Any) -> bool:
 
 
 def saturating(bits: int, number: Any) -> Callable[[Any], Any]:
+    """Return a chooser of conversions to an integer of `bits` bits that saturate. number: the integer's NumPy type."""
     low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
     above = float(high + 1)  # a power of two: exact
 
@@ -50,6 +54,8 @@ def saturating(bits: int, number: Any) -> Callable[[Any], Any]:
 
 
 def rounding(to: Any) -> Callable[[Any], Any]:
+    """Return a chooser of conversions to Int64. to: np.floor or np.ceil."""
+
     def choose(x: Any) -> Any:
         if isinstance(x, types.Float):
             return lambda x: whole(to(x))
@@ -67,7 +73,7 @@ def choose_nearest(x: Any, digits: Any = None) -> Any:
 
 
 def whole_fmod(a: Any, b: Any) -> Any:
-    """Numba's own forgets the sign, and traps."""
+    """The remainder with the sign of `a`. Numba's own has the wrong sign, and traps for the lowest Int64 and -1."""
     rest = a % b
     return rest - b if rest != 0 and (rest < 0) != (a < 0) else rest
 
@@ -91,7 +97,7 @@ define(numerics.right, lambda a, bits: lambda a, bits: np.int64(a) >> (bits if 0
 define(numerics.truth, lambda x: (lambda x: x != 0) if isinstance(x, NUMBERS) else None)
 
 
-# -- vectors, and what NumPy has for both ------------------------------------------------------------------------
+# -- vectors, and functions that take vectors or numbers ---------------------------------------------------------
 
 
 def choose_dot(a: Any, b: Any) -> Any:
@@ -140,7 +146,8 @@ def choose_clip(x: Any, low: Any, high: Any) -> Any:
     return lambda x, low, high: np.clip(x, low, high)
 
 
-# In any order, as BLAS sums: only then can it be vectorised. The lengths are compared, so indices need no checks.
+# The sum may be in any order, as in BLAS, because only then it can be vectorized. The lengths are compared first, so
+# indices need no checks.
 define(numerics.dot, choose_dot, fastmath={"reassoc"}, boundscheck=False)
 define(numerics.norm, choose_norm)
 define(numerics.where, choose_where)

@@ -1,4 +1,4 @@
-"""Makes a store hold what a definitions file says: all of it, or nothing if any of it is wrong.
+"""Registers the definitions of a file in a store: all of them, or none if any of them is wrong.
 
 Views and models that the file does not mention stay as they are.
 """
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One line of what apply does. kind: '+' new, '~' changed, '=' as it was; what: "view plane"."""
+    """A line of the report of `apply`. kind: '+' new, '~' changed, '=' unchanged. what: for example "view plane"."""
 
     kind: str
     what: str
@@ -35,7 +35,7 @@ class Change:
 
 @dataclass
 class ChangePlan:
-    """The catalog that will be, how it differs, and the model versions whose files must be written first."""
+    """The new catalog, its differences from the old one, and the model versions whose files must be written first."""
 
     catalog: Catalog
     changes: list[Change] = field(default_factory=list)
@@ -47,29 +47,31 @@ class ChangePlan:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Definitions with the model files they name, read."""
+    """Definitions, and the content of the model files that they name."""
 
-    wanted: Definitions
+    definitions: Definitions
     files: dict[str, ModelFile]
-    vetted: set[str] = field(default_factory=set)  # models that were found to run
+    vetted: set[str] = field(default_factory=set)  # models whose new version was loaded and run
 
 
 def prepare(definitions: Any) -> Prepared:
     """Collect definitions (a file's path, objects, or Definitions), read their files, compile their functions.
 
-    All that can be checked without a store. Raises NotFound, InvalidArgument.
+    This makes every check that needs no store. Raises NotFound, InvalidArgument.
     """
-    wanted = collect(definitions)
-    files = {name: ModelFile.read(model.path, name) for name, model in wanted.models.items()}
-    compile_functions(wanted)
-    return Prepared(wanted, files)
+    collected = collect(definitions)
+    files = {name: ModelFile.read(model.path, name) for name, model in collected.models.items()}
+    compile_functions(collected)
+    return Prepared(collected, files)
 
 
 def apply(store: Store, definitions: Any, dry_run: bool = False, reset: bool = False) -> list[Change]:
-    """Register definitions: what `prepare` takes, or gave. Returns the changes, in order.
+    """Register definitions. Returns the changes, in order.
 
-    dry_run: only say what would change. reset: where a view's schema changes, drop its rows rather than refuse.
-    Raises NotFound or InvalidArgument for the first thing that is wrong; nothing is written then.
+    definitions: what `prepare` takes, or what it returned. dry_run: return the changes and write nothing.
+    reset: drop a view's rows if its schema changes, instead of raising InvalidArgument.
+    Raises NotFound, InvalidArgument, Internal (a model fails when it runs) or ResourceExhausted (too many views) for
+    the first error found; nothing is written then.
     """
     prepared = definitions if isinstance(definitions, Prepared) else prepare(definitions)
     store.refresh()
@@ -78,7 +80,8 @@ def apply(store: Store, definitions: Any, dry_run: bool = False, reset: bool = F
     if dry_run or plan.catalog == store.catalog:
         return plan.changes
     with store.edit_catalog() as latest:
-        # Planned again, because another process may have committed since. Files are in memory and checked by now.
+        # The changes are planned again, because another process may have committed meanwhile. The files are in memory
+        # and checked, so this is quick.
         plan = plan_changes(latest, prepared, store.count, reset)
         for name, number in plan.new_versions.items():
             info = latest.models[name].version(number)
@@ -88,23 +91,23 @@ def apply(store: Store, definitions: Any, dry_run: bool = False, reset: bool = F
 
 
 def plan_changes(catalog: Catalog, prepared: Prepared, count: Callable[[str], int], reset: bool = False) -> ChangePlan:
-    """Change the catalog to what the definitions say, fully checked. Writes nothing; on an error drop the catalog.
+    """Change `catalog` to what the definitions say, and check all of it. Writes nothing to the store.
 
-    count: the rows that a view's table holds.
+    count: returns the number of rows of a view's table. After an error the catalog is half changed: discard it.
     """
-    wanted, plan = prepared.wanted, ChangePlan(catalog)
-    for name, entity in wanted.entities.items():
+    definitions, plan = prepared.definitions, ChangePlan(catalog)
+    for name, entity in definitions.entities.items():
         keys = ", ".join(f"{key} {dtype}" for key, dtype in entity.keys.items())
         old = catalog.entities.get(name)
         plan.note("+" if old is None else "=" if old == entity else "~", f"entity {name}", keys)
         plan.catalog.entities[name] = entity
-    for view in wanted.views.values():
+    for view in definitions.views.values():
         plan_view(plan, catalog.views.get(view.name), view, count, reset)
     if len(plan.catalog.views) > LIMITS.views:
         raise ResourceExhausted(f"a store holds at most {LIMITS.views} feature views, not {len(plan.catalog.views)}")
-    for model in wanted.models.values():
+    for model in definitions.models.values():
         plan_model(plan, model, prepared.files[model.name])
-    check_other_models(plan.catalog, wanted)
+    check_other_models(plan.catalog, definitions)
     return plan
 
 
@@ -119,6 +122,7 @@ def vet_new(plan: ChangePlan, prepared: Prepared) -> None:
 def plan_view(
     plan: ChangePlan, old: FeatureView | None, view: FeatureView, count: Callable[[str], int], reset: bool
 ) -> None:
+    """Put a view into the new catalog, with a new table if its schema changes."""
     what = f"view {view.name}"
     plan.catalog.views[view.name] = view
     if old is None:
@@ -141,7 +145,7 @@ def plan_view(
 
 
 def schema_changes(old: FeatureView, new: FeatureView) -> list[str]:
-    """What differs in the layout of rows, which a table cannot change while it holds any."""
+    """Describe the differences in the layout of rows. A table that holds rows cannot change its layout."""
     found = []
     if list(old.keys.items()) != list(new.keys.items()):
         before, after = (", ".join(f"{key} {dtype}" for key, dtype in view.keys.items()) for view in (old, new))
@@ -161,7 +165,7 @@ def schema_changes(old: FeatureView, new: FeatureView) -> list[str]:
 
 
 def setting_changes(old: FeatureView, new: FeatureView) -> list[str]:
-    """What differs in how rows are read and described; rows stay."""
+    """Describe the differences in how rows are read and documented. They leave the stored rows alone."""
     found = []
     if old.ttl_us != new.ttl_us:
         found.append(f"ttl {show_ttl(old.ttl_us)} -> {show_ttl(new.ttl_us)}")
@@ -169,7 +173,7 @@ def setting_changes(old: FeatureView, new: FeatureView) -> list[str]:
         found.append("source")
     before = {feature.name: feature for feature in old.features}
     both = [(before[feature.name], feature) for feature in new.features if feature.name in before]
-    # By text: a default that is NaN differs from itself.
+    # Defaults are compared as text, because a default that is NaN does not equal itself.
     found += [f"default of {b.name}" for a, b in both if repr(a.default) != repr(b.default) and a.dtype == b.dtype]
     texts = [(a.description, b.description) for a, b in both]
     texts += [(old.description, new.description), (old.entity.description, new.entity.description)]
@@ -179,7 +183,7 @@ def setting_changes(old: FeatureView, new: FeatureView) -> list[str]:
 
 
 def plan_model(plan: ChangePlan, model: Model, file: ModelFile) -> None:
-    """A model gets a new version when its file, its inputs or its outputs differ from the current version's."""
+    """Put a model into the new catalog, as a new version if its file, inputs or outputs differ from the current one."""
     what = f"model {model.name}"
     entry = plan.catalog.models.get(model.name)
     old = entry.version() if entry else None
@@ -188,9 +192,9 @@ def plan_model(plan: ChangePlan, model: Model, file: ModelFile) -> None:
     if entry is not None and old is not None and not reasons:
         versions = {**entry.versions, entry.current: replace(old, model=model)}
         plan.catalog.models[model.name] = replace(entry, versions=versions)
-        described = registry.about(old.model) == registry.about(model)
-        detail = f"version {entry.current}" + ("" if described else ": descriptions")
-        plan.note("=" if described else "~", what, detail)
+        unchanged = registry.documentation(old.model) == registry.documentation(model)
+        detail = f"version {entry.current}" + ("" if unchanged else ": descriptions")
+        plan.note("=" if unchanged else "~", what, detail)
         return
     number = registry.next_version(entry)
     plan.catalog.models[model.name] = registry.with_version(entry, number, info)
@@ -203,6 +207,7 @@ def plan_model(plan: ChangePlan, model: Model, file: ModelFile) -> None:
 
 
 def version_reasons(old: VersionInfo, new: VersionInfo) -> list[str]:
+    """Return the differences that require a new version, in words; empty if the current version stays."""
     reasons = ["new file"] if old.sha256 != new.sha256 else []
     if old.model.inputs != new.model.inputs:
         reasons.append("other inputs")
@@ -212,7 +217,7 @@ def version_reasons(old: VersionInfo, new: VersionInfo) -> list[str]:
 
 
 def total_width(catalog: Catalog, info: VersionInfo) -> int:
-    """Columns over all inputs; a vector counts its length."""
+    """Return the number of columns of all inputs together; a vector counts its length."""
     by_input = info.model.inputs_by_name([tensor.name for tensor in info.inputs])
     entries = [
         (column, tensor, len(by_input[tensor.name])) for tensor in info.inputs for column in by_input[tensor.name]
@@ -220,39 +225,39 @@ def total_width(catalog: Catalog, info: VersionInfo) -> int:
     return sum(column_width(catalog, *entry) for entry in entries)
 
 
-def check_other_models(catalog: Catalog, wanted: Definitions) -> None:
-    """That models which these definitions leave alone still fit the views as they become."""
+def check_other_models(catalog: Catalog, definitions: Definitions) -> None:
+    """Check that models which these definitions do not mention still fit the changed views. Raises InvalidArgument."""
     for name, entry in catalog.models.items():
-        if name not in wanted.models:
+        if name not in definitions.models:
             try:
                 check_inputs(catalog, entry.model, entry.version().inputs, f"version {entry.current}")
             except (InvalidArgument, NotFound) as error:
                 raise InvalidArgument(
                     f"{error.message} ('{name}' is in the store but not in these definitions: add it, changed to fit)"
                 ) from None
-        check_parts(catalog, name, entry)
+        check_shares(catalog, name, entry)
 
 
-def check_parts(catalog: Catalog, name: str, entry: ModelEntry) -> None:
-    """That a canary and a shadow still fit the views as they become."""
-    parts = (("canary", entry.canary, registry.check_canary), ("shadow", entry.shadow, registry.check_shadow))
-    for what, share, check in parts:
+def check_shares(catalog: Catalog, name: str, entry: ModelEntry) -> None:
+    """Check that a model's canary and shadow still fit the changed views. Raises InvalidArgument."""
+    shares = (("canary", entry.canary, registry.check_canary), ("shadow", entry.shadow, registry.check_shadow))
+    for what, share, check in shares:
         if share is None:
             continue
-        end = f"{name}=off" if what == "canary" else f"{name} --off"
+        off = f"{name}=off" if what == "canary" else f"{name} --off"
         try:
             info = entry.version(share.version)
             check_inputs(catalog, info.model, info.inputs, f"version {share.version}")
             check(catalog, entry, info, share.version)
         except (InvalidArgument, NotFound) as error:
             raise InvalidArgument(
-                f"{error.message} (it is the {what}: `shorttail models {what} {end}` ends that)"
+                f"{error.message} (it is the {what}; `shorttail models {what} {off}` ends that)"
             ) from None
 
 
-def compile_functions(wanted: Definitions) -> None:
-    """Compile every on-demand function once, so that one that does not compile is refused here."""
-    columns = [column for model in wanted.models.values() for column in model.columns]
+def compile_functions(definitions: Definitions) -> None:
+    """Compile every on-demand function once. Raises InvalidArgument for a function that does not compile."""
+    columns = [column for model in definitions.models.values() for column in model.columns]
     features = [feature for column in columns if isinstance(column, OnDemandFeature) for feature in column.walk()]
     functions = dict.fromkeys(feature.function for feature in features)
     if functions:
@@ -267,7 +272,7 @@ def plural(number: int, noun: str) -> str:
 
 
 def show_ttl(ttl_us: int) -> str:
-    """172800000000 as "2d"."""
+    """Return a time to live in microseconds as text: "2d" for 172800000000, "none" for 0."""
     if not ttl_us:
         return "none"
     units = (("d", 86_400_000_000), ("h", 3_600_000_000), ("m", 60_000_000), ("s", 1_000_000), ("ms", 1000), ("us", 1))

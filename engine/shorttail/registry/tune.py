@@ -1,4 +1,4 @@
-"""Which settings run a model fastest on this host: measured on rows that no run has seen, candidates in turn."""
+"""Measures which settings run a model fastest on this host. Candidates take turns, on rows that no run has seen."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ from numpy.typing import NDArray
 from shorttail import plan as planning
 from shorttail.models.device import CPU, Device
 from shorttail.models.forest import Forest
-from shorttail.models.load import Runner, load
+from shorttail.models.load import Runner, load_runner
 from shorttail.models.settings import DEFAULT, RunSettings, host
-from shorttail.registry import versions as registry
 from shorttail.store.files import model_path
 
 if TYPE_CHECKING:
@@ -25,29 +24,34 @@ if TYPE_CHECKING:
 
 BATCHES = (1, 8, 64, 512)
 TURNS_MIN, TURNS_MAX = 7, 2000
-# How much faster something must be to be worth its price: more threads are taken from other workers and models, and
-# padding computes rows that nobody asked for when batches are of other sizes than those measured.
+# How many times faster a setting must be to be chosen. More threads take CPUs from other workers and models; padding
+# computes rows that no request asked for, if batches have other sizes than the measured powers of two.
 THREADS_MUST_GAIN, PADDING_MUST_GAIN = 1.25, 1.1
 
 
 @dataclass
 class Candidate:
-    """us: rows -> median microseconds of a batch."""
+    """Settings that are measured. median_us: rows of a batch -> median microseconds."""
 
     settings: RunSettings
     runner: Runner
-    us: dict[int, float] = field(default_factory=dict)
+    median_us: dict[int, float] = field(default_factory=dict)
 
     @property
     def score(self) -> float:
-        """Lower is better: the mean over the batch sizes in which each counts by ratio, times what it must gain."""
-        price = THREADS_MUST_GAIN if self.settings.threads > 1 else 1.0
-        price *= PADDING_MUST_GAIN if self.settings.padded else 1.0
-        return geometric_mean(self.us.values()) * price
+        """The geometric mean of the times of all batch sizes, times the factor by which the settings must be faster.
+
+        Lower is better.
+        """
+        factor = THREADS_MUST_GAIN if self.settings.threads > 1 else 1.0
+        factor *= PADDING_MUST_GAIN if self.settings.padded else 1.0
+        return geometric_mean(self.median_us.values()) * factor
 
 
 @dataclass
 class Tuning:
+    """The result of a measurement. host: the description that the best settings are stored under."""
+
     model: str
     version: int
     host: str
@@ -59,34 +63,34 @@ class Tuning:
 
 
 def tune(store: Store, name: str, version: int | None = None, device: Device = CPU, seconds: float = 1.0) -> Tuning:
-    """Measure a version of a model (None: the current one), for `seconds` with each size of batch.
+    """Measure a version of a model (None: the current one). Each batch size takes `seconds`.
 
-    Raises NotFound, InvalidArgument.
+    Raises NotFound if there is no such model or version, InvalidArgument if it cannot be loaded.
     """
     entry = store.catalog.model(name)
     number = entry.current if version is None else version
     info = entry.version(number)
     path = model_path(store.path, name, number)
     outputs = [tensor.name for tensor in info.outputs]
-    first = load(path, outputs, DEFAULT, device)
+    first = load_runner(path, outputs, DEFAULT, device)
     example = examples(store, name, number, first)
     candidates = [Candidate(DEFAULT, first)]
     for settings in others_to_try(first.kind == "forest", device):
-        runner = load(path, outputs, settings, device)
-        # A model with texts comes out the same whether padded or not.
+        runner = load_runner(path, outputs, settings, device)
+        # A model with strings is never padded, so its padded candidate would be the same runner again.
         if all(runner.model.description != known.runner.model.description for known in candidates):
             candidates.append(Candidate(settings, runner))
     for rows in BATCHES:
-        measure([(candidate.us, candidate.runner) for candidate in candidates], example, rows, seconds)
+        measure([(candidate.median_us, candidate.runner) for candidate in candidates], example, rows, seconds)
     return Tuning(name, number, host(str(device)), candidates)
 
 
 def others_to_try(forest: bool, device: Device) -> list[RunSettings]:
-    """What might beat the default settings; forest: those make a forest of the model."""
+    """Return the settings that might beat the default ones. forest: the default settings run a compiled forest."""
     onnx = replace(DEFAULT, runner="onnxruntime") if forest else DEFAULT
     plain = [onnx] if forest else []
     if device.kind == "cuda":
-        return plain  # padded always, and its threads are the GPU's
+        return plain  # on a GPU batches are always padded, and CPU threads do not matter
     threads = [2**n for n in range(1, len(os.sched_getaffinity(0)).bit_length())]
     return [*plain, replace(onnx, padded=True), *(replace(onnx, threads=n) for n in threads)]
 
@@ -95,7 +99,10 @@ Example = Callable[[int, np.random.Generator], list[NDArray[Any]]]
 
 
 def examples(store: Store, name: str, version: int, runner: Runner) -> Example:
-    """Random rows for the model. Those for trees turn at their thresholds: others might all take the same path."""
+    """Return a function that makes random rows for the model.
+
+    Rows for a forest have values around its thresholds; other random rows might all take the same path through a tree.
+    """
     model = runner.model
     if isinstance(model, Forest):
         return model.example
@@ -105,9 +112,12 @@ def examples(store: Store, name: str, version: int, runner: Runner) -> Example:
 
 
 def measure(targets: Sequence[tuple[dict[int, float], Runner]], example: Example, rows: int, seconds: float) -> None:
-    """Put into each target's dict the median time of a batch of so many rows. New rows in every turn, in new order."""
+    """Measure the runners with batches of `rows` rows for `seconds`, and put the median microseconds into their dicts.
+
+    Every turn has new rows and a new order of the runners.
+    """
     random = np.random.default_rng()
-    taken: list[list[int]] = [[] for _ in targets]
+    times_ns: list[list[int]] = [[] for _ in targets]
     for _, runner in targets:
         runner.run(example(rows, random))
     until = time.monotonic() + seconds
@@ -118,17 +128,17 @@ def measure(targets: Sequence[tuple[dict[int, float], Runner]], example: Example
             run = targets[i][1].run
             start = time.perf_counter_ns()
             run(inputs)
-            taken[i].append(time.perf_counter_ns() - start)
+            times_ns[i].append(time.perf_counter_ns() - start)
         turns += 1
-    for (us, _), times in zip(targets, taken, strict=True):
-        us[rows] = median(times) / 1e3
+    for (median_us, _), times in zip(targets, times_ns, strict=True):
+        median_us[rows] = median(times) / 1e3
 
 
 def save(store: Store, tuning: Tuning) -> None:
-    """Write the best settings into the catalog, for hosts like this one. Engines take them up when they see it."""
+    """Write the best settings into the catalog, for hosts like this one. Running engines use them once they refresh."""
     with store.edit_catalog() as catalog:
         entry = catalog.model(tuning.model)
         info = entry.version(tuning.version)
         info = replace(info, tuning={**info.tuning, tuning.host: tuning.best.settings.to_json()})
         catalog.models[tuning.model] = replace(entry, versions={**entry.versions, tuning.version: info})
-    registry.refresh(store)
+    store.refresh()

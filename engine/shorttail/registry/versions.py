@@ -1,7 +1,7 @@
-"""Versions of models: files under STORE/models/NAME/VERSION/, entries in the catalog.
+"""Registers, promotes and describes versions of models: files in STORE/models/NAME/VERSION/, entries in the catalog.
 
-A version's folder is complete before the catalog names it, and never changes afterwards. A folder that no catalog
-names was left by a crash; the version that takes its number replaces it.
+A version's folder is complete before the catalog names it, and never changes afterwards. A folder that the catalog
+does not name was left by a crash; the next version with that number replaces it.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from shorttail.store.files import model_path, sync_folder, write_durably
 
 
 def inspect(catalog: Catalog, model: Model, file: ModelFile, known: VersionInfo | None = None) -> VersionInfo:
-    """The version that this definition and file make, fully checked against the catalog.
+    """Check a definition and its file against the catalog, and return the version that they make.
 
-    known: a version of the same model; if its file and outputs are the same, ONNX Runtime is not asked again.
-    Raises NotFound, InvalidArgument.
+    known: a version of the same model. If it has the same file and outputs, its inputs and outputs are reused, and
+    ONNX Runtime does not load the file again. Raises NotFound, InvalidArgument.
     """
     if known is not None and known.sha256 == file.sha256 and known.model.outputs == model.outputs:
         inputs, outputs = known.inputs, known.outputs
@@ -45,15 +45,18 @@ def next_version(entry: ModelEntry | None) -> int:
 
 
 def with_version(entry: ModelEntry | None, number: int, info: VersionInfo, promote: bool = True) -> ModelEntry:
-    """The entry with one more version, which serves from then on if `promote`."""
+    """Return the entry with another version. promote: that version becomes the current one."""
     if entry is None:
         return ModelEntry(number, None, {number: info})
     grown = replace(entry, versions={**entry.versions, number: info})
-    return grown.serving(number) if promote else grown
+    return grown.with_current(number) if promote else grown
 
 
 def write_version(store_path: str | Path, number: int, info: VersionInfo, file: ModelFile) -> None:
-    """Put a version's folder in place, durably. Call it inside the catalog's transaction: that is the lock."""
+    """Write a version's folder durably: its file and its manifest.
+
+    The caller is inside the catalog's transaction, which keeps other processes out. Raises ResourceExhausted.
+    """
     folder = model_path(store_path, info.model.name, number).parent
     unfinished = folder.with_name(f".{number}.unfinished")
     try:
@@ -71,13 +74,14 @@ def write_version(store_path: str | Path, number: int, info: VersionInfo, file: 
 
 
 def manifest(number: int, info: VersionInfo, file: ModelFile) -> bytes:
+    """Return the content of a version's manifest.json."""
     document = {
         "name": info.model.name,
         "version": number,
         "created": iso_time(info.created_us),
         "file": file.path.name,
         "sha256": info.sha256,
-        **about(info.model),
+        **documentation(info.model),
         "columns": [column_label(column) for column in info.model.columns],
         "features": [reference for reference in info.model.references if not reference.startswith("request:")],
         "inputs": [tensor.to_json() for tensor in info.inputs],
@@ -87,6 +91,7 @@ def manifest(number: int, info: VersionInfo, file: ModelFile) -> bytes:
 
 
 def iso_time(time_us: int) -> str:
+    """Return microseconds since 1970 as "2026-01-31T12:00:00Z"."""
     return datetime.fromtimestamp(time_us // 1_000_000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
@@ -102,18 +107,19 @@ def deploy(
     metrics: Mapping[str, float] | None = None,
     canary_percent: float | None = None,
 ) -> int:
-    """Register an ONNX file as the model's next version, fed as the current one is. Returns its number.
+    """Register an ONNX file as the model's next version, with the current version's inputs. Returns its number.
 
-    promote: it serves from now on; canary_percent: it answers so much, and the current version the rest. owner and
-    description stay those of the current version unless given; run and metrics are this file's alone. A file that the
-    current version has already makes no new version. Nothing is registered that does not load, warm and fit its schema.
-    Raises NotFound (no such model: apply its definition first), InvalidArgument, Internal (it fails when it runs).
+    promote: the new version becomes the current one. canary_percent: it becomes a canary instead, which answers this
+    percentage of requests, and the current version answers the rest. owner, description: None keeps those of the
+    current version. run, metrics: belong to this version alone. If the current version has the same file already, no
+    version is made and the current number is returned. A version is registered only if it loads, runs and fits the
+    views. Raises NotFound (no such model: apply its definition first), InvalidArgument, Internal (it fails to run).
     """
-    refresh(store)
+    store.refresh()
     source = str(Path(path).absolute())
-    told = {"owner": owner, "description": description}
+    given = {"owner": owner, "description": description}
     changes: Any = {"path": source, "run": run, "metrics": metrics or {}}
-    changes |= {field: text for field, text in told.items() if text is not None}
+    changes |= {field: text for field, text in given.items() if text is not None}
     file = ModelFile.read(source, name)
     entry = store.catalog.model(name)
     info = inspect(store.catalog, replace(entry.model, **changes), file)
@@ -133,29 +139,29 @@ def deploy(
             if canary_percent is not None:
                 grown = replace(grown, canary=Share(number, canary_percent))
             catalog.models[name] = grown
-    refresh(store)
+    store.refresh()
     return number
 
 
 def promote(store: Store, name: str, version: int | None = None) -> int:
-    """Make a version of the model the one that serves; None: its canary, else its newest. Ends a canary.
+    """Make a version the current one, and end a canary. version: None takes the canary, else the newest version.
 
-    Returns the version that served before. Raises NotFound, or InvalidArgument or Internal if that version does not
-    load, warm or fit its schema and the views.
+    Returns the version that was current before. Raises NotFound; InvalidArgument or Internal if the version does not
+    load or run, or does not fit the views.
     """
-    refresh(store)
+    store.refresh()
     number = version if version is not None else candidate(store.catalog.model(name))
     vet_stored(store, name, number)
     with store.edit_catalog() as catalog:
         entry = catalog.model(name)
         check_version(store, catalog, entry, number)
-        catalog.models[name] = entry.serving(number)
-    refresh(store)
+        catalog.models[name] = entry.with_current(number)
+    store.refresh()
     return entry.current
 
 
 def candidate(entry: ModelEntry) -> int:
-    """The version to be tried next: the canary, else the newest. Raises InvalidArgument if that is the current one."""
+    """Return the version to try next: the canary, else the newest. Raises InvalidArgument if it is the current one."""
     number = entry.canary.version if entry.canary else max(entry.versions)
     if number <= entry.current and entry.canary is None:
         raise InvalidArgument(
@@ -166,8 +172,8 @@ def candidate(entry: ModelEntry) -> int:
 
 
 def rollback(store: Store, name: str) -> int:
-    """Make the version that served before the current one serve again. Returns its number. Raises as `promote`."""
-    refresh(store)
+    """Make the previous version the current one again. Returns its number. Raises the errors of `promote`."""
+    store.refresh()
     previous = store.catalog.model(name).previous
     if previous is None:
         raise InvalidArgument(f"model '{name}' has no earlier version to go back to")
@@ -176,16 +182,17 @@ def rollback(store: Store, name: str) -> int:
 
 
 def set_canary(store: Store, name: str, percent: float, version: int | None = None) -> Share | None:
-    """Let a version (None: the canary there is, else the newest) answer so much of the requests; 0 ends the canary.
+    """Let a version answer a percentage of the requests, chosen by their entity keys. percent: 0 ends the canary.
 
-    Which requests is decided by their entity keys. Raises NotFound, or InvalidArgument or Internal if the version
-    cannot serve, or takes other columns than the current one.
+    version: None takes the present canary, else the newest version. Returns the canary, None if it was ended.
+    Raises NotFound; InvalidArgument or Internal if the version cannot serve or takes other request columns than the
+    current version.
     """
-    refresh(store)
+    store.refresh()
     if percent == 0:
         with store.edit_catalog() as catalog:
             catalog.models[name] = replace(catalog.model(name), canary=None)
-        refresh(store)
+        store.refresh()
         return None
     check_percent(percent, f"model '{name}': canary")
     number = version if version is not None else candidate(store.catalog.model(name))
@@ -196,17 +203,20 @@ def set_canary(store: Store, name: str, percent: float, version: int | None = No
         check_canary(catalog, entry, entry.version(number), number)
         share = Share(number, percent)
         catalog.models[name] = replace(entry, canary=share)
-    refresh(store)
+    store.refresh()
     return share
 
 
 def set_shadow(store: Store, name: str, version: int | None, percent: float = 100.0) -> Share | None:
-    """Run a version on so much of what the current one answers, and compare; None ends that. Raises as `set_canary`."""
-    refresh(store)
+    """Run a version on a percentage of the current version's requests and compare the answers. version: None ends it.
+
+    Returns the shadow, None if it was ended. Raises the errors of `set_canary`.
+    """
+    store.refresh()
     if version is None:
         with store.edit_catalog() as catalog:
             catalog.models[name] = replace(catalog.model(name), shadow=None)
-        refresh(store)
+        store.refresh()
         return None
     check_percent(percent, f"model '{name}': shadow")
     vet_stored(store, name, version)
@@ -216,17 +226,17 @@ def set_shadow(store: Store, name: str, version: int | None, percent: float = 10
         check_shadow(catalog, entry, entry.version(version), version)
         share = Share(version, percent)
         catalog.models[name] = replace(entry, shadow=share)
-    refresh(store)
+    store.refresh()
     return share
 
 
 def check_percent(percent: float, where: str) -> None:
     if not 0 < percent <= 100:
-        raise InvalidArgument(f"{where}: a share is above 0% and at most 100%, not {percent:g}%")
+        raise InvalidArgument(f"{where}: the share must be above 0% and at most 100%, not {percent:g}%")
 
 
 def check_version(store: Store, catalog: Catalog, entry: ModelEntry, number: int) -> None:
-    """That a version is there and fits the views as they are. Raises NotFound, InvalidArgument."""
+    """Check that a version and its file exist and fit the present views. Raises NotFound, InvalidArgument."""
     info = entry.version(number)
     check_inputs(catalog, info.model, info.inputs, f"version {number}")
     if not model_path(store.path, info.model.name, number).is_file():
@@ -234,10 +244,10 @@ def check_version(store: Store, catalog: Catalog, entry: ModelEntry, number: int
 
 
 def check_canary(catalog: Catalog, entry: ModelEntry, info: VersionInfo, number: int) -> None:
-    """That a request for the current version is one for this version too. Raises InvalidArgument."""
-    now, then = other_columns(catalog, entry, info, number, "canary")
-    if now != then:
-        names = ", ".join(sorted(name for name in {*now, *then} if now.get(name) != then.get(name)))
+    """Check that this version takes the same request columns as the current one. Raises InvalidArgument."""
+    current, other = columns_of_both(catalog, entry, info, number, "canary")
+    if current != other:
+        names = ", ".join(sorted(name for name in {*current, *other} if current.get(name) != other.get(name)))
         raise InvalidArgument(
             f"model '{entry.model.name}': version {number} takes other request columns than version {entry.current}"
             f" ({names}), so it cannot answer the same requests as a canary"
@@ -245,62 +255,63 @@ def check_canary(catalog: Catalog, entry: ModelEntry, info: VersionInfo, number:
 
 
 def check_shadow(catalog: Catalog, entry: ModelEntry, info: VersionInfo, number: int) -> None:
-    """That requests for the current version bring what this one needs, and that there is something to compare."""
-    now, then = other_columns(catalog, entry, info, number, "shadow")
+    """Check that requests for the current version have the columns that this version needs, and that the two versions
+    have an output in common to compare. Raises InvalidArgument.
+    """
+    current, other = columns_of_both(catalog, entry, info, number, "shadow")
     where = f"model '{entry.model.name}': version {number}"
-    if lacking := [name for name, dtype in then.items() if now.get(name) != dtype]:
+    if lacking := [name for name, dtype in other.items() if current.get(name) != dtype]:
         raise InvalidArgument(f"{where} needs {', '.join(lacking)}, which requests for version {entry.current} lack")
     if not {tensor.name for tensor in info.outputs} & {tensor.name for tensor in entry.version().outputs}:
         raise InvalidArgument(f"{where} and version {entry.current} have no output in common to compare")
 
 
-def other_columns(
+def columns_of_both(
     catalog: Catalog, entry: ModelEntry, info: VersionInfo, number: int, what: str
 ) -> tuple[dict[str, DType], dict[str, DType]]:
-    """The request columns of the current version and of that one."""
+    """Return the request columns of the current version and of version `number`. what: "canary" or "shadow"."""
     if number == entry.current:
-        raise InvalidArgument(f"model '{entry.model.name}': version {number} serves already; a {what} is another one")
+        raise InvalidArgument(
+            f"model '{entry.model.name}': version {number} is the current one; name another version as the {what}"
+        )
     current = entry.version()
     return request_columns(catalog, current.model, current.inputs), request_columns(catalog, info.model, info.inputs)
 
 
 def vet_stored(store: Store, name: str, number: int) -> None:
+    """Load, warm and check a version of the store. Raises the errors of `vet`."""
     info = store.catalog.model(name).version(number)
     check_inputs(store.catalog, info.model, info.inputs, f"version {number}")
     vet(store.catalog, info, number, model_path(store.path, name, number))
 
 
-def refresh(store: Store) -> None:
-    store.refresh()
-
-
 def list_versions(catalog: Catalog) -> list[dict[str, Any]]:
-    """Every version of every model, as plain values, newest first within a model."""
+    """Return every version of every model as a dict of JSON values, newest first within a model."""
     return [
         {
             "name": name,
             "version": number,
-            **standing(entry, number),
+            **role(entry, number),
             "created": iso_time(info.created_us),
             "columns": [column_label(column) for column in info.model.columns],
             "outputs": [tensor.name for tensor in info.outputs],
             "sha256": info.sha256,
-            **about(info.model),
+            **documentation(info.model),
         }
         for name, entry in catalog.models.items()
         for number, info in sorted(entry.versions.items(), reverse=True)
     ]
 
 
-def standing(entry: ModelEntry, number: int) -> dict[str, Any]:
-    """What a version does now. canary, shadow: its percent, or None."""
+def role(entry: ModelEntry, number: int) -> dict[str, Any]:
+    """Return whether a version serves, served before, and its percentage as canary and as shadow (None: it is not)."""
     shares = {"canary": entry.canary, "shadow": entry.shadow}
     percents = {what: share.percent if share and share.version == number else None for what, share in shares.items()}
     return {"serving": number == entry.current, "previous": number == entry.previous, **percents}
 
 
-def about(model: Model) -> dict[str, Any]:
-    """What people say of a version."""
+def documentation(model: Model) -> dict[str, Any]:
+    """Return the fields of a version that only people read."""
     return {
         "description": model.description,
         "owner": model.owner,
@@ -310,7 +321,10 @@ def about(model: Model) -> dict[str, Any]:
 
 
 def describe(catalog: Catalog, name: str, version: int | None = None) -> dict[str, Any]:
-    """One version (None: the current one) as plain values: its definition, and what a request for it must give."""
+    """Return a version (None: the current one) as a dict of JSON values: its definition and the request's columns.
+
+    Raises NotFound.
+    """
     entry = catalog.model(name)
     number = entry.current if version is None else version
     info = entry.version(number)
@@ -319,11 +333,11 @@ def describe(catalog: Catalog, name: str, version: int | None = None) -> dict[st
     return {
         "name": name,
         "version": number,
-        **standing(entry, number),
+        **role(entry, number),
         "versions": sorted(entry.versions),
         "created": iso_time(info.created_us),
         "sha256": info.sha256,
-        **about(info.model),
+        **documentation(info.model),
         "inputs": {tensor: [column_label(column) for column in entries] for tensor, entries in by_name.items()},
         "outputs": {tensor.name: tensor.dtype for tensor in info.outputs},
         "features": [reference for reference in info.model.references if not reference.startswith("request:")],

@@ -89,7 +89,7 @@ def wanted_port(settings: ServerSettings, port: int) -> int | None:
         lacks = f"HTTP needs {', '.join(missing)}: pip install 'shorttail[http]'"
         if asked is not None:
             raise InvalidArgument(f"{lacks}; or serve without it: --no-http")
-        logs.say(settings.log, "info", f"note: no probes, no metrics: {lacks}; --no-http leaves this line out")
+        logs.log_now(settings.log, "info", f"note: no probes, no metrics: {lacks}; --no-http leaves this line out")
         return None
     if asked is not None:
         return asked

@@ -1,4 +1,4 @@
-"""What a worker is set to before it serves: access, limits, admission (native/wire_limits.pxi), CPUs, open files."""
+"""Applies a worker's settings before it serves: access, limits, admission, CPU pinning, open files, malloc, polling."""
 
 from __future__ import annotations
 
@@ -19,22 +19,23 @@ from shorttail.server.settings import ServerSettings
 if TYPE_CHECKING:
     from shorttail.engine import Engine
 
-# Files that a worker has open besides its connections: the store, models, sockets of its own.
+# Files that a worker has open besides its connections: the store, models, its own sockets.
 OTHER_FILES: Final = 512
-# An accepted request waits for the turn before its own, or for the batch that runs, and then for its own: each may take
-# half of the P99 budget. In an overload they are kept short, as a longer wait only makes everybody late
-# (native/wire_limits.pxi).
+# An accepted request waits for one turn (or running batch), and then for its own turn. Each of the two may take
+# BURST_SHARE of the P99 budget. In an overload turns are kept at TARGET_SHARE of it, because longer turns would only
+# make every request late (native/wire_limits.pxi).
 BURST_SHARE: Final = 0.5
 TARGET_SHARE: Final = 0.04
-# Of glibc's malloc.h. More free memory at the end of the heap than the one is given back; what is larger than the other
-# is mapped and unmapped by itself, and so rare that this costs nothing.
+# Options of glibc's mallopt, with their values in bytes. malloc returns free memory at the end of the heap above
+# M_TRIM_THRESHOLD to the system. Blocks above M_MMAP_THRESHOLD get a mapping of their own; they are rare, so it costs
+# nothing.
 M_TRIM_THRESHOLD: Final = (-1, 4 << 20)
 M_MMAP_THRESHOLD: Final = (-3, 4 << 20)
-POLL_MEMORY: Final = 0.1  # what the last turn weighs in whether to poll
+POLL_MEMORY: Final = 0.1  # the weight of the last turn in the moving average that decides whether to poll
 
 
 def configure(router: Router, settings: ServerSettings) -> None:
-    """Raises InvalidArgument for a token file that does not serve."""
+    """Set the router's access and limits. Raises InvalidArgument for a token file that cannot be used."""
     if settings.token_file is not None:
         router.limit(auth=security.Tokens.read(settings.token_file).authenticate, access=security.NONE)
     budget_ns = settings.p99_budget_ms * 1e6
@@ -51,12 +52,12 @@ def configure(router: Router, settings: ServerSettings) -> None:
 
 
 def sweep(router: Router) -> None:
-    """Cut connections that are past a deadline. Cheap enough for every tenth of a second."""
+    """Cut connections that are past a deadline. Cheap enough to be called ten times a second."""
     router.sweep(1 + int(time.monotonic()))
 
 
 def allow_files(count: int) -> None:
-    """Raise this process's limit of open files to `count` and some more, as far as the system lets it."""
+    """Raise this process's limit of open files to `count` plus OTHER_FILES, as far as the system allows."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = count + OTHER_FILES if hard == resource.RLIM_INFINITY else min(count + OTHER_FILES, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -65,25 +66,25 @@ def allow_files(count: int) -> None:
 
 
 def return_memory() -> None:
-    """Have malloc give back what a few large answers took. Left to itself, glibc keeps up to 64 MiB for others."""
+    """Let malloc return the memory of a few large answers. By default glibc may keep up to 64 MiB free."""
     with contextlib.suppress(AttributeError):  # another libc
         for option in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
             ctypes.CDLL(None).mallopt(*option)
 
 
 def pin(cpu: int) -> None:
-    """Run on this CPU only. Before anything starts a thread, which would have to be pinned by itself."""
-    with contextlib.suppress(OSError):  # it was taken away from this process since
+    """Pin this process to a CPU. Call it before any thread starts: a running thread would not be pinned."""
+    with contextlib.suppress(OSError):  # the CPU is no longer available to this process
         os.sched_setaffinity(0, {cpu})
 
 
 class BusyPoll:
-    """For a while after each turn that had work, the loop looks for more without going to sleep.
+    """Polls: for a short time after each turn that had work, the loop looks for events without sleeping.
 
-    A process that sleeps has to be woken, which costs some 5 us to 50 us on most machines, and finds its caches and
-    branch predictors cold; one that spins takes a CPU for itself. The loop waits for events only when nothing is due at
-    once, so a callback that asks to be called again keeps it from waiting, and it still looks at every socket in each
-    turn. (SO_BUSY_POLL is the kernel's way for network cards; on the loopback it does nothing.)
+    Waking a sleeping process takes 5 us to 50 us on most machines, and it finds its caches and branch predictors cold;
+    a process that polls takes a CPU for itself. The event loop sleeps only when no callback is due, so a callback that
+    schedules itself again keeps it from sleeping, and the loop still looks at every socket in each turn. (SO_BUSY_POLL
+    is the kernel's way for network cards; on the loopback device it does nothing.)
 
     run: the turn that is run first; `run` of this object takes its place. spin_us: how long to look for more.
     None is LIMITS.adaptive_poll_us while most requests come within that of the turn before, as a hypervisor decides

@@ -23,10 +23,10 @@ UNIX_PATH_BYTES: Final = 100  # the system takes 107
 
 
 class Listeners:
-    """A TCP socket and, if `uds` is given, a Unix socket. A context manager; leaving it closes them.
+    """The listening sockets: a TCP socket, and a Unix socket if `uds` is given. A context manager that closes them.
 
-    Where systemd hands sockets over, those instead. bind=False only checks the addresses. Raises InvalidArgument for an
-    address that cannot be served, Unavailable for one that is taken. `str()` shows where it listens.
+    If systemd hands sockets over, those are used instead. bind: False only checks the addresses. `str()` gives the
+    addresses. Raises InvalidArgument for an address that cannot be used, Unavailable for an address that is taken.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Listeners:
             raise
 
     def _take(self, inherited: list[socket.socket], settings: ServerSettings) -> None:
-        """Use sockets that listen already. Their owner removes the file of a Unix socket."""
+        """Use sockets that systemd listens on. systemd removes the file of a Unix socket."""
         self.sockets += inherited
         for listener in inherited:
             listener.setblocking(False)
@@ -72,7 +72,7 @@ class Listeners:
         return first + (f" ({', '.join(more)} too)" if more else "")
 
     def close(self) -> None:
-        """Stop listening here; workers that inherited the sockets stop by themselves."""
+        """Close the supervisor's copies of the sockets; workers close theirs."""
         if self._uds is not None:
             with contextlib.suppress(FileNotFoundError):
                 self._uds.unlink()
@@ -91,10 +91,10 @@ class Listeners:
 
 
 class WriterSocket:
-    """The Unix socket on which the writer listens to workers, in a folder that only this user may enter.
+    """The Unix socket on which the writer listens for workers, in a folder that only this user may enter.
 
-    It is bound here, so that workers can find it again after the writer has been restarted. A context manager; leaving
-    it removes socket and folder.
+    The supervisor binds it, so that workers find it again after a restart of the writer. A context manager: leaving it
+    removes the socket and the folder.
     """
 
     def __init__(self) -> None:
@@ -119,7 +119,7 @@ class WriterSocket:
 
 
 def listen_on(host: str, port: int, settings: ServerSettings, *, bind: bool = True) -> tuple[socket.socket | None, str]:
-    """A listening TCP socket and its address to show; bind=False only checks the address. Raises as Listeners does."""
+    """A listening TCP socket and its address as text. bind: False only checks. Raises what Listeners raises."""
     family, address = _resolve(host, port, settings)
     if not bind:
         return None, ""
@@ -130,12 +130,12 @@ def listen_on(host: str, port: int, settings: ServerSettings, *, bind: bool = Tr
 
 def _resolve(host: str, port: int, settings: ServerSettings) -> tuple[socket.AddressFamily, tuple[object, ...]]:
     if not 0 <= port <= 65535:
-        raise InvalidArgument(f"port {port} is not a port; ports are 0 to 65535, 0 takes a free one")
+        raise InvalidArgument(f"{port} is not a port; ports are 0 to 65535, and 0 takes a free port")
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (socket.gaierror, UnicodeError):
         raise InvalidArgument(f"host {host!r} is not known; use 127.0.0.1, or a name of this machine") from None
-    # IPv4 first: "localhost" is both, and most callers try 127.0.0.1.
+    # IPv4 first: "localhost" has addresses of both kinds, and most clients try 127.0.0.1.
     found.sort(key=lambda entry: entry[0] != socket.AF_INET)
     family, _, _, _, address = found[0]
     _check_host(host, str(address[0]), settings)
@@ -143,7 +143,7 @@ def _resolve(host: str, port: int, settings: ServerSettings) -> tuple[socket.Add
 
 
 def _check_host(host: str, address: str, settings: ServerSettings) -> None:
-    """Whoever can reach a server can read and write its store, unless he has to show who he is."""
+    """Refuse an address that other machines can reach, unless clients must authenticate. Raises InvalidArgument."""
     if settings.authenticates or ipaddress.ip_address(address.partition("%")[0]).is_loopback:
         return
     raise InvalidArgument(
@@ -174,12 +174,12 @@ def _bind_error(error: OSError, host: str, port: int) -> ShorttailError:
 
 
 def _listen_unix(path: Path, mode: int) -> socket.socket:
-    """mode: of the socket's file; whoever may write to it may connect."""
+    """Listen on a Unix socket. mode: of its file; users who may write to the file may connect."""
     _remove_stale(path)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         listener.bind(os.fspath(path))
-        path.chmod(mode)  # before it listens: until then nobody can connect
+        path.chmod(mode)  # before it listens, so that nobody can connect with the old mode
         listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
@@ -192,7 +192,7 @@ def _listen_unix(path: Path, mode: int) -> socket.socket:
 
 
 def _remove_stale(path: Path) -> None:
-    """Remove what a server that was killed left behind: a socket on which nobody listens."""
+    """Remove the socket of a server that was killed. Raises InvalidArgument, or Unavailable if a server listens."""
     try:
         mode = path.lstat().st_mode
     except OSError:

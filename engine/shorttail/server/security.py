@@ -1,4 +1,4 @@
-"""Who may do what: tokens from a file, and TLS."""
+"""Authentication and authorization: tokens from a file, and TLS."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any, Final, Self
 from shorttail.errors import InvalidArgument, Unauthenticated
 from shorttail.server.settings import ServerSettings
 
-# What a connection may do. native/wire_limits.pxi knows the same numbers.
+# The access of a connection. native/wire_limits.pxi uses the same numbers.
 NONE: Final = 0
-SERVE: Final = 1  # everything that reads
-ADMIN: Final = 2  # push and delete too
+SERVE: Final = 1  # all methods that read
+ADMIN: Final = 2  # push and delete as well
 
 LEVELS: Final = {"serve": SERVE, "admin": ADMIN}
 TOKEN_LENGTH_MIN: Final = 16
@@ -23,22 +23,22 @@ FILE_BYTES: Final = 65_536
 
 
 class Tokens:
-    """The tokens of a file: a line each, `serve TOKEN` or `admin TOKEN`; `#` begins a comment.
+    """The tokens of a file, one per line: `serve TOKEN` or `admin TOKEN`. `#` begins a comment.
 
-    Several of a kind are all valid, so that one can be replaced by another without a gap.
+    Several tokens of a kind are valid at the same time, so that a token can be replaced without a gap.
     """
 
     def __init__(self, levels: dict[str, int]):
-        # Digests are of one length, so that comparing them tells nothing about that of a token.
+        # Digests have one length, so that a comparison tells nothing about the length of a token.
         self._levels = [(_digest(token), level) for token, level in levels.items()]
 
     @classmethod
     def read(cls, path: str) -> Self:
-        """Raises InvalidArgument for a file that cannot be read, that others may read, or that is not understood."""
+        """Read a token file. Raises InvalidArgument if it is unreadable, readable by others, or has a wrong line."""
         return cls(read_tokens(path))
 
     def access(self, token: str) -> int:
-        """What a token allows; NONE for one that is not known. Takes the same time whichever matches."""
+        """The access that a token gives; NONE for an unknown token. Takes the same time whichever token matches."""
         given = _digest(token)
         found = NONE
         for digest, level in self._levels:
@@ -46,7 +46,7 @@ class Tokens:
         return found
 
     def authenticate(self, params: list[Any]) -> int:
-        """The method `auth`. Raises InvalidArgument, Unauthenticated."""
+        """Answer the method `auth`: the access of its token. Raises InvalidArgument, Unauthenticated."""
         access = self.access(auth_token(params))
         if access == NONE:
             raise Unauthenticated("this token is not known here")
@@ -64,7 +64,7 @@ def _digest(token: str) -> bytes:
 
 
 def read_tokens(path: str) -> dict[str, int]:
-    """token -> access, as a token file says."""
+    """Read a token file: token -> access. Raises InvalidArgument."""
     try:
         with Path(path).open(encoding="utf-8") as file:
             mode = os.fstat(file.fileno()).st_mode
@@ -72,7 +72,7 @@ def read_tokens(path: str) -> dict[str, int]:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror.lower() if isinstance(error, OSError) and error.strerror else "it is not UTF-8"
         raise InvalidArgument(f"token file {path}: {reason}") from None
-    # The group may read: that is how a container's secrets are mounted.
+    # The group may read, because secrets are mounted into containers that way.
     if mode & 0o027:
         raise InvalidArgument(f"token file {path} can be read by others or written by the group: chmod 600 {path}")
     levels: dict[str, int] = {}
@@ -94,7 +94,7 @@ def read_tokens(path: str) -> dict[str, int]:
 
 
 def client_token(path: str) -> str:
-    """The token for a client from a file: of a server's token file the one that allows most, else its one word."""
+    """The token for a client: a file's only word, or the token of a server's token file that allows most."""
     try:
         words = Path(path).read_text(encoding="utf-8").split()
     except (OSError, UnicodeDecodeError) as error:
@@ -109,9 +109,9 @@ def client_token(path: str) -> str:
 
 
 def server_context(settings: ServerSettings) -> ssl.SSLContext | None:
-    """TLS 1.2 or newer with the certificate given; with a client CA, only clients that show one of its certificates.
+    """The TLS context of a server: TLS 1.2 or newer. With a client CA, only clients with one of its certificates.
 
-    None without a certificate. Raises InvalidArgument for files that do not serve.
+    None if the settings name no certificate. Raises InvalidArgument for files that cannot be used.
     """
     if settings.tls_cert is None:
         for option, value in (("--tls-key", settings.tls_key), ("--tls-client-ca", settings.tls_client_ca)):
@@ -122,7 +122,7 @@ def server_context(settings: ServerSettings) -> ssl.SSLContext | None:
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     key = settings.tls_key or settings.tls_cert
     try:
-        # Without the callback, an encrypted key would ask for its password on the terminal.
+        # Without the callback, OpenSSL would ask for the password of an encrypted key on the terminal.
         context.load_cert_chain(settings.tls_cert, key, password=lambda: b"")
     except (OSError, ValueError) as error:
         raise InvalidArgument(f"--tls-cert {settings.tls_cert}, --tls-key {key}: {_reason(error)}") from None
@@ -142,7 +142,7 @@ def _reason(error: OSError | ValueError) -> str:
 
 
 def check(settings: ServerSettings) -> None:
-    """Whether a worker could start with these files. Raises InvalidArgument."""
+    """Check that a worker can start with the token and TLS files. Raises InvalidArgument."""
     server_context(settings)
     if settings.token_file is not None:
         Tokens.read(settings.token_file)

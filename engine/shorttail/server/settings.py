@@ -1,4 +1,4 @@
-"""How a server is told to serve, as the supervisor hands it to its workers."""
+"""The settings of a server, which the supervisor passes to its workers on their command line."""
 
 from __future__ import annotations
 
@@ -13,22 +13,25 @@ from shorttail.observe.logs import Format
 
 @dataclass(frozen=True, slots=True)
 class ServerSettings:
-    """Paths are given as the user gave them. No secret is in here, only where it is: this travels on a command line."""
+    """Settings of security, limits, CPUs, HTTP and the log. Paths are as the user gave them.
+
+    Settings travel on a command line, so they hold no secret, only the paths of files that do.
+    """
 
     token_file: str | None = None
     tls_cert: str | None = None
     tls_key: str | None = None
     tls_client_ca: str | None = None
     uds_mode: int = 0o600
-    max_connections: int = LIMITS.connections  # of one worker
-    max_peer_connections: int = LIMITS.connections  # of one worker, from one address
+    max_connections: int = LIMITS.connections  # per worker
+    max_peer_connections: int = LIMITS.connections  # per worker and address
     idle_deadline_s: int = LIMITS.idle_deadline_s
     frame_deadline_s: int = LIMITS.frame_deadline_s
     write_deadline_s: int = LIMITS.write_deadline_s
     hang_deadline_s: int = LIMITS.hang_deadline_s
     p99_budget_ms: float = LIMITS.p99_budget_ms
     pin_cpus: bool = False
-    busy_poll_us: int | None = None  # None: while it pays
+    busy_poll_us: int | None = None  # None: adaptive, see limits.BusyPoll
     http: bool = True
     http_port: int | None = None  # None: inherited.wanted_port
     log: Format = "text"
@@ -37,7 +40,7 @@ class ServerSettings:
 
     @property
     def authenticates(self) -> bool:
-        """Whether a peer has to show who it is."""
+        """Whether a client must authenticate, by a token or a certificate."""
         return self.token_file is not None or self.tls_client_ca is not None
 
     def to_json(self) -> str:

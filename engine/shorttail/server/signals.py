@@ -1,4 +1,4 @@
-"""Signals as events: the supervisor's selector sees them, and no code is interrupted between two lines."""
+"""Signals as events of the supervisor's selector, so that a signal never interrupts code between two lines."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ RELOAD: Final = frozenset({signal.SIGHUP})
 
 
 class Signals:
-    """A context manager, in the main thread: while it is entered, STOP and RELOAD signals are only noted.
+    """A context manager for the main thread: inside it, STOP and RELOAD signals only become events.
 
-    Enter it before anything is made that a signal's default action would leave behind.
+    Enter it before anything is created that the default action of a signal would leave behind.
     """
 
     def __enter__(self) -> Signals:
@@ -36,11 +36,11 @@ class Signals:
         self._wakeup_end.close()
 
     def register(self, selector: selectors.BaseSelector) -> None:
-        """Events of this one have no data."""
+        """Register the signals with a selector. Their events have no data."""
         selector.register(self._wakeup, selectors.EVENT_READ, None)
 
     def take(self) -> set[int]:
-        """Those that came since the last time."""
+        """Return the signals that were received since the last call."""
         try:
             return set(self._wakeup.recv(4096))
         except BlockingIOError:

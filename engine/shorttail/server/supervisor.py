@@ -61,7 +61,7 @@ def serve(
     main thread, because it handles signals.
     """
     settings = settings or ServerSettings()
-    stderr.everything(settings.log)
+    stderr.log_as_json(settings.log)
     options = [*(["--pretouch"] if pretouch else []), *(["--lock-memory"] if lock_memory else [])]
     # A single worker accepts by itself, except with TLS: it would not know of connections that are still in their
     # handshake, and a reload would cut them. It knows those that the supervisor gave to it.
@@ -80,7 +80,7 @@ def serve(
             ):  # fmt: skip
                 return Supervisor(launcher, workers, signals).run(check)
     except ShorttailError as error:
-        logs.say(settings.log, "error", error.message)
+        logs.log_now(settings.log, "error", error.message)
         return 1
 
 
@@ -135,7 +135,7 @@ class Supervisor:
             self.selector.close()
 
     def say(self, level: str, text: str) -> None:
-        logs.say(self.settings.log, level, text)
+        logs.log_now(self.settings.log, level, text)
 
     def workers(self) -> list[Child]:
         return [child for child in self.children.values() if child.number != WRITER]

@@ -1,4 +1,4 @@
-"""What systemd asks of a service: sockets handed to it, and a word on how it is. Nothing happens without systemd."""
+"""What systemd offers a service: sockets, readiness messages and the watchdog. Without systemd nothing happens."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ NOTIFY_TIMEOUT_S: Final = 1.0
 
 
 def inherited_sockets() -> list[socket.socket]:
-    """The sockets that systemd listens on for this process (sd_listen_fds(3)); none for one it is not meant for."""
+    """The sockets that systemd listens on for this process (sd_listen_fds(3)); empty if it listens on none."""
     if os.environ.get("LISTEN_PID") != str(os.getpid()):
         return []
     count = int(os.environ.get("LISTEN_FDS", "0"))
     names = os.environ.get("LISTEN_FDNAMES", "").split(":")
     for variable in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
-        os.environ.pop(variable, None)  # they are not meant for children
+        os.environ.pop(variable, None)  # children must not see them
     found = []
     for position in range(count):
         fd = FIRST_FD + position
@@ -30,7 +30,7 @@ def inherited_sockets() -> list[socket.socket]:
 
 
 class Notifier:
-    """sd_notify(3) and the watchdog."""
+    """Sends states to systemd (sd_notify(3)) and feeds its watchdog."""
 
     def __init__(self) -> None:
         self._address = os.environ.pop("NOTIFY_SOCKET", "")
@@ -44,14 +44,14 @@ class Notifier:
             return
         address = "\0" + self._address[1:] if self._address.startswith("@") else self._address
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as out:
-            out.settimeout(NOTIFY_TIMEOUT_S)  # its queue is short, and a state must not be lost
+            out.settimeout(NOTIFY_TIMEOUT_S)  # systemd's queue is short, and no state may be lost
             out.sendto("\n".join(states).encode(), address)
 
     def reloading(self) -> None:
         self.say("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
 
     def beat(self) -> None:
-        """Feed the watchdog when it is time to."""
+        """Feed the watchdog if that is due."""
         now_s = time.monotonic()
         if self.period_s is not None and self.due_s is not None and now_s >= self.due_s:
             self.due_s = now_s + self.period_s

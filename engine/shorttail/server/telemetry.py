@@ -1,7 +1,6 @@
-"""What a worker tells of itself: its counters in the server's shared memory, its log of failed and slow requests.
+"""A worker's telemetry: its counters in the server's shared memory, and its log of failed and slow requests.
 
-On the way of a batch stands one call, `Recorder.answered` in batcher.py; everything else is gathered by `tick`, ten
-times a second.
+A batch costs one call, `Recorder.answered` in batcher.py. `tick` gathers everything else ten times a second.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ FEATURES: Final = METHODS.index("get_online_features")
 
 
 class Telemetry:
-    """Of one worker. fd: the shared memory, -1: counts are this process's alone."""
+    """The counters and the request log of one worker. fd: the shared memory; -1 counts for this process alone."""
 
     def __init__(self, fd: int = -1, settings: ServerSettings | None = None):
         settings = settings or ServerSettings()
@@ -66,7 +65,7 @@ class Telemetry:
         taken_ns: int,
         traces: Mapping[int, tuple[int, bytes]] | None,
     ) -> None:
-        """A batch of the wire took longer than slow_ns. requests: that got their answer; traces: Batch.traces."""
+        """Log a batch of MessagePack-RPC that took more than slow_ns. requests: answered ones; traces: Batch.traces."""
         of: dict[str, Any] = {
             "protocol": "rpc",
             "method": "predict" if model else "get_online_features",
@@ -87,7 +86,7 @@ class Telemetry:
             self._traced("warning", "slow request", msgid, trace, of)
 
     def wrote(self, method: str, code: str, message: str, msgid: int, taken_ns: int, trace: bytes | None) -> None:
-        """The outcome of a push or delete that the writer had. msgid: -1 for a notification."""
+        """Count, and perhaps log, the outcome of a push or delete. msgid: -1 for a notification."""
         self.recorder.requests(self.recorder.slot(METHODS.index(method), ""), RPC, code, 1)
         slow = taken_ns > self.slow_ns
         if not (slow if code == "OK" else self.log.failed):
@@ -99,7 +98,7 @@ class Telemetry:
         self.log.note(level, text, **fields, **trace_ids(_text(trace)))
 
     def tick(self, engine: Engine, router: Router, http: HttpServer | None) -> None:
-        """Bring the shared memory up to date, and note what failed on the wire since the last time."""
+        """Bring the shared memory up to date, and log the requests that failed since the last call."""
         put = self.recorder.put
         now_ns = time.monotonic_ns()
         put(WORD["heartbeat_ns"], now_ns)
@@ -122,7 +121,7 @@ class Telemetry:
         self._failures(router)
 
     def _failures(self, router: Router) -> None:
-        """Count what failed on the wire; a line for each that is traced, and for each kind one for the others."""
+        """Count failed requests of MessagePack-RPC. Log a line for each traced one, and one per kind for the others."""
         errors, lines = router.take_errors(), Counter[tuple[str, str, str]]()
         for method, model, code, msgid, message, trace in router.take_traced():
             if self.log.failed and trace_ids(_text(trace)):
@@ -133,12 +132,12 @@ class Telemetry:
             self._failed(*kind, n, n - lines[kind], msgid, message)
 
     def _count(self, word: str, total: int) -> None:
-        """A counter that this process keeps itself; the word may hold what a process before it counted."""
+        """Add what a counter of this process grew by. The word may hold the count of an earlier process as well."""
         self.recorder.add(WORD[word], total - self._last.get(word, 0))
         self._last[word] = total
 
     def _failed(self, method: str, model: str, code: str, n: int, untold: int, msgid: int, message: str) -> None:
-        """untold: of the n requests, those that have no line yet."""
+        """Count n failed requests of one kind. untold: those of them that have no line in the log yet."""
         self.recorder.requests(self.recorder.slot(METHODS.index(method), model), RPC, code, n)
         if not self.log.failed or untold <= 0:
             return
@@ -149,7 +148,7 @@ class Telemetry:
         self.log.note(level, "request failed", protocol="rpc", method=method, **fields)
 
     def _traced(self, level: str, text: str, msgid: int, trace: bytes, fields: Mapping[str, Any]) -> None:
-        """A line of its own for a request with a traceparent; none if that is not valid."""
+        """Log a line for a request with a traceparent; no line if the traceparent is not valid."""
         if ids := trace_ids(_text(trace)):
             self.log.note(level, text, **fields, request_id=str(msgid), **ids)
 

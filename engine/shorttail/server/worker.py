@@ -1,8 +1,10 @@
-"""A worker: one process, one event loop, one engine. The supervisor starts it with its sockets already listening.
+"""A worker: one process with one event loop and one engine. The supervisor starts it and hands it listening sockets.
 
-It tells the supervisor that it is ready by one line of JSON on the control socket, and stops when told to (SIGTERM)
-or when that socket closes, which means that the supervisor is gone. Told to retire, on that socket, it hands its
-connections to the supervisor and ends: another worker goes on with them.
+The worker sends one line of JSON on the control socket when it is ready. It stops on SIGTERM, or when that socket
+closes, which means that the supervisor has ended. When it reads RETIRE from that socket, it gives its connections to
+the supervisor, which hands them to other workers, and ends.
+
+`serve` is where the parts of a server are made and connected; read it to see which part knows which.
 """
 
 from __future__ import annotations
@@ -37,15 +39,15 @@ from shorttail.server.writer_link import WriterLink
 if TYPE_CHECKING:
     from shorttail.server.http.app import HttpServer
 
-# A stopping worker reads on for this long, so that requests sent before it stopped listening are answered.
+# A worker that stops reads from each connection for this long, so that requests that were sent before are answered.
 LAST_READS_S: Final = 0.1
-# What the supervisor's patience exceeds the worker's by.
+# The supervisor waits this much longer for a worker than the worker waits for its connections.
 STOP_MARGIN_S: Final = 1.0
 BACKLOG: Final = 1024
 
 
 def handlers(engine: Engine, describe: Callable[[], list[dict[str, Any]]]) -> dict[str, Any]:
-    """The methods that are answered one by one. Each takes the list of params. describe: what `models` answers."""
+    """The methods that are answered one by one. Each takes the list of params. describe: answers `models`."""
 
     def ping(params: list[Any]) -> str:
         _no_params("ping", params)
@@ -61,7 +63,7 @@ def handlers(engine: Engine, describe: Callable[[], list[dict[str, Any]]]) -> di
 
     def auth(params: list[Any]) -> bool:
         security.auth_token(params)
-        return True  # without a token file the router asks nobody; with one it does not come here
+        return True  # with a token file the router checks the token itself, and never calls this
 
     return {"models": models, "views": views, "ping": ping, "auth": auth}
 
@@ -72,7 +74,10 @@ def _no_params(method: str, params: list[Any]) -> None:
 
 
 def load(store: str, device: str, pretouch: bool = False, lock_memory: bool = False) -> tuple[Engine, dict[str, Any]]:
-    """Open the store and compile every model's plan, so that no request waits for it. Returns what is served."""
+    """Open the store and compile the plan of every model, so that no request waits for that.
+
+    Returns the engine, and what it serves: {"models": [{"name", "version"}], "views": [name]}.
+    """
     engine = Engine.open(store, device=device, pretouch=pretouch, lock_memory=lock_memory)
     models = engine.models()
     for model in models:
@@ -95,9 +100,10 @@ async def serve(
     telemetry: Telemetry,
     http_listeners: list[socket.socket],
 ) -> None:
-    """Answer requests until SIGTERM, or until the supervisor is gone; then finish what is in flight.
+    """Answer requests until SIGTERM or the end of the supervisor, then finish the requests in flight.
 
-    writer: the path of the writer's socket. channel_end: on which connections come from the supervisor.
+    control: the socket to the supervisor. channel_end: the socket by which the supervisor hands over connections.
+    served: what `load` returned. writer: path of the writer's socket.
     """
     loop = asyncio.get_running_loop()
     faults = ErrorLog(telemetry.log.form)
@@ -124,7 +130,9 @@ async def serve(
         while True:
             await asyncio.sleep(LIMITS.idle_refresh_ms / 1000)
             try:
-                engine.refresh(force=True)  # sees even the commit of a writer that was killed before it counted it
+                engine.refresh(
+                    force=True
+                )  # sees also the commit of a writer that was killed before it could count the commit
                 batcher.follow_catalog()
                 limits.sweep(router)
                 channel.report()
@@ -136,8 +144,9 @@ async def serve(
 
     tasks = [asyncio.create_task(housekeeping()), asyncio.create_task(link.run())]
     gc.collect()
-    gc.freeze()  # what lives now lives for good: collections need not look at it
-    # So that whoever is told that this serves can push at once. Serving does not depend on it.
+    gc.freeze()  # the objects of now live until the end: the garbage collector need not visit them
+    # Wait for the writer, so that clients can push as soon as the server says that it is ready. Serving needs no
+    # writer.
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(link.ready.wait(), LIMITS.writer_start_wait_s)
     control.sendall(json.dumps(served).encode() + b"\n")
@@ -163,7 +172,7 @@ async def serve(
 def http_server(
     engine: Engine, router: Router, telemetry: Telemetry, faults: ErrorLog, settings: ServerSettings
 ) -> HttpServer:
-    """The HTTP side of this worker, with its routes. Of the extra `http`: imported only here."""
+    """The HTTP server of this worker, with its routes. It needs the extra `http`, so it is imported only here."""
     from shorttail.server.http.app import HttpServer
     from shorttail.server.http.batches import HttpBatches
     from shorttail.server.http.routes import add_routes
@@ -174,7 +183,7 @@ def http_server(
 
 
 def told(loop: asyncio.AbstractEventLoop, control: socket.socket, stop: asyncio.Event, retire: asyncio.Event) -> None:
-    """The supervisor says RETIRE, or is gone."""
+    """Handle the control socket: the supervisor has sent RETIRE, or has ended."""
     try:
         said = control.recv(64)
     except BlockingIOError:
@@ -191,7 +200,7 @@ def told(loop: asyncio.AbstractEventLoop, control: socket.socket, stop: asyncio.
 async def listen(
     loop: asyncio.AbstractEventLoop, listener: socket.socket, router: Router, tls: ssl.SSLContext | None
 ) -> asyncio.AbstractServer:
-    """Take connections from a listening socket. A Unix socket is never TLS: its file says who may connect."""
+    """Accept connections from a listening socket. A Unix socket never uses TLS: its file mode says who may connect."""
     create: Any = loop.create_unix_server if listener.family == socket.AF_UNIX else loop.create_server
     if listener.family == socket.AF_UNIX:
         tls = None
@@ -204,9 +213,9 @@ async def listen(
 
 
 async def drain(router: Router, link: WriterLink) -> None:
-    """Answer what was sent, close every connection; cut those that have not ended in time.
+    """Answer the requests that were sent, and close every connection; cut those that have not ended in time.
 
-    Connections may still come: those that were on their way when this began.
+    Connections that were on their way when the worker stopped may still arrive.
     """
     loop = asyncio.get_running_loop()
     cut_at = loop.time() + LIMITS.stop_grace_s - STOP_MARGIN_S
@@ -239,7 +248,7 @@ def main() -> int:
     parser.add_argument("--cpu", type=int, help="the CPU to run on")
     args = parser.parse_args()
     settings = ServerSettings.from_json(args.settings)
-    stderr.everything(settings.log)
+    stderr.log_as_json(settings.log)
     if args.cpu is not None:
         limits.pin(args.cpu)
     limits.allow_files(settings.max_connections)
@@ -248,10 +257,10 @@ def main() -> int:
     try:
         engine, served = load(args.store, args.device, args.pretouch, args.lock_memory)
     except ShorttailError as error:
-        logs.say(settings.log, "error", error.message)
+        logs.log_now(settings.log, "error", error.message)
         return 1
     except Exception as error:
-        logs.say(settings.log, "error", f"store {args.store}: {one_line(error)}")
+        logs.log_now(settings.log, "error", f"store {args.store}: {one_line(error)}")
         return 1
     with engine:
         if args.check:
@@ -263,7 +272,7 @@ def main() -> int:
         telemetry = Telemetry(args.metrics_fd, settings)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(serve(engine, listeners, control, channel, served, args.writer, settings, telemetry, http))
-    control.detach()  # the supervisor takes its closing for the end of this process: so the system closes it
+    control.detach()  # the supervisor takes a closed control socket for the end of this process: the system closes it
     return 0
 
 

@@ -1,10 +1,10 @@
-"""The writer: the one process of a server that changes its store. The supervisor starts it, workers connect to it.
+"""The writer: the one process of a server that changes the store. The supervisor starts it, and workers connect to it.
 
-Group commit: whatever arrived while the last commit ran is the next commit, so a push waits for one commit and a
-little, however many come, and each is acknowledged once it is durable. Workers send `[0, id, method, params,
-deadline_ns]` (writer_link.py); every request gets one answer.
+It commits in groups: the requests that arrived while the last commit ran are the next commit. So a push waits for
+little more than one commit, however many pushes arrive, and is acknowledged when it is durable. Workers send
+`[0, id, method, params, deadline_ns]` (writer_link.py), and every request gets one answer.
 
-It stops on SIGTERM, or when the control socket closes, after it has committed and answered what it has.
+The writer stops on SIGTERM, or when the control socket closes, after it has committed and answered every request.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ from shorttail.server.writer_link import NIL, READY, REQUEST_BYTES, failed
 from shorttail.sources.rows import column_batch, key_arrays
 from shorttail.store import Delete, Edit, Store, Upsert
 
-# A message on its way is held in whole, and read in pieces of at most this much.
+# A message is kept in memory until it is whole; it is read in pieces of at most READ_BYTES.
 READ_BYTES: Final = 1 << 20
-# Workers that do not take their last answers are given up after this long.
+# How long the writer waits, when it stops, until workers have read their last answers.
 LAST_WRITES_S: Final = 2.0
 BACKLOG: Final = 1024
 
@@ -71,7 +71,7 @@ class Request:
 
 
 class Writer:
-    """The requests that wait, and their commits. fault: told of every exception that nobody foresaw."""
+    """The queue of requests, and their commits. fault: called with every exception that is not a ShorttailError."""
 
     def __init__(self, store: Store, loop: asyncio.AbstractEventLoop, fault: ErrorLog):
         self.store = store
@@ -83,12 +83,12 @@ class Writer:
         self.stopping = False
         self.workers: set[WorkerConnection] = set()
         self._more = asyncio.Event()
-        self._thread = ThreadPoolExecutor(1, "commit")  # the loop reads on while it commits
+        self._thread = ThreadPoolExecutor(1, "commit")  # the event loop reads requests while a commit runs
 
     # -- requests in -----------------------------------------------------------------------------------------------
 
     def take(self, worker: WorkerConnection, message: Any) -> None:
-        """Queue one request, or answer why not."""
+        """Queue a request, or answer it with the error that keeps it out."""
         _, number, method, params, deadline_ns = message
         size = len(params) + REQUEST_BYTES
         try:
@@ -124,12 +124,12 @@ class Writer:
         except (InvalidArgument, NotFound):
             if not self.store.refresh(force=True):
                 raise
-            return make_edit(self.store, method, name, columns)  # by definitions that a moment ago were other ones
+            return make_edit(self.store, method, name, columns)  # the definitions have just changed
 
     # -- commits ---------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Commit what comes, until stop() and nothing is left."""
+        """Commit requests until `stop` was called and the queue is empty."""
         while not (self.stopping and not self.queue):
             self._more.clear()
             group = self.next_group()
@@ -145,7 +145,7 @@ class Writer:
         self._more.set()
 
     def next_group(self) -> list[Request]:
-        """What the next commit is made of; what is past its deadline is answered instead."""
+        """Take the requests of the next commit from the queue. Requests past their deadline are answered instead."""
         now_ns = time.monotonic_ns()
         group: list[Request] = []
         rows = size = 0
@@ -165,7 +165,7 @@ class Writer:
         return group
 
     async def commit(self, edits: Sequence[Edit]) -> Sequence[Outcome]:
-        """One commit of all; if that fails for a reason that one of them may be, one for each."""
+        """Commit all edits together; if that fails and one edit may be the cause, commit each edit by itself."""
         try:
             return await self.loop.run_in_executor(self._thread, self.store.commit, edits)
         except ResourceExhausted as error:
@@ -180,7 +180,7 @@ class Writer:
 
 
 def read_params(params: bytes) -> tuple[str, dict[Any, Any]]:
-    """View and columns. The worker has seen that params are one whole value and begin with a string and a map."""
+    """The view's name and the columns. The worker has checked that params hold a string and a map, and no more."""
     try:
         name, columns = msgpack.unpackb(
             params,
@@ -213,7 +213,7 @@ def make_edit(store: Store, method: str, name: str, columns: dict[Any, Any]) -> 
 
 
 class WorkerConnection(asyncio.Protocol):
-    """The writer's end of one worker's connection."""
+    """The writer's end of the connection of one worker."""
 
     def __init__(self, writer: Writer):
         self.writer = writer
@@ -234,7 +234,7 @@ class WorkerConnection(asyncio.Protocol):
                 for message in self._unpacker:
                     self.writer.take(self, message)
         except Exception as error:
-            # Where the next message starts is lost. The worker connects again.
+            # The start of the next message is not known any more. The worker connects again.
             self.writer.fault(error)
             assert self.transport is not None
             self.transport.abort()
@@ -245,21 +245,21 @@ class WorkerConnection(asyncio.Protocol):
 
     def answer(self, number: int, outcome: Outcome) -> None:
         if self.transport is None:
-            return  # of a worker that died
+            return  # the worker has died
         result = failed(outcome) if isinstance(outcome, ShorttailError) else NIL + msgpack.packb({"rows": outcome})
         self.transport.write(b"\x94\x01" + msgpack.packb(number) + result)
 
 
 async def serve(store: Store, listener: socket.socket, control: socket.socket, log: Format = "text") -> None:
-    """Write until SIGTERM, or until the supervisor is gone; then what is left."""
+    """Commit requests until SIGTERM or the end of the supervisor, then those that are left."""
     loop = asyncio.get_running_loop()
     faults = ErrorLog(log)
     writer = Writer(store, loop, faults)
 
-    def supervisor_gone() -> None:  # nothing is ever sent: readable means closed
+    def supervisor_gone() -> None:  # nothing is ever sent on this socket: readable means closed
         loop.remove_reader(control)
         writer.stop()
-        with contextlib.suppress(OSError):  # it would have removed its socket and folder
+        with contextlib.suppress(OSError):  # the supervisor would have removed the socket and its folder
             path = Path(listener.getsockname())
             path.unlink()
             path.parent.rmdir()
@@ -289,7 +289,7 @@ async def serve(store: Store, listener: socket.socket, control: socket.socket, l
 
 
 async def say_goodbye(writer: Writer) -> None:
-    """Close every connection once the worker has its answers."""
+    """Close the connection of each worker when the worker has read its answers."""
     loop = asyncio.get_running_loop()
     cut_at = loop.time() + LAST_WRITES_S
     for worker in list(writer.workers):
@@ -306,17 +306,17 @@ def main() -> int:
     parser.add_argument("--listen-fd", type=int, required=True)
     parser.add_argument("--log", choices=("text", "json"), default="text")
     args = parser.parse_args()
-    stderr.everything(args.log)
+    stderr.log_as_json(args.log)
     control = socket.socket(fileno=args.control_fd)
     try:
         store = Store.open(args.store)
     except Exception as error:
         reason = error.message if isinstance(error, ShorttailError) else one_line(error)
-        control.sendall(json.dumps({"error": reason}).encode() + b"\n")  # the supervisor says it, if no worker does
+        control.sendall(json.dumps({"error": reason}).encode() + b"\n")  # the supervisor logs it if no worker does
         return 1
     with store, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(serve(store, socket.socket(fileno=args.listen_fd), control, args.log))
-    control.detach()  # the supervisor takes its closing for the end of this process: so the system closes it
+    control.detach()  # the supervisor takes a closed control socket for the end of this process: the system closes it
     return 0
 
 

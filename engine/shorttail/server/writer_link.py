@@ -1,9 +1,9 @@
-"""A worker's connection to the writer: pushes and deletes go there with their columns unread, outcomes come back.
+"""A worker's connection to the writer: it forwards pushes and deletes, whose columns the worker does not read.
 
-A request on it is `[0, id, method, params, deadline_ns]`: MessagePack-RPC, but that params travel as they came in a
-bin, so that one that cannot be decoded spoils no other; and the moment (CLOCK_MONOTONIC; 0: none) at which the caller
-stops waiting. The writer answers `[1, id, error, result]`, and says READY first: the socket takes connections even
-while no writer runs.
+A request is `[0, id, method, params, deadline_ns]`. It is MessagePack-RPC, except that params travel as the client sent
+them, inside a bin, so that params that cannot be decoded harm no other request. deadline_ns is when the caller stops
+waiting, by CLOCK_MONOTONIC; 0 is never. The writer answers `[1, id, error, result]`. It sends READY first, because the
+socket accepts connections even while no writer runs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from shorttail.errors import ResourceExhausted, ShorttailError, Unavailable
 
 READY: Final = [2, "ready", []]
 RETRY_S: Final = 0.1
-REQUEST_BYTES: Final = 512  # what keeping track of a request costs, whatever it carries
+REQUEST_BYTES: Final = 512  # the memory that a request takes beside its params
 
 NIL: Final = msgpack.packb(None)
 DIED: Final = Unavailable(
@@ -33,21 +33,23 @@ Told = Callable[[str, str, str, int, int, bytes | None], object]  # Telemetry.wr
 
 
 class Caller(NamedTuple):
-    connection: Connection | None  # None: a notification
+    """Who waits for the answer to a forwarded request. connection: None for a notification; size: counted bytes."""
+
+    connection: Connection | None
     msgid: int
-    size: int  # bytes counted
+    size: int
     method: str
     sent_ns: int
     trace: bytes | None
 
 
 def failed(error: ShorttailError) -> bytes:
-    """The end of a response: error and result."""
+    """The last two items of a response with an error: error and result."""
     return bytes(msgpack.packb({"code": error.code, "message": error.message}, unicode_errors="replace") + NIL)
 
 
 class WriterLink(asyncio.Protocol):
-    """Keeps connected to the writer at `path` while run() runs. told: of every outcome."""
+    """Keeps a connection to the writer at `path` while `run` runs. told: called with every outcome."""
 
     def __init__(self, path: str, loop: asyncio.AbstractEventLoop, told: Told):
         self.path = path
@@ -62,7 +64,7 @@ class WriterLink(asyncio.Protocol):
         self._lost: asyncio.Future[None] | None = None
 
     async def run(self) -> None:
-        """Connect, and again whenever the connection is lost. Cancel it to end it."""
+        """Connect, and connect again whenever the connection is lost, until the task is cancelled."""
         while True:
             self._lost = self.loop.create_future()
             try:
@@ -80,7 +82,7 @@ class WriterLink(asyncio.Protocol):
         deadline_ns: int,
         trace: bytes | None = None,
     ) -> None:
-        """Router.forward: send a request on. Raises Unavailable, ResourceExhausted."""
+        """Send a request to the writer: the `forward` of a Router. Raises Unavailable, ResourceExhausted."""
         if not self.ready.is_set() or self._transport is None:
             raise Unavailable("the writer is starting again; send it again")
         size = len(params) + REQUEST_BYTES
@@ -95,7 +97,7 @@ class WriterLink(asyncio.Protocol):
         self._transport.writelines([head, params, msgpack.packb(deadline_ns)])
 
     def close(self) -> None:
-        """Cut the connection; what is outstanding is answered Unavailable."""
+        """Cut the connection. Requests without an answer are answered with UNAVAILABLE."""
         if self._transport is not None:
             self._transport.abort()
 

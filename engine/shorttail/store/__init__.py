@@ -1,4 +1,4 @@
-"""The online store: paged hash tables in LMDB."""
+"""The online store: one paged hash table per feature view, in LMDB."""
 
 from shorttail.store.edits import Delete, Edit, Upsert
 from shorttail.store.store import Store

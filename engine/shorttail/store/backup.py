@@ -1,6 +1,7 @@
-"""`shorttail backup`: a copy of a store as of one commit, made while it is served and written to.
+"""`shorttail backup`: copies a store as of one commit while the store is served and written.
 
-The copy is a store: serving it restores it. It gets its name last, so a folder of that name is a whole backup.
+The copy is itself a store: to restore a backup, serve it. The copy is made in a temporary folder that is renamed last,
+so a folder with the destination's name always holds a complete backup.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from shorttail.errors import Internal, InvalidArgument, NotFound, PermissionDeni
 from shorttail.store.environment import Environment
 from shorttail.store.files import model_path, sync_folder
 from shorttail.store.mapping import plan_map
-from shorttail.store.opening import LMDB_ENGINE, translated
+from shorttail.store.opening import LMDB_ENGINE, translate_errors
 from shorttail.store.snapshot import Snapshot
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
@@ -30,7 +31,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 @dataclass(frozen=True)
 class Backup:
-    """What was copied. commit: the number of the last commit that the copy holds."""
+    """The result of a backup. commit: the number of the last commit in the copy. bytes: the size of all its files."""
 
     path: str
     commit: int
@@ -42,12 +43,16 @@ class Backup:
 def backup(
     store: Snapshot | str | os.PathLike[str], destination: str | os.PathLike[str], *, compact: bool = True
 ) -> Backup:
-    """Copy a store, open or by its path, to a folder that is not there yet. Durable when it returns.
+    """Copy a store to a new folder. The copy is durable on disk when this function returns.
 
-    compact: leave free pages out and put each table's pages in order. Otherwise the file is copied as it is, which
-    takes less CPU. Either way the store is served and written to meanwhile; pages that are freed meanwhile are not used
-    again until it is done, so the store's file may grow. Raises NotFound (no store), InvalidArgument (the destination),
-    ResourceExhausted (its disk), PermissionDenied, Internal (the store is damaged: run verify). Nothing is left then.
+    store: an open store or a path. destination: a path that does not exist yet. compact: True leaves free pages out and
+    writes each table's pages in order; False copies the file as it is, which takes less CPU.
+
+    Other processes can serve and write the store during the copy. LMDB cannot reuse pages that are freed during the
+    copy, so the store's file may grow.
+
+    Raises NotFound (no store), InvalidArgument (the destination), ResourceExhausted (the destination's disk),
+    PermissionDenied, and Internal (the store is damaged; run verify). After an error no file is left behind.
     """
     if isinstance(store, Snapshot):
         return _backup(store.environment, Path(destination), compact)
@@ -66,44 +71,44 @@ def _backup(environment: Environment, destination: Path, compact: bool) -> Backu
         )
         try:
             done = _copy(environment, unfinished, destination, compact)
-            # The folder is as open or as closed as the store's: it holds the same data.
+            # mkdtemp makes the folder private; give it the store's mode because it holds the same data.
             unfinished.chmod(stat.S_IMODE(environment.path.stat().st_mode))
             sync_folder(unfinished)
             if destination.exists():
-                raise _exists(destination)
+                raise _destination_exists(destination)
             unfinished.rename(destination)
             sync_folder(destination.absolute().parent)
         except BaseException:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise
     except OSError as error:
-        raise _of_system(destination, error) from error
+        raise _translate_os_error(destination, error) from error
     return done
 
 
 def _check_destination(store: Path, destination: Path) -> None:
     if destination.exists() or destination.is_symlink():
-        raise _exists(destination)
+        raise _destination_exists(destination)
     if not destination.absolute().parent.is_dir():
-        raise InvalidArgument(f"the folder '{destination.absolute().parent}' for the backup is not there; create it")
+        raise InvalidArgument(f"the folder '{destination.absolute().parent}' for the backup does not exist; create it")
     if Path(os.path.realpath(destination)).is_relative_to(os.path.realpath(store)):
-        raise InvalidArgument(f"'{destination}' is inside of the store; put the backup outside, best on another disk")
+        raise InvalidArgument(f"'{destination}' is inside the store; put the backup outside, best on another disk")
 
 
-def _exists(destination: Path) -> InvalidArgument:
-    return InvalidArgument(f"'{destination}' exists; a backup is never written over anything: choose another name")
+def _destination_exists(destination: Path) -> InvalidArgument:
+    return InvalidArgument(f"'{destination}' exists; a backup never overwrites anything, so choose another name")
 
 
 def _copy(environment: Environment, folder: Path, destination: Path, compact: bool) -> Backup:
     try:
-        with environment.read():  # nobody opens LMDB anew meanwhile
+        with environment.read():  # an open read transaction keeps LmdbHandle from reopening LMDB during the copy
             environment.handle.env.copy(str(folder), compact=compact)
     except lmdb.Error as error:
         number = getattr(error, "code", 0)
         if number in _FULL:
-            raise _full(destination) from error
+            raise _disk_full(destination) from error
         raise Internal(
-            f"store '{environment.path}' cannot be copied ({error}); `shorttail verify` tells whether it is damaged"
+            f"store '{environment.path}' cannot be copied ({error}); check it with `shorttail verify`"
         ) from error
     data = folder / "data.mdb"
     data.chmod(stat.S_IMODE((environment.path / "data.mdb").stat().st_mode))
@@ -115,9 +120,9 @@ def _copy(environment: Environment, folder: Path, destination: Path, compact: bo
 
 
 def _read_copy(folder: Path) -> tuple[int, Catalog]:
-    """The number of its last commit and its catalog: the copy opens, and says what it holds."""
+    """Open the copy and return the number of its last commit and its catalog."""
     with (
-        translated(folder),
+        translate_errors(folder),
         lmdb.open(
             str(folder), map_size=plan_map(folder), readonly=True, lock=False, create=False, lib_version=LMDB_ENGINE
         ) as env,
@@ -128,13 +133,18 @@ def _read_copy(folder: Path) -> tuple[int, Catalog]:
 
 
 def _copy_models(store: Path, folder: Path, catalog: Catalog) -> int:
-    """The folders of the versions that the copied catalog names. They never change, so they fit it."""
+    """Copy the folder of each model version in the copied catalog. Return the number of versions.
+
+    A version's folder never changes, so copying it later than the LMDB file is safe.
+    """
     n = 0
     for name, entry in catalog.models.items():
         for number, info in entry.versions.items():
             source, target = model_path(store, name, number).parent, model_path(folder, name, number).parent
             if not source.is_dir():
-                raise NotFound(f"model '{name}': the files of version {number} are gone from store '{store}'")
+                raise NotFound(
+                    f"model '{name}': store '{store}' lacks the files of version {number}; run `shorttail verify`"
+                )
             shutil.copytree(source, target)
             with (target / "model.onnx").open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != info.sha256:
@@ -152,25 +162,26 @@ def _sync_file(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _full(destination: Path) -> ResourceExhausted:
+def _disk_full(destination: Path) -> ResourceExhausted:
     return ResourceExhausted(f"the disk of '{destination}' is full or failing; no backup was made")
 
 
-def _of_system(destination: Path, error: OSError) -> ShorttailError:
+def _translate_os_error(destination: Path, error: OSError) -> ShorttailError:
     numbers = [error.errno]
-    if isinstance(error, shutil.Error):  # of copytree: a list of (from, to, why)
+    if isinstance(error, shutil.Error):  # from copytree: args[0] is a list of (source, target, reason)
         numbers, text = [], "; ".join(str(item[2]) for item in error.args[0])
         if any(os.strerror(number) in text for number in _FULL):
-            return _full(destination)
+            return _disk_full(destination)
         return InvalidArgument(f"backup '{destination}': {text}")
     if numbers[0] in _FULL:
-        return _full(destination)
+        return _disk_full(destination)
     if isinstance(error, PermissionError):
         return PermissionDenied(f"permission denied: {error.filename or destination}; no backup was made")
     return InvalidArgument(f"backup '{destination}': {error.strerror or error}")
 
 
 def as_json(done: Backup) -> dict[str, Any]:
+    """Return the result as plain values for JSON."""
     return {
         "backup": done.path,
         "commit": done.commit,

@@ -1,10 +1,11 @@
-"""The checks of verify.py, in a process of their own: `python -m shorttail.store.checks STORE`.
+"""The child process of `shorttail verify`: `python -m shorttail.store.checks STORE` runs all checks of a store.
 
-Prints a JSON pair a line: ["problem", text], ["note", text], ["doing", what], ["progress", [pages, of]], ["error",
-[code, message]], and figures of the report by their names.
+The process prints one JSON pair per line: ["problem", text], ["note", text], ["doing", text], ["progress", [pages
+checked, pages in total]], ["error", [code, message]], or [field, value] for a field of verify.Report.
 
-First the file is read without LMDB; only when its structure is sound the tables are read in the map. Meanwhile a read
-transaction is open, which costs the writer pages, but keeps it from writing again what is being read.
+First the file is read without mapping it. The tables are read in the map only if LMDB's structure is sound. A read
+transaction stays open during all checks: it keeps writers from reusing pages that are being read, at the price of a
+file that may grow.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from shorttail.define.catalog import Catalog, TableInfo
 from shorttail.define.views import FeatureView
 from shorttail.errors import ShorttailError
 from shorttail.results import Status
-from shorttail.store.checksums import KEY as SUMS_KEY
+from shorttail.store.checksums import KEY as CHECKSUMS_KEY
 from shorttail.store.checksums import Checksums
 from shorttail.store.environment import (
     BUCKET_KEY_BYTES,
@@ -43,28 +44,29 @@ from shorttail.store.environment import (
 from shorttail.store.files import model_path
 from shorttail.store.lmdb_file import header_problems
 from shorttail.store.mapping import plan_map
-from shorttail.store.opening import LMDB_ENGINE, translated
+from shorttail.store.opening import LMDB_ENGINE, translate_errors
 from shorttail.store.stat import count_table_pages
 from shorttail.store.table import Array, decode_keys, make_layout, row_dtype
 
-STRUCTURE_TRIES = 3  # what was written while it was read may look damaged, once
-SHOWN_PER_VIEW = 20
+STRUCTURE_TRIES = 3  # a page that was written during the check may look damaged; a second look finds it sound
+SHOWN_PER_VIEW = 20  # problems; the rest is only counted
 PROGRESS_PAGES = 2048
 BATCH_ROWS = 8192
-_KEYS = {b"catalog", b"format", b"state", SUMS_KEY}
+_KEYS = {b"catalog", b"format", b"state", CHECKSUMS_KEY}
 
 
-def say(kind: str, value: Any) -> None:
+def emit(kind: str, value: Any) -> None:
+    """Print one JSON pair for the parent process."""
     print(json.dumps([kind, value]), flush=True)
 
 
 def check(path: Path) -> None:
-    """Check everything, and say what is wrong. Raises ShorttailError for what is no damage."""
+    """Run all checks and emit the problems. Raises ShorttailError for errors that are not damage to the store."""
     problems = header_problems(path)
     if problems:
-        return say_structure(problems)
+        return emit_structure_problems(problems)
     with (
-        translated(path),
+        translate_errors(path),
         lmdb.open(
             str(path),
             map_size=plan_map(path),
@@ -74,11 +76,11 @@ def check(path: Path) -> None:
             lib_version=LMDB_ENGINE,
         ) as env,
     ):
-        with env.begin():  # pins the pages of this commit and of later ones
-            problems = structure(env, path)
+        with env.begin():  # no page of this commit or a later one is reused while this transaction is open
+            problems = find_structure_problems(env, path)
         if problems:
-            return say_structure(problems)
-        with pinned(env) as (txn, tree):
+            return emit_structure_problems(problems)
+        with open_tree(env) as (txn, tree):
             catalog = check_entries(txn)
             if catalog is not None:
                 total_pages = env.stat()["overflow_pages"]
@@ -86,15 +88,15 @@ def check(path: Path) -> None:
                 check_models(path, catalog)
 
 
-def say_structure(problems: list[str]) -> None:
+def emit_structure_problems(problems: list[str]) -> None:
     for problem in problems:
-        say("problem", f"data.mdb: {problem}")
-    say("note", "the tables were not read, as LMDB's structure is damaged")
+        emit("problem", f"data.mdb: {problem}")
+    emit("note", "the tables were not read, as LMDB's structure is damaged")
 
 
-def structure(env: Any, path: Path) -> list[str]:
-    """The problems that a process finds which does not map the file."""
-    say("doing", "LMDB's structure")
+def find_structure_problems(env: Any, path: Path) -> list[str]:
+    """Return the problems of LMDB's structure, found by a process that does not map the file."""
+    emit("doing", "LMDB's structure")
     for _ in range(STRUCTURE_TRIES):
         before = env.info()["last_txnid"]
         command = [sys.executable, "-P", "-m", "shorttail.store.lmdb_file", str(path)]
@@ -108,8 +110,8 @@ def structure(env: Any, path: Path) -> list[str]:
 
 
 @contextmanager
-def pinned(env: Any) -> Iterator[tuple[Transaction, Tree]]:
-    """A read transaction and its tree."""
+def open_tree(env: Any) -> Iterator[tuple[Transaction, Tree]]:
+    """Yield a read transaction and its tree. If no try succeeds, emit a problem and yield nothing."""
     for _ in range(ROOT_TRIES):
         with env.begin(buffers=True) as txn:
             anything = next(iter(txn.cursor()), (None, b""))[1]
@@ -117,36 +119,37 @@ def pinned(env: Any) -> Iterator[tuple[Transaction, Tree]]:
             if not tree.gone:
                 yield txn, tree
                 return
-    say("problem", "commits follow each other too fast to read between them; run verify again")
+    emit("problem", "commits follow each other too fast to read between them; run verify again")
 
 
 def check_entries(txn: Transaction) -> Catalog | None:
-    """All that is not in tables. The catalog, or None if the tables cannot be read by it."""
-    say("doing", "the catalog")
+    """Check all entries outside tables. Return the catalog, or None if the tables cannot be read with it."""
+    emit("doing", "the catalog")
     version = txn.get(b"format")
     if version is None or bytes(version) != str(FORMAT_VERSION).encode():
         shown = None if version is None else bytes(version)
-        say("problem", f"the format is {shown!r}, where this shorttail reads {FORMAT_VERSION}")
+        emit("problem", f"the store has format {shown!r}, and this shorttail reads {FORMAT_VERSION}")
         return None
     for key in keys_outside_tables(txn):
         if key not in _KEYS and not (key[:1] == b"l" and len(key) == 9):
-            say("problem", f"LMDB holds the unknown key {key!r}")
+            emit("problem", f"LMDB holds the unknown key {key!r}")
     check_log(txn)
     try:
         catalog = Catalog.from_json(txn.get(b"catalog"))
     except ShorttailError as error:
-        say("problem", error.message)
+        emit("problem", error.message)
         return None
     if catalog.tables.keys() != catalog.views.keys():
-        say("problem", "the catalog is damaged: its views and its tables differ")
+        emit("problem", "the catalog is damaged: its views and its tables differ")
         return None
     ids = {table.id for table in catalog.tables.values()}
     if len(ids) < len(catalog.tables) or max(ids, default=0) >= catalog.next_table_id:
-        say("problem", "the catalog is damaged: two views have one table, or a table an impossible number")
+        emit("problem", "the catalog is damaged: two views share a table, or a table id is too large")
     return catalog
 
 
 def keys_outside_tables(txn: Transaction) -> Iterator[bytes]:
+    """Yield the keys that do not begin with "t"."""
     cursor = txn.cursor()
     for key in cursor.iternext(keys=True, values=False):
         if bytes(key[:1]) >= b"t":
@@ -157,21 +160,21 @@ def keys_outside_tables(txn: Transaction) -> Iterator[bytes]:
 
 
 def check_log(txn: Transaction) -> None:
-    """Change log, state, and the checksums of these and of the catalog."""
+    """Check the change log, the state, and the checksums of both and of the catalog."""
     state = txn.get(b"state")
     entries = list(log_entries(txn))
     if state is None or len(state) != 24:
-        return say("problem", "the state of the change log is missing or damaged")
+        return emit("problem", "the state of the change log is missing or damaged")
     last, oldest, log_bytes = (int.from_bytes(state[at : at + 8], "little") for at in (0, 8, 16))
     numbers = [int.from_bytes(key[1:], "big") for key, _ in entries]
     lengths = [len(value) for _, value in entries]
     if last - oldest + 1 != len(numbers) or numbers != list(range(oldest, oldest + len(numbers))):
-        say("problem", f"the change log does not hold the commits {oldest} to {last}, as it should")
+        emit("problem", f"the change log lacks some of the commits {oldest} to {last}")
     if sum(lengths) != log_bytes or any(length % 12 for length in lengths):
-        say("problem", "an entry of the change log has a wrong length")
-    sums = Checksums.unpack(txn.get(SUMS_KEY))
+        emit("problem", "an entry of the change log has a wrong length")
+    sums = Checksums.unpack(txn.get(CHECKSUMS_KEY))
     if sums is None:
-        say("note", "no checksums of the catalog and the change log yet; the next commit writes them")
+        emit("note", "no checksums of the catalog and the change log yet; the next commit writes them")
     else:
         now = Checksums.of(txn.get(b"catalog"), state, entries)
         for what, was, found in (
@@ -180,12 +183,12 @@ def check_log(txn: Transaction) -> None:
             ("the change log", sums.log, now.log),
         ):
             if was != found:
-                say("problem", f"{what} is damaged: its checksum is wrong")
-    say("commit", last)
+                emit("problem", f"{what} is damaged: its checksum is wrong")
+    emit("commit", last)
 
 
 class Tables:
-    """Every page, and every row by its key."""
+    """Checks every page of every table, and looks up every row by its key."""
 
     def __init__(self, txn: Transaction, tree: Tree, total_pages: int) -> None:
         self.txn, self.tree, self.total_pages = txn, tree, total_pages
@@ -193,7 +196,7 @@ class Tables:
 
     def check(self, catalog: Catalog) -> None:
         for name, table in catalog.tables.items():
-            say("doing", f"view '{name}'")
+            emit("doing", f"view '{name}'")
             _View(self, catalog.views[name], table).check()
             self.tables += 1
         named = {table.id for table in catalog.tables.values()}
@@ -201,26 +204,29 @@ class Tables:
             if table_id not in named:
                 self._leftover(table_id)
         for kind in ("tables", "pages", "rows"):
-            say(kind, getattr(self, kind))
+            emit(kind, getattr(self, kind))
 
     def _leftover(self, table_id: int) -> None:
         n = count_table_pages(self.txn, table_id)
-        say("note", f"table {table_id} is in no catalog ({n} pages): of a load at work, or left by a killed one")
+        emit("note", f"table {table_id} is not in the catalog ({n} pages): a load is running, or a killed load left it")
 
     def count_page(self) -> None:
         self.pages += 1
         if self.pages % PROGRESS_PAGES == 0:
-            say("progress", [self.pages, self.total_pages])
+            emit("progress", [self.pages, self.total_pages])
 
 
 class _View:
+    """Checks the table of one view."""
+
     def __init__(self, tables: Tables, view: FeatureView, table: TableInfo) -> None:
         self.tables, self.view, self.table = tables, view, table
         self.n_problems = 0
         self.directory: Directory | None = None
-        self.keys: list[list[Array]] = []  # of pages, by column
-        self.buckets: list[tuple[bytes, int]] = []  # key and rows of these pages
-        self.waiting = 0
+        # Pages whose rows are still to be looked up, until there are BATCH_ROWS rows:
+        self.keys: list[list[Array]] = []  # key columns of each page
+        self.buckets: list[tuple[bytes, int]] = []  # bucket key and number of rows of each page
+        self.waiting = 0  # rows of these pages
 
     def problem(self, what: str, bucket: bytes | None = None) -> None:
         self.n_problems += 1
@@ -228,7 +234,7 @@ class _View:
         if bucket is not None:
             where += f", bucket {bucket.hex()}"
         if self.n_problems <= SHOWN_PER_VIEW:
-            say("problem", f"{where}: {what}")
+            emit("problem", f"{where}: {what}")
 
     def check(self) -> None:
         try:
@@ -242,10 +248,10 @@ class _View:
         except ValueError as error:
             wrong = str(error)
         self._check_pages(layout)
-        if wrong is not None and not self.n_problems:  # or a page that was named already is the reason
+        if wrong is not None and not self.n_problems:  # otherwise a page reported above is the likely reason
             self.problem(wrong)
         if self.n_problems > SHOWN_PER_VIEW:
-            say("problem", f"view '{self.view.name}': and {self.n_problems - SHOWN_PER_VIEW} problems more")
+            emit("problem", f"view '{self.view.name}': {self.n_problems - SHOWN_PER_VIEW} more problems")
 
     def _check_pages(self, layout: Layout) -> None:
         dtype = row_dtype(layout)
@@ -307,11 +313,11 @@ def _repeated(rows: list[Any]) -> Any:
 
 
 def check_models(path: Path, catalog: Catalog) -> None:
-    """The file of each version that the catalog names, by its sha256."""
+    """Compare the SHA-256 of each model version's file with the catalog and with its manifest."""
     n = 0
     for name, entry in catalog.models.items():
         for number, info in entry.versions.items():
-            say("doing", f"model '{name}' version {number}")
+            emit("doing", f"model '{name}' version {number}")
             n += 1
             file = model_path(path, name, number)
             try:
@@ -319,23 +325,23 @@ def check_models(path: Path, catalog: Catalog) -> None:
                     found = hashlib.file_digest(data, "sha256").hexdigest()
                 manifest = json.loads((file.parent / "manifest.json").read_bytes())
             except (OSError, ValueError) as error:
-                say("problem", f"model '{name}' version {number}: {error}")
+                emit("problem", f"model '{name}' version {number}: {error}")
                 continue
             if found != info.sha256:
-                say("problem", f"model '{name}' version {number}: {file.name} has another sha256 than the catalog says")
+                emit("problem", f"model '{name}' version {number}: the sha256 of {file.name} is not the catalog's")
             if not isinstance(manifest, dict) or manifest.get("sha256") != info.sha256:
-                say(
+                emit(
                     "problem",
-                    f"model '{name}' version {number}: manifest.json is not of the file that the catalog says",
+                    f"model '{name}' version {number}: the sha256 in manifest.json is not the catalog's",
                 )
-    say("model_versions", n)
+    emit("model_versions", n)
 
 
 def main() -> int:
     try:
         check(Path(sys.argv[1]))
     except ShorttailError as error:
-        say("error", [error.code, error.message])
+        emit("error", [error.code, error.message])
     return 0
 
 

@@ -1,6 +1,6 @@
-"""Checksums of what LMDB keeps beside the pages of tables, which have their own: catalog, state and change log.
+"""Checksums of the catalog, the state and the change log. (Each page image of a table holds its own checksum.)
 
-LMDB stores no checksums. `verify` compares these; nobody else reads them.
+LMDB stores no checksums. Writers keep these up to date, and only `verify` compares them.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ from typing import Any
 
 from shorttail._native.pages import crc32c
 
-KEY = b"sums"  # next to `state`, so that a commit writes no page more for it
-_SUMS = struct.Struct("<III")
+KEY = b"sums"  # sorts next to `state`, so a commit usually writes no extra page for it
+_PACKED = struct.Struct("<III")
 
 
 @dataclass(frozen=True, slots=True)
 class Checksums:
-    """CRC-32C of the catalog and of the state; of the log's entries, key and value each, all of them xored.
+    """The CRC-32C of the catalog, of the state, and of the change log.
 
-    Xored, so that entries can come and go one by one.
+    log: the checksums of all log entries (key and value), combined by xor, so that adding or removing one entry needs
+    only that entry.
     """
 
     catalog: int
@@ -29,20 +30,22 @@ class Checksums:
 
     @classmethod
     def of(cls, catalog: Any, state: Any, log: Iterable[tuple[bytes, Any]]) -> Checksums:
-        """catalog, state: buffers, None when they are missing. log: key and value of each entry."""
+        """Compute the checksums. catalog, state: buffers, or None if missing. log: (key, value) of each entry."""
         total = 0
         for key, value in log:
-            total ^= entry_sum(key, value)
+            total ^= entry_checksum(key, value)
         return cls(crc32c(catalog or b""), crc32c(state or b""), total)
 
     @classmethod
     def unpack(cls, value: Any) -> Checksums | None:
-        """None unless it is a value that pack() gave."""
-        return cls(*_SUMS.unpack(value)) if value is not None and len(value) == _SUMS.size else None
+        """Return the checksums in a value written by pack(), or None if the value is missing or has another length."""
+        return cls(*_PACKED.unpack(value)) if value is not None and len(value) == _PACKED.size else None
 
     def pack(self) -> bytes:
-        return _SUMS.pack(self.catalog, self.state, self.log)
+        """Return the value that LMDB stores under KEY."""
+        return _PACKED.pack(self.catalog, self.state, self.log)
 
 
-def entry_sum(key: bytes, value: Any) -> int:
+def entry_checksum(key: bytes, value: Any) -> int:
+    """Return the CRC-32C of one entry of the change log."""
     return crc32c(key + bytes(value))

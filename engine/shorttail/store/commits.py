@@ -1,4 +1,4 @@
-"""Commits of the catalog, and whether what was prepared before a commit still fits."""
+"""Changes of the catalog, and the test whether edits that were encoded before a commit still fit the table."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from shorttail.store.environment import Environment, drop_table
 
 @contextmanager
 def edit_catalog(environment: Environment) -> Iterator[Catalog]:
-    """A copy of the newest catalog to change; it is committed when the block ends, unless by an exception.
+    """Yield a copy of the newest catalog; commit the changed copy when the `with` block ends without an exception.
 
-    Tables that it no longer names are deleted afterwards. Writers wait meanwhile: be quick.
+    Tables that the catalog no longer names are deleted afterwards. Other writers wait while the block runs, so it must
+    be short. Raises what Environment.write() raises.
     """
     with environment.write() as writer:
         before = Catalog.from_json(writer.get_catalog())
@@ -28,12 +29,12 @@ def edit_catalog(environment: Environment) -> Iterator[Catalog]:
     kept = {table.id for table in catalog.tables.values()}
     for table in before.tables.values():
         if table.id not in kept:
-            with suppress(ResourceExhausted):  # the catalog is changed by now; the next load deletes the rest
+            with suppress(ResourceExhausted):  # the catalog is already committed; the next load deletes the rest
                 drop_table(environment, table.id)
 
 
 def is_current(catalog: Catalog, view: FeatureView, table: TableInfo) -> bool:
-    """Whether that table still holds the view's rows, and the view still has the same keys and features."""
+    """Return whether the catalog still gives the view this table, and the same keys and features (names and types)."""
     now = catalog.views.get(view.name)
     return now is not None and _same_columns(now, view) and catalog.tables[view.name] == table
 

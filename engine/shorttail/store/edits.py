@@ -1,4 +1,4 @@
-"""Edits of tables: rows to insert or to remove, encoded before the write lock is taken and applied under it."""
+"""Edits of tables: upserts and deletes, which are encoded before the write lock is taken and applied under the lock."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from shorttail.errors import Internal, InvalidArgument, ShorttailError
 from shorttail.store.environment import WriteTransaction
 from shorttail.store.table import Array, ColumnBatch, depth_to_grow, encode_keys, encode_rows, join_batches, make_layout
 
-SMALL_ROWS = 256  # an upsert of no more is encoded with others
-PAGES_AT_ONCE = 256  # pages whose new images are in memory before LMDB has them
+SMALL_ROWS = 256  # upserts of up to this many rows are encoded together with their neighbours
+PAGES_AT_ONCE = 256  # new page images that are held in memory before they are given to LMDB
 
 
 @dataclass(frozen=True, slots=True)
 class Upsert:
-    """Rows to put into a view."""
+    """Insert rows into a view, or replace rows with equal keys."""
 
     view: str
     batch: ColumnBatch
@@ -28,7 +28,7 @@ class Upsert:
 
 @dataclass(frozen=True, slots=True)
 class Delete:
-    """Rows to remove from a view: one column [n] for each key."""
+    """Remove rows from a view. keys: one array [n] per key column."""
 
     view: str
     keys: Sequence[Array]
@@ -37,8 +37,8 @@ class Delete:
 Edit = Upsert | Delete
 
 
-class DamagedBy(Exception):
-    """Edits that met a damaged table; what they wrote must be undone."""
+class TableDamaged(Exception):
+    """Raised when edits find a damaged table. The write transaction must be aborted. numbers: of these edits."""
 
     def __init__(self, numbers: list[int], error: Internal) -> None:
         super().__init__(numbers)
@@ -48,16 +48,16 @@ class DamagedBy(Exception):
 
 @dataclass(slots=True)
 class EditRun:
-    """One edit, or several upserts that follow each other: their rows are sorted and merged as one batch."""
+    """One delete, or one or more consecutive upserts whose rows are sorted and merged as one batch."""
 
     upsert: bool
     numbers: list[int]
-    parts: list[tuple[Any, bytes]]  # rows and arena, of one edit or of several
+    parts: list[tuple[Any, bytes]]  # (rows, string arena) of one or more edits
 
 
 @dataclass(slots=True)
 class TableEdits:
-    """The edits of one table, in their order."""
+    """The edits of one table, in the order given."""
 
     view: FeatureView
     table: TableInfo
@@ -68,26 +68,26 @@ class TableEdits:
     def of(cls, view: FeatureView, table: TableInfo) -> TableEdits:
         return cls(view, table, make_layout(view, table))
 
-    def encode(self, edits: Sequence[tuple[int, Edit]], apart: bool) -> dict[int, ShorttailError]:
-        """Make steps of edits with their numbers. Returns the errors of those that have wrong columns.
+    def encode(self, edits: Sequence[tuple[int, Edit]], separately: bool) -> dict[int, ShorttailError]:
+        """Encode numbered edits into steps. Return the errors of edits with wrong columns, by number.
 
-        apart: each for itself. Encoding costs far more by the column than by the row, so small upserts that follow
-        each other are encoded as one.
+        separately: encode each edit on its own. Otherwise small consecutive upserts are encoded as one: the cost of
+        encoding is mostly per column, not per row.
         """
         errors: dict[int, ShorttailError] = {}
-        for alike, group in groupby(edits, key=lambda numbered: _is_small(numbered[1]) and not apart):
+        for joinable, group in groupby(edits, key=lambda numbered: _is_small(numbered[1]) and not separately):
             run = list(group)
-            if alike and self._encode_joined(run):
+            if joinable and self._encode_joined(run):
                 continue
             for number, edit in run:
                 try:
-                    self._add(isinstance(edit, Upsert), [number], self._encode(edit), apart)
+                    self._add(isinstance(edit, Upsert), [number], self._encode(edit), separately)
                 except ShorttailError as error:
                     errors[number] = error
         return errors
 
     def _encode_joined(self, run: Sequence[tuple[int, Edit]]) -> bool:
-        """Whether it could be done."""
+        """Encode consecutive upserts as one. Return False, without any change, if that is not possible."""
         batches = [edit.batch for _, edit in run if isinstance(edit, Upsert)]
         joined = join_batches(batches) if len(batches) > 1 else None
         if joined is None:
@@ -95,7 +95,7 @@ class TableEdits:
         try:
             part = encode_rows(self.layout, self.view, joined)
         except InvalidArgument:
-            return False  # which of them it is shows when each is encoded for itself
+            return False  # the caller encodes each edit on its own and so finds the wrong one
         self._add(True, [number for number, _ in run], part, False)
         return True
 
@@ -104,8 +104,8 @@ class TableEdits:
             return encode_rows(self.layout, self.view, edit.batch)
         return _encode_keys(self.layout, self.view, edit.keys)
 
-    def _add(self, upsert: bool, numbers: list[int], part: tuple[Any, bytes], apart: bool) -> None:
-        if upsert and not apart and self.steps and self.steps[-1].upsert:
+    def _add(self, upsert: bool, numbers: list[int], part: tuple[Any, bytes], separately: bool) -> None:
+        if upsert and not separately and self.steps and self.steps[-1].upsert:
             self.steps[-1].numbers += numbers
             self.steps[-1].parts.append(part)
         else:
@@ -116,7 +116,7 @@ class TableEdits:
         return (number for step in self.steps for number in step.numbers)
 
     def apply(self, writer: WriteTransaction) -> dict[int, int]:
-        """Write what the edits make of the table. Returns the rows removed by each Delete. Raises DamagedBy."""
+        """Apply all steps to the table. Return the number of rows that each Delete removed. Raises TableDamaged."""
         removed = {}
         for i, step in enumerate(self.steps):
             rows = SortedRows(self.layout, step.parts)
@@ -128,11 +128,14 @@ class TableEdits:
                 else:
                     self._merge(writer, rows)
             except ValueError as error:
-                raise DamagedBy(step.numbers, damaged(writer.path, self.view.name, error)) from None
+                raise TableDamaged(step.numbers, damaged_table(writer.path, self.view.name, error)) from None
         return removed
 
     def _merge_into_committed(self, writer: WriteTransaction, rows: SortedRows) -> None:
-        """For the first step, which finds the table as the last commit left it: without LMDB for each bucket."""
+        """Merge the rows of the first step, reading buckets from the committed tree without a call to LMDB per bucket.
+
+        Only the first step can do this: later steps must see the pages that earlier steps wrote.
+        """
         depth_grow, at = self._depth_to_grow(writer, rows), 0
         with writer.committed_tree() as tree:
             while at < len(rows):
@@ -148,7 +151,8 @@ class TableEdits:
                 writer.put_page(table_id, new_key, image)
 
     def _depth_to_grow(self, writer: WriteTransaction, rows: SortedRows) -> int:
-        # LMDB counts the pages of all tables: one among larger ones may become deeper than it needs, which is harmless.
+        # LMDB counts the entries of all tables together, so a small table beside large ones may become deeper than
+        # necessary. That is harmless.
         return depth_to_grow(writer.n_entries + rows.image_bytes() // rows.layout.page_bytes + 1)
 
     def _remove(self, writer: WriteTransaction, rows: SortedRows) -> int:
@@ -165,7 +169,7 @@ class TableEdits:
         return removed_in_all
 
     def _join_siblings(self, writer: WriteTransaction, key: bytes, page: bytes) -> None:
-        """Merge the bucket with its sibling while both together are small, so that a table shrinks as it grew."""
+        """Merge the bucket with its sibling, repeatedly, while the two together are small. So tables also shrink."""
         table_id = self.table.id
         while depth := page[4]:
             at = int.from_bytes(key)
@@ -189,8 +193,8 @@ def _is_small(edit: Edit) -> bool:
     return isinstance(edit, Upsert) and len(edit.batch) <= SMALL_ROWS
 
 
-def damaged(path: object, view_name: str, error: ValueError) -> Internal:
-    """What native code says about a page, with the table's name."""
+def damaged_table(path: object, view_name: str, error: ValueError) -> Internal:
+    """Return the error for a damaged page that native code found, with the view's name."""
     return Internal(f"store '{path}': the table of view '{view_name}' is damaged ({error}); load it again")
 
 

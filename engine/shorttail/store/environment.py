@@ -1,11 +1,11 @@
-"""One LMDB environment: opening it, its format version, write transactions with a change log, the generation word.
+"""One LMDB environment: opening it, its format version, transactions, the change log and the generation word.
 
-A store is a directory: data.mdb and lock.mdb (LMDB), generation (8 bytes of shared memory that count commits),
-load.lock (held by the one bulk load that may run) and models/. Inside LMDB there is one database, in which the first
-byte of a key says what it is: the format version, the catalog and the state; "l": what a commit changed; "t": a page of
-a table. docs/format.md has it all.
+A store is a directory with data.mdb and lock.mdb (LMDB), generation (8 bytes of shared memory that count commits),
+load.lock (locked by a bulk load while it runs) and models/. LMDB holds one database. Its keys are "format", "catalog",
+"state" and "sums"; "l" + commit number: what that commit changed; "t" + table id + bucket key: a page of a table.
+docs/format.md describes everything.
 
-LMDB must never be opened twice in one process, so environments are shared: see Environment.open.
+One process must never open the same LMDB environment twice, so environments are shared: see Environment.open.
 """
 
 from __future__ import annotations
@@ -23,34 +23,34 @@ from typing import Any
 from shorttail._native.pages import GenerationWord, Tree, crc32c
 from shorttail.config import LIMITS
 from shorttail.errors import Internal, InvalidArgument
-from shorttail.store.checksums import KEY as SUMS_KEY
-from shorttail.store.checksums import Checksums, entry_sum
+from shorttail.store.checksums import KEY as CHECKSUMS_KEY
+from shorttail.store.checksums import Checksums, entry_checksum
 from shorttail.store.lmdb_file import PAGE_BYTES
-from shorttail.store.lmdb_handle import Handle
+from shorttail.store.lmdb_handle import LmdbHandle
 from shorttail.store.lmdb_handle import Transaction as Transaction
-from shorttail.store.mapping import map_full, pages_to_use
-from shorttail.store.opening import check_directory, map_word, translated
+from shorttail.store.mapping import map_full_error, usable_pages
+from shorttail.store.opening import check_directory, map_generation, translate_errors
 
 FORMAT_VERSION = 2
 BUCKET_KEY_BYTES = 8
 PAGE_HEADER_BYTES = 16
-INLINE_BYTES = 2038 - 8 - 9  # the longest value that LMDB keeps in its tree, less a node's header and a log entry's key
-ROOT_TRIES = 100  # a snapshot's root is gone once two commits were made since it was taken: take another
+INLINE_BYTES = 2038 - 8 - 9  # longest log entry that LMDB keeps in its tree: the longest node less its header and key
+ROOT_TRIES = 100  # two commits after a snapshot was taken, the meta page that names its root is overwritten: try again
 
 _FORMAT, _CATALOG, _STATE_KEY = b"format", b"catalog", b"state"
-_STATE = struct.Struct("<QQQ")  # sequence number of the last commit, of the oldest one in the log, bytes of the log
-_LOG_KEY = struct.Struct(">cQ")  # big-endian: LMDB then keeps the log in order
+_STATE = struct.Struct("<QQQ")  # number of the last commit, number of the oldest commit in the log, bytes of the log
+_LOG_KEY = struct.Struct(">cQ")  # big-endian, so that LMDB orders the log by commit number
 _TABLE_KEY = struct.Struct(">cI")
-_CATALOG_CHANGE = bytes(4 + BUCKET_KEY_BYTES)  # in the log: table 0 stands for the catalog
+_CATALOG_CHANGE = bytes(4 + BUCKET_KEY_BYTES)  # a log entry with table id 0 says that the catalog changed
 
 
 def table_prefix(table_id: int) -> bytes:
-    """What the keys of that table's pages begin with."""
+    """Return the prefix of the keys of all pages of a table."""
     return _TABLE_KEY.pack(b"t", table_id)
 
 
 def page_key(table_id: int, bucket_key: bytes) -> bytes:
-    """The key of a page in LMDB."""
+    """Return the LMDB key of a page."""
     return _TABLE_KEY.pack(b"t", table_id) + bucket_key
 
 
@@ -59,16 +59,16 @@ def _log_key(sequence: int) -> bytes:
 
 
 class Environment:
-    """The LMDB environment of one store, shared by all who open that path in this process.
+    """The LMDB environment of one store. All users of one path in this process share one Environment.
 
-    Thread-safe. A process that forks must not use it in the child: every use there raises InvalidArgument.
+    Thread-safe. A forked child must not use its parent's Environment: every use there raises InvalidArgument.
     """
 
-    _registry: dict[str, Environment] = {}  # noqa: RUF012  by real path
+    _registry: dict[str, Environment] = {}  # noqa: RUF012  the open environments by real path
     _registry_lock = threading.Lock()
 
-    def __init__(self, handle: Handle, word_map: mmap.mmap) -> None:
-        """For open() only."""
+    def __init__(self, handle: LmdbHandle, word_map: mmap.mmap) -> None:
+        """Called by open() only."""
         self.path = handle.path
         self.handle = handle
         self.word = GenerationWord(word_map)
@@ -76,15 +76,15 @@ class Environment:
         self._users = 1
         self._pid = os.getpid()
         self._writing_thread: int | None = None
-        self._checked_s = time.monotonic()  # when the table of readers was last rid of dead ones
+        self._checked_s = time.monotonic()  # time of the last clean-up of LMDB's reader table
         self._writer: WriteTransaction | None = None
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, create: bool = False) -> Environment:
-        """The environment of the store at path; close() it as often as it was opened.
+        """Return the environment of the store at path. Each open() needs one close().
 
-        create: make the store if it is not there. Raises NotFound (no store), InvalidArgument (not a store, damaged, of
-        a newer format, opened before a fork), PermissionDenied, ResourceExhausted.
+        create: make the store if it does not exist. Raises NotFound (no store), InvalidArgument (not a store, damaged,
+        another format version, or opened before a fork), PermissionDenied and ResourceExhausted.
         """
         path = Path(path)
         name = os.path.realpath(path)
@@ -95,12 +95,12 @@ class Environment:
                 known._users += 1
                 return known
             check_directory(path, create)
-            with translated(path):
+            with translate_errors(path):
                 if create:
                     path.mkdir(parents=True, exist_ok=True)
-                handle = Handle(path, create)
+                handle = LmdbHandle(path, create)
                 try:
-                    environment = cls(handle, map_word(path / "generation"))
+                    environment = cls(handle, map_generation(path / "generation"))
                     environment._check_format(create)
                 except BaseException:
                     handle.env.close()
@@ -109,7 +109,7 @@ class Environment:
             return environment
 
     def close(self) -> None:
-        """End one use. The last one closes LMDB: no transaction may be open then."""
+        """Undo one open(). The last close() closes LMDB; no transaction may be open then."""
         with self._registry_lock:
             self._users -= 1
             if self._users or os.getpid() != self._pid:
@@ -122,7 +122,7 @@ class Environment:
             self._word_map.close()
 
     def check_process(self) -> None:
-        """Raise InvalidArgument if this is a child forked after the store was opened."""
+        """Raise InvalidArgument in a child process that was forked after the store was opened."""
         if os.getpid() != self._pid:
             raise InvalidArgument(
                 f"store '{self.path}' was opened before this process forked; open it after the fork, or start "
@@ -159,7 +159,7 @@ class Environment:
 
     @contextmanager
     def read(self) -> Iterator[Transaction]:
-        """A read transaction for a `with` block; it gives values as memoryviews of the map."""
+        """Yield a read transaction that ends with the `with` block. Its values are memoryviews of the map."""
         if not self.is_writing():
             self.handle.recover()
         txn = self._begin_read()
@@ -169,9 +169,9 @@ class Environment:
             self.handle.end_read(txn)
 
     def read_tree(self) -> tuple[Transaction, Tree]:
-        """A read transaction and its B+tree, to be read without LMDB. To be given to handle.end_read().
+        """Begin a read transaction; return it and its B+tree, which native code reads without LMDB.
 
-        Raises Unavailable when handle.recover() must be called first.
+        End the transaction by handle.end_read(). Raises Unavailable if handle.recover() must be called first.
         """
         for _ in range(ROOT_TRIES):
             txn = self._begin_read()
@@ -190,16 +190,19 @@ class Environment:
         return self.handle.begin_read()
 
     def read_catalog_json(self, txn: Transaction) -> bytes | None:
-        """The catalog as of that transaction."""
+        """Return the JSON of the catalog as of a transaction; None in a store without a catalog."""
         value = txn.get(_CATALOG)
         return None if value is None else bytes(value)
 
     def sequence(self, txn: Transaction) -> int:
-        """Number of the last commit as of that transaction."""
+        """Return the number of the last commit as of a transaction."""
         return self._state(txn)[0]
 
     def changes_since(self, txn: Transaction, sequence: int) -> bytes | None:
-        """What commits after that number changed, as Directory.update() takes it; None when the log is too short."""
+        """Return the log entries of all commits after `sequence`, joined as Directory.update() takes them.
+
+        Returns None if the log no longer holds them all.
+        """
         last, oldest, _ = self._state(txn)
         if last < sequence or oldest > sequence + 1:
             return None
@@ -214,15 +217,16 @@ class Environment:
 
     @contextmanager
     def write(self) -> Iterator[WriteTransaction]:
-        """A write transaction, durable when the block ends; an exception in it undoes everything.
+        """Yield a write transaction, which is durable when the `with` block has ended. An exception in it undoes all.
 
-        Waits for the writer that is at work, of whatever process. Raises ResourceExhausted when disk or map are full.
+        Waits until the current writer, in any process, has finished. Raises ResourceExhausted when the disk or the map
+        is full, and Internal when this thread is already in write().
         """
         self.check_process()
         if self.is_writing():
             raise Internal(f"store '{self.path}': a write was started within another one")
         self.handle.recover()
-        with self.handle.write_lock, translated(self.path):
+        with self.handle.write_lock, translate_errors(self.path):
             txn = self.handle.begin_write()
             self._writing_thread = threading.get_ident()
             try:
@@ -242,23 +246,24 @@ class Environment:
             self.word.bump()
 
     def _check_room(self, writer: WriteTransaction) -> None:
-        """Raise ResourceExhausted if the write makes tables larger by what deletes need."""
-        if writer.grown_pages() > 0 and count_pages(writer.txn) > pages_to_use(self.handle.env.info()["map_size"]):
-            raise map_full(self.path)
+        """Raise ResourceExhausted if the write makes tables larger and leaves too few free pages for later deletes."""
+        if writer.grown_pages() > 0 and count_pages(writer.txn) > usable_pages(self.handle.env.info()["map_size"]):
+            raise map_full_error(self.path)
 
     def is_writing(self) -> bool:
-        """Whether this thread is within write()."""
+        """Return whether this thread is inside write()."""
         return self._writing_thread == threading.get_ident()
 
     @property
     def writer(self) -> WriteTransaction | None:
-        """What this thread is within, if it is within write()."""
+        """The write transaction that this thread is inside of; None outside write()."""
         return self._writer if self.is_writing() else None
 
     def _check_readers(self) -> None:
-        """Free what killed readers hold: a slot each, and the pages of their snapshot, which LMDB cannot use again.
+        """Free the reader slots of killed processes, at most every LIMITS.reader_check_ms.
 
-        Opening a store does it too; but a writer may run for days while its readers come and go.
+        As long as a dead reader holds its slot, LMDB cannot reuse the pages of its snapshot. Opening a store frees the
+        slots as well, but a writer may run for days while reader processes start and die.
         """
         now_s = time.monotonic()
         if now_s - self._checked_s >= LIMITS.reader_check_ms / 1000:
@@ -266,10 +271,10 @@ class Environment:
             self.handle.env.reader_check()
 
     def _extend_file(self) -> None:
-        """Make the file as long as its page count says.
+        """Make the file as long as the page count in its meta page says.
 
-        LMDB does not write pages at the end that a commit took and gave back; with them there, a file that is too short
-        is a damaged one. Only under the write lock: truncate() must not race with a writer that makes the file longer.
+        LMDB never writes pages at the end of the file that a commit allocated and freed again. After this call a file
+        that is too short is a damaged one. Needs the write lock, because truncate() must not race with another writer.
         """
         needed = (self.handle.env.info()["last_pgno"] + 1) * PAGE_BYTES
         file = self.path / "data.mdb"
@@ -278,11 +283,11 @@ class Environment:
 
 
 class WriteTransaction:
-    """What is done inside Environment.write(). `txn` is the LMDB transaction."""
+    """A write transaction, yielded by Environment.write(). `txn` is the LMDB transaction."""
 
     def __init__(self, environment: Environment, txn: Transaction) -> None:
         self.txn = txn
-        self.n_pages = 0  # put so far, of tables
+        self.n_pages = 0  # table pages written so far
         self._environment = environment
         self._changes: set[bytes] = set()
         self._many_changes: list[bytes] = []
@@ -297,21 +302,21 @@ class WriteTransaction:
         self._changes.add(_CATALOG_CHANGE)
 
     def put_page(self, table_id: int, bucket_key: bytes, image: bytes) -> None:
-        """Write a page, and tell readers of it."""
+        """Write a page and enter it in the change log."""
         key = page_key(table_id, bucket_key)
         self.txn.put(key, image)
         self.n_pages += 1
         self.changed(key)
 
     def put_pages(self, pages: list[tuple[bytes, Any]], changes: bytes) -> None:
-        """The same for many, by their keys in LMDB, and in the order of these. changes: the entries of the log."""
+        """Write many pages. pages: (LMDB key, image), in the order of the keys. changes: their change log entries."""
         self._cursor.putmulti(pages)
         self.n_pages += len(pages)
         self._many_changes.append(changes)
 
     @contextmanager
     def committed_tree(self) -> Iterator[Tree]:
-        """LMDB's tree as the last commit left it. What this write changed is not in it."""
+        """Yield LMDB's tree as of the last commit, without the changes of this transaction."""
         txn, tree = self._environment.read_tree()
         try:
             yield tree
@@ -324,20 +329,23 @@ class WriteTransaction:
 
     @property
     def n_entries(self) -> int:
-        """Keys in LMDB: pages of all tables, and a few others."""
+        """The number of entries in LMDB: the pages of all tables and a few others."""
         count: int = self.txn.stat()["entries"]
         return count
 
     def delete_page(self, table_id: int, bucket_key: bytes) -> None:
-        """Delete the page of a bucket that was merged into another. Its readers are told of that one."""
+        """Delete the page of a bucket that was merged into its sibling. The sibling's log entry tells readers."""
         self.txn.delete(page_key(table_id, bucket_key))
 
     def changed(self, key: bytes) -> None:
-        """Tell readers that the page of that key is new. Not needed for a table that no catalog names yet."""
+        """Enter a changed page in the change log. Not needed for a table that the catalog does not name yet."""
         self._changes.add(key[-len(_CATALOG_CHANGE) :])
 
     def find_bucket(self, table_id: int, row_hash: bytes) -> tuple[bytes, memoryview | None]:
-        """(key, page) of the bucket that the hash belongs to; the page is None in an empty table."""
+        """Return (bucket key, page) of the bucket that a row's hash belongs to; the page is None in an empty table.
+
+        row_hash: 8 bytes, big-endian.
+        """
         cursor, wanted = self._cursor, page_key(table_id, row_hash)
         found = cursor.set_range(wanted)
         if not (found and bytes(cursor.key()) == wanted):
@@ -354,16 +362,16 @@ class WriteTransaction:
         return page
 
     def grown_pages(self) -> int:
-        """Pages of tables and the catalog that there are more than before."""
+        """Return by how many pages this transaction has made the tables and the catalog larger."""
         count: int = self.txn.stat()["overflow_pages"] - self._value_pages
         return count
 
     def finish(self) -> bool:
-        """Write the log; True if there was something for readers to see."""
+        """Write the change log entry of this commit. Return False if nothing changed for readers."""
         if not self._changes and not self._many_changes:
             return False
         last, oldest, log_bytes = self._environment._state(self.txn)
-        known = Checksums.unpack(self.txn.get(SUMS_KEY)) or Checksums.of(
+        known = Checksums.unpack(self.txn.get(CHECKSUMS_KEY)) or Checksums.of(
             self.get_catalog(), None, log_entries(self.txn)
         )
         entry = b"".join(self._many_changes + sorted(self._changes))
@@ -371,36 +379,36 @@ class WriteTransaction:
         self.txn.put(_log_key(last), entry)
         self._value_pages += value_pages(entry)
         log_bytes += len(entry)
-        log_sum = known.log ^ entry_sum(_log_key(last), entry)
+        log_sum = known.log ^ entry_checksum(_log_key(last), entry)
         while oldest <= last and (last - oldest >= LIMITS.change_log_commits or log_bytes > LIMITS.change_log_bytes):
             value = self.txn.get(_log_key(oldest))
             if value is not None:
                 self._value_pages -= value_pages(value)
                 log_bytes -= len(value)
-                log_sum ^= entry_sum(_log_key(oldest), value)
+                log_sum ^= entry_checksum(_log_key(oldest), value)
                 self.txn.delete(_log_key(oldest))
             oldest += 1
         state = _STATE.pack(last, oldest, log_bytes)
         self.txn.put(_STATE_KEY, state)
         catalog_sum = crc32c(self.get_catalog() or b"") if _CATALOG_CHANGE in self._changes else known.catalog
-        self.txn.put(SUMS_KEY, Checksums(catalog_sum, crc32c(state), log_sum).pack())
+        self.txn.put(CHECKSUMS_KEY, Checksums(catalog_sum, crc32c(state), log_sum).pack())
         return True
 
 
 def value_pages(value: Any) -> int:
-    """Pages of their own that LMDB gives the value of a log entry."""
+    """Return the number of overflow pages that LMDB uses for the value of a log entry."""
     return 0 if len(value) <= INLINE_BYTES else (len(value) + PAGE_HEADER_BYTES + PAGE_BYTES - 1) // PAGE_BYTES
 
 
 def count_pages(txn: Transaction) -> int:
-    """Pages in use as of that transaction, but for those that list the free ones."""
+    """Return the pages in use as of a transaction, without the pages that hold LMDB's free list."""
     stat = txn.stat()
     total: int = stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"]
     return total
 
 
 def log_entries(txn: Transaction) -> Iterator[tuple[bytes, memoryview]]:
-    """Keys and values of the change log, oldest first."""
+    """Yield (key, value) of each entry of the change log, oldest first."""
     cursor = txn.cursor()
     if cursor.set_range(_log_key(0)):
         for key, value in cursor:
@@ -410,7 +418,7 @@ def log_entries(txn: Transaction) -> Iterator[tuple[bytes, memoryview]]:
 
 
 def table_pages(txn: Transaction, table_id: int) -> Iterator[tuple[bytes, memoryview]]:
-    """(bucket key, page) of that table, in order."""
+    """Yield (bucket key, page) of each page of a table, in the order of the bucket keys."""
     prefix = table_prefix(table_id)
     cursor = txn.cursor()
     if cursor.set_range(prefix):
@@ -422,7 +430,7 @@ def table_pages(txn: Transaction, table_id: int) -> Iterator[tuple[bytes, memory
 
 
 def table_ids(txn: Transaction) -> list[int]:
-    """Ids of the tables that have pages."""
+    """Return the ids of all tables that have pages, in ascending order."""
     found: list[int] = []
     cursor = txn.cursor()
     while cursor.set_range(table_prefix(found[-1] + 1 if found else 0)):
@@ -434,9 +442,9 @@ def table_ids(txn: Transaction) -> list[int]:
 
 
 def drop_table(environment: Environment, table_id: int) -> None:
-    """Delete the pages of a table that no catalog names any more.
+    """Delete all pages of a table that the catalog no longer names.
 
-    In commits of LIMITS.drop_commit_pages, so that other writers need not wait for all of a large table.
+    Each commit deletes LIMITS.drop_commit_pages, so that other writers do not wait until a large table is deleted.
     """
     prefix, left = table_prefix(table_id), True
     while left:
@@ -451,10 +459,14 @@ def drop_table(environment: Environment, table_id: int) -> None:
 
 
 def _after_fork() -> None:
-    """In the child: make whoever looks at the word look closer, and be refused."""
+    """Make all open environments refuse further use in a forked child.
+
+    A poisoned generation word always reads as changed, so each reader looks for a new snapshot and check_process()
+    raises.
+    """
     for environment in Environment._registry.values():
         environment.word.poison()
-    Environment._registry_lock = threading.Lock()  # it may have been held by a thread that is not here
+    Environment._registry_lock = threading.Lock()  # a thread that does not exist in the child may hold the old lock
 
 
 os.register_at_fork(after_in_child=_after_fork)

@@ -1,4 +1,4 @@
-"""Files beside the LMDB file in a store's folder: where a model's file lies, and writes that survive a crash."""
+"""The files beside LMDB's in a store's folder: the path of a model's file, and writes that survive a crash."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from pathlib import Path
 
 
 def model_path(store_path: str | Path, name: str, version: int) -> Path:
-    """Where the ONNX file of a version is."""
+    """Return the path of the ONNX file of a model version."""
     return Path(store_path) / "models" / name / str(version) / "model.onnx"
 
 
 def write_durably(path: Path, data: bytes) -> None:
+    """Write a file and fsync it. Call sync_folder() on its folder if the file is new."""
     with path.open("wb") as file:
         file.write(data)
         file.flush()
@@ -19,6 +20,7 @@ def write_durably(path: Path, data: bytes) -> None:
 
 
 def sync_folder(path: Path) -> None:
+    """Fsync a folder, which makes new, renamed and deleted names in it durable."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

@@ -1,12 +1,13 @@
-"""LMDB's data file looked at by ordinary reads, never through a map: a page that a damaged file lacks then is an error,
-where touching it in a map would kill the process.
+"""Checks of LMDB's data file by ordinary reads, without a map.
 
-The structure is checked by py-lmdb's verifier. What that leaves out is here: the fields that this store fixes, whether
-both metas follow each other, and whether the file holds the end of each value. All of it is of one commit, also while
-others write, if the caller holds a read transaction meanwhile: no page of that commit or a later one is written again.
+Reading past the end of a damaged file is then an error, whereas touching a missing page in a map kills the process.
 
-`python -m shorttail.store.lmdb_file STORE` prints the problems as JSON. In a process of its own, as one that has LMDB
-open should not open LMDB's files in another way: to close them gives up its locks.
+py-lmdb's verifier checks the structure. This module adds checks of the fields that a store fixes, of the order of the
+two meta pages, and of whether the file holds the end of each value. While others write, the result is consistent if the
+caller holds a read transaction: no page of that commit or of a later one is reused.
+
+`python -m shorttail.store.lmdb_file STORE` prints the problems as JSON. Use a process of its own: when a process that
+has LMDB open opens and closes LMDB's files in another way, closing them releases LMDB's file locks.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from typing import BinaryIO
 from lmdb.verify import VerifyError, verify
 
 PAGE_BYTES = 4096
-HEADER_TRIES = 5  # the page of a meta, or the length of the file, may be read while they are written
+HEADER_TRIES = 5  # a meta page, or the length of the file, may be read while a writer changes it
 TRY_WAIT_S = 0.02
 
-# Offsets in a meta page, and what stands there in a store (struct MDB_meta of LMDB 0.9, data format 1, behind a page
-# header of 16 bytes). Page size and flags: mdb.c keeps them in the record of the free list's database.
+# The fields of a meta page and their values in a store: struct MDB_meta of LMDB 0.9, data format 1, after a page header
+# of 16 bytes. LMDB keeps the page size and the flags in the record of the free list's database.
 _META = struct.Struct("<QHH4x II16x IHH40x IHHQQQQQ QQ")
 _MAGIC, _VERSION, _META_FLAG, _INTEGER_KEYS = 0xBEEFC0DE, 1, 8, 8
 _NO_PAGE = (1 << 64) - 1
@@ -37,7 +38,7 @@ _STATE_KEY = b"state"
 
 @dataclass(frozen=True, slots=True)
 class Meta:
-    """What a meta page says of a commit."""
+    """The fields of a meta page, which describe one commit."""
 
     number: int
     depth: int
@@ -47,11 +48,11 @@ class Meta:
 
 
 class Damaged(Exception):
-    """The file cannot be LMDB's. The message says why."""
+    """Raised when the file is not a valid LMDB file. The message says why."""
 
 
 def read_metas(file: BinaryIO) -> tuple[Meta, Meta]:
-    """Both metas, the newer one first. Raises Damaged unless they say what LMDB writes for a store."""
+    """Return both meta pages, the newer one first. Raises Damaged unless they hold what LMDB writes for a store."""
     file.seek(0)
     head = file.read(2 * PAGE_BYTES)
     if len(head) < 2 * PAGE_BYTES:
@@ -59,9 +60,7 @@ def read_metas(file: BinaryIO) -> tuple[Meta, Meta]:
     metas = [_parse_meta(head[number * PAGE_BYTES :], number) for number in (0, 1)]
     newer, older = sorted(metas, key=lambda meta: -meta.txn_id)
     if newer.txn_id - older.txn_id > 1 or (newer.txn_id and newer.txn_id & 1 != newer.number):
-        raise Damaged(
-            f"the meta pages are of commits {older.txn_id} and {newer.txn_id}, which do not follow each other"
-        )
+        raise Damaged(f"the meta pages belong to commits {older.txn_id} and {newer.txn_id}, which are not consecutive")
     return newer, older
 
 
@@ -69,14 +68,17 @@ def _parse_meta(page: bytes, number: int) -> Meta:
     own, _, flags, magic, version, page_bytes, free_flags, _, pad, db_flags, depth, *rest = _META.unpack_from(page)
     _, _, _, _, root, last_page, txn_id = rest
     if (own, flags & _META_FLAG, magic, version) != (number, _META_FLAG, _MAGIC, _VERSION):
-        raise Damaged(f"meta page {number} is not one of LMDB 0.9")
+        raise Damaged(f"meta page {number} is not a meta page of LMDB 0.9")
     if (page_bytes, free_flags, pad, db_flags) != (PAGE_BYTES, _INTEGER_KEYS, 0, 0):
-        raise Damaged(f"meta page {number} is not that of a store with pages of {PAGE_BYTES} bytes")
+        raise Damaged(f"meta page {number} does not belong to a store with pages of {PAGE_BYTES} bytes")
     return Meta(number, depth, root, last_page + 1, txn_id)
 
 
 def header_problems(path: Path) -> list[str]:
-    """Whether LMDB may map that file at all. Quick; also while others write. Raises OSError."""
+    """Return why LMDB must not map the file; an empty list if it may. Raises OSError.
+
+    Reads only the meta pages. Works while others write.
+    """
     for _ in range(HEADER_TRIES):
         try:
             with (path / "data.mdb").open("rb") as file:
@@ -92,9 +94,10 @@ def header_problems(path: Path) -> list[str]:
 
 
 def structure_problems(path: Path) -> list[str]:
-    """What is wrong with the file as of its last commit: metas, both trees, the free list, the length. Raises OSError.
+    """Return the problems of the file as of its last commit: meta pages, both trees, free list, length. Raises OSError.
 
-    Reads each page but what follows the first one of a value. Not while this process has LMDB open on it.
+    Reads every page except the second and later pages of a value. Must not be called while this process has LMDB open
+    on the file.
     """
     if problems := header_problems(path):
         return problems
@@ -106,7 +109,7 @@ def structure_problems(path: Path) -> list[str]:
 
 
 def _missing_ends(path: Path) -> list[str]:
-    """Values whose end the file lacks. Only for a file whose structure is sound, as this trusts it."""
+    """Return a problem if the file lacks the end of a value. Trusts the structure, which must have been checked."""
     with (path / "data.mdb").open("rb") as file:
         size = file.seek(0, 2)
         newer, _ = read_metas(file)
@@ -117,7 +120,7 @@ def _missing_ends(path: Path) -> list[str]:
 
 
 def _extents(file: BinaryIO, meta: Meta) -> Iterator[tuple[int, int]]:
-    """(first page, pages) of each value that has pages of its own."""
+    """Yield (first page, number of pages) of each value in overflow pages."""
     pending = [meta.root] if meta.root != _NO_PAGE else []
     while pending:
         file.seek(pending.pop() * PAGE_BYTES)
@@ -133,17 +136,17 @@ def _extents(file: BinaryIO, meta: Meta) -> Iterator[tuple[int, int]]:
 
 
 def _lost_commit(path: Path) -> list[str]:
-    """Whether the meta page that is not in use is the newer one: a damaged number makes an older commit the last."""
+    """Return a problem if a damaged commit number makes the older meta page look like the newer one."""
     with (path / "data.mdb").open("rb") as file:
         newer, older = read_metas(file)
         counted = [_commits_counted(file, meta) for meta in (newer, older)]
     if None in counted or counted[0] >= counted[1]:  # type: ignore[operator]
         return []
-    return [f"meta page {newer.number} has the number of the last commit, but not its content"]
+    return [f"meta page {newer.number} has the number of the last commit, but the content of an older one"]
 
 
 def _commits_counted(file: BinaryIO, meta: Meta) -> int | None:
-    """The first number of `state` as of that meta; None if it is not found, its pages being used otherwise by now."""
+    """Return the commit number in `state` as of a meta page; None if its pages have been reused meanwhile."""
     number = meta.root
     try:
         for _ in range(meta.depth):
@@ -163,6 +166,7 @@ def _commits_counted(file: BinaryIO, meta: Meta) -> int | None:
 
 
 def _offsets(page: bytes, lower: int) -> tuple[int, ...]:
+    """Return the offsets of the nodes in a page. lower: the end of the array of offsets."""
     return struct.unpack_from(f"<{(lower - 16) // 2}H", page, 16)
 
 

@@ -1,7 +1,7 @@
-"""An open LMDB environment that can be opened again under those who use it.
+"""An open LMDB environment that can be closed and reopened while the store stays in use.
 
-When the write of its meta page fails, LMDB begins no transaction any more until it is opened again, as what other
-processes see of that page is unsure. Closing it takes away all memory that it gave, so nobody may be reading then.
+When a write of LMDB's meta page fails, nobody knows what other processes see of that page. LMDB then refuses every
+transaction until its environment is reopened. Closing it unmaps all memory that it gave out, so no read may be active.
 """
 
 from __future__ import annotations
@@ -17,49 +17,49 @@ import lmdb
 
 from shorttail._native.pages import Writeback
 from shorttail.errors import ResourceExhausted, ShorttailError, Unavailable
-from shorttail.store.opening import open_lmdb, translated
+from shorttail.store.opening import open_lmdb, translate_errors
 
-EARLY_PAGES = 128  # of a commit that is worth a thread which has them written while LMDB hands over the rest
-REOPEN_WAIT_S = 0.1  # for reads that are at work: they take milliseconds, but for a scan that its owner left open
+EARLY_PAGES = 128  # a commit with at least this many pages uses a Writeback thread, which starts disk writes early
+REOPEN_WAIT_S = 0.1  # wait for active reads: they take milliseconds, except a scan that its caller left open
 
 Transaction = Any  # lmdb.Transaction: py-lmdb's stubs are not used
 
 
 class Reader(Protocol):
-    """What holds a read transaction for longer than a call: a Snapshot."""
+    """An object that holds a read transaction for longer than a call: a Snapshot."""
 
-    def alone(self) -> AbstractContextManager[None]:
-        """A block in which nobody uses what the transaction gave, and none begins."""
+    def exclusive(self) -> AbstractContextManager[None]:
+        """Return a context in which no thread uses memory of the transaction or begins to."""
 
     @property
     def is_reading(self) -> bool:
-        """Whether it holds a transaction."""
+        """Whether the object holds a transaction."""
 
-    def let_go(self) -> None:
-        """End the transaction and forget every address. Within alone()."""
+    def release(self) -> None:
+        """End the transaction and forget every address from it. Call it inside exclusive()."""
 
 
-class Handle:
-    """`env` is the lmdb.Environment. Thread-safe."""
+class LmdbHandle:
+    """An LMDB environment and its open read transactions. `env` is the lmdb.Environment. Thread-safe."""
 
     def __init__(self, path: Path, create: bool) -> None:
-        """Raises what open_lmdb() raises."""
+        """Open LMDB. Raises what open_lmdb() raises."""
         self.path = path
         self.env = open_lmdb(path, create)
-        self.write_lock = threading.Lock()  # of the one thread of this process that may write
+        self.write_lock = threading.Lock()  # held by the one thread of this process that writes
         self._readers: weakref.WeakSet[Reader] = weakref.WeakSet()
-        self._n_reads = 0  # read transactions that are open
-        self._reads = threading.Condition()  # of the two above, and of env while it is replaced
-        self._broken = False  # LMDB refuses all transactions until it is opened again
+        self._n_reads = 0  # open read transactions
+        self._reads = threading.Condition()  # guards _readers, _n_reads, and env while it is replaced
+        self._broken = False  # LMDB refuses all transactions until it is reopened
 
     def watch(self, reader: Reader) -> None:
-        """Let that reader go when LMDB must be opened again."""
+        """Register a reader, whose transaction is released when LMDB must be reopened."""
         with self._reads:
             self._readers.add(reader)
 
     def begin_read(self) -> Transaction:
-        """A read transaction. To be given to end_read(). Raises Unavailable when recover() must be called first."""
-        with translated(self.path), self._reads:
+        """Begin a read transaction; end it by end_read(). Raises Unavailable if recover() must be called first."""
+        with translate_errors(self.path), self._reads:
             self._check_usable()
             try:
                 txn = self.env.begin(buffers=True)
@@ -76,14 +76,15 @@ class Handle:
             self._reads.notify_all()
 
     def begin_write(self) -> Transaction:
-        """A write transaction. With the write lock held until its end."""
+        """Begin a write transaction. The caller holds write_lock until the transaction ends."""
         self._check_usable()
         return self.env.begin(write=True, buffers=True)
 
     def commit(self, txn: Transaction, n_pages: int) -> None:
-        """Commit the write transaction, and make LMDB usable again if that fails in the way that leaves it unusable.
+        """Commit a write transaction. If the commit fails so that LMDB refuses all transactions, reopen LMDB.
 
-        n_pages: that it wrote, about.
+        n_pages: the approximate number of pages that the transaction wrote. Raises lmdb.Error if the commit failed, and
+        ResourceExhausted if it is unknown whether it failed.
         """
         try:
             with Writeback(self.path / "data.mdb") if n_pages >= EARLY_PAGES else nullcontext():
@@ -93,50 +94,50 @@ class Handle:
                 self.env.begin().abort()
             except lmdb.PanicError:
                 self._broken = True
-                with suppress(ShorttailError, lmdb.Error, OSError):  # then recover() tries again
+                with suppress(ShorttailError, lmdb.Error, OSError):  # recover() tries again later
                     self._reopen()
                 raise ResourceExhausted(
-                    f"the disk of store '{self.path}' is full or failing; whether the last write is in the store is "
-                    "not known: look, or write it again"
+                    f"the disk of store '{self.path}' is full or failing; it is unknown whether the last write is in "
+                    "the store: check, or write it again"
                 ) from error
             raise
 
     @property
     def is_broken(self) -> bool:
-        """Whether recover() has something to do. Read transactions that are open go on."""
+        """Whether recover() must be called. Open read transactions stay usable."""
         return self._broken
 
     def recover(self) -> None:
-        """Make LMDB usable again. Not for one that holds a read transaction, but by watch(), or the write lock.
+        """Reopen LMDB if it is broken. The caller must hold neither write_lock nor an unwatched read transaction.
 
-        Raises Unavailable when others hold one, and what open_lmdb() raises.
+        Raises Unavailable if such a read transaction is open elsewhere, and what open_lmdb() raises.
         """
         if self._broken:
-            with self.write_lock, translated(self.path):
+            with self.write_lock, translate_errors(self.path):
                 if self._broken:
                     self._reopen()
 
     def _check_usable(self) -> None:
         if self._broken:
             raise Unavailable(
-                f"store '{self.path}' must be opened again, as its disk failed; end the scans of it, and try again"
+                f"store '{self.path}' must be reopened because its disk failed; end all scans of it and try again"
             )
 
     def _reopen(self) -> None:
-        """With the write lock held."""
+        """Close and open LMDB. The caller holds write_lock. Raises what recover() raises."""
         with self._reads:
             readers = list(self._readers)
-        with ExitStack() as all_alone:
+        with ExitStack() as blocked:
             for reader in readers:
-                all_alone.enter_context(reader.alone())
+                blocked.enter_context(reader.exclusive())
             n_held = sum(reader.is_reading for reader in readers)
             with self._reads:
                 if not self._reads.wait_for(lambda: self._n_reads == n_held, REOPEN_WAIT_S):
                     self._check_usable()
                 if not all(os.access(self.path / name, os.W_OK) for name in ("data.mdb", "lock.mdb")):
-                    self._check_usable()  # a file system that is read-only now: what snapshots hold still serves
+                    self._check_usable()  # the file system became read-only: keep the snapshots, which still serve
                 for reader in readers:
-                    reader.let_go()
+                    reader.release()
                 self.env.close()
                 self.env = open_lmdb(self.path, create=False)
                 self._broken = False

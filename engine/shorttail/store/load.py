@@ -1,9 +1,9 @@
-"""Bulk load: all rows of a view replaced at once, by a table that is written beside the old one.
+"""Bulk load: replaces all rows of a view at once by writing a new table beside the old one.
 
-First every row is put into a partition by the top bits of its key's hash, in memory or, beyond that, in a file. Then
-one partition after the other is sorted and becomes pages, in the order in which LMDB keeps them, so that they are
-appended. A thread commits pages while the next ones are built. The new table takes the old one's place in a last, small
-commit.
+First, every row goes into a partition, chosen by the top bits of its key's hash. Partitions are in memory; rows beyond
+the memory budget go to a file. Then each partition is sorted and turned into pages, in the order of the hashes, so that
+LMDB can append them. A thread commits finished pages while the next pages are built. A last, small commit replaces the
+old table by the new one.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from shorttail.errors import Internal, InvalidArgument, ResourceExhausted, Short
 from shorttail.store.commits import edit_catalog, is_current
 from shorttail.store.environment import Environment, drop_table, table_ids
 from shorttail.store.lmdb_file import PAGE_BYTES
-from shorttail.store.opening import translated
-from shorttail.store.table import ColumnBatch, depth_to_grow, make_layout, pieces, source_columns
+from shorttail.store.opening import translate_errors
+from shorttail.store.table import ColumnBatch, depth_to_grow, make_layout, source_columns, split_batches
 
-ADD_ROWS = 65_536  # rows that are put into partitions between two reports of progress
-PARTITION_BITS = 8  # 256 partitions: as many as a core's second-level cache and TLB can write to at a time
-CHUNK_BYTES_MIN, CHUNK_BYTES_MAX = 4096, 64 << 10  # of rows of one partition that lie together
+ADD_ROWS = 65_536  # rows partitioned between two progress reports
+PARTITION_BITS = 8  # 256 partitions: as many write positions as a core's L2 cache and TLB hold
+CHUNK_BYTES_MIN, CHUNK_BYTES_MAX = 4096, 64 << 10  # size of a contiguous piece of one partition
 CHUNK_ROWS_MIN = 16
-HASH_BITS_MAX = 48  # partitions by more bits than that have too many rows of equal keys, not too many keys
-RANGE_PAGES_MIN = 64  # with fewer, a range of hashes could be one bucket by itself, and buckets would be too small
+HASH_BITS_MAX = 48  # a partition by more bits that is still too large has many rows with equal keys, not many keys
+RANGE_PAGES_MIN = 64  # a range of fewer pages could end up as one bucket, and buckets would be too empty
 ROWS_PER_PAGE_MIN = 8
 YIELD_S = 0.001
 
-Progress = Callable[[int], object]  # is given the number of rows done since its last call
+Progress = Callable[[int], object]  # receives the number of rows done since its last call
 
 
 def load(
@@ -50,35 +50,38 @@ def load(
     progress: Progress | None = None,
     memory_bytes: int | None = None,
 ) -> int:
-    """Replace all rows of the view by these. Of rows with equal keys that of the latest event time stays.
+    """Replace all rows of a view by the rows in batches. Returns the number of rows stored.
 
-    Of equal event times too the row given last stays. The rows go into a new table, which takes the place of the old
-    one in one commit at the end: readers see all of it or nothing, and a load that fails changes nothing. Rows that are
-    upserted or deleted meanwhile are part of the old table, and so are lost. Other writers wait for one commit of at
-    most LIMITS.load_commit_bytes at a time. One load runs at a time; others wait.
+    Of several rows with equal keys, the row with the latest event time is stored; if the event times are equal too, the
+    row that was given last. The rows go into a new table, which replaces the old table in one commit at the end:
+    readers see either all new rows or none, and a failed load changes nothing. Upserts and deletes during the load go
+    to the old table and are lost. Other writers wait at most for one commit of LIMITS.load_commit_bytes at a time. Only
+    one load per store runs at a time; other loads wait.
 
-    memory_bytes: what the load may take (default LIMITS.load_memory_bytes), beside the batches that it is given. Rows
-    that do not fit wait in a file without a name in the store's directory. progress: is given numbers of rows which add
-    up to the rows given; each counts half when it was read and half when it was written. Returns the rows stored.
-    Raises NotFound (view), InvalidArgument (columns; or the view was changed), ResourceExhausted (disk).
+    memory_bytes: the memory budget (default LIMITS.load_memory_bytes), without the batches themselves. Rows beyond it
+    go to an unnamed file in the store's directory. progress: called with numbers of rows whose sum is the number of
+    rows given; a row counts half when it has been read and half when it has been written.
+
+    Raises NotFound (the view), InvalidArgument (columns, the budget, or the view was changed meanwhile) and
+    ResourceExhausted (the disk).
     """
     budget = Budget.of(memory_bytes)
-    with _loading(environment):
+    with _load_lock(environment):
         _drop_leftovers(environment)
         catalog = _committed_catalog(environment)
         view, old = catalog.view(view_name), catalog.tables[view_name]
         table = _new_table(environment)
         try:
             with ExitStack() as files:
-                done = _Done(progress)
+                counter = _ProgressCounter(progress)
                 parts = Partitions(make_layout(view, table), budget, environment.path, view_name, files)
-                _read(parts, view, batches, done)
+                _partition_rows(parts, view, batches, counter)
                 table = _with_page_size(table, parts.rows)
-                n_rows = _write(environment, view, table, parts, done)
-            _switch(environment, view, old, table)
+                n_rows = _write_table(environment, view, table, parts, counter)
+            _replace_table(environment, view, old, table)
         except BaseException:
-            with suppress(ShorttailError):  # or the next load does it
-                _drop_leftovers(environment)  # not by its id: when a commit fails it may be in place nevertheless
+            with suppress(ShorttailError):  # on failure the next load deletes the leftovers
+                _drop_leftovers(environment)  # not drop_table(table.id): a failed commit may have put it in place
             raise
         with suppress(ResourceExhausted):
             drop_table(environment, old.id)
@@ -87,11 +90,11 @@ def load(
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """How a load divides the memory that it may take."""
+    """How a load divides its memory budget."""
 
-    commit_bytes: int  # pages in one commit. LMDB holds them, and two such lots are built and waiting
-    rows_bytes: int  # rows in memory; with more of them, they go to the file
-    range_bytes: int  # rows from the file that are sorted at a time
+    commit_bytes: int  # pages of one commit. There are three such sets: in LMDB, waiting, and being built
+    rows_bytes: int  # rows in memory; beyond it they are written to the file
+    range_bytes: int  # rows that are read from the file and sorted at a time
 
     @classmethod
     def of(cls, memory_bytes: int | None) -> Budget:
@@ -99,14 +102,14 @@ class Budget:
             memory_bytes = LIMITS.load_memory_bytes
         if memory_bytes < LIMITS.load_memory_bytes_min:
             raise InvalidArgument(
-                f"memory_bytes={memory_bytes} is too little for a load; give it {LIMITS.load_memory_bytes_min} or more"
+                f"memory_bytes={memory_bytes} is too small for a load; give {LIMITS.load_memory_bytes_min} or more"
             )
         commit_bytes = max(PAGE_BYTES, min(LIMITS.load_commit_bytes, memory_bytes // 8))
         return cls(commit_bytes, memory_bytes - 3 * commit_bytes - memory_bytes // 8, memory_bytes // 4)
 
 
 class Partitions:
-    """The rows of a load, or of a partition of one, by the bits of their hashes that follow the first `skip_bits`."""
+    """The rows of a load, or of one partition of it, partitioned by the hash bits after the first `skip_bits`."""
 
     def __init__(
         self,
@@ -118,12 +121,12 @@ class Partitions:
         skip_bits: int = 0,
         prefix: int = 0,
     ) -> None:
-        """prefix: the first skip_bits, in which all hashes agree. files: closes the file that may be needed."""
+        """prefix: the first skip_bits of all hashes. files: closes the file if there is one."""
         self.layout, self.budget, self.path, self.view_name = layout, budget, path, view_name
         self.skip_bits, self.prefix = skip_bits, prefix
         self.bits = PARTITION_BITS
         rows_bytes = budget.rows_bytes if skip_bits == 0 else budget.range_bytes
-        # Every partition fills its last chunk by half: all of those together must leave room for rows.
+        # The last chunk of every partition is half empty on average. All these chunks must leave memory for rows.
         chunk_bytes_min = max(CHUNK_BYTES_MIN, CHUNK_ROWS_MIN * layout.row_bytes)
         while self.bits > 1 and rows_bytes >> self.bits + 2 < chunk_bytes_min:
             self.bits -= 1
@@ -134,18 +137,19 @@ class Partitions:
         self._files = files
 
     def spill(self) -> None:
-        """Move all rows that are in memory to the file."""
+        """Move all rows from memory to the file. Raises ResourceExhausted (the disk)."""
         if self.fd < 0:
-            with translated(self.path):
+            with translate_errors(self.path):
                 self.fd = _nameless_file(self.path)
             self._files.callback(os.close, self.fd)
         with self._file_errors():
             self.rows.spill(self.fd)
 
     def ranges(self, page_bytes: int) -> Iterator[tuple[RowRange, int, int]]:
-        """All rows, sorted, as (rows, first hash, depth): all those whose hashes agree with it in the top `depth` bits.
+        """Yield all rows, sorted, in ranges: (rows, first hash, depth).
 
-        Ranges are in the order of hashes and leave no hash out. page_bytes: of the table.
+        A range holds all rows whose hashes share the top `depth` bits of its first hash. The ranges are in hash order
+        and cover all hashes. page_bytes: the page size of the table.
         """
         n_ranges_max = self.rows.image_bytes // page_bytes // RANGE_PAGES_MIN
         depth = min(self.bits, max(0, n_ranges_max.bit_length() - 1))
@@ -162,7 +166,7 @@ class Partitions:
                 yield from self._range(p, page_bytes)
 
     def _range(self, p: int, page_bytes: int) -> Iterator[tuple[RowRange, int, int]]:
-        """The rows of one partition, in parts again if they do not fit in memory."""
+        """Yield the rows of one partition; partition it again if it is larger than the memory for a range."""
         if self.rows.partition_bytes(p) <= self.budget.range_bytes or self.skip_bits + 2 * self.bits > HASH_BITS_MAX:
             yield self._take(p, p + 1), self._hash(p), self.skip_bits + self.bits
             return
@@ -176,7 +180,7 @@ class Partitions:
             yield from parts.ranges(page_bytes)
 
     def _hash(self, p: int) -> int:
-        """The first hash of a partition."""
+        """Return the first hash of a partition."""
         return (self.prefix << self.bits | p) << (64 - self.skip_bits - self.bits)
 
     def _take(self, first: int, last: int) -> RowRange:
@@ -195,9 +199,9 @@ class Partitions:
 
 
 def _nameless_file(folder: Path) -> int:
-    """A new file that is gone with its last use, however this process ends."""
+    """Open a new file without a name. The system deletes it when it is closed, however this process ends."""
     flags = os.O_RDWR | os.O_CLOEXEC
-    with suppress(OSError):  # not every file system can
+    with suppress(OSError):  # some file systems lack O_TMPFILE
         return os.open(folder, flags | os.O_TMPFILE, 0o600)
     name = folder / "load.rows"
     fd = os.open(name, flags | os.O_CREAT | os.O_TRUNC, 0o600)
@@ -205,8 +209,11 @@ def _nameless_file(folder: Path) -> int:
     return fd
 
 
-def _read(parts: Partitions, view: FeatureView, batches: Iterable[ColumnBatch], done: _Done) -> None:
-    for piece in pieces(batches, ADD_ROWS):
+def _partition_rows(
+    parts: Partitions, view: FeatureView, batches: Iterable[ColumnBatch], counter: _ProgressCounter
+) -> None:
+    """Put all rows into partitions."""
+    for piece in split_batches(batches, ADD_ROWS):
         columns, at = source_columns(view, piece), 0
         while at < len(piece):
             try:
@@ -215,34 +222,38 @@ def _read(parts: Partitions, view: FeatureView, batches: Iterable[ColumnBatch], 
                 raise InvalidArgument(f"feature view '{view.name}': {error}") from None
             if at < len(piece):
                 parts.spill()
-        done.read += len(piece)
-        done.report()
+        counter.read += len(piece)
+        counter.report()
 
 
-def _write(environment: Environment, view: FeatureView, table: TableInfo, parts: Partitions, done: _Done) -> int:
-    """Write the table, which no catalog names yet, in several commits. Returns its rows."""
+def _write_table(
+    environment: Environment, view: FeatureView, table: TableInfo, parts: Partitions, counter: _ProgressCounter
+) -> int:
+    """Write the new table, which the catalog does not name yet, in several commits. Return its number of rows."""
     if not len(parts.rows):
         return 0
     layout = make_layout(view, table)
     depth_grow = depth_to_grow(parts.rows.image_bytes // layout.page_bytes + 1)
-    with PageWriter(environment, layout, table.id, parts.budget.commit_bytes, done) as writer:
+    with PageWriter(environment, layout, table.id, parts.budget.commit_bytes, counter) as writer:
         for rows, first, depth in parts.ranges(layout.page_bytes):
             try:
                 writer.add(rows, first, depth, depth_grow)
             except ValueError as error:
                 raise InvalidArgument(f"feature view '{view.name}': {error}") from None
         writer.finish()
-    done.finish()
+    counter.finish()
     return writer.n_rows
 
 
 class PageWriter:
-    """Builds the pages of a table, while a thread commits those that are ready: a commit mostly waits for the disk."""
+    """Builds pages of a table while a thread commits the pages built before: a commit mostly waits for the disk."""
 
-    def __init__(self, environment: Environment, layout: Layout, table_id: int, commit_bytes: int, done: _Done) -> None:
+    def __init__(
+        self, environment: Environment, layout: Layout, table_id: int, commit_bytes: int, counter: _ProgressCounter
+    ) -> None:
         self.n_rows = 0
         self._environment = environment
-        self._done = done
+        self._counter = counter
         self._building = PageImages(layout, table_id, commit_bytes)
         self._writing = PageImages(layout, table_id, commit_bytes)
         self._thread = ThreadPoolExecutor(1, "shorttail-load")
@@ -252,15 +263,15 @@ class PageWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self._thread.shutdown()  # waits for the commit: it reads memory that is freed after this
+        self._thread.shutdown()  # waits for the commit, which reads memory that is freed after this
 
     def add(self, rows: RowRange, first: int, depth: int, depth_grow: int) -> None:
-        """Pages of a range of hashes; see Partitions.ranges() and PageImages.fill()."""
+        """Build the pages of a range of hashes. For the arguments see Partitions.ranges() and PageImages.fill()."""
         while not self._building.fill(rows, first, depth, depth_grow):
             self._flush()
 
     def finish(self) -> None:
-        """Commit what is left. Raises what a commit raised."""
+        """Commit the remaining pages and wait. Raises the exception of a commit that failed."""
         if len(self._building):
             self._flush()
         self._wait()
@@ -276,24 +287,25 @@ class PageWriter:
             self._commit.result()
             self._commit = None
             self.n_rows += self._writing.rows
-            self._done.written += self._writing.rows
-            self._done.report()
+            self._counter.written += self._writing.rows
+            self._counter.report()
 
     def _put(self, images: PageImages) -> None:
         with self._environment.write() as writer:
             cursor = writer.txn.cursor()
             first_key, _ = next(iter(images))
-            # Tables that are made later have higher keys; the view of one may have been given rows by now.
+            # Appending is possible only at the end of LMDB's keys. A table that was made later has higher keys and may
+            # already have rows.
             append = not cursor.last() or bytes(cursor.key()) < first_key
             _, added = cursor.putmulti(images, append=append)
             if added != len(images):
                 raise Internal(f"store '{self._environment.path}' took {added} of {len(images)} pages of a load")
             writer.n_pages += added
-        time.sleep(YIELD_S)  # locks are not fair: without it, writers that wait may be passed over again and again
+        time.sleep(YIELD_S)  # the write lock is not fair: without this pause, waiting writers may never get it
 
 
-class _Done:
-    """Tells of progress."""
+class _ProgressCounter:
+    """Counts rows that were read and written, and reports them to the caller's progress function."""
 
     def __init__(self, progress: Progress | None) -> None:
         self.read = self.written = 0
@@ -304,7 +316,7 @@ class _Done:
         self._report((self.read + min(self.written, self.read)) // 2)
 
     def finish(self) -> None:
-        """Rows that gave way to others of equal keys are done as well."""
+        """Report all rows as done, including rows that were replaced by others with equal keys."""
         self._report(self.read)
 
     def _report(self, rows: int) -> None:
@@ -314,9 +326,9 @@ class _Done:
 
 
 @contextmanager
-def _loading(environment: Environment) -> Iterator[None]:
-    """Hold the lock of the one load that may run, in whatever process. A process that dies lets it go."""
-    with translated(environment.path):
+def _load_lock(environment: Environment) -> Iterator[None]:
+    """Hold the store's load lock, which only one process can hold. The system releases it if the process dies."""
+    with translate_errors(environment.path):
         fd = os.open(environment.path / "load.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
@@ -326,9 +338,9 @@ def _loading(environment: Environment) -> Iterator[None]:
 
 
 def _drop_leftovers(environment: Environment) -> None:
-    """Delete the tables that no catalog names: of a load that was killed, or of views that were removed."""
-    # In a write, though it changes nothing: of a commit whose writer was killed at once LMDB tells nobody before the
-    # next writer begins. To readers the table that a load has put in place would not be in use yet.
+    """Delete the tables that the catalog does not name: they are left from killed loads or from removed views."""
+    # A write transaction, although nothing is written: if a writer dies right after its commit, readers miss that
+    # commit until the next write transaction starts. A reader could then take the newest table for a leftover.
     with environment.write() as writer:
         present = table_ids(writer.txn)
         used = {table.id for table in Catalog.from_json(writer.get_catalog()).tables.values()}
@@ -343,7 +355,7 @@ def _committed_catalog(environment: Environment) -> Catalog:
 
 
 def _new_table(environment: Environment) -> TableInfo:
-    """A table whose id nobody else gets, and which no view has yet."""
+    """Reserve a table id in the catalog and return the new table, which belongs to no view yet."""
     with edit_catalog(environment) as catalog:
         table = TableInfo(catalog.next_table_id, secrets.randbits(63))
         catalog.next_table_id += 1
@@ -351,7 +363,7 @@ def _new_table(environment: Environment) -> TableInfo:
 
 
 def _with_page_size(table: TableInfo, rows: RowPartitions) -> TableInfo:
-    """The table with pages that hold at least ROWS_PER_PAGE_MIN rows with the strings that they have."""
+    """Return the table with a page size that fits at least ROWS_PER_PAGE_MIN average rows, strings included."""
     page_bytes = rows.layout.page_bytes
     needed = ROWS_PER_PAGE_MIN * rows.image_bytes // max(1, len(rows)) + 64
     while page_bytes < needed:
@@ -359,8 +371,8 @@ def _with_page_size(table: TableInfo, rows: RowPartitions) -> TableInfo:
     return replace(table, page_bytes=page_bytes)
 
 
-def _switch(environment: Environment, view: FeatureView, old: TableInfo, table: TableInfo) -> None:
-    """Put the table in the place of the old one, durably."""
+def _replace_table(environment: Environment, view: FeatureView, old: TableInfo, table: TableInfo) -> None:
+    """Give the view its new table in a durable commit. Raises InvalidArgument if the view or its table has changed."""
     with environment.write() as writer:
         catalog = Catalog.from_json(writer.get_catalog())
         if not is_current(catalog, view, old):

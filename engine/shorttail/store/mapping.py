@@ -1,4 +1,4 @@
-"""How large a map LMDB gets: address space, reserved when a store is opened, that its file grows into."""
+"""The size of LMDB's memory map: address space, reserved when a store is opened, into which the file can grow."""
 
 from __future__ import annotations
 
@@ -12,36 +12,38 @@ from shorttail.errors import InvalidArgument, ResourceExhausted
 from shorttail.store.lmdb_file import PAGE_BYTES
 
 MAP_VARIABLE = "SHORTTAIL_MAP_GIB"
-ROOM_BYTES = 1 << 20  # a map that leaves a store less than this to grow is refused
-RESERVE_PAGES_MIN = 512
-RESERVE_PART = 64  # of a map, kept for deletes and for the pages that the last commits freed
+GROWTH_BYTES_MIN = 1 << 20  # a map in which the file can grow by less is refused
+RESERVE_PAGES_MIN = 512  # pages reserved for deletes, at least
+RESERVE_DIVISOR = 64  # one page of this many is reserved for deletes and for pages that the last commits freed
 
 
 def plan_map(path: Path) -> int:
-    """Bytes of the map of that store: what its file can grow to until it is opened again.
+    """Return the size of the map of a store in bytes. The file cannot grow beyond it until the store is reopened.
 
-    LIMITS.map_bytes, or $SHORTTAIL_MAP_GIB, or twice the file if that is more; less where this process may not have so
-    much address space. Raises InvalidArgument (the variable), ResourceExhausted (too little for the file there is).
+    The size is $SHORTTAIL_MAP_GIB if set, otherwise LIMITS.map_bytes or twice the file size, whichever is larger. If
+    the process has a limit on its address space (RLIMIT_AS), the size is at most half of the space that is left.
+    Raises InvalidArgument (the variable) and ResourceExhausted (too little address space for the present file).
     """
     try:
         file_bytes = (path / "data.mdb").stat().st_size
     except FileNotFoundError:
         file_bytes = 0
-    wanted = _asked_bytes() or max(LIMITS.map_bytes, 2 * file_bytes)
+    wanted = _bytes_from_variable() or max(LIMITS.map_bytes, 2 * file_bytes)
     allowed = resource.getrlimit(resource.RLIMIT_AS)[0]
     if allowed != resource.RLIM_INFINITY:
         used = int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
-        room = (allowed - used) // 2  # the other half is for the process itself
-        if room < file_bytes + ROOM_BYTES:
+        room = (allowed - used) // 2  # the other half stays for the process itself
+        if room < file_bytes + GROWTH_BYTES_MIN:
             raise ResourceExhausted(
                 f"store '{path}' has {size_text(file_bytes)}, and this process has {size_text(max(room, 0))} of "
-                f"address space to map it; raise its limit of {size_text(allowed)} (ulimit -v)"
+                f"address space to map it; raise the limit of {size_text(allowed)} (ulimit -v)"
             )
         wanted = min(wanted, room)
     return wanted // PAGE_BYTES * PAGE_BYTES
 
 
-def _asked_bytes() -> int:
+def _bytes_from_variable() -> int:
+    """Return the map size in $SHORTTAIL_MAP_GIB in bytes; 0 if it is not set."""
     text = os.environ.get(MAP_VARIABLE, "")
     if not text:
         return 0
@@ -49,29 +51,30 @@ def _asked_bytes() -> int:
         asked = int(float(text) * (1 << 30))
     except (ValueError, OverflowError):
         asked = 0
-    if not ROOM_BYTES <= asked < 1 << 47:
-        raise InvalidArgument(f"{MAP_VARIABLE}={text} is no size of a map; give GiB, like 512")
+    if not GROWTH_BYTES_MIN <= asked < 1 << 47:
+        raise InvalidArgument(f"{MAP_VARIABLE}={text} is not a valid map size; give a number of GiB, such as 512")
     return asked
 
 
-def pages_to_use(map_bytes: int) -> int:
-    """How many of the map's pages rows may fill.
+def usable_pages(map_bytes: int) -> int:
+    """Return how many pages of the map rows may use.
 
-    A delete needs free pages too, for the pages that it changes; with none left a full store could not be emptied.
+    The other pages are reserved for deletes: a delete needs free pages for the pages that it changes, so without a
+    reserve a full store could not be emptied.
     """
     pages = map_bytes // PAGE_BYTES
-    return pages - min(max(RESERVE_PAGES_MIN, pages // RESERVE_PART), pages // 4)
+    return pages - min(max(RESERVE_PAGES_MIN, pages // RESERVE_DIVISOR), pages // 4)
 
 
-def map_full(path: Path) -> ResourceExhausted:
+def map_full_error(path: Path) -> ResourceExhausted:
     return ResourceExhausted(
-        f"store '{path}' has filled its map; delete rows, some hundreds at a time, or open it with a larger one "
+        f"store '{path}' has filled its map; delete rows, some hundreds at a time, or open it with a larger map "
         f"({MAP_VARIABLE}; ulimit -v)"
     )
 
 
 def size_text(n_bytes: int) -> str:
-    """ "3.2 GiB"."""
+    """Return a number of bytes as text for people, such as "3.2 GiB"."""
     for shift, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
         if n_bytes >= 1 << shift:
             return f"{n_bytes / (1 << shift):.1f} {unit}"

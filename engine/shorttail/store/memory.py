@@ -1,4 +1,4 @@
-"""Keeping a store's file in memory: pages mapped before they are needed, and locked so that they stay."""
+"""Locking a store's file in memory, so that a lookup never waits for the disk."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from shorttail.store.mapping import size_text
 log = logging.getLogger(__name__)
 
 
-class Residence:
-    """How much of one snapshot's map is locked. None of it until lock()."""
+class PageLock:
+    """Locks the map of one snapshot in memory. Nothing is locked until lock() is called."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = path
-        self._locked_bytes: int | None = None  # from the start of the map; None: nothing is to be locked
+        self._locked_bytes: int | None = None  # locked from the start of the map; None: locking is off
 
     def lock(self, tree: Tree) -> None:
-        """Lock the file, and what it grows by from now on. Raises ResourceExhausted when the system refuses."""
+        """Lock the whole file, and make follow() lock its growth. Raises ResourceExhausted if the system refuses."""
         self._lock(tree, 0)
 
     def follow(self, tree: Tree) -> None:
-        """Lock what the file has grown by. If the system refuses, say so in the log and try no more."""
+        """Lock the part by which the file has grown. If the system refuses, log a warning and stop locking."""
         if self._locked_bytes is None or tree.map_bytes <= self._locked_bytes:
             return
         try:
             self._lock(tree, self._locked_bytes)
         except ResourceExhausted as error:
             self._locked_bytes = None
-            log.warning("%s; what the file grows by is not locked", error.message)
+            log.warning("%s; the growth of the file is no longer locked", error.message)
 
-    def forget(self) -> None:
-        """The map is another one now; follow() locks all of it."""
+    def reset(self) -> None:
+        """Tell that LMDB was reopened with a new map. The next follow() locks all of it, if locking is on."""
         if self._locked_bytes is not None:
             self._locked_bytes = 0
 

@@ -1,4 +1,4 @@
-"""Opening a store's LMDB environment. What is no store, or a damaged one, is refused before LMDB touches it."""
+"""Opening a store's LMDB environment. Damaged stores and other directories are refused before LMDB opens them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import lmdb
 from shorttail.config import LIMITS
 from shorttail.errors import InvalidArgument, NotFound, PermissionDenied, ResourceExhausted, ShorttailError
 from shorttail.store.lmdb_file import PAGE_BYTES, structure_problems
-from shorttail.store.mapping import MAP_VARIABLE, map_full, plan_map
+from shorttail.store.mapping import MAP_VARIABLE, map_full_error, plan_map
 
-LMDB_ENGINE = 0  # 0.9: page images are sized for its page header of 16 bytes
+LMDB_ENGINE = 0  # LMDB 0.9: the size of page images depends on its page header of 16 bytes
 
 _OWN_FILES = {"data.mdb", "lock.mdb", "generation", "load.lock", "models"}
 _NETWORK_FILESYSTEMS = ("nfs", "cifs", "smb", "fuse.sshfs", "afs", "ceph")
@@ -28,7 +28,10 @@ def _no_store(path: Path) -> NotFound:
 
 
 def check_directory(path: Path, create: bool) -> None:
-    """Raise a clear error for what is not a store, before LMDB makes one of it."""
+    """Raise NotFound, InvalidArgument or PermissionDenied if path is not a store.
+
+    LMDB itself would turn any directory into an environment. create: an empty or missing directory is accepted.
+    """
     data = path / "data.mdb"
     try:
         if not path.exists():
@@ -48,24 +51,26 @@ def check_directory(path: Path, create: bool) -> None:
             raise _no_store(path)
         if others := sorted(names - _OWN_FILES):
             raise InvalidArgument(
-                f"'{path}' holds other files ('{others[0]}') and is no store; choose an empty directory"
+                f"'{path}' is not a store and holds other files ('{others[0]}'); choose an empty directory"
             )
     elif size < 2 * PAGE_BYTES and not (create and size == 0 and "generation" not in names):
-        # But a process may have been killed while it made the store: an empty file, and no more than LMDB's lock.
-        raise damaged(path, f"data.mdb has {size} bytes")
+        # The exception: a process that was killed while it made the store leaves an empty file and LMDB's lock.
+        raise damaged_store(path, f"data.mdb has {size} bytes")
 
 
 def open_lmdb(path: Path, create: bool) -> Any:
+    """Return the open lmdb.Environment of a store. Raises InvalidArgument if the file is truncated, and lmdb.Error."""
     env = _lmdb_environment(path, create)
     size, needed = (path / "data.mdb").stat().st_size, (env.info()["last_pgno"] + 1) * PAGE_BYTES
     if size >= needed:
-        env.reader_check()  # frees what a killed process held: its slot, and with it old pages
+        env.reader_check()  # frees the reader slots of killed processes, so that their pages can be reused
         return env
-    # Reading a page that a truncated file lacks kills the process. But maybe only unused pages are missing, see
-    # Environment._extend_file. A look at all of the file tells; LMDB must not have it open meanwhile.
+    # A file is too short if it was truncated: touching a missing page in the map then kills the process. It is also too
+    # short if only unused pages are missing (see Environment._extend_file). structure_problems() tells which, by
+    # reading the whole file, but LMDB must not have the file open meanwhile.
     env.close()
     if structure_problems(path):
-        raise damaged(path, f"data.mdb has {size} bytes of {needed}")
+        raise damaged_store(path, f"data.mdb has {size} bytes of {needed}")
     return _lmdb_environment(path, create)
 
 
@@ -75,18 +80,19 @@ def _lmdb_environment(path: Path, create: bool) -> Any:
             str(path),
             map_size=plan_map(path),
             max_readers=LIMITS.readers,
-            max_spare_txns=8,  # ended read transactions are renewed, not made anew
+            max_spare_txns=8,  # py-lmdb renews ended read transactions, which is cheaper than a new one
             create=create,
             lib_version=LMDB_ENGINE,
         )
     except lmdb.Error:
         data = path / "data.mdb"
         if create and data.exists() and data.stat().st_size < 2 * PAGE_BYTES:
-            os.truncate(data, 0)  # a full disk took one of the two pages that LMDB begins with
+            os.truncate(data, 0)  # the disk was full after the first of two pages: leave a file that open() accepts
         raise
 
 
-def map_word(path: Path) -> mmap.mmap:
+def map_generation(path: Path) -> mmap.mmap:
+    """Map the file of the generation word; make it if it is missing."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         if os.fstat(fd).st_size < 8:
@@ -97,7 +103,7 @@ def map_word(path: Path) -> mmap.mmap:
 
 
 def _network_filesystem(path: Path) -> str | None:
-    """The type of the file system that holds path if it is a network one."""
+    """Return the type of the network file system that holds path; None if path is on a local file system."""
     device = path.stat().st_dev
     wanted = f"{os.major(device)}:{os.minor(device)}"
     with suppress(OSError), Path("/proc/self/mountinfo").open(errors="replace") as mounts:
@@ -112,7 +118,8 @@ def _network_filesystem(path: Path) -> str | None:
 # -- errors --------------------------------------------------------------------------------------------------------
 
 
-def damaged(path: Path, what: str) -> InvalidArgument:
+def damaged_store(path: Path, what: str) -> InvalidArgument:
+    """Return the error for a store whose LMDB file is damaged."""
     return InvalidArgument(f"store '{path}' is truncated or damaged ({what}); restore it from a backup")
 
 
@@ -121,33 +128,35 @@ def _permission_denied(path: Path) -> PermissionDenied:
 
 
 @contextmanager
-def translated(path: Path) -> Iterator[None]:
-    """Turn errors of LMDB and the system into ones that name the store and the remedy."""
+def translate_errors(path: Path) -> Iterator[None]:
+    """Translate errors of LMDB and of the system to ShorttailErrors that name the store and the remedy."""
     try:
         yield
     except lmdb.MapFullError as error:
-        raise map_full(path) from error
+        raise map_full_error(path) from error
     except lmdb.MapResizedError as error:
         raise ResourceExhausted(
-            f"store '{path}' has grown beyond what this process mapped of it; open it again, and set {MAP_VARIABLE} "
-            "alike for all processes"
+            f"store '{path}' has grown beyond this process's map; reopen it, and set {MAP_VARIABLE} to the same value "
+            "for all processes"
         ) from error
     except lmdb.ReadersFullError as error:
-        raise ResourceExhausted(f"store '{path}' has {LIMITS.readers} readers already; stop some processes") from error
+        raise ResourceExhausted(f"store '{path}' has reached {LIMITS.readers} readers; stop some processes") from error
     except (lmdb.InvalidError, lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.VersionMismatchError) as error:
-        raise damaged(path, str(error)) from error
+        raise damaged_store(path, str(error)) from error
     except (lmdb.Error, OSError) as error:
-        raise _of_errno(path, error) from error
+        raise _translate_errno(path, error) from error
 
 
-def _of_errno(path: Path, error: Exception) -> Exception:
+def _translate_errno(path: Path, error: Exception) -> Exception:
     number = error.errno if isinstance(error, OSError) else getattr(error, "code", 0)
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):  # LMDB reports a short write as EIO
         return ResourceExhausted(f"the disk of store '{path}' is full or failing; nothing was written")
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
         return _permission_denied(path)
     if number == errno.ENOMEM:
-        return ResourceExhausted(f"store '{path}': no room to map it; raise ulimit -v, or set {MAP_VARIABLE} lower")
+        return ResourceExhausted(
+            f"store '{path}': no address space left to map it; raise ulimit -v, or set {MAP_VARIABLE} lower"
+        )
     if isinstance(error, OSError):
         return InvalidArgument(f"store '{path}': {error.strerror or error}")
     return ShorttailError(f"store '{path}': {error}")

@@ -1,9 +1,9 @@
-"""A store as seen by one reader: a snapshot that moves forward, and the directories of its tables.
+"""A store as one reader sees it: a snapshot that moves forward, and the directories of its tables.
 
-A snapshot is one LMDB read transaction. The page addresses in its directories are valid as long as that transaction
-lives, so whoever looks rows up does it between enter() and leave(). Several threads may be in there at once; the
-snapshot moves on when none is. A snapshot that is out of date and not in use gives its transaction back, within
-LIMITS.idle_rest_ms: LMDB cannot use the pages of a snapshot again while somebody reads it, and the file would grow.
+A snapshot is one LMDB read transaction. The page addresses in its directories are valid as long as that transaction is
+open, so lookups must happen between enter() and leave(). Several threads may be inside at once; the snapshot moves
+forward when no thread is inside. A stale snapshot that is not in use is released within about LIMITS.idle_rest_ms,
+because LMDB cannot reuse the pages of a snapshot while its transaction is open, and the file would grow.
 """
 
 from __future__ import annotations
@@ -21,42 +21,42 @@ from shorttail._native.pages import Directory, Gate, Layout
 from shorttail.config import LIMITS
 from shorttail.define.catalog import Catalog
 from shorttail.errors import InvalidArgument, ShorttailError, Unavailable
-from shorttail.store.edits import damaged
+from shorttail.store.edits import damaged_table
 from shorttail.store.environment import Environment, table_pages
-from shorttail.store.memory import Residence
-from shorttail.store.opening import translated
+from shorttail.store.memory import PageLock
+from shorttail.store.opening import translate_errors
 from shorttail.store.table import ColumnBatch, decode_page, make_layout, row_dtype
 
-_NOTHING_SEEN = -1  # generations: real ones count up from 0
+_NOTHING_SEEN = -1  # special values of Gate.generation; real generations count up from 0
 _CLOSED = -2
 
 
 class Snapshot:
-    """The reading half of a Store."""
+    """The reading half of a Store: a snapshot of the newest commit. Thread-safe."""
 
     def __init__(self, environment: Environment) -> None:
-        """For open() only."""
+        """Called by open() only."""
         self.environment = environment
-        self.gate = Gate(environment.word, _NOTHING_SEEN)  # threads between enter() and leave() are inside
-        # Of views, None of an empty table. Only ever added to: when one is no more, another dict takes its place, so
-        # that whoever has taken directories out of this one can tell whether they still are the ones.
+        self.gate = Gate(environment.word, _NOTHING_SEEN)  # counts the threads between enter() and leave()
+        # The directory of each view, None for an empty table. Entries are only added. Dropping a view replaces the dict
+        # and never mutates it, so a holder of directories compares the dict's identity to know whether they are valid.
         self.directories: dict[str, Directory | None] = {}
-        self._lock = threading.Lock()  # held for moments, but while the snapshot moves
-        self._empty = threading.Condition(self._lock)  # nobody is inside
+        self._lock = threading.Lock()  # held briefly, and while the snapshot moves
+        self._empty = threading.Condition(self._lock)  # notified when no thread is inside, or fewer wait for that
         self._build_lock = threading.Lock()
         self.catalog = Catalog()
-        self.catalog_version = 0  # grows whenever the catalog, and so what plans were made from, changes
-        self._parsed: tuple[bytes | None, Catalog] = (b"", self.catalog)  # the catalog and the JSON that it was
+        self.catalog_version = 0  # grows with every change of the catalog, which makes plans stale
+        self._parsed: tuple[bytes | None, Catalog] = (b"", self.catalog)  # the catalog with its JSON
         self._word = environment.word
-        self._sequence: int | None = None  # of the commit that the directories are of
-        self._txn: Any = None  # None while it rests
+        self._sequence: int | None = None  # number of the commit of the directories
+        self._txn: Any = None  # None while the snapshot is released
         self._tree: Any = None  # Tree
-        self._residence = Residence(environment.path)
+        self._page_lock = PageLock(environment.path)
         self._layouts: dict[str, Layout] = {}
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], create: bool = False) -> Self:
-        """The store at path. Raises what Environment.open raises."""
+        """Open the store at path. Raises what Environment.open raises."""
         store = cls(Environment.open(path, create=create))
         try:
             store.environment.handle.watch(store)
@@ -68,8 +68,8 @@ class Snapshot:
         return store
 
     def close(self) -> None:
-        """Give up the snapshot, once nobody looks rows up any more."""
-        with self.alone():
+        """Wait until no thread is inside, then release the snapshot and close the environment."""
+        with self.exclusive():
             if self.gate.generation == _CLOSED:
                 return
             self.gate.generation = _CLOSED
@@ -87,11 +87,12 @@ class Snapshot:
 
     @property
     def generation(self) -> int:
-        """The commits that this snapshot has seen, as the store counts them; below 0 while there is none."""
+        """The store's count of commits when this snapshot was taken; below 0 while there is no snapshot."""
         return self.gate.generation
 
     @property
     def is_newest(self) -> bool:
+        """Whether no commit has been counted since this snapshot was taken."""
         return self._word.load() == self.gate.generation
 
     @property
@@ -112,10 +113,11 @@ class Snapshot:
     # -- the snapshot ----------------------------------------------------------------------------------------------
 
     def enter(self) -> None:
-        """Begin to use page addresses, of the newest commit; leave() ends it. Between them call nothing that writes.
+        """Move to the newest commit and allow the use of page addresses until leave(). Do not write in between.
 
-        Costs one load from shared memory when there is nothing new. Otherwise it moves the snapshot on, and for that
-        waits until every thread that is inside has left: lookups are short.
+        Without a new commit, this costs one load from shared memory. Otherwise it waits until all threads inside have
+        left (lookups are short) and moves the snapshot forward. Raises InvalidArgument (closed store), Unavailable
+        (LMDB must be reopened and cannot be) and what Environment.read_tree() raises.
         """
         if not self.gate.try_enter():
             with self._lock:
@@ -123,42 +125,46 @@ class Snapshot:
                 self.gate.inside += 1
 
     def leave(self) -> None:
+        """End the use of page addresses that enter() began."""
         if self.gate.leave():
             self.wake()
 
     def wake(self) -> None:
-        """The last one has left, and somebody waits for that."""
+        """Notify the waiting threads that the last thread has left. For callers of Gate.leave()."""
         with self._lock:
             self._empty.notify_all()
 
     def _catch_up(self) -> None:
+        """Move to the newest commit as soon as no thread is inside. The caller holds _lock."""
         while self.gate.waiting or self._word.load() != self.gate.generation:
             if self.gate.inside or self.gate.waiting:
-                self._sleep()
+                self._wait_for_change()
                 continue
             try:
                 self._advance()
                 return
             except Unavailable:
                 if self._txn is not None:
-                    return  # the snapshot that is there is as good as before
-            self._lock.release()  # whoever recovers the environment takes it
+                    return  # the present snapshot stays usable
+            self._lock.release()  # recover() takes it through exclusive()
             try:
                 self.environment.handle.recover()
             finally:
                 self._lock.acquire()
 
-    def _sleep(self) -> None:
+    def _wait_for_change(self) -> None:
+        """Wait until a thread notifies _empty. The caller holds _lock and checks its condition again."""
         self.gate.sleeping += 1
         try:
-            if self.gate.inside or self.gate.waiting:  # not gone since that was asked
+            # leave() runs without _lock: the last thread may have left before it could see `sleeping`.
+            if self.gate.inside or self.gate.waiting:
                 self._empty.wait()
         finally:
             self.gate.sleeping -= 1
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """enter() and leave() for a `with` block."""
+        """Call enter() before a `with` block and leave() after it."""
         self.enter()
         try:
             yield
@@ -166,37 +172,41 @@ class Snapshot:
             self.leave()
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Nobody else is inside, nor comes in."""
+    def exclusive(self) -> Iterator[None]:
+        """Wait until no thread is inside, and let none enter during the `with` block."""
         with self._lock:
             self.gate.waiting += 1
             try:
                 while self.gate.inside:
-                    self._sleep()
+                    self._wait_for_change()
                 yield
             finally:
                 self.gate.waiting -= 1
                 self._empty.notify_all()
 
     def refresh(self, force: bool = False) -> bool:
-        """Move on to the newest commit; True if there was one. Not between enter() and leave().
+        """Move to the newest commit. Return whether there was a new one. Do not call between enter() and leave().
 
-        force: ask LMDB even when nothing was counted, which also notices the commit of a process that was killed before
-        it could count it; worth doing now and then, as by an idle timer.
+        force: ask LMDB even if the generation word has not changed. This also finds the commit of a process that was
+        killed before it could raise the word, so an idle timer should use it from time to time.
         """
         if self._word.load() == self.gate.generation and not force:
             return False
         if self.environment.handle.is_broken:
             self.environment.handle.recover()
-        with self.alone():
+        with self.exclusive():
             return self._advance()
 
     def _advance(self) -> bool:
+        """Replace the read transaction by a new one and update the directories. Return whether there was a new commit.
+
+        The caller holds _lock and no thread is inside. Raises InvalidArgument (closed) and what read_tree() raises.
+        """
         environment = self.environment
         if self.gate.generation == _CLOSED:
             raise InvalidArgument(f"store '{self.path}' is closed; open it again")
-        generation = self._word.load()  # before the snapshot: a commit in between is found again, never missed
-        with translated(environment.path):
+        generation = self._word.load()  # before the snapshot is taken, so that a commit in between is not missed
+        with translate_errors(environment.path):
             txn, tree = environment.read_tree()
         try:
             sequence = environment.sequence(txn)
@@ -217,17 +227,17 @@ class Snapshot:
         self._patch(changes)
         if old is not None:
             environment.handle.end_read(old)
-        self.gate.generation = generation  # last: with it others come in
+        self.gate.generation = generation  # last: it lets other threads enter
         return moved
 
-    def rest(self) -> None:
-        """Give the read transaction back if it is out of date and nobody is inside; the next enter() takes a new one.
+    def release_if_stale(self) -> None:
+        """End the read transaction if it is stale and no thread is inside. The next enter() begins a new one.
 
-        That costs no more than it would have to move the old one on.
+        The next enter() costs no more than moving the old transaction forward would have.
         """
         with self._lock:
             if self.environment.handle.is_broken:
-                return  # there may be no new one
+                return  # LMDB may refuse a new transaction
             if not self.gate.inside and self._txn is not None and self._word.load() != self.gate.generation:
                 self.environment.handle.end_read(self._txn)
                 self._txn = self._tree = None
@@ -235,24 +245,26 @@ class Snapshot:
 
     @property
     def is_reading(self) -> bool:
+        """Whether the snapshot holds a read transaction."""
         return self._txn is not None
 
-    def let_go(self) -> None:
-        """Give up the transaction and all page addresses; the next enter() begins anew. Within alone()."""
+    def release(self) -> None:
+        """End the transaction and drop all page addresses, for lmdb_handle.Reader. Call it inside exclusive()."""
         if self._txn is not None:
             self.environment.handle.end_read(self._txn)
         self._txn = self._tree = self._sequence = None
-        self._residence.forget()
+        self._page_lock.reset()
         self.directories = {}
         if self.is_open:
             self.gate.generation = _NOTHING_SEEN
 
     def _parse(self, document: bytes | None) -> Catalog:
-        """The catalog, from memory if it is the one of the snapshot. Not to be changed."""
-        known_document, known = self._parsed  # a pair, so that no lock is needed: a writer must not wait for a reader
+        """Return the parsed catalog, cached if it is the snapshot's. The caller must not change it."""
+        known_document, known = self._parsed  # one tuple, so no lock is needed: a writer must not wait for a reader
         return known if document == known_document else Catalog.from_json(document)
 
     def _take_catalog(self, catalog: Catalog, catalog_json: bytes | None) -> None:
+        """Set the snapshot's catalog. Drop the layouts and directories of views whose table or features changed."""
         if catalog_json == self._parsed[0]:
             return
         before = self.catalog
@@ -265,51 +277,51 @@ class Snapshot:
         self.catalog_version += 1
 
     def _patch(self, changes: bytes | None) -> None:
-        """Bring the directories to the present snapshot: the changed buckets, or all when changes is None."""
+        """Move the directories to the present snapshot by the log entries in `changes`; None drops all directories."""
         if changes is None:
-            self.directories = {}  # each is built again when it is asked for
+            self.directories = {}  # each directory is built again at the next lookup
             return
         for name, directory in list(self.directories.items()):
-            if directory is None:  # of an empty table: quickly built
+            if directory is None:  # an empty table's directory is quick to build
                 self._drop_directory(name)
                 continue
             try:
                 directory.update(self._tree, changes)
             except ValueError:
-                self._drop_directory(name)  # building it says what is wrong, to whoever asks for this view
+                self._drop_directory(name)  # the next lookup in this view builds it and raises the error
 
     def _drop_directory(self, view_name: str) -> None:
         self.directories = {name: held for name, held in self.directories.items() if name != view_name}
 
     def pretouch(self, lock: bool = False) -> None:
-        """Map the file into this process and build all directories now, rather than as lookups come to need them.
+        """Map all pages of the file and build all directories now, so that the first lookups need not.
 
-        lock: keep the file in memory, also as it grows. Raises ResourceExhausted when the system refuses that.
+        lock: also lock the file in memory, including its later growth. Raises ResourceExhausted if the system refuses.
         """
         with self.reading():
             self._tree.populate()
             for view_name in self.catalog.views:
-                with suppress(ShorttailError):  # a damaged table is the matter of those who look rows up in it
+                with suppress(ShorttailError):  # a damaged table fails the lookups in it, and no others
                     self.directory(view_name)
             if lock:
-                self._residence.lock(self._tree)
+                self._page_lock.lock(self._tree)
 
     def lock_growth(self) -> None:
-        """Lock what the file has grown by since pretouch(lock=True); for an idle timer, as it takes its time."""
+        """Lock the growth of the file since pretouch(lock=True). May be slow, so an idle timer calls it."""
         tree = self._tree
         if tree is not None:
-            self._residence.follow(tree)
+            self._page_lock.follow(tree)
 
     @contextmanager
-    def _sound(self, view_name: str) -> Iterator[None]:
-        """Name the table in what native code says about a page."""
+    def _name_table_in_errors(self, view_name: str) -> Iterator[None]:
+        """Translate a ValueError of native code about a damaged page to an Internal error that names the view."""
         try:
             yield
         except ValueError as error:
-            raise damaged(self.path, view_name, error) from None
+            raise damaged_table(self.path, view_name, error) from None
 
     def layout(self, view_name: str) -> Layout:
-        """Where things lie in the rows of that view's table. Raises NotFound."""
+        """Return the row layout of a view's table. Raises NotFound."""
         layout = self._layouts.get(view_name)
         if layout is None:
             view = self.catalog.view(view_name)
@@ -317,9 +329,10 @@ class Snapshot:
         return layout
 
     def directory(self, view_name: str) -> Directory | None:
-        """The directory of that view's table in the present snapshot; None if the table is empty. Raises NotFound.
+        """Return the directory of a view's table in the present snapshot; None if the table is empty.
 
-        For use between enter() and leave(). The first call for a view reads the header of each of its pages.
+        Call it between enter() and leave(). The first call for a view reads the header of each of its pages. Raises
+        NotFound, and Internal if the table is damaged.
         """
         try:
             return self.directories[view_name]
@@ -331,13 +344,13 @@ class Snapshot:
 
     def _build(self, view_name: str) -> Directory | None:
         directory = Directory(self.layout(view_name), self.catalog.tables[view_name].id)
-        with self._sound(view_name):
+        with self._name_table_in_errors(view_name):
             return directory if directory.build(self._tree) else None
 
     # -- reading all of a view -------------------------------------------------------------------------------------
 
     def count(self, view_name: str) -> int:
-        """Rows of that view as of the newest commit; within a write as of that write."""
+        """Return the number of rows of a view as of the newest commit; inside a write, as of that write."""
         writer = self.environment.writer
         if writer is not None:
             table = Catalog.from_json(writer.get_catalog()).tables[view_name]
@@ -351,10 +364,10 @@ class Snapshot:
             self.leave()
 
     def scan(self, view_name: str) -> Iterator[ColumnBatch]:
-        """The rows of that view, a page at a time and in no order, as of the newest commit when the iteration starts.
+        """Yield all rows of a view, one batch per page, unordered, as of the newest commit when iteration starts.
 
-        Every page is checked in full. Has a snapshot of its own, so the caller may take its time between batches.
-        Raises NotFound, and Internal if the table is damaged.
+        Checks every page in full. The scan has its own read transaction, so the caller may pause between batches, but
+        the file may grow meanwhile. Raises NotFound, and Internal if the table is damaged.
         """
         with self.environment.read() as txn:
             catalog = Catalog.from_json(self.environment.read_catalog_json(txn))
@@ -362,15 +375,15 @@ class Snapshot:
             layout = make_layout(view, table)
             dtype = row_dtype(layout)
             for key, page in table_pages(txn, table.id):
-                with self._sound(view_name):
+                with self._name_table_in_errors(view_name):
                     layout.check(page, key, table.id)
                 batch = decode_page(layout, dtype, page)
                 if len(batch):
                     yield batch
 
 
-class _Idle:
-    """Lets snapshots rest that are not in use: one thread for all of this process, while there are any."""
+class _IdleThread:
+    """Releases stale snapshots that are not in use. One thread serves all open snapshots of this process."""
 
     def __init__(self) -> None:
         self._snapshots: weakref.WeakSet[Snapshot] = weakref.WeakSet()
@@ -393,16 +406,16 @@ class _Idle:
                     self._thread = None
                     return
             for snapshot in snapshots:
-                snapshot.rest()
+                snapshot.release_if_stale()
                 snapshot.lock_growth()
-            del snapshot, snapshots  # or the last ones seen would live on here
+            del snapshot, snapshots  # these references would keep closed snapshots alive during the sleep
 
 
-_idle = _Idle()
+_idle = _IdleThread()
 
 
 def _after_fork() -> None:
-    _idle.__init__()  # type: ignore[misc]  # its thread is not in the child, and its lock may be held for good
+    _idle.__init__()  # type: ignore[misc]  # its thread does not exist in the child, and its lock may be held
 
 
 os.register_at_fork(after_in_child=_after_fork)

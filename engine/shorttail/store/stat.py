@@ -1,4 +1,4 @@
-"""What `shorttail stat` tells: figures of a store, its file, its readers and its views."""
+"""`shorttail stat`: statistics of a store's file, readers and views."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from shorttail.store.snapshot import Snapshot
 PAGE_HEADER_BYTES = 16
 META_PAGES = 2
 
-Figures = dict[str, Any]
+Stats = dict[str, Any]
 
 
-def figures(store: Snapshot) -> Figures:
-    """The figures of a store as plain values, the same that `stat --json` prints.
+def store_stats(store: Snapshot) -> Stats:
+    """Return the statistics of a store as plain values; `shorttail stat --json` prints the same.
 
-    Reads both ends of every page, so a store that is not in memory is read from disk. Raises Internal (damaged table).
+    Reads header and footer of every page, so a store that is not in memory is read from disk. Raises Internal (damaged
+    table).
     """
-    views = view_figures(store)
+    views = view_stats(store)
     environment = store.environment
     with environment.read() as txn:
         info = environment.handle.env.info()
@@ -49,8 +50,8 @@ def figures(store: Snapshot) -> Figures:
         }
 
 
-def view_figures(store: Snapshot) -> list[Figures]:
-    """Of each view: rows, fill (the part of its pages that is in use), bytes of its pages, depth of its directory."""
+def view_stats(store: Snapshot) -> list[Stats]:
+    """Return per view: rows, fill (used share of its pages, 0 to 1), bytes and number of pages, and directory depth."""
     listed = []
     for name in store.catalog.views:
         with store.reading():
@@ -71,8 +72,8 @@ def view_figures(store: Snapshot) -> list[Figures]:
     return listed
 
 
-def _readers(environment: Environment, last_txn_id: int) -> list[Figures]:
-    """The other processes that have the store open: snapshots they hold now, and how far the oldest is behind."""
+def _readers(environment: Environment, last_txn_id: int) -> list[Stats]:
+    """Return per other process that has the store open: its snapshots, and how many commits the oldest is behind."""
     held: dict[int, list[int]] = defaultdict(list)
     for line in environment.handle.env.readers().splitlines():
         fields = line.split()
@@ -84,13 +85,14 @@ def _readers(environment: Environment, last_txn_id: int) -> list[Figures]:
     ]
 
 
-def _leftovers(txn: Transaction, named: set[int]) -> list[Figures]:
+def _leftovers(txn: Transaction, named: set[int]) -> list[Stats]:
+    """Return id and number of pages of each table that the catalog does not name. named: the ids in the catalog."""
     ids = [table_id for table_id in table_ids(txn) if table_id not in named]
     return [{"table": table_id, "pages": count_table_pages(txn, table_id)} for table_id in ids]
 
 
 def count_table_pages(txn: Transaction, table_id: int) -> int:
-    """Page images of that table, by its keys alone."""
+    """Return the number of pages of a table, by reading only the keys."""
     cursor, prefix, n = txn.cursor(), table_prefix(table_id), 0
     if cursor.set_range(prefix):
         for key in cursor.iternext(keys=True, values=False):

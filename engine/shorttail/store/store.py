@@ -1,4 +1,4 @@
-"""Store: bulk loads, upserts, deletes and changes of the catalog, each durable when it returns."""
+"""Store: a Snapshot with bulk loads, upserts, deletes and catalog changes. Each is durable when it returns."""
 
 from __future__ import annotations
 
@@ -8,41 +8,43 @@ from contextlib import AbstractContextManager
 from shorttail.define.catalog import Catalog
 from shorttail.errors import ShorttailError
 from shorttail.store import commits
-from shorttail.store.edits import DamagedBy, Delete, Edit, TableEdits, Upsert
+from shorttail.store.edits import Delete, Edit, TableDamaged, TableEdits, Upsert
 from shorttail.store.load import Progress, load
 from shorttail.store.snapshot import Snapshot
 from shorttail.store.table import (
     Array,
     ColumnBatch,
-    pieces,
+    split_batches,
 )
 
-COMMIT_ROWS = 65_536  # a longer upsert or delete takes several commits, so that its dirty pages fit LMDB's list
+COMMIT_ROWS = 65_536  # rows in one commit: longer upserts and deletes are split, so that dirty pages fit LMDB's list
 
 
 class Store(Snapshot):
-    """The feature views of one store directory, for reading and writing.
+    """One store directory with its feature views, for reading and writing.
 
-    Many may be open on one path, in this and other processes; writers take turns. Thread-safe: see Snapshot.enter() for
-    lookups. Writing does not move the snapshot: enter() and refresh() show what was written.
+    Any number of Stores may be open on one path, in this and other processes; writers take turns. Thread-safe; for
+    lookups see Snapshot.enter(). A write does not move the snapshot: the next enter() or refresh() shows its rows.
     """
 
     def upsert(self, view_name: str, batch: ColumnBatch) -> int:
-        """Insert the rows, or replace those of equal key unless their event time is later. Returns the rows given.
+        """Insert rows. A stored row with an equal key is replaced unless its event time is later.
 
-        All or nothing up to COMMIT_ROWS rows; more are committed so many at a time. Raises NotFound (view),
-        InvalidArgument (columns), ResourceExhausted (disk), Internal (damaged table).
+        Returns the number of rows given. Up to COMMIT_ROWS rows are written atomically; a longer batch takes several
+        commits of COMMIT_ROWS. Raises NotFound (view), InvalidArgument (columns), ResourceExhausted (disk) and Internal
+        (damaged table).
         """
         if not len(batch):
-            self._committed_catalog().view(view_name)  # nothing to do, but a name that is wrong is wrong
-        for piece in pieces([batch], COMMIT_ROWS):
+            self._committed_catalog().view(view_name)  # an unknown view is an error even without rows
+        for piece in split_batches([batch], COMMIT_ROWS):
             self._commit_one(Upsert(view_name, piece))
         return len(batch)
 
     def delete(self, view_name: str, keys: Sequence[Array]) -> int:
-        """Remove the rows of these keys, given as one column [n] for each key. Returns how many there were.
+        """Remove the rows with the given keys. Returns the number of rows removed.
 
-        All or nothing up to COMMIT_ROWS keys. Raises what upsert() raises.
+        keys: one array [n] per key column. Up to COMMIT_ROWS keys are removed atomically; more take several commits.
+        Raises what upsert() raises.
         """
         removed, n_keys = 0, len(keys[0]) if keys else 0
         if not n_keys:
@@ -58,16 +60,16 @@ class Store(Snapshot):
         return outcome
 
     def commit(self, edits: Sequence[Edit]) -> list[int | ShorttailError]:
-        """Apply all edits, in their order, in one durable commit.
+        """Apply all edits, in the order given, in one durable commit.
 
-        Gives for each edit the rows given (Upsert) or removed (Delete), or its error: an edit that cannot be applied
-        (unknown view, wrong columns, damaged table) is left out and disturbs no other. Raises what concerns them all,
-        ResourceExhausted for one; then nothing was written.
+        Returns per edit the number of rows given (Upsert) or removed (Delete), or its error: an edit that cannot be
+        applied (unknown view, wrong columns, damaged table) is left out and does not affect the others. Raises errors
+        that concern all edits, such as ResourceExhausted; then nothing was written.
         """
         outcomes: dict[int, int | ShorttailError] = {}
-        waiting, apart = list(range(len(edits))), False
+        waiting, separately = list(range(len(edits))), False
         while waiting:
-            tables = self._encode(edits, waiting, apart, outcomes)
+            tables = self._encode(edits, waiting, separately, outcomes)
             waiting = []
             try:
                 with self.environment.write() as writer:
@@ -76,22 +78,22 @@ class Store(Snapshot):
                             given = {i: len(e.batch) for i in table.numbers if isinstance(e := edits[i], Upsert)}
                             outcomes |= given | table.apply(writer)
                         else:
-                            waiting += table.numbers  # a load has put another table in its place: encode for that one
-            except DamagedBy as fault:
-                # All that was written is undone, so all is done again: without the edit that met the damage, or, if it
-                # may have been one of several, with each apart.
-                apart = len(fault.numbers) > 1
-                if not apart:
+                            waiting += table.numbers  # a load has replaced the table: encode for the new one
+            except TableDamaged as fault:
+                # The whole transaction is aborted and repeated: without the edit that found the damage or, if a step of
+                # several edits found it, with every edit encoded separately.
+                separately = len(fault.numbers) > 1
+                if not separately:
                     outcomes[fault.numbers[0]] = fault.error
-                waiting = [i for table in tables for i in table.numbers if apart or i != fault.numbers[0]]
+                waiting = [i for table in tables for i in table.numbers if separately or i != fault.numbers[0]]
             waiting.sort()
-        self.rest()  # whoever only writes must not keep the pages of the snapshot that it opened the store with
+        self.release_if_stale()  # a process that only writes must not hold on to its first snapshot
         return [outcomes[i] for i in range(len(edits))]
 
     def _encode(
-        self, edits: Sequence[Edit], numbers: list[int], apart: bool, outcomes: dict[int, int | ShorttailError]
+        self, edits: Sequence[Edit], numbers: list[int], separately: bool, outcomes: dict[int, int | ShorttailError]
     ) -> list[TableEdits]:
-        """Those edits by table, encoded before the write lock is taken; the errors of some go to outcomes."""
+        """Encode the numbered edits, grouped by table, before the write lock is taken. Adds errors to outcomes."""
         catalog = self._committed_catalog()
         by_view: dict[str, list[tuple[int, Edit]]] = {}
         for number in numbers:
@@ -100,21 +102,21 @@ class Store(Snapshot):
         for view, numbered in by_view.items():
             try:
                 table = TableEdits.of(catalog.view(view), catalog.tables[view])
-                outcomes |= table.encode(numbered, apart)
+                outcomes |= table.encode(numbered, separately)
                 tables.append(table)
             except ShorttailError as error:
                 outcomes |= {number: error for number, _ in numbered}
         return [table for table in tables if table.steps]
 
     def _committed_catalog(self) -> Catalog:
-        """The catalog as of the last commit, by any process."""
+        """Return the catalog as of the last commit of any process."""
         with self.environment.read() as txn:
             return self._parse(self.environment.read_catalog_json(txn))
 
     # -- the catalog -----------------------------------------------------------------------------------------------
 
     def edit_catalog(self) -> AbstractContextManager[Catalog]:
-        """A copy of the newest catalog to change: see commits.edit_catalog()."""
+        """Return a context that yields a copy of the newest catalog and commits it: see commits.edit_catalog()."""
         return commits.edit_catalog(self.environment)
 
     # -- bulk load -------------------------------------------------------------------------------------------------
@@ -126,9 +128,8 @@ class Store(Snapshot):
         progress: Progress | None = None,
         memory_bytes: int | None = None,
     ) -> int:
-        """Replace all rows of the view by these, at once for every reader. Returns the rows stored.
+        """Replace all rows of a view by the rows in batches, at once for every reader. Returns the rows stored.
 
-        See load.load() for what happens to equal keys, to what is upserted meanwhile, and for memory and progress.
-        Raises NotFound (view), InvalidArgument (columns; or the view was changed), ResourceExhausted (disk).
+        load.load() describes equal keys, concurrent upserts, memory_bytes, progress and errors.
         """
         return load(self.environment, view_name, batches, progress, memory_bytes)

@@ -1,4 +1,4 @@
-"""Rows of one table: columns to and from the row format of docs/format.md."""
+"""The rows of one table: conversion of columns to and from the row format of docs/format.md."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from shorttail.define.views import FeatureView
 from shorttail.errors import InvalidArgument
 
 HEADER_BYTES = 8
-DEPTH_MARGIN = 3  # a bucket this much deeper than most gets a longer page instead of being split once more
+DEPTH_MARGIN = 3  # a full bucket this many levels deeper than most gets a longer page instead of a split
 
 Array = NDArray[Any]
 T = TypeVar("T")
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Texts:
-    """n strings as UTF-8, as Arrow has them: string i is data[offsets[i]:offsets[i + 1]].
+    """n UTF-8 strings in Arrow's layout: string i is data[offsets[i]:offsets[i + 1]].
 
     offsets: int32 or int64 [n + 1]. data: a buffer of bytes. Both may be read-only.
     """
@@ -42,20 +42,20 @@ class Texts:
         return Texts(self.offsets[start : max(start, stop) + 1], self.data)
 
     def tolist(self) -> list[str]:
-        """The strings. Raises UnicodeDecodeError."""
+        """Return the strings as a list. Raises UnicodeDecodeError."""
         data, ends = memoryview(self.data), self.offsets.tolist()
         return [str(data[start:end], "utf-8") for start, end in pairwise(ends)]
 
 
 @dataclass
 class ColumnBatch:
-    """n rows of a view as columns.
+    """n rows of a view, as columns.
 
-    keys: a column for each key of the entity: int64 [n], or strings: objects (str) [n], or Texts of n. event_time_us:
-    int64 [n], microseconds since 1970 UTC. features: for each feature of the view its values, of the NumPy type of its
-    dtype ([n, width] for vectors, strings as in keys), and a mask [n] that is True where it is null, or None. None in
-    an array of strings and NaN in a Float32 or Float64 feature are null as well. Values under a mask do not matter.
-    Arrays may be read-only.
+    keys: one column per key of the entity. An Int64 key is an int64 array [n]; a String key is an object array [n] of
+    str, or Texts of length n. event_time_us: int64 [n], microseconds since 1970 UTC. features: per feature of the view
+    (values, mask). values: an array [n] of the NumPy type of the feature's dtype, [n, width] for vectors, or strings as
+    in keys. mask: bool [n], True where the feature is null, or None. None in an object array and NaN in a Float32 or
+    Float64 feature are null too. Values under a mask are ignored. Arrays may be read-only.
     """
 
     keys: Sequence[Array | Texts]
@@ -66,6 +66,7 @@ class ColumnBatch:
         return len(self.event_time_us)
 
     def slice(self, start: int, stop: int) -> ColumnBatch:
+        """Return rows start to stop - 1 as views of the same arrays."""
         return ColumnBatch(
             [column[start:stop] for column in self.keys],
             self.event_time_us[start:stop],
@@ -73,7 +74,7 @@ class ColumnBatch:
         )
 
     def check(self, view: FeatureView) -> None:
-        """Raise InvalidArgument unless the columns are those of the view, in number and in length."""
+        """Raise InvalidArgument unless the number of columns fits the view and all columns have n values."""
         if len(self.keys) != len(view.keys) or len(self.features) != len(view.features):
             raise InvalidArgument(
                 f"feature view '{view.name}' has {len(view.keys)} keys and {len(view.features)} features, but the rows "
@@ -88,26 +89,26 @@ class ColumnBatch:
                 )
 
 
-class _Unlike(Exception):
-    """Columns that cannot be joined."""
+class _NotJoinable(Exception):
+    """Raised when batches have columns that cannot be concatenated."""
 
 
 def join_batches(batches: Sequence[ColumnBatch]) -> ColumnBatch | None:
-    """Their rows in their order, as one batch. None unless their columns agree in number, type, width and length."""
+    """Return the rows of all batches as one batch, in order; None if their columns differ in number, type or width."""
     try:
         return ColumnBatch(
-            [_join(columns, batches) for columns in _across([batch.keys for batch in batches])],
+            [_join(columns, batches) for columns in _column_groups([batch.keys for batch in batches])],
             _join([batch.event_time_us for batch in batches], batches),
-            [_join_feature(columns, batches) for columns in _across([batch.features for batch in batches])],
+            [_join_feature(columns, batches) for columns in _column_groups([batch.features for batch in batches])],
         )
-    except _Unlike:
+    except _NotJoinable:
         return None
 
 
-def _across(columns: Sequence[Sequence[T]]) -> Iterator[tuple[T, ...]]:
-    """Of each column those of all batches."""
+def _column_groups(columns: Sequence[Sequence[T]]) -> Iterator[tuple[T, ...]]:
+    """Yield per column the arrays of all batches. Raises _NotJoinable if batches have different numbers of columns."""
     if any(len(each) != len(columns[0]) for each in columns):
-        raise _Unlike
+        raise _NotJoinable
     return zip(*columns, strict=True)
 
 
@@ -115,9 +116,9 @@ def _join(columns: Sequence[Array | Texts], batches: Sequence[ColumnBatch]) -> A
     first, arrays = columns[0], []
     for column, batch in zip(columns, batches, strict=True):
         if isinstance(column, Texts) or isinstance(first, Texts) or column.dtype != first.dtype:
-            raise _Unlike
+            raise _NotJoinable
         if column.shape != (len(batch), *first.shape[1:]):
-            raise _Unlike
+            raise _NotJoinable
         arrays.append(column)
     return np.concatenate(arrays)
 
@@ -134,7 +135,7 @@ def _join_feature(
 
 
 def make_layout(view: FeatureView, table: TableInfo) -> Layout:
-    """The layout of the view's table. Raises InvalidArgument when its rows would be too long."""
+    """Return the row layout of a view's table. Raises InvalidArgument if its rows are too long."""
     keys = bytes(dtype.code for dtype in view.keys.values())
     features = [(feature.dtype.code, feature.dtype.width) for feature in view.features]
     try:
@@ -144,7 +145,10 @@ def make_layout(view: FeatureView, table: TableInfo) -> Layout:
 
 
 def row_dtype(layout: Layout) -> np.dtype[Any]:
-    """The fixed part of a row as a NumPy record: k0.., time, nulls, f0... Strings are (offset, length)."""
+    """Return the NumPy record type of a row without string bytes: fields k0.., time, nulls, f0...
+
+    A string is (offset, length), uint32 each.
+    """
     scalar = {1: "u1", 2: "<i4", 3: "<i8", 4: "<f4", 5: "<f8", 6: ("<u4", (2,)), 7: "<i8"}
     fields: list[tuple[str, Any, int]] = [
         (f"k{k}", scalar[code], layout.key_offsets[k]) for k, code in enumerate(layout.key_codes)
@@ -162,11 +166,11 @@ def row_dtype(layout: Layout) -> np.dtype[Any]:
 
 # -- writing -------------------------------------------------------------------------------------------------------
 
-Source = tuple[Any, Any, Any]  # (values, offsets of strings, nulls), as RowPartitions.add() takes a column
+Source = tuple[Any, Any, Any]  # a column for RowPartitions.add(): (values, string offsets or None, nulls or None)
 
 
 def source_columns(view: FeatureView, batch: ColumnBatch) -> list[Source]:
-    """Keys, event time and features as the native code takes them, copied only where they must be.
+    """Return keys, event time and features as native code takes them. Copies only arrays that need conversion.
 
     Raises InvalidArgument for wrong columns.
     """
@@ -178,7 +182,7 @@ def source_columns(view: FeatureView, batch: ColumnBatch) -> list[Source]:
         where = f"feature view '{view.name}': column '{feature.name}'"
         nulls = None if mask is None else np.ascontiguousarray(mask, np.bool_)
         if nulls is not None and nulls.shape != (len(batch),):
-            raise InvalidArgument(f"{where}: a mask of shape {nulls.shape} for {len(batch)} rows")
+            raise InvalidArgument(f"{where}: the mask has shape {nulls.shape}, but there are {len(batch)} rows")
         if feature.dtype == String:
             columns.append(_strings(values, nulls, where))
         else:
@@ -198,38 +202,42 @@ def _key_columns(view: FeatureView, keys: Sequence[Array | Texts]) -> list[Sourc
 
 
 def _numbers(values: Array | Texts, dtype: DType, n: int, where: str) -> Array:
-    """The values as a C-contiguous array of the type's own; safe casts only, but that floats may be rounded."""
+    """Return the values as a C-contiguous array of dtype's NumPy type.
+
+    Only casts that lose nothing are allowed, except that floats may be rounded. Raises InvalidArgument.
+    """
     if isinstance(values, Texts):
-        raise InvalidArgument(f"{where}: strings given for {dtype!r}")
+        raise InvalidArgument(f"{where}: expected {dtype!r}, but got strings")
     values = np.asarray(values)
     shape = (n, dtype.width) if dtype.is_vector else (n,)
     if values.shape != shape:
         raise InvalidArgument(f"{where}: values of shape {values.shape} do not fit {n} rows of {dtype!r}")
     wanted = np.dtype(dtype.numpy)
     if not np.can_cast(values.dtype, wanted, "same_kind" if wanted.kind == "f" else "safe"):
-        raise InvalidArgument(f"{where}: values of type {values.dtype} given for {dtype!r}")
+        raise InvalidArgument(f"{where}: expected {dtype!r}, but got values of type {values.dtype}")
     return np.ascontiguousarray(values, wanted)
 
 
 def _strings(values: Array | Texts, nulls: NDArray[np.bool_] | None, where: str, key: bool = False) -> Source:
+    """Return a column of strings as a Source. Raises InvalidArgument for a string that cannot be stored."""
     if not isinstance(values, Texts):
-        values, nulls = _texts(values, nulls, where, key)
+        values, nulls = _encode_texts(values, nulls, where, key)
     offsets = np.ascontiguousarray(values.offsets)
     bad = first_bad_string(values.data, offsets, nulls, len(values), LIMITS.string_bytes)
     if bad is not None:
         start, end = int(offsets[bad]), int(offsets[bad + 1])
         if not 0 <= start <= end <= memoryview(values.data).nbytes:
-            raise InvalidArgument(f"{where}: the string in row {bad} lies outside of the bytes given")
+            raise InvalidArgument(f"{where}: the offsets of the string in row {bad} lie outside its data")
         if end - start > LIMITS.string_bytes:
             raise InvalidArgument(f"{where}: a string of {end - start} bytes; at most {LIMITS.string_bytes}")
         raise InvalidArgument(f"{where}: the string in row {bad} is not valid UTF-8")
     return values.data, offsets, nulls
 
 
-def _texts(
+def _encode_texts(
     values: Array, nulls: NDArray[np.bool_] | None, where: str, key: bool
 ) -> tuple[Texts, NDArray[np.bool_] | None]:
-    """An array of str objects as Texts, and which of them are null; None is."""
+    """Return an array of str objects as Texts, and the mask of nulls: those given and, except in keys, each None."""
     strings = list(values)
     if not key and (nulls is not None or None in strings):
         absent = np.fromiter((value is None for value in strings), np.bool_, len(strings))
@@ -246,21 +254,21 @@ def _texts(
         wrong = next(value for value in strings if not isinstance(value, str))
         raise InvalidArgument(f"{where}: {wrong!r} is not a string") from None
     except UnicodeEncodeError:
-        raise InvalidArgument(f"{where}: a string holds half of a surrogate pair and cannot be stored") from None
+        raise InvalidArgument(f"{where}: a string holds a lone surrogate, which UTF-8 cannot encode") from None
     offsets = np.zeros(len(strings) + 1, np.int64)
     np.cumsum(lengths, out=offsets[1:])
     return Texts(offsets, data), nulls
 
 
 class _Arena:
-    """The strings of a batch, one after the other."""
+    """The string bytes of a batch, concatenated."""
 
     def __init__(self) -> None:
         self.parts: list[bytes] = []
         self.bytes = 0
 
     def add(self, column: Source, where: str) -> NDArray[np.uint32]:
-        """References [n, 2] to the strings, which are appended."""
+        """Append a column's strings. Return their (offset, length) as uint32 [n, 2]."""
         data, offsets, nulls = column
         first, last = int(offsets[0]), int(offsets[-1])
         starts = offsets[:-1].astype(np.int64) - first + self.bytes
@@ -270,12 +278,12 @@ class _Arena:
         self.parts.append(bytes(memoryview(data)[first:last]))
         self.bytes += last - first
         if self.bytes >= 1 << 32:
-            raise InvalidArgument(f"{where}: the strings of one batch pass 4 GiB; give fewer rows at a time")
+            raise InvalidArgument(f"{where}: the strings of one batch exceed 4 GiB; give fewer rows at a time")
         return np.stack([starts, lengths], axis=1).astype(np.uint32)
 
 
 def encode_rows(layout: Layout, view: FeatureView, batch: ColumnBatch) -> tuple[NDArray[np.void], bytes]:
-    """Rows in the row format, and the arena that their strings refer to. Raises InvalidArgument for wrong columns."""
+    """Return (rows in the row format, arena of their strings). Raises InvalidArgument for wrong columns."""
     columns = source_columns(view, batch)
     n_keys = len(view.keys)
     rows, arena = _encode_keys(layout, view, columns[:n_keys])
@@ -296,7 +304,7 @@ def encode_rows(layout: Layout, view: FeatureView, batch: ColumnBatch) -> tuple[
 
 
 def encode_keys(layout: Layout, view: FeatureView, keys: Sequence[Array]) -> tuple[NDArray[np.void], _Arena]:
-    """Rows of which only the keys are set."""
+    """Return rows in which only the keys are set, and the arena of their strings. Raises InvalidArgument."""
     return _encode_keys(layout, view, _key_columns(view, keys))
 
 
@@ -316,7 +324,7 @@ def _encode_keys(layout: Layout, view: FeatureView, columns: Sequence[Source]) -
 
 
 def decode_page(layout: Layout, dtype: np.dtype[Any], page: memoryview) -> ColumnBatch:
-    """The rows of a page that Layout.check() has passed, copied. dtype: row_dtype(layout)."""
+    """Return a copy of the rows of a page. The page must have passed Layout.check(). dtype: row_dtype(layout)."""
     rows = _rows_of(dtype, page)
     keys = [_decode_column(page, rows[f"k{k}"], code) for k, code in enumerate(layout.key_codes)]
     features: list[tuple[Array, NDArray[np.bool_] | None]] = []
@@ -330,7 +338,7 @@ def decode_page(layout: Layout, dtype: np.dtype[Any], page: memoryview) -> Colum
 
 
 def decode_keys(layout: Layout, dtype: np.dtype[Any], page: memoryview) -> list[Array]:
-    """The key columns alone of such a page, copied."""
+    """Return a copy of the key columns of a page, like decode_page()."""
     rows = _rows_of(dtype, page)
     return [_decode_column(page, rows[f"k{k}"], code) for k, code in enumerate(layout.key_codes)]
 
@@ -349,13 +357,16 @@ def _decode_column(page: memoryview, column: Array, code: int) -> Array:
     return column.astype(np.bool_) if code == 1 else column.copy()
 
 
-def pieces(batches: Iterable[ColumnBatch], rows: int) -> Iterator[ColumnBatch]:
-    """The batches in pieces of at most so many rows."""
+def split_batches(batches: Iterable[ColumnBatch], rows: int) -> Iterator[ColumnBatch]:
+    """Yield the batches in order, split into batches of at most `rows` rows."""
     for batch in batches:
         for start in range(0, len(batch), rows):
             yield batch.slice(start, start + rows)
 
 
 def depth_to_grow(n_buckets: int) -> int:
-    """The local depth from which on a full bucket of a table of so many gets a longer page."""
+    """Return the local depth at which a full bucket gets a longer page instead of a split.
+
+    n_buckets: the number of buckets of the table. A split is normal up to DEPTH_MARGIN levels above the average depth.
+    """
     return max(n_buckets - 1, 1).bit_length() + DEPTH_MARGIN

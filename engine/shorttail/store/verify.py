@@ -1,7 +1,7 @@
-"""`shorttail verify`: whether a store is sound, found out without trusting it.
+"""`shorttail verify`: checks a whole store without trusting it.
 
-A damaged file can kill the process that maps it (a page that is not there is SIGBUS), so all of it happens in a child,
-checks.py, which reports as it goes. A store may be served and written to meanwhile.
+A damaged file can kill the process that maps it (touching a missing page raises SIGBUS). So a child process, checks.py,
+does all checks and reports while it runs. The store may be served and written meanwhile.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from pathlib import Path
 from typing import IO, Any
 
 from shorttail.errors import Internal, ShorttailError, from_code
-from shorttail.store.opening import check_directory, translated
+from shorttail.store.opening import check_directory, translate_errors
 
-Progress = Callable[[int, int | None], None]  # pages checked, pages in all
+Progress = Callable[[int, int | None], None]  # receives (pages checked, pages in total)
 
-_OF_DAMAGE = (signal.SIGBUS, signal.SIGSEGV, signal.SIGABRT, signal.SIGFPE, signal.SIGILL)
+_DAMAGE_SIGNALS = (signal.SIGBUS, signal.SIGSEGV, signal.SIGABRT, signal.SIGFPE, signal.SIGILL)
 
 
 @dataclass
 class Report:
-    """What verify() found. problems: one line each; notes: what is odd and does no harm.
+    """The result of verify(). problems: one line per defect. notes: one line per oddity that does no harm.
 
-    commit: the number of the commit whose tables were checked; None when none could be.
+    commit: the number of the commit whose tables were checked, or None if no commit could be read.
     """
 
     path: str
@@ -42,17 +42,18 @@ class Report:
 
     @property
     def ok(self) -> bool:
+        """Whether no problem was found."""
         return not self.problems
 
 
 def verify(path: str | os.PathLike[str], progress: Progress | None = None) -> Report:
-    """Check a store in full: the file, LMDB's structure, every page, every row by its key, the models' files.
+    """Check a whole store: the file, LMDB's structure, every page, every row by its key, and the models' files.
 
-    Raises NotFound or InvalidArgument when there is no store at all, and PermissionDenied; whatever else is wrong is in
-    the report. Takes a process of its own and about a second for a million rows.
+    Damage is reported, not raised. Raises NotFound or InvalidArgument if there is no store, PermissionDenied, and
+    Internal if the check itself failed. Starts a child process; takes about a second per million rows.
     """
     path = Path(path)
-    with translated(path):
+    with translate_errors(path):
         if not (path / "data.mdb").is_file():
             check_directory(path, create=False)
     report = Report(str(path))
@@ -61,7 +62,7 @@ def verify(path: str | os.PathLike[str], progress: Progress | None = None) -> Re
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe) as child:
         try:
             assert child.stdout is not None
-            doing, error = _hear(child.stdout, report, progress)
+            doing, error = _read_findings(child.stdout, report, progress)
         except BaseException:
             child.kill()
             raise
@@ -70,18 +71,16 @@ def verify(path: str | os.PathLike[str], progress: Progress | None = None) -> Re
         code = child.wait()
     if error is not None:
         raise error
-    if code < 0 and -code in _OF_DAMAGE:
+    if code < 0 and -code in _DAMAGE_SIGNALS:
         name = signal.Signals(-code).name
         report.problems.append(f"{doing}: reading it ended in {name}; the file or the disk is damaged")
     elif code:
-        raise Internal(
-            f"store '{path}': the check did not end well while it looked at {doing}: {_why(code, last_words)}"
-        )
+        raise Internal(f"store '{path}': the check of {doing} failed: {_exit_reason(code, last_words)}")
     return report
 
 
-def _hear(lines: IO[bytes], report: Report, progress: Progress | None) -> tuple[str, ShorttailError | None]:
-    """Enter what the child says in the report. Returns what it looked at last, and the error that it met."""
+def _read_findings(lines: IO[bytes], report: Report, progress: Progress | None) -> tuple[str, ShorttailError | None]:
+    """Enter the child's output in the report. Return what it checked last, and the error that it sent, if any."""
     doing, error = "the file", None
     for line in lines:
         kind, value = json.loads(line)
@@ -101,14 +100,15 @@ def _hear(lines: IO[bytes], report: Report, progress: Progress | None) -> tuple[
     return doing, error
 
 
-def _why(code: int, last_words: list[str]) -> str:
+def _exit_reason(code: int, last_words: list[str]) -> str:
+    """Return why the child ended, as text. code: its exit status. last_words: the lines of its stderr."""
     if code < 0:
         return f"signal {-code}"
     return last_words[-1] if last_words else f"exit code {code}"
 
 
 def as_json(report: Report) -> dict[str, Any]:
-    """The report as plain values."""
+    """Return the report as plain values for JSON."""
     return {
         "store": report.path,
         "ok": report.ok,

@@ -1,0 +1,22 @@
+"""Says in one line what to do when a benchmark is started by a Python that lacks shorttail or another package it needs.
+
+Every script of bench/ imports this before any other package. The benchmarks measure shorttail as it is installed, not
+the sources beside them, whose native code is not built in place.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+
+
+def say(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print an uncaught ModuleNotFoundError as one line with the remedy, and any other exception as Python does."""
+    if isinstance(error, ModuleNotFoundError):
+        remedy = "run `make demo` once, then start the script with .venv/bin/python (or: pip install '.[demo]')"
+        print(f"error: {sys.executable} has no module {error.name!r}; {remedy}", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = say

@@ -1,0 +1,99 @@
+"""Every file of bench/ can be imported and does nothing then; every script explains itself; the quick ones measure."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCH = Path(__file__).resolve().parents[2] / "bench"
+OWN = sorted([*BENCH.glob("*.py"), *BENCH.glob("micro/*.py")])
+SCRIPTS = [path for path in OWN if "__main__" in path.read_text()]
+PEERS = sorted(BENCH.glob("peers/**/*.py"))
+WITHOUT_FIGURES = ["benchmarks_page.py"]  # it measures nothing
+# Those that take under 5 s with --quick on two quiet cores; the next, micro/ondemand.py, takes 9, most others 30 to 60.
+QUICK = ["micro/lookup.py", "micro/predict.py"]
+# Peers run in environments of their own, with these packages.
+FOREIGN = [
+    *("bentoml", "fastapi", "feast", "litserve", "mlserver", "mosec", "pytriton", "ray", "redis", "rocksdict"),
+    *("starlette", "triton_python_backend_utils", "uvicorn"),
+]
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(BENCH))
+
+
+@pytest.fixture(scope="module")
+def imported() -> dict[str, dict[str, Any]]:
+    """What became of each file, as importing.py says it."""
+    paths: dict[str, list[str]] = {str(path): [] for path in [*OWN, *PEERS]}
+    paths[str(BENCH / "peers" / "rayserve" / "replica.py")] = [str(BENCH / "peers")]  # as serve.py beside it starts it
+    asked = {"paths": paths, "scripts": list(map(str, SCRIPTS)), "foreign": FOREIGN}
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("importing.py"))],
+        input=json.dumps(asked),
+        env={**os.environ, "PEER_WORKERS": "1"},  # as bentoml/serve.py tells it to bentoml/service.py
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return {name_of(Path(path)): found for path, found in json.loads(done.stdout).items()}
+
+
+def test_the_scripts_are_found() -> None:
+    assert {"serve.py", "micro/lookup.py", "compare.py"} <= set(map(name_of, SCRIPTS))
+    assert {"peers/scorer.py", "peers/sqlite/local.py"} <= set(map(name_of, PEERS))
+
+
+@pytest.mark.parametrize("name", [name_of(path) for path in [*OWN, *PEERS]])
+def test_importing_it_does_nothing(name: str, imported: dict[str, dict[str, Any]]) -> None:
+    found = imported[name]
+    assert not found["error"], found["error"]
+    assert (found["did"], found["printed"]) == ([], "")
+
+
+@pytest.mark.parametrize("name", [name_of(path) for path in SCRIPTS])
+def test_it_says_how_it_is_used(name: str, imported: dict[str, dict[str, Any]]) -> None:
+    said = imported[name]["help"]
+    assert said.startswith(f"usage: {Path(name).name} ")
+    assert ("--json" in said, "--quick" in said) == ((False, False) if name in WITHOUT_FIGURES else (True, True))
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_a_quick_one_prints_what_it_measured(name: str) -> None:
+    document: dict[str, Any] = json.loads(run(BENCH / name, "--quick", "--json").stdout)
+    assert set(document) == {"machine", "commit", "figures", "bars"}
+    assert document["machine"]["cpus"] > 0
+    assert document["figures"]
+    assert document["bars"]
+    for bar in document["bars"]:
+        assert set(bar) == {"bar", "value", "limit", "unit", "ok"}
+        assert isinstance(bar["value"], Real), bar
+        assert isinstance(bar["limit"], Real), bar
+        assert isinstance(bar["ok"], bool), bar
+
+
+def test_the_page_is_what_the_results_say() -> None:
+    run(BENCH / "benchmarks_page.py", "--check")
+
+
+@pytest.mark.parametrize("name", ["serve.py", "micro/lookup.py", "peers/shorttail_embedded/local.py"])
+def test_a_python_without_the_package_says_what_to_do(name: str) -> None:
+    """-S leaves out the packages that are installed."""
+    (line,) = run("-S", BENCH / name, code=1).stderr.splitlines()
+    assert line.startswith(f"error: {sys.executable} has no module ")
+    assert "make demo" in line
+
+
+def run(*words: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == code, f"{words}:\n{done.stdout}\n{done.stderr}"
+    return done

@@ -1,0 +1,151 @@
+"""Deadlines of connections, on a running server: who lets one pass is cut off, and others are served.
+
+These tests wait for deadlines of a few seconds. How long one is to the clock, and that it never ends early, is shown in
+tests/unit/test_wire_guard.py by a clock that is turned by hand.
+"""
+
+import contextlib
+import itertools
+import json
+import os
+import socket
+import time
+from pathlib import Path
+
+import msgpack
+import pytest
+from http_asking import Asking, body_of
+from serving import PREDICT, PREDICTED, TIMEOUT_S, Server, environment_with, make_store
+
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return make_store(tmp_path_factory.mktemp("deadlines"))
+
+
+@pytest.fixture(scope="module")
+def server(store):
+    """Deadlines of one second for half a message and for what is not read, of two between requests; of HTTP: of one for
+    headers, of two for a body, of three between requests."""
+    (store.parent / "site").mkdir()
+    short = environment_with(store.parent / "site", http_header_s=1.0, http_read_s=2.0, http_idle_s=3.0)
+    server = Server(
+        store, "--frame-deadline-s", "1", "--write-deadline-s", "1", "--idle-deadline-s", "2",
+        "--p99-budget-ms", "1e6", log=store.parent / "log", env=short,
+    )  # fmt: skip
+    yield server
+    assert server.stop() == 0
+    assert server.log.read_text() == ""
+
+
+# -- MessagePack-RPC -------------------------------------------------------------------------------------------------
+
+
+def is_closed(sock):
+    """Whether the peer has closed this connection, on which it has nothing to say."""
+    sock.setblocking(False)
+    try:
+        return sock.recv(1) == b""
+    except BlockingIOError:
+        return False
+    except ConnectionError:
+        return True
+
+
+def rss(server):
+    [worker] = server.workers()
+    pages = int(Path(f"/proc/{worker}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGESIZE")
+
+
+def test_half_a_message_is_cut_and_idle_connections_are_closed_later(server):
+    message = msgpack.packb(PREDICT)
+    with server.connect() as half, server.connect() as idle, server.connect() as busy:
+        half.send(message[:20])
+        idle.send(message)
+        assert idle.reply() == PREDICTED
+        for one in (half, idle):
+            end_s = time.monotonic() + TIMEOUT_S
+            while not is_closed(one.socket):
+                assert busy.ask(*PREDICT) == PREDICTED
+                assert time.monotonic() < end_s, "not cut off"
+                time.sleep(0.02)
+
+
+def test_clients_that_never_read_are_cut_off_and_their_memory_returned(server):
+    """Four at a time. What one round leaves behind, the next finds again: a leak of replies would be 16 MiB more in
+    every round. What a round left for another reason, a later one does not leave again."""
+    left = []
+    for _ in range(3):
+        starve(server)
+        with server.connect() as peer:
+            assert peer.ask(*PREDICT) == PREDICTED
+        left.append(rss(server))
+    growth = [after - before for before, after in itertools.pairwise(left)]
+    assert min(growth) < 8 * MIB, left
+
+
+def starve(server):
+    request = msgpack.packb([0, 1, "predict", ["total", {"user_id": [1] * 4000, "amount": 0.5}]])
+    with contextlib.ExitStack() as stack:
+        greedy = [stack.enter_context(socket.create_connection(server.address)) for _ in range(4)]
+        sent = dict.fromkeys(greedy, 0)
+        for one in greedy:
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            one.settimeout(0.05)
+        last = time.monotonic()
+        while greedy:  # each until its requests are not read any more, and then until it is cut off
+            assert time.monotonic() - last < TIMEOUT_S, "not cut off"
+            assert rss(server) < 1000 * MIB
+            for one in list(greedy):
+                try:  # from where the last send ended: what follows is a request again
+                    sent[one] += one.send((request * 16)[sent[one] % len(request) :])
+                    last = time.monotonic()
+                except TimeoutError:
+                    pass
+                except ConnectionError:
+                    greedy.remove(one)
+
+
+# -- HTTP ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def connect(server):
+    with contextlib.ExitStack() as stack:
+        yield lambda: Asking(server, stack)
+
+
+def test_headers_come_in_time_or_the_connection_is_cut(connect):
+    silent, half, asked = connect(), connect(), connect()
+    half.send("GET /livez HTTP/1.1\r\nHos")
+    assert asked.probe() == 200
+    assert silent.has_ended()
+    assert half.has_ended()
+    assert asked.probe() == 200  # past that deadline, which is its first request's alone
+
+
+def test_a_body_comes_in_time_or_the_request_fails(connect):
+    body = body_of(1)
+    silent, slow, half, other = connect(), connect(), connect(), connect()
+    for one in (slow, half):
+        one.begin(len(body))
+        one.send(body[:20])
+    assert other.probe() == 200  # the server has had time to read the first part
+    slow.send(body[20:])
+    status, answer = slow.answer()
+    assert (status, json.loads(answer)["outputs"][0]["data"]) == (200, [11.5])
+    assert half.answer() == (504, b'{"error":"the body was not there after 2 s"}')
+    assert silent.has_ended_already()  # a body has longer than headers, for which that one was cut
+
+
+def test_a_connection_rests_for_so_long_between_requests(connect):
+    """The time begins anew with each request: the busy connection, whose first one came earlier, outlives the idle."""
+    busy, idle = connect(), connect()
+    assert [busy.probe(), idle.probe()] == [200, 200]
+    while not idle.has_ended_already():
+        assert busy.probe() == 200
+        time.sleep(0.05)
+    assert busy.probe() == 200

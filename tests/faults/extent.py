@@ -1,0 +1,15 @@
+"""How much of the fault tests runs: a short version, or all of it where SHORTTAIL_FAULT_CYCLES is set (`make soak`)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from itertools import product
+
+SOAK = "SHORTTAIL_FAULT_CYCLES" in os.environ
+CYCLES = int(os.environ.get("SHORTTAIL_FAULT_CYCLES", "40"))  # random kills
+
+
+def pairs(kinds: Iterable[str], modes: Iterable[str], short: Mapping[str, Iterable[str]]) -> list[tuple[str, str]]:
+    """Every kind of step with every mode of fault; in a short run those of `short`, {kind: modes}, alone."""
+    return list(product(kinds, modes)) if SOAK else [(kind, mode) for kind in kinds for mode in short[kind]]
