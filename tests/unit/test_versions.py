@@ -452,8 +452,8 @@ def test_wrong_input_is_one_clear_line(engine: st.Engine, file: Callable[..., Pa
     before = same_catalog(engine)
     wrong = [
         (["canary", "m"], 2, "write NAME=10% or NAME=off"),
-        (["canary", "m=ten"], 2, "'ten' is no share; write 10%, 0.5% or off"),
-        (["canary", "m=120%"], 2, "'120%' is no share"),
+        (["canary", "m=ten"], 2, "'ten' is not a share; write 10%, 0.5% or off"),
+        (["canary", "m=120%"], 2, "'120%' is not a share"),
         (["canary", "m=10%"], 1, "no version newer than the current one"),
         (["shadow", "m"], 2, "give either --version N or --off"),
         (["promote", "m", "2", "--version", "3"], 2, "give the version once"),
