@@ -16,7 +16,7 @@ from typing import Any
 
 import commands
 import pytest
-from serving import Server, make_store
+from serving import TIMEOUT_S, Server, make_store
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 from fakes import good, http_server, reply, rpc_server
@@ -205,16 +205,25 @@ def test_answers_that_change_are_found_by_verify() -> None:
     assert re.search(r"sampled answers asked for again: \d differ, first: predict m: 'y' was \[\d+\.0\]", done.out)
 
 
+def heed_sigint() -> None:
+    """A shell lets what it starts in the background ignore Ctrl-C, and so the tests, if they were started so."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_ends_the_run_and_still_reports() -> None:
     with rpc_server() as fake:
         command = [*BENCH, fake.address, *QUICK[2:], "--rate", "500", "--duration", "10m", "--json"]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        with process:
-            deadline = time.monotonic() + 30
-            while len(fake.requests) < 100 and time.monotonic() < deadline:
-                time.sleep(0.01)
-            process.send_signal(signal.SIGINT)
-            output, errors = process.communicate(timeout=30)
+        pipe = subprocess.PIPE
+        with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, preexec_fn=heed_sigint) as process:
+            try:
+                end_s = time.monotonic() + TIMEOUT_S
+                while len(fake.requests) < 100:
+                    assert time.monotonic() < end_s, "it sends nothing"
+                    time.sleep(0.01)
+                process.send_signal(signal.SIGINT)
+                output, errors = process.communicate(timeout=TIMEOUT_S)
+            finally:
+                process.kill()
     assert process.returncode == 130, errors
     (step,) = json.loads(output)["steps"]
     assert step["interrupted"]
