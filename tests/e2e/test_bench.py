@@ -202,7 +202,9 @@ def test_answers_that_change_are_found_by_verify() -> None:
     with rpc_server(answer) as fake:
         done = commands.run("bench", fake.address, *QUICK, "--verify", "5")
     assert done.code == 1
-    assert re.search(r"sampled answers asked for again: \d differ, first: predict m: 'y' was \[\d+\.0\]", done.out)
+    assert re.search(
+        r"sampled requests sent again, answers compared: \d differ, first: predict m: 'y' was \[\d+\.0\]", done.out
+    )
 
 
 def heed_sigint() -> None:
@@ -238,7 +240,7 @@ def test_ctrl_c_ends_the_run_and_still_reports() -> None:
     [
         (["127.0.0.1:1", "--predict", "m"], 1, "no server at 127.0.0.1:1: connection refused"),
         (["nowhere:x"], 1, "address 'nowhere:x' is not understood"),
-        (["{}", "--predict", "m", "--rate", "1k:50k:1.5"], 1, "'1k:50k:1.5' is no sweep"),
+        (["{}", "--predict", "m", "--rate", "1k:50k:1.5"], 1, "'1k:50k:1.5' is not a sweep"),
         (["{}", "--find-capacity"], 1, "--find-capacity needs an objective: --slo p99=5ms"),
         (["{}", "--slo", "p99=5ms"], 1, "--slo is an option of --find-capacity"),
         (["{}", "--closed", "--rate", "1k"], 1, "--closed sends when answers arrive"),
@@ -253,7 +255,7 @@ def test_ctrl_c_ends_the_run_and_still_reports() -> None:
             "--report /none/out.html: there is no folder /none",
         ),
         (["{}", "--threads", "9", "--connections", "2"], 1, "--threads 9: more than --connections 2"),
-        (["{}", "--duration", "10 parsecs"], 1, "--duration '10 parsecs' is no duration"),
+        (["{}", "--duration", "10 parsecs"], 1, "--duration '10 parsecs' is not a duration"),
         (["{}", "again"], 2, "unexpected extra argument (again)"),
         (["compare"], 2, "compare needs results"),
         (["compare", "/none.json"], 1, "/none.json: there is no such file"),

@@ -288,7 +288,7 @@ def test_objectives_that_are_none(text: str) -> None:
     [
         ("127.0.0.1:1", "no server at 127.0.0.1:1: connection refused"),
         ("unix:/none", "no server at unix:/none: no such file or directory"),
-        ("https://x/", "TLS is not spoken"),
+        ("https://x/", "does not support TLS"),
         ("http://:80/", "is not understood"),
         ("unix:" + "x" * 108, "107 bytes"),
     ],

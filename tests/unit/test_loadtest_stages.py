@@ -98,11 +98,11 @@ def test_counts_that_are_not_this_steps_give_no_breakdown(memory: MetricsMemory,
     before = stages.parse(text(memory))
     with pytest.raises(Unavailable, match="counted 0 requests where 10 were answered: it is another server"):
         stages.between(before, stages.parse(text(memory)), good=10)
-    with pytest.raises(Unavailable, match="no batches were counted"):
+    with pytest.raises(Unavailable, match="counted no batches"):
         stages.between(before, stages.parse(text(memory)), good=0)
     fresh = MetricsMemory.create(1)
     serve(fresh.claim(), np.full((20, 5), 2000))
-    with pytest.raises(Unavailable, match="started again meanwhile"):
+    with pytest.raises(Unavailable, match="restarted during the step"):
         stages.between(before, stages.parse(text(fresh)), good=10)
 
 
@@ -126,11 +126,11 @@ def response(body: bytes, status: str = "200 OK") -> bytes:
     [
         (response(b"", "404 Not Found"), "HTTP 404"),
         (response(b"up 1\n"), "another server there"),
-        (response(b"<html>"), "no Prometheus text"),
-        (response(b"shorttail_build_info{"), "no Prometheus text"),
-        (response(b"\xff\xfe"), "no Prometheus text"),
-        (b"nonsense\r\n\r\n<close>", "speaks no HTTP"),
-        (b"<close>", "speaks no HTTP"),
+        (response(b"<html>"), "not Prometheus text"),
+        (response(b"shorttail_build_info{"), "not Prometheus text"),
+        (response(b"\xff\xfe"), "not Prometheus text"),
+        (b"nonsense\r\n\r\n<close>", "does not speak HTTP"),
+        (b"<close>", "does not speak HTTP"),
         (response(b"# much\n" * 100), "more than 256 bytes"),
     ],
 )
@@ -141,11 +141,11 @@ def test_what_is_no_metrics_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch,
         done: Any = SimpleNamespace(server=None, outcomes={"good": 1})
         assert watch.around(lambda: done).server is None
         assert why in watch.note
-        assert watch.note.startswith(f"no stage breakdown from {watch.url}: ")
+        assert watch.note.startswith(f"no times by stage from {watch.url}: ")
         assert watch.note.endswith("; --metrics URL names the server's")
         assert "\n" not in watch.note
         target = Target("127.0.0.1:7711", "msgpack", b"")
-        with pytest.raises(Unavailable, match=f"^--metrics http://{fake.address}: .*says where its HTTP is$"):
+        with pytest.raises(Unavailable, match=f"^--metrics http://{fake.address}: .*prints its HTTP address$"):
             stages.find(f"http://{fake.address}", target)
 
 
@@ -236,7 +236,7 @@ FULL = {"queue": 120.0, "lookup": 42.0, "transform": 4.0, "infer": 8.0, "encode"
     ("steps", "expected"),
     [
         ([step_of(1000, **IDLE)], "5.00 us (5%) are queue: it is not saturated (its worker uses 30% of a core)"),
-        ([step_of(1000, **IDLE)], "Of the other 95.0 us, infer takes 74%; less of it: shorttail tune"),
+        ([step_of(1000, **IDLE)], "Of the other 95.0 us, infer takes 74%; to reduce it: shorttail tune"),
         (
             [step_of(1000, **IDLE), step_of(9000, False, 0.99, **FULL)],
             "Of 180 us that a batch takes in the server at 9,",
@@ -245,8 +245,11 @@ FULL = {"queue": 120.0, "lookup": 42.0, "transform": 4.0, "infer": 8.0, "encode"
         ([step_of(9000, cpu=0.95, workers=4, **IDLE)], "near its limit (each of its 4 workers uses 95% of a core)"),
         ([step_of(9000, cpu=0.4, **FULL)], "requests wait although its worker uses 40% of a core alone"),
         ([step_of(9000, False, None, **FULL)], "are queue: it is saturated. Of the other 60.0 us, lookup takes 70%"),
-        ([step_of(9000, **{**IDLE, "transform": 99.0})], "transform takes 51%; less of it: fewer or cheaper on-demand"),
-        ([step_of(9000, queue=1.0, lookup=2.0, encode=9.0)], "encode takes 82%; less of it: smaller answers"),
+        (
+            [step_of(9000, **{**IDLE, "transform": 99.0})],
+            "transform takes 51%; to reduce it: fewer or cheaper on-demand",
+        ),
+        ([step_of(9000, queue=1.0, lookup=2.0, encode=9.0)], "encode takes 82%; to reduce it: smaller answers"),
     ],
 )
 def test_the_sentence_names_the_stage_that_limits(steps: list[Any], expected: str) -> None:
