@@ -1,8 +1,9 @@
-"""The wire: MessagePack-RPC in, batches of requests; results in, replies.
+"""The server's side of MessagePack-RPC: turns received bytes into batches of requests, and results into replies.
 
-A `Connection` is one peer: bytes that arrive become requests in the open `Batch` of their `Route` (a model, or a list
-of features), values going straight into the batch's `Columns`. server/batcher.py runs each batch once a loop turn and
-calls `reply`, which writes every request's rows into its connection's output. The `Router` is what connections share.
+A `Connection` is one peer. It reads each request into the open `Batch` of the request's `WireRoute` (a model, or a list
+of features); the values go straight into the batch's `Columns`. Once per turn of the event loop, server/batcher.py runs
+the batches and calls `Batch.reply`, which writes each request's rows into the output buffer of its connection. The
+`Router` holds what the connections of a worker share.
 
 Everything runs in the thread of the event loop, with the GIL held. The files:
 
@@ -50,7 +51,7 @@ cdef Py_ssize_t REQUEST_ROWS = LIMITS.rows_per_request
 cdef Py_ssize_t BATCH_ROWS = LIMITS.batch_rows
 cdef Py_ssize_t FEATURE_LIST_BYTES = LIMITS.feature_list_bytes
 cdef Py_ssize_t PUSHES_PER_CONNECTION = LIMITS.pushes_per_connection
-cdef Py_ssize_t KEPT_BYTES = 1 << 20  # a buffer that a large request made larger than this is not kept
+cdef Py_ssize_t SPARE_BUFFER_BYTES = 1 << 20  # a buffer that grew above this is freed instead of reused
 
 cdef mp_limits MESSAGE
 MESSAGE.frame_bytes = LIMITS.frame_bytes
@@ -83,11 +84,11 @@ _LIMITS = frozenset((
 
 
 cdef class Router:
-    """Router(loop, engine, handlers): what the connections of one worker share.
+    """Router(loop, engine, handlers): what the connections of one worker share: plans, open batches, limits, counters.
 
-    loop: for call_soon and call_later. engine: plan_for_model(name, version | None) and plan_for_features(refs).
-    handlers: method -> function of the list of params, for the methods that are not batched. `connect` says who runs
-    the batches.
+    loop: an object with call_soon and call_later of asyncio. engine: has plan_for_model(name, version | None) and
+    plan_for_features(references). handlers: method name -> function that takes the list of params and returns the
+    result, for methods that are not batched. `connect` sets the function that runs the batches.
     """
 
     def __init__(self, loop, engine, handlers):
@@ -98,7 +99,7 @@ cdef class Router:
         self.models = {}
         self.features = {}
         self.pending = []
-        self.touched = []
+        self.to_write = []
         self.run = self.flush
         self.fault = None
         self.forward = None
@@ -109,30 +110,30 @@ cdef class Router:
         self.traced = []
         self.sweeping = []
         self.idle_deadline_s = self.frame_deadline_s = self.write_deadline_s = self.auth_deadline_s = 1 << 40
-        self.target_ns = self.burst_ns = 1e18   # any amount of work is welcome
+        self.target_ns = self.burst_ns = 1e18   # no limit
         self.ended_ns = _now_ns()
-        self.shed_ns = self.ended_ns - KEEPS_NS
+        self.overloaded_ns = self.ended_ns - NEWEST_FIRST_NS
 
     def __dealloc__(self):
-        free(self.kept)
+        free(self.deferred)
 
     def connect(self, run=None, fault=None, forward=None):
-        """Say who does the work; None leaves what was said before.
+        """Set the functions that do the work. An argument that is None leaves the function that was set before.
 
-        run: called once in a loop turn that brought work; it takes the batches (`take`), answers them, and calls
-        `flush`. fault: told of every exception that nobody foresaw. forward: takes pushes and deletes with their
-        columns unread. It is called with connection (None for a notification, of which nobody is told the outcome),
-        msgid, method, params as bytes, deadline_ns and, if there is one, traceparent as bytes. It raises, or sees to
-        it that the connection's `relay` is called with the outcome later.
+        run: called once in each loop turn that has work. It takes the batches (`take`), answers them and calls `flush`.
+        fault: called with every exception that is not a ShorttailError. forward: forwards a push or delete, with its
+        columns not decoded, to the writer. It is called with connection (None for a notification, which has no reply),
+        msgid, method, params as bytes, deadline_ns and, if the request has one, traceparent as bytes. It raises a
+        ShorttailError, or calls the connection's `relay` with the outcome later.
         """
         self.run = self.run if run is None else run
         self.fault = self.fault if fault is None else fault
         self.forward = self.forward if forward is None else forward
 
     def limit(self, **limits):
-        """Set limits by their names: access, auth, max_connections, idle_deadline_s, target_ns and so on.
+        """Set limits by name: access, auth, max_connections, idle_deadline_s, target_ns and so on (_LIMITS).
 
-        Raises AttributeError for a name that is no limit.
+        Raises AttributeError for a name that is not a limit.
         """
         for name, value in limits.items():
             if name not in _LIMITS:
@@ -140,20 +141,21 @@ cdef class Router:
             setattr(self, name, value)
 
     cdef int wake(self) except -1:
-        if not self.awake:
-            self.awake = True
+        """Schedule `run` for this turn of the event loop, if it is not scheduled yet."""
+        if not self.run_scheduled:
+            self.run_scheduled = True
             if not self.reading:
                 _begin_turn(self)
             self.loop.call_soon(self.run)
         return 0
 
     def take(self):
-        """The batches that wait, in the order in which they were opened. They take no more requests.
+        """Take the batches that wait, in the order in which they were opened. No request is added to them afterwards.
 
-        Those of a route that is busy stay, and take what comes until it no longer is.
+        A batch of a busy route stays, and more requests are added to it until `resume`.
         """
         cdef Batch batch
-        _take_kept(self)
+        _admit_deferred(self)
         taken, waiting = [], self.pending
         self.pending = []
         for batch in waiting:
@@ -166,53 +168,56 @@ cdef class Router:
         return taken
 
     def admit(self, WireRoute route not None, int64_t deadline_ns=0):
-        """Whether there is time for a request that comes by another way than a connection of ours.
+        """Admit a request that came by another protocol than MessagePack-RPC, or raise.
 
-        Raises ResourceExhausted, DeadlineExceeded. deadline_ns: of CLOCK_MONOTONIC; 0: none.
+        deadline_ns: of CLOCK_MONOTONIC; 0: no deadline. Raises ResourceExhausted under overload, and DeadlineExceeded
+        if the deadline has passed.
         """
         cdef options_t options
         cdef int why
-        _begin_unless_begun(self)
-        _no_options(&options, 0, self)
+        _ensure_turn_begun(self)
+        _default_options(&options, 0, self)
         options.deadline_ns = deadline_ns
         why = _admit(self, route, &options)
-        if why == TOO_MUCH:
+        if why == OVERLOADED:
             self.shed += 1
-            raise ResourceExhausted(SHED_MESSAGE)
-        if why == TOO_LATE:
-            raise DeadlineExceeded(LATE_MESSAGE)
+            raise ResourceExhausted(OVERLOADED_MESSAGE)
+        if why == EXPIRED:
+            raise DeadlineExceeded(EXPIRED_MESSAGE)
 
     def resume(self, WireRoute route not None):
-        """A route is busy no more: `run` is called for what waited for it."""
+        """End the busy state of a route, and schedule `run` for the batch that waited for it."""
         route.busy = False
         self.wake()
 
     def flush(self):
-        """Write what connections owe their peers: one write each. Ends the turn."""
+        """Write the replies, with one write per connection, and end the turn."""
         cdef Connection connection
-        touched = self.touched
-        self.touched = []
-        self.awake = False
-        for connection in touched:
+        to_write = self.to_write
+        self.to_write = []
+        self.run_scheduled = False
+        for connection in to_write:
             connection.write_out()
         _end_turn(self)
 
     def sweep(self, int64_t now_s):
-        """Cut connections that are past a deadline. Call it a few times a second; each is looked at once a second.
+        """Close connections that are past a timeout. Call it about ten times per second.
 
-        now_s: seconds of any clock that only goes forward, above 0.
+        Each call checks up to SWEEP_CONNECTIONS connections; each connection is checked once per second. now_s: whole
+        seconds of a monotonic clock, above 0.
         """
         cdef Py_ssize_t n
         if not self.sweeping and now_s != self.swept_s:
             self.sweeping = list(self.connections)
             self.swept_s = now_s
         for n in range(min(SWEEP_CONNECTIONS, len(self.sweeping))):
-            _look_at(self.sweeping.pop(), now_s, self)
+            _check_timeouts(self.sweeping.pop(), now_s, self)
 
     def forget_plans(self):
-        """The catalog changed: find every plan anew. Batches that wait run by the plan they were parsed for.
+        """Forget all routes, because the catalog changed. Batches that wait still run by the plans they were read for.
 
-        Nothing else may keep a route and with it a model: neither a connection that is silent nor a spare batch.
+        A route keeps its model in memory, so every other reference to a route ends here: spare batches, empty open
+        batches, and the last route of each connection, which may be idle for hours.
         """
         cdef WireRoute route
         cdef Connection connection
@@ -225,10 +230,13 @@ cdef class Router:
                     route.open = None
             routes.clear()
         for connection in self.connections:
-            connection.last = None
+            connection.last_route = None
 
     def take_errors(self):
-        """{(method, model, code): [requests, last msgid or -1, last message]} since this was last asked."""
+        """Return the errors since the last call: {(method, model, code): [requests, msgid, message]}.
+
+        The msgid (-1: none) and the message are those of the last request.
+        """
         cdef WireRoute route
         for routes in (self.models, self.features):
             for route in routes.values():
@@ -238,12 +246,16 @@ cdef class Router:
         return errors
 
     def take_traced(self):
-        """Of these, up to LIMITS.traced_failures that had a traceparent: [(method, model, code, msgid, message, it)]."""
+        """Return the errors since the last call that had a traceparent, at most LIMITS.traced_failures.
+
+        Each is (method, model, code, msgid, message, traceparent as bytes).
+        """
         traced = self.traced
         self.traced = []
         return traced
 
     cdef WireRoute model_route(self, const uint8_t *name, Py_ssize_t size, int64_t version):
+        """Return the route of a model, and make it at the first request. version: -1 for the current version."""
         cdef WireRoute route
         name_bytes = PyBytes_FromStringAndSize(<const char *>name, size)
         key = name_bytes if version < 0 else (name_bytes, version)
@@ -258,6 +270,7 @@ cdef class Router:
         return route
 
     cdef WireRoute features_route(self, const uint8_t *refs, Py_ssize_t size):
+        """Return the route of a list of features, and make it at the first request. refs: the encoded array."""
         cdef WireRoute route
         if size > FEATURE_LIST_BYTES:
             raise InvalidArgument(f"a list of features of {size} bytes; at most {FEATURE_LIST_BYTES} are taken")
