@@ -8,7 +8,7 @@ from shorttail._native.columns import Columns
 from shorttail._native.route import Route
 
 class WireRoute(Route):
-    def __init__(self, plan: Any, key: bytes, asked: int) -> None: ...
+    def __init__(self, plan: Any, key: bytes, asked_version: int) -> None: ...
     stale: bool
     busy: bool
     threaded: bool
