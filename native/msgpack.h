@@ -1,8 +1,9 @@
-/* MessagePack in C: a resumable scanner that enforces limits, a reader for what it has passed, and a writer.
+/* MessagePack in C: a resumable scanner that checks limits, readers for messages that the scanner has passed, and a
+ * writer.
  *
- * The scanner (mp_scan) is the only function here that sees bytes nobody has vouched for. It stops at the end of
- * one whole message or at the first byte that breaks a rule. The readers run after it, on the same bytes, and so
- * need no bounds of their own.
+ * The scanner (mp_scan) is the only function here that sees bytes which nothing has checked. It stops at the end of a
+ * complete message, or at the first byte that breaks a rule. The readers run on the same bytes afterwards, so they need
+ * no bounds checks of their own.
  */
 #ifndef SHORTTAIL_MSGPACK_H
 #define SHORTTAIL_MSGPACK_H
@@ -13,7 +14,7 @@
 #include <string.h>
 
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
-#error "tensors travel little-endian and are copied as they are: this needs a little-endian machine"
+#error "tensors are little-endian on the wire and are copied without conversion: build on a little-endian machine"
 #endif
 
 static inline uint16_t mp_be16(const uint8_t *p) { uint16_t v; memcpy(&v, p, 2); return __builtin_bswap16(v); }
@@ -25,24 +26,24 @@ static inline uint64_t mp_be64(const uint8_t *p) { uint64_t v; memcpy(&v, p, 8);
 enum { MP_MAX_DEPTH = 32 };
 
 enum mp_scan_result {
-    MP_WHOLE,     /* one message ends at scan.position */
-    MP_MORE,      /* so far so good; call again with more bytes */
+    MP_WHOLE,     /* a complete message ends at scan.position */
+    MP_MORE,      /* no error so far; call again when more bytes have arrived */
     MP_TOO_LONG, MP_TOO_DEEP, MP_TOO_MANY, MP_NOT_MSGPACK
 };
 
 struct mp_limits { uint64_t frame_bytes; uint32_t nesting_depth; uint64_t declared_elements; };
 
-/* mp_scan_reset before each message. Positions count from the first byte of the message. */
+/* The state of the scanner. Call mp_scan_reset before each message. Positions count from the message's first byte. */
 struct mp_scan {
-    uint64_t position;               /* of the next tag; beyond the data while a string's body is awaited */
-    uint64_t declared;               /* array items and map pairs announced so far */
-    uint64_t at_depth_2;             /* where the last value inside two containers begins: of a call, its last param */
+    uint64_t position;               /* of the next tag; past the data if the body of a string has not arrived */
+    uint64_t declared;               /* array items and map pairs declared so far */
+    uint64_t at_depth_2;             /* begin of the last value inside two containers: a call's last param */
     uint32_t depth;
-    int ended;                       /* the last value is announced, its body may still be on the way */
-    uint64_t left[MP_MAX_DEPTH];     /* values that each open container still lacks */
+    int ended;                       /* the last value's tag was read; its body may not have arrived */
+    uint64_t left[MP_MAX_DEPTH];     /* values that are missing in each open container */
 };
 
-/* Tags 0xc0 to 0xdf: bytes of a length field, then bytes of fixed body. 0xc1 is never used. */
+/* For the tags 0xc0 to 0xdf: bytes of the length field, and bytes of the body of fixed size. 0xc1 is never used. */
 static const struct { uint8_t length, body; } mp_shape[32] = {
     {0, 0}, {0, 0}, {0, 0}, {0, 0},         /* nil, (never used), false, true */
     {1, 0}, {2, 0}, {4, 0},                 /* bin */
@@ -56,12 +57,13 @@ static const struct { uint8_t length, body; } mp_shape[32] = {
     {2, 0}, {4, 0},                         /* map */
 };
 
+/* Read a length field of 1, 2 or 4 bytes. */
 static inline uint64_t mp_length(const uint8_t *p, int bytes)
 {
     return bytes == 1 ? *p : bytes == 2 ? mp_be16(p) : mp_be32(p);
 }
 
-/* Bytes of a whole value that ends where its tag says: fixints (1) and what has no length field; else 0. */
+/* Bytes of a whole scalar value that has no length field, such as a small integer (1); 0 for all other values. */
 static inline uint32_t mp_fixed_bytes(uint8_t tag)
 {
     if (tag < 0x80 || tag >= 0xe0)
@@ -71,7 +73,7 @@ static inline uint32_t mp_fixed_bytes(uint8_t tag)
     return 1 + (uint32_t)mp_shape[tag - 0xc0].body;
 }
 
-/* Ready for the next message. left[] is written before it is read. */
+/* Prepare for the next message. left[] need not be cleared: it is written before it is read. */
 static inline void mp_scan_reset(struct mp_scan *s)
 {
     s->position = s->declared = s->at_depth_2 = 0;
@@ -79,7 +81,7 @@ static inline void mp_scan_reset(struct mp_scan *s)
     s->ended = 0;
 }
 
-/* One tag at data + s->position. On success moves past it (and past its body, arrived or not). */
+/* Scan the tag at data + s->position. On success, move past the tag and its body, even if the body has not arrived. */
 static inline enum mp_scan_result mp_scan_value(struct mp_scan *s, const uint8_t *data, uint64_t size,
                                                 const struct mp_limits *limits)
 {
@@ -135,21 +137,21 @@ static inline enum mp_scan_result mp_scan_value(struct mp_scan *s, const uint8_t
     return MP_WHOLE;
 }
 
-/* Scan on from where the last call stopped. data: the message from its first byte; size: bytes that are there.
- * nesting_depth must not exceed MP_MAX_DEPTH. */
+/* Continue to scan where the last call stopped. data: the message from its first byte; size: the bytes that have
+ * arrived. limits->nesting_depth must not exceed MP_MAX_DEPTH. */
 static inline enum mp_scan_result mp_scan(struct mp_scan *s, const uint8_t *data, uint64_t size,
                                           const struct mp_limits *limits)
 {
     while (!s->ended) {
         enum mp_scan_result result;
         if (s->depth) {
-            /* A run of numbers, all but the last value of their container: half of all time goes here. */
+            /* Skip a run of numbers, except the last value of the container. The scanner spends half its time here. */
             uint64_t position = s->position, left = s->left[s->depth - 1];
             uint64_t end = size < limits->frame_bytes ? size : limits->frame_bytes;
             uint32_t bytes = 0;
             uint8_t last = 0xc1;
             while (left > 1 && position < end) {
-                if (data[position] != last) { /* mostly equal: the next position then waits for no load */
+                if (data[position] != last) { /* tags are mostly equal: the next position need not wait for a load */
                     last = data[position];
                     bytes = mp_fixed_bytes(last);
                     if (bytes == 0)
@@ -174,13 +176,16 @@ static inline enum mp_scan_result mp_scan(struct mp_scan *s, const uint8_t *data
 
 /* -- reader ----------------------------------------------------------------------------------------------- */
 
-enum mp_kind { MP_NIL, MP_BOOL, MP_INT, MP_BIG /* above 2^63 - 1 */, MP_FLOAT, MP_STR, MP_BIN, MP_EXT, MP_ARRAY, MP_MAP };
+enum mp_kind {
+    MP_NIL, MP_BOOL, MP_INT, MP_BIG, /* an integer above 2^63 - 1 */
+    MP_FLOAT, MP_STR, MP_BIN, MP_EXT, MP_ARRAY, MP_MAP
+};
 
 struct mp_value {
     enum mp_kind kind;
-    int ext;                /* MP_EXT: its type */
-    uint32_t size;          /* bytes of a string, bin, ext; items of an array; pairs of a map */
-    const uint8_t *body;    /* first byte of a string, bin, ext */
+    int ext;                /* the extension type, of an MP_EXT */
+    uint32_t size;          /* bytes of a string, bin or ext; items of an array; pairs of a map */
+    const uint8_t *body;    /* the first byte of a string, bin or ext */
     union { int64_t i; uint64_t u; double f; } number;
 };
 
@@ -212,7 +217,7 @@ static inline const uint8_t *mp_ext(const uint8_t *type, uint32_t size, struct m
     return mp_span(type + 1, size, MP_EXT, v);
 }
 
-/* Tags 0xc0 to 0xdf; p is the byte after the tag. */
+/* Read a value with a tag from 0xc0 to 0xdf; p is the byte after the tag. */
 static inline const uint8_t *mp_read_tagged(uint8_t tag, const uint8_t *p, struct mp_value *v)
 {
     uint32_t bits32;
@@ -248,7 +253,7 @@ static inline const uint8_t *mp_read_tagged(uint8_t tag, const uint8_t *p, struc
     }
 }
 
-/* Read the value at p. Returns the byte after it; for arrays and maps the first byte of their first item. */
+/* Read the value at p. Returns the byte after the value; for an array or a map, the byte of its first item. */
 static inline const uint8_t *mp_read(const uint8_t *p, struct mp_value *v)
 {
     uint8_t tag = *p++;
@@ -263,14 +268,15 @@ static inline const uint8_t *mp_read(const uint8_t *p, struct mp_value *v)
     return mp_read_tagged(tag, p, v);
 }
 
-/* Up to n integers from *p on into out; stops at the first value that is none. Returns how many, and moves *p. */
+/* Read up to n integers from *p into out, and stop at the first value that is not an integer. Moves *p past what was
+ * read, and returns how many integers that was. */
 static inline uint32_t mp_read_i64s(const uint8_t **p, uint32_t n, int64_t *out)
 {
     uint32_t i;
     for (i = 0; i < n; i++) {
         struct mp_value v;
         const uint8_t *end;
-        if (**p == 0xce) { /* what most ids are */
+        if (**p == 0xce) { /* uint32: most ids */
             out[i] = mp_be32(*p + 1);
             *p += 5;
             continue;
@@ -284,7 +290,7 @@ static inline uint32_t mp_read_i64s(const uint8_t **p, uint32_t n, int64_t *out)
     return i;
 }
 
-/* As mp_read_i64s, for integers and floats as doubles. */
+/* As mp_read_i64s, but reads floats and integers as doubles. */
 static inline uint32_t mp_read_f64s(const uint8_t **p, uint32_t n, double *out)
 {
     uint32_t i;
@@ -309,7 +315,7 @@ static inline uint32_t mp_read_f64s(const uint8_t **p, uint32_t n, double *out)
     return i;
 }
 
-/* The byte after the whole value at p, whatever it holds. */
+/* Return the byte after the value at p, including all that a container holds. */
 static inline const uint8_t *mp_skip(const uint8_t *p)
 {
     uint64_t left = 1;
@@ -328,7 +334,8 @@ static inline const uint8_t *mp_skip(const uint8_t *p)
 
 struct mp_out { uint8_t *data; size_t size, capacity; };
 
-/* Room for `bytes` more. The mp_put functions write without asking: reserve first. -1: no memory. */
+/* Make room for `bytes` more bytes. The mp_put functions do not check: call this before them. Returns -1 if there is
+ * no memory. */
 static inline int mp_reserve(struct mp_out *out, size_t bytes)
 {
     size_t capacity = out->capacity;
@@ -352,6 +359,7 @@ static inline void mp_put_raw(struct mp_out *out, const void *bytes, size_t size
 
 static inline void mp_put_byte(struct mp_out *out, uint8_t byte) { out->data[out->size++] = byte; }
 
+/* Write a tag and the low `bytes` bytes of value, big-endian. */
 static inline uint8_t *mp_store(uint8_t *p, uint8_t tag, uint64_t value, int bytes)
 {
     uint64_t big = __builtin_bswap64(value << (64 - 8 * bytes));
@@ -387,7 +395,7 @@ static inline void mp_put_int(struct mp_out *out, int64_t v)
     out->size = (size_t)(mp_store_int(out->data + out->size, v) - out->data);
 }
 
-/* Header of an array (at most 5 bytes). */
+/* Write the header of an array (at most 5 bytes). */
 static inline void mp_put_array(struct mp_out *out, uint64_t items)
 {
     uint8_t *p = out->data + out->size;
@@ -398,7 +406,7 @@ static inline void mp_put_array(struct mp_out *out, uint64_t items)
     out->size = (size_t)(p - out->data);
 }
 
-/* Header of a string (at most 5 bytes). */
+/* Write the header of a string (at most 5 bytes). */
 static inline void mp_put_str(struct mp_out *out, uint64_t bytes)
 {
     uint8_t *p = out->data + out->size;
@@ -410,7 +418,8 @@ static inline void mp_put_str(struct mp_out *out, uint64_t bytes)
     out->size = (size_t)(p - out->data);
 }
 
-/* Header of an ext (at most 6 bytes); the 1, 2, 4, 8, 16 byte forms are left to others. */
+/* Write the header of an ext (at most 6 bytes). The fixext forms, for 1, 2, 4, 8 or 16 bytes, are not used: readers
+ * accept both. */
 static inline void mp_put_ext(struct mp_out *out, int type, uint64_t bytes)
 {
     uint8_t *p = out->data + out->size;

@@ -1,17 +1,18 @@
-"""Routes: what changes while a plan is in use. A plan never changes; a route holds the plan and what is reused with it.
+"""A Route holds a plan, which never changes, and the state that changes while the plan is in use.
 
-The embedded engine keeps one Route for each plan. The server's routes (native/wire) are Routes that also hold the open
-batch of requests. Both ask the same Split which requests a canary answers.
+The embedded engine has one Route for each plan. The server's WireRoute (native/wire_batch.pxi) is a Route that also
+holds the open batch of requests. Both use a Split to decide which requests a canary version answers.
 """
 
 from shorttail._native.columns cimport Columns
 
 
 cdef class Split:
-    """Split(version, percent, salt, n_columns): the share of requests that a canary version answers.
+    """Split(version, percent, salt, n_columns): the requests that a canary version answers.
 
-    A request belongs to the share if a hash of its first row's first `n_columns` columns falls below `percent` of all
-    hashes. So the same keys always get the same version. salt: 32 bits that give each canary its own share of the keys.
+    The canary answers a request if the 32-bit hash of the first `n_columns` columns of its first row is below `percent`
+    percent of 2**32. So the same keys always get the same version. salt: 32 bits that are hashed too, so that each
+    canary gets other keys.
     """
 
     def __cinit__(self, int64_t version, double percent, uint32_t salt, int n_columns):
@@ -21,14 +22,14 @@ cdef class Split:
         self.n_columns = n_columns
 
     cpdef bint takes(self, Columns columns, Py_ssize_t row):
-        """Whether the canary answers the request whose first row this is. The row must exist."""
+        """Whether the canary answers the request that begins at `row`, which must exist."""
         return columns.hash_values(row, self.n_columns, self.salt) < self.below
 
 
 cdef class Route:
-    """Route(plan): a plan in use, with the directories of its views and the spare batches of columns.
+    """Route(plan): a plan in use, the directories of its views, and spare Columns.
 
-    Threads may share a route: each method does one thing under the GIL.
+    Threads may share a route, because each method changes the route's state in one step under the GIL.
     """
 
     def __init__(self, plan):
@@ -37,21 +38,22 @@ cdef class Route:
         self.spare = []
 
     def directories_in(self, store):
-        """The directories of the plan's views, one for each, None where a table is empty.
+        """Return the directories of the plan's views; None where a table is empty.
 
-        Call it between store.enter() and store.leave(): the addresses in a directory belong to that snapshot.
+        Call it between store.enter() and store.leave(), because the addresses in a directory are those of the snapshot.
         """
         held = store.directories
         if held is self.directories_of:
             return self.directories
         directories = tuple([store.directory(view) for view in self.plan.view_names])
-        # Building a directory replaces nothing in the dict that the store holds; dropping one replaces the dict.
+        # The store adds directories to this dict, and replaces the dict when it drops one: identity is enough to
+        # compare.
         self.directories = directories
         self.directories_of = store.directories
         return directories
 
     def take_columns(self):
-        """An empty Columns for this plan. Give it back with `give_back`, so that the next call reuses its memory."""
+        """Return empty Columns of this plan. `give_back` returns them to the route, so that their memory is reused."""
         # pop and append are atomic under the GIL, so threads share the list without a lock.
         try:
             return self.spare.pop()
@@ -59,6 +61,6 @@ cdef class Route:
             return self.plan.new_columns()
 
     def give_back(self, Columns columns not None):
-        """Empty these columns and keep them for the next call of `take_columns`."""
+        """Empty columns, and keep them for the next call of `take_columns`."""
         columns.reset()
         self.spare.append(columns)

@@ -1,13 +1,22 @@
-"""The wire: MessagePack-RPC in, batches of requests; results in, replies.
+"""The server's side of MessagePack-RPC: turns received bytes into batches of requests, and results into replies.
 
-A `Connection` is one peer: bytes that arrive become requests in the open `Batch` of their `Route` (a model, or a list
-of features), values going straight into the batch's `Columns`. server/batcher.py runs each batch once a loop turn and
-calls `reply`, which writes every request's rows into its connection's output. The `Router` is what connections share.
+A `Connection` is one peer. It reads each request into the open `Batch` of the request's `WireRoute` (a model, or a list
+of features); the values go straight into the batch's `Columns`. Once per turn of the event loop, server/batcher.py runs
+the batches and calls `Batch.reply`, which writes each request's rows into the output buffer of its connection. The
+`Router` holds what the connections of a worker share.
 
-Everything runs in the loop's thread with the GIL held. wire_decode.pxi reads columns, wire_encode.pxi writes arrays,
-wire_connection.pxi is the protocol, wire_methods.pxi its methods, wire_options.pxi their options, wire_limits.pxi the
-limits, and wire_newest.pxi chooses which requests are admitted in an overload.
-wire_codec.pxi is for tests.
+Everything runs in the thread of the event loop, with the GIL held. The files:
+
+    wire_batch.pxi        routes and batches, and the replies to a batch
+    wire_decode.pxi       request columns, from MessagePack into Columns
+    wire_encode.pxi       result arrays, from NumPy into MessagePack
+    wire_connection.pxi   one connection: messages in, replies out
+    wire_methods.pxi      the methods that a message can call
+    wire_options.pxi      the options of a request
+    wire_limits.pxi       access, timeouts of connections, and admission of requests
+    wire_newest.pxi       newest-first admission under overload
+    wire_counts.pxi       counts of errors, for metrics and logs
+    wire_codec.pxi        the codec without a connection, for tests
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
@@ -42,7 +51,7 @@ cdef Py_ssize_t REQUEST_ROWS = LIMITS.rows_per_request
 cdef Py_ssize_t BATCH_ROWS = LIMITS.batch_rows
 cdef Py_ssize_t FEATURE_LIST_BYTES = LIMITS.feature_list_bytes
 cdef Py_ssize_t PUSHES_PER_CONNECTION = LIMITS.pushes_per_connection
-cdef Py_ssize_t KEPT_BYTES = 1 << 20  # a buffer that a large request made larger than this is not kept
+cdef Py_ssize_t SPARE_BUFFER_BYTES = 1 << 20  # a buffer that grew above this is freed instead of reused
 
 cdef mp_limits MESSAGE
 MESSAGE.frame_bytes = LIMITS.frame_bytes
@@ -65,267 +74,7 @@ cdef int64_t _now_ns() noexcept:
     return <int64_t>now.tv_sec * 1_000_000_000 + now.tv_nsec
 
 
-cdef class WireRoute:
-    def __init__(self, plan, bytes key, int64_t asked):
-        Route.__init__(self, plan)
-        self.key = key
-        self.asked = asked
-        self.features = plan.kind == "features"
-        self.version = plan.version
-        self.view_pieces = [msgpack.packb(name) for name in plan.view_names]
-        self.defaults = bytes(plan.has_default)
-        _shape_cost(self)
-        self.spare_batch = Batch(self, plan.new_columns())
-        self.names = ColumnNames(self.spare_batch.columns)
-
-    cdef bint leads_from(self, bint features, const uint8_t *key, Py_ssize_t size, int64_t version) noexcept:
-        if self.stale or self.features != features or PyBytes_GET_SIZE(self.key) != size:
-            return False
-        if memcmp(PyBytes_AS_STRING(self.key), key, size) != 0:
-            return False
-        return version == self.asked or (self.asked < 0 and version == self.version and self.canary is None)
-
-    cdef int describe(self, list output_names) except -1:
-        """Make the constant bytes of replies. Done at the first result: only that knows the outputs' names."""
-        packer = msgpack.Packer()
-        if self.features:
-            opening = packer.pack("feature_names") + packer.pack(output_names)
-            opening += packer.pack("types") + packer.pack(list(self.plan.feature_types))
-            opening += packer.pack("values") + packer.pack_array_header(len(output_names))
-            pieces = [b""] * len(output_names)
-            closing = packer.pack("has_default") + packer.pack([bool(has) for has in self.defaults])
-            closing += packer.pack("statuses") + packer.pack_array_header(len(output_names))
-        else:
-            opening = packer.pack("outputs") + packer.pack_map_header(len(output_names))
-            pieces = [packer.pack(name) for name in output_names]
-            closing = packer.pack("version")
-        pieces.append(closing)
-        pieces[0] = opening + pieces[0]
-        self.pieces = pieces
-        self.encoder = Encoder(output_names)
-        return 0
-
-
-cdef class Batch:
-    def __cinit__(self, WireRoute route, Columns columns):
-        self.route = route
-        self.columns = columns
-
-    def __dealloc__(self):
-        cdef Py_ssize_t i
-        for i in range(self.n_requests):
-            if self.request[i].connection is not NULL:
-                Py_DECREF(<object>self.request[i].connection)
-        free(self.request)
-
-    cdef int add(self, Connection connection, uint32_t msgid, const options_t *options, Py_ssize_t rows) except -1:
-        """Enter a request whose rows are the last of `columns`."""
-        cdef request_t *entry
-        cdef void *grown
-        if self.n_requests == self.capacity:
-            grown = realloc(self.request, (2 * self.capacity + 16) * sizeof(request_t))
-            if grown is NULL:
-                raise MemoryError
-            self.request = <request_t *>grown
-            self.capacity = 2 * self.capacity + 16
-        entry = &self.request[self.n_requests]
-        entry.msgid = msgid
-        entry.flags = options.flags
-        entry.deadline_ns = options.deadline_ns
-        entry.first = self.columns.n_rows - rows
-        entry.rows = rows
-        entry.connection = NULL
-        if not options.flags & SILENT:
-            entry.connection = <PyObject *>connection
-            Py_INCREF(connection)
-            connection.in_flight += 1
-            connection.router.in_flight += 1
-        if options.trace is not NULL:
-            if self.traces is None:
-                self.traces = {}
-            self.traces[self.n_requests] = (msgid, _trace(options))
-        self.n_requests += 1
-        return 0
-
-    cdef int forget(self, request_t *request) except -1:
-        """A request has its answer, or nobody waits for one."""
-        if request.connection is not NULL:
-            (<Connection>request.connection).in_flight -= 1
-            (<Connection>request.connection).router.in_flight -= 1
-            Py_DECREF(<object>request.connection)
-            request.connection = NULL
-        request.flags = 0
-        return 0
-
-    cdef int recycle(self) except -1:
-        """Empty, and back to the route for the next batch, unless some large request left it large."""
-        cdef Columns columns = self.columns
-        cdef column_t *col
-        cdef int c
-        _count_out(self)
-        self.n_requests = 0
-        self.traces = None
-        if self.keep:
-            return 0
-        columns.reset()
-        for c in range(columns.n_columns):
-            col = &columns.col[c]
-            if col.data_cap > KEPT_BYTES or col.row_cap * 8 * (col.width if col.kind == KIND_VEC else 1) > KEPT_BYTES:
-                return 0
-        if self.route.spare_batch is None and not self.route.stale:
-            self.route.spare_batch = self
-        return 0
-
-    def wanted(self):
-        """Answer what is past its deadline, forget what has no reader left. Returns how many requests remain."""
-        cdef Py_ssize_t i, remain = 0
-        cdef int64_t now_ns = _now_ns()
-        cdef request_t *entry
-        cdef Connection connection
-        self.started_ns = now_ns
-        for i in range(self.n_requests):
-            entry = &self.request[i]
-            if entry.connection is NULL:
-                remain += (entry.flags & SILENT) != 0
-                continue
-            connection = <Connection>entry.connection
-            if connection.state == GONE:
-                self.forget(entry)
-            elif entry.deadline_ns and entry.deadline_ns <= now_ns:
-                connection.put_error(entry.msgid, "DEADLINE_EXCEEDED", "the deadline passed while the request waited")
-                _count_unanswered(self, i, "DEADLINE_EXCEEDED", "the deadline passed while the request waited")
-                self.forget(entry)
-            else:
-                remain += 1
-        self.waiting = remain
-        if remain == 0:
-            self.recycle()
-        return remain
-
-    protocol = 0    # its place in metrics.PROTOCOLS
-    inputs = None   # the columns are all that its requests bring
-
-    @property
-    def n_rows(self):
-        return self.columns.n_rows
-
-    def leave_loop(self):
-        """It runs outside the loop, and its route's next batch waits for it. Called between `wanted` and `reply`."""
-        self.route.busy = self.route.threaded = True
-        _leave_loop(self)
-
-    def stay_in_loop(self):
-        """It runs in the loop, and the route's next ones are admitted as such."""
-        self.route.threaded = False
-
-    def keep_columns(self):
-        """Somebody still reads its columns once it is answered: they are not used for another batch."""
-        self.keep = True
-
-    def count(self, Router router not None, Py_ssize_t rows, Py_ssize_t size):
-        """Rows that came by another way than a connection of the router's: they wait, and `run` is called for them."""
-        _count_in(router, self, rows, size)
-        router.wake()
-
-    def start(self):
-        """As `wanted`, for rows that were counted."""
-        self.started_ns = _now_ns()
-
-    def end(self, bint ran):
-        """What was counted waits no more. ran: and has cost what a batch costs."""
-        if ran:
-            _learn_cost(self)
-        _count_out(self)
-
-    def fail(self, str code, str message):
-        """Answer every request that has no answer yet with this error."""
-        cdef Py_ssize_t i
-        cdef request_t *entry
-        for i in range(self.n_requests):
-            entry = &self.request[i]
-            if entry.connection is not NULL:
-                (<Connection>entry.connection).put_error(entry.msgid, code, message)
-                _count_unanswered(self, i, code, message)
-                self.forget(entry)
-        self.recycle()
-
-    def reply(self, result):
-        """Answer every request with its rows of a pipeline.BatchResult. Raises Internal for arrays of a wrong shape.
-
-        When it raises, requests that have no answer yet still wait for `fail`.
-        """
-        cdef Py_ssize_t i, n_statuses, n_rows = self.columns.n_rows
-        cdef cnp.ndarray statuses
-        cdef Encoder encoder = self.route.encoder
-        cdef list outputs = result.outputs
-        cdef request_t *entry
-        cdef Connection connection
-        cdef size_t mark
-        cdef int64_t version = result.version
-        if encoder is None or not encoder.load(outputs, n_rows):
-            self.route.describe([name for name, _ in outputs])
-            encoder = self.route.encoder
-            encoder.load(outputs, n_rows)
-        statuses = result.feature_statuses if self.route.features else result.view_statuses
-        n_statuses = encoder.n if self.route.features else len(self.route.view_pieces)
-        if (cnp.PyArray_NDIM(statuses) != 2 or cnp.PyArray_DIM(statuses, 0) != n_statuses
-                or cnp.PyArray_DIM(statuses, 1) != n_rows or cnp.PyArray_TYPE(statuses) != cnp.NPY_UINT8
-                or self.route.features and PyBytes_GET_SIZE(self.route.defaults) != n_statuses):
-            raise Internal("statuses of another shape than the batch")
-        if not cnp.PyArray_IS_C_CONTIGUOUS(statuses):
-            statuses = np.ascontiguousarray(statuses)
-        for i in range(self.n_requests):
-            entry = &self.request[i]
-            if entry.connection is NULL:
-                continue
-            connection = <Connection>entry.connection
-            if connection.state != GONE:
-                mark = connection.out.size
-                try:
-                    self.put_reply(&connection.out, entry, encoder,
-                                   <const uint8_t *>cnp.PyArray_DATA(statuses), n_statuses, version)
-                except BaseException:
-                    connection.out.size = mark
-                    raise
-                connection.touch()
-            self.forget(entry)
-        _learn_cost(self)
-        self.recycle()
-
-    cdef int put_reply(self, mp_out *out, request_t *request, Encoder encoder, const uint8_t *statuses,
-                       Py_ssize_t n_statuses, int64_t version) except -1:
-        cdef WireRoute route = self.route
-        cdef bint as_tensor = request.flags & AS_TENSORS
-        cdef bint with_views = not route.features and request.flags & WANTS_STATUSES
-        cdef Py_ssize_t stride = self.columns.n_rows
-        cdef const uint8_t *missing
-        cdef int k
-        if n_statuses:
-            statuses += request.first
-        _need(out, 16)
-        mp_put_byte(out, 0x94)
-        mp_put_byte(out, 1)
-        mp_put_int(out, request.msgid)
-        mp_put_byte(out, 0xC0)
-        mp_put_byte(out, 0x85 if route.features else 0x83 if with_views else 0x82)
-        for k in range(encoder.n):
-            _put_bytes(out, <bytes>route.pieces[k])
-            missing = NULL
-            if route.features and not PyBytes_AS_STRING(route.defaults)[k]:
-                missing = statuses + k * stride
-            encoder.put(out, k, request.first, request.rows, as_tensor, missing)
-        _put_bytes(out, <bytes>route.pieces[encoder.n])
-        if not route.features:
-            _need(out, 32)
-            mp_put_int(out, version)
-            if with_views:
-                _put_bytes(out, msgpack.packb("statuses") + msgpack.Packer().pack_map_header(n_statuses))
-        if route.features or with_views:
-            for k in range(n_statuses):
-                if with_views:
-                    _put_bytes(out, <bytes>route.view_pieces[k])
-                _put_statuses(out, statuses + k * stride, request.rows, as_tensor)
-        return 0
+include "wire_batch.pxi"
 
 
 _LIMITS = frozenset((
@@ -335,11 +84,11 @@ _LIMITS = frozenset((
 
 
 cdef class Router:
-    """Router(loop, engine, handlers): what the connections of one worker share.
+    """Router(loop, engine, handlers): what the connections of one worker share: plans, open batches, limits, counters.
 
-    loop: for call_soon and call_later. engine: plan_for_model(name, version | None) and plan_for_features(refs).
-    handlers: method -> function of the list of params, for the methods that are not batched. `connect` says who runs
-    the batches.
+    loop: an object with call_soon and call_later of asyncio. engine: has plan_for_model(name, version | None) and
+    plan_for_features(references). handlers: method name -> function that takes the list of params and returns the
+    result, for methods that are not batched. `connect` sets the function that runs the batches.
     """
 
     def __init__(self, loop, engine, handlers):
@@ -350,7 +99,7 @@ cdef class Router:
         self.models = {}
         self.features = {}
         self.pending = []
-        self.touched = []
+        self.to_write = []
         self.run = self.flush
         self.fault = None
         self.forward = None
@@ -361,30 +110,30 @@ cdef class Router:
         self.traced = []
         self.sweeping = []
         self.idle_deadline_s = self.frame_deadline_s = self.write_deadline_s = self.auth_deadline_s = 1 << 40
-        self.target_ns = self.burst_ns = 1e18   # any amount of work is welcome
+        self.target_ns = self.burst_ns = 1e18   # no limit
         self.ended_ns = _now_ns()
-        self.shed_ns = self.ended_ns - KEEPS_NS
+        self.overloaded_ns = self.ended_ns - NEWEST_FIRST_NS
 
     def __dealloc__(self):
-        free(self.kept)
+        free(self.deferred)
 
     def connect(self, run=None, fault=None, forward=None):
-        """Say who does the work; None leaves what was said before.
+        """Set the functions that do the work. An argument that is None leaves the function that was set before.
 
-        run: called once in a loop turn that brought work; it takes the batches (`take`), answers them, and calls
-        `flush`. fault: told of every exception that nobody foresaw. forward: takes pushes and deletes with their
-        columns unread. It is called with connection (None for a notification, of which nobody is told the outcome),
-        msgid, method, params as bytes, deadline_ns and, if there is one, traceparent as bytes. It raises, or sees to
-        it that the connection's `relay` is called with the outcome later.
+        run: called once in each loop turn that has work. It takes the batches (`take`), answers them and calls `flush`.
+        fault: called with every exception that is not a ShorttailError. forward: forwards a push or delete, with its
+        columns not decoded, to the writer. It is called with connection (None for a notification, which has no reply),
+        msgid, method, params as bytes, deadline_ns and, if the request has one, traceparent as bytes. It raises a
+        ShorttailError, or calls the connection's `relay` with the outcome later.
         """
         self.run = self.run if run is None else run
         self.fault = self.fault if fault is None else fault
         self.forward = self.forward if forward is None else forward
 
     def limit(self, **limits):
-        """Set limits by their names: access, auth, max_connections, idle_deadline_s, target_ns and so on.
+        """Set limits by name: access, auth, max_connections, idle_deadline_s, target_ns and so on (_LIMITS).
 
-        Raises AttributeError for a name that is no limit.
+        Raises AttributeError for a name that is not a limit.
         """
         for name, value in limits.items():
             if name not in _LIMITS:
@@ -392,20 +141,21 @@ cdef class Router:
             setattr(self, name, value)
 
     cdef int wake(self) except -1:
-        if not self.awake:
-            self.awake = True
+        """Schedule `run` for this turn of the event loop, if it is not scheduled yet."""
+        if not self.run_scheduled:
+            self.run_scheduled = True
             if not self.reading:
                 _begin_turn(self)
             self.loop.call_soon(self.run)
         return 0
 
     def take(self):
-        """The batches that wait, in the order in which they were opened. They take no more requests.
+        """Take the batches that wait, in the order in which they were opened. No request is added to them afterwards.
 
-        Those of a route that is busy stay, and take what comes until it no longer is.
+        A batch of a busy route stays, and more requests are added to it until `resume`.
         """
         cdef Batch batch
-        _take_kept(self)
+        _admit_deferred(self)
         taken, waiting = [], self.pending
         self.pending = []
         for batch in waiting:
@@ -418,53 +168,56 @@ cdef class Router:
         return taken
 
     def admit(self, WireRoute route not None, int64_t deadline_ns=0):
-        """Whether there is time for a request that comes by another way than a connection of ours.
+        """Admit a request that came by another protocol than MessagePack-RPC, or raise.
 
-        Raises ResourceExhausted, DeadlineExceeded. deadline_ns: of CLOCK_MONOTONIC; 0: none.
+        deadline_ns: of CLOCK_MONOTONIC; 0: no deadline. Raises ResourceExhausted under overload, and DeadlineExceeded
+        if the deadline has passed.
         """
         cdef options_t options
         cdef int why
-        _begin_unless_begun(self)
-        _no_options(&options, 0, self)
+        _ensure_turn_begun(self)
+        _default_options(&options, 0, self)
         options.deadline_ns = deadline_ns
         why = _admit(self, route, &options)
-        if why == TOO_MUCH:
+        if why == OVERLOADED:
             self.shed += 1
-            raise ResourceExhausted(SHED_MESSAGE)
-        if why == TOO_LATE:
-            raise DeadlineExceeded(LATE_MESSAGE)
+            raise ResourceExhausted(OVERLOADED_MESSAGE)
+        if why == EXPIRED:
+            raise DeadlineExceeded(EXPIRED_MESSAGE)
 
     def resume(self, WireRoute route not None):
-        """A route is busy no more: `run` is called for what waited for it."""
+        """End the busy state of a route, and schedule `run` for the batch that waited for it."""
         route.busy = False
         self.wake()
 
     def flush(self):
-        """Write what connections owe their peers: one write each. Ends the turn."""
+        """Write the replies, with one write per connection, and end the turn."""
         cdef Connection connection
-        touched = self.touched
-        self.touched = []
-        self.awake = False
-        for connection in touched:
+        to_write = self.to_write
+        self.to_write = []
+        self.run_scheduled = False
+        for connection in to_write:
             connection.write_out()
         _end_turn(self)
 
     def sweep(self, int64_t now_s):
-        """Cut connections that are past a deadline. Call it a few times a second; each is looked at once a second.
+        """Close connections that are past a timeout. Call it about ten times per second.
 
-        now_s: seconds of any clock that only goes forward, above 0.
+        Each call checks up to SWEEP_CONNECTIONS connections; each connection is checked once per second. now_s: whole
+        seconds of a monotonic clock, above 0.
         """
         cdef Py_ssize_t n
         if not self.sweeping and now_s != self.swept_s:
             self.sweeping = list(self.connections)
             self.swept_s = now_s
         for n in range(min(SWEEP_CONNECTIONS, len(self.sweeping))):
-            _look_at(self.sweeping.pop(), now_s, self)
+            _check_timeouts(self.sweeping.pop(), now_s, self)
 
     def forget_plans(self):
-        """The catalog changed: find every plan anew. Batches that wait run by the plan they were parsed for.
+        """Forget all routes, because the catalog changed. Batches that wait still run by the plans they were read for.
 
-        Nothing else may keep a route and with it a model: neither a connection that is silent nor a spare batch.
+        A route keeps its model in memory, so every other reference to a route ends here: spare batches, empty open
+        batches, and the last route of each connection, which may be idle for hours.
         """
         cdef WireRoute route
         cdef Connection connection
@@ -477,10 +230,13 @@ cdef class Router:
                     route.open = None
             routes.clear()
         for connection in self.connections:
-            connection.last = None
+            connection.last_route = None
 
     def take_errors(self):
-        """{(method, model, code): [requests, last msgid or -1, last message]} since this was last asked."""
+        """Return the errors since the last call: {(method, model, code): [requests, msgid, message]}.
+
+        The msgid (-1: none) and the message are those of the last request.
+        """
         cdef WireRoute route
         for routes in (self.models, self.features):
             for route in routes.values():
@@ -490,12 +246,16 @@ cdef class Router:
         return errors
 
     def take_traced(self):
-        """Of these, up to LIMITS.traced_failures that had a traceparent: [(method, model, code, msgid, message, it)]."""
+        """Return the errors since the last call that had a traceparent, at most LIMITS.traced_failures.
+
+        Each is (method, model, code, msgid, message, traceparent as bytes).
+        """
         traced = self.traced
         self.traced = []
         return traced
 
     cdef WireRoute model_route(self, const uint8_t *name, Py_ssize_t size, int64_t version):
+        """Return the route of a model, and make it at the first request. version: -1 for the current version."""
         cdef WireRoute route
         name_bytes = PyBytes_FromStringAndSize(<const char *>name, size)
         key = name_bytes if version < 0 else (name_bytes, version)
@@ -510,6 +270,7 @@ cdef class Router:
         return route
 
     cdef WireRoute features_route(self, const uint8_t *refs, Py_ssize_t size):
+        """Return the route of a list of features, and make it at the first request. refs: the encoded array."""
         cdef WireRoute route
         if size > FEATURE_LIST_BYTES:
             raise InvalidArgument(f"a list of features of {size} bytes; at most {FEATURE_LIST_BYTES} are taken")

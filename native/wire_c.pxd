@@ -1,4 +1,4 @@
-# msgpack.h and tensor.h for Cython.
+# Cython declarations of msgpack.h and tensor.h.
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 

@@ -1,10 +1,10 @@
-# The codec by itself, for tests and tools.
+# The codec without a connection, for tests and tools.
 
 
 def read_columns(Columns columns, bytes message):
-    """Append one request from the MessagePack map {column: value or array}, as `predict` carries it.
+    """Append one request, given as the MessagePack map {column: value or array} of `predict`, and return its rows.
 
-    Returns its rows. Raises InvalidArgument or ResourceExhausted with nothing appended.
+    Raises InvalidArgument or ResourceExhausted; then nothing is appended.
     """
     if scan(message) != len(message):
         raise InvalidArgument("not one whole MessagePack value")
@@ -14,7 +14,10 @@ def read_columns(Columns columns, bytes message):
 
 
 def write_array(array, encoding="list", missing=None):
-    """The bytes of an array in a reply. missing: uint8 [rows], not 0 where a row is sent as nil (lists only)."""
+    """Encode an array as replies do, and return the bytes.
+
+    encoding: "list" or "tensor". missing: uint8 [rows], not 0 where a row is sent as nil (only in a list).
+    """
     cdef Encoder encoder = Encoder([""])
     cdef mp_out out
     cdef const uint8_t[::1] nil = missing
@@ -23,17 +26,18 @@ def write_array(array, encoding="list", missing=None):
     if missing is not None and nil.shape[0] == len(array) and nil.shape[0]:
         rows_missing = &nil[0]
     try:
-        encoder.load([("", array)], len(array))
-        encoder.put(&out, 0, 0, encoder.parts[0].dims[0], encoding == "tensor", rows_missing)
+        encoder.set_arrays([("", array)], len(array))
+        encoder.put_rows(&out, 0, 0, encoder.parts[0].dims[0], encoding == "tensor", rows_missing)
         return PyBytes_FromStringAndSize(<const char *>out.data, out.size)
     finally:
         free(out.data)
 
 
 def scan(bytes data, cuts=()):
-    """The length of the first message in `data`, or 0 if it is not whole. cuts: look after these many bytes first.
+    """Return the bytes of the first message in `data`, or 0 if the message is not complete.
 
-    Raises InvalidArgument or ResourceExhausted as a connection would.
+    cuts: sizes at which the scanner runs before it sees all of `data`, as if the bytes arrived in these parts. Raises
+    InvalidArgument or ResourceExhausted as a connection would.
     """
     cdef mp_scan state
     cdef int found

@@ -1,22 +1,24 @@
-# The protocol: what a peer may say, and what it hears.
+# One connection: an asyncio protocol that splits received bytes into messages and writes replies.
 
-cdef enum:
+cdef enum:  # the state of a connection
     OPEN = 0
-    ENDING = 1      # no new requests; closed when what is in flight is answered
-    REFUSED = 2     # as ENDING, after a message that cannot be understood
-    LINGERING = 3   # told so; what it still sends is dropped until it closes
-    GONE = 4
+    ENDING = 1      # takes no more requests; is closed when all requests in flight are answered
+    REFUSED = 2     # as ENDING, after a protocol error or a refused connection, with an error as the last reply
+    LINGERING = 3   # the last reply is written; what the peer still sends is dropped until it closes
+    GONE = 4        # closed
 
 cdef int64_t MSGID_MAX = (1 << 32) - 1
-# Closing at once, with input unread, would reset the connection and could destroy the error that was just sent.
+# How long a connection lingers. To close it at once, with input unread, would send a TCP reset, which can destroy the
+# error reply before the peer reads it.
 cdef double LINGER_S = 1.0
 
 NOT_RPC = "not a MessagePack-RPC message: expected [0, msgid, method, [params]] or [2, method, [params]]"
 
 
 cdef tuple _scan_error(int found):
+    """Return the code and the message of the error for a result of mp_scan."""
     if found == MP_NOT_MSGPACK:
-        return "INVALID_ARGUMENT", "not MessagePack: a byte 0xc1, which it does not use"
+        return "INVALID_ARGUMENT", "not MessagePack: byte 0xc1 is never used"
     if found == MP_TOO_LONG:
         return "RESOURCE_EXHAUSTED", f"a message of more than {LIMITS.frame_bytes} bytes; send it in parts"
     if found == MP_TOO_DEEP:
@@ -25,13 +27,15 @@ cdef tuple _scan_error(int found):
 
 
 cdef tuple _stranger_error(int found):
+    """As _scan_error, for a connection that has not authenticated."""
     if found == MP_TOO_LONG or found == MP_TOO_MANY:
-        return "UNAUTHENTICATED", f"a message of more than {LIMITS.stranger_frame_bytes} bytes or 64 elements before `auth`"
+        return "UNAUTHENTICATED", (
+            f"a message of more than {LIMITS.stranger_frame_bytes} bytes or 64 elements; call `auth` first")
     return _scan_error(found)
 
 
 cdef class Connection:
-    """Connection(router, secure=False): an asyncio protocol for one peer. secure: the transport is TLS."""
+    """Connection(router, secure=False): the asyncio protocol of one peer. secure: the transport is TLS."""
 
     def __cinit__(self, Router router, bint secure=False):
         self.router = router
@@ -41,9 +45,9 @@ cdef class Connection:
 
     def __dealloc__(self):
         free(self.out.data)
-        free(self.held.data)
+        free(self.partial.data)
 
-    # -- asyncio's side ----------------------------------------------------------------------------------------
+    # -- called by asyncio and by the server -------------------------------------------------------------------
 
     def connection_made(self, transport):
         self.transport = transport
@@ -59,9 +63,9 @@ cdef class Connection:
     def connection_lost(self, error):
         self.state = GONE
         self.transport = None
-        # A peer that never reads has its memory given back here, not when the last reference goes.
+        # Free the buffers now: requests that still run may hold references to the connection for a while.
         self.drop_buffer(&self.out)
-        self.drop_buffer(&self.held)
+        self.drop_buffer(&self.partial)
         self.router.connections.discard(self)
         if self.peer is not None:
             self.router.peers[self.peer] -= 1
@@ -69,23 +73,26 @@ cdef class Connection:
                 del self.router.peers[self.peer]
 
     cdef int drop_buffer(self, mp_out *buffer) except -1:
+        """Free a buffer and leave it empty."""
         free(buffer.data)
         memset(buffer, 0, sizeof(mp_out))
         return 0
 
     cdef int count_peer(self) except -1:
-        """Refuse this connection if it is one too many, in all or from its address."""
+        """Count this connection by its address, and refuse it if there are too many, in all or from that address."""
         cdef Router router = self.router
         address = self.transport.get_extra_info("peername")
-        if isinstance(address, tuple):  # of a Unix socket it is text, and its peers are all on this machine
+        if isinstance(address, tuple):  # the address of a Unix socket is a string; all its peers are on this machine
             self.peer = address[0]
             router.peers[self.peer] = router.peers.get(self.peer, 0) + 1
             if router.max_peer_connections and router.peers[self.peer] > router.max_peer_connections:
                 router.refused += 1
-                return self.refuse("RESOURCE_EXHAUSTED", f"more than {router.max_peer_connections} connections from one address; close some")
+                return self.refuse("RESOURCE_EXHAUSTED",
+                                   f"more than {router.max_peer_connections} connections from one address; close some")
         if router.max_connections and len(router.connections) > router.max_connections:
             router.refused += 1
-            return self.refuse("RESOURCE_EXHAUSTED", f"more than {router.max_connections} connections; come back later")
+            return self.refuse("RESOURCE_EXHAUSTED",
+                               f"more than {router.max_connections} connections; connect again later")
         return 0
 
     def data_received(self, bytes data not None):
@@ -93,38 +100,43 @@ cdef class Connection:
         cdef size_t size = PyBytes_GET_SIZE(data)
         cdef size_t taken
         cdef bint joined
-        self.heard = True
+        self.received = True
         self.router.received_bytes += size
-        _begin_unless_begun(self.router)
+        _ensure_turn_begun(self.router)
         self.router.reading = True
-        joined = self.router.keeps and 0 < self.held.size <= size
+        # Requests in `partial` cannot be deferred, so join it with the data while the turn defers requests. A longer
+        # `partial` is not copied: one byte at a time would then copy it again and again.
+        joined = self.router.newest_first and 0 < self.partial.size <= size
         if joined:
-            data = PyBytes_FromStringAndSize(<const char *>self.held.data, self.held.size) + data
+            data = PyBytes_FromStringAndSize(<const char *>self.partial.data, self.partial.size) + data
             p = <const uint8_t *>PyBytes_AS_STRING(data)
             size = PyBytes_GET_SIZE(data)
-            self.held.size = 0
-        if self.held.size == 0:
+            self.partial.size = 0
+        if self.partial.size == 0:
             self.data = data
-            taken = self.take(p, size)
+            taken = self.handle_messages(p, size)
             self.data = None
             if taken < size:
                 if taken or not joined:
-                    self.held_s = 0
-                self.hold(p + taken, size - taken)
+                    self.partial_s = 0
+                self.keep_partial(p + taken, size - taken)
         elif self.state == OPEN:
-            self.hold(p, size)
-            self.drop_held(self.take(self.held.data, self.held.size))
+            self.keep_partial(p, size)
+            self.drop_from_partial(self.handle_messages(self.partial.data, self.partial.size))
         self.router.reading = False
 
     def eof_received(self):
-        """The peer sends no more. True keeps the connection until what it is owed is written."""
+        """End the connection, because the peer sends no more. True keeps it open until all replies are written."""
         if self.state < LINGERING:
             self.state = ENDING
-            return not self.secure and bool(self.in_flight or self.touched or self.n_kept)
+            return not self.secure and bool(self.in_flight or self.has_output or self.n_deferred)
         return False
 
     def carry(self, bytes held not None, int access):
-        """Go on where another worker left off. held: what it had read of a message. Call it before connection_made."""
+        """Continue a connection that another worker had. Call it before connection_made.
+
+        held: the bytes of an incomplete message that the other worker had received. access: of the connection there.
+        """
         self.carried = held or None
         self.access = access
 
@@ -135,29 +147,33 @@ cdef class Connection:
         return self.transport.get_extra_info("socket").fileno()
 
     @property
-    def stays(self):
-        """Whether it can never move to another worker: over TLS, or ending."""
+    def cannot_move(self):
+        """Whether the connection can never move to another worker: it is over TLS, or it is ending."""
         return self.state != OPEN or self.secure
 
     def park(self, Py_ssize_t most):
-        """Read no more, unless this connection has to end here: over TLS, ending, or in a message of over `most` bytes.
+        """Stop reading, so that the connection can move to another worker, and return whether that was possible.
 
-        Returns whether it is parked.
+        It is not possible over TLS, while the connection ends, or within a message of which more than `most` bytes have
+        been received.
         """
-        if self.state != OPEN or self.secure or self.transport is None or self.held.size > <size_t>most:
+        if self.state != OPEN or self.secure or self.transport is None or self.partial.size > <size_t>most:
             return False
         if not self.parked:
             self.parked = True
             self.transport.pause_reading()
         return True
 
-    def quiet(self, Py_ssize_t most):
-        """What has been read of a message, if nothing else is under way and it is at most so many bytes; else None."""
-        if (self.state != OPEN or self.in_flight or self.n_kept or self.touched or self.out.size or self.secure
-                or self.held.size > <size_t>most or self.transport is None
+    def partial_if_idle(self, Py_ssize_t most):
+        """Return the received bytes of an incomplete message if the connection can move now, else None.
+
+        It can move if no request is in flight or deferred, no output is unsent, and there are at most `most` bytes.
+        """
+        if (self.state != OPEN or self.in_flight or self.n_deferred or self.has_output or self.out.size or self.secure
+                or self.partial.size > <size_t>most or self.transport is None
                 or self.transport.get_write_buffer_size()):
             return None
-        return PyBytes_FromStringAndSize(<const char *>self.held.data, self.held.size)
+        return PyBytes_FromStringAndSize(<const char *>self.partial.data, self.partial.size)
 
     def pause_writing(self):
         self.paused = True
@@ -170,37 +186,38 @@ cdef class Connection:
             self.transport.resume_reading()
 
     def finish(self):
-        """Take no more requests; close when those in flight are answered."""
+        """Take no more requests, and close when those in flight are answered."""
         if self.state == OPEN:
             self.state = ENDING
         self.maybe_end()
 
     def abort(self):
-        """Close now, whatever is owed."""
+        """Close at once, even if replies are unsent."""
         if self.transport is not None:
             self.transport.abort()
 
-    # -- bytes in ----------------------------------------------------------------------------------------------
+    # -- input -------------------------------------------------------------------------------------------------
 
-    cdef int hold(self, const uint8_t *data, size_t size) except -1:
-        # Grows with what has arrived, never with what a header announces.
-        _need(&self.held, size)
-        mp_put_raw(&self.held, data, size)
+    cdef int keep_partial(self, const uint8_t *data, size_t size) except -1:
+        """Append received bytes to `partial`: memory grows with what arrives, never with what a header declares."""
+        _reserve(&self.partial, size)
+        mp_put_raw(&self.partial, data, size)
         return 0
 
-    cdef int drop_held(self, size_t size) except -1:
+    cdef int drop_from_partial(self, size_t size) except -1:
+        """Remove the first `size` bytes of `partial`: the messages that were handled."""
         if size:
-            self.held_s = 0     # what is left is of another message, whose time begins anew
-        self.held.size -= size
-        if self.held.size:
-            memmove(self.held.data, self.held.data + size, self.held.size)
-        elif self.held.capacity > <size_t>KEPT_BYTES:
-            free(self.held.data)
-            memset(&self.held, 0, sizeof(mp_out))
+            self.partial_s = 0  # the rest belongs to another message, whose frame timeout begins now
+        self.partial.size -= size
+        if self.partial.size:
+            memmove(self.partial.data, self.partial.data + size, self.partial.size)
+        elif self.partial.capacity > <size_t>SPARE_BUFFER_BYTES:
+            free(self.partial.data)
+            memset(&self.partial, 0, sizeof(mp_out))
         return 0
 
-    cdef size_t take(self, const uint8_t *data, size_t size) except? 0:
-        """Handle the whole messages at the start of `data`; returns their bytes. No message is scanned twice."""
+    cdef size_t handle_messages(self, const uint8_t *data, size_t size) except? 0:
+        """Handle the complete messages at the start of `data` and return their bytes. No byte is scanned twice."""
         cdef size_t start = 0
         cdef size_t length
         cdef int found
@@ -216,18 +233,18 @@ cdef class Connection:
             self.scan_bytes = length
             self.last_param = data + start + self.scan.at_depth_2
             mp_scan_reset(&self.scan)
-            self.message(data + start)
+            self.handle_message(data + start)
             start += length
         return size
 
     cdef int refuse(self, str code, str reason) except -1:
-        """The peer does not speak the protocol, or where its next message starts is lost: say so, and close."""
+        """Reply with an error that has no msgid, and end the connection: where the next message starts is not known."""
         self.put_error(-1, code, reason)
         self.state = REFUSED
         return 0
 
-    cdef int message(self, const uint8_t *p) except -1:
-        """One message that the scanner has passed: answered, in a batch, or refused."""
+    cdef int handle_message(self, const uint8_t *p) except -1:
+        """Handle one message that the scanner has passed: answer it, add it to a batch, defer it or refuse it."""
         cdef mp_value v, method
         cdef uint32_t msgid = 0
         cdef uint32_t n
@@ -246,13 +263,13 @@ cdef class Connection:
             flags = SILENT
         else:
             return self.refuse("INVALID_ARGUMENT", NOT_RPC)
-        self.asked = None
+        self.route = None
         method.kind = MP_NIL
         try:
             p = mp_read(p, &method)
             if method.kind != MP_STR:
                 raise InvalidArgument("method must be a string")
-            _call(self, &method, p, msgid, flags)
+            _dispatch(self, &method, p, msgid, flags)
         except ShorttailError as error:
             _count_failed(self, &method, p, error.code, msgid, error.message)
             if not flags & SILENT:
@@ -266,31 +283,32 @@ cdef class Connection:
         return 0
 
     def relay(self, uint32_t msgid, bytes outcome not None):
-        """Answer what was handed on. outcome: the MessagePack of its error and then of its result."""
+        """Reply to a request that was forwarded. outcome: the encoded error, followed by the encoded result."""
         self.in_flight -= 1
         self.router.in_flight -= 1
         self.forwarded -= 1
         if self.state == GONE:
             return
-        _need(&self.out, 16)
+        _reserve(&self.out, 16)
         mp_put_byte(&self.out, 0x94)
         mp_put_byte(&self.out, 1)
         mp_put_int(&self.out, msgid)
         _put_bytes(&self.out, outcome)
-        self.touch()
+        self.schedule_write()
 
-    # -- bytes out ---------------------------------------------------------------------------------------------
+    # -- output ------------------------------------------------------------------------------------------------
 
-    cdef int touch(self) except -1:
-        if not self.touched:
-            self.touched = True
-            self.router.touched.append(self)
+    cdef int schedule_write(self) except -1:
+        """Have `out` written at the end of this turn."""
+        if not self.has_output:
+            self.has_output = True
+            self.router.to_write.append(self)
             self.router.wake()
         return 0
 
     cdef int put_error(self, int64_t msgid, str code, str message) except -1:
-        """msgid: -1 when it is not known."""
-        _need(&self.out, 16)
+        """Append the error reply to a request. msgid: -1 if it is not known."""
+        _reserve(&self.out, 16)
         mp_put_byte(&self.out, 0x94)
         mp_put_byte(&self.out, 1)
         if msgid < 0:
@@ -298,20 +316,21 @@ cdef class Connection:
         else:
             mp_put_int(&self.out, msgid)
         _put_bytes(&self.out, msgpack.packb({"code": code, "message": message}, unicode_errors="replace"))
-        _need(&self.out, 1)
+        _reserve(&self.out, 1)
         mp_put_byte(&self.out, 0xC0)
-        return self.touch()
+        return self.schedule_write()
 
     cdef int write_out(self) except -1:
-        self.touched = False
+        """Give `out` to the transport, in one write."""
+        self.has_output = False
         if self.state != GONE and self.out.size:
             data = PyBytes_FromStringAndSize(<const char *>self.out.data, self.out.size)
             self.out.size = 0
             self.transport.write(data)
             self.sent += PyBytes_GET_SIZE(data)
             self.router.sent_bytes += PyBytes_GET_SIZE(data)
-            self.owes = True
-        if self.out.capacity > <size_t>KEPT_BYTES:
+            self.maybe_unsent = True
+        if self.out.capacity > <size_t>SPARE_BUFFER_BYTES:
             free(self.out.data)
             memset(&self.out, 0, sizeof(mp_out))
         if self.state != OPEN:
@@ -319,8 +338,8 @@ cdef class Connection:
         return 0
 
     cdef int maybe_end(self) except -1:
-        """Close once nothing is owed."""
-        if self.in_flight or self.touched or self.n_kept:
+        """Close the connection if it is ending and nothing is in flight, deferred or unwritten."""
+        if self.in_flight or self.has_output or self.n_deferred:
             return 0
         if self.state == ENDING:
             self.transport.close()

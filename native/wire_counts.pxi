@@ -1,10 +1,11 @@
-# What is counted here and read by server/telemetry.py: errors by method, model and code. Answers are counted a batch.
+# Counts of errors by method, model and code, which server/telemetry.py reads. Requests that were answered are counted
+# per batch, in server/batcher.py.
 
 cdef Py_ssize_t TRACED_FAILURES = LIMITS.traced_failures
 
 
 cdef int _count_errors(Router router, str method, str model, str code, int64_t n, int64_t msgid, str message) except -1:
-    """The last one of a kind is kept for the log: its message, and its msgid (-1: it has none)."""
+    """Add n errors of one kind. The message and the msgid (-1: none) of the last one are kept for the log."""
     key = (method, model, code)
     entry = router.errors.get(key)
     if entry is None:
@@ -15,22 +16,26 @@ cdef int _count_errors(Router router, str method, str model, str code, int64_t n
     return 0
 
 
-cdef int _note_traced(Router router, str method, str model, str code, int64_t msgid, str message, bytes trace) except -1:
-    """A request that failed, and was counted, has a traceparent: it has a line of its own in the log, if there are few."""
+cdef int _note_traced(Router router, str method, str model, str code, int64_t msgid, str message,
+                      bytes trace) except -1:
+    """Keep a failed request that has a traceparent for a log line of its own, up to TRACED_FAILURES requests."""
     if trace is not None and len(router.traced) < TRACED_FAILURES:
         router.traced.append((method, model, code, msgid, message, trace))
     return 0
 
 
 cdef int _note_refused(Router router, WireRoute route, int why, uint32_t msgid, const options_t *options) except -1:
+    """Keep a request that admission refused for a log line of its own. why: OVERLOADED or EXPIRED."""
     if len(router.traced) >= TRACED_FAILURES:
         return 0
-    code, message = ("RESOURCE_EXHAUSTED", SHED_MESSAGE) if why == TOO_MUCH else ("DEADLINE_EXCEEDED", LATE_MESSAGE)
-    return _note_traced(router, _method_of(route), route.plan.model, code, msgid, message, _trace(options))
+    code, message = "RESOURCE_EXHAUSTED", OVERLOADED_MESSAGE
+    if why == EXPIRED:
+        code, message = "DEADLINE_EXCEEDED", EXPIRED_MESSAGE
+    return _note_traced(router, _method_of(route), route.plan.model, code, msgid, message, _traceparent(options))
 
 
 cdef int _count_unanswered(Batch batch, Py_ssize_t i, str code, str message) except -1:
-    """A request that waited in a batch gets this error."""
+    """Count the error that request i of a batch gets instead of its answer."""
     cdef request_t *entry = &batch.request[i]
     cdef Router router = (<Connection>entry.connection).router
     cdef str method = _method_of(batch.route)
@@ -46,7 +51,10 @@ cdef str _method_of(WireRoute route):
 
 
 cdef int _count_shed(Router router, WireRoute route) except -1:
-    """Move what a route has shed to the errors."""
+    """Move the requests that a route has refused because of overload to the errors.
+
+    They are counted in the route first, because a refusal has to be cheap: no dict and no Python object.
+    """
     while route is not None:
         if route.shed:
             _count_errors(router, _method_of(route), route.plan.model, "RESOURCE_EXHAUSTED", route.shed, -1,
@@ -58,13 +66,13 @@ cdef int _count_shed(Router router, WireRoute route) except -1:
 
 cdef int _count_failed(Connection connection, const mp_value *method, const uint8_t *params, str code, uint32_t msgid,
                        str message) except -1:
-    """A request that failed while it was read. A model is named only if there is one of that name."""
+    """Count a request that failed while it was read. The model is "unknown" unless a model of that name exists."""
     cdef str name = "other"
     cdef str model = ""
     if method.kind == MP_STR:
         if _is(method, b"predict", 7):
             name = "predict"
-            model = "unknown" if connection.asked is None else connection.asked.plan.model
+            model = "unknown" if connection.route is None else connection.route.plan.model
         elif _is(method, b"get_online_features", 19):
             name = "get_online_features"
         elif _is(method, b"push", 4):
@@ -72,4 +80,4 @@ cdef int _count_failed(Connection connection, const mp_value *method, const uint
         elif _is(method, b"delete", 6):
             name = "delete"
     _count_errors(connection.router, name, model, code, 1, msgid, message)
-    return _note_traced(connection.router, name, model, code, msgid, message, _trace_of(params))
+    return _note_traced(connection.router, name, model, code, msgid, message, _traceparent_in(params))

@@ -1,14 +1,15 @@
-# Results: from NumPy arrays into a connection's output, one request's rows at a time.
+# Encoding of results: from NumPy arrays into the output buffer of a connection, one request's rows at a time.
 
 
-cdef int _need(mp_out *out, size_t bytes) except -1:
+cdef int _reserve(mp_out *out, size_t bytes) except -1:
+    """Make room for `bytes` more bytes, as the mp_put functions need."""
     if mp_reserve(out, bytes) < 0:
         raise MemoryError
     return 0
 
 
 cdef int _put_bytes(mp_out *out, bytes piece) except -1:
-    _need(out, len(piece))
+    _reserve(out, len(piece))
     mp_put_raw(out, <const char *>piece, len(piece))
     return 0
 
@@ -18,10 +19,10 @@ cdef int _put_text(mp_out *out, str text) except -1:
     cdef const char *utf8
     try:
         utf8 = PyUnicode_AsUTF8AndSize(text, &size)
-    except UnicodeEncodeError:  # a lone surrogate: MessagePack strings are UTF-8 and readers may insist on it
+    except UnicodeEncodeError:  # a lone surrogate: MessagePack strings have to be UTF-8
         text = text.encode("utf-8", "replace").decode()
         utf8 = PyUnicode_AsUTF8AndSize(text, &size)
-    _need(out, size + 5)
+    _reserve(out, size + 5)
     mp_put_str(out, size)
     mp_put_raw(out, utf8, size)
     return 0
@@ -37,7 +38,7 @@ cdef int _put_statuses(mp_out *out, const uint8_t *statuses, Py_ssize_t rows, bi
         if put_tensor(out, &part) < 0:
             raise MemoryError
         return 0
-    _need(out, part_list_bytes(&part))
+    _reserve(out, part_list_bytes(&part))
     put_lists(out, &part, 0, &part.data)
     return 0
 
@@ -46,7 +47,7 @@ cdef class Encoder:
     def __cinit__(self, list names):
         self.names = names
         self.n = len(names)
-        self.kept = []
+        self.copies = []
         self.parts = <array_part *>calloc(max(1, self.n), sizeof(array_part))
         if self.parts is NULL:
             raise MemoryError
@@ -54,28 +55,31 @@ cdef class Encoder:
     def __dealloc__(self):
         free(self.parts)
 
-    cdef int load(self, list outputs, Py_ssize_t n_rows) except -1:
-        """Describe [(name, array)]; the caller keeps the list alive. Returns 0 if they are not the outputs known."""
+    cdef int set_arrays(self, list outputs, Py_ssize_t n_rows) except -1:
+        """Take the outputs [(name, array)] of a result; the caller keeps the list alive. Raises Internal.
+
+        Returns 1, or 0 if the number or the names of the outputs differ from those of this Encoder.
+        """
         cdef tuple output
         cdef int k
         if len(outputs) != self.n:
             return 0
-        self.kept.clear()
+        self.copies.clear()
         for k in range(self.n):
             output = outputs[k]
             if output[0] is not self.names[k] and output[0] != self.names[k]:
                 return 0
             array = _prepare(output[1], &self.parts[k])
             if array is not output[1]:
-                self.kept.append(array)
+                self.copies.append(array)
             if self.parts[k].dims[0] != n_rows:
                 raise Internal(f"'{output[0]}' has {self.parts[k].dims[0]} rows for a batch of {n_rows}: "
                                f"the first dimension of every output must be the batch")
         return 1
 
-    cdef int put(self, mp_out *out, int k, Py_ssize_t first, Py_ssize_t rows, bint as_tensor,
+    cdef int put_rows(self, mp_out *out, int k, Py_ssize_t first, Py_ssize_t rows, bint as_tensor,
                  const uint8_t *missing) except -1:
-        """Rows [first, first + rows) of array k. missing: one byte a row of the request, not 0 = nil; or NULL."""
+        """Encode rows [first, first + rows) of array k. missing: a byte per row, not 0 for nil; NULL: no row is nil."""
         cdef array_part part = self.parts[k]
         cdef Py_ssize_t row_bytes
         part.dims[0] = rows
@@ -89,7 +93,7 @@ cdef class Encoder:
             if put_tensor(out, &part) < 0:
                 raise MemoryError
             return 0
-        _need(out, part_list_bytes(&part))
+        _reserve(out, part_list_bytes(&part))
         if missing is NULL:
             put_lists(out, &part, 0, &part.data)
         else:
@@ -98,7 +102,7 @@ cdef class Encoder:
 
 
 cdef object _prepare(array, array_part *s):
-    """Describe a NumPy array with at least one dimension; returns it, or a copy in a type that travels."""
+    """Describe a NumPy array in `s`. Returns the array, or a copy that is contiguous and has a type that is sent."""
     cdef int k
     cdef int code = _element_code(array)
     if code == 0:
@@ -125,6 +129,7 @@ cdef object _prepare(array, array_part *s):
 
 
 cdef int _element_code(cnp.ndarray array) noexcept:
+    """Return the element code of the array's dtype, or 0 if arrays of this dtype are not sent."""
     cdef int number = cnp.PyArray_TYPE(array)
     if number == cnp.NPY_FLOAT32:
         return ELEMENT_F32
@@ -144,10 +149,10 @@ cdef int _element_code(cnp.ndarray array) noexcept:
 
 
 cdef int _put_objects(mp_out *out, const array_part *s, int dim, const uint8_t **data) except -1:
-    """Strings, None as nil; tensors have no strings, so these are lists in either encoding."""
+    """Encode strings, and None as nil. Tensors have no strings, so this is a list in both encodings."""
     cdef int64_t i
     if dim < s.n_dims:
-        _need(out, 5)
+        _reserve(out, 5)
         mp_put_array(out, s.dims[dim])
         for i in range(s.dims[dim]):
             _put_objects(out, s, dim + 1, data)
@@ -155,7 +160,7 @@ cdef int _put_objects(mp_out *out, const array_part *s, int dim, const uint8_t *
     item = <object>(<PyObject **>data[0])[0]
     data[0] += sizeof(PyObject *)
     if item is None:
-        _need(out, 1)
+        _reserve(out, 1)
         mp_put_byte(out, 0xC0)
     elif isinstance(item, str):
         _put_text(out, item)

@@ -1,8 +1,10 @@
-# The methods of MessagePack-RPC: what one message asks for. predict and get_online_features go into the open batch of their
-# route, push and delete to the writer, and all others to a Python handler at once.
+# The methods of MessagePack-RPC. predict and get_online_features are added to the open batch of their route, push and
+# delete are forwarded to the writer, and all other methods are answered at once by a Python function.
 
 
-cdef int _call(Connection connection, const mp_value *method, const uint8_t *params, uint32_t msgid, int flags) except -1:
+cdef int _dispatch(Connection connection, const mp_value *method, const uint8_t *params, uint32_t msgid,
+                   int flags) except -1:
+    """Call the method of a request. Raises a ShorttailError, which is the reply."""
     cdef mp_value v
     cdef const uint8_t *p = mp_read(params, &v)
     if v.kind != MP_ARRAY:
@@ -12,64 +14,69 @@ cdef int _call(Connection connection, const mp_value *method, const uint8_t *par
     if connection.router.auth is not None and _is(method, b"auth", 4):
         return _authenticate(connection, params, msgid, flags)
     if _is(method, b"predict", 7):
-        if _may_keep(connection):
-            return _keep(connection)
+        if _may_defer(connection):
+            return _defer(connection)
         return _predict(connection, p, v.size, msgid, flags)
     if _is(method, b"get_online_features", 19):
-        if _may_keep(connection):
-            return _keep(connection)
+        if _may_defer(connection):
+            return _defer(connection)
         return _get_online_features(connection, p, v.size, msgid, flags)
     if connection.router.forward is not None and (_is(method, b"push", 4) or _is(method, b"delete", 6)):
-        return _hand_on(connection, _text(method), params, msgid, flags)
-    return _handle(connection, _text(method), params, msgid, flags)
+        return _forward(connection, _text(method), params, msgid, flags)
+    return _run_handler(connection, _text(method), params, msgid, flags)
 
 
 cdef int _check_access(Connection connection, const mp_value *method) except -1:
+    """Raise Unauthenticated or PermissionDenied if the connection's access does not allow the method."""
     if connection.access == ACCESS_NONE:
-        connection.strange += 1
-        if connection.strange > STRANGER_REQUESTS:
+        connection.requests_before_auth += 1
+        if connection.requests_before_auth > STRANGER_REQUESTS:
             connection.state = REFUSED
-            raise Unauthenticated(f"{STRANGER_REQUESTS} requests came before the right token; connect again")
+            raise Unauthenticated(f"{STRANGER_REQUESTS} requests without the right token; connect again")
         if not (_is(method, b"auth", 4) or _is(method, b"ping", 4)):
-            raise Unauthenticated("this server wants a token: call `auth` with it first")
+            raise Unauthenticated("this server requires a token: call `auth` with it first")
     elif _is(method, b"push", 4) or _is(method, b"delete", 6):
         raise PermissionDenied(f"{_text(method)} needs the admin token; this connection has shown the serve token")
     return 0
 
 
 cdef int _authenticate(Connection connection, const uint8_t *params, uint32_t msgid, int flags) except -1:
+    """Check the token of `auth` and reply true. Raises Unauthenticated."""
     cdef int access = connection.router.auth(_as_python(params))
     connection.access = max(connection.access, access)
     if flags & SILENT:
         return 0
-    _need(&connection.out, 16)
+    _reserve(&connection.out, 16)
     mp_put_raw(&connection.out, <const uint8_t *>b"\x94\x01", 2)
     mp_put_int(&connection.out, msgid)
     mp_put_raw(&connection.out, <const uint8_t *>b"\xC0\xC3", 2)
-    return connection.touch()
+    return connection.schedule_write()
 
 
 cdef int _refuse_cheaply(Connection connection, WireRoute route, int why, uint32_t msgid, int flags) except -1:
-    """Refuse a request for want of time: no exception, nothing is packed."""
-    if why == TOO_MUCH:
+    """Reply that admission refused a request. It is cheap: no exception, and the error is encoded already."""
+    if why == OVERLOADED:
         connection.router.shed += 1
         route.shed += 1
     else:
-        _count_errors(connection.router, _method_of(route), route.plan.model, "DEADLINE_EXCEEDED", 1, msgid, LATE_MESSAGE)
+        _count_errors(connection.router, _method_of(route), route.plan.model, "DEADLINE_EXCEEDED", 1, msgid,
+                      EXPIRED_MESSAGE)
     if flags & SILENT:
         return 0
-    _need(&connection.out, 16)
+    _reserve(&connection.out, 16)
     mp_put_raw(&connection.out, <const uint8_t *>b"\x94\x01", 2)
     mp_put_int(&connection.out, msgid)
-    _put_bytes(&connection.out, SHED if why == TOO_MUCH else LATE)
-    return connection.touch()
+    _put_bytes(&connection.out, OVERLOADED_REPLY if why == OVERLOADED else EXPIRED_REPLY)
+    return connection.schedule_write()
 
 
 cdef int _predict(Connection connection, const uint8_t *p, uint32_t n, uint32_t msgid, int flags) except -1:
+    """Add a predict request to the batch of its model. p: the first of n params."""
     cdef mp_value model, columns
     cdef options_t options
+    cdef WireRoute route
     cdef const uint8_t *map_at = p
-    _no_options(&options, flags, connection.router)
+    _default_options(&options, flags, connection.router)
     model.kind = columns.kind = MP_NIL
     if 2 <= n <= 3:
         map_at = mp_read(p, &model)
@@ -79,17 +86,19 @@ cdef int _predict(Connection connection, const uint8_t *p, uint32_t n, uint32_t 
         raise InvalidArgument("predict takes [model, {column: value or array}, {option: value}?]")
     if n == 3:
         _read_options(connection.last_param, PREDICT_OPTIONS, &options)
-    if connection.last is None or not connection.last.leads_from(False, model.body, model.size, options.version):
-        connection.last = connection.router.model_route(model.body, model.size, options.version)
-    connection.asked = connection.last
-    return _enqueue(connection, connection.last, map_at, msgid, &options)
+    route = connection.last_route
+    if route is None or not route.matches_request(False, model.body, model.size, options.version):
+        route = connection.last_route = connection.router.model_route(model.body, model.size, options.version)
+    connection.route = route
+    return _enqueue(connection, route, map_at, msgid, &options)
 
 
 cdef int _get_online_features(Connection connection, const uint8_t *p, uint32_t n, uint32_t msgid, int flags) except -1:
+    """Add a get_online_features request to the batch of its list of features. p: the first of n params."""
     cdef mp_value refs, columns
     cdef options_t options
     cdef const uint8_t *map_at = p
-    _no_options(&options, flags, connection.router)
+    _default_options(&options, flags, connection.router)
     refs.kind = columns.kind = MP_NIL
     if 2 <= n <= 3:
         mp_read(p, &refs)
@@ -97,16 +106,18 @@ cdef int _get_online_features(Connection connection, const uint8_t *p, uint32_t 
             map_at = mp_skip(p)
             mp_read(map_at, &columns)
     if columns.kind != MP_MAP:
-        raise InvalidArgument("get_online_features takes [[feature reference], {key column: value or array}, {option: value}?]")
+        raise InvalidArgument("get_online_features takes [[feature reference], {key column: value or array}, "
+                              "{option: value}?]")
     if n == 3:
         _read_options(connection.last_param, FEATURES_OPTIONS, &options)
-    if connection.last is None or not connection.last.leads_from(True, p, map_at - p, -1):
-        connection.last = connection.router.features_route(p, map_at - p)
-    return _enqueue(connection, connection.last, map_at, msgid, &options)
+    if connection.last_route is None or not connection.last_route.matches_request(True, p, map_at - p, -1):
+        connection.last_route = connection.router.features_route(p, map_at - p)
+    return _enqueue(connection, connection.last_route, map_at, msgid, &options)
 
 
-cdef int _enqueue(Connection connection, WireRoute route, const uint8_t *columns, uint32_t msgid, const options_t *options) except -1:
-    """Read the columns into the route's open batch."""
+cdef int _enqueue(Connection connection, WireRoute route, const uint8_t *columns, uint32_t msgid,
+                  const options_t *options) except -1:
+    """Admit a request and read its columns into the open batch of its route, or of the route's canary."""
     cdef Batch batch = route.open
     cdef Py_ssize_t rows
     cdef int why = _admit(connection.router, route, options)
@@ -138,14 +149,14 @@ cdef int _enqueue(Connection connection, WireRoute route, const uint8_t *columns
     return 0
 
 
-cdef int _hand_on(Connection connection, str method, const uint8_t *params, uint32_t msgid, int flags) except -1:
-    """A push or delete: to the writer with its columns unread. The answer comes by relay()."""
+cdef int _forward(Connection connection, str method, const uint8_t *params, uint32_t msgid, int flags) except -1:
+    """Forward a push or delete to the writer, with its columns not decoded. `Connection.relay` brings the reply."""
     cdef mp_value v, view, columns
     cdef options_t options
     cdef const uint8_t *map_at
     cdef const uint8_t *p = mp_read(params, &v)
     cdef uint32_t n = v.size
-    _no_options(&options, flags, connection.router)
+    _default_options(&options, flags, connection.router)
     columns.kind = MP_NIL
     if 2 <= n <= 3:
         map_at = mp_read(p, &view)
@@ -163,7 +174,8 @@ cdef int _hand_on(Connection connection, str method, const uint8_t *params, uint
     if options.trace is NULL:
         connection.router.forward(None if silent else connection, msgid, method, data, options.deadline_ns)
     else:
-        connection.router.forward(None if silent else connection, msgid, method, data, options.deadline_ns, _trace(&options))
+        connection.router.forward(None if silent else connection, msgid, method, data, options.deadline_ns,
+                                  _traceparent(&options))
     if not silent:
         connection.in_flight += 1
         connection.router.in_flight += 1
@@ -171,8 +183,8 @@ cdef int _hand_on(Connection connection, str method, const uint8_t *params, uint
     return 0
 
 
-cdef int _handle(Connection connection, str method, const uint8_t *params, uint32_t msgid, int flags) except -1:
-    """A method that is not batched: any MessagePack in, any out."""
+cdef int _run_handler(Connection connection, str method, const uint8_t *params, uint32_t msgid, int flags) except -1:
+    """Answer a method that is not batched by its Python function, which takes and returns any MessagePack values."""
     handler = connection.router.handlers.get(method)
     if handler is None:
         writes = ["push", "delete"] if connection.router.forward is not None else []
@@ -181,10 +193,10 @@ cdef int _handle(Connection connection, str method, const uint8_t *params, uint3
     result = msgpack.packb(handler(_as_python(params)))
     if flags & SILENT:
         return 0
-    _need(&connection.out, 16)
+    _reserve(&connection.out, 16)
     mp_put_byte(&connection.out, 0x94)
     mp_put_byte(&connection.out, 1)
     mp_put_int(&connection.out, msgid)
     mp_put_byte(&connection.out, 0xC0)
     _put_bytes(&connection.out, result)
-    return connection.touch()
+    return connection.schedule_write()

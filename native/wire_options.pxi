@@ -1,7 +1,7 @@
-# The options of a request.
+# The options of a request: the last param, a map.
 
-cdef enum:  # what a method takes besides deadline_ms
-    WRITE_OPTIONS = 0       # traceparent, as all
+cdef enum:  # the options that a method takes besides deadline_ms and traceparent
+    WRITE_OPTIONS = 0       # none
     FEATURES_OPTIONS = 1    # encoding, priority
     PREDICT_OPTIONS = 3     # encoding, statuses, version
 
@@ -18,7 +18,8 @@ cdef bint _is(const mp_value *v, const char *text, uint32_t size) noexcept:
     return v.size == size and memcmp(v.body, text, size) == 0
 
 
-cdef int _no_options(options_t *options, int flags, Router router) except -1:
+cdef int _default_options(options_t *options, int flags, Router router) except -1:
+    """Set the options to those of a request without options."""
     options.flags = flags
     options.priority = 1
     options.arrived_ns = router.arrived_ns
@@ -29,6 +30,7 @@ cdef int _no_options(options_t *options, int flags, Router router) except -1:
 
 
 cdef int _read_options(const uint8_t *p, int takes, options_t *options) except -1:
+    """Read the map of options at p. takes: one of the *_OPTIONS. Raises InvalidArgument, DeadlineExceeded."""
     cdef mp_value v, name
     cdef uint32_t k
     cdef const uint8_t *value
@@ -46,6 +48,7 @@ cdef int _read_options(const uint8_t *p, int takes, options_t *options) except -
 
 
 cdef const uint8_t *_read_option(const mp_value *name, const uint8_t *p, int takes, options_t *options) except NULL:
+    """Read the option `name`, whose value is at p, and return the byte after the value."""
     cdef mp_value v
     cdef const uint8_t *end = mp_skip(p)
     cdef double milliseconds
@@ -68,7 +71,7 @@ cdef const uint8_t *_read_option(const mp_value *name, const uint8_t *p, int tak
             raise InvalidArgument(f"option 'encoding' must be 'list' or 'tensor'; got {_as_python(p)!r}")
     elif _is(name, b"version", 7) and takes == PREDICT_OPTIONS:
         if v.kind != MP_INT or v.number.i < 1:
-            raise InvalidArgument(f"option 'version' must be the number of a version; got {_as_python(p)!r}")
+            raise InvalidArgument(f"option 'version' must be a whole number from 1; got {_as_python(p)!r}")
         options.version = v.number.i
     elif _is(name, b"statuses", 8) and takes == PREDICT_OPTIONS:
         if v.kind != MP_BOOL:
@@ -88,8 +91,8 @@ cdef const uint8_t *_read_option(const mp_value *name, const uint8_t *p, int tak
     return end
 
 
-cdef bytes _trace_of(const uint8_t *params):
-    """The traceparent of a request that failed before it could be remembered. params: as the scanner has passed them."""
+cdef bytes _traceparent_in(const uint8_t *params):
+    """Return the traceparent of a request that failed before its options were read. params: passed by the scanner."""
     cdef mp_value v, name
     cdef uint32_t k
     cdef const uint8_t *p = mp_read(params, &v)
@@ -108,5 +111,6 @@ cdef bytes _trace_of(const uint8_t *params):
     return None
 
 
-cdef bytes _trace(const options_t *options):
+cdef bytes _traceparent(const options_t *options):
+    """Return the traceparent of a request, or None."""
     return None if options.trace is NULL else options.trace[:options.trace_bytes]

@@ -1,7 +1,7 @@
-"""The wire as Python clients speak it: MessagePack-RPC messages, and arrays as an extension type.
+"""The client's side of the wire protocol: addresses, MessagePack-RPC replies, and arrays as an extension type.
 
-docs/protocol.md is the full text. The server parses with native/wire.pyx; this module is the client's half, and what
-tests compare the native one against.
+docs/protocol.md describes the protocol. The server has its own implementation (native/wire.pyx); tests compare it with
+this module.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ TENSOR_DIMS: Final = 8
 
 MSGID_LIMIT: Final = 1 << 32
 
-# What an unpacker raises for bytes that are not MessagePack, or too many of them.
+# The exceptions of an unpacker for bytes that are not MessagePack, or are too many.
 UNPACK_ERRORS: Final = (ValueError, TypeError, msgpack.UnpackException, RecursionError)
 OutOfData: Final = msgpack.OutOfData
 
-# A reply can be larger than any request: one row of keys asks for a thousand features.
+# A reply can be larger than any request: one row of keys can ask for a thousand features.
 REPLY_BYTES: Final = 16 * LIMITS.frame_bytes
 
 _CODE_OF: Final[dict[np.dtype[Any], int]] = {
-    np.dtype(np.bool_): 1,  # those of define/dtypes.py, which a client need not load
+    np.dtype(np.bool_): 1,  # the codes of define/dtypes.py, which a client need not import
     np.dtype(np.int32): 2,
     np.dtype(np.int64): 3,
     np.dtype(np.float32): 4,
@@ -58,9 +58,9 @@ class Address(NamedTuple):
 
 
 def parse_address(text: str) -> Address:
-    """An address as users write it: "host:port", ":port", "host", "[::1]:port" or "unix:/path".
+    """Read an address as users write it: "host:port", ":port", "host", "[::1]:port" or "unix:/path".
 
-    Raises InvalidArgument.
+    The host is DEFAULT_HOST and the port DEFAULT_PORT unless given. Raises InvalidArgument.
     """
     if text.startswith("unix:"):
         path = text.removeprefix("unix:")
@@ -83,14 +83,15 @@ def parse_address(text: str) -> Address:
 
 
 def new_unpacker() -> msgpack.Unpacker:
-    """A streaming decoder of replies: feed(bytes), then iterate. Tensors come out as numpy arrays of their own."""
+    """Return a streaming decoder of replies: feed(bytes), then iterate. Tensors are decoded to NumPy arrays."""
     return msgpack.Unpacker(ext_hook=unpack_ext, max_buffer_size=REPLY_BYTES, strict_map_key=False)
 
 
 def read_response(message: Any) -> tuple[int, ShorttailError | None, Any]:
-    """(msgid, error or None, result) of one decoded message.
+    """Return (msgid, error or None, result) of one decoded reply.
 
-    Raises what the server says of the connection as a whole, which has no msgid; Internal when it is no response.
+    A reply without a msgid is about the connection, not a call: its error is raised. Raises Internal if the message is
+    not a reply.
     """
     if isinstance(message, list) and len(message) == 4 and message[0] == RESPONSE:
         _, msgid, error, result = message
@@ -111,9 +112,9 @@ def _read_error(error: Any) -> ShorttailError:
 
 
 def pack_tensor(array: Array) -> msgpack.ExtType:
-    """An array of bool, int32, int64, float32, float64 or uint8 as the tensor extension type.
+    """Encode an array of bool, int32, int64, float32, float64 or uint8 as the tensor extension type.
 
-    Payload: u8 dtype code, u8 ndim, ndim x u32 little-endian dims, then the elements, little-endian, in C order.
+    The payload is: u8 dtype code, u8 ndim, ndim little-endian u32 dims, and the elements, little-endian, in C order.
     Raises InvalidArgument for another dtype or more than 8 dimensions.
     """
     code = _CODE_OF.get(array.dtype.newbyteorder("="))
@@ -124,7 +125,7 @@ def pack_tensor(array: Array) -> msgpack.ExtType:
 
 
 def unpack_tensor(payload: bytes | memoryview) -> Array:
-    """The array in a tensor's payload: writable, aligned, in native byte order. Raises InvalidArgument."""
+    """Decode a tensor's payload to an array: writable, aligned, in native byte order. Raises InvalidArgument."""
     if len(payload) < 2:
         raise InvalidArgument(f"tensor of {len(payload)} bytes: its head is cut short")
     code, ndim = payload[0], payload[1]
@@ -138,9 +139,10 @@ def unpack_tensor(payload: bytes | memoryview) -> Array:
         elements *= size
     if len(payload) - start != elements * dtype.itemsize:
         raise InvalidArgument(f"tensor of shape {shape}: {len(payload) - start} bytes do not hold it")
-    # The payload lies at any address, and belongs to the message: copy.
+    # Copy: the payload belongs to the message and may not be aligned.
     return np.frombuffer(payload, dtype, elements, start).reshape(shape).astype(dtype.newbyteorder("="), copy=True)
 
 
 def unpack_ext(code: int, data: bytes) -> Any:
+    """Decode an extension value: a tensor to an array, any other to msgpack.ExtType."""
     return unpack_tensor(data) if code == TENSOR_EXT else msgpack.ExtType(code, data)

@@ -160,7 +160,7 @@ def test_commands_take_a_token_file(guarded, store):
     address = "{}:{}".format(*guarded.address)
     ask = ["predict", "total", "user_id=1", "amount=0.5", "--server", address]
     assert "11.5" in run_well(*ask, "--token-file", str(store.parent / "tokens")).out
-    assert error_of(*ask).startswith("error: this server wants a token")
+    assert error_of(*ask).startswith("error: this server requires a token")
 
 
 # -- where it may listen -------------------------------------------------------------------------------------------

@@ -128,7 +128,7 @@ def replies(stream: bytes, access: int, cut: int) -> list[list[Any]]:
     for start in range(0, len(stream), cut):
         connection.data_received(stream[start : start + cut])
     for batch in router.take():
-        if batch.wanted():
+        if batch.drop_expired():
             batch.reply(router.engine.run(batch.route.plan, batch.columns))
     for peer, msgid in forwarded:
         if peer is not None:

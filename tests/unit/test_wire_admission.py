@@ -24,7 +24,7 @@ class Measured(Guarded):
             if batches:
                 self.route = batches[0].route
             for batch in batches:
-                if batch.wanted():
+                if batch.drop_expired():
                     batch.reply(self.engine.run(batch.route, batch.columns))
             self.router.flush()
 
@@ -69,12 +69,12 @@ def budgets(measured, least, more):
 
 def until_regained(queue, measured):
     """queue: the router, or the route of one outside the loop."""
-    before_ns = queue.cut_ns
+    before_ns = queue.budget_cut_ns
     assert before_ns > 0
     measured.offer(1)
-    assert queue.cut_ns < before_ns
+    assert queue.budget_cut_ns < before_ns
     end_s = time.monotonic() + 20
-    while queue.cut_ns:
+    while queue.budget_cut_ns:
         measured.offer(1)
         assert time.monotonic() < end_s
 
@@ -82,7 +82,7 @@ def until_regained(queue, measured):
 def test_a_burst_is_served_whole(measured):
     budgets(measured, 1, 1e9)
     assert measured.offer(2000) == (2000, 0)
-    assert measured.router.cut_ns == 0.0
+    assert measured.router.budget_cut_ns == 0.0
 
 
 def test_more_than_a_turn_may_take_is_refused(measured):
@@ -97,12 +97,12 @@ def test_a_full_turn_makes_the_next_shorter_and_time_without_one_longer_again(me
     budgets(measured, 20, 500)
     longest_ns, least_ns = measured.router.burst_ns, measured.router.target_ns
     assert measured.offer(5000)[0] > 500
-    assert measured.router.cut_ns == 0.5 * longest_ns
+    assert measured.router.budget_cut_ns == 0.5 * longest_ns
     for _ in range(9):
         answered, shed = measured.offer(5000)
         assert answered
         assert shed
-    assert measured.router.cut_ns == longest_ns - least_ns
+    assert measured.router.budget_cut_ns == longest_ns - least_ns
     until_regained(measured.router, measured)
 
 
@@ -111,7 +111,7 @@ def test_requests_of_low_priority_alone_make_no_turn_short(measured):
     answered, shed = measured.offer(1900, {"priority": 0})
     assert answered < 1900
     assert shed
-    assert measured.router.cut_ns == 0.0
+    assert measured.router.budget_cut_ns == 0.0
 
 
 def test_requests_of_low_priority_are_shed_first(measured):
@@ -142,8 +142,8 @@ def test_a_queue_outside_the_loop_is_kept_short_alike(measured):
     assert measured.offer(5000)[0] > 500
     for _ in range(9):
         assert measured.offer(5000)[1]
-    assert measured.route.cut_ns == measured.router.burst_ns - measured.router.target_ns
-    assert measured.router.cut_ns == 0.0
+    assert measured.route.budget_cut_ns == measured.router.burst_ns - measured.router.target_ns
+    assert measured.router.budget_cut_ns == 0.0
     until_regained(measured.route, measured)
 
 

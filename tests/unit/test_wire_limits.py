@@ -59,7 +59,7 @@ def test_half_a_message_waits_so_long_and_no_longer(served, late):
     connection.data_received(message[:10])
     served.sweep(100, 110, 130 + late)
     assert served.transport_of[connection].closed == bool(late)
-    assert served.router.cut == late
+    assert served.router.timed_out == late
     if not late:
         connection.data_received(message[10:])
         served.loop.turn()
@@ -270,12 +270,12 @@ def test_a_connection_moves_in_the_middle_of_a_message(served):
     old.data_received(message + message[:9])
     assert old.park(1000)
     assert not served.transport_of[old].reading
-    assert old.quiet(1000) is None  # its answer is owed
+    assert old.partial_if_idle(1000) is None  # its answer is owed
     served.loop.turn()
-    assert old.quiet(1000) is None  # and not sent yet
+    assert old.partial_if_idle(1000) is None  # and not sent yet
     served.transport_of[old].unsent = 0
-    assert old.quiet(8) is None  # more has been read than may move
-    held = old.quiet(1000)
+    assert old.partial_if_idle(8) is None  # more has been read than may move
+    held = old.partial_if_idle(1000)
     assert held == message[:9]
     moved = wire.Connection(new.router)
     moved.carry(held, 1)
@@ -291,7 +291,7 @@ def test_connections_that_cannot_move(served):
     secure, ending, large = served.connect(secure=True), served.connect(), served.connect()
     ending.finish()
     large.data_received(msgpack.packb([0, 1, "echo", ["x" * 5000]])[:3000])
-    assert [one.stays for one in (secure, ending, large)] == [True, True, False]
+    assert [one.cannot_move for one in (secure, ending, large)] == [True, True, False]
     assert not any(connection.park(1000) for connection in (secure, ending, large))
     assert served.transport_of[large].reading
 

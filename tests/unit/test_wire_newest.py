@@ -24,7 +24,7 @@ class Overloaded(Measured):
     def overload(self, rows):
         """Refuse something, so that the next turn keeps what it reads. rows: what that one has time for."""
         self.always(1)
-        while not self.router.keeps:
+        while not self.router.newest_first:
             assert self.offer(10)[1] > 0
             self.offer(1)  # it begins a turn soon after
         self.always(rows)
@@ -36,7 +36,7 @@ class Overloaded(Measured):
             connections = [self.connect() for _ in streams]
             for connection, stream in zip(connections, streams, strict=True):
                 connection.data_received(stream)
-            kept = self.router.keeps  # unless this process stood still meanwhile
+            kept = self.router.newest_first  # unless this process stood still meanwhile
             self.loop.turn()
             replies = [self.replies(connection) for connection in connections]
             for connection in connections:
@@ -103,7 +103,7 @@ def test_so_much_is_kept_and_no_more(overloaded):
         overloaded.overload(2000)
         first = overloaded.connect()
         first.data_received(bytes(bytearray(stream)))  # an object of its own
-        if overloaded.router.keeps:
+        if overloaded.router.newest_first:
             break
         overloaded.loop.turn()
     connections = [first]
@@ -111,10 +111,10 @@ def test_so_much_is_kept_and_no_more(overloaded):
         connections.append(overloaded.connect())
         connections[-1].data_received(bytes(bytearray(stream)))
         kept_bytes = min(count, 16) * len(stream)
-        assert overloaded.router.kept_bytes == kept_bytes
+        assert overloaded.router.deferred_bytes == kept_bytes
         assert overloaded.router.in_flight == max(0, count - 16)  # admitted as it is read
     overloaded.loop.turn()
-    assert overloaded.router.kept_bytes == 0
+    assert overloaded.router.deferred_bytes == 0
     assert [good(overloaded.replies(connection)) for connection in connections] == [[1]] * len(connections)
 
 
@@ -135,7 +135,7 @@ def test_a_peer_that_ends_is_answered_and_closed(overloaded):
     connection = overloaded.connect()
     connection.data_received(request(1))
     assert connection.eof_received()
-    assert connection.quiet(100) is None
+    assert connection.partial_if_idle(100) is None
     overloaded.loop.turn()
     assert good(overloaded.replies(connection)) == [1]
     assert overloaded.transport_of[connection].closed

@@ -8,14 +8,14 @@ from shorttail._native.columns import Columns
 from shorttail._native.route import Route
 
 class WireRoute(Route):
-    def __init__(self, plan: Any, key: bytes, asked: int) -> None: ...
+    def __init__(self, plan: Any, key: bytes, asked_version: int) -> None: ...
     stale: bool
     busy: bool
     threaded: bool
     batch_cost_ns: float
     row_cost_ns: float
     admitted_ns: float
-    cut_ns: float
+    budget_cut_ns: float
 
 class Batch:
     protocol: int
@@ -31,7 +31,7 @@ class Batch:
     def count(self, router: Router, rows: int, size: int) -> None: ...
     def start(self) -> None: ...
     def end(self, ran: bool) -> None: ...
-    def wanted(self) -> int: ...
+    def drop_expired(self) -> int: ...
     def reply(self, result: Any) -> None: ...
     @property
     def n_rows(self) -> int: ...
@@ -57,16 +57,16 @@ class Router:
     write_deadline_s: int
     auth_deadline_s: int
     peers: dict[str, int]
-    cut: int
+    timed_out: int
     refused: int
     target_ns: float
     burst_ns: float
     admitted_ns: float
-    cut_ns: float
+    budget_cut_ns: float
     shed: int
-    sheds: bool
-    keeps: bool
-    kept_bytes: int
+    overloaded: bool
+    newest_first: bool
+    deferred_bytes: int
     last_turn_ns: int
     waiting_rows: int
     waiting_bytes: int
@@ -106,9 +106,9 @@ class Connection:
     def carry(self, held: bytes, access: int) -> None: ...
     def fileno(self) -> int: ...
     @property
-    def stays(self) -> bool: ...
+    def cannot_move(self) -> bool: ...
     def park(self, most: int) -> bool: ...
-    def quiet(self, most: int) -> bytes | None: ...
+    def partial_if_idle(self, most: int) -> bytes | None: ...
     def finish(self) -> None: ...
     def abort(self) -> None: ...
 

@@ -1,4 +1,4 @@
-"""Clients of a running server: Client blocks, AsyncClient pipelines. Both return what the embedded engine returns."""
+"""Clients of a running server: Client blocks, AsyncClient is for asyncio. Results are those of the embedded engine."""
 
 from shorttail.client.blocking import Client
 from shorttail.client.pipelined import AsyncClient

@@ -1,4 +1,4 @@
-"""The blocking client."""
+"""Client: the blocking client, one call at a time per connection."""
 
 from __future__ import annotations
 
@@ -20,20 +20,22 @@ from shorttail.results import Features, Prediction
 
 
 class Client:
-    """A blocking client, which threads may share: calls made at the same time have a connection each.
+    """A blocking client. Threads may share it: calls that run at the same time use a connection each.
 
-    address: "host:port", ":port" or "unix:/path". Connects at the first call, and again after a failure. timeout_s
-    bounds each call with all that it waits for; a call may give less by deadline_ms. What is left of it is sent with
-    each request, so that the server does not work for a caller that has gone. token: shown to the server at each
-    connecting. tls: an ssl.SSLContext, the path of a CA's certificate, or True for the CAs of this machine; of a TCP
-    address only. max_connections: more calls than that at the same time wait for each other. retries: how often a call
-    that was lost is sent again (client/retries.py says which); 0 never.
+    address: "host:port", ":port" or "unix:/path". The client connects at the first call, and again after a failure.
+    timeout_s: the time limit of each call in seconds, with connecting, retries and waiting for a connection. The
+    deadline_ms of a call can shorten it. A request carries the time that is left until deadline_ms, so that the server
+    does not work for a caller that has given up.
+    token: sent to the server with `auth` on each new connection.
+    tls: an ssl.SSLContext, the path of a CA certificate, or True for the CAs of this machine; only for a TCP address.
+    max_connections: further calls at the same time wait for a free connection.
+    retries: how often a call that failed with Unavailable is sent again, if that is safe (client/retries.py); 0: never.
 
         with st.Client("127.0.0.1:7711") as client:
             p = client.predict("fraud", {"user_id": [1, 2, 3], "amount": [9.5, 1.0, 700.0]})
 
-    Errors: Unavailable (no server, connection lost), DeadlineExceeded, and whatever the server reports, all of
-    shorttail.errors.
+    Calls raise Unavailable (no server, or the connection is lost), DeadlineExceeded, and every error that the server
+    reports; all are in shorttail.errors.
     """
 
     def __init__(
@@ -66,10 +68,12 @@ class Client:
         statuses: bool = False,
         traceparent: str | None = None,
     ) -> Prediction:
-        """Run a model. columns: keys and request columns, scalars or arrays of one length; a scalar is broadcast.
+        """Run a model and return its outputs as NumPy arrays.
 
-        version: a version other than the current one; statuses: also report, for each view and row, how the lookup
-        went; traceparent: W3C trace context, which the server's log names. Results are numpy arrays.
+        columns: the key columns of the views and the request columns, each a scalar or an array. All arrays have the
+        same length, the number of rows; a scalar is the same for all rows. version: None runs the current version.
+        deadline_ms: the time limit of this call in milliseconds. statuses: also return a `Status` for each view and
+        row. traceparent: W3C trace context, written to the server's log if the request fails or is slow.
         """
         params = calls.predict_params(model, columns, version, statuses, traceparent)
         return calls.read_prediction(model, self._call("predict", params, deadline_ms))
@@ -82,40 +86,44 @@ class Client:
         deadline_ms: float | None = None,
         traceparent: str | None = None,
     ) -> Features:
-        """Look features up. features: "view:feature" references; columns: the views' keys, as for predict."""
+        """Look up features. features: "view:feature" references; columns: the keys of their views, as for predict."""
         params = calls.features_params(features, columns, traceparent)
         return calls.read_features(self._call("get_online_features", params, deadline_ms))
 
     def push(self, view: str, rows: Any, *, deadline_ms: float | None = None, traceparent: str | None = None) -> int:
-        """Upsert rows: a dict of columns, pandas, polars or pyarrow. Returns the rows taken, which are durable then.
+        """Insert or replace rows, and return their number when they are durable.
 
-        The view's timestamp column (or `event_time`) holds event times; without it they are now. A row older than the
-        one stored is dropped. deadline_ms: when it passes first, nothing is written. All rows of a call are written or
-        none; after Unavailable or DeadlineExceeded from the connection it may be either. The client pushes again by
-        itself only what was certainly not written; pushing again is safe unless others wrote the same rows meanwhile.
+        rows: a dict of columns, or a pandas, polars or pyarrow table. The view's timestamp column (or `event_time`)
+        holds the event times; without that column the event time is now. A row that is older than the stored row of its
+        key is dropped. All rows of a call are written, or none.
+
+        deadline_ms: if it passes before the rows are committed, the server writes nothing. After Unavailable, or after
+        a DeadlineExceeded that did not come from the server, the rows may or may not be written. The client itself
+        sends a push again only if the server certainly did not get it. A caller may push again, unless another writer
+        may have written the same rows in between.
         """
         params = calls.write_params(view, rows, traceparent)
         return calls.read_rows("push", self._call("push", params, deadline_ms))
 
     def delete(self, view: str, keys: Any, *, deadline_ms: float | None = None, traceparent: str | None = None) -> int:
-        """Delete the rows of these keys: columns, as for push. Returns how many there were; durable then."""
+        """Delete the rows of keys, given as columns. Returns how many rows existed, when the deletion is durable."""
         params = calls.write_params(view, keys, traceparent)
         return calls.read_rows("delete", self._call("delete", params, deadline_ms))
 
     def models(self) -> list[dict[str, Any]]:
-        """The models served: name, version, columns {name: type name} and outputs [name] of each."""
+        """Return name, version, columns {name: type name} and outputs [name] of each model."""
         return calls.read_list("models", self._call("models", []))
 
     def views(self) -> list[dict[str, Any]]:
-        """The feature views served: name, keys {name: type name}, features {name: type name} and timestamp of each."""
+        """Return name, keys {name: type name}, features {name: type name} and timestamp of each feature view."""
         return calls.read_list("views", self._call("views", []))
 
     def ping(self) -> None:
-        """Return when the server answers; raise Unavailable or DeadlineExceeded when it does not."""
+        """Return when the server has answered. Raises Unavailable or DeadlineExceeded if it does not answer."""
         self._call("ping", [])
 
     def close(self) -> None:
-        """Close the connections; those of calls in flight when these end. A later call connects again."""
+        """Close the connections; a connection in use is closed when its call ends. A later call connects again."""
         self._pool.close()
 
     def __enter__(self) -> Self:
@@ -139,7 +147,7 @@ class Client:
         try:
             error, result = connection.ask(call)
         except BaseException:
-            # Whatever happened (a KeyboardInterrupt too), this call's reply must not be taken for the next one's.
+            # After any failure, a KeyboardInterrupt too, this call's reply could be read as that of the next call.
             self._pool.drop(connection)
             raise
         self._pool.give(connection)

@@ -1,4 +1,4 @@
-"""What both clients share: the parameters of a call, its result, its timeouts and how its failures read."""
+"""The part that both clients share: parameters, results and time limits of a call, and the messages of errors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from shorttail.errors import DeadlineExceeded, Internal, InvalidArgument, Unavai
 from shorttail.protocol import Address
 from shorttail.results import Features, Prediction
 
-# With a deadline the server answers DEADLINE_EXCEEDED by itself; wait this much longer for that answer to arrive.
+# After a deadline the server answers DEADLINE_EXCEEDED. The client waits this much longer, for that answer to arrive.
 DEADLINE_GRACE_S = 0.1
 
 _pack_float64 = struct.Struct(">d").pack
@@ -42,11 +42,12 @@ def features_params(features: Sequence[str], columns: Mapping[str, Any], tracepa
 
 
 def write_params(view: str, columns: Any, traceparent: str | None = None) -> list[Any]:
-    """Of push and delete."""
+    """Return the params of push and delete."""
     return [view, encode_columns(columns), traced({}, traceparent)]
 
 
 def traced(options: dict[str, Any], traceparent: str | None) -> dict[str, Any]:
+    """Return the options of a request, with its traceparent if there is one."""
     if traceparent is not None:
         options["traceparent"] = traceparent
     return options
@@ -72,7 +73,7 @@ def read_features(result: Any) -> Features:
     try:
         values = [_to_array(column) for column in result["values"]]
         statuses = [np.asarray(codes, np.uint8) for codes in result["statuses"]]
-        types = result.get("types")  # older servers send none
+        types = result.get("types")  # older servers do not send types
         if types is not None and len(types) != len(values):
             raise ValueError(f"{len(types)} types for {len(values)} columns")
         return Features(result["feature_names"], values, statuses, result.get("has_default"), types)
@@ -87,10 +88,10 @@ def read_list(method: str, result: Any) -> list[dict[str, Any]]:
 
 
 def _to_array(values: Any) -> protocol.Array:
-    """An output or a column: a tensor is an array already; what comes as a list is strings."""
+    """Return an output or a feature column as an array. A tensor is decoded already; a list holds strings."""
     if isinstance(values, np.ndarray):
         return values
-    array = np.array(values, object)  # not by way of fixed-width text, which loses zero bytes at the end
+    array = np.array(values, object)  # NumPy's fixed-width strings would lose zero bytes at the end
     return array if array.size and isinstance(array.flat[0], str | None) else np.asarray(values)
 
 
@@ -99,15 +100,15 @@ def _to_array(values: Any) -> protocol.Array:
 
 def check_timeout(timeout_s: float) -> float:
     if not 0 < timeout_s < float("inf"):
-        raise InvalidArgument(f"timeout_s={timeout_s!r}: give seconds above 0")
+        raise InvalidArgument(f"timeout_s={timeout_s!r}: give a number of seconds above 0")
     return float(timeout_s)
 
 
 class Call:
-    """One call of a client: its message, and the time it has for all its attempts.
+    """One call of a client: its encoded request, and the time that all its attempts have together.
 
-    address: of the server, for messages. timeout_s is the client's, deadline_ms the caller's. Raises InvalidArgument
-    for what cannot be sent, and DeadlineExceeded when the deadline has passed already.
+    address: of the server, for error messages. timeout_s: of the client. deadline_ms: of this call, or None. Raises
+    InvalidArgument for params that cannot be encoded, and DeadlineExceeded if deadline_ms is not above 0.
     """
 
     __slots__ = (
@@ -136,54 +137,55 @@ class Call:
         self._deadline_s = start_s + budget_s
         self._has_options = bool(params) and type(params[-1]) is dict
         if self._has_options:
-            params[-1]["deadline_ms"] = 0.0  # the last eight bytes of the request: see message()
+            params[-1]["deadline_ms"] = 0.0  # a float64: the last eight bytes of the request, which message() replaces
         self._request = pack_request(msgid, method, params)
         self.address = address
         self.method = method
         self.msgid = msgid
         self.retries = 0
-        self.sent = False  # whether the server can have got all of it
+        self.sent = False  # whether the server may have the complete request
 
     def mark_sent(self) -> None:
-        """The server can have got all of the request from now on."""
+        """Note that the server may have the complete request from now on."""
         self.sent = True
 
     def count_retry(self) -> None:
-        """The call is sent once more."""
+        """Note that the call is sent once more."""
         self.retries += 1
 
     @property
     def is_read(self) -> bool:
-        """Whether it changes nothing, so that it may be done twice."""
+        """Whether the method only reads, so that it is safe to run it twice."""
         return self.method not in ("push", "delete")
 
     def message(self) -> bytes:
-        """The request, with what is left of the deadline now: the server need not work for who has stopped waiting.
+        """Return the encoded request, with the time that is left now as its deadline_ms.
 
-        Raises DeadlineExceeded.
+        Raises DeadlineExceeded if no time is left.
         """
         left_s = self._deadline_s - time.monotonic()
         if left_s <= 0:
-            raise DeadlineExceeded(f"{self.method}: the deadline passed before it was sent")
+            raise DeadlineExceeded(f"{self.method}: the deadline passed before the request was sent")
         return self._request[:-8] + _pack_float64(left_s * 1000) if self._has_options else self._request
 
     def budget_s(self) -> float:
-        """Seconds until the deadline; 0 or less when it has passed."""
+        """Return the seconds until the deadline; 0 or less if it has passed."""
         return self._deadline_s - time.monotonic()
 
     def left_s(self) -> float:
-        """Seconds that the caller still waits for an answer. Raises DeadlineExceeded when there are none."""
+        """Return for how many seconds the call still waits for an answer. Raises DeadlineExceeded if there are none."""
         seconds = self._end_s - time.monotonic()
         if seconds <= 0:
             raise self.no_answer()
         return seconds
 
     def no_answer(self) -> DeadlineExceeded:
+        """Make the error for a call that got no answer in time."""
         return DeadlineExceeded(f"{self.method}: no answer from {self.address} within {self.wait_s:g} s")
 
 
 def reason(error: OSError) -> str:
-    """What the system says, without numbers: "connection refused"."""
+    """Return the system's text for an error, without its number: "connection refused"."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"its certificate is not trusted: {error.verify_message}"
     if isinstance(error, ssl.SSLError):
@@ -196,6 +198,7 @@ def reason(error: OSError) -> str:
 
 
 def raise_no_server(address: Address, error: OSError) -> NoReturn:
+    """Raise Unavailable for a connection that could not be made."""
     if isinstance(error, socket.gaierror):
         raise Unavailable(f"no server at {address}: cannot resolve {address.host!r}: {reason(error)}") from None
     if isinstance(error, ssl.SSLError):

@@ -1,4 +1,4 @@
-"""What a client shows to a server, and what it wants to see of it: a token, and TLS."""
+"""TLS of a client: its context, and the handshake of a connection."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ TLS = ssl.SSLContext | str | Path | bool | None
 
 
 def client_context(tls: TLS) -> ssl.SSLContext | None:
-    """tls: a context; the path of a CA's certificate in PEM; True for the CAs that this machine trusts; None or False.
+    """Return the TLS context of a client, or None for a client without TLS.
 
-    A context of its own is for a client certificate too. Raises InvalidArgument.
+    tls: an ssl.SSLContext, for example with a client certificate; the path of a CA certificate in PEM form; True for
+    the CAs that this machine trusts; None or False for no TLS. Raises InvalidArgument.
     """
     if tls is None or tls is False:
         return None
@@ -26,7 +27,7 @@ def client_context(tls: TLS) -> ssl.SSLContext | None:
         context = ssl.create_default_context(cafile=None if tls is True else os.fspath(tls))
     except OSError as error:
         reason = "no certificates in PEM form" if isinstance(error, ssl.SSLError) else (error.strerror or "").lower()
-        raise InvalidArgument(f"tls={tls!r}: {reason}; give the path of a CA's certificate") from None
+        raise InvalidArgument(f"tls={tls!r}: {reason}; give the path of a CA certificate") from None
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     return context
 
@@ -34,7 +35,10 @@ def client_context(tls: TLS) -> ssl.SSLContext | None:
 def secured(
     connection: socket.socket, context: ssl.SSLContext | None, address: Address, timeout_s: float
 ) -> socket.socket:
-    """The connection, over TLS if there is a context. A Unix socket never is. Raises OSError; closes it then."""
+    """Return the connection, over TLS if there is a context and the address is not a Unix socket.
+
+    Raises OSError; then the connection is closed.
+    """
     if context is None or address.path is not None:
         return connection
     try:

@@ -1,4 +1,4 @@
-"""The asyncio client."""
+"""AsyncClient: the asyncio client, whose calls share connections."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ from shorttail.results import Features, Prediction
 
 
 class AsyncClient:
-    """An asyncio client: calls share connections and do not wait for each other.
+    """An asyncio client. Its calls share connections and do not wait for each other.
 
         async with await st.AsyncClient.connect("127.0.0.1:7711") as client:
             predictions = await asyncio.gather(*(client.predict("fraud", row) for row in rows))
 
-    connections: a call goes to the one that waits for the fewest answers; a server of several workers spreads them over
-    these. A connection that was lost is made again at the next call. For use in the event loop that it was connected
-    in. timeout_s, token, tls, retries and errors are those of Client.
+    connections: the number of connections. A call uses the connection with the fewest calls in flight. A server with
+    several workers spreads the connections over its workers. A lost connection is made again at the next call. Use the
+    client only in the event loop in which it was connected. timeout_s, token, tls, retries and errors are as for
+    Client.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class AsyncClient:
         connections: int = 1,
         retries: int = 4,
     ) -> Self:
-        """A connected client. Raises Unavailable when there is no server at `address`."""
+        """Return a connected client. Raises Unavailable if there is no server at `address`."""
         client = cls(address, timeout_s=timeout_s, token=token, tls=tls, connections=connections, retries=retries)
         await client._connect_all()
         return client
@@ -96,7 +97,7 @@ class AsyncClient:
     async def push(
         self, view: str, rows: Any, *, deadline_ms: float | None = None, traceparent: str | None = None
     ) -> int:
-        """As Client.push. Calls that wait together share a commit."""
+        """As Client.push. Pushes that run at the same time share a commit."""
         params = calls.write_params(view, rows, traceparent)
         return calls.read_rows("push", await self._call("push", params, deadline_ms))
 
@@ -154,7 +155,7 @@ class AsyncClient:
         await asyncio.sleep(self._retries.pause_s(call, error, self._in_flight))
 
     def _live(self) -> Stream | None:
-        """The connection that waits for the fewest answers, if there is any. Those that were lost are made again."""
+        """Return the connection with the fewest calls in flight, or None if all are lost. Lost ones are made again."""
         best = None
         lost = []
         for line in self._lines:
@@ -169,13 +170,14 @@ class AsyncClient:
         return best
 
     async def _connected(self, call: Call) -> Stream:
-        """A connection, where there is none. Raises Unavailable, DeadlineExceeded."""
+        """Wait until a lost connection is made again, and return it. Raises Unavailable, DeadlineExceeded."""
         if self._closed:
             raise Unavailable(f"this client of {self.address} is closed")
         stream = await self._lines[0].connected(call)
         return self._live() or stream
 
     async def _connect_all(self) -> None:
+        """Connect all connections, and succeed if one succeeds. Raises Unavailable, and the errors of Dialer.dial."""
         call = Call(self.address, 0, "connect", [], self.timeout_s)
         try:
             while True:

@@ -1,4 +1,4 @@
-"""The connections of a blocking client: one for each thread that calls at the same time."""
+"""The connection pool of a blocking client: calls that run at the same time use a connection each."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from shorttail.client.calls import Call
 from shorttail.errors import DeadlineExceeded, Internal, ShorttailError, Unavailable
 from shorttail.protocol import Address
 
-# recv() allocates as much each time, and what is above 128 KiB malloc may map anew: 15 us a call.
+# Each recv() allocates this much. For more than 128 KiB malloc may map new memory, which takes 15 us per call.
 RECEIVE_BYTES = 64 << 10
 
 
 class Connection:
-    """One call at a time. What raises leaves it unfit for another: close it then."""
+    """A connection that takes one call at a time. After a call that raised, close it: a late reply could still come."""
 
     def __init__(self, connected: socket.socket, address: Address):
         self.socket = connected
         self.address = address
-        self.generation = 0  # the pool's: how often it had been closed
+        self.generation = 0  # of the pool when the connection was made: how often the pool had been closed
         self._unpacker = protocol.new_unpacker()
         self._poll = select.poll()  # select.select refuses file descriptors above 1023
         self._poll.register(connected, select.POLLIN)
 
     @classmethod
     def open(cls, address: Address, tls: ssl.SSLContext | None, call: Call) -> Connection:
-        """Raises Unavailable."""
+        """Connect to a server. Raises Unavailable."""
         try:
             if address.path is None:
                 connected = socket.create_connection((address.host, address.port), call.left_s())
@@ -53,7 +53,10 @@ class Connection:
         return cls(connected, address)
 
     def ask(self, call: Call) -> tuple[ShorttailError | None, Any]:
-        """(error, result) of the answer. Raises Unavailable, DeadlineExceeded, and Internal for a wrong answer."""
+        """Send a call and return (error, result) of the reply: the error is None if the call succeeded.
+
+        Raises Unavailable, DeadlineExceeded, and Internal for a reply that breaks the protocol.
+        """
         try:
             self.socket.settimeout(call.left_s())
             self.socket.sendall(call.message())
@@ -65,7 +68,7 @@ class Connection:
         except OSError as error:
             raise Unavailable(f"{call.method}: connection to {self.address} lost: {calls.reason(error)}") from None
         except protocol.UNPACK_ERRORS as error:
-            raise Internal(f"{call.method}: {self.address} sent what is not MessagePack: {error}") from None
+            raise Internal(f"{call.method}: {self.address} sent bytes that are not MessagePack: {error}") from None
         if answered != call.msgid:
             raise Internal(f"{call.method}: {self.address} answered call {answered} instead of {call.msgid}")
         return error, result
@@ -82,10 +85,10 @@ class Connection:
                 self.socket.settimeout(call.left_s())
 
     def is_idle(self) -> bool:
-        """False when the server closed it since the last call, or sent what nobody asked for: do not use it again."""
+        """Whether the connection can take a call: the server has not closed it, and has sent nothing since the last."""
         if not isinstance(self.socket, ssl.SSLSocket):
             return not self._poll.poll(0)
-        # TLS has messages of its own, such as session tickets: only reading tells them from data.
+        # A TLS peer may have sent protocol messages such as session tickets. Only a read tells them from data.
         self.socket.setblocking(False)
         try:
             self.socket.recv(1)
@@ -100,9 +103,9 @@ class Connection:
 
 
 class Pool:
-    """Connections, at most `limit`. The last used is the next, so that those beyond the need stay idle.
+    """A pool of at most `limit` connections. The connection used last is taken next, so that surplus ones stay idle.
 
-    Whoever takes one gives it back, or drops it.
+    A caller that takes a connection either gives it back or drops it.
     """
 
     def __init__(self, limit: int, open_one: Callable[[Call], Connection]):
@@ -116,6 +119,10 @@ class Pool:
         self._generation = 0
 
     def take(self, call: Call) -> Connection:
+        """Return an idle connection or a new one, and wait for one if `limit` are in use.
+
+        Raises Unavailable, and DeadlineExceeded if none is free in time.
+        """
         with self._lock:
             if not self._has_room():
                 self._wait(call)
@@ -130,13 +137,13 @@ class Pool:
                 connection.close()
             connection = self._open_one(call)
         except BaseException:
-            self._gone()
+            self._count_closed()
             raise
         connection.generation = generation
         return connection
 
     def give(self, connection: Connection) -> None:
-        """Take back what is fit for another call."""
+        """Give back a connection that can take another call."""
         with self._lock:
             if connection.generation == self._generation:
                 self._idle.append(connection)
@@ -146,18 +153,18 @@ class Pool:
         self.drop(connection)
 
     def drop(self, connection: Connection) -> None:
-        """Close what is not."""
+        """Close a connection that cannot take another call."""
         connection.close()
-        self._gone()
+        self._count_closed()
 
-    def _gone(self) -> None:
+    def _count_closed(self) -> None:
         with self._lock:
             self._n_open -= 1
             if self._n_waiting:
                 self._freed.notify()
 
     def close(self) -> None:
-        """Close what is idle now, and what is in use once it is given back. The pool can be used on."""
+        """Close idle connections now, and connections in use when they are given back. The pool can still be used."""
         with self._lock:
             self._generation += 1
             idle, self._idle = self._idle, []

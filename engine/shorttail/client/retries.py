@@ -1,19 +1,19 @@
-"""Which calls are sent again, how soon, and how many in all.
+"""Retries: which calls are sent again, after which pause, and how many in all.
 
-A call that failed with Unavailable is sent again if that can do no harm: if it only reads, or if it has certainly not
-reached the server, since no connection was made or not all of it was handed to the system (gRPC's "transparent"
-retries, gRFC A6). A push or delete that was sent is not: it may have been done, and doing it again after somebody
-else's write would undo that. What the server answers with RESOURCE_EXHAUSTED is never sent again: it is what an
-overloaded server says, and retries would keep it so.
+A call that failed with Unavailable is sent again if that is safe: if it only reads, or if it certainly did not reach
+the server, because no connection was made or not all of its bytes were written to the socket (the "transparent retries"
+of gRPC, gRFC A6). A push or delete that was sent is not sent again: the server may have done it, and a second one could
+undo another client's write in between. A call that the server refused with RESOURCE_EXHAUSTED is never sent again: the
+server is overloaded, and retries would keep it overloaded.
 
-The pause before the nth time is random between 0 and a bound that doubles, so that clients of a worker that died do not
-come back in step ("full jitter": M. Brooker, "Exponential Backoff and Jitter", AWS Architecture Blog, 2015). It never
-goes past the call's deadline.
+The pause before a retry is random, between 0 and a bound that doubles from 10 ms to 1 s, so that the clients of a
+worker that died do not all return at the same moment ("full jitter": M. Brooker, "Exponential Backoff and Jitter", AWS
+Architecture Blog, 2015). A pause never goes past the call's deadline: then the call fails at once.
 
-A budget keeps a server that is down from being asked many times as much as one that is up: each call earns a client
-a fifth of a retry, up to some thousands; each retry costs one (as the token buckets of Finagle's RetryBudget, whose
-fifth this is, of gRFC A6 and of the AWS SDKs). Two things beside: a reserve to start with, for clients that call now
-and then; and each call in flight lends one, for a connection may be lost with a thousand calls on it.
+A retry budget, a token bucket, bounds the load of retries on a server that is down: each call adds 0.2 tokens, up to
+10,000, and each retry takes one token. (The ratio is that of Finagle's RetryBudget; gRFC A6 and the AWS SDKs have such
+buckets too.) A new client has 100 tokens, for clients that call seldom. And each call in flight counts as a token,
+because one connection may be lost with a thousand calls on it.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from shorttail.errors import InvalidArgument, Unavailable
 
 
 class Retries:
-    """The retries of one client. limit: so many times is a call sent again; 0 never.
+    """The retry budget of one client. limit: how often a call is sent again; 0: never.
 
-    Threads share it without a lock: what a race may lose is one call's fifth of a retry.
+    Threads share it without a lock: a race can lose the 0.2 tokens of a call, which does no harm.
     """
 
     def __init__(self, limit: int):
@@ -40,14 +40,14 @@ class Retries:
         self._most = LIMITS.client_retries_saved
 
     def earn(self) -> None:
-        """Of a call that begins."""
+        """Add the tokens of a call that begins."""
         if self._saved < self._most:
             self._saved += self._ratio
 
     def pause_s(self, call: Call, error: Unavailable, in_flight: int = 0) -> float:
-        """The pause before `call` is sent again. Raises `error` if it is not to be.
+        """Take a token and return the pause in seconds before `call` is sent again. Raises `error` if it may not be.
 
-        in_flight: the calls of this client that wait for their answer, if these share connections.
+        in_flight: how many calls of this client wait for an answer, if calls share connections; else 0.
         """
         if call.retries >= self.limit or (call.sent and not call.is_read):
             raise error
@@ -60,6 +60,6 @@ class Retries:
 
 
 def backoff_s(failures: int) -> float:
-    """How long to wait after so many failures before this one."""
+    """Return a random pause in seconds; `failures` is how many attempts failed before the last one."""
     bound_s = LIMITS.client_backoff_min_s * 2 ** min(failures, 20)
     return random.uniform(0, min(bound_s, LIMITS.client_backoff_max_s))

@@ -1,4 +1,4 @@
-"""The connections of an AsyncClient: requests out, replies to the calls that wait for them."""
+"""The connections of an AsyncClient: many calls share a connection, and a reply finds its call by the msgid."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WRITE_HIGH_WATER_BYTES = 1 << 20
 
 
 class Stream(asyncio.Protocol):
-    """One connection, until it is lost. waiting: the calls in flight, by msgid."""
+    """One connection, from connecting until it is lost. waiting: msgid -> future of each call in flight."""
 
     def __init__(self, address: Address, loop: asyncio.AbstractEventLoop):
         self.address = address
@@ -33,13 +33,13 @@ class Stream(asyncio.Protocol):
         self._paused = False
 
     async def ask(self, call: Call) -> Any:
-        """The result. Raises the error of the answer; Unavailable, DeadlineExceeded, Internal."""
+        """Send a call and return its result. Raises the error of the reply, Unavailable, DeadlineExceeded, Internal."""
         if self.is_lost:
             raise Unavailable(f"{call.method}: connection to {self.address} lost")
         message, wait_s = call.message(), call.left_s()
         reply: asyncio.Future[Any] = self.loop.create_future()
         self.waiting[call.msgid] = reply
-        # One write for all the calls of a loop turn; a call alone is written as soon as its caller waits.
+        # The calls of a turn of the event loop share one write, at the end of that turn.
         if not self._unsent:
             self.loop.call_soon(self._flush)
         self._unsent[call.msgid] = message
@@ -53,7 +53,7 @@ class Stream(asyncio.Protocol):
                 call.mark_sent()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)  # uvloop's are not of asyncio's classes
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's transports are not subclasses of asyncio's
         self._transport.set_write_buffer_limits(high=WRITE_HIGH_WATER_BYTES, low=WRITE_HIGH_WATER_BYTES // 4)
 
     def data_received(self, data: bytes) -> None:
@@ -62,7 +62,7 @@ class Stream(asyncio.Protocol):
             for message in self._unpacker:
                 self._take(message)
         except protocol.UNPACK_ERRORS as error:
-            self.lose(f"{self.address} sent what is not MessagePack: {error}", Internal)
+            self.lose(f"{self.address} sent bytes that are not MessagePack: {error}", Internal)
         except ShorttailError as error:
             self.lose(error.message, type(error))
 
@@ -70,7 +70,7 @@ class Stream(asyncio.Protocol):
         msgid, error, result = protocol.read_response(message)
         reply = self.waiting.get(msgid)
         if reply is None or reply.done():
-            return  # its caller has stopped waiting
+            return  # the caller has given up
         if error is not None:
             reply.set_exception(error)
         else:
@@ -82,7 +82,7 @@ class Stream(asyncio.Protocol):
         self.gone.set()
 
     def lose(self, message: str, kind: type[ShorttailError] = Unavailable) -> None:
-        """Close, and fail every call in flight. Does nothing the second time."""
+        """Close the connection and fail every call in flight with this error. A second call does nothing."""
         if self.is_lost:
             return
         self.is_lost = True
@@ -100,7 +100,7 @@ class Stream(asyncio.Protocol):
         self._flush()
 
     def _flush(self) -> None:
-        # What is left when the connection is lost stays here, so that each call knows that it was not sent.
+        # Unsent requests stay here when the connection is lost: so `ask` knows that they were not sent.
         if self._unsent and not self._paused and not self.is_lost and self._transport is not None:
             self._transport.write(b"".join(self._unsent.values()))
             self._unsent.clear()
@@ -112,7 +112,7 @@ class Stream(asyncio.Protocol):
 
 @dataclass(slots=True)
 class Dialer:
-    """How an AsyncClient connects."""
+    """Makes the connections of an AsyncClient."""
 
     address: Address
     timeout_s: float
@@ -121,7 +121,7 @@ class Dialer:
     msgids: itertools.count[int]
 
     async def dial(self) -> Stream:
-        """Raises Unavailable, and what the server has against the token."""
+        """Connect and send the token. Raises Unavailable, and Unauthenticated if the server refuses the token."""
         loop = asyncio.get_running_loop()
         new = lambda: Stream(self.address, loop)  # noqa: E731
         try:
@@ -138,23 +138,23 @@ class Dialer:
             try:
                 await stream.ask(Call(self.address, msgid, "auth", [self.token], self.timeout_s))
             except BaseException:
-                stream.lose("the server did not take the token")
+                stream.lose("the server did not accept the token")
                 raise
         return stream
 
 
 class Line:
-    """A connection that is made again when it was lost; one attempt serves all the calls that wait for it."""
+    """A connection that is made again after it was lost. One attempt to connect serves all calls that wait for it."""
 
     def __init__(self, dialer: Dialer):
         self.stream: Stream | None = None
         self._dialer = dialer
         self._dialing: asyncio.Task[Stream] | None = None
         self._failures = 0
-        self._again_s = 0.0  # by the loop's clock; for redial() alone
+        self._again_s = 0.0  # when redial() may connect again, by the clock of the loop
 
     async def connected(self, call: Call) -> Stream:
-        """Connect. Raises Unavailable, DeadlineExceeded, and what the server has against the token."""
+        """Return the connection when it is made. Raises DeadlineExceeded and the errors of Dialer.dial."""
         task = self._dial()
         await asyncio.wait({task}, timeout=call.left_s())
         if not task.done():
@@ -162,11 +162,11 @@ class Line:
         if task.cancelled():
             raise Unavailable(f"{call.method}: the client was closed")
         if isinstance(error := task.exception(), ShorttailError):
-            raise type(error)(error.message)  # one for each call that waited
+            raise type(error)(error.message)  # a new exception for each call that waited
         return task.result()
 
     def redial(self) -> None:
-        """Connect in the background: other lines are there meanwhile, so there is no hurry after a failure."""
+        """Connect in the background, after a pause if the last attempt failed: calls use other lines meanwhile."""
         if self._dialing is None and asyncio.get_running_loop().time() >= self._again_s:
             self._dial()
 
@@ -186,7 +186,7 @@ class Line:
             self._failures += 1
 
     async def close(self) -> None:
-        """Calls in flight raise Unavailable."""
+        """Close the connection. Calls in flight raise Unavailable."""
         if self._dialing is not None:
             self._dialing.cancel()
             await asyncio.wait({self._dialing})

@@ -69,13 +69,13 @@ class Batcher:
         if self.http is not None:
             batches += self.http.take()
         for batch in batches:
-            if batch.wanted():
+            if batch.drop_expired():
                 self.answer(batch)
         self.router.flush()
         if self.shadows.waiting:
             self.shadows.start()
         self.follow_catalog()
-        if self.router.sheds or not answered:
+        if self.router.overloaded or not answered:
             self.model_threads.rest()
 
     def answer(self, batch: Runnable) -> None:

@@ -106,12 +106,12 @@ class Channel:
             for connection in list(self.router.connections):
                 if connection.park(HELD_BYTES):
                     self._hand_over(connection)
-            if turns > 3 and all(connection.stays for connection in self.router.connections) and not self._tasks:
+            if turns > 3 and all(connection.cannot_move for connection in self.router.connections) and not self._tasks:
                 return
             await asyncio.sleep(POLL_S)
 
     def _hand_over(self, connection: Connection) -> None:
-        held = connection.quiet(HELD_BYTES)
+        held = connection.partial_if_idle(HELD_BYTES)
         if held is None:
             return
         try:

@@ -71,7 +71,7 @@ class ModelThreads:
         """Run the first batch that still has a waiting request; deadlines may have passed while the batch waited."""
         while lane:
             first = lane[0]
-            if first.batch.wanted():
+            if first.batch.drop_expired():
                 thread = runner.executor or self.shared()
                 done = thread.submit(pipeline.infer, runner, first.result)
                 done.add_done_callback(lambda future: self.end(runner, lane, future))

@@ -40,7 +40,7 @@ class Runnable(Protocol):
     @property
     def traces(self) -> dict[int, tuple[int, bytes]] | None: ...
 
-    def wanted(self) -> int:
+    def drop_expired(self) -> int:
         """Answer the requests that are past their deadline, and return how many still wait. Called before a run."""
 
     def leave_loop(self) -> None:

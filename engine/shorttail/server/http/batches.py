@@ -86,7 +86,7 @@ class HttpBatch:
         self.batch.count(router, rows, 0)  # its body counts where bodies are read
         return answer
 
-    def wanted(self) -> int:
+    def drop_expired(self) -> int:
         self.batch.start()
         now_ns = time.perf_counter_ns()
         for request in self.requests:
