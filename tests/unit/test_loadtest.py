@@ -1,4 +1,4 @@
-"""The load generator at work: what it measures, and what it makes of every kind of answer."""
+"""The load generator against real sockets: its measurements, and how it handles every kind of answer."""
 
 from __future__ import annotations
 
@@ -46,9 +46,10 @@ def test_every_request_is_counted_once_and_percentiles_are_right(seed: int) -> N
             assert around[0] * 0.999 <= histogram.percentile(percentile) <= around[1] * 1.001, (percentile, exact)
 
 
-def test_a_stall_is_charged_to_what_was_due_and_a_closed_loop_misses_it() -> None:
-    """Bar: at least 90% of what arithmetic on the intended times gives. Noise can only add to a latency, so the bound
-    holds on any machine; the closed loop sends one request a connection into each stall, far less than 1%."""
+def test_a_stall_counts_for_all_requests_due_and_a_closed_loop_misses_it() -> None:
+    """The P99 is at least 90% of what arithmetic on the intended times gives. Noise can only add to a latency, so the
+    bound holds on any machine. The closed loop sends one request per connection into each stall, far less than 1%.
+    """
     with rpc_server(stall_every_s=1.0, stall_s=0.1) as fake:
         step = load_on(fake.address, with_load(duration_s=2.5), rate=500.0)
         stalls = np.array(fake.stalls)
@@ -57,7 +58,7 @@ def test_a_stall_is_charged_to_what_was_due_and_a_closed_loop_misses_it() -> Non
     for start, end in stalls:
         waits = np.where((due >= start) & (due < end), end - due, waits)
     expected_s = np.percentile(waits, 99)
-    assert expected_s > 0.07, "no stall was planted: the test shows nothing"
+    assert expected_s > 0.07, "there was no stall, so the test shows nothing"
     assert step.latency.percentile(99) / 1e9 >= 0.9 * expected_s
     with rpc_server(stall_every_s=1.0, stall_s=0.1) as fake:
         closed = load_on(fake.address, with_load(duration_s=1.5, closed=True, connections=1, pipeline=1), rate=None)
@@ -67,7 +68,7 @@ def test_a_stall_is_charged_to_what_was_due_and_a_closed_loop_misses_it() -> Non
 
 
 def test_offered_load_does_not_wait_for_the_server() -> None:
-    """A server that answers nothing is sent as much as its connections hold; the rest times out unsent."""
+    """The server never answers: requests are sent until its connections are full, and the others time out unsent."""
     with rpc_server(lambda request: b"") as fake:
         step = load_on(fake.address, with_load(timeout_s=0.2, pipeline=8, connections=2))
     assert step.due == pytest.approx(400, abs=6 * 400**0.5)
@@ -79,8 +80,8 @@ def test_offered_load_does_not_wait_for_the_server() -> None:
     assert any("every connection was full" in warning for warning in step.warnings())
 
 
-def test_late_answers_are_not_taken_for_others() -> None:
-    """Each tenth answer comes 0.3 s late, with a limit of 0.1 s: no other request may have its id meanwhile."""
+def test_late_answers_are_not_matched_with_other_requests() -> None:
+    """Every tenth answer is 0.3 s late, with a timeout of 0.1 s. No other request may use its id meanwhile."""
     waiting: list[tuple[float, bytes]] = []
     n = [0]
 
@@ -172,7 +173,7 @@ def test_closed_loop_and_threads(tmp_path: Path, unix: bool) -> None:
     assert step.lag.total == 0
 
 
-def test_two_threads_offer_one_rate(seed: int) -> None:
+def test_two_threads_share_a_rate(seed: int) -> None:
     with rpc_server() as fake:
         step = load_on(fake.address, with_load(threads=2, seed=seed, poisson=False))
     assert step.due == pytest.approx(400, abs=3)
@@ -199,7 +200,7 @@ def test_stop_ends_a_run_early() -> None:
     assert result["end_ns"] - result["warm_ns"] < 10 * 10**9
 
 
-def test_hiccups_see_a_schedule_that_is_missed() -> None:
+def test_hiccups_record_missed_wake_ups() -> None:
     hiccups = native.Hiccups(period_ns=1_000_000, slice_ns=10_000_000, slices=1000)
     thread = threading.Thread(target=hiccups.run)
     thread.start()
