@@ -137,7 +137,7 @@ def test_a_body_comes_in_time_or_the_request_fails(connect):
     slow.send(body[20:])
     status, answer = slow.answer()
     assert (status, json.loads(answer)["outputs"][0]["data"]) == (200, [11.5])
-    assert half.answer() == (504, b'{"error":"the body was not there after 2 s"}')
+    assert half.answer() == (504, b'{"error":"the body did not arrive within 2 s"}')
     assert silent.has_ended_already()  # a body has longer than headers, for which that one was cut
 
 

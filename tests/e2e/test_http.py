@@ -349,7 +349,7 @@ def test_instances_are_taken(server):
     lists = {"instances": [[1, "north", 1], [2, "nowhere", None]], "parameters": {"model": "total"}}
     assert ask_json(server, "POST", "/invocations", lists)[1]["predictions"] == [11.5, None]
     status, answer = ask_json(server, "POST", "/invocations", {"instances": INSTANCES})
-    assert (status, answer["error"].startswith("which model?")) == (400, True)
+    assert (status, answer["error"].startswith("the request names no model, and the store has several")) == (400, True)
     short = {"instances": [INSTANCES[0], {"user_id": 1}], "parameters": {"model": "total"}}
     assert "instance 1 has other columns" in ask_json(server, "POST", "/invocations", short)[1]["error"]
 

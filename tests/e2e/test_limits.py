@@ -159,7 +159,7 @@ def test_bodies_that_are_being_read_have_a_budget(start):
         last = announce(large - len(body))
         assert ask(server, "POST", INFER, body)[0] == 200
         assert ask(server, "POST", INFER, body + " ") == (
-            429, b'{"error":"too many bytes over HTTP are in flight; send it again later"}',
+            429, b'{"error":"too many bytes of HTTP requests are in flight; send it again later"}',
         )  # fmt: skip
         last.peer.close()
         end_s = time.monotonic() + TIMEOUT_S

@@ -195,7 +195,7 @@ def test_so_many_requests_over_http_are_in_flight(store, tmp_path):
             assert {status for status, _ in answers} == {200}
             assert [status for status, _ in others] == [200] * 3
             answers, others = probe(threads, 4)
-            refusal = {"error": "4 requests over HTTP are in flight; send it again later"}
+            refusal = {"error": "4 HTTP requests are in flight; send it again later"}
             # Five at once: a probe is refused, or the last of the four, if a probe was there before it.
             assert (429, refusal) in answers + others
             assert [status for status, _ in others].count(200) >= 3

@@ -93,7 +93,7 @@ def test_a_store_that_does_not_open_keeps_the_old_workers(start, store):
     finally:
         moved.rename(store)
     assert "error: " in said
-    assert "reload stopped: the new worker 1 did not start; the old one goes on" in said
+    assert "reload stopped: the new worker 1 did not start; the old one continues" in said
     assert server.workers() == workers
     with server.connect() as peer:
         assert peer.ask(*PREDICT) == PREDICTED

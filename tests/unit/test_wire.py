@@ -1,4 +1,4 @@
-"""The wire protocol, against msgpack, without sockets: a fake engine and a transport that only remembers."""
+"""native/wire against msgpack, without sockets: a fake engine, and a transport that records what is written."""
 
 import math
 from types import SimpleNamespace
@@ -24,7 +24,7 @@ class FakePlan(SimpleNamespace):
 
 
 class FakeEngine:
-    """Model 'double' gives twice its key; model 'broken' raises; features are the key itself, status 2 if negative."""
+    """Model 'double' returns twice its key, model 'broken' raises. A feature is the key, with status 2 if negative."""
 
     def __init__(self):
         self.store = SimpleNamespace(catalog_version=1)
@@ -122,7 +122,7 @@ class FakeTransport:
 
 
 class Served:
-    """A router with a fake engine, and peers."""
+    """A router with a fake engine, and connections to it."""
 
     def __init__(self):
         self.loop, self.engine, self.faults = FakeLoop(), FakeEngine(), []
@@ -184,7 +184,7 @@ def test_all_requests_of_a_turn_are_one_batch_and_one_write(served):
         assert connection.in_flight == 0
 
 
-def test_a_full_batch_is_closed_and_the_next_opened(served):
+def test_a_full_batch_takes_no_more_requests(served):
     n = LIMITS.batch_rows // 2
     message = [0, 1, "predict", ["double", {"key": list(range(n)), "amount": 0}]]
     replies = served.ask(message, message, message)
@@ -196,7 +196,7 @@ def test_a_full_batch_is_closed_and_the_next_opened(served):
 @given(
     values.lists(values.sampled_from([PREDICT, FEATURES, [0, 9, "ping", []]]), min_size=1, max_size=5), values.data()
 )
-def test_replies_are_the_same_however_the_bytes_are_cut(messages, data):
+def test_replies_do_not_depend_on_how_the_bytes_are_split(messages, data):
     served = Served()
     stream = b"".join(map(msgpack.packb, messages))
     cuts = sorted(data.draw(values.lists(values.integers(0, len(stream)), max_size=20)))
@@ -210,7 +210,7 @@ def test_replies_are_the_same_however_the_bytes_are_cut(messages, data):
     assert sorted(map(repr, replies)) == sorted(repr(expected[message[1]]) for message in messages)
 
 
-def test_one_message_cut_at_every_byte_and_sent_byte_by_byte(served):
+def test_a_message_split_at_every_byte_and_sent_byte_by_byte(served):
     stream = msgpack.packb(PREDICT)
     connection = served.connect()
     for cut in range(1, len(stream)):
@@ -276,7 +276,7 @@ def test_options_of_requests_are_understood(served):
         ("ping", None, "INVALID_ARGUMENT", "params of 'ping' must be an array"),
     ],
 )
-def test_a_wrong_request_is_answered_and_the_next_served(served, method, params, code, message):
+def test_a_wrong_request_gets_an_error_and_the_next_is_served(served, method, params, code, message):
     wrong, good = served.ask([0, 5, method, params], PREDICT)
     wrong, good = (wrong, good) if wrong[1] == 5 else (good, wrong)
     assert wrong[:2] == [1, 5]
@@ -303,7 +303,7 @@ def test_a_wrong_request_is_answered_and_the_next_served(served, method, params,
         (b"\xc6\xff\xff\xff\xff", "RESOURCE_EXHAUSTED"),
     ],
 )
-def test_what_is_no_request_is_answered_after_those_before_it_and_ends_the_connection(served, data, code):
+def test_a_message_that_is_no_request_gets_an_error_after_earlier_replies_and_ends_the_connection(served, data, code):
     connection, other = served.connect(), served.connect()
     connection.data_received(msgpack.packb(PREDICT) + data + msgpack.packb(PREDICT))
     served.loop.turn()
@@ -332,7 +332,7 @@ def test_notifications_are_run_and_never_answered(served):
     assert served.engine.batches == [("double", 1)]
 
 
-def test_an_exception_of_the_engine_is_answered_by_one_line_and_told(served):
+def test_an_exception_of_the_engine_is_one_line_for_callers_and_is_reported(served):
     broken = [0, 1, "predict", ["broken", {"key": 1, "amount": 1}]]
     replies = served.ask(broken, broken, PREDICT)
     assert [reply[2] and reply[2]["code"] for reply in replies] == ["INTERNAL", "INTERNAL", None]
@@ -340,7 +340,7 @@ def test_an_exception_of_the_engine_is_answered_by_one_line_and_told(served):
     assert len(served.faults) == 1
 
 
-def test_an_output_of_another_length_than_the_batch_is_an_error(served):
+def test_an_output_without_a_row_per_request_row_is_an_error(served):
     served.engine.run = lambda plan, columns: SimpleNamespace(
         outputs=[("loss", np.zeros(3))], view_statuses=np.zeros((1, 1), np.uint8), feature_statuses=None, version=1
     )
@@ -349,7 +349,7 @@ def test_an_output_of_another_length_than_the_batch_is_an_error(served):
                         "the first dimension of every output must be the batch"}  # fmt: skip
 
 
-def test_a_deadline_that_passes_while_the_request_waits(served):
+def test_a_deadline_can_pass_while_the_request_waits_in_a_batch(served):
     connection = served.connect()
     connection.data_received(
         msgpack.packb([0, 1, "predict", ["double", {"key": 1, "amount": 0}, {"deadline_ms": 1e-6}]])
@@ -361,7 +361,7 @@ def test_a_deadline_that_passes_while_the_request_waits(served):
     assert good == PREDICTED
 
 
-def test_plans_are_found_once_until_the_catalog_changes(served):
+def test_a_plan_is_compiled_once_until_the_catalog_changes(served):
     connection = served.connect()
     for _ in range(3):
         served.ask(PREDICT, FEATURES, connection=connection)
@@ -372,7 +372,7 @@ def test_plans_are_found_once_until_the_catalog_changes(served):
     assert served.engine.compiled == [("double", None), ("v:a", "v:given")] * 2
 
 
-def test_the_lists_of_features_remembered_are_bounded(served):
+def test_the_number_of_cached_feature_lists_is_bounded(served):
     for k in range(LIMITS.feature_plans_cached + 10):
         served.ask([0, 1, "get_online_features", [[f"v:f{k}"], {"key": 1}]])
     before = len(served.engine.compiled)
@@ -380,7 +380,7 @@ def test_the_lists_of_features_remembered_are_bounded(served):
     assert len(served.engine.compiled) == before + 1
 
 
-def test_a_peer_that_does_not_read_is_not_read(served):
+def test_the_requests_of_a_peer_that_does_not_read_are_not_read(served):
     connection = served.connect()
     transport = served.transport_of[connection]
     assert transport.limits == (LIMITS.output_high_water_bytes, LIMITS.output_low_water_bytes)
@@ -390,7 +390,7 @@ def test_a_peer_that_does_not_read_is_not_read(served):
     assert transport.reading
 
 
-def test_a_connection_that_closes_with_work_pending_is_skipped(served):
+def test_requests_of_a_closed_connection_are_not_run(served):
     connection, other = served.connect(), served.connect()
     connection.data_received(msgpack.packb(PREDICT))
     other.data_received(msgpack.packb(PREDICT))
