@@ -85,7 +85,7 @@ def test_the_page_is_what_the_results_say() -> None:
     run(BENCH / "benchmarks_page.py", "--check")
 
 
-@pytest.mark.parametrize("name", ["serve.py", "micro/lookup.py", "peers/shorttail_embedded/local.py"])
+@pytest.mark.parametrize("name", ["serve.py", "micro/lookup.py", "peers/shorttail_embedded/local.py", "../demo/run.py"])
 def test_a_python_without_the_package_says_what_to_do(name: str) -> None:
     """-S leaves out the packages that are installed."""
     (line,) = run("-S", BENCH / name, code=1).stderr.splitlines()
