@@ -203,7 +203,8 @@ def test_answers_that_change_are_found_by_verify() -> None:
             [*BENCH, fake.address, *QUICK, "--verify", "5"], capture_output=True, text=True, timeout=60
         )
     assert done.returncode == 1
-    assert re.search(r"sampled requests sent again, answers compared: \d differ, first: predict m: 'y' was \[\d+\.0\]", done.stdout)
+    found = r"sampled requests sent again, answers compared: \d differ, first: predict m: 'y' was \[\d+\.0\]"
+    assert re.search(found, done.stdout)
 
 
 def test_ctrl_c_ends_the_run_and_still_reports() -> None:
