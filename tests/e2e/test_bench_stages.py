@@ -133,7 +133,7 @@ def test_without_metrics_there_is_one_line_and_no_error(tmp_path: Path) -> None:
         output = bench(fake.address, *QUICK, "--rate", "500", "--report", str(page))
         quiet = bench(fake.address, *QUICK, "--rate", "500", "--metrics", "off")
         refused = bench(fake.address, *QUICK, "--metrics", "http://127.0.0.1:1/metrics", code=1)
-    lines = [line for line in output.splitlines() if "stage breakdown" in line]
+    lines = [line for line in output.splitlines() if "times by stage" in line]
     assert len(lines) == 1
     assert lines[0].startswith("no times by stage from http://127.0.0.1:7712/metrics: ")
     assert "no times by stage" in page.read_text()
