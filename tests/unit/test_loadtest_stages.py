@@ -125,7 +125,7 @@ def response(body: bytes, status: str = "200 OK") -> bytes:
     ("answer", "why"),
     [
         (response(b"", "404 Not Found"), "HTTP 404"),
-        (response(b"up 1\n"), "another server there"),
+        (response(b"up 1\n"), "not a shorttail server"),
         (response(b"<html>"), "not Prometheus text"),
         (response(b"shorttail_build_info{"), "not Prometheus text"),
         (response(b"\xff\xfe"), "not Prometheus text"),
@@ -144,7 +144,7 @@ def test_an_answer_that_is_not_metrics_is_reported_in_one_line(
         assert watch.around(lambda: done).server is None
         assert why in watch.note
         assert watch.note.startswith(f"no times by stage from {watch.url}: ")
-        assert watch.note.endswith("; --metrics URL names the server's")
+        assert watch.note.endswith("; give the server's URL with --metrics")
         assert "\n" not in watch.note
         target = Target("127.0.0.1:7711", "msgpack", b"")
         with pytest.raises(Unavailable, match=f"^--metrics http://{fake.address}: .*prints its HTTP address$"):
@@ -247,7 +247,7 @@ FULL = {"queue": 120.0, "lookup": 42.0, "transform": 4.0, "infer": 8.0, "encode"
         ),
         ([step_of(1000, **IDLE), step_of(9000, False, 0.99, **FULL)], "120 us (67%) are queue: it is saturated (its"),
         ([step_of(9000, cpu=0.95, workers=4, **IDLE)], "near its limit (each of its 4 workers uses 95% of a core)"),
-        ([step_of(9000, cpu=0.4, **FULL)], "requests wait although its worker uses 40% of a core alone"),
+        ([step_of(9000, cpu=0.4, **FULL)], "requests wait although its worker uses 40% of a core"),
         ([step_of(9000, False, None, **FULL)], "are queue: it is saturated. Of the other 60.0 us, lookup takes 70%"),
         (
             [step_of(9000, **{**IDLE, "transform": 99.0})],

@@ -336,7 +336,7 @@ def body(*lines: str, before: str = "", signature: str = "x: st.Float64") -> str
         (body("v[0] = 2", "return v[0]", signature="v: st.Vector(3)"), "a vector cannot be changed"),
         (body("return x", "").replace("-> st.Float64", "-> st.Vector(3)"), "return a one-dimensional array"),
         (body("return x, 1").replace("-> st.Float64", "-> st.Vector(3)"), "it returns 2 numbers"),
-        (body("return np.ones(2) * x").replace("-> st.Float64", "-> st.Vector(3)"), "a vector of another length"),
+        (body("return np.ones(2) * x").replace("-> st.Float64", "-> st.Vector(3)"), "but returns another length"),
     ],
 )  # fmt: skip
 def test_mistakes_are_explained_in_one_line(text: str, message: str, tmp_path: Path) -> None:
