@@ -1,7 +1,7 @@
-"""The load generator: templates in, counts out. loadtest.h says what it does; this module checks and carries.
+"""Python interface of the load generator. loadtest.h describes it; this module checks arguments and copies results.
 
-`run` blocks without the GIL: give it a thread. `progress` and `stop` may be called from another one meanwhile; results
-are read after it. Wrong arguments raise ValueError: shorttail.loadtest makes the right ones.
+`run` blocks without the GIL, so call it in a thread of its own. Other threads may call `progress` and `stop` meanwhile;
+read the results after it. Wrong arguments raise ValueError; shorttail.loadtest never passes any.
 """
 
 from cpython.bytes cimport PyBytes_FromStringAndSize
@@ -137,18 +137,18 @@ EVENT = np.dtype([("intended_ns", "<u8"), ("sent_ns", "<u8"), ("done_ns", "<u8")
 OUTCOMES = ("good", "error", "timeout", "lost")
 
 cdef uint64_t SLOTS_MAX = 1 << 20
-NUMBER_BYTES = 32  # the longest number in any form
+NUMBER_BYTES = 32  # room for a number in any form
 
 
 cdef object copy_counts(const lt_histogram *h):
-    """(counts uint64 [COUNTS], largest value exactly, sum of the values)."""
+    """Return (counts uint64 [COUNTS], exact largest value, sum of the values)."""
     counts = np.empty(LT_COUNTS, np.uint64)
     memcpy(cnp.PyArray_DATA(<cnp.ndarray>counts), h.counts, LT_COUNTS * sizeof(uint64_t))
     return counts, h.max, h.sum
 
 
 cdef int fill_column(lt_column *c, object column, int n_groups, list sizes, list kept) except -1:
-    """From a templates.Column. sizes: the rows of each group."""
+    """Fill a C column from a templates.Column. sizes: rows of each group. kept: objects that the C struct points to."""
     c.kind, c.form, c.group = KINDS[column.kind], FORMS[column.form], column.group
     c.low, c.span, c.begin, c.to = column.low, column.span, column.from_, column.to
     if c.group < -1 or c.group >= n_groups:
@@ -157,20 +157,20 @@ cdef int fill_column(lt_column *c, object column, int n_groups, list sizes, list
         offsets = np.ascontiguousarray(column.offsets, np.uint64)
         data = bytes(column.table)
         if len(offsets) < 2 or offsets.max() > len(data) or (np.diff(offsets.astype(np.int64)) < 0).any():
-            raise ValueError("offsets of a table do not ascend within it")
+            raise ValueError("the offsets of a table do not ascend, or lie outside of it")
         c.n = len(offsets) - 1
         if c.group >= 0 and sizes[c.group] > c.n:
-            raise ValueError("a group has more rows than a table of it")
+            raise ValueError("a group has more rows than one of its tables")
         kept += [offsets, data]
         c.offsets = <const uint64_t *> cnp.PyArray_DATA(<cnp.ndarray>offsets)
         c.bytes = <const uint8_t *> <const char *> data
     elif c.kind == LT_INT and c.group < 0 and c.span == 0:
-        raise ValueError("a range of no values")
+        raise ValueError("an int column without a group needs a span above 0")
     return 0
 
 
 cdef int fill_template(lt_template *t, object template, lt_generator *g, list longest, list kept) except -1:
-    """From a templates.Template. longest: bytes of each column's longest value."""
+    """Fill a C template from a templates.Template. longest: bytes of each column's longest value. kept: as above."""
     cdef lt_piece *pieces
     cdef const lt_piece *p
     data = bytes(template.data)
@@ -210,10 +210,15 @@ cdef int fill_template(lt_template *t, object template, lt_generator *g, list lo
 
 
 cdef class Generator:
-    """One thread's load on one address. Arguments in ns and requests/s; see templates.py for what a plan holds."""
+    """The load of a thread on an address. Times are in ns, rates in requests/s; templates.py describes the rest.
+
+    phase: shift of the arrival times, as a fraction of the time between two requests. seed: of all random numbers.
+    raw_reply_bytes: size of an answer, for protocol "raw". captures: how many pairs of request and reply to keep, of
+    every `capture_every`th request. events: how many requests to record one by one.
+    """
 
     cdef lt_generator *g
-    cdef list kept  # what the C structs point into
+    cdef list kept  # objects that the C structs point to
 
     def __dealloc__(self):
         if self.g is not NULL:
@@ -255,12 +260,12 @@ cdef class Generator:
         g.epoll = g.timer = -1
         self.g, self.kept = g, []
         if not templates or <size_t> len(sockaddr) > sizeof(sockaddr_storage) or not connections or not pipeline or not intervals:
-            raise ValueError("templates, connections, pipeline, intervals: at least one of each")
+            raise ValueError("templates, connections, pipeline and intervals must not be empty or 0")
         if <uint64_t> connections * pipeline > SLOTS_MAX or not (rate_from > 0 and rate_to >= 0) or not duration_ns:
-            raise ValueError("connections times pipeline beyond 2**20, or a rate or duration of nothing")
+            raise ValueError("connections times pipeline exceeds 2**20, or a rate or the duration is 0")
         g.protocol = PROTOCOLS[protocol]
         if g.protocol == LT_RAW and not raw_reply_bytes or g.protocol == LT_HTTP and pipeline != 1:
-            raise ValueError("raw needs raw_reply_bytes, HTTP a pipeline of 1")
+            raise ValueError("protocol raw needs raw_reply_bytes, and protocol http a pipeline of 1")
         memcpy(&g.address, <const char *> sockaddr, len(sockaddr))
         g.address_size = len(sockaddr)
         g.n_connections, g.pipeline, g.is_closed_loop = connections, pipeline, closed_loop
@@ -270,7 +275,7 @@ cdef class Generator:
         g.capture_every, g.n_captures_max = capture_every or 1, captures
         g.arrivals.poisson, g.arrivals.rate_from, g.arrivals.rate_to = poisson, rate_from, rate_to
         g.arrivals.hold_s, g.arrivals.ramp_s, g.arrivals.expected = warmup_ns / 1e9, duration_ns / 1e9, phase
-        # Times have numbers of their own, so that they do not depend on what is sent.
+        # Arrival times have a random stream of their own, so that they do not depend on the requests' contents.
         lt_seed(&g.random, seed)
         lt_seed(&g.times, seed ^ 0x5DEECE66D)
         self._fill(templates, columns, groups)
@@ -304,16 +309,16 @@ cdef class Generator:
             g.templates[i].weight_to = so_far / total
 
     def run(self):
-        """Connect, send, wait for the last answers. Returns when all is done, `stop` was called, or it failed."""
+        """Connect, send, and wait for the last answers. Returns at the end, after `stop`, or if the run failed."""
         with nogil:
             lt_run(self.g)
 
     def stop(self, bint at_once=False):
-        """No new requests; those in flight are waited for, unless at_once."""
+        """Send no new requests, and wait for those in flight unless `at_once`."""
         LT_STORE(self.g.stop, 2 if at_once else 1)
 
     def progress(self):
-        """Counters since the warm-up ended, and clocks (CLOCK_MONOTONIC ns), while it runs."""
+        """Return the counters since the end of the warm-up, and times (CLOCK_MONOTONIC, ns). Callable during a run."""
         cdef lt_generator *g = self.g
         return {
             "running": bool(LT_LOAD_INT(g.is_running)),
@@ -328,18 +333,19 @@ cdef class Generator:
         }
 
     def interval_latency(self, uint32_t i):
-        """(counts, max ns, sum ns) of the latencies of slice i, good answers and timeouts."""
+        """Return (counts, max ns, sum ns) of the latencies of slice i: good answers and timeouts."""
         if i >= self.g.n_intervals:
             raise ValueError(f"no interval {i}")
         return copy_counts(&self.g.intervals[i].latency)
 
     def template_latency(self, uint32_t i):
+        """Return (counts, max ns, sum ns) of the latencies of template i: good answers and timeouts."""
         if i >= self.g.n_templates:
             raise ValueError(f"no template {i}")
         return copy_counts(&self.g.by_template[i])
 
     def results(self):
-        """Everything but the latencies by interval and by template."""
+        """Return all results except the latencies by interval and by template."""
         cdef lt_generator *g = self.g
         cdef uint32_t i, j
         outcomes = np.array([[g.intervals[i].outcomes[j] for j in range(<uint32_t> 4)] for i in range(g.n_intervals)])
@@ -368,7 +374,7 @@ cdef class Generator:
         }
 
     def captures(self):
-        """Sampled (request, reply) pairs of bytes, of requests that got a good answer."""
+        """Return sampled (request, reply) pairs of bytes, for requests with a good answer."""
         cdef lt_capture *c
         pairs = []
         for i in range(self.g.n_captures):
@@ -379,20 +385,20 @@ cdef class Generator:
         return pairs
 
     def events(self):
-        """The first `events` requests that ended, as EVENT [n]; outcome indexes OUTCOMES."""
+        """Return the first `events` requests that ended, as EVENT [n]. `outcome` is an index into OUTCOMES."""
         array = np.empty(self.g.n_events, EVENT)
         memcpy(cnp.PyArray_DATA(<cnp.ndarray>array), self.g.events, self.g.n_events * sizeof(lt_event))
         return array
 
 
 cdef class Hiccups:
-    """How late the machine wakes a thread that only sleeps: noise that is not the server's."""
+    """Measures how late the machine wakes a sleeping thread. This noise is not the server's."""
 
     cdef lt_hiccups h
 
     def __cinit__(self, uint64_t period_ns=1_000_000, uint64_t slice_ns=100_000_000, uint64_t slices=1):
         if not period_ns or not slice_ns:
-            raise ValueError("a period or a slice of nothing")
+            raise ValueError("the period and the slice must be above 0")
         self.h.period_ns, self.h.slice_ns, self.h.n_slices = period_ns, slice_ns, slices
         self.h.delays.counts = <uint64_t *> calloc(LT_COUNTS, sizeof(uint64_t))
         self.h.slice_max_us = <uint32_t *> calloc(slices + 1, sizeof(uint32_t))
@@ -404,7 +410,7 @@ cdef class Hiccups:
         free(self.h.slice_max_us)
 
     def run(self):
-        """Until `stop`."""
+        """Measure until `stop` is called."""
         with nogil:
             lt_watch_hiccups(&self.h)
 
@@ -412,14 +418,14 @@ cdef class Hiccups:
         LT_STORE(self.h.stop, 1)
 
     def results(self):
-        """(delays as Generator.results has histograms, start ns, worst delay of each slice in us uint32)."""
+        """Return (delays, start ns, largest delay of each slice in us, uint32). delays: (counts, max ns, sum ns)."""
         worst = np.empty(self.h.n_slices, np.uint32)
         memcpy(cnp.PyArray_DATA(<cnp.ndarray>worst), self.h.slice_max_us, self.h.n_slices * sizeof(uint32_t))
         return copy_counts(&self.h.delays), self.h.start_ns, worst
 
 
 def draw_rows(str draw, uint64_t n, double exponent, uint64_t count, uint64_t seed=0):
-    """`count` rows as a run would draw them, uint64 [count]."""
+    """Return `count` rows as a run would draw them, uint64 [count]."""
     cdef lt_rows rows
     cdef lt_random random
     cdef uint64_t i
@@ -434,7 +440,7 @@ def draw_rows(str draw, uint64_t n, double exponent, uint64_t count, uint64_t se
 
 def arrival_times(uint64_t count, *, bint poisson, double rate_from, double rate_to, double hold_s=0.0, double ramp_s=1.0,
                   double phase=0.0, uint64_t seed=0):
-    """The first `count` intended times in seconds, float64 [count], as a run would have them."""
+    """Return the first `count` intended times of a run, in seconds, float64 [count]."""
     cdef lt_arrivals arrivals
     cdef lt_random random
     cdef uint64_t i

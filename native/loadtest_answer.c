@@ -1,4 +1,4 @@
-/* Which request an answer is to, and what it says. */
+/* Finds the request of each answer, and reads its outcome. */
 #include <inttypes.h>
 #include <stdio.h>
 
@@ -12,8 +12,8 @@ static uint32_t index_of(const struct lt_generator *g, const struct lt_connectio
     return (uint32_t)(c - g->connections);
 }
 
-static void settle(struct lt_generator *g, struct lt_connection *c, struct lt_slot *slot, enum lt_outcome outcome,
-                   const uint8_t *reply, size_t size, uint64_t now)
+static void finish_answered(struct lt_generator *g, struct lt_connection *c, struct lt_slot *slot,
+                            enum lt_outcome outcome, const uint8_t *reply, size_t size, uint64_t now)
 {
     c->backoff_ns = 0;
     if (slot->capture && outcome == LT_GOOD) {
@@ -26,23 +26,23 @@ static void settle(struct lt_generator *g, struct lt_connection *c, struct lt_sl
 
 /* -- MessagePack-RPC ---------------------------------------------------------------------------------------- */
 
-static void fail_on_stranger(struct lt_generator *g, const struct lt_connection *c, uint64_t msgid)
+static void fail_on_unknown_id(struct lt_generator *g, const struct lt_connection *c, uint64_t msgid)
 {
     const struct lt_slot *slot = &g->slots[msgid & g->slot_mask];
-    const char *reason = "which was never asked";
+    const char *reason = "which was never sent";
     g->n_bad++;
     if (msgid <= UINT32_MAX && (msgid & g->slot_mask) < g->n_slots) {
         uint32_t uses = (slot->nonce - (uint32_t)msgid) / (g->slot_mask + 1);
         if (slot->connection != index_of(g, c))
-            reason = slot->nonce == msgid && slot->state != LT_FREE ? "which another connection asked" : reason;
-        else if (uses < 1u << 8) /* recent: the slot has answered it */
+            reason = slot->nonce == msgid && slot->state != LT_FREE ? "which another connection sent" : reason;
+        else if (uses < 1u << 8) /* a recent id of this slot */
             reason = "which was answered before";
     }
-    lt_fail(g, "wrong answer: connection %" PRIu32 " was sent an answer to message id %" PRIu64 ", %s", index_of(g, c),
+    lt_fail(g, "wrong answer: connection %" PRIu32 " received an answer to message id %" PRIu64 ", %s", index_of(g, c),
             msgid, reason);
 }
 
-/* {"code": ..., "message": ...}, or anything else, as text. */
+/* Count an RPC error: a map {"code": ..., "message": ...}, a string, or any other value. */
 static void count_rpc_error(struct lt_generator *g, const uint8_t *p)
 {
     struct mp_value v, item, code = {.kind = MP_NIL}, message = {.kind = MP_NIL};
@@ -58,7 +58,7 @@ static void count_rpc_error(struct lt_generator *g, const uint8_t *p)
         else if (item.kind == MP_STR && item.size == 7 && memcmp(item.body, "message", 7) == 0)
             mp_read(next, &message);
         else if (item.kind == MP_ARRAY || item.kind == MP_MAP)
-            break; /* no key that anybody sends */
+            break; /* no server sends such a key, and its items are not skipped here */
         next = mp_skip(next);
     }
     int known = code.kind == MP_STR;
@@ -71,23 +71,23 @@ static void read_rpc(struct lt_generator *g, struct lt_connection *c, const uint
     struct mp_value head, type, msgid, error;
     const uint8_t *p = mp_read(reply, &head);
     if (head.kind != MP_ARRAY || head.size != 4 || (p = mp_read(p, &type), type.kind != MP_INT) || type.number.i != 1) {
-        lt_fail(g, "the server sent what is no MessagePack-RPC response [1, msgid, error, result]");
+        lt_fail(g, "the server sent a message that is not a MessagePack-RPC response [1, msgid, error, result]");
         return;
     }
     p = mp_read(p, &msgid);
     mp_read(p, &error);
-    if (msgid.kind == MP_NIL && error.kind != MP_NIL) { /* of the connection; the server closes it */
+    if (msgid.kind == MP_NIL && error.kind != MP_NIL) { /* an error of the connection, which the server closes then */
         count_rpc_error(g, p);
         return;
     }
     if (msgid.kind != MP_INT || msgid.number.i < 0) {
-        lt_fail(g, "the server sent a response with a message id that is no whole number");
+        lt_fail(g, "the server sent a response with a message id that is not an unsigned integer");
         return;
     }
     struct lt_slot *slot = &g->slots[msgid.number.u & g->slot_mask];
     if ((msgid.number.u & g->slot_mask) >= g->n_slots || slot->state == LT_FREE || slot->nonce != msgid.number.u ||
         slot->connection != index_of(g, c)) {
-        fail_on_stranger(g, c, msgid.number.u);
+        fail_on_unknown_id(g, c, msgid.number.u);
     } else if (slot->state == LT_LATE) {
         g->n_late_answers++;
         c->n_late--;
@@ -95,7 +95,7 @@ static void read_rpc(struct lt_generator *g, struct lt_connection *c, const uint
     } else {
         if (error.kind != MP_NIL && slot->intended_ns >= g->warm_ns)
             count_rpc_error(g, p);
-        settle(g, c, slot, error.kind == MP_NIL ? LT_GOOD : LT_ERROR, reply, size, now);
+        finish_answered(g, c, slot, error.kind == MP_NIL ? LT_GOOD : LT_ERROR, reply, size, now);
     }
 }
 
@@ -109,8 +109,8 @@ static size_t take_rpc(struct lt_generator *g, struct lt_connection *c, uint64_t
         if (result == MP_WHOLE)
             read_rpc(g, c, c->in + start, c->scan.position, now);
         else
-            lt_fail(g, result == MP_NOT_MSGPACK ? "the server sent what is not MessagePack"
-                                                : "the server sent an answer beyond 256 MiB or 32 levels");
+            lt_fail(g, result == MP_NOT_MSGPACK ? "the server sent bytes that are not MessagePack"
+                                                : "the server sent an answer of more than 256 MiB or 32 levels");
         start += c->scan.position;
         mp_scan_reset(&c->scan);
     }
@@ -123,7 +123,7 @@ static struct lt_slot *next_in_order(struct lt_generator *g, struct lt_connectio
 {
     if (c->order_count == 0 || is_surplus) {
         g->n_bad++;
-        lt_fail(g, "wrong answer: connection %" PRIu32 " was sent more than it asked for", index_of(g, c));
+        lt_fail(g, "wrong answer: connection %" PRIu32 " received more answers than it sent requests", index_of(g, c));
         return NULL;
     }
     struct lt_slot *slot = &g->slots[c->order[c->order_start]];
@@ -139,7 +139,7 @@ static size_t take_raw(struct lt_generator *g, struct lt_connection *c, uint64_t
         struct lt_slot *slot = next_in_order(g, c, 0);
         if (slot == NULL)
             break;
-        settle(g, c, slot, LT_GOOD, c->in + start, g->raw_reply_bytes, now);
+        finish_answered(g, c, slot, LT_GOOD, c->in + start, g->raw_reply_bytes, now);
         start += g->raw_reply_bytes;
     }
     return start;
@@ -153,7 +153,7 @@ static int has_nonce_piece(const struct lt_template *template)
     return 0;
 }
 
-/* A template that sends {{nonce}} expects it back, as digits somewhere in the answer. */
+/* The answer to a request with {{nonce}} must contain the digits of its number. */
 static int lacks_nonce(const struct lt_generator *g, const struct lt_slot *slot, const uint8_t *reply, size_t size)
 {
     char digits[16];
@@ -183,23 +183,23 @@ static void read_http(struct lt_generator *g, struct lt_connection *c, const uin
         uint64_t begin = c->http.body_begin;
         lt_count_error(g, code, (size_t)n, (const char *)reply + begin, size - begin);
     }
-    settle(g, c, slot, good ? LT_GOOD : LT_ERROR, reply, size, now);
+    finish_answered(g, c, slot, good ? LT_GOOD : LT_ERROR, reply, size, now);
 }
 
-/* One answer at most: one request is in flight, and the next is sent after this. When the server will close after it,
- * what follows is not looked at. */
+/* Processes at most one answer, because only one request is in flight. If the server closes after it, bytes behind the
+ * answer are ignored. */
 static size_t take_http(struct lt_generator *g, struct lt_connection *c, uint64_t now, int at_end)
 {
     if (c->in_size == 0)
         return 0;
     enum lt_http_result result = lt_http_read(&c->http, c->in, c->in_size, at_end);
     if (result == LT_HTTP_INVALID)
-        lt_fail(g, "the server sent what is not HTTP/1.1");
+        lt_fail(g, "the server sent bytes that are not HTTP/1.1");
     if (result != LT_HTTP_WHOLE)
         return 0;
     size_t end = c->http.position;
     int closes = c->http.close;
-    if (closes) /* before the next request could be given to this connection */
+    if (closes) /* set now, before finishing the answer can give this connection the next request */
         c->link = LT_DOWN;
     read_http(g, c, c->in, lt_http_join(&c->http, c->in), now);
     lt_http_start(&c->http);

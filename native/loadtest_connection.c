@@ -1,4 +1,4 @@
-/* Sockets that never block: connecting, sending, receiving, and connecting again. */
+/* Non-blocking sockets: connects, sends, receives, and connects again. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <netinet/in.h>
@@ -12,7 +12,7 @@ enum { FIRST_RECEIVE_BYTES = 64 << 10 };
 static const size_t reply_bytes_max = 257u << 20;
 static const uint64_t backoff_min_ns = 10000000, backoff_max_ns = 1000000000;
 
-static int watch(struct lt_generator *g, struct lt_connection *c, int output, int operation)
+static int watch_socket(struct lt_generator *g, struct lt_connection *c, int output, int operation)
 {
     struct epoll_event event = {.events = EPOLLIN | (output ? EPOLLOUT : 0u), .data.ptr = c};
     c->watches_output = output;
@@ -38,13 +38,13 @@ void lt_connect(struct lt_generator *g, struct lt_connection *c, uint64_t now)
         lt_fail(g, "cannot open a socket: %s", strerror(errno));
         return;
     }
-    (void)setsockopt(c->fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on); /* a Unix socket has none */
+    (void)setsockopt(c->fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on); /* fails on a Unix socket, which needs none */
     int result = connect(c->fd, (struct sockaddr *)&g->address, g->address_size);
-    if ((result < 0 && errno != EINPROGRESS) || watch(g, c, 1, EPOLL_CTL_ADD) < 0) {
+    if ((result < 0 && errno != EINPROGRESS) || watch_socket(g, c, 1, EPOLL_CTL_ADD) < 0) {
         retry_later(g, c, now); /* refused, or a Unix socket whose queue is full */
         return;
     }
-    c->link = LT_CONNECTING; /* writable at once when it is connected already */
+    c->link = LT_CONNECTING; /* a socket that is connected already is reported as writable at once */
 }
 
 void lt_finish_connect(struct lt_generator *g, struct lt_connection *c)
@@ -60,12 +60,12 @@ void lt_finish_connect(struct lt_generator *g, struct lt_connection *c)
     c->order_start = c->order_count = 0;
     mp_scan_reset(&c->scan);
     lt_http_start(&c->http);
-    watch(g, c, 0, EPOLL_CTL_MOD);
+    watch_socket(g, c, 0, EPOLL_CTL_MOD);
     __atomic_store_n(&g->n_connected, g->n_connected + 1, __ATOMIC_RELAXED);
     lt_offer(g, c);
 }
 
-/* Close, count what was in flight as lost, and connect again soon. */
+/* Close the connection, count its requests in flight as lost, and connect again after a delay. */
 void lt_drop(struct lt_generator *g, struct lt_connection *c, const char *reason, uint64_t now)
 {
     c->link = LT_DOWN;
@@ -111,7 +111,7 @@ void lt_flush(struct lt_generator *g, struct lt_connection *c)
         c->out_start = 0;
     }
     if (left != c->watches_output)
-        watch(g, c, left, EPOLL_CTL_MOD);
+        watch_socket(g, c, left, EPOLL_CTL_MOD);
 }
 
 static int make_room(struct lt_generator *g, struct lt_connection *c)
@@ -121,7 +121,8 @@ static int make_room(struct lt_generator *g, struct lt_connection *c)
     size_t capacity = c->in_capacity ? 2 * c->in_capacity : FIRST_RECEIVE_BYTES;
     uint8_t *grown = capacity <= reply_bytes_max * 2 ? realloc(c->in, capacity) : NULL;
     if (grown == NULL) {
-        lt_fail(g, capacity <= reply_bytes_max * 2 ? "out of memory" : "the server sent an answer beyond 256 MiB");
+        lt_fail(g, capacity <= reply_bytes_max * 2 ? "out of memory"
+                                                   : "the server sent an answer of more than 256 MiB");
         return -1;
     }
     c->in = grown;

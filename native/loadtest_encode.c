@@ -1,4 +1,4 @@
-/* Requests from templates: literal bytes, and values drawn for each request. */
+/* Makes requests from templates: literal bytes, and values that are drawn for each request. */
 #include <stdio.h>
 
 #include "loadtest.h"
@@ -53,7 +53,7 @@ static void put_nonce(const struct lt_generator *g, uint32_t nonce, struct mp_ou
 {
     if (g->protocol == LT_HTTP)
         out->size += (size_t)snprintf((char *)out->data + out->size, 16, "%u", nonce);
-    else /* always five bytes */
+    else /* always five bytes, so that the size does not depend on the number */
         out->size = (size_t)(mp_store(out->data + out->size, 0xce, nonce, 4) - out->data);
 }
 
@@ -90,7 +90,7 @@ int lt_encode(struct lt_generator *g, uint32_t request, uint32_t nonce, struct m
     if (body > 0) {
         char length[16];
         snprintf(length, sizeof length, digits_of_length, (unsigned long long)(out->size - body));
-        memcpy(out->data + body - 12, length, 8); /* before CR LF CR LF */
+        memcpy(out->data + body - 12, length, 8); /* the digits stand before CR LF CR LF */
     }
     return 0;
 }

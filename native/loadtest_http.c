@@ -1,4 +1,4 @@
-/* As much of HTTP/1.1 as a client of keep-alive servers needs: status, Content-Length, chunked, Connection: close. */
+/* Parses the parts of HTTP/1.1 that a keep-alive client needs: status, Content-Length, chunked, Connection: close. */
 #include <strings.h>
 
 #include "loadtest.h"
@@ -8,7 +8,7 @@ enum { LINE_MAX_BYTES = 64 << 10 };
 
 void lt_http_start(struct lt_http *h) { *h = (struct lt_http){.phase = HEAD}; }
 
-/* The end of the line at h->position, after its LF; 0 while it has not arrived. */
+/* Returns the end of the line at h->position, after its LF; 0 if the LF has not arrived. */
 static uint64_t line_end(const struct lt_http *h, const uint8_t *data, uint64_t size)
 {
     const uint8_t *lf = memchr(data + h->position, '\n', size - h->position);
@@ -21,7 +21,7 @@ static int has_name(const uint8_t *line, uint64_t length, const char *name)
     return length > n && line[n] == ':' && strncasecmp((const char *)line, name, n) == 0;
 }
 
-/* Whether a comma-separated field holds a word, in any case. */
+/* Returns whether a field contains a word, in upper or lower case. */
 static int has_word(const uint8_t *line, uint64_t length, const char *word)
 {
     size_t n = strlen(word);
@@ -51,9 +51,9 @@ static enum lt_http_result read_field(struct lt_http *h, const uint8_t *line, ui
     if (has_name(line, length, "content-length")) {
         if (!read_length(line + 15, line + length, 10, body))
             return LT_HTTP_INVALID;
-        h->keeps = 1;
+        h->framing = 1;
     } else if (has_name(line, length, "transfer-encoding") && has_word(line + 18, length - 18, "chunked")) {
-        h->keeps = 2;
+        h->framing = 2;
     } else if (has_name(line, length, "connection") && has_word(line + 11, length - 11, "close")) {
         h->close = 1;
     }
@@ -77,15 +77,15 @@ static enum lt_http_result read_head(struct lt_http *h, const uint8_t *data, uin
         } else if (length > 0) {
             if (read_field(h, line, length, &h->body_end) == LT_HTTP_INVALID)
                 return LT_HTTP_INVALID;
-        } else if (h->status < 200) { /* 100 Continue: the answer is still to come */
+        } else if (h->status < 200) { /* 100 Continue: the final answer follows */
             uint64_t position = h->position;
             lt_http_start(h);
             h->position = position;
         } else {
             int empty = h->status == 204 || h->status == 304;
-            if (!empty && h->keeps == 0)
+            if (!empty && h->framing == 0)
                 h->close = 1;
-            h->phase = empty || h->keeps == 1 ? BODY : h->keeps == 2 ? CHUNK_SIZE : UNTIL_CLOSE;
+            h->phase = empty || h->framing == 1 ? BODY : h->framing == 2 ? CHUNK_SIZE : UNTIL_CLOSE;
             h->body_begin = h->position;
             h->body_end = h->position + (empty ? 0 : h->body_end);
             return LT_HTTP_WHOLE;
@@ -93,7 +93,7 @@ static enum lt_http_result read_head(struct lt_http *h, const uint8_t *data, uin
     }
 }
 
-/* Chunks: a line with the size in hexadecimal, that many bytes and CR LF; the last has size 0, and trailers follow. */
+/* A chunk is a line with its size in hexadecimal, that many bytes, and CR LF. The last has size 0; trailers follow. */
 static enum lt_http_result read_chunks(struct lt_http *h, const uint8_t *data, uint64_t size)
 {
     for (;;) {
@@ -125,7 +125,7 @@ static enum lt_http_result read_chunks(struct lt_http *h, const uint8_t *data, u
 uint64_t lt_http_join(const struct lt_http *h, uint8_t *data)
 {
     uint64_t from = h->body_begin, to = h->body_begin, length;
-    if (h->keeps != 2)
+    if (h->framing != 2)
         return h->position;
     for (;;) {
         uint64_t start = (uint64_t)((const uint8_t *)memchr(data + from, '\n', h->position - from) - data) + 1;

@@ -1,4 +1,4 @@
-/* The memory and the descriptors of a generator, and the watch on the machine. */
+/* Allocates and frees the memory and descriptors of a generator, and measures the machine's noise. */
 #define _GNU_SOURCE
 #include <sys/epoll.h>
 #include <sys/prctl.h>
@@ -20,7 +20,7 @@ static int open_records(struct lt_generator *g)
     g->events = calloc(g->n_events_max + 1, sizeof *g->events);
     if (failed || !g->by_template || !g->intervals || !g->captures || !g->events)
         return -1;
-    /* Pages of a histogram that nothing falls into are never touched, and so cost no memory. */
+    /* Untouched pages of a histogram take no memory. */
     for (uint32_t i = 0; i < g->n_intervals; i++)
         failed |= open_histogram(&g->intervals[i].latency);
     for (uint32_t i = 0; i < g->n_templates; i++)
@@ -44,7 +44,7 @@ static int open_draws(struct lt_generator *g)
 
 static int open_connections(struct lt_generator *g)
 {
-    uint32_t first_use = (uint32_t)lt_next(&g->random); /* so that ids of two runs differ */
+    uint32_t first_use = (uint32_t)lt_next(&g->random); /* random, so that two runs use different message ids */
     g->n_slots = g->n_connections * g->pipeline;
     for (g->slot_mask = 1; g->slot_mask < g->n_slots; g->slot_mask *= 2)
         ;
@@ -129,7 +129,7 @@ void lt_close(struct lt_generator *g)
     free(g->dirty);
 }
 
-/* On a schedule that does not shift: a pause of 50 ms is seen by each of the wake-ups that it delays. */
+/* The schedule is fixed, so a pause of 50 ms is recorded by each wake-up that it delays. */
 void lt_watch_hiccups(struct lt_hiccups *h)
 {
     prctl(PR_SET_TIMERSLACK, 1ul, 0ul, 0ul, 0ul);

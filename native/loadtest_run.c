@@ -1,4 +1,4 @@
-/* The loop: send what is due, take what has come, give up on what is too late, sleep until the next of these. */
+/* The loop: sends requests that are due, receives answers, times requests out, and sleeps until the next event. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <stdarg.h>
@@ -11,7 +11,8 @@
 
 #include "loadtest.h"
 
-#define ADD(counter, n) __atomic_store_n(&(counter), (counter) + (n), __ATOMIC_RELAXED) /* one writer, other readers */
+/* Counters have a single writer, this thread; other threads read them during the run. */
+#define ADD(counter, n) __atomic_store_n(&(counter), (counter) + (n), __ATOMIC_RELAXED)
 
 enum { EVENTS = 128, SEND_AT_ONCE = 32 };
 static const uint64_t connect_ns = 5000000000u, never_ns = UINT64_MAX;
@@ -35,7 +36,7 @@ void lt_fail(struct lt_generator *g, const char *format, ...)
     va_end(arguments);
 }
 
-/* What is readable of a text that the server sent. */
+/* Copy a text from the server; characters that are not printable ASCII become spaces. */
 static void keep_text(char *to, size_t capacity, const char *text, size_t size)
 {
     size_t n = size < capacity - 1 ? size : capacity - 1;
@@ -44,7 +45,7 @@ static void keep_text(char *to, size_t capacity, const char *text, size_t size)
     to[n] = 0;
 }
 
-/* The last entry takes every code that found no entry of its own. */
+/* Each error code has an entry; the last entry, OTHER, counts all codes for which no entry was left. */
 void lt_count_error(struct lt_generator *g, const char *code, size_t code_size, const char *message, size_t size)
 {
     char name[sizeof g->errors->code];
@@ -60,7 +61,7 @@ void lt_count_error(struct lt_generator *g, const char *code, size_t code_size, 
     }
 }
 
-/* -- a request's life --------------------------------------------------------------------------------------- */
+/* -- states of a request ------------------------------------------------------------------------------------ */
 
 static struct lt_interval *interval_of(struct lt_generator *g, uint64_t intended_ns)
 {
@@ -81,7 +82,7 @@ static void note_sending(struct lt_generator *g, struct lt_connection *c, struct
 {
     ADD(g->n_sent, 1);
     if (!g->is_closed_loop) {
-        /* What a request waits because every connection is full is the server's doing; the rest is ours. */
+        /* The wait while all connections were full is caused by the server; only the rest is the generator's lag. */
         uint64_t ready = slot->intended_ns > g->unblocked_ns ? slot->intended_ns : g->unblocked_ns;
         uint64_t lag = slot->sent_ns > ready ? slot->sent_ns - ready : 0;
         struct lt_interval *interval = interval_of(g, slot->intended_ns);
@@ -172,7 +173,7 @@ static void note_outcome(struct lt_generator *g, const struct lt_slot *slot, enu
     uint64_t latency = now - slot->intended_ns;
     ADD(g->n_done[outcome], 1);
     ADD(interval->outcomes[outcome], 1);
-    if (outcome == LT_GOOD || outcome == LT_TIMEOUT) { /* a request given up on took at least so long */
+    if (outcome == LT_GOOD || outcome == LT_TIMEOUT) { /* a request that timed out took at least this long */
         lt_record(&interval->latency, latency);
         lt_record(&g->by_template[slot->template], latency);
     }
@@ -201,7 +202,7 @@ void lt_finish(struct lt_generator *g, struct lt_slot *slot, enum lt_outcome out
     if (slot->intended_ns >= g->warm_ns)
         note_outcome(g, slot, outcome, now);
     if (outcome == LT_TIMEOUT) {
-        slot->state = LT_LATE; /* keeps its id until its answer comes or the connection ends: they are never mixed up */
+        slot->state = LT_LATE; /* its id is not reused before its answer arrives or the connection ends */
         g->connections[slot->connection].n_late++;
     } else {
         lt_release(g, slot);
@@ -232,7 +233,7 @@ static struct lt_connection *take_available(struct lt_generator *g)
 static void flush_dirty(struct lt_generator *g)
 {
     uint32_t n = g->n_dirty;
-    g->n_dirty = 0; /* what a lost connection makes dirty in a closed loop belongs to another turn */
+    g->n_dirty = 0; /* connections that become dirty during the flush (closed loop) are flushed in the next turn */
     for (uint32_t i = 0; i < n; i++) {
         struct lt_connection *c = &g->connections[g->dirty[i]];
         c->is_dirty = 0;
@@ -240,7 +241,7 @@ static void flush_dirty(struct lt_generator *g)
     }
 }
 
-/* A request that could not even be sent before its time was up: its user has gone. */
+/* Count a request that could not be sent before its timeout. */
 static void give_up_unsent(struct lt_generator *g, uint64_t now)
 {
     struct lt_slot slot = {.intended_ns = g->next_ns, .sent_ns = now, .template = (uint16_t)choose_template(g)};
@@ -280,9 +281,9 @@ static void expire(struct lt_generator *g, uint64_t now)
         struct lt_slot *slot = &g->slots[g->oldest];
         struct lt_connection *c = &g->connections[slot->connection];
         lt_finish(g, slot, LT_TIMEOUT, now);
-        /* In-order protocols cannot skip an answer; others go on until every id of the connection is lost. */
+        /* In-order protocols cannot skip an answer; MessagePack-RPC goes on until all its ids are late. */
         if (g->protocol != LT_MSGPACK || c->n_late == g->pipeline)
-            lt_drop(g, c, "given up on: a request on it timed out", now);
+            lt_drop(g, c, "closed by the generator: a request on it timed out", now);
     }
 }
 
@@ -299,24 +300,24 @@ static uint64_t connect_again(struct lt_generator *g, uint64_t now)
     return next;
 }
 
-/* Until something arrives or shortly before `until`: a sleeper is woken some tens of microseconds late, so the last
- * `spin_ns` are not slept. (epoll's own timeout counts in milliseconds.) */
+/* Wait for events until `until`. A sleeping thread wakes some tens of microseconds late, so the last `spin_ns` are
+ * polled. The timerfd is needed because epoll's own timeout has a resolution of milliseconds. */
 static int wait_for(struct lt_generator *g, struct epoll_event *events, uint64_t until)
 {
     uint64_t now = lt_now();
     if (until <= now + g->spin_ns)
         return epoll_wait(g->epoll, events, EVENTS, 0);
-    until = until == never_ns ? 0 /* which disarms it */ : until - g->spin_ns;
+    until = until == never_ns ? 0 /* disarms the timer */ : until - g->spin_ns;
     struct itimerspec when = {
         .it_value = {.tv_sec = (time_t)(until / 1000000000u), .tv_nsec = (long)(until % 1000000000u)}};
-    timerfd_settime(g->timer, TFD_TIMER_ABSTIME, &when, NULL); /* also makes one that has rung silent */
-    return epoll_wait(g->epoll, events, EVENTS, 100); /* and look ten times a second whether to stop */
+    timerfd_settime(g->timer, TFD_TIMER_ABSTIME, &when, NULL); /* also clears an expired timer */
+    return epoll_wait(g->epoll, events, EVENTS, 100); /* at most 100 ms, to see `stop` */
 }
 
-static void handle(struct lt_generator *g, const struct epoll_event *event)
+static void on_event(struct lt_generator *g, const struct epoll_event *event)
 {
     struct lt_connection *c = event->data.ptr;
-    if (c == NULL || c->link == LT_DOWN) /* the timer, or closed earlier in this turn */
+    if (c == NULL || c->link == LT_DOWN) /* the timer, or a connection that was closed earlier in this turn */
         return;
     if (c->link == LT_CONNECTING) {
         lt_finish_connect(g, c);
@@ -328,7 +329,8 @@ static void handle(struct lt_generator *g, const struct epoll_event *event)
         lt_flush(g, c);
 }
 
-static uint64_t earliest(struct lt_generator *g, uint64_t retry_ns)
+/* Returns the time of the next event that the loop must not miss. */
+static uint64_t next_wake_up(struct lt_generator *g, uint64_t retry_ns)
 {
     uint64_t until = retry_ns;
     if (!g->is_closed_loop && !g->is_blocked && g->next_ns < g->end_ns && g->next_ns < until)
@@ -342,6 +344,7 @@ static uint64_t earliest(struct lt_generator *g, uint64_t retry_ns)
     return until;
 }
 
+/* A turn of the loop. Returns 0 at the end of the run. */
 static int turn(struct lt_generator *g)
 {
     struct epoll_event events[EVENTS];
@@ -358,12 +361,12 @@ static int turn(struct lt_generator *g)
     retry_ns = connect_again(g, now);
     if (g->n_in_flight == 0 && (g->is_closed_loop ? now : g->next_ns) >= g->end_ns)
         return 0;
-    n = wait_for(g, events, earliest(g, retry_ns));
+    n = wait_for(g, events, next_wake_up(g, retry_ns));
     if (n < 0 && errno != EINTR)
         lt_fail(g, "epoll: %s", strerror(errno));
     for (int i = 0; i < n && !g->fatal[0]; i++) {
-        handle(g, &events[i]);
-        if (!g->is_closed_loop && (now = lt_now()) >= g->next_ns) /* answers must not keep what is due waiting */
+        on_event(g, &events[i]);
+        if (!g->is_closed_loop && (now = lt_now()) >= g->next_ns) /* answers must not delay requests that are due */
             send_due(g, now);
         flush_dirty(g);
     }
@@ -377,13 +380,13 @@ static void connect_all(struct lt_generator *g)
     while (g->n_connected < g->n_connections && !g->fatal[0] && !__atomic_load_n(&g->stop, __ATOMIC_RELAXED)) {
         uint64_t now = lt_now(), retry_ns = connect_again(g, now);
         if (now - begin > connect_ns) {
-            lt_fail(g, "the server took %llu of %u connections within %llu s", (unsigned long long)g->n_connected,
+            lt_fail(g, "the server accepted %llu of %u connections within %llu s", (unsigned long long)g->n_connected,
                     g->n_connections, (unsigned long long)(connect_ns / 1000000000u));
             return;
         }
         int n = wait_for(g, events, retry_ns < now + connect_ns ? retry_ns : now + connect_ns);
         for (int i = 0; i < n; i++)
-            handle(g, &events[i]);
+            on_event(g, &events[i]);
     }
 }
 
@@ -404,7 +407,7 @@ void lt_run(struct lt_generator *g)
     while (turn(g))
         ;
     uint64_t now = lt_now();
-    if (now < g->end_ns) /* it failed, or was told to stop */
+    if (now < g->end_ns) /* the run failed or was stopped */
         __atomic_store_n(&g->end_ns, now, __ATOMIC_RELAXED);
     g->cpu_ns = read_clock(CLOCK_THREAD_CPUTIME_ID) - cpu_ns;
     __atomic_store_n(&g->is_running, 0, __ATOMIC_RELEASE);

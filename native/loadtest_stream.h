@@ -1,4 +1,4 @@
-/* What a load test draws and records: random numbers, key popularities, arrival times, histograms. No system calls. */
+/* Random numbers, popularity of keys, arrival times and histograms of a load test. Makes no system calls. */
 #ifndef SHORTTAIL_LOADTEST_STREAM_H
 #define SHORTTAIL_LOADTEST_STREAM_H
 
@@ -34,19 +34,19 @@ static inline void lt_seed(struct lt_random *r, uint64_t seed)
     }
 }
 
-/* [0, 1) */
+/* Uniform in [0, 1). */
 static inline double lt_uniform(struct lt_random *r) { return (double)(lt_next(r) >> 11) * 0x1p-53; }
 
-/* 0 .. n - 1. The bias of the multiplication is below n / 2^64. */
+/* An integer in 0 ... n - 1. The bias of the multiplication is below n / 2^64. */
 static inline uint64_t lt_below(struct lt_random *r, uint64_t n)
 {
     return (uint64_t)((unsigned __int128)lt_next(r) * n >> 64);
 }
 
-/* Mean 1. */
+/* Exponential with mean 1. */
 static inline double lt_exponential(struct lt_random *r) { return -log1p(-lt_uniform(r)); }
 
-/* -- which of n rows ---------------------------------------------------------------------------------------- */
+/* -- drawing one of n rows ---------------------------------------------------------------------------------- */
 
 enum lt_draw { LT_UNIFORM, LT_ZIPF, LT_IN_TURN };
 
@@ -68,7 +68,7 @@ static inline double lt_zipf_inverse(double s, double area)
 {
     double t = area * (1 - s);
     if (t < -1)
-        t = -1; /* rounding */
+        t = -1; /* rounding may make t slightly smaller */
     return fabs(t) > 1e-8 ? exp(log1p(t) / (1 - s)) : exp(area * (1 - t / 2));
 }
 
@@ -98,17 +98,18 @@ static inline uint64_t lt_draw_row(struct lt_rows *rows, struct lt_random *rando
     }
 }
 
-/* -- when requests are due ---------------------------------------------------------------------------------- */
+/* -- arrival times ------------------------------------------------------------------------------------------ */
 
-/* Arrivals at `rate_from` a second for `hold_s`, then at a rate that goes to `rate_to` in a straight line over `ramp_s`.
- * Time is found from the number of arrivals expected by then, which grows by 1 an arrival (constant) or by an
- * exponential of mean 1 (Poisson): exact for a rate that changes. `share`: 1 / how many generators split the rate. */
+/* Arrivals at `rate_from` per second for `hold_s` seconds, then at a rate that changes linearly to `rate_to` over
+ * `ramp_s` seconds. `expected` is the expected number of arrivals until now: it grows with each arrival by 1 (constant)
+ * or by an exponential number with mean 1 (Poisson), and the time is computed from it. This is exact for a rate that
+ * changes. */
 struct lt_arrivals {
     int poisson;
     double rate_from, rate_to, hold_s, ramp_s, expected;
 };
 
-/* Seconds after the start; infinity when the rate falls to 0 before the next arrival. */
+/* Returns seconds since the start; infinity if the rate falls to 0 before the next arrival. */
 static inline double lt_next_arrival(struct lt_arrivals *a, struct lt_random *random)
 {
     double held = a->rate_from * a->hold_s, expected = a->expected, bend, root;
@@ -124,8 +125,8 @@ static inline double lt_next_arrival(struct lt_arrivals *a, struct lt_random *ra
 
 /* -- histograms --------------------------------------------------------------------------------------------- */
 
-/* The buckets of HdrHistogram (Gil Tene) for 1 to 3.6e12 (an hour in nanoseconds) and three digits: 1024 buckets an
- * octave, so that counts can be given to any HdrHistogram library as they are. */
+/* The buckets of HdrHistogram (Gil Tene) for values from 1 to 3.6e12 (an hour in nanoseconds) with three digits: 1024
+ * buckets per octave. Any HdrHistogram library can read the counts unchanged. */
 enum { LT_HALF_BITS = 10, LT_OCTAVES = 32, LT_COUNTS = (LT_OCTAVES + 1) << LT_HALF_BITS };
 #define LT_HIGHEST 3600000000000u
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import commands
 import pytest
-from serving import Server, make_store
+from serving import TIMEOUT_S, Server, make_store
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 from fakes import good, http_server, reply, rpc_server
@@ -202,19 +202,30 @@ def test_answers_that_change_are_found_by_verify() -> None:
     with rpc_server(answer) as fake:
         done = commands.run("bench", fake.address, *QUICK, "--verify", "5")
     assert done.code == 1
-    assert re.search(r"sampled answers asked for again: \d differ, first: predict m: 'y' was \[\d+\.0\]", done.out)
+    assert re.search(
+        r"sampled requests sent again, answers compared: \d differ, first: predict m: 'y' was \[\d+\.0\]", done.out
+    )
+
+
+def heed_sigint() -> None:
+    """A shell lets what it starts in the background ignore Ctrl-C, and so the tests, if they were started so."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def test_ctrl_c_ends_the_run_and_still_reports() -> None:
     with rpc_server() as fake:
         command = [*BENCH, fake.address, *QUICK[2:], "--rate", "500", "--duration", "10m", "--json"]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        with process:
-            deadline = time.monotonic() + 30
-            while len(fake.requests) < 100 and time.monotonic() < deadline:
-                time.sleep(0.01)
-            process.send_signal(signal.SIGINT)
-            output, errors = process.communicate(timeout=30)
+        pipe = subprocess.PIPE
+        with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, preexec_fn=heed_sigint) as process:
+            try:
+                end_s = time.monotonic() + TIMEOUT_S
+                while len(fake.requests) < 100:
+                    assert time.monotonic() < end_s, "it sends nothing"
+                    time.sleep(0.01)
+                process.send_signal(signal.SIGINT)
+                output, errors = process.communicate(timeout=TIMEOUT_S)
+            finally:
+                process.kill()
     assert process.returncode == 130, errors
     (step,) = json.loads(output)["steps"]
     assert step["interrupted"]
@@ -229,14 +240,14 @@ def test_ctrl_c_ends_the_run_and_still_reports() -> None:
     [
         (["127.0.0.1:1", "--predict", "m"], 1, "no server at 127.0.0.1:1: connection refused"),
         (["nowhere:x"], 1, "address 'nowhere:x' is not understood"),
-        (["{}", "--predict", "m", "--rate", "1k:50k:1.5"], 1, "'1k:50k:1.5' is no sweep"),
+        (["{}", "--predict", "m", "--rate", "1k:50k:1.5"], 1, "'1k:50k:1.5' is not a sweep"),
         (["{}", "--find-capacity"], 1, "--find-capacity needs an objective: --slo p99=5ms"),
-        (["{}", "--slo", "p99=5ms"], 1, "--slo is for --find-capacity"),
-        (["{}", "--closed", "--rate", "1k"], 1, "--closed sends as answers come"),
+        (["{}", "--slo", "p99=5ms"], 1, "--slo is an option of --find-capacity"),
+        (["{}", "--closed", "--rate", "1k"], 1, "--closed sends when answers arrive"),
         (["{}", "--mix", "predict=x"], 1, "--mix 'predict=x' is not understood"),
-        (["{}", "--body", "x.json"], 1, "--body is for HTTP servers"),
-        (["http://127.0.0.1:1/x", "--deadline-ms", "5"], 1, "--deadline-ms is for a shorttail server"),
-        (["http://{}/", "--predict", "m"], 1, "--predict is for a shorttail server"),
+        (["{}", "--body", "x.json"], 1, "--body is only for HTTP servers"),
+        (["http://127.0.0.1:1/x", "--deadline-ms", "5"], 1, "--deadline-ms is only for a shorttail server"),
+        (["http://{}/", "--predict", "m"], 1, "--predict is only for a shorttail server"),
         (["http://{}/", "--body", "/none.json"], 1, "--body /none.json: cannot be read: No such file"),
         (
             ["{}", "--predict", "m", "--report", "/none/out.html"],
@@ -244,7 +255,7 @@ def test_ctrl_c_ends_the_run_and_still_reports() -> None:
             "--report /none/out.html: there is no folder /none",
         ),
         (["{}", "--threads", "9", "--connections", "2"], 1, "--threads 9: more than --connections 2"),
-        (["{}", "--duration", "10 parsecs"], 1, "--duration '10 parsecs' is no duration"),
+        (["{}", "--duration", "10 parsecs"], 1, "--duration '10 parsecs' is not a duration"),
         (["{}", "again"], 2, "unexpected extra argument (again)"),
         (["compare"], 2, "compare needs results"),
         (["compare", "/none.json"], 1, "/none.json: there is no such file"),

@@ -88,7 +88,7 @@ def test_a_terminal_shows_the_means_and_says_what_limits(server: Server) -> None
     head = next(line for line in output.splitlines() if "queue" in line and "encode" in line)
     assert head.split()[:7] == ["offered/s", "requests", *STAGES]
     assert "are queue: " in output
-    assert "no stage breakdown" not in output
+    assert "no times by stage" not in output
 
 
 def test_mixed_requests_and_their_http_twin_have_one_too(server: Server, tmp_path: Path) -> None:
@@ -133,10 +133,10 @@ def test_without_metrics_there_is_one_line_and_no_error(tmp_path: Path, unused_p
         output = bench(fake.address, *QUICK, "--rate", "500", "--report", str(page))
         quiet = bench(fake.address, *QUICK, "--rate", "500", "--metrics", "off")
         refused = bench(fake.address, *QUICK, "--metrics", "http://127.0.0.1:1/metrics", code=1)
-    lines = [line for line in output.splitlines() if "stage breakdown" in line]
+    lines = [line for line in output.splitlines() if "times by stage" in line]
     assert len(lines) == 1
-    assert lines[0].startswith(f"no stage breakdown from http://127.0.0.1:{unused_port}/metrics: connection refused; ")
-    assert "no stage breakdown" in page.read_text()
+    assert lines[0].startswith(f"no times by stage from http://127.0.0.1:{unused_port}/metrics: connection refused; ")
+    assert "no times by stage" in page.read_text()
     assert not [figure for figure in check_page(page) if "by stage" in figure["title"]]
     assert "stage" not in quiet
     assert refused.startswith("error: --metrics http://127.0.0.1:1/metrics: connection refused; ")

@@ -389,7 +389,7 @@ REFUSED = {
     "no tree ensemble": [op("Identity", ["X"], ["Y"])],
     "node of type Gather": [regressor("a"), op("Gather", ["a", "which"], ["Y"], axis=1)],
     "node of type MatMul": [regressor("a"), op("MatMul", ["a", "a"], ["Y"])],
-    "go in circles": [changed(nodes_falsenodeids=[1, 0, 0, 0])],
+    "contain a cycle": [changed(nodes_falsenodeids=[1, 0, 0, 0])],
     "a node that does not exist": [changed(nodes_falsenodeids=[1, 9, 0, 0])],
     "a leaf has no weight": [changed(target_nodeids=[2, 2])],
     "a target that does not exist": [changed(n_targets=2, target_ids=[0, 5])],

@@ -50,11 +50,11 @@ def test_errors_are_counted_by_code() -> None:
     ("answer", "message"),
     [
         (lambda request: good([0, request[1] ^ 1]), "answer to message id"),
-        (lambda request: good([0, 2**40]), "which was never asked"),
+        (lambda request: good([0, 2**40]), "which was never sent"),
         (lambda request: good(request) * 2, "which was answered before"),
-        (lambda request: b"\xc1", "what is not MessagePack"),
-        (lambda request: b"\x05", "no MessagePack-RPC response"),
-        (lambda request: reply("id"), "message id that is no whole number"),
+        (lambda request: b"\xc1", "bytes that are not MessagePack"),
+        (lambda request: b"\x05", "not a MessagePack-RPC response"),
+        (lambda request: reply("id"), "message id that is not an unsigned integer"),
         (lambda request: b"\x91" * 40, "256 MiB or 32 levels"),
     ],
 )
@@ -68,16 +68,16 @@ def test_answers_crossed_between_connections_end_the_run() -> None:
     held: list[list[Any]] = []
 
     def answer(request: list[Any]) -> bytes:
-        """The first gets none, and its id goes to the second, which came by the other connection."""
+        """Answer the first request on the connection of the second, which is another connection."""
         held.append(request)
         return b"" if len(held) < 2 else good(held[-2])
 
     with rpc_server(answer) as fake:
         step = load_on(fake.address, with_load(connections=2, pipeline=1, closed=True), rate=None)
-    assert "which another connection asked" in step.fatal
+    assert "which another connection sent" in step.fatal
 
 
-def test_lost_connections_are_counted_and_made_again() -> None:
+def test_lost_connections_are_counted_and_opened_again() -> None:
     with rpc_server(close_after=20) as fake:
         step = load_on(fake.address)
         assert fake.n_connections > 4
@@ -97,7 +97,7 @@ def test_closed_loop_and_threads(tmp_path: Path, unix: bool) -> None:
     assert step.lag.total == 0
 
 
-def test_two_threads_offer_one_rate(seed: int) -> None:
+def test_two_threads_share_a_rate(seed: int) -> None:
     with rpc_server() as fake:
         step = load_on(fake.address, with_load(threads=2, seed=seed, poisson=False))
     assert step.due == pytest.approx(400, abs=3)
@@ -191,7 +191,7 @@ def test_http_errors_closing_servers_and_bodies_without_length() -> None:
     ("answer", "message"),
     [
         (lambda head, body: ok(b'{"id": "x"}'), "was answered without it"),
-        (lambda head, body: ok(body) + ok(body), "more than it asked for"),
+        (lambda head, body: ok(body) + ok(body), "more answers than it sent"),
         (lambda head, body: b"hello\r\n\r\n", "not HTTP/1.1"),
         (lambda head, body: b"HTTP/1.1 200 OK\r\nContent-Length: x\r\n\r\n", "not HTTP/1.1"),
         (lambda head, body: b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", "not HTTP/1.1"),

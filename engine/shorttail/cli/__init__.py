@@ -1,6 +1,6 @@
-"""The `shorttail` command. What it prints is an interface: one line a fact, `--json` for programs.
+"""The `shorttail` command. Its output is an interface: a line for each fact, and `--json` for programs.
 
-Nothing heavy is imported here but inside the commands, so that `shorttail --help` answers at once.
+Heavy modules are imported inside the commands, so that `shorttail --help` answers at once.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    """Entry point: exit 0, or 1 with one line `error: ...` on stderr; 2 for wrong usage."""
+    """Run the command line. Exit code 0: done; 1: failed, with a line `error: ...` on stderr; 2: wrong usage."""
     try:
         code = cli.main(prog_name="shorttail", standalone_mode=False)
     except ShorttailError as error:
@@ -46,7 +46,7 @@ def main() -> None:
     except (click.Abort, KeyboardInterrupt):
         fail("interrupted", 130)
     except BrokenPipeError:
-        # Whoever read the output has gone; keep the interpreter from failing on it again at exit.
+        # The reader of the output has closed it. Without this the interpreter would fail again when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     sys.exit(code if isinstance(code, int) else 0)
@@ -60,7 +60,7 @@ def fail(message: str, code: int) -> None:
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(VERSION, prog_name="shorttail")
 def cli() -> None:
-    """shorttail: features and predictions for structured-data models, with a short latency tail.
+    """Serve features and predictions of structured-data models with a short latency tail.
 
     \b
     shorttail apply definitions.py --store store      register views and models
@@ -72,14 +72,14 @@ def cli() -> None:
 @cli.command()
 @click.argument("definitions")
 @store_option
-@click.option("--dry-run", is_flag=True, help="Only say what would change.")
-@click.option("--reset", is_flag=True, help="Drop the rows of views whose schema changes.")
+@click.option("--dry-run", is_flag=True, help="Show the changes and write nothing.")
+@click.option("--reset", is_flag=True, help="Drop the rows of views whose schema changes; without it, refuse.")
 @json_option
 def apply(definitions: str, store: str, dry_run: bool, reset: bool, as_json: bool) -> None:
-    """Register what a definitions file declares.
+    """Register the views and models of a definitions file.
 
-    All of it, or nothing if any of it is wrong. Creates STORE if it is not there. Views and models
-    that the file does not mention are kept.
+    DEFINITIONS is a Python file. All of its definitions are registered, or none if any of them is wrong.
+    STORE is created if it does not exist. Views and models that the file does not mention are kept.
 
     \b
     Example:
@@ -90,7 +90,7 @@ def apply(definitions: str, store: str, dry_run: bool, reset: bool, as_json: boo
 
     prepared = applying.prepare(definitions)
     if not Path(store).exists():
-        # Checked against an empty catalog first, so that wrong definitions leave no new folder behind.
+        # The definitions are checked against an empty catalog first, so that wrong ones create no folder.
         plan = applying.plan_changes(Catalog(), prepared, lambda view: 0)
         applying.vet_new(plan, prepared)
         changes = plan.changes
@@ -117,13 +117,14 @@ def apply(definitions: str, store: str, dry_run: bool, reset: bool, as_json: boo
     default=LIMITS.load_memory_bytes >> 20,
     show_default=True,
     type=click.IntRange(LIMITS.load_memory_bytes_min >> 20),
-    help="What the rows of a view may take in memory; others wait in a file in the store's directory.",
+    help="Memory in MiB for the rows of a view; the other rows wait in a temporary file in STORE.",
 )
 @json_option
 def materialize(views: tuple[str, ...], store: str, memory_mib: int, as_json: bool) -> None:
     """Load views from their sources.
 
-    The rows of a view are replaced at once for every reader. Without VIEW: every view that has a source.
+    VIEW is the name of a view; without it, every view that has a source is loaded. The new rows replace
+    all old rows of the view in a single commit, so no reader sees a mixture.
 
     \b
     Example:
@@ -131,7 +132,7 @@ def materialize(views: tuple[str, ...], store: str, memory_mib: int, as_json: bo
       shorttail materialize --store store user_stats --memory-mib 512
     """
     from shorttail.engine import Engine
-    from shorttail.sources import parquet  # noqa: F401  here, to be outside the time that is measured
+    from shorttail.sources import parquet  # noqa: F401  imported before the time is measured
 
     loaded = []
     with Engine.open(store) as engine:
@@ -139,7 +140,9 @@ def materialize(views: tuple[str, ...], store: str, memory_mib: int, as_json: bo
         catalog = engine.store.catalog
         chosen = list(views) or [name for name, view in catalog.views.items() if view.source]
         if not chosen:
-            raise InvalidArgument(f"{store} has no view with a source; give one source=st.ParquetSource(...) and apply")
+            raise InvalidArgument(
+                f"{store} has no view with a source; give a view source=st.ParquetSource(...) and apply it"
+            )
         for name in chosen:
             catalog.view(name)
         for name in chosen:
@@ -157,12 +160,17 @@ def materialize(views: tuple[str, ...], store: str, memory_mib: int, as_json: bo
 @cli.command()
 @store_option
 @click.option("--host", default=DEFAULT_HOST, show_default=True, help="Address to listen on.")
-@click.option("--port", default=DEFAULT_PORT, show_default=True, help="TCP port; 0 takes a free one.")
-@click.option("--uds", metavar="PATH", help="Listen on this Unix socket.")
-@click.option("--workers", default=1, show_default=True, type=click.IntRange(1), help="Serving processes.")
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N: for models that are no forests.")
-@click.option("--pretouch", is_flag=True, help="Map the store's file before the first request.")
-@click.option("--lock-memory", is_flag=True, help="That, and keep the file in memory (ulimit -l).")
+@click.option("--port", default=DEFAULT_PORT, show_default=True, help="TCP port to listen on; 0 takes a free port.")
+@click.option("--uds", metavar="PATH", help="Path of a Unix socket to listen on.")
+@click.option("--workers", default=1, show_default=True, type=click.IntRange(1), help="Number of serving processes.")
+@click.option(
+    "--device",
+    default="cpu",
+    show_default=True,
+    help="Device for models that are not forests: cpu, cuda or cuda:N.",
+)
+@click.option("--pretouch", is_flag=True, help="Map the store's file into memory before the first request.")
+@click.option("--lock-memory", is_flag=True, help="As --pretouch, and lock the file in memory (see ulimit -l).")
 @settings_options
 @click.option("--check", is_flag=True, help="Open the store, load the models, and exit.")
 def serve(
@@ -179,8 +187,8 @@ def serve(
 ) -> int:
     """Serve features and predictions.
 
-    MessagePack-RPC over TCP or a Unix socket, until SIGTERM or Ctrl-C. SIGHUP replaces the workers
-    by new ones, which read tokens and certificates again.
+    Answers MessagePack-RPC over TCP or a Unix socket, and HTTP on a port of its own, until SIGTERM or
+    Ctrl-C. SIGHUP replaces the workers by new ones, which read tokens and certificates again.
 
     \b
     Example:
@@ -207,14 +215,14 @@ def serve(
 @click.argument("model")
 @click.argument("values", nargs=-1, metavar="COLUMN=VALUE...")
 @source_options
-@click.option("--version", type=int, help="A version other than the current one.")
+@click.option("--version", type=int, help="Version of the model; without it, the current version.")
 @json_option
 def predict(
     model: str, values: tuple[str, ...], store: str | None, server: str | None, version: int | None, as_json: bool
 ) -> None:
     """Run MODEL on keys and request columns.
 
-    `a,b,c` makes a batch; one value beside it is repeated.
+    COLUMN=a,b,c makes a batch of three rows. A column with a single value has it in all rows.
 
     \b
     Example:
@@ -231,7 +239,7 @@ def predict(
     if as_json:
         return print_json(result.to_dict())
     click.echo(f"{model} version {result.version}")
-    # A model of one output a row gives [rows, 1]: shown as the number it is.
+    # An output of shape [rows, 1] is shown as a number in each row, not as a list.
     arrays = {name: a.ravel() if a.shape[1:] == (1,) else a for name, a in result.outputs.items()}
     outputs = {name: array.tolist() for name, array in arrays.items()}
     print_table(*batch_table(columns, outputs, status_notes(result.statuses)))
@@ -242,9 +250,9 @@ def predict(
 @source_options
 @json_option
 def features(arguments: tuple[str, ...], store: str | None, server: str | None, as_json: bool) -> None:
-    """Look features up.
+    """Look up features by key.
 
-    `a,b,c` makes a batch; one value beside it is repeated.
+    KEY=a,b,c looks up three rows. A key with a single value has it in all rows.
 
     \b
     Example:
@@ -252,13 +260,13 @@ def features(arguments: tuple[str, ...], store: str | None, server: str | None, 
     """
     references = [argument for argument in arguments if "=" not in argument]
     values = [argument for argument in arguments if "=" in argument]
-    asked = {reference.partition(":")[0] for reference in references}
+    names = {reference.partition(":")[0] for reference in references}
     with answerer(store, server) as source:
         keys: dict[str, str] = {}
         for view in source.views():
-            if view["name"] in asked:
+            if view["name"] in names:
                 keys |= view["keys"]
-        columns = parse_columns(values, keys, ", ".join(sorted(asked)) or "a view") if keys else {}
+        columns = parse_columns(values, keys, ", ".join(sorted(names)) or "a view") if keys else {}
         result = source.get_online_features(references, columns)
     found = result.to_dict()
     if as_json:
@@ -272,11 +280,11 @@ def features(arguments: tuple[str, ...], store: str | None, server: str | None, 
 def batch_table(
     columns: dict[str, Any], results: dict[str, list[Any]], notes: list[str]
 ) -> tuple[list[str], list[list[Any]]]:
-    """Header and rows: what was asked, the answers, and what was not PRESENT if anything was not."""
+    """Return the header and the rows of a table: request columns, results, and notes on missing values if any."""
     count = max((len(values) for values in results.values()), default=0)
     lists = {name: value if isinstance(value, list) else [value] for name, value in columns.items()}
-    asked = {name: values * count if len(values) == 1 else values for name, values in lists.items()}
-    shown: dict[str, list[Any]] = {**asked, **results}
+    request = {name: values * count if len(values) == 1 else values for name, values in lists.items()}
+    shown: dict[str, list[Any]] = {**request, **results}
     if any(notes):
         shown["status"] = notes
     return list(shown), [list(row) for row in zip(*shown.values(), strict=False)]

@@ -1,4 +1,4 @@
-"""`shorttail bench`: a load test of a server, and the comparison of several."""
+"""`shorttail bench`: runs load tests of a server, and compares their results."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from shorttail.loadtest.traffic import Traffic, Workload
 
 MIXED = ("predict", "features", "push")
-FLAGS = {"headers": "header", "deadline_ms": "deadline-ms"}  # of options whose names differ
-HTTP_CONNECTIONS = 64  # one request in flight on each
+FLAGS = {"headers": "header", "deadline_ms": "deadline-ms"}  # flags that differ from the option's Python name
+HTTP_CONNECTIONS = 64  # more than CONNECTIONS, because each has only one request in flight
 CONNECTIONS = 16
 STEP_OF_SEARCH_S = 3.0
 
@@ -35,6 +35,8 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 def options_of(*decorators: Decorator) -> Decorator:
+    """Combine the decorators of several options, in the order in which --help shows them."""
+
     def apply(command: Callable[..., Any]) -> Callable[..., Any]:
         for decorate in reversed(decorators):
             command = decorate(command)
@@ -43,61 +45,73 @@ def options_of(*decorators: Decorator) -> Decorator:
     return apply
 
 
-what_options = options_of(
+request_options = options_of(
     click.option("--predict", "--model", "predict", metavar="MODEL", help="Send predictions with this model."),
-    click.option("--features", metavar="REF,...", help="Send lookups of these features, view:feature."),
-    click.option("--push", metavar="VIEW", help="Send rows to this view."),
-    click.option("--mix", metavar="WEIGHTS", help="Share of each kind: predict=8,features=1,push=1."),
-    click.option("--rows", type=click.IntRange(1, LIMITS.rows_per_request), default=1, help="Rows a request. [1]"),
-    click.option("--push-rows", type=click.IntRange(1, LIMITS.rows_per_request), default=1, help="Rows a push. [1]"),
-    click.option("--shared", metavar="COLUMN", multiple=True, help="One value for all rows of a request."),
-    click.option("--keys", metavar="SPEC", multiple=True, help="COLUMN=uniform:1:1M, COLUMN=zipf:1:1M:0.99,"
-                 " file:PATH or store:PATH."),
-    click.option("--draw", default="uniform", metavar="DRAW", help="How rows of file: and store: are drawn: uniform,"
-                 " zipf:0.99 or in-turn. [uniform]"),
-    click.option("--value", "values", metavar="SPEC", multiple=True, help="COLUMN=5, COLUMN=uniform:0:100 or"
-                 " COLUMN=choice:a,b. Columns without one get something of their type."),
-    click.option("--encoding", type=click.Choice(["tensor", "list"]), default="tensor",
-                 help="How arrays travel. [tensor]"),
-    click.option("--deadline-ms", type=click.FloatRange(0, min_open=True), metavar="MS", help="Send this option with"
-                 " each request: how long the caller waits. [none]"),
-    click.option("--body", metavar="FILE", help="HTTP: a JSON body; {{column}} is replaced, {{column...}} by --rows"
-                 " values, {{nonce}} by a number that the answer has to hold."),
-    click.option("--header", "headers", metavar="LINE", multiple=True, help="HTTP: one more header."),
+    click.option("--features", metavar="REF,...", help="Send lookups of these features (view:feature)."),
+    click.option("--push", metavar="VIEW", help="Push rows to this view."),
+    click.option("--mix", metavar="WEIGHTS", help="Weights of the kinds of requests: predict=8,features=1,push=1."),
+    click.option("--rows", type=click.IntRange(1, LIMITS.rows_per_request), default=1, show_default=True,
+                 help="Rows per request."),
+    click.option("--push-rows", type=click.IntRange(1, LIMITS.rows_per_request), default=1, show_default=True,
+                 help="Rows per push."),
+    click.option("--shared", metavar="COLUMN", multiple=True, help="Column with the same value in all rows of a"
+                 " request; may be repeated."),
+    click.option("--keys", metavar="SPEC", multiple=True, help="Keys of the requests: COLUMN=uniform:1:1M,"
+                 " COLUMN=zipf:1:1M:0.99, file:PATH or store:PATH; may be repeated."),
+    click.option("--draw", default="uniform", show_default=True, metavar="DRAW",
+                 help="How rows of file: and store: are chosen: uniform, zipf:0.99 or in-turn."),
+    click.option("--value", "values", metavar="SPEC", multiple=True, help="Values of a column that is not a key:"
+                 " COLUMN=5, COLUMN=uniform:0:100 or COLUMN=choice:a,b; may be repeated. Other columns get values of"
+                 " their type."),
+    click.option("--encoding", type=click.Choice(["tensor", "list"]), default="tensor", show_default=True,
+                 help="How requests encode arrays."),
+    click.option("--deadline-ms", type=click.FloatRange(0, min_open=True), metavar="MS", help="Tell the server how long"
+                 " the caller of each request waits."),
+    click.option("--body", metavar="FILE", help="HTTP: file with a JSON body. {{column}} becomes a value, {{column...}}"
+                 " as many values as --rows, {{nonce}} a number that the answer must contain."),
+    click.option("--header", "headers", metavar="LINE", multiple=True,
+                 help="HTTP: additional header; may be repeated."),
 )  # fmt: skip
 
-how_options = options_of(
-    click.option("--rate", metavar="RATE", help="Requests/s: 10k, 1k,2k,5k, a sweep 1k:50k:x1.5 or 1k:10k:+1k, or a"
-                 " ramp 1k..10k. [1k]"),
+load_options = options_of(
+    click.option("--rate", metavar="RATE", show_default="1k", help="Requests per second: 10k, 1k,2k,5k, a sweep"
+                 " 1k:50k:x1.5 or 1k:10k:+1k, or a ramp 1k..10k."),
     click.option("--find-capacity", is_flag=True, help="Search for the highest rate that meets --slo."),
-    click.option("--slo", metavar="SLO", help="As p99=5ms."),
-    click.option("--closed", is_flag=True, help="Closed loop: the next request when an answer has come."),
-    click.option("--inflight", type=click.IntRange(1, 65_536), default=1, help="Closed loop: requests in flight on each"
-                 " connection. [1]"),
-    click.option("--arrivals", type=click.Choice(["poisson", "constant"]), default="poisson", help="[poisson]"),
-    click.option("--duration", default="20s", metavar="TIME", help="Of each rate, after the warm-up. [20s]"),
-    click.option("--warmup", default="1s", metavar="TIME", help="Load that is not counted. [1s]"),
-    click.option("--timeout", default="5s", metavar="TIME", help="When a request is given up on. [5s]"),
-    click.option("--connections", type=click.IntRange(1, 65_536), help="[16; HTTP 64]"),
-    click.option("--pipeline", type=click.IntRange(1, 65_536), default=64, help="Most requests in flight on each"
-                 " connection; HTTP 1. [64]"),
-    click.option("--threads", type=click.IntRange(1, LIMITS.bench_threads), default=1, help="Generator threads. [1]"),
-    click.option("--spin-us", type=click.FloatRange(0, 1000), help="Wait the last microseconds before a request is due"
-                 " awake. [50; 0 on one CPU]"),
-    click.option("--seed", type=click.IntRange(0, 2**31 - 1), help="Of arrivals and values. [a new one]"),
+    click.option("--slo", metavar="SLO", help="Latency objective for --find-capacity, such as p99=5ms."),
+    click.option("--closed", is_flag=True, help="Closed loop: send the next request when an answer arrives."),
+    click.option("--inflight", type=click.IntRange(1, 65_536), default=1, show_default=True,
+                 help="Closed loop: requests in flight on each connection."),
+    click.option("--arrivals", type=click.Choice(["poisson", "constant"]), default="poisson",
+                 show_default=True, help="Times of the requests: random (poisson) or evenly spaced (constant)."),
+    click.option("--duration", default="20s", show_default=True, metavar="TIME",
+                 help="Duration of each rate, after the warm-up."),
+    click.option("--warmup", default="1s", show_default=True, metavar="TIME",
+                 help="Duration of the load that is not counted."),
+    click.option("--timeout", default="5s", show_default=True, metavar="TIME",
+                 help="Time after which a request has failed."),
+    click.option("--connections", type=click.IntRange(1, 65_536), show_default="16; HTTP 64",
+                 help="Number of connections."),
+    click.option("--pipeline", type=click.IntRange(1, 65_536), default=64, show_default=True,
+                 help="Maximum requests in flight on each connection; HTTP always has 1."),
+    click.option("--threads", type=click.IntRange(1, LIMITS.bench_threads), default=1, show_default=True,
+                 help="Generator threads."),
+    click.option("--spin-us", type=click.FloatRange(0, 1000), show_default="50; with a single CPU 0",
+                 help="Microseconds before each request in which the generator polls instead of sleeping."),
+    click.option("--seed", type=click.IntRange(0, 2**31 - 1), show_default="random",
+                 help="Seed of arrival times and values."),
     click.option("--verify", type=click.IntRange(1, LIMITS.bench_verified), metavar="N",
-                 help="Ask for N sampled answers again and compare."),
+                 help="Send N sampled requests again after the run, and compare the answers."),
 )  # fmt: skip
 
 output_options = options_of(
     click.option(
         "--metrics",
         metavar="URL",
-        help="The server's /metrics, for where its time goes; off: do not look."
-        " [http://127.0.0.1:7712/metrics for a server on this machine]",
+        help="The server's /metrics, which shows where its time goes; off: do not read it.",
+        show_default="http://127.0.0.1:7712/metrics for a server on this machine",
     ),
-    click.option("--json", "as_json", is_flag=True, help="Print one JSON object."),
-    click.option("--report", metavar="FILE", help="Write an HTML page."),
+    click.option("--json", "as_json", is_flag=True, help="Print the result as a JSON object."),
+    click.option("--report", metavar="FILE", help="Write an HTML report."),
     click.option("--hdr", metavar="FILE", help="Write a log of HdrHistograms."),
     click.option("--label", default="", help="Name of this run in reports."),
 )
@@ -105,15 +119,15 @@ output_options = options_of(
 
 @click.command()
 @click.argument("words", nargs=-1, required=True, metavar="ADDR | compare FILE...")
-@what_options
-@how_options
+@request_options
+@load_options
 @output_options
 def bench(words: tuple[str, ...], **options: Any) -> int:
-    """Load-test a server.
+    """Load-test a server, or compare results of load tests.
 
-    ADDR is host:port or unix:/path.sock of a shorttail server, or http://host:port/path of any other.
-    Latency counts from the time a request was due, whether or not it could be sent then. Ctrl-C ends a
-    run early and reports.
+    ADDR is host:port or unix:/path.sock of a shorttail server, or http://host:port/path of any HTTP
+    server. Latency is measured from the time at which a request was due, also if it could only be sent
+    later. Ctrl-C ends a run early and prints its result. `compare` takes results of --json.
 
     \b
     Example:
@@ -137,7 +151,7 @@ def bench(words: tuple[str, ...], **options: Any) -> int:
 
 
 def compare(paths: tuple[str, ...], options: dict[str, Any]) -> int:
-    """Several results of --json side by side."""
+    """Print several results of --json side by side, and write them to --report."""
     from shorttail.loadtest import text
     from shorttail.loadtest.document import read_document
     from shorttail.loadtest.report import write_report
@@ -157,11 +171,12 @@ def compare(paths: tuple[str, ...], options: dict[str, Any]) -> int:
 
 
 def run(address: str, options: dict[str, Any]) -> int:
+    """Run a load test and print its result. Returns the exit code."""
     from shorttail.loadtest import stages, text
     from shorttail.loadtest import target as targets
     from shorttail.loadtest.document import make_document
 
-    # What can be known to be wrong is said before the server is asked anything.
+    # The options are checked before anything is sent to the server.
     rates, objective = parse_rates(options)
     load = make_load(options, is_http=address.startswith("http"))
     workload = make_workload(options, load.seed, is_http=address.startswith("http"))
@@ -196,7 +211,7 @@ def run(address: str, options: dict[str, Any]) -> int:
 
 
 def parse_rates(options: dict[str, Any]) -> tuple[list[Rate | None], Objective | None]:
-    """The steps to run (None: closed loop), and what to search for. Raises InvalidArgument."""
+    """Return the rates to run (None: closed loop), and the objective to search for. Raises InvalidArgument."""
     from shorttail.loadtest import rates
 
     objective = rates.parse_objective(options["slo"]) if options["slo"] else None
@@ -204,16 +219,16 @@ def parse_rates(options: dict[str, Any]) -> tuple[list[Rate | None], Objective |
         if objective is None:
             raise InvalidArgument("--find-capacity needs an objective: --slo p99=5ms")
         if options["closed"]:
-            raise InvalidArgument("--find-capacity searches for a rate, and --closed has none; leave one out")
+            raise InvalidArgument("--find-capacity searches for a rate, and --closed has none; leave one of them out")
         start = rates.parse_rates(options["rate"] or "1k")
         if len(start) > 1 or start[0].start != start[0].end:
-            raise InvalidArgument(f"--rate {options['rate']}: --find-capacity starts at one rate, as 1k")
+            raise InvalidArgument(f"--rate {options['rate']}: --find-capacity starts at a single rate, such as 1k")
         return [start[0]], objective
     if objective is not None:
-        raise InvalidArgument("--slo is for --find-capacity; add that")
+        raise InvalidArgument("--slo is an option of --find-capacity; add --find-capacity")
     if options["closed"]:
         if options["rate"]:
-            raise InvalidArgument("--closed sends as answers come and has no --rate; leave one out")
+            raise InvalidArgument("--closed sends when answers arrive and has no --rate; leave one of them out")
         return [None], None
     return list(rates.parse_rates(options["rate"] or "1k")), None
 
@@ -227,7 +242,7 @@ def make_load(options: dict[str, Any], is_http: bool) -> Load:
         spin_us = 50.0 if len(os.sched_getaffinity(0)) > 1 else 0.0
     if options["verify"] and is_http:
         raise InvalidArgument(
-            "--verify asks through the Python client, which speaks no HTTP; use {{nonce}} in the body"
+            "--verify needs a shorttail server, because it does not use HTTP; use {{nonce}} in the body instead"
         )
     return Load(
         connections=options["connections"] or (HTTP_CONNECTIONS if is_http else CONNECTIONS),
@@ -247,11 +262,11 @@ def make_load(options: dict[str, Any], is_http: bool) -> Load:
 def make_workload(options: dict[str, Any], seed: int, is_http: bool) -> Workload:
     from shorttail.loadtest.traffic import Workload
 
-    mine = ("predict", "features", "push", "mix", "shared", "deadline_ms")
-    for name in mine if is_http else ("body", "headers"):
+    only_rpc, only_http = ("predict", "features", "push", "mix", "shared", "deadline_ms"), ("body", "headers")
+    for name in only_rpc if is_http else only_http:
         if options[name]:
             other = "a shorttail server, host:port" if is_http else "HTTP servers, http://host:port/path"
-            raise InvalidArgument(f"--{FLAGS.get(name, name)} is for {other}")
+            raise InvalidArgument(f"--{FLAGS.get(name, name)} is only for {other}")
     body = None
     if options["body"]:
         try:
@@ -278,7 +293,7 @@ def make_workload(options: dict[str, Any], seed: int, is_http: bool) -> Workload
 
 
 def parse_mix(text: str) -> dict[str, float]:
-    """ "predict=8,push=1" -> {"predict": 8.0, "push": 1.0}. Raises InvalidArgument."""
+    """Return "predict=8,push=1" as {"predict": 8.0, "push": 1.0}. Raises InvalidArgument."""
     weights: dict[str, float] = {}
     for part in text.split(",") if text else []:
         kind, _, weight = part.partition("=")
@@ -342,7 +357,7 @@ def search_step_s(load: Load) -> float:
 def each_rate(
     run_one: Callable[[Load, Rate | None], Step], load: Load, rates: list[Rate | None], line: LiveLine
 ) -> list[Step]:
-    """A step a rate, until one fails or is interrupted."""
+    """Run a step for each rate, until a step fails or is interrupted."""
     steps: list[Step] = []
     for i, rate in enumerate(rates):
         line.begin(
@@ -353,7 +368,7 @@ def each_rate(
         except ShorttailError:
             if not steps:
                 raise
-            break  # the server went away between two steps: report those before
+            break  # the server stopped between two steps: report the steps before
         if steps[-1].fatal or steps[-1].interrupted:
             break
     return steps

@@ -1,4 +1,4 @@
-"""`shorttail models`: versions of models and which of them serves."""
+"""`shorttail models`: lists, registers and promotes versions of models."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 @json_option
 @click.pass_context
 def models(context: click.Context, store: str | None, as_json: bool) -> None:
-    """List models; choose which version serves.
+    """List models, register new versions, and choose which version serves.
+
+    Without a subcommand: list the models.
 
     \b
     Example:
@@ -38,7 +40,7 @@ def models(context: click.Context, store: str | None, as_json: bool) -> None:
 
 
 def models_command(name: str) -> Callable[[F], click.Command]:
-    """A command of `models`; --store may stand before or after its name."""
+    """Make a function a subcommand of `models`. Users may write --store before or after the subcommand."""
 
     def decorate(function: F) -> click.Command:
         option = click.option("--store", callback=inherited_store, metavar="STORE", help="Folder of the online store.")
@@ -58,7 +60,7 @@ def required_store(store: str | None) -> str:
 
 
 def parse_share(text: str) -> float:
-    """ "10%" as 10.0, and "off" as 0.0."""
+    """Return "10%" as 10.0, and "off" as 0.0. Raises UsageError."""
     if text == "off":
         return 0.0
     try:
@@ -66,7 +68,7 @@ def parse_share(text: str) -> float:
     except ValueError:
         percent = -1.0
     if not text.endswith("%") or not 0 <= percent <= 100:
-        raise click.UsageError(f"{text!r} is no share; write 10%, 0.5% or off", click.get_current_context())
+        raise click.UsageError(f"{text!r} is not a share; write 10%, 0.5% or off", click.get_current_context())
     return percent
 
 
@@ -74,9 +76,10 @@ def parse_percent(context: click.Context, parameter: click.Parameter, value: str
     return None if value is None else parse_share(value)
 
 
-def parse_metrics(given: tuple[str, ...]) -> dict[str, float]:
+def parse_metrics(items: tuple[str, ...]) -> dict[str, float]:
+    """Return ("auc=0.91", ...) as {"auc": 0.91, ...}. Raises UsageError."""
     metrics = {}
-    for item in given:
+    for item in items:
         name, _, number = item.partition("=")
         try:
             metrics[name] = float(number)
@@ -87,10 +90,11 @@ def parse_metrics(given: tuple[str, ...]) -> dict[str, float]:
 
 @models_command("list")
 def models_list(store: str | None, as_json: bool) -> None:
-    """List every version of every model; `*` marks the one that serves.
+    """List every version of every model.
 
-    Beside it a canary has its share of the requests, and a shadow its share of what is compared. `runs` says
-    what runs those, and why: a compiled forest, or ONNX Runtime.
+    `*` marks the version that serves. A canary is shown with its percentage of the requests, a shadow with
+    its percentage of the compared requests. `runs` shows how the serving version runs on this host, as a
+    compiled forest or in ONNX Runtime, and why.
 
     \b
     Example:
@@ -111,7 +115,7 @@ def models_list(store: str | None, as_json: bool) -> None:
     rows = [
         [
             v["name"],
-            f"{v['version']}{'*' * v['serving']}{part(v)}",
+            f"{v['version']}{'*' * v['serving']}{share_text(v)}",
             v["created"],
             len(v["columns"]),
             ", ".join(v["outputs"]),
@@ -122,14 +126,14 @@ def models_list(store: str | None, as_json: bool) -> None:
     print_table(header, rows)
 
 
-def part(version: dict[str, Any]) -> str:
-    """ " canary 10%", for the version that is one."""
+def share_text(version: dict[str, Any]) -> str:
+    """Return " canary 10%" for a canary, " shadow 100%" for a shadow, else ""."""
     shares = ((what, version[what]) for what in ("canary", "shadow"))
     return "".join(f" {what} {percent:g}%" for what, percent in shares if percent is not None)
 
 
 def runs_as(store: Store, name: str, version: int) -> str:
-    """What runs a version here, and why; or why nothing does."""
+    """Return how a version runs on this host and why, or why it cannot run."""
     from shorttail.models.load import load_runner
     from shorttail.models.settings import tuned
     from shorttail.store.files import model_path
@@ -144,11 +148,12 @@ def runs_as(store: Store, name: str, version: int) -> str:
 
 @models_command("show")
 @click.argument("name")
-@click.option("--version", type=int, help="A version other than the one that serves.")
+@click.option("--version", type=int, help="Version of the model; without it, the version that serves.")
 def models_show(store: str | None, as_json: bool, name: str, version: int | None) -> None:
-    """Show one version of a model: what feeds it, what runs it and why, and what a batch costs.
+    """Show a version of the model NAME.
 
-    The costs are measured now, on this host.
+    Shows its inputs and outputs, the columns of a request, how it runs on this host and why, and how long
+    batches take. The times are measured now, on this host.
 
     \b
     Example:
@@ -177,13 +182,13 @@ def models_show(store: str | None, as_json: bool, name: str, version: int | None
     for label, value in show_lines(shown):
         click.echo(f"{label + ':' * bool(label):<13}{value}")
     click.echo("")
-    print_table(["rows", "us a batch", "us a row"], [[n, us, round(us / n, 3)] for n, us in shown["us"].items()])
+    print_table(["rows", "us/batch", "us/row"], [[n, us, round(us / n, 3)] for n, us in shown["us"].items()])
 
 
 def show_lines(shown: dict[str, Any]) -> list[tuple[str, str]]:
-    """(label, text) of what `models show` prints; long lists go on in lines of their own."""
+    """Return the lines of `models show` as (label, text). Each column of an input has a line of its own."""
     lines = [
-        ("model", f"{shown['name']} version {shown['version']}{' (serves)' * shown['serving']}{part(shown)}"),
+        ("model", f"{shown['name']} version {shown['version']}{' (serves)' * shown['serving']}{share_text(shown)}"),
         ("versions", ", ".join(map(str, shown["versions"]))),
         ("created", shown["created"]),
         ("sha256", shown["sha256"]),
@@ -199,8 +204,8 @@ def show_lines(shown: dict[str, Any]) -> list[tuple[str, str]]:
         ("features", ", ".join(shown["features"]) or "none"),
         ("request", ", ".join(f"{column} {dtype}" for column, dtype in shown["columns"].items())),
         ("runs", shown["runs"]),
-        ("tuning", shown["tuning"] or "none; `shorttail tune` measures what is best on this host"),
-        ("on the loop", f"batches of up to {shown['loop_rows_max']} rows; larger ones would stall it"),
+        ("tuning", shown["tuning"] or "none; `shorttail tune` finds the fastest settings on this host"),
+        ("event loop", f"runs batches of up to {shown['loop_rows_max']} rows; larger ones run in another thread"),
     ]
     return [(label, value) for label, value in lines if value]
 
@@ -208,14 +213,23 @@ def show_lines(shown: dict[str, Any]) -> list[tuple[str, str]]:
 @models_command("deploy")
 @click.argument("name")
 @click.argument("path")
-@click.option("--no-promote", is_flag=True, help="Register it, but let the current version go on serving.")
+@click.option("--no-promote", is_flag=True, help="Register the version; the current version goes on serving.")
 @click.option(
-    "--canary", metavar="10%", callback=parse_percent, help="Let it answer so much, the current one the rest."
+    "--canary",
+    metavar="PERCENT",
+    callback=parse_percent,
+    help="Let the new version answer this percentage of the requests, such as 10%, and the current one the rest.",
 )
-@click.option("--owner", help="Who looks after it; unless given that of the current version.")
-@click.option("--description", help="What it is; unless given that of the current version.")
-@click.option("--run", default="", metavar="LINK", help="Its training run: mlflow:ID or any URL.")
-@click.option("--metric", "metrics", multiple=True, metavar="NAME=NUMBER", help="What it was measured at; repeat it.")
+@click.option("--owner", help="Owner of the version; without it, that of the current version.")
+@click.option("--description", help="Description of the version; without it, that of the current version.")
+@click.option("--run", default="", metavar="LINK", help="Link to the training run: mlflow:ID or any URL.")
+@click.option(
+    "--metric",
+    "metrics",
+    multiple=True,
+    metavar="NAME=NUMBER",
+    help="Measured figure of the version, such as auc=0.91; may be repeated.",
+)
 def models_deploy(
     store: str | None,
     as_json: bool,
@@ -228,11 +242,11 @@ def models_deploy(
     run: str,
     metrics: tuple[str, ...],
 ) -> None:
-    """Register an ONNX file as the next version.
+    """Register an ONNX file as the next version of a model.
 
-    PATH becomes the next version of the model NAME and serves. It takes the same inputs as the current
-    version; to change them, edit the definitions and apply. It is loaded and run first; a file that fails
-    is not registered.
+    The ONNX file PATH becomes the next version of the model NAME, and serves. It gets the same inputs as
+    the current version; to change them, edit the definitions and apply them. The file is loaded and run
+    first; if that fails, it is not registered.
 
     \b
     Example:
@@ -243,17 +257,19 @@ def models_deploy(
     from shorttail.registry import versions as registry
 
     if canary == 0:
-        raise click.UsageError("--canary 0%: leave a version idle with --no-promote", click.get_current_context())
+        raise click.UsageError(
+            "--canary 0%: to register a version that answers nothing, use --no-promote", click.get_current_context()
+        )
     about: dict[str, Any] = {"owner": owner, "description": description, "run": run, "metrics": parse_metrics(metrics)}
     with opened(required_store(store)) as target:
         before = target.catalog.model(name).current
-        # This host may be serving, and checking a model takes a CPU for a while.
+        # A server may run on this host, and checking a model keeps a CPU busy for a while.
         version = run_at_low_priority(
             lambda: registry.deploy(target, name, path, not no_promote, canary_percent=canary, **about)
         )
         serving = target.catalog.model(name).current
     if version == before:
-        note = "unchanged: it is that file already"
+        note = "unchanged: this version has the same file already"
     elif canary is not None:
         note = f"answers {canary:g}% of the requests, version {serving} the rest"
     else:
@@ -264,11 +280,11 @@ def models_deploy(
 @models_command("promote")
 @click.argument("name")
 @click.argument("number", metavar="[VERSION]", type=int, required=False)
-@click.option("--version", type=int, help="The same as VERSION.")
+@click.option("--version", type=int, help="Another way to give VERSION.")
 def models_promote(store: str | None, as_json: bool, name: str, number: int | None, version: int | None) -> None:
-    """Let VERSION of the model NAME serve.
+    """Make VERSION of the model NAME the one that serves.
 
-    Without VERSION: its canary, or else its newest version. A canary ends.
+    Without VERSION: the canary if there is one, else the newest version. A canary ends.
 
     \b
     Example:
@@ -287,9 +303,9 @@ def models_promote(store: str | None, as_json: bool, name: str, number: int | No
 @models_command("rollback")
 @click.argument("name")
 def models_rollback(store: str | None, as_json: bool, name: str) -> None:
-    """Let the version of the model NAME serve that served before.
+    """Make the previous version of the model NAME serve again.
 
-    A canary ends. To end only that: `shorttail models canary NAME=off`.
+    A canary ends. To end only the canary: `shorttail models canary NAME=off`.
 
     \b
     Example:
@@ -304,12 +320,12 @@ def models_rollback(store: str | None, as_json: bool, name: str) -> None:
 
 @models_command("canary")
 @click.argument("share", metavar="NAME=10%|NAME=off")
-@click.option("--version", type=int, help="Of the canary; unless given the one there is, or the newest version.")
+@click.option("--version", type=int, help="Version to use; without it, the present canary, else the newest version.")
 def models_canary(store: str | None, as_json: bool, share: str, version: int | None) -> None:
-    """Let a version answer a part of the requests.
+    """Let a version answer a percentage of the requests.
 
-    Which ones is decided by their entity keys: an entity gets the same version every time. 0% or off ends
-    it; `promote` makes the canary the version that serves.
+    A hash of the entity keys chooses the requests, so an entity gets the same version every time. 0% or
+    off ends the canary; `promote` makes it the version that serves.
 
     \b
     Example:
@@ -324,21 +340,27 @@ def models_canary(store: str | None, as_json: bool, share: str, version: int | N
     with opened(required_store(store)) as target:
         canary = registry.set_canary(target, name, parse_share(percent), version)
         serving = target.catalog.model(name).current
-    show_part(as_json, name, serving, "canary", canary, "answers {:g}% of the requests, version {} the rest")
+    show_share(as_json, name, serving, "canary", canary, "answers {:g}% of the requests, version {} the rest")
 
 
 @models_command("shadow")
 @click.argument("name")
-@click.option("--version", type=int, help="The version to run.")
-@click.option("--percent", metavar="100%", callback=parse_percent, help="Of the batches; all unless given.")
-@click.option("--off", is_flag=True, help="End it.")
+@click.option("--version", type=int, help="Version to run as the shadow.")
+@click.option(
+    "--percent",
+    metavar="PERCENT",
+    show_default="100%",
+    callback=parse_percent,
+    help="Percentage of the batches to run it on.",
+)
+@click.option("--off", is_flag=True, help="End the shadow.")
 def models_shadow(
     store: str | None, as_json: bool, name: str, version: int | None, percent: float | None, off: bool
 ) -> None:
-    """Run a version beside the one that serves, and compare.
+    """Run a version beside the one that serves, and compare their answers.
 
-    A server runs it on what it has answered, after the answers are sent. Its answers are compared and counted,
-    never returned: `models` of the server tells the counts.
+    After a server has sent its answers, it runs the shadow on the same requests, and counts the answers
+    that differ. The shadow's answers are never returned; the server's `models` method returns the counts.
 
     \b
     Example:
@@ -352,11 +374,11 @@ def models_shadow(
     with opened(required_store(store)) as target:
         shadow = registry.set_shadow(target, name, version, 100.0 if percent is None else percent)
         serving = target.catalog.model(name).current
-    show_part(as_json, name, serving, "shadow", shadow, "runs on {:g}% of what version {} answers")
+    show_share(as_json, name, serving, "shadow", shadow, "runs on {:g}% of the requests that version {} answers")
 
 
-def show_part(as_json: bool, name: str, serving: int, what: str, share: Share | None, text: str) -> None:
-    """A canary or a shadow as it is now."""
+def show_share(as_json: bool, name: str, serving: int, what: str, share: Share | None, text: str) -> None:
+    """Print the present canary or shadow. what: "canary" or "shadow"; text: filled with percent and version."""
     if as_json:
         return print_json({"name": name, "serving": serving, what: share.to_json() if share else None})
     if share is None:

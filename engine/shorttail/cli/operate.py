@@ -1,4 +1,4 @@
-"""`shorttail stat`, `verify` and `backup`: the care of a store, also of one that is served and written to."""
+"""`shorttail stat`, `verify` and `backup`: commands to operate a store, also while it is served and written to."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from shorttail.cli.output import print_json, print_table
 @store_option
 @json_option
 def stat(store: str, as_json: bool) -> None:
-    """Rows, sizes and readers of a store.
+    """Show rows, sizes and readers of a store.
 
-    Fill is the part of a view's pages that is in use.
+    `fill` is the used percentage of a view's pages.
 
     \b
     Example:
@@ -56,11 +56,11 @@ def stat(store: str, as_json: bool) -> None:
     click.echo(f"readers: {readers_text(found)}")
     for table in found["leftover_tables"]:
         pages = counted(table["pages"], "page")
-        click.echo(f"table {table['table']}: {pages} of no view, of a load at work or left by a killed one")
+        click.echo(f"table {table['table']}: {pages} of no view; a load is running, or one was killed")
 
 
 def readers_text(found: dict[str, Any]) -> str:
-    """ "2 processes (11, 12), 1 snapshot; the oldest, of process 12, is 3 commits behind"."""
+    """Return "2 processes (11, 12), 1 snapshot; the oldest, of process 12, is 3 commits behind"."""
     readers = found["readers"]
     if not readers:
         return "none"
@@ -74,18 +74,19 @@ def readers_text(found: dict[str, Any]) -> str:
     return text
 
 
-def counted(n: int, one: str, many: str | None = None) -> str:
-    return f"{n:,} {one if n == 1 else many or one + 's'}"
+def counted(n: int, singular: str, plural: str | None = None) -> str:
+    """Return "1 row" or "2 rows"."""
+    return f"{n:,} {singular if n == 1 else plural or singular + 's'}"
 
 
 @click.command()
 @store_option
 @json_option
 def verify(store: str, as_json: bool) -> int:
-    """Check a store in full.
+    """Check a store completely.
 
-    The file, LMDB's structure, the checksum of every page, every row by its key, and the models'
-    files. Exit code 0: sound; 1: damaged, with a line for each problem.
+    Checks the file, LMDB's structure, the checksum of every page, that every row is found by its key,
+    and the models' files. Exit code 0: the store is sound; 1: it is damaged, with a line for each problem.
 
     \b
     Example:
@@ -128,13 +129,13 @@ def verify(store: str, as_json: bool) -> int:
 @click.command()
 @click.argument("destination")
 @store_option
-@click.option("--as-is", is_flag=True, help="Copy free pages too, which takes less CPU.")
+@click.option("--as-is", is_flag=True, help="Copy free pages too: a larger file, and less CPU time.")
 @json_option
 def backup(destination: str, store: str, as_is: bool, as_json: bool) -> None:
     """Copy a store to a new folder.
 
-    The copy is of one commit, whatever is written meanwhile, and is a store itself: to restore it,
-    serve it. DESTINATION appears when all of it is on disk.
+    The copy holds a single commit, also if the store is written meanwhile. It is a store itself: to
+    restore it, serve it. DESTINATION appears only when the whole copy is on disk.
 
     \b
     Example:

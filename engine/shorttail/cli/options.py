@@ -1,4 +1,4 @@
-"""Options that several commands share, and the opening of a store for one command."""
+"""Options that several commands share, and helpers that open a store or connect to a server for a command."""
 
 from __future__ import annotations
 
@@ -17,22 +17,26 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def store_option(command: F) -> F:
+    """Add the required option --store."""
     return click.option("--store", required=True, metavar="STORE", help="Folder of the online store.")(command)
 
 
 def json_option(command: F) -> F:
+    """Add the option --json."""
     return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
 
 
 def source_options(command: F) -> F:
-    """--store or --server: who answers. What a server wants to see is kept for connect()."""
+    """Add --store and --server, of which a command takes exactly one, and the credentials that connect() uses."""
     for name, metavar, text in (
-        ("--tls-ca", "PEM", "Speak TLS to the server, whose certificate this CA has signed."),
-        ("--token-file", "FILE", "Show the server the token in this file."),
+        ("--tls-ca", "PEM", "Use TLS to the server, whose certificate the CA in this file has signed."),
+        ("--token-file", "FILE", "Send the token in this file to the server."),
     ):
         command = click.option(name, metavar=metavar, help=text, expose_value=False, callback=_keep)(command)
-    command = click.option("--server", metavar="ADDR", help="Ask a server: host:port or unix:/path.sock.")(command)
-    return click.option("--store", metavar="STORE", help="Use a store in this process.")(command)
+    command = click.option("--server", metavar="ADDR", help="Use a running server: host:port or unix:/path.sock.")(
+        command
+    )
+    return click.option("--store", metavar="STORE", help="Use the store in this folder, without a server.")(command)
 
 
 def _keep(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
@@ -40,7 +44,7 @@ def _keep(ctx: click.Context, param: click.Parameter, value: str | None) -> None
 
 
 def connect(server: str, timeout_s: float = 5.0) -> Client:
-    """A client with the credentials that the current command was given."""
+    """Return a client of the server, with the credentials among the current command's options."""
     from shorttail.client import Client
     from shorttail.server.security import client_token
 
@@ -52,6 +56,7 @@ def connect(server: str, timeout_s: float = 5.0) -> Client:
 
 @contextlib.contextmanager
 def opened(path: str, create: bool = False) -> Iterator[Store]:
+    """Open a store for a command, at its latest commit, and close it afterwards."""
     from shorttail.store import Store
 
     store = Store.open(path, create=create)
@@ -64,7 +69,7 @@ def opened(path: str, create: bool = False) -> Iterator[Store]:
 
 @contextlib.contextmanager
 def answerer(store: str | None, server: str | None) -> Iterator[Engine | Client]:
-    """Who answers: an engine on the store, or a client of the server."""
+    """Yield an engine on the store, or a client of the server. Both have the methods of queries."""
     if (store is None) == (server is None):
         raise click.UsageError("give either --store STORE or --server ADDR", click.get_current_context())
     if store is not None:
@@ -80,7 +85,7 @@ def answerer(store: str | None, server: str | None) -> Iterator[Engine | Client]
 
 @contextlib.contextmanager
 def progress_bar(name: str) -> Iterator[Callable[[int, int | None], None]]:
-    """A bar on stderr while it is a terminal; yields progress(rows done, rows in all if known)."""
+    """Show a progress bar if stderr is a terminal. Yields a function progress(rows done, all rows if known)."""
     from tqdm import tqdm
 
     with tqdm(desc=name, unit=" rows", unit_scale=True, leave=False, disable=None) as bar:

@@ -1,4 +1,4 @@
-"""How the commands print results."""
+"""Prints results of the commands as tables and JSON."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import click
 
 
 def status_notes(by_view: Mapping[str, Any], by_feature: Mapping[str, Any] | None = None) -> list[str]:
-    """For each row, what was not PRESENT: "plane NOT_FOUND, weather:wind NULL"."""
+    """Return for each row the views and features that are not PRESENT: "plane NOT_FOUND, weather:wind NULL"."""
     from shorttail.results import Status
 
     count = max((len(codes) for codes in by_view.values()), default=0)
@@ -28,7 +28,7 @@ def status_notes(by_view: Mapping[str, Any], by_feature: Mapping[str, Any] | Non
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Aligned columns; numbers to the right."""
+    """Print a table with aligned columns. Columns of numbers are aligned to the right."""
     cells = [[show(value) for value in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
     right = [all(is_number(row[c]) for row in rows) and bool(rows) for c in range(len(header))]
@@ -42,6 +42,7 @@ def is_number(value: Any) -> bool:
 
 
 def show(value: Any) -> str:
+    """Return a value as text: "-" for None, six digits of a float, and at most eight items of a list."""
     if value is None:
         return "-"
     if isinstance(value, float):
@@ -57,7 +58,7 @@ def print_json(document: Any) -> None:
 
 
 def plain(value: Any) -> Any:
-    """JSON has no NaN or infinity: null."""
+    """Return a document that JSON can hold: NaN and infinities become null."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
@@ -68,7 +69,7 @@ def plain(value: Any) -> Any:
 
 
 def rate(rows: int, seconds: float) -> str:
-    """ "3,322 rows in 0.02 s (166,000 rows/s)", the rate to three digits."""
+    """Return "3,322 rows in 0.02 s (166,000 rows/s)", with three digits of the rate."""
     per_s = rows / max(seconds, 1e-9)
     rounded = round(per_s, 3 - len(str(int(per_s))))
     return f"{rows:,} row{'' if rows == 1 else 's'} in {seconds:.2f} s ({rounded:,.0f} rows/s)"

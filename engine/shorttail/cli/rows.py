@@ -1,4 +1,4 @@
-"""Commands that change rows: `shorttail push` and `shorttail delete`, of a store or through a server."""
+"""`shorttail push` and `shorttail delete`: commands that change rows, in a store or through a server."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from shorttail.define.views import FeatureView
     from shorttail.store import ColumnBatch, Store
 
-REQUEST_ROWS = 4096  # sent to a server at a time
+REQUEST_ROWS = 4096  # most rows in a request to a server
 REQUEST_BYTES = LIMITS.frame_bytes // 4
-TIMEOUT_S = 60.0  # a server may be busy with other writes
+TIMEOUT_S = 60.0  # long, because a server may be busy with other writes
 
 
 @click.command()
@@ -31,10 +31,11 @@ TIMEOUT_S = 60.0  # a server may be busy with other writes
 @source_options
 @json_option
 def push(view: str, file: str, store: str | None, server: str | None, as_json: bool) -> None:
-    """Upsert the rows of a file into VIEW.
+    """Insert or replace rows of VIEW from a file.
 
-    FILE is Parquet, Arrow (.arrow, .feather) or CSV (.csv). Columns are found by name. A row older
-    than the one stored is dropped. Through a server, rows are sent some thousand at a time.
+    FILE is a Parquet, Arrow (.arrow, .feather) or CSV (.csv) file. Its columns are matched by name. A row
+    whose event time is older than that of the stored row is ignored. With --server, at most 4,096 rows are
+    sent in a request.
 
     \b
     Example:
@@ -43,18 +44,18 @@ def push(view: str, file: str, store: str | None, server: str | None, as_json: b
     """
     from shorttail.sources.parquet import parquet_batches
 
-    with target(store, server) as rows_of:
-        definition = rows_of.view(view)
+    with open_writer(store, server) as writer:
+        definition = writer.view(view)
         total, batches = parquet_batches(file, definition, definition.timestamp)
         rows, start_s = 0, time.perf_counter()
         try:
             with progress_bar(view) as progress:
                 for batch in batches:
-                    for taken in rows_of.push(definition, batch):
-                        rows += taken
+                    for pushed in writer.push(definition, batch):
+                        rows += pushed
                         progress(rows, total)
         except ShorttailError as error:
-            raise after(error, rows, "pushed") from None
+            raise with_progress(error, rows, "pushed") from None
         seconds = time.perf_counter() - start_s
     if as_json:
         return print_json({"view": view, "rows": rows, "seconds": round(seconds, 6)})
@@ -64,7 +65,7 @@ def push(view: str, file: str, store: str | None, server: str | None, as_json: b
 @click.command()
 @click.argument("view")
 @click.argument("values", nargs=-1, metavar="KEY=VALUE...")
-@click.option("--file", metavar="FILE", help="Take the keys from a Parquet, Arrow or CSV file.")
+@click.option("--file", metavar="FILE", help="Parquet, Arrow or CSV file with the keys to delete.")
 @source_options
 @json_option
 def delete(
@@ -72,7 +73,7 @@ def delete(
 ) -> None:
     """Delete rows of VIEW by their keys.
 
-    `a,b,c` deletes several; one value beside it is repeated.
+    KEY=a,b,c deletes three rows. A key with a single value has it in all rows.
 
     \b
     Example:
@@ -82,42 +83,44 @@ def delete(
     """
     if bool(values) == (file is not None):
         raise click.UsageError("give either KEY=VALUE... or --file FILE", click.get_current_context())
-    with target(store, server) as rows_of:
-        definition = rows_of.view(view)
+    with open_writer(store, server) as writer:
+        definition = writer.view(view)
         keys = rows = 0
         try:
             with progress_bar(view) as progress:
                 for count, total, columns in key_columns(definition, values, file):
-                    rows += rows_of.delete(definition, columns)
+                    rows += writer.delete(definition, columns)
                     keys += count
                     progress(keys, total)
         except ShorttailError as error:
-            raise after(error, rows, "deleted") from None
+            raise with_progress(error, rows, "deleted") from None
     if as_json:
         return print_json({"view": view, "keys": keys, "rows": rows})
     click.echo(f"{view}: {rows:,} row{'' if rows == 1 else 's'} deleted of {keys:,} key{'' if keys == 1 else 's'}")
 
 
-def after(error: ShorttailError, rows: int, done: str) -> ShorttailError:
-    """The error, and what is stored in spite of it."""
-    return type(error)(f"{error.message} ({rows:,} rows before were {done})") if rows else error
+def with_progress(error: ShorttailError, rows: int, done: str) -> ShorttailError:
+    """Return the error with the number of rows that were changed before it. done: "pushed" or "deleted"."""
+    return type(error)(f"{error.message} (before the error {rows:,} rows were {done})") if rows else error
 
 
 @contextlib.contextmanager
-def target(store: str | None, server: str | None) -> Iterator[RowsOfStore | RowsOfServer]:
-    """Whose rows are changed."""
+def open_writer(store: str | None, server: str | None) -> Iterator[StoreWriter | ServerWriter]:
+    """Yield a writer to the store or to the server; exactly one of the two is given."""
     if (store is None) == (server is None):
         raise click.UsageError("give either --store STORE or --server ADDR", click.get_current_context())
     if store is not None:
         with opened(store) as found:
-            yield RowsOfStore(found)
+            yield StoreWriter(found)
     else:
         assert server is not None
         with connect(server, TIMEOUT_S) as client:
-            yield RowsOfServer(client)
+            yield ServerWriter(client)
 
 
-class RowsOfStore:
+class StoreWriter:
+    """Changes rows of a store in this process."""
+
     def __init__(self, store: Store):
         self.store = store
 
@@ -133,12 +136,14 @@ class RowsOfStore:
         return self.store.delete(view.name, key_arrays(view, columns))
 
 
-class RowsOfServer:
+class ServerWriter:
+    """Changes rows through a server, in requests that fit into a message."""
+
     def __init__(self, client: Client):
         self.client = client
 
     def view(self, name: str) -> FeatureView:
-        """As far as reading a file needs it. Raises NotFound."""
+        """Return a view with the fields that reading a file needs. Raises NotFound."""
         from shorttail.define.dtypes import parse_dtype
         from shorttail.define.entities import Entity
         from shorttail.define.sources import ParquetSource
@@ -154,27 +159,27 @@ class RowsOfServer:
         return FeatureView(name, Entity("entity", keys), features, source=source)
 
     def push(self, view: FeatureView, batch: ColumnBatch) -> Iterator[int]:
-        """Yields the rows of each request."""
+        """Send the batch, and yield the number of rows of each request."""
         for start in range(0, len(batch), REQUEST_ROWS):
-            for part in parts(batch.slice(start, start + REQUEST_ROWS)):
+            for part in split_batch(batch.slice(start, start + REQUEST_ROWS)):
                 yield self.client.push(view.name, wire_columns(view, part))
 
     def delete(self, view: FeatureView, columns: dict[str, Any]) -> int:
         return self.client.delete(view.name, columns)
 
 
-def parts(batch: ColumnBatch) -> Iterator[ColumnBatch]:
-    """Batches that a message can hold."""
+def split_batch(batch: ColumnBatch) -> Iterator[ColumnBatch]:
+    """Halve a batch until each part fits into a message."""
     rows = len(batch)
-    if rows == 1 or weight(batch) <= REQUEST_BYTES:
+    if rows == 1 or wire_bytes(batch) <= REQUEST_BYTES:
         yield batch
     else:
-        yield from parts(batch.slice(0, rows // 2))
-        yield from parts(batch.slice(rows // 2, rows))
+        yield from split_batch(batch.slice(0, rows // 2))
+        yield from split_batch(batch.slice(rows // 2, rows))
 
 
-def weight(batch: ColumnBatch) -> int:
-    """About the bytes of the columns on the wire."""
+def wire_bytes(batch: ColumnBatch) -> int:
+    """Estimate the bytes of the columns in a message."""
     from shorttail.store.table import Texts
 
     total = 0
@@ -189,7 +194,7 @@ def weight(batch: ColumnBatch) -> int:
 
 
 def wire_columns(view: FeatureView, batch: ColumnBatch) -> dict[str, Any]:
-    """The batch as Client.push takes it."""
+    """Return the columns of a batch as Client.push takes them. Raises InvalidArgument."""
     from shorttail.sources.rows import time_column
 
     given: list[tuple[str, Any, Any]] = [
@@ -216,7 +221,7 @@ def wire_values(values: Any, nulls: Any) -> Any:
 def key_columns(
     view: FeatureView, values: tuple[str, ...], file: str | None
 ) -> Iterator[tuple[int, int | None, dict[str, Any]]]:
-    """(keys, keys in all if known, columns) of each request."""
+    """Yield (number of keys, number of all keys if known, columns) for each request."""
     if file is None:
         dtypes = {name: dtype.name for name, dtype in view.keys.items()}
         columns = parse_columns(values, dtypes, f"view '{view.name}'")

@@ -1,4 +1,4 @@
-"""Options of `shorttail serve` about security, limits and CPUs."""
+"""The options of `shorttail serve` for security, limits, CPUs, HTTP and the log."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from shorttail.config import LIMITS
 
 
 class Mode(click.types.StringParamType):
-    """The mode of a file, in octal."""
+    """A file mode, written in octal."""
 
     name = "octal"
 
@@ -22,89 +22,103 @@ class Mode(click.types.StringParamType):
         except ValueError:
             mode = -1
         if not 0 <= mode <= 0o777:
-            self.fail(f"{value!r} is no file mode; write it as in chmod, such as 660", param, ctx)
+            self.fail(f"{value!r} is not a file mode; write it as for chmod, such as 660", param, ctx)
         return mode
 
 
-# Named as the fields of server.settings.Settings.
+# The options have the names of the fields of server.settings.ServerSettings.
 OPTIONS: Final = [
-    click.option("--token-file", metavar="FILE", help="Ask for a token: lines `serve TOKEN` and `admin TOKEN`."),
-    click.option("--tls-cert", metavar="PEM", help="Serve TCP over TLS with this certificate (and its chain)."),
-    click.option("--tls-key", metavar="PEM", help="The certificate's private key, if it is in another file."),
-    click.option("--tls-client-ca", metavar="PEM", help="Take only clients that show a certificate of this CA."),
+    click.option(
+        "--token-file",
+        metavar="FILE",
+        help="Require a token from clients; FILE has lines `serve TOKEN` and `admin TOKEN`.",
+    ),
+    click.option("--tls-cert", metavar="PEM", help="Use TLS for TCP, with the certificate (and chain) in this file."),
+    click.option("--tls-key", metavar="PEM", help="File of the certificate's private key, if it is another file."),
+    click.option(
+        "--tls-client-ca", metavar="PEM", help="Accept only clients with a certificate that this CA has signed."
+    ),
     click.option("--uds-mode", type=Mode(), default="600", show_default=True, help="File mode of the Unix socket."),
     click.option(
-        "--max-connections", type=click.IntRange(1), default=LIMITS.connections, show_default=True, help="Of a worker."
+        "--max-connections",
+        type=click.IntRange(1),
+        default=LIMITS.connections,
+        show_default=True,
+        help="Maximum connections of a worker.",
     ),
     click.option(
         "--max-peer-connections",
         type=click.IntRange(1),
         default=LIMITS.connections,
         show_default=True,
-        help="Of a worker, from one address.",
+        help="Maximum connections of a worker from the same address.",
     ),
     click.option(
         "--idle-deadline-s",
         type=click.IntRange(1),
         default=LIMITS.idle_deadline_s,
         show_default=True,
-        help="Close a connection that was silent for so long.",
+        help="Close a connection after this many seconds without data.",
     ),
     click.option(
         "--frame-deadline-s",
         type=click.IntRange(1),
         default=LIMITS.frame_deadline_s,
         show_default=True,
-        help="Cut one whose message is not whole after so long.",
+        help="Close a connection if a message is incomplete for this many seconds.",
     ),
     click.option(
         "--write-deadline-s",
         type=click.IntRange(1),
         default=LIMITS.write_deadline_s,
         show_default=True,
-        help="Cut one that has not read its answers for so long.",
+        help="Close a connection whose client has not read its answers for this many seconds.",
     ),
     click.option(
         "--hang-deadline-s",
         type=click.IntRange(1),
         default=LIMITS.hang_deadline_s,
         show_default=True,
-        help="Kill and replace a worker that stood still for so long.",
+        help="Kill and replace a worker whose event loop is blocked for this many seconds.",
     ),
     click.option(
         "--p99-budget-ms",
         type=click.FloatRange(0.1),
         default=LIMITS.p99_budget_ms,
         show_default=True,
-        help="What an accepted request may take when there are too many.",
+        help="P99 latency goal in ms for accepted requests under overload; the server refuses the others.",
     ),
-    click.option("--pin-cpus", is_flag=True, help="Give each worker a CPU of its own to run on."),
+    click.option("--pin-cpus", is_flag=True, help="Pin each worker to a CPU of its own."),
     click.option(
         "--busy-poll-us",
         type=click.IntRange(0),
-        help="Look for requests for so long before sleeping; takes a CPU a worker. 0: sleep at once."
-        "  [default: 100 while most requests come within that]",
+        show_default="100, while most requests arrive within that time",
+        help="Poll for requests for this many microseconds before sleeping, which uses a whole CPU for each worker;"
+        " 0: sleep at once.",
     ),
-    click.option("--http/--no-http", default=True, help="Serve HTTP: probes, metrics, inference.  [default: http]"),
+    click.option(
+        "--http/--no-http", default=True, show_default=True, help="Serve HTTP: health probes, metrics, inference."
+    ),
     click.option(
         "--http-port",
         type=click.IntRange(0, 65535),
-        help="TCP port of HTTP; 0 takes a free one.  [default: 7712; 0 with --port 0]",
+        show_default="7712; with --port 0 a free port",
+        help="TCP port for HTTP; 0 takes a free port.",
     ),
     click.option(
         "--log",
         type=click.Choice(["text", "json"]),
         default="text",
         show_default=True,
-        help="Form of all lines on stderr.",
+        help="Format of the lines on stderr.",
     ),
-    click.option("--log-failed", is_flag=True, help="Log requests that fail."),
+    click.option("--log-failed", is_flag=True, help="Log each request that fails."),
     click.option(
         "--slow-ms",
         type=click.FloatRange(0),
         default=0.0,
         show_default=True,
-        help="Log requests that take longer; 0 logs none.",
+        help="Log each request that takes longer than this many ms; 0 logs none.",
     ),
 ]
 NAMES: Final = [
@@ -131,7 +145,7 @@ NAMES: Final = [
 
 
 def settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds the options, and gives the command their values as `settings`."""
+    """Add the options to a command, which gets their values as a single argument `settings`."""
 
     @functools.wraps(command)
     def with_settings(**values: Any) -> Any:

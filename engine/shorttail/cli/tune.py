@@ -1,4 +1,4 @@
-"""`shorttail tune`: measures how a model is best run on this host, and writes that down."""
+"""`shorttail tune`: measures which settings run a model fastest on this host, and stores them."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ from shorttail.cli.output import print_json, print_table
 @click.command()
 @click.argument("model")
 @store_option
-@click.option("--version", type=int, help="A version other than the current one.")
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
-@click.option("--seconds", default=1.0, show_default=True, type=click.FloatRange(0, 600), help="For each batch size.")
-@click.option("--dry-run", is_flag=True, help="Measure, but write nothing.")
+@click.option("--version", type=int, help="Version of the model; without it, the current version.")
+@click.option("--device", default="cpu", show_default=True, help="Device to measure: cpu, cuda or cuda:N.")
+@click.option(
+    "--seconds", default=1.0, show_default=True, type=click.FloatRange(0, 600), help="Duration for each batch size."
+)
+@click.option("--dry-run", is_flag=True, help="Measure, and write nothing.")
 @json_option
 def tune(
     model: str, store: str, version: int | None, device: str, seconds: float, dry_run: bool, as_json: bool
 ) -> None:
-    """Choose how MODEL runs on this host.
+    """Find the fastest settings for MODEL on this host.
 
-    Measures the compiled forest and ONNX Runtime with several settings, on random rows, and keeps the fastest
-    in the store. The choice holds for hosts with this CPU; others are tuned apart.
+    Measures the compiled forest and ONNX Runtime with several settings on random rows, and writes the
+    fastest settings into the store. They are used on hosts with the same CPU; tune other hosts separately.
 
     \b
     Example:
@@ -52,7 +54,7 @@ def tune(
                 "written": not dry_run,
             }
         )
-    click.echo(f"{model} version {result.version} on {result.host}: microseconds for a batch, medians")
+    click.echo(f"{model} version {result.version} on {result.host}: median microseconds per batch")
     rows = [[c.runner.model.description, *(round(us, 1) for us in c.median_us.values())] for c in result.candidates]
     print_table(["runs as", *(f"{n} row{'s' * (n != 1)}" for n in tuning.BATCHES)], rows)
     if result.candidates[0].runner.kind != "forest":

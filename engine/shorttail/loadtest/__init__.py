@@ -1,5 +1,6 @@
 """Load tests of a server: `shorttail bench`.
 
-plan.py turns what is asked into request templates, rates.py says how fast, runner.py runs the native generator and
-watches it, result.py makes one step's figures, report.py the page. native/loadtest.h is the generator itself.
+traffic.py makes request templates from the user's options, rates.py parses rates, runner.py runs the native generator
+and observes it, result.py computes the figures of a step, and report.py writes the HTML page. native/loadtest.h is the
+generator itself.
 """

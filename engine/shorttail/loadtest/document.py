@@ -1,4 +1,4 @@
-"""A run as one JSON object: what was run where, and its steps. What `shorttail bench compare` reads back."""
+"""Describes a run as a JSON object: its options, its machine and its steps. `shorttail bench compare` reads it back."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from shorttail.loadtest.verify import Verified
 
 
 def machine() -> dict[str, Any]:
-    """Of the generator; the server's own machine is for the user to name, by --label."""
+    """Describe the generator's machine. The server's machine is unknown; users can name it with --label."""
     return {
         "host": platform.node(),
         "cpu": cpu_model(),
@@ -56,6 +56,7 @@ def make_document(
     verified: Verified | None,
     watch: StageWatch | None = None,
 ) -> dict[str, Any]:
+    """Return the JSON object of a run. command: as the user typed it. started_s: seconds since 1970 UTC."""
     document: dict[str, Any] = {
         "tool": "shorttail bench",
         "format": FORMAT,
@@ -104,7 +105,7 @@ def describe_load(load: Load, target: Target) -> dict[str, Any]:
 
 
 def read_document(path: str) -> dict[str, Any]:
-    """A run that `--json` printed. Raises NotFound, InvalidArgument."""
+    """Read a run that `--json` printed. Raises NotFound, InvalidArgument."""
     try:
         document = json.loads(Path(path).read_text())
     except FileNotFoundError:
@@ -112,7 +113,7 @@ def read_document(path: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise InvalidArgument(f"{path}: cannot be read as JSON: {error}") from None
     if not isinstance(document, Mapping) or document.get("tool") != "shorttail bench" or not document.get("steps"):
-        raise InvalidArgument(f"{path} is no result of `shorttail bench --json`")
+        raise InvalidArgument(f"{path} is not a result of `shorttail bench --json`")
     if document["format"] != FORMAT:
         raise InvalidArgument(f"{path} has format {document['format']}, and this version reads {FORMAT}; run it again")
     return {**document, "label": document["label"] or Path(path).stem}

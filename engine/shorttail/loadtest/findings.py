@@ -1,4 +1,4 @@
-"""What a run says in words: where the server's limit lies, and what the figures cannot be blamed on."""
+"""Explains a run in sentences: where the server's limit is, and which delays the generator or its machine caused."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from shorttail.loadtest.text import rate, us
 
 Step = Mapping[str, Any]
 
-QUEUED = 0.5  # of the time in the server: more than the batch before, for which one waits
-SATURATED = 0.85  # of a core: what its own stages and the reading and writing of sockets leave of a worker
-SLOW_SLICE = 3.0  # a slice of the run is slow with a P99 of so many times the median slice's
+QUEUED = 0.5  # share of the server's time from which on the queue is long: more than the wait for a batch before
+SATURATED = 0.85  # share of a core from which on a worker is busy; reading and writing sockets take the rest
+SLOW_SLICE = 3.0  # a slice of the run is slow if its P99 is above this multiple of the median slice's P99
 
 
 def findings(document: Mapping[str, Any]) -> list[str]:
-    """Sentences, the most important first."""
+    """Return the sentences about a run, the most important first."""
     steps = document["steps"]
     found = [f"The run failed: {step['fatal']}." for step in steps if step["fatal"]]
     if document["capacity"]:
@@ -41,7 +41,7 @@ def kept_up(step: Step) -> bool:
 
 
 def main_step(steps: Sequence[Step]) -> Step:
-    """The fastest step that the server kept up with; the first if it kept up with none."""
+    """Return the fastest step that the server kept up with, or the first step if it kept up with none."""
     good = [step for step in steps if kept_up(step)]
     return max(good, key=lambda step: float(step["offered_per_s"])) if good else steps[0]
 
@@ -51,7 +51,7 @@ def throughput(steps: Sequence[Step]) -> list[str]:
         step = steps[0]
         return [
             f"Closed loop: {rate(step['good_per_s'])} good answers/s. The load waits for the server, so a stall hides "
-            "all requests that would have come meanwhile: these latencies are no user's. Use --rate for those."
+            "the requests that would have come meanwhile. Use --rate for latencies as users would see them."
         ]
     missed = [step for step in steps if not kept_up(step)]
     best = main_step(steps)
@@ -63,7 +63,7 @@ def throughput(steps: Sequence[Step]) -> list[str]:
     held = f"It kept up with {rate(best['offered_per_s'])}/s. " if kept_up(best) else ""
     return [
         f"{held}At {rate(first['offered_per_s'])}/s offered it answered {rate(first['achieved_per_s'])}/s: requests "
-        f"queue, and latency there says how long the load lasted. The most good answers were {rate(most)}/s."
+        f"queue, and latency there only shows how long the load lasted. The most good answers were {rate(most)}/s."
     ]
 
 
@@ -76,9 +76,9 @@ REMEDIES = {
 
 
 def server(steps: Sequence[Step]) -> str:
-    """Which stage limits the server, where that shows best: at the first rate that it did not keep up with.
+    """Say which stage limits the server, at the first rate that it did not keep up with, else at the highest.
 
-    "" when no step has a breakdown.
+    Returns "" if no step has the server's times by stage.
     """
     measured = [step for step in steps if step.get("server")]
     if not measured:
@@ -94,13 +94,16 @@ def server(steps: Sequence[Step]) -> str:
     share = work[worst] / (total_us - queue_us)
     return (
         f"Of {us(total_us)} that a batch takes in the server at {rate(step['offered_per_s'])}/s, {us(queue_us)} "
-        f"({queue_us / total_us:.0%}) are queue: {load_of(found, queue_us / total_us, bool(missed))}. Of the other "
-        f"{us(total_us - queue_us)}, {worst} takes {share:.0%}; less of it: {REMEDIES[worst]}."
+        f"({queue_us / total_us:.0%}) are queue: {saturation(found, queue_us / total_us, bool(missed))}. Of the other "
+        f"{us(total_us - queue_us)}, {worst} takes {share:.0%}; to reduce it: {REMEDIES[worst]}."
     )
 
 
-def load_of(found: Mapping[str, Any], queued: float, missed: bool) -> str:
-    """What the queue's share and the workers' CPU together say: "it is saturated (its worker uses 98% of a core)"."""
+def saturation(found: Mapping[str, Any], queued: float, missed: bool) -> str:
+    """Judge by the queue's share and the workers' CPU: "it is saturated (its worker uses 98% of a core)".
+
+    found: the server's times of a step. queued: the queue's share of the time. missed: the server did not keep up.
+    """
     cpu = found["worker_cpu"]
     if cpu is None:
         return "it is saturated" if missed else "requests wait for each other" if queued >= QUEUED else "few wait"
@@ -110,10 +113,11 @@ def load_of(found: Mapping[str, Any], queued: float, missed: bool) -> str:
         return f"it is {'saturated' if queued >= QUEUED or missed else 'near its limit'} ({used})"
     if queued < QUEUED:
         return f"it is not saturated ({used})"
-    return f"requests wait although {used} alone: they come in bursts, or other work has its machine's cores"
+    return f"requests wait although {used}: they arrive in bursts, or other processes use its machine's cores"
 
 
 def generator(steps: Sequence[Step]) -> list[str]:
+    """Say whether the generator limited the run, and from which rate on all connections were full."""
     found = []
     lagging = [step for step in steps if any("generator could not" in text for text in step["warnings"])]
     if lagging:
@@ -121,7 +125,7 @@ def generator(steps: Sequence[Step]) -> list[str]:
         lag = worst["send_lag"]["p99_us"]
         found.append(
             f"The generator is a limit too: at {rate(worst['offered_per_s'])}/s its own send lag has a P99 of "
-            f"{us(lag)}, which is part of the latency shown."
+            f"{us(lag)}, which is part of the reported latency."
         )
     full = [step for step in steps if step["counts"]["blocked"]]
     if full:
@@ -148,7 +152,7 @@ def failures(steps: Sequence[Step], timeout_s: float) -> list[str]:
 
 
 def tail(step: Step) -> list[str]:
-    """Whether the slow answers come in bursts (stalls) or are spread over the run (queueing, dear requests)."""
+    """Say whether slow answers come in bursts (stalls) or are spread over the run (queueing, expensive requests)."""
     slices = [part for part in step["over_time"] if part["p99_us"] is not None]
     where = f"at {rate(step['offered_per_s'])}/s"
     if len(slices) < 8:
@@ -156,21 +160,22 @@ def tail(step: Step) -> list[str]:
     middle = statistics.median(part["p99_us"] for part in slices)
     slow = [part for part in slices if part["p99_us"] > SLOW_SLICE * middle]
     if not slow:
-        return [f"Latency is even over time {where}: in no slice is the P99 above three times the usual one."]
+        return [f"Latency is even over time {where}: in no slice is the P99 above three times the median slice's."]
     worst = max(slow, key=lambda part: float(part["p99_us"]))
     paused = sum(max(part["hiccup_max_us"], part["lag_max_us"]) > part["p99_us"] / 2 for part in slow)
     blame = (
         f"in {paused} of them the generator's machine paused too"
         if paused
-        else "the generator's machine paused nowhere near as long then, so the server did"
+        else "the generator's machine paused much less then, so the server paused"
     )
     return [
         f"The tail comes in bursts {where}: in {len(slow)} of {len(slices)} slices the P99 is above three times the "
-        f"usual {us(middle)}, up to {us(worst['p99_us'])} at {worst['start_s']:.1f} s; {blame}."
+        f"median of {us(middle)}, up to {us(worst['p99_us'])} at {worst['start_s']:.1f} s; {blame}."
     ]
 
 
 def noise(step: Step) -> list[str]:
+    """Say how much of the latency the noise of the generator's machine may explain."""
     hiccups, latency = step["machine_hiccups"]["percentiles_us"], step["latency"]["percentiles_us"]
     shared = [p for p in hiccups if p in latency]
     if not shared:

@@ -1,4 +1,4 @@
-"""Histograms of nanoseconds in HdrHistogram's buckets: merged and read with numpy, written by hdrhistogram."""
+"""Histograms of nanoseconds in HdrHistogram's buckets. NumPy merges and reads them; hdrhistogram encodes them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from shorttail._native.loadtest import COUNTS
 from shorttail.errors import InvalidArgument
 from shorttail.loadtest.rates import samples_for
 
-HALF_BITS: Final = 10  # 1024 buckets an octave: three digits
+HALF_BITS: Final = 10  # 1024 buckets per octave give three digits
 HIGHEST_NS: Final = 3_600_000_000_000
 SHOWN: Final = (50.0, 90.0, 99.0, 99.9, 99.99)
 
@@ -21,7 +21,7 @@ Counts = NDArray[np.uint64]
 
 
 def _highest_values() -> NDArray[np.int64]:
-    """The largest value that falls into each bucket."""
+    """Return the largest value of each bucket."""
     index = np.arange(COUNTS, dtype=np.int64)
     shift = np.maximum((index >> HALF_BITS) - 1, 0)
     highest: NDArray[np.int64] = ((index - (shift << HALF_BITS) + 1) << shift) - 1
@@ -33,7 +33,7 @@ HIGHEST: Final = _highest_values()
 
 @dataclass(slots=True)
 class Histogram:
-    """counts: uint64 [COUNTS]; max_ns exactly; sum_ns."""
+    """A histogram. counts: uint64 [COUNTS]. max_ns: the largest value, exact. sum_ns: the sum of the values."""
 
     counts: Counts
     max_ns: int = 0
@@ -45,7 +45,7 @@ class Histogram:
 
     @classmethod
     def merged(cls, parts: Iterable[tuple[Counts, int, float]]) -> Histogram:
-        """Of what the generator gives."""
+        """Return the sum of histograms as the generator returns them: (counts, maximum, sum)."""
         whole = cls.empty()
         for counts, max_ns, sum_ns in parts:
             whole.add(cls(counts, max_ns, sum_ns))
@@ -65,12 +65,12 @@ class Histogram:
         return self.sum_ns / self.total if self.total else 0.0
 
     def at(self, percentiles: Sequence[float]) -> list[int]:
-        """Nanoseconds that so many percent of the values do not exceed, to three digits. Zeros when it is empty."""
+        """Return the percentiles in nanoseconds, with three digits; zeros if the histogram is empty."""
         ends = np.cumsum(self.counts)
         total = int(ends[-1])
         if not total:
             return [0] * len(percentiles)
-        # HdrHistogram's rule: the rank is rounded, and is 1 at least.
+        # HdrHistogram's rule: the rank is rounded and at least 1.
         ranks = [max(1, int(percentile / 100 * total + 0.5)) for percentile in percentiles]
         found = HIGHEST[np.searchsorted(ends, np.array(ranks, np.uint64))]
         return [min(int(value), self.max_ns) for value in found]
@@ -79,12 +79,12 @@ class Histogram:
         return self.at([percentile])[0]
 
     def shown(self, percentiles: Sequence[float] = SHOWN) -> dict[str, float]:
-        """{"50": us, ...}: those percentiles that enough values lie beyond to be spoken of."""
+        """Return {"50": us, ...} with the percentiles that at least 100 values exceed."""
         enough = [p for p in percentiles if self.total >= samples_for(p)]
         return {f"{p:g}": ns / 1e3 for p, ns in zip(enough, self.at(enough), strict=True)}
 
     def curve(self, points_per_decade: int = 24) -> list[tuple[float, float]]:
-        """(percentile, us) from 0 on, evenly spaced in log 1/(1 - p), as far as enough values lie beyond."""
+        """Return (percentile, us) pairs, evenly spaced in log 1/(1 - p), up to the last that 100 values exceed."""
         if not self.total:
             return []
         last = max(np.log10(self.total / 100), 0.0)
@@ -93,7 +93,7 @@ class Histogram:
         return [(p, ns / 1e3) for p, ns in zip(percentiles, self.at(percentiles), strict=True)]
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: times in us, and the whole histogram as HdrHistogram writes it."""
+        """Return a dict for JSON: figures in us, and the whole histogram in HdrHistogram's encoding."""
         return {
             "count": self.total,
             "mean_us": round(self.mean_ns / 1e3, 3),
@@ -103,11 +103,11 @@ class Histogram:
         }
 
     def encoded(self) -> str:
-        """The standard V2 compressed form, in base64."""
+        """Return HdrHistogram's standard V2 compressed encoding, in base64."""
         return str(self.to_hdr().encode().decode("ascii"))
 
     def to_hdr(self) -> Any:
-        """As the library's own object, in ns."""
+        """Return the library's own histogram object, in ns."""
         hdr = new_hdr()
         np.frombuffer(hdr.counts, np.uint64)[:] = self.counts
         filled = np.flatnonzero(self.counts)
@@ -117,6 +117,7 @@ class Histogram:
 
     @classmethod
     def decoded(cls, text: str, max_ns: int, mean_ns: float) -> Histogram:
+        """Return the histogram that `encoded` encoded."""
         hdr = new_hdr()
         hdr.decode_and_add(text.encode("ascii"))
         counts = np.frombuffer(hdr.counts, np.uint64).copy()
@@ -124,11 +125,12 @@ class Histogram:
 
 
 def new_hdr() -> Any:
-    """Raises InvalidArgument without the library."""
+    """Return an empty histogram of the library. Raises InvalidArgument if the library is not installed."""
     return require_library()(1, HIGHEST_NS, HALF_BITS * 3 // 10)
 
 
 def require_library() -> Any:
+    """Return the class HdrHistogram. Raises InvalidArgument if hdrhistogram is not installed."""
     try:
         from hdrh.histogram import HdrHistogram
     except ImportError:
@@ -139,9 +141,9 @@ def require_library() -> Any:
 
 
 def write_log(path: str, started_s: float, slices: Sequence[tuple[str, float, float, Histogram]]) -> None:
-    """A log in HdrHistogram's format 1.2, values in ns, its column of maxima in ms.
+    """Write a log in HdrHistogram's format 1.2, with values in ns and the column of maxima in ms.
 
-    slices: (tag, start, length, latencies), in seconds since `started_s`, a time since 1970.
+    started_s: seconds since 1970 UTC. slices: (tag, start, length, latencies), in seconds since `started_s`.
     """
     from hdrh.log import HistogramLogWriter
 
@@ -151,7 +153,7 @@ def write_log(path: str, started_s: float, slices: Sequence[tuple[str, float, fl
         writer.output_comment(f"[StartTime: {started_s:.3f} (seconds since epoch)]")
         writer.output_legend()
         for tag, start_s, length_s, histogram in slices:
-            # The library's writer knows no tags, and takes a start of 0 for none.
+            # The library's writer supports no tags, and treats a start of 0 as missing.
             largest_ms = histogram.max_ns / 1e6
             head = f"Tag={tag}," if tag else ""
             file.write(f"{head}{start_s:.3f},{length_s:.3f},{largest_ms:.3f},{histogram.encoded()}\n")

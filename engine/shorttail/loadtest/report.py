@@ -1,4 +1,4 @@
-"""One self-contained HTML page of one run or several: figures, what they say, all numbers, what was run where."""
+"""Writes a self-contained HTML page about one or several runs: findings, figures, tables, and how they were run."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from shorttail.loadtest.histogram import Histogram
 from shorttail.loadtest.svg import COLORS, Layer, Scale, Series, bars, figure, number
 from shorttail.loadtest.text import rate, us
 
-CURVES: Final = COLORS  # more lines than colours cannot be told apart
+CURVES: Final = COLORS  # with more lines than colours, lines would look the same
 PERCENTILE_AXIS: Final = Scale("percentile of requests (log 1/(1-p))", "percentile")
 STAGE_COLORS: Final = dict(zip(text.STAGES, (7, 0, 4, 1, 2), strict=True))
-BARS: Final = 10  # more have no room for their names
+BARS: Final = 10  # the names of more bars do not fit
 SHOWN_AGAINST_RATE: Final = ("50", "99", "99.9")
 
 Document = Mapping[str, Any]
@@ -69,7 +69,7 @@ def figures(documents: Sequence[Document]) -> Iterable[str]:
 
 
 def unit_of(values: Iterable[float]) -> tuple[float, str]:
-    """(us in it, its name): ms when something is above 10 ms."""
+    """Return (microseconds per unit, name of the unit) for an axis: ms if a value is above 10 ms, else us."""
     return (1e3, "ms") if max(values, default=0.0) > 10_000 else (1.0, "µs")
 
 
@@ -92,7 +92,7 @@ def step_name(document: Document, step: Step, several: bool) -> str:
 
 
 def spread_out(items: Sequence[Any], count: int) -> list[Any]:
-    """At most `count` of them, the first and the last among them."""
+    """Return at most `count` evenly spaced items, with the first and the last."""
     if len(items) <= count:
         return list(items)
     return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
@@ -110,7 +110,7 @@ def percentile_curves(documents: Sequence[Document]) -> str:
         curve_of(step_name(document, step, several), step["latency"], i, scale)
         for i, (document, step) in enumerate(chosen)
     ]
-    note = "Of each run the fastest rate that the server kept up with." if several else ""
+    note = "For each run: the fastest rate that the server kept up with." if several else ""
     return figure("Latency by percentile", PERCENTILE_AXIS, Scale(f"latency ({unit}, log)", "log"), series, note)
 
 
@@ -176,13 +176,13 @@ def over_time(documents: Sequence[Document]) -> str:
         for j, (name, field) in enumerate(lines):
             label = f"{step_name(document, step, True)}, {name}" if several else name
             series.append(Series(label, slices_of(step, field, scale), i if several else j, hint=hint))
-    note = "" if several else f"At {step_name(*chosen[0], False)}, by the time that requests were due."
+    note = "" if several else f"At {step_name(*chosen[0], False)}, by the time at which requests were due."
     x, y = Scale("time (s)"), Scale(f"latency ({unit}, log)", "log")
     return figure("Latency over time", x, y, series, note)
 
 
 def disturbance(documents: Sequence[Document]) -> str:
-    """What is not the server's: the machine's pauses and the generator's own lag, with the latency's maximum."""
+    """Draw the delays that the server did not cause: pauses of the machine and the generator's send lag."""
     document = documents[0]
     step = main_step(document["steps"])
     scale, unit = unit_of([step["latency"]["max_us"]])
@@ -197,7 +197,7 @@ def disturbance(documents: Sequence[Document]) -> str:
     ]
     series = [Series(name, slices_of(step, field, scale), color, hint=hint) for name, field, color in lines]
     x, y = Scale("time (s)"), Scale(f"delay ({unit}, log)", "log")
-    note = f"{step_name(document, step, len(documents) > 1)}. Where the machine pauses too, the server may be innocent."
+    note = f"{step_name(document, step, len(documents) > 1)}. Where the machine pauses too, it may cause the latency."
     return figure("Machine and generator over time", x, y, series, note)
 
 
@@ -205,18 +205,18 @@ def noise_curves(documents: Sequence[Document]) -> str:
     document = documents[0]
     step = main_step(document["steps"])
     scale, unit = unit_of([step["latency"]["max_us"]])
-    parts = [("latency from the intended time", "latency"), ("service time from the sending", "service_time")]
+    parts = [("latency since the request was due", "latency"), ("service time since it was sent", "service_time")]
     parts += [("machine hiccups", "machine_hiccups"), ("send lag", "send_lag")]
     series = [
         curve_of(name, step[field], i, scale, i > 1) for i, (name, field) in enumerate(parts) if step[field]["count"]
     ]
-    note = f"{step_name(document, step, len(documents) > 1)}. Between latency and service time lies the time unsent."
+    note = f"{step_name(document, step, len(documents) > 1)}. Latency minus service time is the wait before sending."
     y = Scale(f"time ({unit}, log)", "log")
     return figure("Latency, service time and noise by percentile", PERCENTILE_AXIS, y, series, note)
 
 
 def stage_bars(documents: Sequence[Document]) -> Iterable[str]:
-    """Where the server's time goes: in us, and as shares, which a queue of seconds does not hide."""
+    """Draw the server's time by stage: in us, and as shares, which stay readable if the queue takes seconds."""
     several = len(documents) > 1
     chosen = [(d, main_step(d["steps"])) for d in documents] if several else steps_of(documents[0])
     chosen = spread_out([(d, step) for d, step in chosen if step.get("server")], BARS)
@@ -236,11 +236,11 @@ def stage_bars(documents: Sequence[Document]) -> Iterable[str]:
                 stacked.append(Layer(stage, [part[field] * factor for part in parts], STAGE_COLORS[stage], hints))
         return stacked
 
-    note = "Mean of a batch by the server's own metrics, warm-up included; queue is the wait of its oldest request."
-    note += " Of each run the fastest rate that the server kept up with." if several else ""
+    note = "Mean per batch by the server's own metrics, with the warm-up; queue is the wait of its oldest request."
+    note += " For each run: the fastest rate that the server kept up with." if several else ""
     times, shares = Scale(f"time ({unit})"), Scale("share of the time (%)")
     yield bars("Time in the server by stage", x_label, times, names, layers("mean_us", 1 / scale), note)
-    note = "Of the time between the reading of a batch's first request and its replies."
+    note = "Share of the time from reading a batch's first request to writing its replies."
     yield bars("Share of the server's time by stage", x_label, shares, names, layers("share", 100.0), note)
 
 
@@ -264,7 +264,7 @@ def steps_table(documents: Sequence[Document]) -> str:
 
 
 def stages_table(documents: Sequence[Document]) -> str:
-    """Every stage of every step; what there is to say where none was found."""
+    """Return the table of all stages of all steps, and why steps have none."""
     rows = [
         [
             run_name(d), text.offered(step), stage, us(part["mean_us"]), f"{part['share']:.1%}",
@@ -278,7 +278,7 @@ def stages_table(documents: Sequence[Document]) -> str:
     notes = [d["metrics"]["note"] for d in documents if d.get("metrics") and d["metrics"]["note"]]
     found = "".join(f'<p class="note">{escape(note)}</p>' for note in notes)
     if rows:
-        head = ["run", "offered/s", "stage", "mean of a batch", "share", "P50, about", "P99, about"]
+        head = ["run", "offered/s", "stage", "mean per batch", "share", "~P50", "~P99"]
         found = (
             f'<div class="wide">{html_table(head, rows)}</div><p class="note">P50 and P99 are interpolated within the '
             f"buckets of the server's histograms (1, 2, 5, 10 us and so on).</p>{found}"
@@ -312,8 +312,8 @@ def errors_table(documents: Sequence[Document]) -> str:
 
 def facts_table(documents: Sequence[Document]) -> str:
     facts = [facts_of(document) for document in documents]
-    names = list(dict.fromkeys(name for one in facts for name in one))
-    rows = [[name, *(one.get(name, "") for one in facts)] for name in names]
+    names = list(dict.fromkeys(name for run in facts for name in run))
+    rows = [[name, *(run.get(name, "") for run in facts)] for name in names]
     return html_table(["", *map(run_name, documents)], rows, "facts")
 
 
@@ -323,12 +323,12 @@ def facts_of(document: Document) -> dict[str, str]:
         "command": document["command"],
         "target": f"{document['target']['address']} ({document['target']['protocol']})",
         "requests": ", ".join(f"{name} (weight {weight:g})" for name, weight in work["requests"].items()),
-        "rows a request": str(work["rows"]),
+        "rows per request": str(work["rows"]),
         **{f"column {name}": source for name, source in work["columns"].items()},
         "load": f"{load['loop']} loop" + (f", {load['arrivals']} arrivals" if load["arrivals"] else ""),
         "connections": f"{load['connections']}, up to {load['in_flight_a_connection']} in flight on each",
         "warm-up, timeout": f"{load['warmup_s']:g} s, {load['timeout_s']:g} s",
-        "generator": f"{load['threads']} thread(s), awake for the last {load['spin_us']:g} us, seed {load['seed']}",
+        "generator": f"{load['threads']} thread(s), polling for the last {load['spin_us']:g} us, seed {load['seed']}",
         "generator's machine": f"{machine['host']}: {machine['cpu']}, {machine['cpus']} CPUs, "
         f"{machine['memory_bytes'] / 2**30:.0f} GiB, {machine['system']}, Python {machine['python']}",
     }

@@ -1,4 +1,4 @@
-"""What one step of a load test came to: figures, their warnings, and the JSON of a whole run."""
+"""The results of a step of a load test: its figures, its warnings and its JSON."""
 
 from __future__ import annotations
 
@@ -14,22 +14,24 @@ from shorttail._native.loadtest import OUTCOMES, Generator, Hiccups
 from shorttail.loadtest.histogram import Histogram
 from shorttail.loadtest.rates import Objective, Rate
 
-FORMAT: Final = 1  # of the JSON
-LAG_WORTH_SAYING_US: Final = 100.0
-BUSY: Final = 0.9  # of a core: the generator itself is near its end
-KEPT_UP: Final = 0.99  # achieved / offered, from which on the server kept up
-MIN_SLICE_SAMPLES: Final = 100  # a P99 over time needs at least so many
+FORMAT: Final = 1  # version of the JSON
+LAG_LIMIT_US: Final = 100.0  # no warning for a send lag or machine noise below this
+BUSY: Final = 0.9  # share of a core from which on a generator thread is near its limit
+KEPT_UP: Final = 0.99  # achieved / offered rate from which on the server kept up
+MIN_SLICE_SAMPLES: Final = 100  # least answers for the P99 of a slice
 
 
 @dataclass(frozen=True, slots=True)
 class Errors:
+    """The errors with the same code. message: of the first of them."""
+
     count: int
     message: str
 
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """A part of the step, by the time that requests were due at. Times in us; None where nothing was measured."""
+    """A part of a step: the requests that were due in this part of the time. lag, hiccup: the largest, in us."""
 
     start_s: float
     length_s: float
@@ -55,11 +57,15 @@ class Slice:
 
 @dataclass(slots=True)
 class Step:
-    """One rate, or one closed loop. Counts are of requests due after the warm-up; rates are a second."""
+    """The result of a load with the same rate (None: closed loop).
+
+    Counts are of requests that were due after the warm-up; rates are per second. latency: since a request was due.
+    service: since it was sent. lag: how late the generator sent it. hiccups: how late the machine wakes a thread.
+    """
 
     rate: Rate | None
     duration_s: float
-    seconds: float  # until the last answer
+    seconds: float  # from the end of the warm-up to the last answer
     outcomes: dict[str, int]
     due: int
     errors: dict[str, Errors]
@@ -70,10 +76,10 @@ class Step:
     by_kind: dict[str, Histogram]
     slices: list[Slice]
     counts: dict[str, int]
-    cpu: float  # of a core, of the busiest thread
+    cpu: float  # share of a core that the busiest generator thread used
     fatal: str = ""
     interrupted: bool = False
-    server: dict[str, Any] | None = None  # where its time went (stages.py), from its own metrics
+    server: dict[str, Any] | None = None  # the server's times by stage (stages.py), from its own metrics
     events: NDArray[Any] = field(default_factory=lambda: np.zeros(0))
     captures: list[tuple[bytes, bytes]] = field(default_factory=list)
 
@@ -83,7 +89,7 @@ class Step:
 
     @property
     def achieved_per_s(self) -> float:
-        """Answers of any kind."""
+        """Answers per second, good ones and errors."""
         answered = self.outcomes["good"] + self.outcomes["error"]
         return answered / self.seconds if self.seconds else 0.0
 
@@ -101,11 +107,12 @@ class Step:
 
     @property
     def generator_kept_up(self) -> bool:
-        """Whether requests left so promptly that the figures are the server's."""
+        """Whether requests were sent on time, so that the figures describe the server and not the generator."""
         lag_us = self.lag.percentile(99) / 1e3
-        return lag_us <= max(LAG_WORTH_SAYING_US, 0.1 * self.latency.percentile(99) / 1e3)
+        return lag_us <= max(LAG_LIMIT_US, 0.1 * self.latency.percentile(99) / 1e3)
 
     def meets(self, objective: Objective) -> bool:
+        """Return whether the latency meets the objective, the server kept up, and almost no request failed."""
         return (
             self.latency.percentile(objective.percentile) <= objective.limit_s * 1e9
             and self.kept_up
@@ -113,6 +120,7 @@ class Step:
         )
 
     def warnings(self) -> list[str]:
+        """Return sentences about conditions that spoil the figures."""
         found = []
         lag_us = self.lag.percentile(99) / 1e3
         if not self.generator_kept_up:
@@ -128,13 +136,13 @@ class Step:
                 "latency (more --connections or --pipeline would put the queue into the server)"
             )
         noise_us, p99_us = self.hiccups.percentile(99.9) / 1e3, self.latency.percentile(99) / 1e3
-        if self.hiccups.total and noise_us > p99_us / 2 and noise_us > LAG_WORTH_SAYING_US:
+        if self.hiccups.total and noise_us > p99_us / 2 and noise_us > LAG_LIMIT_US:
             found.append(
-                f"this machine is noisy: one wake-up in a thousand was {noise_us:,.0f} us late, which is of the size "
-                "of the P99 measured"
+                f"this machine is noisy: 1 in 1,000 wake-ups was {noise_us:,.0f} us late, which is more than half of "
+                "the measured P99"
             )
         if self.counts["reconnects"]:
-            found.append(f"{self.counts['reconnects']:,} connections were lost and made again")
+            found.append(f"{self.counts['reconnects']:,} connections were lost and opened again")
         return found
 
     def to_dict(self) -> dict[str, Any]:
@@ -167,7 +175,7 @@ class Step:
 def collect(
     rate: Rate | None, generators: Sequence[Generator], names: Sequence[str], hiccups: Hiccups, interrupted: bool
 ) -> Step:
-    """A step from what the threads of it left behind."""
+    """Return the step's result from its generator threads. names: of the request templates."""
     results = [generator.results() for generator in generators]
     first = results[0]
     warm_ns = min(result["warm_ns"] for result in results)
@@ -220,7 +228,7 @@ def merge_errors(errors: Sequence[tuple[str, str, int]]) -> dict[str, Errors]:
 def make_slices(
     generators: Sequence[Generator], results: Sequence[dict[str, Any]], hiccups: tuple[int, NDArray[np.uint32]]
 ) -> list[Slice]:
-    """Those slices of the step that were reached."""
+    """Return the slices of the step that had begun when it ended."""
     warm_ns, interval_ns, end_ns = results[0]["warm_ns"], results[0]["interval_ns"], results[0]["end_ns"]
     outcomes = sum(np.asarray(result["interval_outcomes"]) for result in results)
     lag = np.max([result["interval_lag_max_ns"] for result in results], axis=0)
@@ -246,7 +254,7 @@ HICCUP_SLICE_NS: Final = 100_000_000
 
 
 def worst_between(hiccups: tuple[int, NDArray[np.uint32]], start_ns: int, end_ns: int) -> float:
-    """The machine's worst delay between two clock readings, in us, to a tenth of a second."""
+    """Return the machine's worst delay between two times, in us. The times are rounded to HICCUP_SLICE_NS."""
     begun_ns, worst = hiccups
     first = max(start_ns - begun_ns, 0) // HICCUP_SLICE_NS
     last = max(end_ns - begun_ns, 0) // HICCUP_SLICE_NS + 1

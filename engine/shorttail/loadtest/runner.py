@@ -1,4 +1,4 @@
-"""Runs a step: generator threads, the watch on the machine, the live line, Ctrl-C."""
+"""Runs a step of a load test: generator threads, a thread that measures the machine's noise, the live line, Ctrl-C."""
 
 from __future__ import annotations
 
@@ -21,16 +21,19 @@ from shorttail.loadtest.traffic import Traffic
 
 POLL_S: Final = 0.1
 SLICE_MIN_S: Final = 0.1
-SEARCH_PRECISION: Final = 1.05  # a capacity is found to five percent
+SEARCH_PRECISION: Final = 1.05  # a capacity is found within 5%
 CONFIRM_TRIES: Final = 6
 NOISE_TRIES: Final = 3
 
-Watch = Callable[[str], None]
+ShowLine = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How requests are sent. Times in seconds; seed None takes a new one. raw_reply_bytes: of an echo server."""
+    """How requests are sent. pipeline: most requests in flight on a connection. verified: answers to sample.
+
+    raw_reply_bytes: size of an answer of an echo server, 0 for other servers. events: requests to record one by one.
+    """
 
     connections: int = 16
     pipeline: int = 64
@@ -47,14 +50,14 @@ class Load:
     events: int = 0
 
     def check(self, protocol: str) -> None:
-        """Raise InvalidArgument for what cannot be run."""
+        """Raise InvalidArgument for options that cannot be run. protocol: "msgpack" or "http"."""
         if self.threads > self.connections:
             raise InvalidArgument(f"--threads {self.threads}: more than --connections {self.connections}")
         pipeline = 1 if protocol == "http" else self.pipeline
         if self.connections * pipeline > LIMITS.bench_in_flight:
             raise InvalidArgument(
-                f"--connections {self.connections:,} times {pipeline:,} in flight are more than "
-                f"{LIMITS.bench_in_flight:,}"
+                f"--connections {self.connections:,} times {pipeline:,} requests in flight are more than "
+                f"{LIMITS.bench_in_flight:,}; reduce one of them"
             )
 
 
@@ -63,7 +66,7 @@ def intervals_of(duration_s: float) -> int:
 
 
 def make_generators(plan: Traffic, target: Target, load: Load, rate: Rate | None) -> list[Generator]:
-    """One a thread; rate and connections are divided among them."""
+    """Return a generator for each thread. Rate and connections are divided among them."""
     shares = [load.connections // load.threads + (i < load.connections % load.threads) for i in range(load.threads)]
     expected = (rate.mean if rate else 1000.0) * load.duration_s / load.threads
     return [
@@ -95,10 +98,11 @@ def make_generators(plan: Traffic, target: Target, load: Load, rate: Rate | None
     ]
 
 
-def run_step(plan: Traffic, target: Target, load: Load, rate: Rate | None, watch: Watch | None = None) -> Step:
-    """One rate (None: closed loop) to its end, or to Ctrl-C, which ends it early; a second one at once.
+def run_step(plan: Traffic, target: Target, load: Load, rate: Rate | None, show_line: ShowLine | None = None) -> Step:
+    """Send a load at a rate (None: closed loop) until its end.
 
-    Raises Unavailable when the server takes no connections.
+    Ctrl-C stops sending and waits for the answers; a second Ctrl-C ends the step at once. show_line: called several
+    times per second with the live line. Raises Unavailable if the server accepts no connections.
     """
     generators = make_generators(plan, target, load, rate)
     planned_s = load.warmup_s + load.duration_s + load.timeout_s + 10
@@ -111,8 +115,8 @@ def run_step(plan: Traffic, target: Target, load: Load, rate: Rate | None, watch
     while any(thread.is_alive() for thread in threads):
         try:
             threads[0].join(POLL_S) if threads[0].is_alive() else time.sleep(POLL_S / 10)
-            if watch is not None:
-                watch(live_line(generators, load))
+            if show_line is not None:
+                show_line(live_line(generators, load))
         except KeyboardInterrupt:
             interrupts += 1
             for generator in generators:
@@ -128,7 +132,10 @@ def run_step(plan: Traffic, target: Target, load: Load, rate: Rate | None, watch
 
 
 def live_line(generators: Sequence[Generator], load: Load) -> str:
-    """ "3.2 s of 10 s  10,002/s  0 bad  P50 85 us  P99 240 us  12 in flight", of the last second or so."""
+    """Return "3.2 s of 10 s  10,002 good/s  0 bad  P50 85 us  P99 240 us  12 in flight".
+
+    The percentiles are those of about the last second.
+    """
     states = [generator.progress() for generator in generators]
     if not all(state["running"] for state in states):
         return "connecting"
@@ -149,7 +156,7 @@ def live_line(generators: Sequence[Generator], load: Load) -> str:
 
 
 class LiveLine:
-    """Overwrites one line of stderr while that is a terminal."""
+    """Shows a line on stderr that each call overwrites, if stderr is a terminal."""
 
     def __init__(self) -> None:
         self._prefix = ""
@@ -176,7 +183,7 @@ class LiveLine:
 
 @dataclass(slots=True)
 class Capacity:
-    """The highest rate that met the objective, and how the search ended."""
+    """The highest rate that met the objective, and why the search ended."""
 
     objective: Objective
     rate_per_s: float
@@ -186,9 +193,11 @@ class Capacity:
 def find_capacity(
     run: Callable[[Rate, float], Step], objective: Objective, start_per_s: float, step_s: float
 ) -> tuple[Capacity, list[Step]]:
-    """Double until the objective is missed, halve the gap to five percent, then confirm with a step twice as long.
+    """Find the highest rate that meets the objective.
 
-    run: makes a step of a rate and a duration. Each step is long enough for 100 / (1 - p) answers.
+    Double the rate until the objective is missed, halve the gap until it is 5%, and confirm the result with a step that
+    is twice as long. run: runs a step at a rate for a duration in seconds. Each step is long enough for
+    100 / (1 - percentile) answers. Returns the capacity and all steps.
     """
     steps: list[Step] = []
 
@@ -197,7 +206,7 @@ def find_capacity(
             steps.append(run(Rate(per_s, per_s), max(seconds, 1.1 * objective.samples / per_s)))
             met, noise_ns = steps[-1].meets(objective), steps[-1].lag.percentile(objective.percentile)
             if met or steps[-1].fatal or steps[-1].interrupted or noise_ns < objective.limit_s * 1e9 / 4:
-                break  # else the generator was held up for so long that the miss may be its own: try again
+                break  # else the generator itself was delayed enough to cause the miss: try again
         return met
 
     def ended() -> str:

@@ -1,6 +1,6 @@
-"""Where the server's time goes while a load runs: its own histograms of stages, read before and after each step.
+"""Shows where the server's time goes during a load: reads its histograms of stages before and after each step.
 
-Nothing is asked of /metrics during a step. docs/metrics.md says what the stages are.
+/metrics is not read during a step. docs/metrics.md describes the stages.
 """
 
 from __future__ import annotations
@@ -26,17 +26,20 @@ from shorttail.loadtest.result import Step
 from shorttail.loadtest.target import Target
 from shorttail.loadtest.text import STAGES
 
-TOTAL: Final = MEASURED[-1]  # what the stages before, one after the other, make up
+TOTAL: Final = MEASURED[-1]  # the sum of the other stages
 HISTOGRAM: Final = "shorttail_stage_duration_seconds"
 TIMEOUT_S: Final = 5.0
 OFF: Final = "off"
-ANSWERED: Final = 0.5  # of the good answers, that the server has to have counted to be the one that gave them
+ANSWERED: Final = 0.5  # the server must have counted this share of the good answers, or it is another server
 
 
 @dataclass(slots=True)
 class Counts:
-    """The sum of all methods, models and workers. buckets: stage -> upper bound in seconds -> observations at most
-    that long; sums_s: stage -> seconds; cpu_s: worker -> seconds; at_s: monotonic."""
+    """Counters of the server, summed over all methods, models and workers.
+
+    at_s: the monotonic time of the reading. buckets: stage -> upper bound in seconds -> observations up to the bound.
+    sums_s: stage -> seconds. cpu_s: worker -> seconds of CPU. is_ours: the server is a shorttail server.
+    """
 
     at_s: float = 0.0
     buckets: dict[str, dict[float, float]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(float)))
@@ -48,7 +51,7 @@ class Counts:
 
 
 def parse(text: str) -> Counts:
-    """Prometheus text. Raises ValueError for what is none."""
+    """Parse Prometheus text. Raises ValueError or KeyError for other text, ImportError without prometheus-client."""
     from prometheus_client.parser import text_string_to_metric_families
 
     found = Counts(at_s=time.monotonic())
@@ -71,8 +74,8 @@ def parse(text: str) -> Counts:
 
 
 def fetch(url: str) -> Counts:
-    """Raises Unavailable, with the reason alone."""
-    # Without proxies: a server on this machine or next to it is meant, as for the load itself.
+    """Read the counters from a URL. Raises Unavailable; its message is only the reason."""
+    # No proxy is used, because the load does not use one either.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(url, timeout=TIMEOUT_S) as answer:
@@ -82,7 +85,7 @@ def fetch(url: str) -> Counts:
     except urllib.error.URLError as error:
         raise Unavailable(reason(error.reason) if isinstance(error.reason, OSError) else str(error.reason)) from None
     except http.client.HTTPException:
-        raise Unavailable("what is there speaks no HTTP") from None
+        raise Unavailable("the server there does not speak HTTP") from None
     except OSError as error:
         raise Unavailable(reason(error)) from None
     if len(body) > LIMITS.bench_metrics_bytes:
@@ -90,33 +93,33 @@ def fetch(url: str) -> Counts:
     try:
         found = parse(body.decode())
     except (ValueError, KeyError):
-        raise Unavailable("what is there is no Prometheus text") from None
+        raise Unavailable("the answer is not Prometheus text") from None
     except ImportError:
         raise Unavailable("reading it needs prometheus-client: pip install 'shorttail[bench]'") from None
     if not found.is_ours:
-        raise Unavailable("there is another server there, none of shorttail")
+        raise Unavailable("the server there is not a shorttail server")
     return found
 
 
-# -- what happened between two readings --------------------------------------------------------------------------------
+# -- the difference of two readings ------------------------------------------------------------------------------------
 
 
 def between(before: Counts, after: Counts, good: int) -> dict[str, Any]:
-    """The figures of one step, as they stand in its JSON. good: the answers that the generator got.
+    """Return the server's figures of a step for its JSON. good: the good answers that the generator received.
 
-    A stage's mean is over all batches, whether or not they had it, so that the stages add up to the total. Percentiles
-    are interpolated within a bucket, in a straight line as Prometheus' histogram_quantile does, and None where fewer
-    than 100 observations lie beyond. Raises Unavailable when the counts cannot be this step's.
+    A stage's mean is over all batches, also those without the stage, so that the stages add up to the total.
+    Percentiles are interpolated linearly within a bucket, as Prometheus' histogram_quantile does, and are None if fewer
+    than 100 observations lie beyond. Raises Unavailable if the counts cannot belong to this step.
     """
     answered = after.answered - before.answered
     counts = {stage: subtract(before.buckets[stage], after.buckets[stage]) for stage in MEASURED}
     if answered < 0 or any(count < 0 for buckets in counts.values() for count in buckets.values()):
-        raise Unavailable("the server was started again meanwhile, and its counters with it")
+        raise Unavailable("the server was restarted during the step, and its counters with it")
     if answered < ANSWERED * good:
         raise Unavailable(f"it counted {answered:,.0f} requests where {good:,} were answered: it is another server")
     batches = max(counts["queue"].values(), default=0.0)
     if not batches:
-        raise Unavailable("no batches were counted: nothing but pushes, or nothing at all, was asked")
+        raise Unavailable("the server counted no batches: the load had only pushes, or nothing was answered")
     sums_s = {stage: after.sums_s[stage] - before.sums_s[stage] for stage in STAGES}
     total_s = sum(sums_s.values())
     seconds = after.at_s - before.at_s
@@ -137,7 +140,7 @@ def between(before: Counts, after: Counts, good: int) -> dict[str, Any]:
         "requests": round(answered),
         "rows": round(after.rows - before.rows),
         "workers": len(after.cpu_s),
-        # Of a core, on average of the workers; None when one was replaced.
+        # The share of a core, averaged over the workers in both readings; None if one of them was restarted.
         "worker_cpu": round(sum(used_s) / len(used_s) / seconds, 4) if used_s and min(used_s) >= 0 else None,
         "total": describe(TOTAL, total_s),
         "stages": {stage: describe(stage, sums_s[stage]) for stage in STAGES if any(counts[stage].values())},
@@ -149,17 +152,20 @@ def subtract(before: Mapping[float, float], after: Mapping[float, float]) -> dic
 
 
 def quantile_us(cumulative: Mapping[float, float], percentile: float) -> float | None:
-    """cumulative: upper bounds in seconds, ascending, the last one infinite -> observations up to there."""
+    """Return a percentile in microseconds, None if there are too few observations.
+
+    cumulative: upper bound in seconds -> observations up to the bound, ascending; the last bound is infinite.
+    """
     total = max(cumulative.values(), default=0.0)
     if total < samples_for(percentile):
         return None
-    wanted = total * percentile / 100
+    rank = total * percentile / 100
     low_s, below = 0.0, 0.0
     for bound_s, count in cumulative.items():
-        if count >= wanted:
+        if count >= rank:
             if bound_s == float("inf"):
-                break  # all that is known is that it took longer
-            return round((low_s + (bound_s - low_s) * (wanted - below) / (count - below)) * 1e6, 3)
+                break  # it took longer than the last finite bound; no more is known
+            return round((low_s + (bound_s - low_s) * (rank - below) / (count - below)) * 1e6, 3)
         low_s, below = bound_s, count
     return round(low_s * 1e6, 3)
 
@@ -169,12 +175,13 @@ def quantile_us(cumulative: Mapping[float, float], percentile: float) -> float |
 
 @dataclass(slots=True)
 class StageWatch:
-    """Reads `url` before and after steps. note: why a step has no breakdown, the first time that one has none."""
+    """Reads `url` before and after each step. note: why the first step without stages has none."""
 
     url: str
     note: str = ""
 
     def around(self, run: Callable[[], Step]) -> Step:
+        """Run a step and set its `server` to the figures of the server, if they can be read."""
         before = self._read()
         step = run()
         after = self._read() if before else None
@@ -182,24 +189,24 @@ class StageWatch:
             try:
                 step.server = between(before, after, step.outcomes["good"])
             except Unavailable as error:
-                self._say(str(error))
+                self._keep_note(str(error))
         return step
 
     def _read(self) -> Counts | None:
         try:
             return fetch(self.url)
         except Unavailable as error:
-            self._say(str(error))
+            self._keep_note(str(error))
             return None
 
-    def _say(self, why: str) -> None:
-        self.note = self.note or f"no stage breakdown from {self.url}: {why}; --metrics URL names the server's"
+    def _keep_note(self, reason: str) -> None:
+        self.note = self.note or f"no times by stage from {self.url}: {reason}; give the server's URL with --metrics"
 
 
 def find(option: str | None, target: Target) -> StageWatch | None:
-    """What --metrics names, or where a shorttail server on this machine has its metrics by default.
+    """Return a watch on the URL of --metrics (option), or on the default URL of a shorttail server on this machine.
 
-    None when there is nowhere to look. Raises InvalidArgument, and Unavailable when nothing is at the address given.
+    Returns None if there is no URL. Raises InvalidArgument; Unavailable if the given URL cannot be read.
     """
     if option == OFF:
         return None
@@ -213,12 +220,12 @@ def find(option: str | None, target: Target) -> StageWatch | None:
     try:
         fetch(watch.url)
     except Unavailable as error:
-        raise Unavailable(f"--metrics {option}: {error}; `shorttail serve` says where its HTTP is") from None
+        raise Unavailable(f"--metrics {option}: {error}; `shorttail serve` prints its HTTP address") from None
     return watch
 
 
 def default_url(target: Target) -> str:
-    """ "" for a server on another machine, and for an HTTP path that is not one of ours."""
+    """Return the default URL of the metrics, "" for a server on another machine or a path that is not shorttail's."""
     if target.protocol == "http":
         parts = urlsplit(target.text)
         is_ours = is_local(parts.hostname or "") and target.path.startswith("/v2/")

@@ -1,4 +1,4 @@
-"""Figures as inline SVG: axes with units, a legend, and a title at each point for who hovers. No script, no network."""
+"""Draws figures as inline SVG: axes with units, a legend, and a tooltip at each point. No script, no network."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ HEIGHT: Final = 340
 LEFT, RIGHT, TOP, BOTTOM = 74, 18, 12, 52
 PLOT_WIDTH, PLOT_HEIGHT = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
 BAR_WIDTH: Final = 64.0
-COLORS: Final = 8  # in the style sheet: --s0 to --s7
+COLORS: Final = 8  # the style sheet defines --s0 to --s7
 
 Point = tuple[float, float]
 
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """A line, broken where y is None. hint: what a point says when hovered."""
+    """A line with a gap where y is None. hint: returns the tooltip of a point."""
 
     name: str
     points: Sequence[tuple[float, float | None]]
@@ -31,7 +31,7 @@ class Series:
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """kind "linear" from 0, "log", or "percentile": x is 1 / (1 - p), on a log axis that is labelled by p."""
+    """An axis. kind: "linear" from 0, "log", or "percentile": a log axis of 1 / (1 - p) with labels of p."""
 
     label: str
     kind: str = "linear"
@@ -39,7 +39,7 @@ class Scale:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One colour of stacked bars. values: a height a bar; hints: what each says when hovered."""
+    """A colour of stacked bars. values: its height in each bar. hints: its tooltip in each bar."""
 
     name: str
     values: Sequence[float]
@@ -48,7 +48,7 @@ class Layer:
 
 
 class _Axis:
-    """A scale with its range, as positions between 0 and 1."""
+    """A scale with its range. `at` maps values to positions between 0 and 1."""
 
     def __init__(self, scale: Scale, values: Sequence[float]):
         self.scale = scale
@@ -77,7 +77,7 @@ class _Axis:
 
 
 def percentile_name(nines: int) -> str:
-    """0 -> "0", 1 -> "90", 3 -> "99.9"."""
+    """Return the percentile with that many nines: 0 -> "0", 1 -> "90", 3 -> "99.9"."""
     return "0" if nines == 0 else f"{100 - 100 / 10**nines:.{max(nines - 2, 0)}f}"
 
 
@@ -93,7 +93,7 @@ def number(value: float) -> str:
 
 
 def figure(title: str, x: Scale, y: Scale, series: Sequence[Series], note: str = "") -> str:
-    """A <figure>, or "" when there is no point to show. Values outside of a log axis lie on its edge."""
+    """Return a <figure> of lines, "" if they have no points. Values outside of a log axis are drawn on its edge."""
     shown = [line for line in series if any(py is not None for _, py in line.points)]
     if not shown:
         return ""
@@ -111,7 +111,7 @@ def figure(title: str, x: Scale, y: Scale, series: Sequence[Series], note: str =
 
 
 def bars(title: str, x_label: str, y: Scale, names: Sequence[str], layers: Sequence[Layer], note: str = "") -> str:
-    """A <figure> of stacked bars, one a name, the first layer at the bottom; "" when there is nothing to show."""
+    """Return a <figure> of stacked bars, a bar for each name, the first layer at the bottom; "" if all are empty."""
     tops = [sum(layer.values[i] for layer in layers) for i in range(len(names))]
     if not any(tops):
         return ""
@@ -127,7 +127,7 @@ def bars(title: str, x_label: str, y: Scale, names: Sequence[str], layers: Seque
             hint = f"<title>{escape(names[i])}, {escape(layer.name)}: {escape(layer.hints[i])}</title>"
             path = f"M{ticks[i][0] - width / 2:.1f} {low:.1f}h{width:.1f}V{high:.1f}h-{width:.1f}Z"
             drawn.append(f'<g class="bar c{layer.color % COLORS}">{hint}<path d="{path}"/></g>')
-    # As in the stack, from the top down.
+    # The legend has the order of the stack, from the top down.
     legend = [legend_item(layer.name, layer.color, " filled") for layer in reversed(layers)]
     return frame(title, legend, [*axes(ticks, x_label, y_axis), *drawn], note)
 
@@ -144,7 +144,7 @@ def frame(title: str, legend: Sequence[str], drawn: Sequence[str], note: str) ->
 
 
 def axes(ticks: Sequence[tuple[float, str]], x_label: str, y_axis: _Axis) -> list[str]:
-    """ticks: places of the x axis in the picture, and what stands there."""
+    """Draw both axes. ticks: position in the picture and text of each tick of the x axis."""
     parts = [
         f'<text class="tick" x="{px:.1f}" y="{TOP + PLOT_HEIGHT + 17}" text-anchor="middle">{name}</text>'
         for px, name in ticks

@@ -1,4 +1,4 @@
-"""Where the load goes: a server of ours by TCP or Unix socket, or any HTTP server."""
+"""Resolves the address of a load test: a shorttail server by TCP or Unix socket, or any HTTP server."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ CONNECT_TIMEOUT_S: Final = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """text: as the user wrote it; sockaddr: as the system takes it; host_header, path: of HTTP."""
+    """A server. text: the address as the user wrote it. protocol: "msgpack" or "http". sockaddr: the bytes of a C
+    sockaddr. host_header, path: for HTTP requests.
+    """
 
     text: str
     protocol: str
@@ -27,9 +29,9 @@ class Target:
 
 
 def find(text: str) -> Target:
-    """Resolve and try an address. Raises InvalidArgument, and Unavailable when nobody answers there."""
+    """Resolve an address and connect to it once. Raises InvalidArgument; Unavailable if the connection fails."""
     if text.startswith("https://"):
-        raise InvalidArgument(f"{text}: TLS is not spoken here; put the load on the plain HTTP port behind it")
+        raise InvalidArgument(f"{text}: bench does not support TLS; use the server's plain HTTP port")
     if text.startswith("http://"):
         parts = urlsplit(text)
         try:
@@ -51,7 +53,7 @@ def find(text: str) -> Target:
 
 
 def connectable(text: str, host: str, port: int) -> bytes:
-    """The sockaddr of the first address of a host that takes a connection."""
+    """Return the sockaddr of the first address of a host that accepts a connection. Raises Unavailable."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except socket.gaierror as error:

@@ -1,7 +1,7 @@
-"""What the native generator sends: requests as pieces, and the columns whose values they hold.
+"""Describes requests for the native generator: templates of pieces, and the columns that their values come from.
 
-A request is made by copying literal bytes and drawing values. Which row of a table a value comes from is drawn once
-for each group and row of the request, so that columns of one group (the two halves of a composite key) fit together.
+The generator makes a request from literal bytes and random values. For each group and each row of the request it draws
+a row once, and all columns of the group take their values from it, so the parts of a composite key fit together.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ EXT_32: Final = 0xC9  # the tag of an extension whose length takes four bytes
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """How a row is drawn from `n`: "uniform", "zipf" (row 0 is the most popular) or "in-turn"."""
+    """Columns that take their values from the same row. draw: how a row in 0 ... n - 1 is chosen: "uniform", "zipf"
+    (row 0 is the most popular) or "in-turn".
+    """
 
     draw: str
     n: int
@@ -33,10 +35,11 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """Values of one column in one encoding.
+    """The values of a column in an encoding.
 
-    kind "int": low + row, of its group, or of `span` values if it has none. "float": uniform in [from_, to). "table":
-    value i is table[offsets[i]:offsets[i + 1]], encoded already. form: "msgpack", "json" or "raw" (in a tensor).
+    kind "int": low + row of the group; without a group, low + a random number below `span`. "float": uniform in
+    [from_, to). "table": the encoded value of row i is table[offsets[i]:offsets[i + 1]].
+    form: "msgpack", "json" or "raw" (inside a tensor).
     """
 
     kind: str
@@ -51,8 +54,11 @@ class Column:
 
 
 class Piece(NamedTuple):
-    """ "literal": bytes [begin, end) of the template; "values": n of a column; "nonce": the request's number; "body":
-    what follows is the body, whose length goes into the eight digits before."""
+    """A piece of a request.
+
+    kind "literal": the bytes [begin, end) of the template. "values": n values of a column. "nonce": the request's
+    number. "body": the following pieces are the HTTP body; its length is written into the eight digits before it.
+    """
 
     kind: str
     column: int = 0
@@ -63,7 +69,7 @@ class Piece(NamedTuple):
 
 @dataclass(slots=True)
 class Template:
-    """One kind of request, and its share of them."""
+    """A kind of request, and its weight among the kinds."""
 
     name: str
     weight: float
@@ -90,7 +96,7 @@ class Template:
 
 
 def table_column(values: Sequence[Any], form: str, group: int = NO_GROUP) -> Column:
-    """Values of any type, encoded now. form "raw": numpy arrays or scalars, whose bytes are taken as they are."""
+    """Encode values of any type into a table. form "raw": the bytes of NumPy arrays or scalars, unchanged."""
     if form == "msgpack":
         encoded = [bytes(msgpack.packb(value)) for value in values]
     elif form == "json":
@@ -108,7 +114,7 @@ def array_header(items: int) -> bytes:
 
 
 def tensor_header(dtype: str, shape: Sequence[int]) -> bytes:
-    """Everything of a tensor of the wire but its elements."""
+    """Return the bytes that precede the elements of a tensor in a message."""
     array = np.zeros(0, dtype)
     head = struct.pack(f"<BB{len(shape)}I", protocol.pack_tensor(array).data[0], len(shape), *shape)
     size = len(head) + int(np.prod(shape)) * array.itemsize

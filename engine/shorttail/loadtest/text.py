@@ -1,4 +1,4 @@
-"""Results on a terminal: one row a step, then what needs saying."""
+"""Formats results for a terminal: a row for each step, then notes and warnings."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 from shorttail._native.metrics import STAGES as MEASURED
 from shorttail.loadtest.histogram import SHOWN
 
-STAGES = MEASURED[:-1]  # the last is their total
+STAGES = MEASURED[:-1]  # the last of MEASURED is the total
 
 
 def us(value: float | None) -> str:
-    """Three digits with a unit: "85.1 us", "1.24 ms", "2.1 s"; "-" for None."""
+    """Return microseconds as text with three digits and a unit: "85.1 us", "1.24 ms", "2.10 s"; "-" for None."""
     if value is None:
         return "-"
     for limit, scale, unit in ((1e3, 1.0, "us"), (1e6, 1e3, "ms"), (float("inf"), 1e6, "s")):
@@ -43,7 +43,7 @@ def step_row(step: Mapping[str, Any]) -> dict[str, str]:
 
 
 def table(rows: Sequence[Mapping[str, str]]) -> list[str]:
-    """Aligned to the right. A percentile that no row has enough answers for is left out."""
+    """Return the lines of a table, aligned to the right. Columns that are "-" in all rows are left out."""
     names = [name for name in rows[0] if any(row[name] != "-" for row in rows)]
     widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in names}
     lines = ["  ".join(f"{name:>{widths[name]}}" for name in names)]
@@ -51,7 +51,7 @@ def table(rows: Sequence[Mapping[str, str]]) -> list[str]:
 
 
 def summary(document: Mapping[str, Any]) -> list[str]:
-    """All lines of the result."""
+    """Return all lines of a result."""
     load, work = document["load"], document["workload"]
     shape = "closed loop" if load["loop"] == "closed" else f"open loop, {load['arrivals']} arrivals"
     lines = [
@@ -62,13 +62,13 @@ def summary(document: Mapping[str, Any]) -> list[str]:
         "",
     ]
     if any(step.get("server") for step in document["steps"]):
-        lines += ["in the server, a batch on average:", *table(server_rows(document["steps"])), ""]
+        lines += ["in the server, mean per batch:", *table(server_rows(document["steps"])), ""]
     lines += notes(document)
     return lines
 
 
 def server_rows(steps: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """A row a step that has a breakdown: each stage's mean and its share of the total."""
+    """Return a row for each step that has the server's times: each stage's mean and its share of the total."""
     rows = []
     for step in steps:
         if not (found := step.get("server")):
@@ -130,12 +130,12 @@ def notes(document: Mapping[str, Any]) -> list[str]:
         differ = (
             f"{checked['different']:,} differ, first: {checked['example']}" if checked["different"] else "all equal"
         )
-        lines.append(f"{checked['compared']:,} sampled answers asked for again: {differ}")
+        lines.append(f"{checked['compared']:,} sampled requests sent again, answers compared: {differ}")
     return lines
 
 
 def warnings(steps: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Each kind of warning once, from the step with the most load that has it, and at how many it was seen."""
+    """Return each kind of warning once, from the step with the highest rate, with the number of steps that have it."""
     found: dict[str, list[str]] = {}
     for step in sorted(steps, key=lambda step: float(step["offered_per_s"])):
         for warning in step["warnings"]:
@@ -151,6 +151,7 @@ def kinds(step: Mapping[str, Any], name: str) -> list[str]:
     for kind, latency in step["by_kind"].items():
         found = ", ".join(f"P{p} {us(value)}" for p, value in latency["percentiles_us"].items())
         lines.append(
-            f"{name}{kind}: {latency['count']:,} answers, {found or 'too few to tell'}, max {us(latency['max_us'])}"
+            f"{name}{kind}: {latency['count']:,} answers, {found or 'too few for percentiles'},"
+            f" max {us(latency['max_us'])}"
         )
     return lines

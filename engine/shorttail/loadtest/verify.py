@@ -1,4 +1,4 @@
-"""Whether answers given under load are those given at leisure: sampled ones are asked for again, one at a time."""
+"""Checks that answers under load are right: sends sampled requests again, one at a time, and compares the answers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from shorttail.errors import ShorttailError
 
 
 class Verified(NamedTuple):
-    """compared: answers asked for again; different: those that differ; example: the first of them, in one line."""
+    """compared: number of compared answers. different: how many of them differ. example: the first, in one line."""
 
     compared: int
     different: int
@@ -21,7 +21,7 @@ class Verified(NamedTuple):
 
 
 def verify(address: str, pairs: Sequence[tuple[bytes, bytes]], timeout_s: float) -> Verified:
-    """Ask again through the Python client. pairs: requests and their replies as they travelled; push is left out."""
+    """Send requests again through the Python client and compare. pairs: (request, reply) bytes; pushes are skipped."""
     compared = different = 0
     example = ""
     with Client(address, timeout_s=timeout_s) as client:
@@ -62,7 +62,7 @@ def ask(client: Client, method: str, params: Sequence[Any]) -> dict[str, Any]:
 
 
 def difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    """What differs, in a few words; "" when nothing does."""
+    """Return the first difference in a few words, "" if there is none."""
     if list(before) != list(after):
         return f"{list(before)} under load, {list(after)} afterwards"
     for name, values in before.items():

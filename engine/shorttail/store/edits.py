@@ -38,7 +38,7 @@ Edit = Upsert | Delete
 
 
 class TableDamaged(Exception):
-    """Raised when edits find a damaged table. The write transaction must be aborted. numbers: of these edits."""
+    """Raised when edits find a damaged table. The write transaction must be aborted. numbers: these edits."""
 
     def __init__(self, numbers: list[int], error: Internal) -> None:
         super().__init__(numbers)

@@ -36,7 +36,7 @@ def plan_map(path: Path) -> int:
         if room < file_bytes + GROWTH_BYTES_MIN:
             raise ResourceExhausted(
                 f"store '{path}' has {size_text(file_bytes)}, and this process has {size_text(max(room, 0))} of "
-                f"address space to map it; raise the limit of {size_text(allowed)} (ulimit -v)"
+                f"address space to map it; raise its limit of {size_text(allowed)} (ulimit -v)"
             )
         wanted = min(wanted, room)
     return wanted // PAGE_BYTES * PAGE_BYTES
