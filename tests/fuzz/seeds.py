@@ -1,4 +1,4 @@
-"""Inputs of codec.check to begin with: requests of every kind, and the damaged frames of mutations.py."""
+"""The first inputs of codec.check: requests of every kind, and the damaged messages of mutations.py."""
 
 from __future__ import annotations
 
@@ -66,6 +66,6 @@ def inputs() -> Iterator[bytes]:
 
 
 def write(folder: Path) -> None:
-    """Into the folder of a corpus, under names that stay the same."""
+    """Write the inputs to the folder of a corpus, with the same names each time."""
     for data in inputs():
         (folder / hashlib.sha256(data).hexdigest()[:16]).write_bytes(data)

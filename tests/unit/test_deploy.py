@@ -116,7 +116,7 @@ def test_an_option_that_does_not_exist_is_found():
 def server(here, tmp_path_factory):
     """Run the server as the StatefulSet does, but on free ports of this machine."""
     split = here(COMMANDS["statefulset.yaml"])
-    split.remove("--pin-cpus")  # other tests use the CPUs too
+    split.remove("--pin-cpus")  # the machine's CPUs are not this test's alone
     at = split.index("--store")
     server = Server(split[at + 1], *split[:at], *split[at + 2 :], log=tmp_path_factory.mktemp("log") / "log")
     yield server
@@ -150,7 +150,7 @@ def test_metrics_are_scraped_with_the_token(server):
     assert get(server, endpoint["path"], Authorization=f"{kind} {TOKEN}") == 200
 
 
-def test_the_health_check_of_the_image_works(server):
+def test_the_health_check_of_the_image(server):
     _, command = instruction("HEALTHCHECK").split("CMD", 1)
     python, flag, code = json.loads(command)
     assert (python, flag) == ("python", "-c")
@@ -183,7 +183,7 @@ def test_the_timeouts_leave_time_to_start_to_hang_and_to_stop():
 
 def test_the_unit_permits_what_the_server_needs():
     assert UNIT["Type"] == ["notify-reload"]
-    assert UNIT["KillMode"] == ["mixed"]  # systemd must not stop the writer while workers still forward writes to it
+    assert UNIT["KillMode"] == ["mixed"]  # the writer must not be told to stop while workers hand writes to it
     assert "MemoryDenyWriteExecute" not in UNIT
     assert seconds("LimitNOFILE") >= 2 * (LIMITS.connections + LIMITS.http_connections)
     assert options(COMMANDS["shorttail.service"])["lock_memory"]
