@@ -12,18 +12,20 @@ from numpy.typing import NDArray
 from shorttail.define.refusal import Refused
 
 Array = NDArray[Any]
+Unsupported = pa.ArrowException
 
 
 def whole(column: Any) -> Any:
-    """One Array of a ChunkedArray, and its plain values: without dictionary, run-ends or extension type."""
+    """One Array of a ChunkedArray, and its plain values: without dictionary or run-ends."""
     if isinstance(column, pa.ChunkedArray):
         column = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
         if isinstance(column, pa.ChunkedArray):
             raise Refused("a column of more than 2 GiB; give it in parts")
     while True:
-        if isinstance(column.type, pa.BaseExtensionType):
-            column = column.storage
-        elif pa.types.is_dictionary(column.type):
+        if pa.types.is_dictionary(column.type):
+            words = column.dictionary
+            if pa.types.is_string_view(words.type):  # which Arrow cannot pick from, and polars has
+                column = pa.DictionaryArray.from_arrays(column.indices, words.cast(pa.large_string()))
             column = column.dictionary_decode()
         elif pa.types.is_run_end_encoded(column.type):
             column = pc.run_end_decode(column)

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from shorttail.config import LIMITS
 from shorttail.define.dtypes import DType
 from shorttail.errors import InvalidArgument
 
@@ -38,6 +39,13 @@ def got(value: Any, kind: str = "") -> str:
 def numbers_of(count: int) -> str:
     """What a vector of another length is."""
     return f"{count} number{'' if count == 1 else 's'}"
+
+
+def said_of_text(size: int) -> str:
+    """What a text of so many bytes is that is refused: too long, or else not UTF-8."""
+    if size > LIMITS.string_bytes:
+        return f"text of {size} bytes, more than {LIMITS.string_bytes},"
+    return "text that is not UTF-8"
 
 
 def shown(value: Any) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 
 from shorttail.config import LIMITS
 from shorttail.define.dtypes import VECTOR_CODE, Bool, DType, Float32, Float64, Int32, Int64, String, Timestamp
-from shorttail.define.refusal import Refused, got, numbers_of
+from shorttail.define.refusal import Refused, got, numbers_of, said_of_text
 from shorttail.define.times import MIDNIGHT, microseconds, parse_time, times_us
 
 EXACT: Final = 2**53  # a double beyond it may be a whole number that was rounded
@@ -52,7 +52,9 @@ def _of_arrow(scalar: Any) -> Any:
         return np.datetime64(scalar.value, scalar.type.unit)
     if kind.startswith("duration["):
         return np.timedelta64(scalar.value, scalar.type.unit)
-    if hasattr(scalar, "dictionary") or kind.startswith("extension<"):
+    if kind.startswith("extension<"):  # what its storage means is known to its type alone
+        raise Refused(f"a value of {kind}")
+    if hasattr(scalar, "dictionary"):
         return _of_arrow(scalar.value)
     try:
         return scalar.as_py()
@@ -122,7 +124,7 @@ def _as_text(dtype: DType, value: Any) -> str:
     except UnicodeEncodeError:
         raise Refused(f"text that is not UTF-8, {got(text)}") from None
     if size > LIMITS.string_bytes:
-        raise Refused(f"text of {size} bytes, more than {LIMITS.string_bytes},")
+        raise Refused(said_of_text(size))
     return text
 
 

@@ -254,7 +254,7 @@ def _of_polars(dtype: DType, values: Any) -> tuple[Array, Nulls | None, bool]:
 
 
 def _of_pandas(dtype: DType, values: Any) -> tuple[Array, Nulls | None, bool]:
-    """A Series, an Index or an array of pandas, by its type: of NumPy, of Arrow, nullable, with a zone, or any other."""
+    """A Series, an Index or an array of pandas: of NumPy, of Arrow, nullable, with a zone, or of any other type."""
     kind = values.dtypes if getattr(values, "ndim", 1) > 1 else values.dtype
     if not hasattr(kind, "na_value"):  # no extension type
         return _of_array(dtype, values.to_numpy())
@@ -322,11 +322,14 @@ def _column_of_arrow(dtype: DType, column: Any) -> tuple[Array, Nulls | None, bo
     from shorttail.define import arrow
 
     if not arrow.is_column(column):
-        raise Refused(type(column).__name__)
-    column = arrow.whole(column)
-    if dtype.is_vector and not arrow.is_list(column.type):
-        return _of_list(dtype, [unwrapped(item) for item in column])  # one vector alone, or nulls
-    found, nulls = of_arrow(dtype, column)
+        raise Refused(f"a {type(column).__name__}")
+    try:
+        column = arrow.whole(column)
+        if dtype.is_vector and not arrow.is_list(column.type):
+            return _of_list(dtype, [unwrapped(item) for item in column])  # one vector alone, or nulls
+        found, nulls = of_arrow(dtype, column)
+    except arrow.Unsupported as error:
+        raise Refused(f"a column of {column.type}, which Arrow cannot convert ({error!s:.60})") from None
     return _of_list(dtype, _texts(found)) if dtype == String else (found, nulls, False)
 
 
@@ -364,7 +367,7 @@ def _texts(column: Any) -> list[Any]:
     try:
         texts: list[Any] = column.to_pylist()
     except UnicodeDecodeError:
-        row, item = next((row, item) for row, item in enumerate(column) if not _is_utf8(item))
+        row = next(row for row, item in enumerate(column) if not _is_utf8(item))
         raise Refused("text that is not UTF-8", row) from None
     return texts
 

@@ -15,7 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from shorttail._native.pages import first_bad_string
+from shorttail.config import LIMITS
 from shorttail.define.dtypes import DType, String, Timestamp
+from shorttail.define.refusal import said_of_text
 from shorttail.define.values import Refused, of_arrow
 from shorttail.define.views import FeatureView
 from shorttail.errors import InvalidArgument, NotFound
@@ -47,8 +50,8 @@ def parquet_batches(
 ) -> tuple[int | None, Iterator[ColumnBatch]]:
     """(rows in all, batches of them) of a file, or of a folder of Parquet files, for that view.
 
-    timestamp: the column of event times, of whatever a Timestamp takes. None takes `event_time` if the file has it, else
-    now. Other columns of the file are ignored. Null and NaN are null.
+    timestamp: the column of event times, of whatever a Timestamp takes. None takes `event_time` if the file has it,
+    else now. Other columns of the file are ignored. Null and NaN are null.
     The number of rows is None where only reading would tell it (CSV).
     Raises NotFound, InvalidArgument: for columns at once, for values while iterating.
     """
@@ -189,10 +192,13 @@ class Reader:
         """
         try:
             values, nulls = self.read(dtype, self.batch.column(name))
+            if dtype == String:
+                values = texts(values)
+                check_texts(values, nulls)
         except Refused as error:
             row = None if error.row is None else self.first + error.row
             raise Refused(error.got, row).error(f"{self.origin}: column '{name}'", dtype) from None
-        return (texts(values) if dtype == String else values), nulls
+        return values, nulls
 
     def required(self, name: str, dtype: DType, role: str) -> Any:
         """The values of a column of which none may be missing."""
@@ -210,6 +216,13 @@ def texts(column: Any) -> Texts:
     if offsets is None:
         return Texts(np.zeros(1, width), b"")
     return Texts(np.frombuffer(offsets, width, len(column) + 1, column.offset * np.dtype(width).itemsize), data or b"")
+
+
+def check_texts(texts: Texts, nulls: Nulls | None) -> None:
+    """That texts are UTF-8 and not too long. Raises Refused."""
+    row = first_bad_string(texts.data, texts.offsets, nulls, len(texts), LIMITS.string_bytes)
+    if row is not None:
+        raise Refused(said_of_text(int(texts.offsets[row + 1] - texts.offsets[row])), row)
 
 
 def first_line(error: BaseException) -> str:

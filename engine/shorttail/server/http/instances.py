@@ -76,8 +76,8 @@ def instance_columns(rows: list[Any], names: Sequence[str]) -> dict[str, list[An
 def csv_columns(body: bytes, names: Sequence[str], dtypes: Sequence[DType]) -> dict[str, list[Any]]:
     """Columns of CSV. With a header if its first line names the columns, in any order; else in the columns' order.
 
-    A vector takes as many fields as it has numbers (without a header). An empty field is a missing value, and one of two
-    quotes the empty text; an empty line is a row with one empty field. Raises InvalidArgument.
+    A vector takes as many fields as it has numbers (without a header). An empty field is a missing value, two quotes
+    are the empty text, and an empty line is a row with one empty field. Raises InvalidArgument.
     """
     if len(body) > LIMITS.http_json_bytes:
         raise InvalidArgument(f"{len(body)} bytes of CSV; at most {LIMITS.http_json_bytes} are taken: send it in parts")
