@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from shorttail.define.values import parse_columns
+from shorttail.define.text import parse_columns
 
 pa = pytest.importorskip("pyarrow")
 onnx = pytest.importorskip("onnx")

@@ -22,7 +22,7 @@ from shorttail.cli.rows import delete, push
 from shorttail.cli.serve_options import settings_options
 from shorttail.cli.tune import tune
 from shorttail.config import DEFAULT_HOST, DEFAULT_PORT, LIMITS, VERSION
-from shorttail.define.values import parse_columns
+from shorttail.define.text import parse_columns
 from shorttail.errors import InvalidArgument, NotFound, ShorttailError
 
 if TYPE_CHECKING:

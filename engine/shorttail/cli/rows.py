@@ -12,7 +12,7 @@ import click
 from shorttail.cli.options import connect, json_option, opened, progress_bar, source_options
 from shorttail.cli.output import print_json, rate
 from shorttail.config import LIMITS
-from shorttail.define.values import parse_columns
+from shorttail.define.text import parse_columns
 from shorttail.errors import InvalidArgument, NotFound, ShorttailError
 
 if TYPE_CHECKING:

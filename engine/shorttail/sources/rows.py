@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shorttail.define.dtypes import Bool, DType, String, Timestamp
-from shorttail.define.values import microseconds
+from shorttail.define.times import microseconds
 from shorttail.define.views import FeatureView
 from shorttail.errors import InvalidArgument
 from shorttail.store import ColumnBatch
