@@ -217,7 +217,7 @@ cdef int append_any_column(Columns columns, int c, values) except -1:
     cdef Py_ssize_t row, n, bytes
     cdef cnp.ndarray numbers
     try:
-        found, nulls, _ = as_column(columns.dtypes[c], values)
+        found, nulls, is_scalar = as_column(columns.dtypes[c], values)
     except Refused as error:
         raise refusal(columns, c, error, -1) from None
     n = len(found)
@@ -235,5 +235,5 @@ cdef int append_any_column(Columns columns, int c, values) except -1:
         return 0
     missing = bytearray(n) if nulls is None else nulls.tolist()
     for row, value in enumerate(found.tolist()):
-        append_value(columns, c, None if missing[row] else value, row)
+        append_value(columns, c, None if missing[row] else value, -1 if is_scalar else row)
     return 0
