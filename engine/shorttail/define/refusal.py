@@ -35,6 +35,11 @@ def got(value: Any, kind: str = "") -> str:
     return f"{shown(value)} ({kind or type(value).__name__})"
 
 
+def numbers_of(count: int) -> str:
+    """What a vector of another length is."""
+    return f"{count} number{'' if count == 1 else 's'}"
+
+
 def shown(value: Any) -> str:
     """A value for a message, at most 40 characters long."""
     if isinstance(value, np.datetime64 | np.timedelta64):
@@ -52,4 +57,4 @@ class _Short(reprlib.Repr):
 
 
 _short: Final = _Short()
-_short.maxstring = _short.maxother = _short.maxlong = 60
+_short.maxstring = _short.maxother = 100

@@ -11,7 +11,7 @@ import numpy as np
 
 from shorttail.config import LIMITS
 from shorttail.define.dtypes import VECTOR_CODE, Bool, DType, Float32, Float64, Int32, Int64, String, Timestamp
-from shorttail.define.refusal import Refused, got
+from shorttail.define.refusal import Refused, got, numbers_of
 from shorttail.define.times import MIDNIGHT, microseconds, parse_time, times_us
 
 EXACT: Final = 2**53  # a double beyond it may be a whole number that was rounded
@@ -150,7 +150,7 @@ def _as_vector(dtype: DType, value: Any) -> tuple[float, ...]:
         raise Refused(got(value))
     items = [as_value(Float64, item) for item in value]
     if len(items) != dtype.width:
-        raise Refused(f"{len(items)} numbers")
+        raise Refused(numbers_of(len(items)))
     return tuple(NAN if item is None else item for item in items)
 
 

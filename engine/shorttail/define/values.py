@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from shorttail.config import LIMITS
 from shorttail.define.dtypes import Bool, DType, Float32, Float64, Int32, Int64, String, Timestamp
-from shorttail.define.refusal import Refused, got, refused, shown
+from shorttail.define.refusal import Refused, got, numbers_of, refused, shown
 from shorttail.define.scalar import EXACT, INT32, INT64, NAN, as_value, is_missing, is_row, unwrapped
 from shorttail.define.times import times_us
 
@@ -301,7 +301,7 @@ def _vectors_of_array(dtype: DType, array: Array) -> tuple[Array, Nulls | None, 
     if array.ndim > 2 or array.dtype.kind not in "biuf":
         raise Refused(f"an array of {array.dtype} of shape {array.shape}")
     if array.shape[1] != dtype.width:
-        raise Refused(f"{array.shape[1]} numbers", 0)
+        raise Refused(numbers_of(array.shape[1]), 0)
     return *of_rows(dtype, array), False
 
 
@@ -384,7 +384,7 @@ def _vectors_of_arrow(
     rows = np.arange(len(lengths)) if nulls is None else np.flatnonzero(~nulls)
     if (lengths != dtype.width).any():
         wrong = int(np.argmax(lengths != dtype.width))
-        raise Refused(f"{int(lengths[wrong])} numbers", int(rows[wrong]))
+        raise Refused(numbers_of(int(lengths[wrong])), int(rows[wrong]))
     try:
         found, _ = of_arrow(Float64, flat)
     except Refused as error:
