@@ -93,7 +93,10 @@ def test_a_wrong_ttl_is_refused(ttl: Any) -> None:
         (Float32, 1, 1.0),
         (String, "x", "x"),
         (Timestamp, datetime(1970, 1, 1, 0, 0, 1, tzinfo=UTC), 1_000_000),
+        (Timestamp, "1970-01-02", 86_400_000_000),
         (Vector(2), np.array([1, 2]), (1.0, 2.0)),
+        (Float32, float("nan"), None),
+        (String, np.str_("x"), "x"),
     ],
 )
 def test_defaults(dtype: Any, default: Any, kept: Any) -> None:
@@ -103,7 +106,8 @@ def test_defaults(dtype: Any, default: Any, kept: Any) -> None:
 @pytest.mark.parametrize(
     ("dtype", "default"),
     [
-        (Bool, 1),
+        (Bool, 2),
+        (Timestamp, timedelta(days=1)),
         (Int32, 1 << 31),
         (Int64, 1.5),
         (Int64, True),
@@ -114,10 +118,9 @@ def test_defaults(dtype: Any, default: Any, kept: Any) -> None:
     ],
 )
 def test_a_default_of_another_type_is_refused(dtype: Any, default: Any) -> None:
-    with pytest.raises(
-        InvalidArgument, match=f"feature 'f': default .* is not a {dtype!r}".replace("(", r"\(").replace(")", r"\)")
-    ):
+    with pytest.raises(InvalidArgument) as caught:
         Feature("f", dtype, default)
+    assert caught.value.message.startswith(f"feature 'f': the default takes {dtype}; got ")
 
 
 @pytest.mark.parametrize(

@@ -275,7 +275,7 @@ def _of_pandas(dtype: DType, values: Any) -> tuple[Array, Nulls | None, bool]:
 
 def _vectors_of_list(dtype: DType, values: Sequence[Any]) -> tuple[Array, Nulls | None, bool]:
     """A list of numbers is one vector; a list of lists, or of nothing but missing ones, a column of them."""
-    first = next((value for value in values if not is_missing(value)), None)
+    first = next((value for value in map(unwrapped, values) if not is_missing(value)), None)
     if first is not None and not is_row(first):
         return _of_one(dtype, values)
     if set(map(type, values)) == {list} and all(len(row) == dtype.width for row in values):
@@ -327,7 +327,7 @@ def _column_of_arrow(dtype: DType, column: Any) -> tuple[Array, Nulls | None, bo
     if dtype.is_vector and not arrow.is_list(column.type):
         return _of_list(dtype, [unwrapped(item) for item in column])  # one vector alone, or nulls
     found, nulls = of_arrow(dtype, column)
-    return (_of_list(dtype, _texts(found)) if dtype == String else (found, nulls, False))
+    return _of_list(dtype, _texts(found)) if dtype == String else (found, nulls, False)
 
 
 def of_arrow(dtype: DType, column: Any) -> tuple[Any, Nulls | None]:
@@ -377,9 +377,7 @@ def _is_utf8(item: Any) -> bool:
     return True
 
 
-def _vectors_of_arrow(
-    dtype: DType, flat: Any, lengths: Array, nulls: Nulls | None
-) -> tuple[Array, Nulls | None]:
+def _vectors_of_arrow(dtype: DType, flat: Any, lengths: Array, nulls: Nulls | None) -> tuple[Array, Nulls | None]:
     """flat: the elements of all lists that are not null; lengths: of these lists."""
     rows = np.arange(len(lengths)) if nulls is None else np.flatnonzero(~nulls)
     if (lengths != dtype.width).any():

@@ -15,9 +15,9 @@ from typing import Any
 from shorttail.define.dtypes import DType, parse_dtype
 from shorttail.define.entities import Entity, check_dtype
 from shorttail.define.names import check_name, check_text
-from shorttail.define.sources import ParquetSource
 from shorttail.define.refusal import Refused
 from shorttail.define.scalar import as_value
+from shorttail.define.sources import ParquetSource
 from shorttail.errors import InvalidArgument
 
 Json = dict[str, Any]
@@ -66,7 +66,7 @@ def check_default(name: str, dtype: DType, value: Any) -> Any:
     try:
         return as_value(dtype, value)
     except Refused as error:
-        raise error.error(f"default of feature '{name}'", dtype) from None
+        raise error.error(f"feature '{name}': the default", dtype) from None
 
 
 @dataclass(frozen=True)
