@@ -176,6 +176,8 @@ static inline enum mp_scan_result mp_scan(struct mp_scan *s, const uint8_t *data
 
 enum mp_kind { MP_NIL, MP_BOOL, MP_INT, MP_BIG /* above 2^63 - 1 */, MP_FLOAT, MP_STR, MP_BIN, MP_EXT, MP_ARRAY, MP_MAP };
 
+enum { MP_TIME_EXT = -1 };
+
 struct mp_value {
     enum mp_kind kind;
     int ext;                /* MP_EXT: its type */
@@ -261,6 +263,27 @@ static inline const uint8_t *mp_read(const uint8_t *p, struct mp_value *v)
     if (tag < 0xc0)
         return mp_span(p, tag & 0x1f, MP_STR, v);
     return mp_read_tagged(tag, p, v);
+}
+
+/* Microseconds since 1970 of a timestamp, which MessagePack has as an ext; what is finer is cut off towards the past.
+ * -1: it is none, or may not fit. */
+static inline int mp_time_us(const struct mp_value *v, int64_t *us)
+{
+    uint32_t nanoseconds = 0;
+    uint64_t both;
+    int64_t seconds;
+    if (v->ext != MP_TIME_EXT)
+        return -1;
+    switch (v->size) {
+    case 4: seconds = mp_be32(v->body); break;
+    case 8: both = mp_be64(v->body); nanoseconds = (uint32_t)(both >> 34); seconds = both & 0x3ffffffff; break;
+    case 12: nanoseconds = mp_be32(v->body); seconds = (int64_t)mp_be64(v->body + 4); break;
+    default: return -1;
+    }
+    if (nanoseconds > 999999999 || __builtin_mul_overflow(seconds, 1000000, us) ||
+        __builtin_add_overflow(*us, nanoseconds / 1000, us))
+        return -1;
+    return 0;
 }
 
 /* Up to n integers from *p on into out; stops at the first value that is none. Returns how many, and moves *p. */

@@ -39,7 +39,6 @@ cdef struct kept_t:         # a request that waits until all that came are read
 
 cdef class ColumnNames:
     cdef tuple names            # bytes, as they come on the wire
-    cdef bytes booleans         # 1 where a column is Bool
     cdef int n
     cdef bint matches(self, int c, const mp_value *name) noexcept
     cdef int find(self, int guess, const mp_value *name) noexcept

@@ -8,7 +8,7 @@ instead of names, where each value comes from and where it goes.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +41,8 @@ class Plan:
     version: int  # 0 for features
     names: tuple[str, ...]  # request columns
     dtypes: tuple[DType, ...]
+    required: tuple[str, ...]  # of them, those that refuse a missing value
+    instead: Mapping[str, Any]  # what is taken for a missing value: {request column: value}
     view_names: tuple[str, ...]
     lookups: tuple[Lookup, ...]  # one a view
     buffers: tuple[Buffer, ...]  # the model's inputs come first, in its order
@@ -56,7 +58,7 @@ class Plan:
 
     def new_columns(self) -> Columns:
         """An empty batch for this plan."""
-        return Columns(self.names, self.dtypes)
+        return Columns(self.names, self.dtypes, self.required, self.instead)
 
     def answers_for(self, asked: Plan, columns: Columns) -> bool:
         """Whether a batch parsed for `asked` can be run by this plan, and its answer read by what `asked` says."""

@@ -59,7 +59,8 @@ def test_key_order_survives_json() -> None:
     "inputs", [["stats:age", ratio("request:amount", "stats:age")], {"x": ["stats:age"], "y": ["request:q"]}]
 )
 def test_a_model_survives_json(inputs: Any) -> None:
-    model = Model("fraud", "fraud.onnx", inputs, outputs=["p"], owner="risk")
+    asked = [item.removeprefix("request:") for item in Model("m", "m", inputs).references if "request:" in item]
+    model = Model("fraud", "fraud.onnx", inputs, outputs=["p"], owner="risk", missing=dict.fromkeys(asked, 0.5))
     assert Model.from_json(json.loads(json.dumps(model.to_json()))) == model
 
 
@@ -140,6 +141,11 @@ def test_a_default_of_another_type_is_refused(dtype: Any, default: Any) -> None:
         (lambda: Model("m", "m.onnx", []), "model 'm': inputs must be a list"),
         (lambda: Model("m", "m.onnx", [ratio]), "call ratio with the references"),
         (lambda: Model("../m", "m.onnx", ["stats:age"]), "a name is a letter"),
+        (lambda: Model("m", "m.onnx", ["request:a"], missing=["a"]), "model 'm': missing must be {request column: value}"),
+        (
+            lambda: Model("m", "m.onnx", ["request:a", "v:f"], missing={"f": 1}),
+            "model 'm': missing names 'f', which is no request column of it: a",
+        ),
         (lambda: Model("m", "m.onnx", ["stats:age"], outputs=["p", "p"]), "outputs must be a list of different"),
         (lambda: ratio("request:a"), r"ratio\(...\) takes 2 arguments \(amount, average\), not 1"),
         (lambda: ratio("request:a", 1.0), "1.0 is not a feature reference"),

@@ -27,6 +27,8 @@ class Model:
     feature fills as many columns as it is long), or a dict from the model's input names to such lists.
     `outputs` names the model's outputs to return; None is all of them. `path` is relative to the definitions file.
     `run` is a link to the training run ("mlflow:..." or any URL), `metrics` what it was measured at: {name: number}.
+    `missing` says what is taken where a request brings no value of a request column: {"column": value}. Without it
+    columns of whole numbers, bools, text and times refuse a missing value, and in floats and vectors it is NaN.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Model:
     owner: str = ""
     run: str = ""
     metrics: Mapping[str, float] = field(default_factory=dict)
+    missing: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_name(self.name, "model")
@@ -63,6 +66,7 @@ class Model:
         check_text(self.owner, f"{where}: owner")
         check_run(self.run, where)
         object.__setattr__(self, "metrics", check_metrics(self.metrics, where))
+        object.__setattr__(self, "missing", check_missing(self.missing, self.references, where))
 
     __hash__ = None  # type: ignore[assignment]  # it may hold a dict
 
@@ -104,6 +108,7 @@ class Model:
             "owner": self.owner,
             "run": self.run,
             "metrics": dict(self.metrics),
+            "missing": dict(self.missing),
         }
 
     @classmethod
@@ -122,6 +127,7 @@ class Model:
             data["owner"],
             data.get("run", ""),
             data.get("metrics", {}),
+            data.get("missing", {}),
         )
 
 
@@ -141,6 +147,17 @@ def check_metrics(metrics: object, where: str) -> dict[str, float]:
         if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
             raise InvalidArgument(f"{where}: metric '{name}' must be a finite number, not {value!r}")
     return {name: float(value) for name, value in metrics.items()}
+
+
+def check_missing(missing: object, references: Sequence[str], where: str) -> dict[str, Any]:
+    """The values are checked where the types of the columns are known: models/signature.py."""
+    if not isinstance(missing, Mapping):
+        raise InvalidArgument(f"{where}: missing must be {{request column: value}}, not {type(missing).__name__}")
+    for name in missing:
+        if f"request:{name}" not in references:
+            known = ", ".join(item.removeprefix("request:") for item in references if item.startswith("request:"))
+            raise InvalidArgument(f"{where}: missing names {name!r}, which is no request column of it: {known}")
+    return dict(missing)
 
 
 def check_columns(columns: object, where: str) -> tuple[Column, ...]:

@@ -143,7 +143,10 @@ def _as_time(dtype: DType, value: Any) -> int:
         except Refused as error:
             raise Refused(error.got) from None  # without a row
     if hasattr(value, "to_unix_nano"):  # msgpack.Timestamp
-        return int(value.seconds) * 1_000_000 + int(value.nanoseconds) // 1_000
+        time_us = int(value.seconds) * 1_000_000 + int(value.nanoseconds) // 1_000
+        if not INT64[0] <= time_us <= INT64[1]:
+            raise Refused(got(value))
+        return time_us
     return _as_int(dtype, value)
 
 
