@@ -143,7 +143,8 @@ def requested(dtype: str, rows: list[Any] | None) -> list[Any] | None:
 
 
 # What else is said of a value: of one that is missing, of a body or tensor that cannot hold it.
-OTHER_WORDS = ("is null", "missing", "not JSON", "data must be an array of", "has the shape")
+CLIENT_WORDS = "takes numbers, bools, text, times or vectors; got"  # it does not know the column's type
+OTHER_WORDS = ("is null", "missing", "not JSON", "data must be an array of", "has the shape", CLIENT_WORDS)
 
 
 def check(
@@ -322,7 +323,7 @@ def asked(served: Served, path: str, body: Any) -> Any:
 
 def instances(served: Served, dtype: str, value: Any, rows: int) -> list[Any]:
     given = json_rows(value)
-    if dtype == "Vector(2)" and rows == 1 and not isinstance(given[0], list):
+    if dtype == "Vector(2)" and rows == 1 and given != [None] and not isinstance(given[0], list):
         given = [given]  # one vector is one instance
     body = {"instances": [{"x": row} for row in given], "parameters": {"model": f"m{plain_name(dtype)}"}}
     predictions = asked(served, "/invocations", body)["predictions"]
@@ -338,7 +339,7 @@ def without_infinity(dtype: str, rows: list[Any] | None) -> list[Any] | None:
 def from_json(dtype: str, rows: Any) -> Any:
     """JSON has no NaN and no infinity: both are null there."""
     if dtype not in ("Float32", "Float64", "Vector(2)"):
-        return rows
+        return np.array(rows, object)
     return np.array(rows, np.float32 if dtype != "Float64" else np.float64)
 
 
@@ -367,6 +368,8 @@ def as_tensor(value: Any) -> tuple[str, list[int], list[Any]]:
 
 def tensor_json(served: Served, dtype: str, value: Any, rows: int) -> list[Any]:
     datatype, shape, flat = as_tensor(value)
+    if dtype == "Vector(2)" and set(flat) == {None} and len(shape) == 1:
+        raise Unsaid  # a tensor has no missing rows
     if dtype == "Vector(2)" and rows == 1 and len(shape) == 1:
         shape = [1, *shape]
     tensor = {"name": "x", "datatype": datatype, "shape": shape, "data": flat}
