@@ -162,7 +162,8 @@ def _as_vector(dtype: DType, value: Any) -> tuple[float, ...]:
 def is_row(value: Any) -> bool:
     """Whether a value can be a vector: something that has elements."""
     return isinstance(value, list | tuple | np.ndarray) or (
-        hasattr(value, "__iter__") and hasattr(value, "__len__") and hasattr(value, "__array__")
+        not isinstance(value, np.generic)  # of bytes it has elements too
+        and hasattr(value, "__iter__") and hasattr(value, "__len__") and hasattr(value, "__array__")
     )
 
 
