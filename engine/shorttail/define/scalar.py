@@ -163,7 +163,9 @@ def is_row(value: Any) -> bool:
     """Whether a value can be a vector: something that has elements."""
     return isinstance(value, list | tuple | np.ndarray) or (
         not isinstance(value, np.generic)  # of bytes it has elements too
-        and hasattr(value, "__iter__") and hasattr(value, "__len__") and hasattr(value, "__array__")
+        and hasattr(value, "__iter__")
+        and hasattr(value, "__len__")
+        and hasattr(value, "__array__")
     )
 
 

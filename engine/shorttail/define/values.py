@@ -112,7 +112,7 @@ def one_by_one(dtype: DType, values: Sequence[Any], kind: str = "") -> tuple[Arr
     return filled(dtype, found)
 
 
-_ALIKE: Final = {  # what one array can be made of at once, by the type's code
+_ALIKE: Final[dict[int, set[type]]] = {  # what one array can be made of at once, by the type's code
     Bool.code: {bool},
     Int32.code: {int},
     Int64.code: {int},
