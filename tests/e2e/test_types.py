@@ -23,7 +23,7 @@ import pyarrow.parquet
 import pytest
 import tritonclient.http as triton
 from click.testing import CliRunner
-from http_asking import ask_json, http_port
+from http_asking import ask, ask_json, http_port
 from kinds import KINDS, NAN, TEXTS, TYPES, Kind
 from onnx import TensorProto, helper
 from serving import Server
@@ -103,7 +103,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         objects += [st.FeatureView(view + name, entity=user, features=[feature]) for view in ("v", "loaded")]
     for dtype in KEYS:
         entity = st.Entity(f"of{dtype}", keys={"key": parse_dtype(dtype)})
-        objects.append(st.FeatureView(f"k{dtype}", entity=entity, features=[Feature("n", st.Int64)]))
+        feature = Feature("n", st.Int64)
+        objects += [st.FeatureView(view + dtype, entity=entity, features=[feature]) for view in ("k", "r")]
     with st.Engine.open(home / "store", create=True) as engine:
         engine.apply(objects)
         server = Server(home / "store", log=home / "log")
@@ -143,7 +144,8 @@ def requested(dtype: str, rows: list[Any] | None) -> list[Any] | None:
 
 
 # What else is said of a value: of one that is missing, of a body or tensor that cannot hold it.
-OTHER_WORDS = ("is null", "missing", "not JSON", "data must be an array of", "has the shape")
+CLIENT_WORDS = "takes numbers, bools, text, times or vectors; got"  # it does not know the column's type
+OTHER_WORDS = ("is null", "missing", "not JSON", "data must be an array of", "has the shape", CLIENT_WORDS)
 
 
 def check(
@@ -322,7 +324,7 @@ def asked(served: Served, path: str, body: Any) -> Any:
 
 def instances(served: Served, dtype: str, value: Any, rows: int) -> list[Any]:
     given = json_rows(value)
-    if dtype == "Vector(2)" and rows == 1 and not isinstance(given[0], list):
+    if dtype == "Vector(2)" and rows == 1 and given != [None] and not isinstance(given[0], list):
         given = [given]  # one vector is one instance
     body = {"instances": [{"x": row} for row in given], "parameters": {"model": f"m{plain_name(dtype)}"}}
     predictions = asked(served, "/invocations", body)["predictions"]
@@ -338,7 +340,7 @@ def without_infinity(dtype: str, rows: list[Any] | None) -> list[Any] | None:
 def from_json(dtype: str, rows: Any) -> Any:
     """JSON has no NaN and no infinity: both are null there."""
     if dtype not in ("Float32", "Float64", "Vector(2)"):
-        return rows
+        return np.array(rows, object)
     return np.array(rows, np.float32 if dtype != "Float64" else np.float64)
 
 
@@ -367,6 +369,8 @@ def as_tensor(value: Any) -> tuple[str, list[int], list[Any]]:
 
 def tensor_json(served: Served, dtype: str, value: Any, rows: int) -> list[Any]:
     datatype, shape, flat = as_tensor(value)
+    if dtype == "Vector(2)" and set(flat) == {None} and len(shape) == 1:
+        raise Unsaid  # a tensor has no missing rows
     if dtype == "Vector(2)" and rows == 1 and len(shape) == 1:
         shape = [1, *shape]
     tensor = {"name": "x", "datatype": datatype, "shape": shape, "data": flat}
@@ -411,14 +415,93 @@ def test_requested_values(served: Served, way: Way, dtype: str) -> None:
     check(served, way, dtype, KINDS, expect)
 
 
+# -- keys --------------------------------------------------------------------------------------------------------------
+
+
+def as_keys(dtype: str, rows: list[Any] | None) -> list[Any] | None:
+    """What a lookup finds for keys: each is there, and a missing one is not."""
+    return None if rows is None else [None if row is None else 5 for row in rows]
+
+
+def look_up(source: Any, served: Served, dtype: str, value: Any, rows: int) -> list[Any]:
+    found = source.get_online_features([f"k{dtype}:n"], {"key": value})
+    statuses = dict.fromkeys(found.feature_statuses[f"k{dtype}:n"].tolist())
+    assert set(statuses) <= {st.Status.PRESENT, st.Status.NOT_FOUND}
+    numbers: list[Any] = found.to_dict()[f"k{dtype}:n"]
+    return numbers
+
+
+def engine_keys(served: Served, dtype: str, value: Any, rows: int) -> list[Any]:
+    return look_up(served.engine, served, dtype, value, rows)
+
+
+def client_keys(served: Served, dtype: str, value: Any, rows: int) -> list[Any]:
+    return look_up(served.client, served, dtype, value, rows)
+
+
+@pytest.mark.parametrize("dtype", KEYS)
+@pytest.mark.parametrize("way", [engine_keys, client_keys])
+def test_keys_of_lookups(served: Served, way: Way, dtype: str) -> None:
+    keys = {row for kind in KINDS for row in kind.outcomes.get(dtype, ()) if row is not None}
+    served.engine.push(f"k{dtype}", {"key": list(keys), "n": 5})
+    served.engine.refresh()
+    check(served, way, dtype, KINDS, as_keys)
+
+
+def as_row_keys(dtype: str, rows: list[Any] | None) -> list[Any] | None:
+    """Rows that are pushed need their keys."""
+    return None if rows is None or None in rows else sorted(set(rows))
+
+
+def engine_rows(served: Served, dtype: str, value: Any, rows: int) -> list[Any]:
+    return stored_and_deleted(served.engine, served, dtype, value)
+
+
+def client_rows(served: Served, dtype: str, value: Any, rows: int) -> list[Any]:
+    return stored_and_deleted(served.client, served, dtype, value)
+
+
+def stored_and_deleted(target: Any, served: Served, dtype: str, value: Any) -> list[Any]:
+    """The keys of the rows that a push stores; a delete of the same keys leaves none of them."""
+    target.push(f"r{dtype}", {"key": value, "n": 1})
+    keys = keys_of(served, f"r{dtype}")
+    assert target.delete(f"r{dtype}", {"key": value}) == len(keys)
+    assert keys_of(served, f"r{dtype}") == []
+    return keys
+
+
+def keys_of(served: Served, view: str) -> list[Any]:
+    served.engine.refresh()
+    return sorted(key for batch in served.engine.store.scan(view) for key in batch.keys[0].tolist())
+
+
+@pytest.mark.parametrize("dtype", KEYS)
+@pytest.mark.parametrize("way", [engine_rows, client_rows])
+def test_keys_of_rows(served: Served, way: Way, dtype: str) -> None:
+    check(served, way, dtype, KINDS, as_row_keys)
+
+
+@pytest.mark.parametrize("source", ["engine", "client"])
+def test_a_delete_refuses_what_a_push_refuses(served: Served, source: str) -> None:
+    target = getattr(served, source)
+    for kind in KINDS:
+        for dtype in KEYS:
+            if as_row_keys(dtype, kind.outcomes.get(dtype)) is None:
+                with pytest.raises(st.InvalidArgument):
+                    target.delete(f"r{dtype}", {"key": kind.value})
+            else:
+                target.delete(f"r{dtype}", {"key": kind.value})
+
+
 # -- text --------------------------------------------------------------------------------------------------------------
 
 
 def csv_body(served: Served, dtype: str, value: str, rows: int) -> list[Any]:
-    headers = {"Content_Type": "text/csv", "X_Amzn_SageMaker_Target_Model": f"m{plain_name(dtype)}",
-               "Accept": "application/json"}  # fmt: skip
-    from http_asking import ask
-
+    headers = {
+        "Content_Type": "text/csv",
+        "X_Amzn_SageMaker_Target_Model": f"m{plain_name(dtype)}",
+        "Accept": "application/json",
+    }
     status, answer = ask(served.server, "POST", "/invocations", f"{value}\n".encode(), **headers)
     if status == 400:
         raise st.ShorttailError(json.loads(answer)["error"])
@@ -456,3 +539,26 @@ def test_texts_of_requests(served: Served, way: Way, dtype: str) -> None:
 @pytest.mark.parametrize("dtype", TYPES[:-1])
 def test_texts_of_bench(served: Served, dtype: str) -> None:
     check(served, bench_value, dtype, TEXTS, lambda dtype, rows: rows)
+
+
+VECTORS = [  # as a CSV body has them, as the command line, as a field of a file, and as `bench`
+    ("1.5,-2", "1.5,-2", '"1.5,-2"', "1.5/-2", [1.5, -2.0]),
+    ("1.5,", "1.5,", '"1.5,"', "1.5/", [1.5, NAN]),
+    ("1e3,inf", "1e3,inf", '"1e3,inf"', "1e3/inf", [1000.0, math.inf]),
+    ("1.5", "1.5", "1.5", "1.5", None),
+    ("1,2,3", "1,2,3", '"1,2,3"', "1/2/3", None),
+    ("a,2", "a,2", '"a,2"', "a/2", None),
+    ("1, 2", "1, 2", '"1, 2"', "1/ 2", None),
+]
+
+
+@pytest.mark.parametrize(("body", "line", "file", "bench", "vector"), VECTORS)
+def test_vectors_as_text(served: Served, body: str, line: str, file: str, bench: str, vector: Any) -> None:
+    ways = {csv_body: body, command_line: line, csv_file: file, bench_value: bench}
+    for way, text in ways.items():
+        if vector is None:
+            with pytest.raises(st.ShorttailError, match=r"takes (Vector|Float)|the columns take 2"):
+                way(served, "Vector(2)", text, 1)
+            continue
+        wanted = [NAN if math.isinf(x) else x for x in vector] if way in (csv_body, command_line) else vector
+        assert repr(way(served, "Vector(2)", text, 1)) == repr([wanted]), way.__name__

@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -246,7 +245,7 @@ def test_stat(loaded: Project) -> None:
         (["predict", "delays", "tailnum=N1", "--store", "store"], "no model 'delays'; models: delay"),
         (["predict", "delay", "tail=N1", "--store", "store"], "no column 'tail'; columns: tailnum String"),
         (["predict", "delay", "tailnum", "--store", "store"], "'tailnum' is not column=value"),
-        (["predict", "delay", "tailnum=N1", "hour=five", "--store", "store"], "column 'hour' takes Float64; got 'five' (text)"),
+        (["predict", "delay", "tailnum=N1", "hour=five", "--store", "store"], "takes Float64; got 'five' (text)"),
         (["predict", "delay", "tailnum=N1", "--store", "store"], "hour"),
         (["predict", "delay", "tailnum=N1", "hour=1", "--store", "nowhere"], "nowhere"),
         (["predict", "delay", "tailnum=N1", "hour=1", "--server", "unix:nowhere.sock"], "nowhere.sock"),

@@ -36,9 +36,9 @@ def parse_text(dtype: DType, text: str) -> Any:
         return as_value(dtype, text)
     if dtype.is_vector:
         return as_value(dtype, [parse_text(Float64, part) if part else None for part in text.split(",")])
+    if dtype.is_float and (NUMBER.fullmatch(text) or FLOATS.fullmatch(text)):
+        return as_value(dtype, float(text))
     if (value := _number(text)) is None:
-        if dtype.is_float and FLOATS.fullmatch(text):
-            return as_value(dtype, float(text))
         if dtype == Bool and text.lower() in BOOLS:
             return BOOLS[text.lower()]
         if dtype == Timestamp and TIME.fullmatch(text):

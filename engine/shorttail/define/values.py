@@ -96,7 +96,7 @@ def filled(dtype: DType, found: list[Any]) -> tuple[Array, Nulls | None]:
 
 def _narrowed(values: Array, dtype: DType) -> Array:
     """Doubles as the type's own floats; what is too large for those is infinite."""
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):  # invalid: NaNs that signal
         return values.astype(dtype.numpy, copy=False)
 
 
@@ -112,7 +112,7 @@ def one_by_one(dtype: DType, values: Sequence[Any], kind: str = "") -> tuple[Arr
     return filled(dtype, found)
 
 
-_ALIKE: Final = {  # what one array can be made of at once, by the type's code
+_ALIKE: Final[dict[int, set[type]]] = {  # what one array can be made of at once, by the type's code
     Bool.code: {bool},
     Int32.code: {int},
     Int64.code: {int},
@@ -205,8 +205,9 @@ def of_numbers(dtype: DType, array: Array, nulls: Nulls | None, kind: str = "") 
     if has not in "biuf" or dtype == String or (has == "b" and dtype.is_integer):
         return _none_taken(dtype, array, nulls, kind)
     if dtype.is_float:
-        as_it_is = array.dtype == dtype.numpy
-        return _floats(dtype, array.astype(dtype.numpy if as_it_is else np.float64, copy=nulls is not None), nulls)
+        wide = dtype.numpy if array.dtype == dtype.numpy else np.float64
+        with np.errstate(invalid="ignore"):
+            return _floats(dtype, array.astype(wide, copy=nulls is not None), nulls)
     if array.dtype == dtype.numpy:
         return array, nulls
     if nulls is not None:
@@ -294,10 +295,10 @@ def _vectors_of_array(dtype: DType, array: Array) -> tuple[Array, Nulls | None, 
         if array.ndim == 1:
             return _vectors_of_list(dtype, array.tolist())
         return *one_by_one(dtype, [list(row) for row in array]), False
-    if array.ndim == 1:
-        if array.dtype.kind not in "biuf" and not all(map(is_missing, array)):
-            raise Refused(f"an array of {array.dtype}")
-        return _of_one(dtype, array.tolist() if array.dtype.kind in "biuf" else [None] * len(array))
+    if array.ndim == 1 and array.dtype.kind in "biuf":
+        return _of_one(dtype, array.tolist())
+    if array.ndim == 1 and all(map(is_missing, array)):
+        return *filled(dtype, [None] * len(array)), False
     if array.ndim > 2 or array.dtype.kind not in "biuf":
         raise Refused(f"an array of {array.dtype} of shape {array.shape}")
     if array.shape[1] != dtype.width:
@@ -309,7 +310,8 @@ def of_rows(dtype: DType, array: Array) -> tuple[Array, Nulls | None]:
     """A matrix [n, width] of numbers as vectors, of which none is missing; masked elements are NaN."""
     values = np.asarray(array)
     if values.dtype != np.float32:
-        values = values.astype(np.float64)
+        with np.errstate(invalid="ignore"):
+            values = values.astype(np.float64)
     if isinstance(array, np.ma.MaskedArray):
         values = np.where(np.ma.getmaskarray(array), np.asarray(np.nan, values.dtype), values)
     return np.ascontiguousarray(_narrowed(values, dtype)), None
