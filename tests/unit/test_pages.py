@@ -32,9 +32,9 @@ class Pages:
     """The pages of one table (bucket key -> image) in an LMDB of their own, where a reader of a store finds them."""
 
     def __init__(self) -> None:
-        self.folder = tempfile.TemporaryDirectory(prefix="pages-")
-        path = str(Path(self.folder.name) / "data")
-        self.environment = lmdb.open(path, subdir=False, map_size=1 << 28, sync=False, lock=False)
+        with tempfile.TemporaryDirectory(prefix="pages-") as folder:  # the file lives on as long as it is open
+            path = str(Path(folder) / "data")
+            self.environment = lmdb.open(path, subdir=False, map_size=1 << 28, sync=False, lock=False)
         self.reader: lmdb.Transaction | None = None
 
     def write(self, pages: Mapping[bytes, Any], table_id: int = 1, keep: bool = False) -> None:
