@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import commands
 import numpy as np
 import pytest
 
-from shorttail.define.values import parse_columns
+from shorttail.define.text import parse_columns
 
 pa = pytest.importorskip("pyarrow")
 onnx = pytest.importorskip("onnx")
@@ -246,7 +245,7 @@ def test_stat_as_json_lists_the_views(loaded: Project) -> None:
         (["predict", "delays", "tailnum=N1", "--store", "store"], "no model 'delays'; models: delay"),
         (["predict", "delay", "tail=N1", "--store", "store"], "no column 'tail'; columns: tailnum String"),
         (["predict", "delay", "tailnum", "--store", "store"], "'tailnum' is not column=value"),
-        (["predict", "delay", "tailnum=N1", "hour=five", "--store", "store"], "hour=five: column 'hour' is Float64"),
+        (["predict", "delay", "tailnum=N1", "hour=five", "--store", "store"], "takes Float64; got 'five' (text)"),
         (["predict", "delay", "tailnum=N1", "--store", "store"], "hour"),
         (["predict", "delay", "tailnum=N1", "hour=1", "--store", "nowhere"], "nowhere"),
         (["predict", "delay", "tailnum=N1", "hour=1", "--server", "unix:nowhere.sock"], "nowhere.sock"),
@@ -286,14 +285,18 @@ def test_wrong_usage_is_one_line_and_exit_code_2(loaded: Project, arguments: lis
         ("c=123", "Int64", 123),
         ("c=1,2", "Int32", [1, 2]),
         ("c=1,,2", "Float32", [1.0, None, 2.0]),
-        ("c=", "String", ""),
+        ("c=", "String", None),
+        ("c=,a", "String", [None, "a"]),
+        ('c=""', "String", ""),
         ('c="Doe, J",b', "String", ["Doe, J", "b"]),
         ("c=a=b", "String", "a=b"),
         ("c=true,0", "Bool", [True, False]),
-        ("c=1970-01-02", "Timestamp", datetime(1970, 1, 2)),
+        ("c=1970-01-02", "Timestamp", 86_400_000_000),
+        ("c=1970-01-02T00:00:01.5+01:00", "Timestamp", 82_801_500_000),
         ("c=-5", "Timestamp", -5),
-        ("c=1,2", "Vector(2)", [[1.0, 2.0]]),
-        ("c=1,2;3,4", "Vector(2)", [[1.0, 2.0], [3.0, 4.0]]),
+        ("c=1,2", "Vector(2)", [(1.0, 2.0)]),
+        ("c=1,2;3,4", "Vector(2)", [(1.0, 2.0), (3.0, 4.0)]),
+        ("c=1,2;;3,4", "Vector(2)", [(1.0, 2.0), None, (3.0, 4.0)]),
     ],
 )
 def test_values_are_parsed_by_type(argument: str, dtype: str, value: Any) -> None:

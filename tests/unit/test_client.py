@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import datetime
 import socket
 import threading
 import time
@@ -479,10 +480,10 @@ def test_arguments_are_checked() -> None:
             lambda: client.predict("m", [1]),  # type: ignore[arg-type]
             lambda: client.predict("m", {"x": object()}),
             lambda: client.predict("m", {"x": [object()]}),
-            lambda: client.predict("m", {"x": 1 << 70}),
+            lambda: client.predict("m", {"x": ["a", "\ud800"]}),
+            lambda: client.predict("m", {"x": datetime.timedelta(1)}),
             lambda: client.predict("m", {"x": b"raw"}),
             lambda: client.predict("m", {"x": np.array([b"raw"])}),
-            lambda: client.predict("m", {"x": np.array([1 << 63], np.uint64)}),
             lambda: client.predict("m", {"x": np.array([1j])}),
             lambda: client.get_online_features("v:a", {}),
             lambda: Client(":1", timeout_s=0),

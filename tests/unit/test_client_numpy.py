@@ -54,10 +54,15 @@ def columns(rows: int) -> dict[str, Any]:
         "floats": np.linspace(0, 1, rows, dtype=np.float32),
         "flags": np.arange(rows) % 2 == 0,
         "times": np.arange(rows).astype("datetime64[s]"),
+        "masked": np.ma.array(np.arange(rows), mask=np.arange(rows) % 2),
         "vectors": np.zeros((rows, 4), np.float32),
         "text": np.array(names),
         "objects": np.array([*names[:-1], None], object),
         "arrow": pa.array(np.arange(rows)),
+        "arrow_nulls": pa.array([*range(rows - 1), None]),
+        "arrow_text": pa.array(names, pa.string_view()),
+        "arrow_times": pa.array(np.arange(rows), pa.timestamp("ns", "UTC")),
+        "arrow_vectors": pa.array([[0.5, 1.5]] * rows),
         "lists": names,
         "scalar": 7,
     }
@@ -71,6 +76,7 @@ def test_columns_are_encoded_without_a_python_loop_over_rows() -> None:
         return Call(address, 1, "predict", params, 5.0).message()
 
     few, many = columns(FEW), columns(MANY)
+    send(few)  # which imports what reads Arrow
     assert opcodes(lambda: send(few)) == opcodes(lambda: send(many)) > 0
 
 

@@ -239,7 +239,7 @@ def test_keys_of_a_file_stay_together(tmp_path: Path, kind: str) -> None:
         ({"keys": ["file:/none.csv"]}, "file:/none.csv: there is no such file"),
         ({"keys": ["store:/none"]}, "/none"),
         ({"values": ["amont=1"]}, "no request has a column 'amont'; did you mean 'amount'"),
-        ({"values": ["amount=x"]}, "amount=x: column 'amount' is Float64"),
+        ({"values": ["amount=x"]}, "column 'amount' takes Float64; got 'x' (text)"),
         ({"values": ["user_id=1"]}, "values from --keys and from --value"),
         ({"predict": None, "features": ["v:ages"]}, "has no feature 'ages'; did you mean 'age'"),
         ({"predict": None, "features": ["w:age"]}, "no feature view 'w'"),

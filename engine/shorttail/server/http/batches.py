@@ -215,6 +215,8 @@ def check_tensors(plan: Plan, inputs: Mapping[str, Array]) -> tuple[int, list[Ar
     arrays, rows = [], -1
     for tensor, buffer in zip(plan.runner.inputs, plan.buffers, strict=False):
         array = inputs[tensor.name]
+        if array.dtype.hasobject and None in array.ravel().tolist():
+            raise InvalidArgument(f"input '{tensor.name}' is {tensor.dtype}; got null")
         if array.dtype != buffer.dtype:
             raise InvalidArgument(f"input '{tensor.name}' is {tensor.dtype}; got {_kind(array)}")
         widths = [] if buffer.width is None else [buffer.width]
