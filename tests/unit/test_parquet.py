@@ -21,6 +21,7 @@ import pyarrow.feather  # noqa: E402
 import pyarrow.parquet  # noqa: E402
 
 from shorttail.sources import parquet  # noqa: E402
+from shorttail.sources.keys import key_batches  # noqa: E402
 
 AT = datetime(2026, 1, 2, 3, 4, 5, 6, tzinfo=UTC)
 AT_US = 1_767_323_045_000_006
@@ -165,6 +166,58 @@ def test_csv_takes_its_types_from_the_view(tmp_path: Path) -> None:
     assert batch.keys[1].tolist() == ["0042", "b"]
     assert batch.event_time_us.tolist() == [AT_US] * 2
     assert all(nulls is not None and nulls.tolist() == [False, True] for _, nulls in batch.features)
+
+
+def one_column(dtype: Any) -> st.FeatureView:
+    return st.FeatureView("v", entity=st.Entity("e", keys={"id": st.Int64}), features=[st.Feature("x", dtype)])
+
+
+def test_times_of_96_bits_reach_as_far_as_they_should(tmp_path: Path) -> None:
+    """As nanoseconds of 64 bits the year 9999 would be 1816."""
+    times = [datetime(9999, 12, 31, 23, 59, 59, 999_999), datetime(1, 1, 1), AT.replace(tzinfo=None), None]
+    rows = pa.table({"id": range(4), "x": pa.array(times, pa.timestamp("us"))})
+    path = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(rows, path, use_deprecated_int96_timestamps=True)
+    assert pyarrow.parquet.ParquetFile(path).schema.column(1).physical_type == "INT96"
+    (batch,) = parquet.parquet_batches(path, one_column(st.Timestamp))[1]
+    values, nulls = batch.features[0]
+    assert values[:3].tolist() == [253_402_300_799_999_999, -62_135_596_800_000_000, AT_US]
+    assert nulls is not None
+    assert nulls.tolist() == [False, False, False, True]
+
+
+def read_csv(path: Path, view: st.FeatureView, text: str) -> list[ColumnBatch]:
+    path.write_text(text)
+    return list(parquet.parquet_batches(path, view)[1])
+
+
+def test_lines_of_csv_are_rows(tmp_path: Path) -> None:
+    path, view = tmp_path / "rows.csv", one_column(st.String)
+    (batch,) = read_csv(path, view, 'id,x\n1," a,\nb "\n2, c \n3,""\n4,\n')
+    values, nulls = batch.features[0]
+    assert values.tolist() == [" a,\nb ", " c ", "", ""]
+    assert nulls is not None
+    assert nulls.tolist() == [False, False, False, True]
+    with pytest.raises(InvalidArgument, match="column 'id' is null at row 1"):
+        read_csv(path, view, "id,x\n1,a\n\n2,b\n")
+    alone = st.FeatureView("v", entity=st.Entity("e", keys={"id": st.Int64}), features=[st.Feature("id2", st.Int64)])
+    for text, message in [
+        ("id,id2\n1,1\n 2,2\n", "column 'id' takes Int64; got ' 2' (text) at row 1"),
+        ("id,id2\n1,1\n2,1_0\n", "column 'id2' takes Int64; got '1_0' (text) at row 1"),
+        ("id,id2\n1,1\n,2\n", "column 'id' is null at row 1; every row needs a key"),
+    ]:
+        with pytest.raises(InvalidArgument) as caught:
+            read_csv(path, alone, text)
+        assert message in caught.value.message
+
+
+def test_an_empty_line_of_a_file_of_keys_is_a_missing_key(tmp_path: Path) -> None:
+    path = tmp_path / "keys.csv"
+    path.write_text("id\n1\n\n2\n")
+    with pytest.raises(InvalidArgument, match="column 'id' is null at row 1; every row needs a key"):
+        list(key_batches(path, one_column(st.Int64), 100)[1])
+    path.write_text("id\n1\n2\n")
+    assert list(key_batches(path, one_column(st.Int64), 100)[1]) == [[[1, 2]]]
 
 
 def test_types_that_widen(read: Callable[..., list[ColumnBatch]]) -> None:

@@ -176,7 +176,7 @@ def test_rows_without_a_time_are_of_now_and_a_feature_may_be_called_event_time()
         ),
         (
             {"owner": ["a", "b", "c" * 65_536]},
-            "column 'owner' takes String; got text of 65536 bytes, more than 65535, at row 2",
+            "column 'owner' takes String; got text of 65536 bytes, more than 65535 at row 2",
         ),
         (
             {"rent": ["x" * 99] * 3},

@@ -44,7 +44,7 @@ def numbers_of(count: int) -> str:
 def said_of_text(size: int) -> str:
     """What a text of so many bytes is that is refused: too long, or else not UTF-8."""
     if size > LIMITS.string_bytes:
-        return f"text of {size} bytes, more than {LIMITS.string_bytes},"
+        return f"text of {size} bytes, more than {LIMITS.string_bytes}"
     return "text that is not UTF-8"
 
 
