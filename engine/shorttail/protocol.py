@@ -149,7 +149,7 @@ def unpack_tensor(payload: bytes | memoryview) -> Array:
 
 
 def unpack_ext(code: int, data: bytes) -> Array:
-    """Decode the tensor in an extension value, for an unpacker; msgpack itself reads timestamps. Raises InvalidArgument."""
+    """Decode the tensor in an extension value; msgpack itself reads timestamps. Raises InvalidArgument."""
     if code != TENSOR_EXT:
         raise InvalidArgument(f"ext type {code} is not known; tensors are ext type {TENSOR_EXT}, times ext type -1")
     return unpack_tensor(data)

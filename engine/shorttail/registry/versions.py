@@ -260,9 +260,9 @@ def check_canary(catalog: Catalog, entry: ModelEntry, info: VersionInfo, number:
             f"model '{entry.model.name}': version {number} takes other request columns than version {entry.current}"
             f" ({names}), so it cannot answer the same requests as a canary"
         )
-    current = entry.version()
+    serving = entry.version()
     needed = set(required_columns(catalog, info.model, info.inputs))
-    if refused := sorted(needed.difference(required_columns(catalog, current.model, current.inputs))):
+    if refused := sorted(needed.difference(required_columns(catalog, serving.model, serving.inputs))):
         raise InvalidArgument(
             f"model '{entry.model.name}': version {number} refuses a missing value of {', '.join(refused)}, for which"
             f" version {entry.current} takes another; give it the same Model(missing=...) to make it a canary"
