@@ -5,7 +5,11 @@
 # value it does not know takes back what it has put into the column and leaves all of it to that.
 
 cdef object _ndarray = np.ndarray
-cdef object _numpy_scalar = np.generic
+# A scalar of NumPy as what it is in Python. Not for long doubles and times, which lose something.
+cdef dict _PYTHON = {
+    np.bool_: bool, np.str_: str, np.float16: float, np.float32: float,
+    **dict.fromkeys((np.int8, np.int16, np.int32, np.int64, np.uint8, np.uint16, np.uint32, np.uint64), int),
+}
 
 
 cdef int append_column(Columns columns, int c, values) except -1:
@@ -27,12 +31,7 @@ cdef bint _append_usual(Columns columns, int c, values) except -1:
         return _append_matrix(columns, c, values) if kind == KIND_VEC else _append_array(columns, c, values)
     if kind == KIND_VEC:
         return False
-    if _append_exact(columns, c, values, -1):
-        return True
-    if isinstance(values, _numpy_scalar):
-        append_value(columns, c, _value_of(columns, c, values, -1), -1)
-        return True
-    return False
+    return _append_exact(columns, c, values, -1) or _append_numpy(columns, c, values, -1)
 
 
 cdef bint _append_exact(Columns columns, int c, value, Py_ssize_t row) except -1:
@@ -76,6 +75,12 @@ cdef bint _append_exact(Columns columns, int c, value, Py_ssize_t row) except -1
     return False
 
 
+cdef bint _append_numpy(Columns columns, int c, value, Py_ssize_t row) except -1:
+    """A scalar of NumPy, if it can be taken as one of Python."""
+    kind = _PYTHON.get(type(value))
+    return kind is not None and _append_exact(columns, c, kind(value), row)
+
+
 cdef object _value_of(Columns columns, int c, value, Py_ssize_t row):
     try:
         return as_value(columns.dtypes[c], value)
@@ -108,7 +113,7 @@ cdef int append_value(Columns columns, int c, value, Py_ssize_t row) except -1:
 cdef bint _append_items(Columns columns, int c, values) except -1:
     cdef Py_ssize_t row = 0
     for item in values:
-        if not _append_exact(columns, c, item, row):
+        if not _append_exact(columns, c, item, row) and not _append_numpy(columns, c, item, row):
             append_value(columns, c, _value_of(columns, c, item, row), row)
         row += 1
     return True

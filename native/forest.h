@@ -66,11 +66,11 @@ typedef struct {
     uint32_t first_test, words;        /* words 0: more leaves than ST_WORDS hold */
     uint32_t n_tests[ST_WORDS];
     uint32_t target;                   /* ST_ONE_TARGET */
-} st_tree;
+} st_forest_tree;
 
 typedef struct {
     /* What the graph says. All arrays belong to the caller and are only read while building. */
-    size_t n_nodes, n_trees, n_weights, n_sets;
+    size_t n_nodes, n_trees;
     const int32_t *feature, *yes, *no;
     const uint8_t *mode, *missing_yes;
     const double *threshold;
@@ -80,7 +80,7 @@ typedef struct {
     const double *weight;
     const uint32_t *set_begin;         /* n_nodes + 1 offsets into set_value, for the two members */
     const double *set_value;
-} st_source;
+} st_forest_graph;
 
 typedef struct {
     uint32_t n_features;               /* highest feature used + 1 */
@@ -98,7 +98,7 @@ typedef struct {
     uint32_t *set_bits;
     double *ranks;                     /* wide: thresholds of all features, ascending within each */
     uint32_t *rank_begin;              /* wide: n_features + 1 offsets */
-    st_tree *trees;
+    st_forest_tree *trees;
     st_step *steps;
     st_test *tests;
     float *leaf_value;                 /* ST_ONE_TARGET, not wide: [n_leaves] */
@@ -110,7 +110,7 @@ typedef struct {
 } st_forest;
 
 /* 0 or one of the codes above. What was allocated is freed by st_forest_free in either case. */
-int st_forest_build(st_forest *forest, const st_source *source);
+int st_forest_build(st_forest *forest, const st_forest_graph *source);
 void st_forest_free(st_forest *forest);
 
 typedef struct {
@@ -119,7 +119,8 @@ typedef struct {
        For forests of ST_ONE_TARGET that sum floats. */
     void (*sums)(const st_forest *forest, const float *blocks, uint32_t n_blocks, uint32_t last_rows, float *sums);
     /* The leaf of each row of a block. */
-    void (*leaves)(const st_forest *forest, const st_tree *tree, const float *block, uint32_t rows, uint32_t *leaf);
+    void (*leaves)(const st_forest *forest, const st_forest_tree *tree, const float *block, uint32_t rows,
+                   uint32_t *leaf);
 } st_kernel;
 
 const st_kernel *st_kernel_plain(void);

@@ -69,7 +69,8 @@ cdef const uint8_t *_read_scalar(Columns columns, int c, const uint8_t *p, Py_ss
         if v.kind != MP_STR or v.size > STRING_BYTES or not is_utf8(v.body, v.size):
             return NULL
         failed = columns.push_str(c, <const char *>v.body, v.size)
-    columns._checked(failed)
+    if failed:
+        columns._checked(failed)
     return end
 
 
@@ -156,11 +157,9 @@ cdef bint _read_tensor(Columns columns, int c, const mp_value *v) except -1:
     if t.n_dims > row_dims or t.n_dims < row_dims - 1 or col.kind == KIND_STR:
         return False
     rows = t.dims[0] if t.n_dims == row_dims else 1
-    if rows == 0:
-        raise empty_column(columns, c)
     if rows > REQUEST_ROWS:
         raise too_many_rows(rows)
-    if t.code == ELEMENT_TIME and col.type != TYPE_TIME:
+    if rows == 0 or t.code == ELEMENT_TIME and col.type != TYPE_TIME:
         return False
     columns._checked(columns.reserve(c, rows))
     if col.kind == KIND_VEC:
@@ -188,6 +187,12 @@ cdef bint _read_whole_tensor(Columns columns, int c, const tensor *t) except -1:
     cdef double number
     if t.code == ELEMENT_BOOL and not boolean:
         return False
+    if not is_float and not boolean and t.code != ELEMENT_TIME:
+        for row in range(rows):
+            (<int64_t *>col.data)[col.filled + row] = tensor_i64(t, row)
+        memset(col.nulls + col.filled, 0, rows)
+        col.filled += rows
+        return True
     for row in range(rows):
         if is_float:
             number = tensor_f64(t, row)
@@ -208,6 +213,21 @@ cdef bint _read_whole_tensor(Columns columns, int c, const tensor *t) except -1:
     return True
 
 
+cdef uint32_t _read_texts(Columns columns, int c, const uint8_t **p, uint32_t n) noexcept:
+    """Up to n strings from *p on; stops at the first value that is none, or is not taken. Moves *p."""
+    cdef const uint8_t *end
+    cdef mp_value v
+    cdef uint32_t i
+    for i in range(n):
+        end = mp_read(p[0], &v)
+        if v.kind != MP_STR or v.size > STRING_BYTES or not is_utf8(v.body, v.size):
+            return i
+        if columns.push_str(c, <const char *>v.body, v.size) < 0:
+            return i
+        p[0] = end
+    return n
+
+
 cdef const uint8_t *_read_usual(Columns columns, int c, const uint8_t *p) except? NULL:
     """Read the column at p; NULL where some value of it is unusual, or wrong."""
     cdef mp_value v
@@ -226,15 +246,17 @@ cdef const uint8_t *_read_usual(Columns columns, int c, const uint8_t *p) except
         raise too_many_rows(v.size)
     columns._checked(columns.reserve(c, v.size))
     while row < v.size:
-        # Runs of plain numbers at once; whatever stops a run (nil, another type, the end) value by value.
-        done = 0
-        if col.kind == KIND_I64 and col.type != TYPE_BOOL:
-            done = mp_read_i64s(&at, v.size - row, <int64_t *>col.data + col.filled)
-        elif col.kind == KIND_F64:
-            done = mp_read_f64s(&at, v.size - row, <double *>col.data + col.filled)
-        memset(col.nulls + col.filled, 0, done)
-        col.filled += done
-        row += done
+        # Runs of plain values at once; whatever stops a run (nil, another type, the end) value by value.
+        if col.kind == KIND_STR:
+            row += _read_texts(columns, c, &at, v.size - row)
+        elif col.type != TYPE_BOOL:
+            if col.kind == KIND_I64:
+                done = mp_read_i64s(&at, v.size - row, <int64_t *>col.data + col.filled)
+            else:
+                done = mp_read_f64s(&at, v.size - row, <double *>col.data + col.filled)
+            memset(col.nulls + col.filled, 0, done)
+            col.filled += done
+            row += done
         if row < v.size:
             at = _read_scalar(columns, c, at, row)
             if at is NULL:

@@ -142,7 +142,7 @@ def unpack_tensor(payload: bytes | memoryview) -> Array:
     if len(payload) - start != elements * dtype.itemsize:
         raise InvalidArgument(f"tensor of shape {shape}: {len(payload) - start} bytes do not hold it")
     if code == _CODE_OF[np.dtype(np.bool_)]:
-        return np.frombuffer(payload, np.uint8, elements, start).reshape(shape) != 0
+        return np.not_equal(np.frombuffer(payload, np.uint8, elements, start).reshape(shape), 0)
     # The payload lies at any address, and belongs to the message: copy.
     return np.frombuffer(payload, dtype, elements, start).reshape(shape).astype(dtype.newbyteorder("="), copy=True)
 

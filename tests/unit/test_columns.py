@@ -10,8 +10,8 @@ from hypothesis import example, given
 from hypothesis import strategies as values
 from hypothesis.extra import numpy as arrays
 
-from shorttail import Bool, Float32, Float64, Int32, Int64, String, Timestamp, Vector
-from shorttail._native.columns import Columns, CopyColumns
+from shorttail import Bool, Float64, Int32, Int64, String, Timestamp, Vector
+from shorttail._native.columns import Columns
 from shorttail.define.values import Refused, as_column
 from shorttail.errors import InvalidArgument
 
@@ -46,7 +46,10 @@ def test_requests_gather_row_after_row_and_scalars_are_repeated():
         ({"key": True}, "column 'key' takes Int64; got True (bool)"),
         ({"key": 1 << 63}, "column 'key' takes Int64; got 9223372036854775808 (int)"),
         ({"key": np.array([1.0, 1.5])}, "column 'key' takes Int64; got 1.5 (float64) at row 1"),
-        ({"key": np.array([1 << 63], np.uint64)}, "column 'key' takes Int64; got 9223372036854775808 (uint64) at row 0"),
+        (
+            {"key": np.array([1 << 63], np.uint64)},
+            "column 'key' takes Int64; got 9223372036854775808 (uint64) at row 0",
+        ),
         ({"key": np.array([True])}, "column 'key' takes Int64; got True (bool) at row 0"),
         ({"key": np.timedelta64(1, "s")}, "column 'key' takes Int64; got 1 seconds (timedelta64)"),
         ({"key": np.array([1], "M8[s]")}, "column 'key' takes Int64; got 1970-01-01T00:00:01 (datetime64[s]) at row 0"),
@@ -99,7 +102,7 @@ def test_a_missing_column_is_named():
 def test_with_thousands_of_columns_the_error_names_the_right_one(at_fault):
     names = [f"c{i}" for i in range(3000)]
     columns = Columns(names, [Int32] * 3000)
-    good = dict.fromkeys(names, [1, 2, 3])
+    good = {key: [1, 2, 3] for key in names}
     name = names[at_fault]
     wrong = {
         f"missing column '{name}'; columns: c0, c1": {key: value for key, value in good.items() if key != name},
@@ -137,7 +140,9 @@ def test_masked_values_of_an_array_are_missing():
     with pytest.raises(InvalidArgument, match="got a missing value at row 1"):
         required.append({"key": np.ma.array([1, 2], mask=[False, True])})
     columns = columns_of({"key": Int64, "amount": Float64})
-    columns.append({"key": np.ma.array([1, 2], mask=[True, False]), "amount": np.ma.array([1.0, 2], mask=[False, True])})
+    columns.append(
+        {"key": np.ma.array([1, 2], mask=[True, False]), "amount": np.ma.array([1.0, 2], mask=[False, True])}
+    )
     assert columns.column("key").tolist() == [0, 2]
     np.testing.assert_array_equal(columns.column("amount"), [1, math.nan])
 
@@ -168,10 +173,13 @@ numbers = (
     | values.booleans()
 )
 nothing = values.sampled_from([None, math.nan, np.datetime64("NaT"), np.ma.masked])
-odd = values.sampled_from(
-    [b"x", 1j, datetime.timedelta(1), np.timedelta64(1, "s"), Decimal("2.5"), Decimal(7), [1], {}, object]
-    + [datetime.datetime(2020, 1, 1), datetime.date(1969, 1, 1), np.datetime64(-1, "ns"), "2020-01-01T00:00:00Z"]
-    + [np.int8(-3), np.uint64(2**63), np.float16(2), np.float32(0.1), np.longdouble(4), np.bool_(True), np.str_("s")]
+odd = (
+    values.sampled_from([b"x", 1j, datetime.timedelta(1), Decimal("2.5"), Decimal(7), [1], {}, object])
+    | values.sampled_from([datetime.datetime(2020, 1, 1), datetime.date(1969, 1, 1), "2020-01-01T00:00:00Z"])
+    | values.sampled_from(
+        [np.timedelta64(1, "s"), np.datetime64(-1, "ns"), np.str_("s"), np.bool_(True), np.bytes_(b"a")]
+    )
+    | values.sampled_from([np.int8(-3), np.uint64(2**63), np.float16(2), np.float32(0.1), np.longdouble(4)])
 )
 texts = values.text(max_size=20) | values.just("\udcff")
 value = numbers | texts | nothing | odd
@@ -211,8 +219,8 @@ def check_against_define_values(dtype, given):
 
 @pytest.mark.parametrize("text", ["n" * 65_535, "n" * 65_536, "é" * 32_767, "é" * 32_768])
 def test_long_texts_are_taken_as_define_values_takes_them(text):
-    for given in (text, ["a", text], np.array([text, "a"]), np.array([text], object)):
-        check_against_define_values(String, given)
+    for form in (text, ["a", text], np.array([text, "a"]), np.array([text], object)):
+        check_against_define_values(String, form)
 
 
 @given(values.sampled_from(list(SCALARS)), values.data())

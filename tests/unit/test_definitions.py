@@ -141,7 +141,7 @@ def test_a_default_of_another_type_is_refused(dtype: Any, default: Any) -> None:
         (lambda: Model("m", "m.onnx", []), "model 'm': inputs must be a list"),
         (lambda: Model("m", "m.onnx", [ratio]), "call ratio with the references"),
         (lambda: Model("../m", "m.onnx", ["stats:age"]), "a name is a letter"),
-        (lambda: Model("m", "m.onnx", ["request:a"], missing=["a"]), "model 'm': missing must be {request column: value}"),
+        (lambda: Model("m", "m.onnx", ["request:a"], missing=["a"]), "missing must be {request column: value}"),
         (
             lambda: Model("m", "m.onnx", ["request:a", "v:f"], missing={"f": 1}),
             "model 'm': missing names 'f', which is no request column of it: a",

@@ -152,7 +152,9 @@ def test_a_value_of_another_type_is_refused(engine: st.Engine, tmp_path: Path, m
 
 def test_a_canary_takes_what_the_current_version_takes(engine: st.Engine, tmp_path: Path) -> None:
     engine.apply([USER, STATS, model(tmp_path, missing=INSTEAD)])
-    with pytest.raises(InvalidArgument, match="version 1 refuses a missing value of new, small, tier, visits, for which"):
+    with pytest.raises(
+        InvalidArgument, match="version 1 refuses a missing value of new, small, tier, visits, for which"
+    ):
         registry.set_canary(engine.store, "m", 10.0, 1)
     registry.promote(engine.store, "m", 1)
     registry.set_canary(engine.store, "m", 100.0, 2)

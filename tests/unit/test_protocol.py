@@ -76,7 +76,12 @@ def test_numbers_lose_nothing_that_the_wire_can_carry() -> None:
     assert as_sent(np.array([1, 2**63], np.uint64)) == [1, 2**63]
     assert as_sent([2**70, -(2**70), 2**2000, -(2**2000)]) == [2.0**70, -(2.0**70), math.inf, -math.inf]
     assert as_sent(2**70) == 2.0**70
-    assert as_sent([Decimal("1.5"), Decimal(2**53 + 1), Decimal("1e30"), Decimal("NaN")]) == [1.5, 2**53 + 1, 1e30, None]
+    assert as_sent([Decimal("1.5"), Decimal(2**53 + 1), Decimal("1e30"), Decimal("NaN")]) == [
+        1.5,
+        2**53 + 1,
+        1e30,
+        None,
+    ]
     assert as_sent(np.array([1.5], np.longdouble)).dtype == np.float64
 
 
@@ -97,7 +102,10 @@ SENT = "column 'x' takes numbers, bools, text, times or vectors; got "
     ("value", "message"),
     [
         (b"x", "b'x' (bytes)"),
-        ([1, b"x"], "b'x' (bytes) at row 1"),
+        ([1, 1j], "1j (complex) at row 1"),
+        (["a", object], "<class 'object'> (type) at row 1"),
+        ([[1.0], [1j]], "1j (complex) at row 1"),
+        ([["\ud800"]], "text that is not UTF-8, '\\ud800' (str) at row 0"),
         (np.array([b"x"]), "b'x' (|S1) at row 0"),
         (datetime.timedelta(1), "datetime.timedelta(days=1) (timedelta)"),
         (np.array([1, 2], "m8[s]"), "1 seconds (timedelta64[s]) at row 0"),
@@ -171,7 +179,7 @@ def test_pandas_and_arrow_columns() -> None:
         sent = as_sent(pyarrow.array([datetime.datetime(1970, 1, 2), None], kind))
         np.testing.assert_array_equal(sent, np.array(["1970-01-02", "NaT"], "M8[us]"))
     for refused in (pyarrow.array([1], pyarrow.duration("s")), pyarrow.array([b"x"]), pyarrow.array([{"a": 1}])):
-        with pytest.raises(errors.InvalidArgument, match="column 'x' takes numbers, .* at row 0"):
+        with pytest.raises(errors.InvalidArgument, match=r"column 'x' takes numbers, .* at row 0"):
             as_sent(refused)
     frame = pandas.DataFrame({"a": [1, 2], "b": ["x", "y"]})
     sent = client_columns.encode_columns(frame)
@@ -187,7 +195,7 @@ def test_polars_columns() -> None:
     assert as_sent(polars.Series([[1.0, 2.0]], dtype=polars.Array(polars.Float32, 2))).tolist() == [[1, 2]]
     times = as_sent(polars.Series([datetime.datetime(1970, 1, 2), None]))
     np.testing.assert_array_equal(times, np.array(["1970-01-02", "NaT"], "M8[us]"))
-    with pytest.raises(errors.InvalidArgument, match="column 'x' takes numbers, .* at row 0"):
+    with pytest.raises(errors.InvalidArgument, match=r"column 'x' takes numbers, .* at row 0"):
         as_sent(polars.Series([datetime.timedelta(1)]))
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as values
 from test_wire_codec import untensor
 
-from shorttail import Float64, Int64
+from shorttail import Float64, Int64, String
 from shorttail._native import wire
 from shorttail._native.columns import Columns
 from shorttail.config import LIMITS
@@ -24,7 +24,8 @@ class FakePlan(SimpleNamespace):
 
 
 class FakeEngine:
-    """Model 'double' gives twice its key; model 'broken' raises; features are the key itself, status 2 if negative."""
+    """Models 'double' and 'named' give twice their key; model 'broken' raises; features are the key itself, status 2 if
+    negative."""
 
     def __init__(self):
         self.store = SimpleNamespace(catalog_version=1)
@@ -32,10 +33,12 @@ class FakeEngine:
         self.compiled = []
 
     def plan_for_model(self, name, version=None):
-        if name not in ("double", "broken") or version not in (None, 1, 2):
+        if name not in ("double", "named", "broken") or version not in (None, 1, 2):
             raise NotFound(f"unknown model {name!r} version {version}")
         self.compiled.append((name, version))
         names, dtypes = ("key", "amount"), (Int64, Float64)
+        if name == "named":
+            names, dtypes = ("key", "name"), (Int64, String)
         return FakePlan(kind="predict", model=name, version=version or 2, names=names, dtypes=dtypes,
                         view_names=("stats",), feature_names=(), has_default=(),
                         runner=None, split=None, shadow=None)  # fmt: skip
@@ -181,6 +184,20 @@ def test_all_requests_of_a_turn_are_one_batch_and_one_write(served):
         replies = served.replies(connection)
         assert [(r[1], r[3]["outputs"]["label"]) for r in replies] == [(msgid, [2 * msgid]) for msgid in range(100)]
         assert connection.in_flight == 0
+
+
+def test_text_that_is_not_utf8_fails_its_own_request_alone(served):
+    good = [[0, i, "predict", ["named", {"key": i, "name": "é"}]] for i in range(40)]
+    bad = msgpack.packb([0, 99, "predict", ["named", {"key": [1, 2], "name": ["é", b"\xff"]}]], use_bin_type=False)
+    connection = served.connect()
+    connection.data_received(b"".join([*map(msgpack.packb, good[:20]), bad, *map(msgpack.packb, good[20:])]))
+    served.loop.turn()
+    assert served.engine.batches == [("named", 40)]
+    replies = {reply[1]: reply[2:] for reply in served.replies(connection)}
+    code, message = replies.pop(99)[0].values()
+    assert code == "INVALID_ARGUMENT"
+    assert message.startswith("column 'name' takes String; got text that is not UTF-8, ")
+    assert {i: reply[1]["outputs"]["label"] for i, reply in replies.items()} == {i: [2 * i] for i in range(40)}
 
 
 def test_a_full_batch_is_closed_and_the_next_opened(served):

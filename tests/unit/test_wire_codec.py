@@ -47,7 +47,11 @@ ROW = {
     "key": int64s | values.none(),
     "amount": values.floats(width=32) | int64s | values.booleans() | values.none(),
     "name": values.text(max_size=40) | values.none(),
-    "taste": values.lists(values.floats(width=32) | values.integers(-9, 9), min_size=2, max_size=2) | values.none(),
+    # Two NaN alone are two rows without a vector, as two nulls are.
+    "taste": values.lists(values.floats(width=32) | values.integers(-9, 9), min_size=2, max_size=2).filter(
+        lambda vector: any(number == number for number in vector)
+    )
+    | values.none(),
     "new": values.booleans() | values.none(),
 }
 
@@ -128,9 +132,9 @@ def test_nulls_within_vectors_and_between_them():
         ({"amount": msgpack.Timestamp(1)}, "column 'amount' takes Float64; got "),
         ({"key": tensor(np.array([1.0, 1.5]))}, "column 'key' takes Int64; got 1.5 (float64) at row 1"),
         ({"key": tensor(np.array([True]))}, "column 'key' takes Int64; got True (bool) at row 0"),
-        ({"key": tensor(np.array([5], "M8[us]"))}, "column 'key' takes Int64; got 1970-01-01T00:00:00.000005 (datetime"),
+        ({"key": tensor(np.array([5], "M8[us]"))}, "column 'key' takes Int64; got 1970-01-01T00:00:00.000005"),
         ({"amount": tensor(np.array([5], "M8[us]"))}, "column 'amount' takes Float64; got 1970-01-01T00:00:00.000005"),
-        ({"taste": tensor(np.zeros((1, 2), "M8[us]"))}, "column 'taste' takes Vector(2); got an array of datetime64[us]"),
+        ({"taste": tensor(np.zeros((1, 2), "M8[us]"))}, "column 'taste' takes Vector(2); got an array of datetime64"),
         ({"key": tensor(np.zeros((2, 2), np.int64))}, "column 'key' takes Int64; got an array of shape (2, 2)"),
         ({"key": tensor(np.zeros(0, np.int64))}, "column 'key' is empty: send at least one value"),
         ({"key": msgpack.ExtType(1, b"")}, "column 'key': not a tensor"),
@@ -201,8 +205,9 @@ item = (
 a_column = (
     item
     | values.lists(item, max_size=4)
-    | values.sampled_from([values.booleans(), values.integers(-(2**31), 2**31), values.floats(), values.text(), times])
-    .flatmap(lambda alike: values.lists(alike | values.none(), max_size=4))
+    | values.sampled_from(
+        [values.booleans(), values.integers(-(2**31), 2**31), values.floats(), values.text(), times]
+    ).flatmap(lambda alike: values.lists(alike | values.none(), max_size=4))
     | values.lists(values.none() | values.lists(item, min_size=1, max_size=2), max_size=3)
     | values.dictionaries(values.text(max_size=2), item, max_size=1)
 )
@@ -244,10 +249,9 @@ def agree(message, dtype):
         np.testing.assert_array_equal(ours, expected)
 
 
-@given(values.sampled_from(COLUMN_TYPES), a_column, values.booleans())
-def test_any_column_is_taken_as_define_values_takes_it(dtype, given, single_floats):
-    message = msgpack.packb({"x": given}, unicode_errors="surrogateescape", use_single_float=single_floats)
-    agree(message, dtype)
+@given(values.sampled_from(COLUMN_TYPES), a_column)
+def test_any_column_is_taken_as_define_values_takes_it(dtype, given):
+    agree(msgpack.packb({"x": given}, unicode_errors="surrogateescape"), dtype)
 
 
 @given(values.sampled_from(COLUMN_TYPES), a_tensor)
@@ -298,7 +302,9 @@ def test_a_tensor_of_times():
         wire.read_columns(required, msgpack.packb({"at": tensor(sent)}))
 
 
-@pytest.mark.parametrize("bad", [b"\xff\xfe", b"\xc3", b"\xed\xa0\x80", b"\xf5\x80\x80\x80", b"\xc0\x80", b"12345678\x80"])
+@pytest.mark.parametrize(
+    "bad", [b"\xff\xfe", b"\xc3", b"\xed\xa0\x80", b"\xf5\x80\x80\x80", b"\xc0\x80", b"12345678\x80"]
+)
 def test_text_that_is_not_utf8_is_refused(bad):
     message = b"\x81\xa1x\x92\xa1a" + msgpack.packb(bad, use_bin_type=False)
     assert from_the_wire(message, String).startswith("column 'x' takes String; got text that is not UTF-8, ")
@@ -312,7 +318,7 @@ def test_what_is_missing_is_refused_or_replaced(dtype, nothing):
     if dtype == String and isinstance(nothing, msgpack.ExtType):
         return
     required = Columns(["x"], [dtype], required=["x"])
-    with pytest.raises(InvalidArgument, match="takes .*; got a missing value: send a value, or let the model say"):
+    with pytest.raises(InvalidArgument, match=r"takes .*; got a missing value: send a value, or let the model say"):
         wire.read_columns(required, msgpack.packb({"x": nothing}))
     good = {Bool: True, String: "n"}.get(dtype, 5)
     replaced = Columns(["x"], [dtype], instead={"x": good})

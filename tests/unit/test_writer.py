@@ -16,6 +16,7 @@ from shorttail.errors import InvalidArgument, NotFound, ResourceExhausted, Short
 from shorttail.server import writer as module
 from shorttail.server.errorlog import ErrorLog
 from shorttail.server.writer import WorkerConnection, Writer, read_params
+from shorttail.sources.rows import column_batch
 from shorttail.store import Delete, Upsert
 
 HUGE_AND_EMPTY = msgpack.ExtType(1, b"\x04\x08" + b"\0\0\0\0" + b"\xff" * 28)  # dimensions 0, 2**32 - 1, ...
@@ -258,9 +259,24 @@ def test_params_with_tensors_and_every_plain_value():
     np.testing.assert_array_equal(columns["a"], [[0, 1, 2], [3, 4, 5]])
 
 
+@pytest.mark.parametrize("dtype", [st.Float64, st.Int64, st.Bool, st.String])
+@pytest.mark.parametrize("many", [True, False])
+def test_times_reach_the_view_as_times(dtype, many):
+    times = np.array(["2026-01-31T12:00:00.5", "1969-12-31"], "M8[us]")
+    sent = protocol.pack_tensor(times) if many else msgpack.Timestamp(1_769_860_800, 500_000_999)
+    ids = [1, 2] if many else 1
+    columns = read_params(msgpack.packb(["v", {"user_id": ids, "x": sent}]))[1]
+    taken = column_batch(st.FeatureView("v", entity=USER, features=[st.Feature("x", st.Timestamp)]), columns)
+    assert taken.features[0][0].tolist() == times[: len(taken.features[0][0])].astype(np.int64).tolist()
+    other = st.FeatureView("v", entity=USER, features=[st.Feature("x", dtype)])
+    with pytest.raises(InvalidArgument, match=f"view 'v': column 'x' takes {dtype}; got "):
+        column_batch(other, columns)
+
+
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
+        (b"\x81\xa1a\xd4\x09\x00", "ext type 9 is not known"),
         (b"\x81\xa1a\xa1\xff", "a string is not valid UTF-8"),
         (b"\x81\xa1a\xc7\x05\xff12345", "a map key or ext value that cannot be read"),
         (b"\x81\x91\x01\x02", "a map key or ext value that cannot be read"),

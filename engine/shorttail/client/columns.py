@@ -32,7 +32,6 @@ _WIDENED: Final[dict[np.dtype[Any], type[np.generic]]] = {
     np.dtype(np.uint32): np.int64,
     np.dtype(np.uint64): np.int64,
     np.dtype(np.float16): np.float32,
-    np.dtype(np.longdouble): np.float64,
 }
 _INT64_MAX: Final = 2**63 - 1
 _UINT64_MAX: Final = 2**64 - 1  # the largest whole number that MessagePack carries
@@ -93,8 +92,8 @@ def _refusal(name: str, what: str, row: int | None) -> InvalidArgument:
 
 
 def _encoded(value: Any) -> Any:
-    if isinstance(value, list | tuple | range):
-        return _encode_list(list(value) if not isinstance(value, list) else value)
+    if isinstance(value, list | tuple | range):  # the packer asks for items that it does not know: see _pack_other
+        return value if isinstance(value, list) else list(value)
     if isinstance(value, np.ndarray):
         return _encode_array(value)
     if hasattr(value, "to_pylist"):
@@ -108,20 +107,7 @@ def _encoded(value: Any) -> Any:
     return _plain(value)
 
 
-# -- lists and scalars -------------------------------------------------------------------------------------------------
-
-
-def _encode_list(items: list[Any]) -> list[Any]:
-    """Only a list with unusual items costs Python work for each."""
-    if _PLAIN.issuperset(map(type, items)):
-        return items
-    found = []
-    for row, item in enumerate(items):
-        try:
-            found.append(_plain(item))
-        except Refused as error:
-            raise Refused(error.got, row) from None
-    return found
+# -- scalars -----------------------------------------------------------------------------------------------------------
 
 
 def _plain(value: Any) -> Any:
@@ -170,17 +156,28 @@ def _pack_other(value: Any) -> Any:
 
 
 def _unsendable(method: str, params: list[Any], error: Exception) -> InvalidArgument:
-    """What the packer could not pack: text with half of a surrogate pair, which UTF-8 has no bytes for."""
+    """Which value the packer could not pack."""
     columns = params[1] if len(params) > 1 and isinstance(params[1], dict) else {}
     for name, value in columns.items():
-        for row, item in enumerate(value if isinstance(value, list) else [value]):
-            if isinstance(item, str) and not item.isascii():
-                try:
-                    item.encode()
-                except UnicodeEncodeError:
-                    what = f"text that is not UTF-8, {got(item)}"
-                    return _refusal(name, what, row if isinstance(value, list) else None)
+        many = isinstance(value, list)
+        for row, item in enumerate(value if many else [value]):
+            try:
+                _check(item)
+            except Refused as refusal:
+                return _refusal(str(name), refusal.got, row if many else None)
     return InvalidArgument(f"{method}: a value cannot be sent: {error}")
+
+
+def _check(item: Any) -> None:
+    """Raises Refused for what cannot be sent: with what _plain refuses, text with half of a surrogate pair."""
+    if isinstance(item, msgpack.ExtType | msgpack.Timestamp):
+        return
+    plain = _plain(item)
+    for part in plain if isinstance(plain, list) else [plain]:
+        try:
+            part.encode() if isinstance(part, str) else None
+        except UnicodeEncodeError:
+            raise Refused(f"text that is not UTF-8, {got(part)}") from None
 
 
 # -- arrays ------------------------------------------------------------------------------------------------------------
@@ -193,7 +190,7 @@ def _encode_array(array: Array) -> Any:
     if kind == "O" and len(array) and (rows := _stacked(array)) is not None:
         array, kind = rows, rows.dtype.kind
     if kind in "OUT":
-        return _encode_list(array.tolist())  # of masked ones it makes None
+        return array.tolist()  # of masked ones it makes None
     if array.ndim > TENSOR_DIMS:
         raise Refused(f"an array of {array.ndim} dimensions, more than {TENSOR_DIMS}")
     nulls = np.ma.getmaskarray(array) if isinstance(array, np.ma.MaskedArray) else None
@@ -211,13 +208,17 @@ def _tensor(array: Array, nulls: Array | None) -> Any:
     """Numbers or times as a tensor; numbers of a type without NaN, of which some are missing, as a list."""
     if nulls is not None and nulls.any():
         if array.dtype.kind in "biu":
-            return np.where(nulls, None, array.astype(object)).tolist()
+            items = array.astype(object)
+            items[nulls] = None
+            return items.tolist()
         array = np.where(nulls, np.array("NaT" if array.dtype.kind == "M" else "NaN", array.dtype), array)
     if array.dtype.kind == "u" and array.dtype.itemsize == 8 and array.size and int(array.max()) > _INT64_MAX:
         return array.tolist()
+    if array.dtype.itemsize > 8:
+        with np.errstate(over="ignore"):  # a long double that is infinite as a double
+            array = array.astype(np.float64)
     native = array.dtype.newbyteorder("=")
-    with np.errstate(over="ignore"):  # a long double that is infinite as a double
-        return pack_tensor(array.astype(_WIDENED.get(native, native), copy=False))
+    return pack_tensor(array.astype(_WIDENED.get(native, native), copy=False))
 
 
 def _none_sent(array: Array) -> list[None]:
@@ -249,14 +250,14 @@ def _encode_pandas(values: Any) -> Any:
 
         return _encode_arrow(pyarrow.array(values, from_pandas=True))
     dtype = _READ_AS.get(values.dtype.kind)
-    return _encode_list(list(values)) if dtype is None else _encode_typed(dtype, values)
+    return list(values) if dtype is None else _encode_typed(dtype, values)
 
 
 def _encode_polars(values: Any) -> Any:
     if str(values.dtype) != "Object":
         with contextlib.suppress(ImportError):  # without PyArrow, value by value
             return _encode_arrow(values.to_arrow())
-    return _encode_list(values.to_list())
+    return values.to_list()
 
 
 def _encode_arrow(values: Any) -> Any:
@@ -272,7 +273,7 @@ def _encode_arrow(values: Any) -> Any:
     if arrow.is_text(column.type):
         with contextlib.suppress(UnicodeDecodeError):
             return column.to_pylist()
-    return _encode_list(list(column))
+    return list(column)
 
 
 def _encode_typed(dtype: DType, values: Any) -> Any:
@@ -281,5 +282,5 @@ def _encode_typed(dtype: DType, values: Any) -> Any:
     except Refused:
         if dtype is not Int64:
             raise
-        return _encode_list(list(values))  # whole numbers above those of Int64
+        return list(values)  # whole numbers above those of Int64
     return _tensor(found.view(TIME_DTYPE) if dtype is Timestamp else found, nulls)
