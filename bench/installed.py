@@ -1,7 +1,7 @@
-"""Says in one line what to do when a benchmark is started by a Python that lacks shorttail or another package it needs.
+"""Says in one line what to do when a script of bench/ or demo/ is started by a Python that lacks a package it needs.
 
-Every script of bench/ imports this before any other package. The benchmarks measure shorttail as it is installed, not
-the sources beside them, whose native code is not built in place.
+Every script imports this module before any other package. The benchmarks measure shorttail as it is installed; the
+sources beside them cannot be imported, since their native code is not built in place.
 """
 
 from __future__ import annotations

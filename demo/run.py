@@ -15,7 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
+import installed
 import flights as data
+import loadgen
 import numpy as np
 import pandas as pd
 import train
@@ -188,9 +191,6 @@ def show_commands(address: str, flight: pd.Series) -> None:
 
 def show_latency(tcp: str, unix: str, flights: pd.DataFrame) -> None:
     """Measured with the compiled client of bench/: one in Python would measure itself."""
-    sys.path.insert(0, str(ROOT / "bench"))
-    import loadgen
-
     try:
         loadgen.build()
     except loadgen.BenchError as error:

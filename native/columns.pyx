@@ -1,22 +1,27 @@
 """Request columns: the values that callers send, gathered row after row into C arrays.
 
 One `Columns` holds the pending batch of one plan. Embedded calls fill it from Python (`append`), the server
-straight from MessagePack (native/wire), so no Python object is made for a value on the wire. columns_copy.pxi takes
-them on into the model's inputs, columns_errors.pxi says what is wrong with them.
+straight from MessagePack (native/wire), so no Python object is made for a value on the wire. What a column takes is
+said by shorttail.define.values: the usual types are read here and in wire by themselves, for speed, with the same
+outcome; everything else is given to it. columns_append.pxi reads Python's values, columns_copy.pxi takes columns on
+into the model's inputs, columns_errors.pxi says what is wrong with a request.
 """
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, int32_t
-from libc.stdlib cimport free, realloc, calloc
+from libc.stdlib cimport free, malloc, realloc, calloc
 from libc.string cimport memcpy, memset
 from libc.math cimport NAN
-from cpython.float cimport PyFloat_CheckExact, PyFloat_AS_DOUBLE
-from cpython.long cimport PyLong_CheckExact, PyLong_AsLongLongAndOverflow
+from cpython.bool cimport PyBool_Check
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
+from cpython.float cimport PyFloat_Check, PyFloat_AS_DOUBLE
+from cpython.long cimport PyLong_Check, PyLong_CheckExact, PyLong_AsLongLongAndOverflow
 from cpython.unicode cimport PyUnicode_AsUTF8AndSize, PyUnicode_CheckExact
 
 import numpy as np
 cimport numpy as cnp
 
 from shorttail.config import LIMITS
+from shorttail.define.values import Refused, as_column, as_value
 from shorttail.errors import InvalidArgument, ResourceExhausted
 
 cnp.import_array()
@@ -24,13 +29,10 @@ cnp.import_array()
 cdef Py_ssize_t STRING_BYTES = LIMITS.string_bytes
 cdef Py_ssize_t REQUEST_ROWS = LIMITS.rows_per_request
 
-cdef enum:
-    NO_MEMORY = -1000000
-
 
 cdef int _kind_of(dtype) except -1:
     cdef int code = dtype.code
-    if code in (1, 2, 3, 7):  # Bool, Int32, Int64, Timestamp
+    if code in (TYPE_BOOL, TYPE_INT32, 3, TYPE_TIME):
         return KIND_I64
     if code in (4, 5):
         return KIND_F64
@@ -48,15 +50,19 @@ cdef uint64_t _mixed(uint64_t x) noexcept nogil:
 
 
 cdef class Columns:
-    """Columns(names, dtypes): an empty batch.
+    """Columns(names, dtypes, required=(), instead={}): an empty batch.
 
-    names: column names; dtypes: their `shorttail.define.dtypes.DType`. `n_rows` counts the rows of finished requests.
+    names: column names; dtypes: their `shorttail.define.dtypes.DType`. required: names of the columns that refuse a
+    missing value; instead: {name: what is taken for a missing value}, a value as define.values.as_value gives it. In
+    other columns a missing value is a null. `n_rows` counts the rows of finished requests.
     """
 
-    def __cinit__(self, names, dtypes):
+    def __cinit__(self, names, dtypes, required=(), instead=None):
         self.names = tuple(names)
         self.dtypes = tuple(dtypes)
         self.index = {name: i for i, name in enumerate(self.names)}
+        self.required = tuple(required)
+        self.instead = dict(instead or {})
         self.n_columns = len(self.names)
         self.col = <column_t *>calloc(max(1, self.n_columns), sizeof(column_t))
         if self.col is NULL:
@@ -64,10 +70,23 @@ cdef class Columns:
         cdef int c
         for c in range(self.n_columns):
             self.col[c].kind = _kind_of(self.dtypes[c])
+            self.col[c].type = self.dtypes[c].code
             self.col[c].width = self.dtypes[c].width
-            self.col[c].narrow = self.dtypes[c].code == 2
             if self.reserve(c, 64) < 0:
                 raise MemoryError
+        for name in self.required:
+            self.col[<int>self.index[name]].required = True
+        self._kept = tuple([self._hold_instead(self.index[name], value) for name, value in self.instead.items()])
+
+    cdef bytes _hold_instead(self, int c, value):
+        """Put a value into the empty column, note its bytes as what is taken instead, and take it back."""
+        cdef column_t *col = &self.col[c]
+        append_value(self, c, value, -1)
+        held = col.data[:col.data_bytes if col.kind == KIND_STR else 4 * col.width if col.kind == KIND_VEC else 8]
+        self.forget_column(c)
+        col.instead = PyBytes_AS_STRING(held)
+        col.instead_bytes = PyBytes_GET_SIZE(held)
+        return held
 
     def __dealloc__(self):
         cdef int c
@@ -177,6 +196,8 @@ cdef class Columns:
         cdef float *vector
         cdef int k
         cdef int failed
+        if col.instead is not NULL:
+            return self._push_instead(c)
         if col.kind == KIND_I64:
             failed = self.push_i64(c, 0)
         elif col.kind == KIND_F64:
@@ -196,6 +217,21 @@ cdef class Columns:
         col.nulls[col.filled - 1] = 1
         col.has_nulls = 1
         return 0
+
+    cdef int _push_instead(self, int c) noexcept nogil:
+        cdef column_t *col = &self.col[c]
+        if col.kind == KIND_I64:
+            return self.push_i64(c, (<const int64_t *>col.instead)[0])
+        if col.kind == KIND_F64:
+            return self.push_f64(c, (<const double *>col.instead)[0])
+        if col.kind == KIND_STR:
+            return self.push_str(c, col.instead, col.instead_bytes)
+        return self.push_vec(c, <const float *>col.instead)
+
+    cdef int push_missing(self, int c, Py_ssize_t row) except -1:
+        if self.col[c].required:
+            raise missing_value(self, c, row)
+        return self._checked(self.push_null(c))
 
     cdef int _repeat_last(self, int c, Py_ssize_t times) noexcept nogil:
         """Append `times` copies of the last row of column c."""
@@ -224,39 +260,66 @@ cdef class Columns:
         col.filled += times
         return 0
 
-    cdef Py_ssize_t finish(self) noexcept nogil:
+    cdef finish_t finish(self, Py_ssize_t *rows) noexcept nogil:
         cdef Py_ssize_t n = 1
-        cdef Py_ssize_t given, i
-        cdef int64_t value
+        cdef Py_ssize_t given
         cdef int c
         for c in range(self.n_columns):
             n = max(n, self.col[c].filled - self.n_rows)
-            if self.col[c].narrow:
-                for i in range(self.n_rows, self.col[c].filled):
-                    value = (<int64_t *>self.col[c].data)[i]
-                    if value != <int32_t>value:
-                        return -(c + 2001)
         for c in range(self.n_columns):
+            self.at_fault = c
             given = self.col[c].filled - self.n_rows
+            if self.col[c].instead is not NULL and self.col[c].kind == KIND_F64:
+                self._replace_nans(c)
             if given == n:
                 continue
             if given == 0:
-                return -(c + 1001)
+                return FINISH_NO_COLUMN
             if given != 1:
-                return -(c + 1)
+                return FINISH_OTHER_LENGTH
             if self._repeat_last(c, n - 1) < 0:
-                return NO_MEMORY
+                return FINISH_NO_MEMORY
         self.n_rows += n
+        rows[0] = n
+        return FINISHED
+
+    cdef void _replace_nans(self, int c) noexcept nogil:
+        """NaN is a missing float, however it came."""
+        cdef double *values = <double *>self.col[c].data
+        cdef Py_ssize_t i
+        for i in range(self.n_rows, self.col[c].filled):
+            if values[i] != values[i]:
+                values[i] = (<const double *>self.col[c].instead)[0]
+
+    cdef Py_ssize_t end_request(self) except -1:
+        cdef Py_ssize_t n = 0
+        cdef finish_t outcome = self.finish(&n)
+        if outcome != FINISHED:
+            raise finish_error(self, outcome)
+        if n > REQUEST_ROWS:
+            self.n_rows -= n
+            raise too_many_rows(n)
         return n
 
+    cdef bint fits(self, int c) noexcept nogil:
+        cdef const int64_t *values = <const int64_t *>self.col[c].data
+        cdef Py_ssize_t i
+        if self.col[c].type == TYPE_INT32:
+            for i in range(self.n_rows, self.col[c].filled):
+                if values[i] != <int32_t>values[i]:
+                    return False
+        return True
+
+    cdef void forget_column(self, int c) noexcept nogil:
+        cdef column_t *col = &self.col[c]
+        col.filled = self.n_rows
+        if col.kind == KIND_STR:
+            col.data_bytes = col.ends[self.n_rows - 1] if self.n_rows else 0
+
     cdef void rollback(self) noexcept nogil:
-        cdef column_t *col
         cdef int c
         for c in range(self.n_columns):
-            col = &self.col[c]
-            col.filled = self.n_rows
-            if col.kind == KIND_STR:
-                col.data_bytes = col.ends[self.n_rows - 1] if self.n_rows else 0
+            self.forget_column(c)
 
     cdef void drop_last(self, Py_ssize_t rows) noexcept nogil:
         """Take back the rows of the last request, which is whole."""
@@ -296,157 +359,28 @@ cdef class Columns:
     # -- filling from Python -------------------------------------------------------------------------------
 
     def append(self, values):
-        """Append one request: {column name: scalar, list or array}; columns of one value are repeated.
+        """Append one request: {column name: value, list or array}; columns of one value are repeated.
 
-        Every column must be given; None is null. Returns the rows added. Raises InvalidArgument with nothing
-        appended.
+        Every column must be given. docs/types.md says what each type takes. Returns the rows added. Raises
+        InvalidArgument with nothing appended.
         """
-        cdef Py_ssize_t n
         try:
             for name, value in values.items():
                 c = self.index.get(name)
                 if c is None:
                     raise unknown_column(self, name)
-                self._append_column(c, value)
-            n = self.finish()
-            if n < 0:
-                raise finish_error(self, n)
-            if n > REQUEST_ROWS:
-                self.n_rows -= n
-                raise too_many_rows(n)
-            return n
+                append_column(self, c, value)
+            return self.end_request()
         except BaseException:
             self.rollback()
             raise
 
-    cdef int _append_column(self, int c, value) except -1:
-        cdef column_t *col = &self.col[c]
-        cdef Py_ssize_t before = col.filled
-        cdef Py_ssize_t row = 0
-        if col.kind == KIND_VEC:
-            return self._append_vectors(c, value)
-        cls = type(value)
-        if cls is list or cls is tuple:
-            for item in value:
-                self._append_scalar(c, item, row)
-                row += 1
-        elif cls is int or cls is float or cls is str or cls is bool or value is None:
-            self._append_scalar(c, value, -1)
-            return 0
-        else:
-            array = np.asarray(value)
-            if array.ndim == 0:
-                self._append_scalar(c, array.item(), -1)
-                return 0
-            if array.ndim != 1:
-                raise InvalidArgument(f"column {self.names[c]!r} takes one value a row; got an array of shape {array.shape}")
-            self._append_array(c, array)
-        if col.filled == before:
-            raise empty_column(self, c)
-        return 0
-
-    cdef int _append_scalar(self, int c, value, Py_ssize_t row) except -1:
-        cdef column_t *col = &self.col[c]
-        cdef Py_ssize_t length
-        cdef const char *text
-        cdef int overflow = 0
-        cdef long long integer
-        cdef int failed
-        # The three that make nearly all requests, before the rules for everything else.
-        if col.kind == KIND_F64 and PyFloat_CheckExact(value):
-            return self._checked(self.push_f64(c, PyFloat_AS_DOUBLE(value)))
-        if col.kind != KIND_STR and PyLong_CheckExact(value):
-            integer = PyLong_AsLongLongAndOverflow(value, &overflow)
-            if overflow == 0 and col.kind == KIND_F64:
-                return self._checked(self.push_f64(c, <double>integer))
-            if overflow == 0 and self.dtypes[c].code != 1:
-                return self._checked(self.push_i64(c, integer))
-        if value is None:
-            failed = self.push_null(c)
-        elif col.kind == KIND_F64:
-            if not isinstance(value, (int, float, np.number, np.bool_)):
-                raise wrong_type(self, c, value, row)
-            failed = self.push_f64(c, value)
-        elif col.kind == KIND_I64:
-            if isinstance(value, (bool, np.bool_)) != (self.dtypes[c].code == 1):
-                if isinstance(value, (bool, np.bool_)) or value not in (0, 1):
-                    raise wrong_type(self, c, value, row)
-            elif not isinstance(value, (int, np.integer, np.bool_)):
-                raise wrong_type(self, c, value, row)
-            try:
-                failed = self.push_i64(c, value)
-            except OverflowError:
-                raise wrong_type(self, c, value, row) from None
-        else:
-            if not isinstance(value, str):
-                if value != value:  # NaN, as pandas writes a missing string
-                    return self._checked(self.push_null(c))
-                raise wrong_type(self, c, value, row)
-            text = PyUnicode_AsUTF8AndSize(value, &length)
-            if length > STRING_BYTES:
-                raise string_too_long(self, c, length)
-            failed = self.push_str(c, text, length)
-        self._checked(failed)
-        return 0
+    cdef int append_any(self, int c, values) except -1:
+        return append_any_column(self, c, values)
 
     cdef int _checked(self, int failed) except -1:
         if failed:
             raise ResourceExhausted("no memory for this batch; send fewer rows")
-        return 0
-
-    cdef int _append_array(self, int c, array) except -1:
-        cdef column_t *col = &self.col[c]
-        cdef Py_ssize_t n = array.shape[0]
-        cdef const int64_t[::1] integers
-        cdef const double[::1] doubles
-        kind = array.dtype.kind
-        if col.kind == KIND_STR or kind not in "iufbM":
-            for row, item in enumerate(array.tolist()):
-                self._append_scalar(c, item, row)
-            return 0
-        if n == 0:
-            return 0
-        self._checked(self.reserve(c, n))
-        if col.kind == KIND_F64:
-            doubles = np.ascontiguousarray(array, dtype=np.float64)
-            memcpy(<double *>col.data + col.filled, &doubles[0], n * 8)
-        else:
-            code = self.dtypes[c].code
-            if kind == "M" and code == 7:
-                array = array.astype("datetime64[us]").view(np.int64)
-            elif (kind == "b") != (code == 1) or kind == "f" or kind == "M":
-                raise InvalidArgument(
-                    f"column {self.names[c]!r} takes {self.dtypes[c]}; got an array of {array.dtype}: "
-                    f"cast it, and send what is missing as None")
-            elif kind == "u" and array.dtype.itemsize == 8 and int(array.max()) > 0x7FFFFFFFFFFFFFFF:
-                raise wrong_type(self, c, int(array.max()), -1)
-            integers = np.ascontiguousarray(array, dtype=np.int64)
-            memcpy(<int64_t *>col.data + col.filled, &integers[0], n * 8)
-        memset(col.nulls + col.filled, 0, n)
-        col.filled += n
-        return 0
-
-    cdef int _append_vectors(self, int c, value) except -1:
-        cdef column_t *col = &self.col[c]
-        cdef const float[:, ::1] rows
-        cdef Py_ssize_t i
-        if value is None:
-            self._checked(self.push_null(c))
-            return 0
-        try:
-            array = np.asarray(value, dtype=np.float32)
-        except (TypeError, ValueError):
-            raise wrong_type(self, c, value, -1) from None
-        if array.ndim == 1:
-            array = array.reshape(1, -1)
-        if array.ndim != 2 or array.shape[1] != col.width:
-            raise InvalidArgument(
-                f"column {self.names[c]!r} takes {self.dtypes[c]}; got values of shape {np.shape(value)}")
-        if array.shape[0] == 0:
-            raise empty_column(self, c)
-        rows = np.ascontiguousarray(array)
-        for i in range(rows.shape[0]):
-            self._checked(self.push_vec(c, &rows[i, 0]))
         return 0
 
     def column(self, name):
@@ -469,5 +403,6 @@ cdef class Columns:
         return np.array(<float[:self.n_rows, :col.width]><float *>col.data)
 
 
+include "columns_append.pxi"
 include "columns_errors.pxi"
 include "columns_copy.pxi"

@@ -9,38 +9,34 @@ def empty_column(Columns columns, int c):
     return InvalidArgument(f"column {columns.names[c]!r} is empty: send at least one value")
 
 
-def string_too_long(Columns columns, int c, Py_ssize_t length):
-    return InvalidArgument(f"column {columns.names[c]!r}: a string of {length} bytes; at most {STRING_BYTES} are taken")
-
-
 def too_many_rows(Py_ssize_t n):
     return InvalidArgument(f"{n} rows in one request; at most {REQUEST_ROWS} are taken: send it in parts")
 
 
-def wrong_type(Columns columns, int c, value, Py_ssize_t row=-1):
-    shown = repr(value)
-    if len(shown) > 40:
-        shown = shown[:37] + "..."
-    where = f" at row {row}" if row >= 0 else ""
-    return InvalidArgument(
-        f"column {columns.names[c]!r} takes {columns.dtypes[c]}; got {shown} ({type(value).__name__}){where}")
+cdef object refusal(Columns columns, int c, error, Py_ssize_t row):
+    """error: a Refused, which may know its row; else `row` is used, unless that is -1."""
+    if error.row is None and row >= 0:
+        error = Refused(error.got, row)
+    return error.error(f"column '{columns.names[c]}'", columns.dtypes[c])
 
 
-def finish_error(Columns columns, Py_ssize_t result):
-    """The error for a negative result of Columns.finish(); call it before rollback()."""
+cdef object missing_value(Columns columns, int c, Py_ssize_t row):
+    name, where = columns.names[c], f" at row {row}" if row >= 0 else ""
+    return InvalidArgument(f"column '{name}' takes {columns.dtypes[c]}; got a missing value{where}: send a value, or "
+                           f"let the model say what it takes instead: Model(..., missing={{'{name}': ...}})")
+
+
+cdef object finish_error(Columns columns, finish_t outcome):
+    """The error for an outcome of Columns.finish(); call it before rollback()."""
     cdef Py_ssize_t n = 1
     cdef int c
-    if result == NO_MEMORY:
+    name = columns.names[columns.at_fault]
+    if outcome == FINISH_NO_MEMORY:
         return ResourceExhausted("no memory for this batch; send fewer rows")
-    if result <= -2001:
-        c = <int>(-result - 2001)
-        return InvalidArgument(f"column {columns.names[c]!r} takes Int32; got a value outside -2147483648..2147483647")
-    if result <= -1001:
-        missing = columns.names[-result - 1001]
-        return InvalidArgument(f"missing column {missing!r}; columns: {', '.join(columns.names)}")
+    if outcome == FINISH_NO_COLUMN:
+        return InvalidArgument(f"missing column {name!r}; columns: {', '.join(columns.names)}")
     for c in range(columns.n_columns):
         n = max(n, columns.col[c].filled - columns.n_rows)
-    short = -result - 1
-    given = columns.col[short].filled - columns.n_rows
-    return InvalidArgument(f"column {columns.names[short]!r} has {given} values where others have {n}: "
+    given = columns.col[columns.at_fault].filled - columns.n_rows
+    return InvalidArgument(f"column {name!r} has {given} values where others have {n}: "
                            f"send one value, or as many as the others")

@@ -67,11 +67,11 @@ typedef struct {
     uint32_t first_test, words;        /* words is 0 if the tree has more leaves than ST_WORDS words hold */
     uint32_t n_tests[ST_WORDS];
     uint32_t target;                   /* for ST_ONE_TARGET */
-} st_tree;
+} st_forest_tree;
 
 typedef struct {
     /* The ensemble as the ONNX graph describes it. The arrays are the caller's and are only read during the build. */
-    size_t n_nodes, n_trees, n_weights, n_sets;
+    size_t n_nodes, n_trees;
     const int32_t *feature, *yes, *no;
     const uint8_t *mode, *missing_yes;
     const double *threshold;
@@ -81,7 +81,7 @@ typedef struct {
     const double *weight;
     const uint32_t *set_begin;         /* n_nodes + 1 offsets into set_value, for ST_MEMBER and ST_MEMBER_WHOLE */
     const double *set_value;
-} st_source;
+} st_forest_graph;
 
 typedef struct {
     uint32_t n_features;               /* number of the highest feature used, plus 1 */
@@ -99,7 +99,7 @@ typedef struct {
     uint32_t *set_bits;
     double *ranks;                     /* wide: the distinct thresholds of each feature, ascending */
     uint32_t *rank_begin;              /* wide: n_features + 1 offsets into ranks */
-    st_tree *trees;
+    st_forest_tree *trees;
     st_step *steps;
     st_test *tests;
     float *leaf_value;                 /* ST_ONE_TARGET, not wide: [n_leaves] */
@@ -111,7 +111,7 @@ typedef struct {
 } st_forest;
 
 /* Build a forest. Returns ST_OK or a code above. The caller calls st_forest_free in either case. */
-int st_forest_build(st_forest *forest, const st_source *source);
+int st_forest_build(st_forest *forest, const st_forest_graph *source);
 void st_forest_free(st_forest *forest);
 
 typedef struct {
@@ -120,7 +120,8 @@ typedef struct {
        [n_blocks][n_columns][ST_BLOCK]; sums: [n_blocks][n_targets][ST_BLOCK]; last_rows: rows in the last block. */
     void (*sums)(const st_forest *forest, const float *blocks, uint32_t n_blocks, uint32_t last_rows, float *sums);
     /* Write the leaf number of each row of a block, in one tree. */
-    void (*leaves)(const st_forest *forest, const st_tree *tree, const float *block, uint32_t rows, uint32_t *leaf);
+    void (*leaves)(const st_forest *forest, const st_forest_tree *tree, const float *block, uint32_t rows,
+                   uint32_t *leaf);
 } st_kernel;
 
 const st_kernel *st_kernel_plain(void);

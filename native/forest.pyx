@@ -22,7 +22,7 @@ cnp.import_array()
 cdef extern from "forest.h" nogil:
     enum: ST_OK, ST_NO_MEMORY, ST_BAD_CHILD, ST_SHARED, ST_NO_WEIGHT, ST_BAD_TARGET
     enum: ST_ONE_TARGET, ST_ALL_TARGETS
-    ctypedef struct st_source:
+    ctypedef struct st_forest_graph:
         size_t n_nodes, n_trees
         const int32_t *feature
         const int32_t *yes
@@ -36,17 +36,17 @@ cdef extern from "forest.h" nogil:
         const double *weight
         const uint32_t *set_begin
         const double *set_value
-    ctypedef struct st_tree:
+    ctypedef struct st_forest_tree:
         uint32_t words
     ctypedef struct st_forest:
         uint32_t n_features, n_targets, n_trees, n_steps, n_leaves
         int wide, wide_scores, aggregate, post_transform, votes, classifier, one_class_votes, all_positive
         uint32_t n_base
         double *base
-        st_tree *trees
+        st_forest_tree *trees
     ctypedef struct st_kernel:
         const char *name
-    int st_forest_build(st_forest *, const st_source *)
+    int st_forest_build(st_forest *, const st_forest_graph *)
     void st_forest_free(st_forest *)
     int st_forest_run(const st_forest *, const st_kernel *, const void *, size_t, size_t, int64_t *, void *)
     const st_kernel *st_kernel_choose(const char *)
@@ -112,7 +112,7 @@ cdef class Trees:
         int n_targets, bint wide, bint wide_scores, int aggregate, int post_transform, bint classifier,
         bint one_class_votes, bint all_positive,
     ):
-        cdef st_source s
+        cdef st_forest_graph s
         cdef Py_ssize_t n = mode.shape[0]
         cdef int code
         _check(n > 0 and root.shape[0] > 0 and n_targets > 0, "it has no trees")

@@ -59,7 +59,7 @@ static int is_bit(const st_builder *b, double value) {
    chain of EQ nodes on one feature with the same child; such a chain becomes one set. ONNX Runtime joins neighbours in
    the chain to a bit mask, and for those it uses only the first node's rule for missing values. */
 static int set_branch(st_builder *b, int32_t node, branch *out) {
-    const st_source *s = b->source;
+    const st_forest_graph *s = b->source;
     const uint8_t mode = s->mode[node];
     const uint32_t feature = (uint32_t)s->feature[node];
     const size_t first = b->n_set_values;
@@ -92,7 +92,7 @@ static int set_branch(st_builder *b, int32_t node, branch *out) {
 
 /* Read a node whose threshold no number can meet: only NaN goes to `yes`, and only if missing values do. */
 static int nan_branch(st_builder *b, int32_t node, branch *out) {
-    const st_source *s = b->source;
+    const st_forest_graph *s = b->source;
     out->threshold = 0.5;
     out->left = s->yes[node];
     out->right = s->no[node];
@@ -104,7 +104,7 @@ static double below(const st_builder *b, double value) {
 }
 
 static int read_branch(st_builder *b, int32_t node, branch *out) {
-    const st_source *s = b->source;
+    const st_forest_graph *s = b->source;
     const uint8_t mode = s->mode[node];
     double threshold = s->threshold[node];
     if (mode >= ST_EQ) return set_branch(b, node, out);
@@ -124,7 +124,7 @@ static int read_branch(st_builder *b, int32_t node, branch *out) {
 
 static int add_leaf(st_builder *b, int32_t node) {
     st_forest *f = b->forest;
-    const st_source *s = b->source;
+    const st_forest_graph *s = b->source;
     const uint32_t begin = s->weight_begin[node], end = s->weight_begin[node + 1];
     if (begin == end) return ST_NO_WEIGHT;
     const size_t count = f->n_targets == 1 ? 1 : end - begin; /* with one target, only a leaf's first weight counts */
@@ -165,7 +165,7 @@ static int new_steps(st_builder *b, uint32_t count, uint32_t *first) {
 
 static int visit(st_builder *b, frame *top, frame *child, int *descends, uint32_t *depth_max) {
     st_forest *f = b->forest;
-    const st_source *s = b->source;
+    const st_forest_graph *s = b->source;
     st_step *step = f->steps + top->step;
     int code;
     if (top->stage == 0) {
@@ -199,7 +199,7 @@ static int visit(st_builder *b, frame *top, frame *child, int *descends, uint32_
 
 static int add_tree(st_builder *b, uint32_t root) {
     st_forest *f = b->forest;
-    st_tree *tree = f->trees + f->n_trees;
+    st_forest_tree *tree = f->trees + f->n_trees;
     int code;
     memset(tree, 0, sizeof *tree);
     if ((code = new_steps(b, 1, &tree->root))) return code;
@@ -223,7 +223,7 @@ static int add_tree(st_builder *b, uint32_t root) {
 
 static int build(st_builder *b) {
     st_forest *f = b->forest;
-    const st_source *s = b->source;
+    const st_forest_graph *s = b->source;
     int code;
     uint32_t zero;
     for (size_t i = 0; i < s->n_nodes; i++) {
@@ -233,7 +233,7 @@ static int build(st_builder *b) {
     }
     b->plain = calloc((size_t)f->n_features + 1, sizeof(uint32_t));
     b->low = calloc((size_t)f->n_features + 1, sizeof(uint32_t));
-    f->trees = calloc(s->n_trees + 1, sizeof(st_tree));
+    f->trees = calloc(s->n_trees + 1, sizeof(st_forest_tree));
     if (!b->plain || !b->low || !f->trees) return ST_NO_MEMORY;
     if (st_new_column(b, (st_column){.kind = ST_COLUMN_ZERO}, &zero)) return ST_NO_MEMORY;
     b->steps_allowed = s->n_nodes * 4 + 1024 < STEPS_MAX ? s->n_nodes * 4 + 1024 : STEPS_MAX;
@@ -242,7 +242,7 @@ static int build(st_builder *b) {
     return st_forest_pack(b);
 }
 
-int st_forest_build(st_forest *forest, const st_source *source) {
+int st_forest_build(st_forest *forest, const st_forest_graph *source) {
     st_builder b = {.forest = forest, .source = source};
     int code = build(&b);
     free(b.threshold);

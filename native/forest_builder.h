@@ -19,7 +19,7 @@ typedef struct {
 
 typedef struct {
     st_forest *forest;
-    const st_source *source;
+    const st_forest_graph *source;
     size_t step_room, leaf_room, vote_room, column_room, set_room, frame_room;
     size_t n_votes, n_set_values, steps_allowed;
     double *threshold;        /* [steps] thresholds, before ranks replace doubles */

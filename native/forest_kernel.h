@@ -66,7 +66,7 @@ ST_INLINE floats gather(const float *base, ints at) {
 }
 
 /* Compute the leaves of n_vectors * ST_LANES rows, as numbers within the tree. */
-ST_INLINE void exits(const st_forest *forest, const st_tree *tree, const float *block, const int n_vectors,
+ST_INLINE void exits(const st_forest *forest, const st_forest_tree *tree, const float *block, const int n_vectors,
                      ints *exit) {
     const st_test *test = forest->tests + tree->first_test;
     for (uint32_t word = 0; word < tree->words; word++) {
@@ -90,7 +90,7 @@ ST_INLINE void exits(const st_forest *forest, const st_tree *tree, const float *
 }
 
 /* Compute the leaves of ST_DESCEND rows, as numbers within the forest. */
-ST_INLINE void descend(const st_step *steps, const st_tree *tree, const float *block, uint32_t *leaf) {
+ST_INLINE void descend(const st_step *steps, const st_forest_tree *tree, const float *block, uint32_t *leaf) {
     uint32_t at[ST_DESCEND];
     for (int r = 0; r < ST_DESCEND; r++) at[r] = tree->root;
     for (uint32_t depth = 0; depth < tree->depth; depth += 4) {
@@ -109,7 +109,7 @@ ST_INLINE void descend(const st_step *steps, const st_tree *tree, const float *b
     for (int r = 0; r < ST_DESCEND; r++) leaf[r] = steps[at[r]].leaf;
 }
 
-ST_INLINE void add_exits(const st_forest *forest, const st_tree *tree, const float *block, const int n_vectors,
+ST_INLINE void add_exits(const st_forest *forest, const st_forest_tree *tree, const float *block, const int n_vectors,
                          float *sums) {
     ints exit[ST_SPREAD];
     exits(forest, tree, block, n_vectors, exit);
@@ -121,7 +121,7 @@ ST_INLINE void add_exits(const st_forest *forest, const st_tree *tree, const flo
 
 static void sums(const st_forest *forest, const float *blocks, uint32_t n_blocks, uint32_t last_rows, float *sums) {
     const size_t block_floats = (size_t)forest->n_columns * ST_BLOCK, sum_floats = (size_t)forest->n_targets * ST_BLOCK;
-    for (const st_tree *tree = forest->trees, *end = tree + forest->n_trees; tree != end; tree++) {
+    for (const st_forest_tree *tree = forest->trees, *end = tree + forest->n_trees; tree != end; tree++) {
         for (uint32_t b = 0; b < n_blocks; b++) {
             const float *block = blocks + b * block_floats;
             float *sum = sums + b * sum_floats + (size_t)tree->target * ST_BLOCK;
@@ -143,7 +143,8 @@ static void sums(const st_forest *forest, const float *blocks, uint32_t n_blocks
     }
 }
 
-static void leaves(const st_forest *forest, const st_tree *tree, const float *block, uint32_t rows, uint32_t *leaf) {
+static void leaves(const st_forest *forest, const st_forest_tree *tree, const float *block, uint32_t rows,
+                   uint32_t *leaf) {
     if (!tree->words) {
         for (uint32_t r = 0; r < rows; r += ST_DESCEND) descend(forest->steps, tree, block + r, leaf + r);
         return;

@@ -65,7 +65,7 @@ static void set_thresholds(st_builder *b) {
 }
 
 /* Make the tests of a tree that has few enough leaves. A node is listed once per word in which it can clear a leaf. */
-static int add_tests(st_builder *b, st_tree *tree, uint32_t end_step, size_t *room) {
+static int add_tests(st_builder *b, st_forest_tree *tree, uint32_t end_step, size_t *room) {
     st_forest *f = b->forest;
     tree->first_test = f->n_tests;
     if (tree->n_leaves > 32 * ST_WORDS) return ST_OK;
@@ -155,7 +155,7 @@ static int index_sets(st_builder *b) {
 static int votes_of(const st_forest *f) {
     int one = 1, every = 1;
     for (uint32_t t = 0; t < f->n_trees; t++) {
-        const st_tree *tree = f->trees + t;
+        const st_forest_tree *tree = f->trees + t;
         const uint32_t target = f->vote_target[f->vote_begin[tree->first_leaf]];
         for (uint32_t leaf = tree->first_leaf; leaf < tree->first_leaf + tree->n_leaves; leaf++) {
             const uint32_t begin = f->vote_begin[leaf], count = f->vote_begin[leaf + 1] - begin;

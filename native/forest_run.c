@@ -96,8 +96,8 @@ static void columns_of(const st_forest *f, const void *rows, size_t first, size_
 /* Compute the leaves of one row in n consecutive trees, by descent as in forest_kernel.h, but with trees side by side.
    */
 #define ALONE 8
-static inline __attribute__((always_inline)) void leaves_alone(const st_forest *f, const st_tree *tree, const int n,
-                                                               const float *row, uint32_t *leaf) {
+static inline __attribute__((always_inline)) void leaves_alone(const st_forest *f, const st_forest_tree *tree,
+                                                               const int n, const float *row, uint32_t *leaf) {
     const st_step *steps = f->steps;
     uint32_t at[ALONE];
     for (int t = 0; t < n; t++) at[t] = tree[t].root;

@@ -1,5 +1,6 @@
 #define _GNU_SOURCE /* fallocate */
 #include "load.h"
+#include "utf8.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -141,27 +142,6 @@ static inline uint64_t offset_of(const st_source *s, size_t i)
 static inline uint32_t string_length(const st_source *s, size_t i)
 {
     return s->nulls && s->nulls[i] ? 0 : (uint32_t)(offset_of(s, i + 1) - offset_of(s, i));
-}
-
-static int is_utf8(const uint8_t *s, size_t n)
-{
-    for (size_t i = 0; i < n;) {
-        if (n - i >= 8 && !(st_load64(s + i) & 0x8080808080808080u)) {
-            i += 8;
-            continue;
-        }
-        uint8_t c = s[i++];
-        if (c < 0x80) continue;
-        size_t more = c >= 0xc2 && c <= 0xdf ? 1 : c >= 0xe0 && c <= 0xef ? 2 : c >= 0xf0 && c <= 0xf4 ? 3 : 0;
-        if (!more || n - i < more) return 0;
-        /* Refuse overlong encodings, surrogates, and code points above U+10FFFF. */
-        if ((c == 0xe0 && s[i] < 0xa0) || (c == 0xed && s[i] > 0x9f) || (c == 0xf0 && s[i] < 0x90) ||
-            (c == 0xf4 && s[i] > 0x8f))
-            return 0;
-        for (; more; more--)
-            if ((s[i++] & 0xc0) != 0x80) return 0;
-    }
-    return 1;
 }
 
 size_t st_source_check(const st_source *s, size_t n, size_t n_values, size_t length_max)

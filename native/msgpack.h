@@ -181,6 +181,8 @@ enum mp_kind {
     MP_FLOAT, MP_STR, MP_BIN, MP_EXT, MP_ARRAY, MP_MAP
 };
 
+enum { MP_TIME_EXT = -1 };
+
 struct mp_value {
     enum mp_kind kind;
     int ext;                /* the extension type, of an MP_EXT */
@@ -266,6 +268,27 @@ static inline const uint8_t *mp_read(const uint8_t *p, struct mp_value *v)
     if (tag < 0xc0)
         return mp_span(p, tag & 0x1f, MP_STR, v);
     return mp_read_tagged(tag, p, v);
+}
+
+/* Read a MessagePack timestamp as microseconds since 1970 UTC; nanoseconds are rounded down. Returns 0, or -1 if the value is
+ * not a timestamp or may not fit. */
+static inline int mp_time_us(const struct mp_value *v, int64_t *us)
+{
+    uint32_t nanoseconds = 0;
+    uint64_t both;
+    int64_t seconds;
+    if (v->ext != MP_TIME_EXT)
+        return -1;
+    switch (v->size) {
+    case 4: seconds = mp_be32(v->body); break;
+    case 8: both = mp_be64(v->body); nanoseconds = (uint32_t)(both >> 34); seconds = both & 0x3ffffffff; break;
+    case 12: nanoseconds = mp_be32(v->body); seconds = (int64_t)mp_be64(v->body + 4); break;
+    default: return -1;
+    }
+    if (nanoseconds > 999999999 || __builtin_mul_overflow(seconds, 1000000, us) ||
+        __builtin_add_overflow(*us, nanoseconds / 1000, us))
+        return -1;
+    return 0;
 }
 
 /* Read up to n integers from *p into out, and stop at the first value that is not an integer. Moves *p past what was

@@ -106,14 +106,13 @@ cdef extern from "page.h" nogil:
     int st_splitter_next(st_splitter *, st_bucket *)
     uint64_t st_heap_bytes(const st_layout *, const st_item *)
     void st_build(const st_layout *, const st_item *, size_t, uint32_t, uint32_t, uint8_t *, uint32_t)
-    const char *st_check_header(const st_layout *, const uint8_t *, size_t, uint32_t)
     const char *st_check_page(const st_layout *, const uint8_t *, size_t, uint32_t, uint64_t)
 
 cdef extern from "crc32c.h" nogil:
     uint32_t st_crc32c(const uint8_t *, size_t)
 
 cdef extern from "tree.h" nogil:
-    enum: ST_CHANGE_BYTES, ST_DIRECTORY_DEPTH_MAX
+    enum: ST_CHANGE_BYTES
     enum: ST_TREE_GONE, ST_TREE_UNKNOWN
     ctypedef struct st_tree:
         const uint8_t *base
@@ -130,7 +129,6 @@ cdef extern from "tree.h" nogil:
     int64_t st_directory_build(const st_tree *, const st_layout *, uint32_t, st_directory *, st_fault *)
     int64_t st_directory_update(const st_tree *, const st_layout *, uint32_t, const uint8_t *, size_t, st_directory *,
                                 st_fault *)
-    int st_directory_put(st_directory *, uint64_t, uint32_t, const uint8_t *)
 
 cdef extern from "load.h" nogil:
     enum: ST_LOAD_OK, ST_LOAD_NO_MEMORY, ST_LOAD_ROW_TOO_LONG

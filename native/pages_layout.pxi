@@ -218,46 +218,6 @@ cdef class Directory:
             _raise_fault(&fault)
         return n_found
 
-    def put(self, bytes bucket_key, page):
-        """Point the entries of a bucket at its page, a buffer. Raises ValueError when the page is not sound."""
-        cdef Py_buffer view
-        cdef const uint8_t *at
-        cdef const char *wrong
-        cdef uint64_t key = _key_of(bucket_key)
-        PyObject_GetBuffer(page, &view, PyBUF_SIMPLE)
-        at = <const uint8_t *>view.buf
-        wrong = st_check_header(&self.layout.c, at, view.len, self.table_id)
-        PyBuffer_Release(&view)
-        if wrong is not NULL:
-            raise ValueError(f"bucket {key:016x}: {wrong.decode()}")
-        cdef uint32_t depth = st_page_depth(at)
-        if depth > ST_DIRECTORY_DEPTH_MAX or key & (UINT64_MAX >> depth):
-            raise ValueError(f"bucket {key:016x}: its depth of {depth} is impossible")
-        if st_directory_put(&self.c, key, depth, at):
-            raise MemoryError
-
-    def rebuild(self, items):
-        """Start again from (bucket key, page) buffers in the order of their keys, which must cover all hashes.
-
-        What build() does for pages that are in no tree. Returns the number of buckets; with none the directory is that
-        of an empty table. Raises ValueError.
-        """
-        cdef uint64_t expected = 0, key, n = 0
-        cdef uint32_t depth
-        free(<void *>self.c.pages)
-        memset(&self.c, 0, sizeof(st_directory))
-        for name, page in items:
-            key = _key_of(bytes(name))
-            if key != expected or (n and expected == 0):
-                raise ValueError(f"bucket {key:016x} follows where {expected:016x} should")
-            self.put(bytes(name), page)
-            depth = page[4]
-            expected = key + ((<uint64_t>1 << (63 - depth)) << 1)
-            n += 1
-        if expected:
-            raise ValueError(f"bucket {expected:016x} is missing")
-        return n
-
 
 cdef int _raise_fault(const st_fault *fault) except -1:
     if fault.what is NULL:

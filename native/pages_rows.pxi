@@ -90,17 +90,6 @@ cdef class SortedRows:
                     bytes += st_heap_bytes(&self.layout.c, &self.items[i])
         return bytes
 
-    def buckets(self, Layout layout not None, uint32_t table_id, uint32_t depth_grow):
-        """Iterate (bucket key, page image) of a new table in the order of the keys.
-
-        layout: that of the rows but for its page size. depth_grow: from this local depth on a full bucket gets a longer
-        image instead of being split. Raises ValueError.
-        """
-        _check_same_columns(self.layout, layout)
-        if layout.c.seed != self.layout.c.seed:
-            raise ValueError("the rows were hashed with another seed")
-        return _Buckets(self, layout, table_id, depth_grow)
-
     def merge(self, size_t i, bytes bucket_key, page, uint32_t table_id, uint32_t depth_grow):
         """Merge rows i, i + 1, ... into a bucket, as far as they belong to it. page: its image; None in an empty table.
 
@@ -182,7 +171,7 @@ cdef class SortedRows:
                 memcpy(both, bucket.items, bucket.n * sizeof(st_item))
             memcpy(both + bucket.n, self.items + i, n_new * sizeof(st_item))
             st_sort(both, both + n_all, n_all, counts)
-            buckets = _Buckets(None, self.layout, table_id, depth_grow)
+            buckets = _Buckets(self.layout, table_id, depth_grow)
             buckets.start(both + n_all, st_dedupe(&self.layout.c, both + n_all, n_all), bucket.key, bucket.depth)
             images.extend(buckets)
             return 0
@@ -209,7 +198,7 @@ cdef class SortedRows:
             kept = st_without(&self.layout.c, bucket.items, bucket.n, self.items + i, bucket.stop - i, left)
             if kept == bucket.n:
                 return bucket.stop, 0, None
-            buckets = _Buckets(None, self.layout, table_id, bucket.depth)  # never splits: a long image stays long
+            buckets = _Buckets(self.layout, table_id, bucket.depth)  # never splits: a long image stays long
             buckets.start(left, kept, bucket.key, bucket.depth)
             return bucket.stop, bucket.n - kept, next(buckets)[1]
         finally:
@@ -311,13 +300,10 @@ cdef class _Buckets:
     cdef st_splitter splitter
     cdef const st_item *items
 
-    def __cinit__(self, SortedRows rows, Layout layout not None, uint32_t table_id, uint32_t depth_grow):
-        self.owner = rows
+    def __cinit__(self, Layout layout not None, uint32_t table_id, uint32_t depth_grow):
         self.layout = layout
         self.table_id = table_id
         self.depth_grow = depth_grow
-        if rows is not None:
-            self.start(rows.items, rows.n, 0, 0)
 
     cdef void start(self, const st_item *items, size_t n, uint64_t key, uint32_t depth) noexcept:
         self.items = items

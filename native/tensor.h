@@ -1,7 +1,8 @@
 /* Arrays on the wire: nested MessagePack lists, or the tensor ext type.
  *
  * Tensor payload: u8 element code, u8 number of dimensions (0 to 8), that many u32 LE dimensions, then the elements,
- * little-endian, in C order. Codes are those of shorttail.dtypes, and UInt8 for statuses.
+ * little-endian, in C order. Codes are those of shorttail.define.dtypes, and UInt8 for statuses. A time is an int64 of
+ * microseconds since 1970, TENSOR_NO_TIME where it is missing.
  */
 #ifndef SHORTTAIL_TENSOR_H
 #define SHORTTAIL_TENSOR_H
@@ -9,14 +10,18 @@
 #include "msgpack.h"
 
 enum { TENSOR_EXT = 1, TENSOR_MAX_DIMS = 8 };
-enum { ELEMENT_BOOL = 1, ELEMENT_I32 = 2, ELEMENT_I64 = 3, ELEMENT_F32 = 4, ELEMENT_F64 = 5, ELEMENT_OBJECT = 6, ELEMENT_U8 = 9 };
+enum {
+    ELEMENT_BOOL = 1, ELEMENT_I32 = 2, ELEMENT_I64 = 3, ELEMENT_F32 = 4, ELEMENT_F64 = 5, ELEMENT_OBJECT = 6,
+    ELEMENT_TIME = 7, ELEMENT_U8 = 9
+};
+#define TENSOR_NO_TIME INT64_MIN
 
 static inline int element_bytes(int code)
 {
     switch (code) {
     case ELEMENT_BOOL: case ELEMENT_U8: return 1;
     case ELEMENT_I32: case ELEMENT_F32: return 4;
-    case ELEMENT_I64: case ELEMENT_F64: return 8;
+    case ELEMENT_I64: case ELEMENT_F64: case ELEMENT_TIME: return 8;
     default: return 0;
     }
 }
@@ -51,7 +56,7 @@ static inline int64_t tensor_i64(const struct tensor *t, uint64_t i)
 {
     int32_t i32;
     int64_t i64;
-    if (t->code == ELEMENT_I64) {
+    if (t->code == ELEMENT_I64 || t->code == ELEMENT_TIME) {
         memcpy(&i64, t->data + 8 * i, 8);
         return i64;
     }

@@ -308,7 +308,8 @@ static int grow(st_directory *d, uint32_t depth)
     return 0;
 }
 
-int st_directory_put(st_directory *d, uint64_t key, uint32_t depth, const uint8_t *page)
+/* Point the entries of a bucket at its page. 0, or -1: no memory. */
+static int point(st_directory *d, uint64_t key, uint32_t depth, const uint8_t *page)
 {
     if ((!d->pages || depth > d->depth) && grow(d, depth)) return -1;
     size_t start = (key >> 1) >> (63 - d->depth), n = (size_t)1 << (d->depth - depth);
@@ -378,7 +379,7 @@ static int64_t fill(const st_tree *t, const st_layout *layout, uint32_t table_id
     if (expected) return fail(fault, "it is missing", expected);
     if (grow(d, deepest)) return fail(fault, NO_MEMORY, 0); /* once: each growth copies all entries */
     for (size_t i = 0; i < list->n; i++)
-        st_directory_put(d, list->items[i].key, st_depth(list->items[i].image), list->items[i].image);
+        point(d, list->items[i].key, st_depth(list->items[i].image), list->items[i].image);
     return (int64_t)list->n;
 }
 
@@ -417,7 +418,7 @@ int64_t st_directory_update(const st_tree *t, const st_layout *layout, uint32_t 
         const char *wrong = bytes < ST_PAGE_BYTES - PAGE_HEADER ? DAMAGED
                                                                 : check_bucket(t, layout, table_id, bucket, image, bytes);
         if (wrong) return fail(fault, wrong, bucket);
-        if (st_directory_put(d, bucket, st_depth(image), image)) return fail(fault, NO_MEMORY, bucket);
+        if (point(d, bucket, st_depth(image), image)) return fail(fault, NO_MEMORY, bucket);
         n_found++;
     }
     return n_found;

@@ -67,7 +67,4 @@ int64_t st_directory_build(const st_tree *tree, const st_layout *layout, uint32_
 int64_t st_directory_update(const st_tree *tree, const st_layout *layout, uint32_t table_id, const uint8_t *changes,
                             size_t n, st_directory *d, st_fault *fault);
 
-/* Set the directory entries of a bucket to its page. Returns 0, or -1 if there is no memory. */
-int st_directory_put(st_directory *d, uint64_t key, uint32_t depth, const uint8_t *page);
-
 #endif

@@ -41,7 +41,6 @@ cdef struct deferred_t:     # a request that waits until all requests of the tur
 cdef class ColumnNames:
     """The column names of a route, as UTF-8, to find the columns of a request."""
     cdef tuple names            # bytes, as they come on the wire
-    cdef bytes booleans         # 1 where a column is Bool
     cdef int n
     cdef bint matches(self, int c, const mp_value *name) noexcept
     cdef int find(self, int guess, const mp_value *name) noexcept

@@ -32,17 +32,18 @@ import msgpack
 import numpy as np
 cimport numpy as cnp
 
-from shorttail._native.columns cimport KIND_F64, KIND_I64, KIND_STR, KIND_VEC, Columns, column_t
+from shorttail._native.columns cimport (
+    KIND_F64, KIND_I64, KIND_STR, KIND_VEC, TYPE_BOOL, TYPE_INT32, TYPE_TIME, Columns, column_t,
+)
 from shorttail._native.route cimport Route
 from shorttail._native.wire_c cimport *
-from shorttail._native.columns import (
-    empty_column, finish_error, string_too_long, too_many_rows, unknown_column, wrong_type,
-)
+from shorttail._native.columns import empty_column, too_many_rows, unknown_column
 from shorttail.config import LIMITS
 from shorttail.errors import (
     DeadlineExceeded, Internal, InvalidArgument, NotFound, PermissionDenied, ResourceExhausted, ShorttailError,
     Unauthenticated,
 )
+from shorttail.protocol import unpack_ext
 
 cnp.import_array()
 
@@ -58,11 +59,6 @@ MESSAGE.frame_bytes = LIMITS.frame_bytes
 MESSAGE.nesting_depth = LIMITS.nesting_depth
 MESSAGE.declared_elements = LIMITS.declared_elements
 assert LIMITS.nesting_depth <= MP_MAX_DEPTH
-
-_ELEMENT_NAMES = {
-    ELEMENT_BOOL: "bool", ELEMENT_I32: "int32", ELEMENT_I64: "int64", ELEMENT_F32: "float32", ELEMENT_F64: "float64",
-    ELEMENT_U8: "uint8",
-}
 
 include "wire_decode.pxi"
 include "wire_encode.pxi"

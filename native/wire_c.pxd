@@ -1,4 +1,4 @@
-# Cython declarations of msgpack.h and tensor.h.
+# Cython declarations of msgpack.h, tensor.h and utf8.h.
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
@@ -9,7 +9,7 @@ cdef extern from "msgpack.h" nogil:
     cdef enum:
         MP_NIL, MP_BOOL, MP_INT, MP_BIG, MP_FLOAT, MP_STR, MP_BIN, MP_EXT, MP_ARRAY, MP_MAP
     cdef enum:
-        MP_MAX_DEPTH
+        MP_MAX_DEPTH, MP_TIME_EXT
 
     ctypedef struct mp_limits "struct mp_limits":
         uint64_t frame_bytes
@@ -31,6 +31,7 @@ cdef extern from "msgpack.h" nogil:
         const uint8_t *body
         mp_number number
     const uint8_t *mp_read(const uint8_t *p, mp_value *v)
+    int mp_time_us(const mp_value *v, int64_t *us)
     uint32_t mp_read_i64s(const uint8_t **p, uint32_t n, int64_t *out)
     uint32_t mp_read_f64s(const uint8_t **p, uint32_t n, double *out)
     const uint8_t *mp_skip(const uint8_t *p)
@@ -50,7 +51,8 @@ cdef extern from "msgpack.h" nogil:
 cdef extern from "tensor.h" nogil:
     cdef enum:
         TENSOR_EXT, TENSOR_MAX_DIMS
-        ELEMENT_BOOL, ELEMENT_I32, ELEMENT_I64, ELEMENT_F32, ELEMENT_F64, ELEMENT_OBJECT, ELEMENT_U8
+        ELEMENT_BOOL, ELEMENT_I32, ELEMENT_I64, ELEMENT_F32, ELEMENT_F64, ELEMENT_OBJECT, ELEMENT_TIME, ELEMENT_U8
+        TENSOR_NO_TIME
     int element_bytes(int code)
 
     ctypedef struct tensor "struct tensor":
@@ -73,3 +75,7 @@ cdef extern from "tensor.h" nogil:
     void put_lists(mp_out *out, const array_part *s, int dim, const uint8_t **data)
     void put_lists_or_nil(mp_out *out, const array_part *s, const uint8_t *missing)
     int put_tensor(mp_out *out, const array_part *s)
+
+
+cdef extern from "utf8.h" nogil:
+    bint is_utf8(const uint8_t *s, size_t n)

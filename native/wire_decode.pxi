@@ -1,7 +1,10 @@
 # Request columns: from MessagePack into Columns, with no Python object for a value.
 #
 # Everything here reads a message that mp_scan has passed, so a read cannot leave it. What may still be wrong is the
-# meaning: names, types, lengths. Those errors are raised in the words of native/columns.
+# meaning: names, types, lengths. The usual values of each type are read here. A column in which there is another one is
+# read as Python's values instead and given to shorttail.define.values (Columns.append_any): the outcome is the same.
+
+cdef double EXACT = 9007199254740992.0  # 2**53: a double beyond it may be a whole number that was rounded
 
 
 cdef object _as_python(const uint8_t *p):
@@ -15,19 +18,32 @@ cdef object _as_python(const uint8_t *p):
         raise InvalidArgument(f"a map key or ext value that cannot be read: {error}") from None
 
 
-cdef object _wrong_type(Columns columns, int c, const uint8_t *p, Py_ssize_t row):
-    return wrong_type(columns, c, _as_python(p), row)
+cdef object _column_in_python(Columns columns, int c, const uint8_t *p):
+    """The column at p: tensors as arrays, and a string that is not UTF-8 as one that cannot be encoded."""
+    cdef const uint8_t *end = mp_skip(p)
+    try:
+        return msgpack.unpackb(
+            PyBytes_FromStringAndSize(<const char *>p, end - p), ext_hook=unpack_ext, unicode_errors="surrogateescape",
+            strict_map_key=False,
+        )
+    except InvalidArgument as error:
+        raise InvalidArgument(f"column '{columns.names[c]}': {error.message}") from None
+    except (ValueError, TypeError) as error:
+        raise InvalidArgument(
+            f"column '{columns.names[c]}': a map key or ext value that cannot be read: {error}") from None
 
 
-cdef const uint8_t *_read_scalar(Columns columns, int c, bint boolean, const uint8_t *p, Py_ssize_t row) except NULL:
-    """One value of a column that is not a vector. row: for the message, -1 for a bare scalar."""
+cdef const uint8_t *_read_scalar(Columns columns, int c, const uint8_t *p, Py_ssize_t row) except? NULL:
+    """One value of a column that is not a vector; NULL for an unusual one. row: -1 for a bare scalar."""
     cdef mp_value v
     cdef const uint8_t *end = mp_read(p, &v)
-    cdef int kind = columns.col[c].kind
+    cdef column_t *col = &columns.col[c]
+    cdef int64_t us
     cdef int failed
     if v.kind == MP_NIL:
-        failed = columns.push_null(c)
-    elif kind == KIND_F64:
+        columns.push_missing(c, row)
+        return end
+    if col.kind == KIND_F64:
         if v.kind == MP_FLOAT:
             failed = columns.push_f64(c, v.number.f)
         elif v.kind == MP_INT or v.kind == MP_BOOL:
@@ -35,59 +51,64 @@ cdef const uint8_t *_read_scalar(Columns columns, int c, bint boolean, const uin
         elif v.kind == MP_BIG:
             failed = columns.push_f64(c, <double>v.number.u)
         else:
-            raise _wrong_type(columns, c, p, row)
-    elif kind == KIND_I64:
-        if v.kind == MP_INT and (not boolean or 0 <= v.number.i <= 1) or v.kind == MP_BOOL and boolean:
-            failed = columns.push_i64(c, v.number.i)
-        else:
-            raise _wrong_type(columns, c, p, row)
-    elif v.kind == MP_STR:
-        if v.size > STRING_BYTES:
-            raise string_too_long(columns, c, v.size)
-        failed = columns.push_str(c, <const char *>v.body, v.size)
-    elif v.kind == MP_FLOAT and v.number.f != v.number.f:  # NaN, as pandas writes a missing string
-        failed = columns.push_null(c)
+            return NULL
+    elif v.kind == MP_FLOAT and v.number.f != v.number.f:  # NaN, as pandas writes what is missing
+        columns.push_missing(c, row)
+        return end
+    elif col.kind == KIND_I64:
+        if v.kind == MP_FLOAT and _is_whole(v.number.f):
+            v.number.i = <int64_t>v.number.f
+        elif v.kind == MP_EXT and col.type == TYPE_TIME and mp_time_us(&v, &us) == 0:
+            v.number.i = us
+        elif v.kind != MP_INT and (v.kind != MP_BOOL or col.type != TYPE_BOOL):
+            return NULL
+        if col.type == TYPE_BOOL and not 0 <= v.number.i <= 1:
+            return NULL
+        failed = columns.push_i64(c, v.number.i)
     else:
-        raise _wrong_type(columns, c, p, row)
+        if v.kind != MP_STR or v.size > STRING_BYTES or not is_utf8(v.body, v.size):
+            return NULL
+        failed = columns.push_str(c, <const char *>v.body, v.size)
     if failed:
-        raise ResourceExhausted("no memory for this batch; send fewer rows")
+        columns._checked(failed)
     return end
 
 
-cdef const uint8_t *_read_vector(Columns columns, int c, float *room, const uint8_t *p, Py_ssize_t row) except NULL:
-    """One vector, or nil. room: the column's width in floats."""
+cdef inline bint _is_whole(double number) noexcept:
+    """Whether a float is a whole number that no rounding can have made; False for NaN."""
+    return -EXACT <= number <= EXACT and <double><int64_t>number == number
+
+
+cdef const uint8_t *_read_vector(Columns columns, int c, float *room, const uint8_t *p, Py_ssize_t row) except? NULL:
+    """One vector, or nil; NULL for anything else, and for a vector without any number. room: the column's width."""
     cdef mp_value v, item
     cdef const uint8_t *at = mp_read(p, &v)
+    cdef bint any_number = False
     cdef Py_ssize_t k
     if v.kind == MP_NIL:
-        columns._checked(columns.push_null(c))
+        columns.push_missing(c, row)
         return at
-    if v.kind != MP_ARRAY:
-        raise _wrong_type(columns, c, p, row)
-    if v.size != <uint32_t>columns.col[c].width:
-        raise _wrong_shape(columns, c, f"({v.size},)")
+    if v.kind != MP_ARRAY or v.size != <uint32_t>columns.col[c].width:
+        return NULL
     for k in range(v.size):
         at = mp_read(at, &item)
         if item.kind == MP_FLOAT:
             room[k] = <float>item.number.f
         elif item.kind == MP_INT or item.kind == MP_BOOL:
-            room[k] = <float>item.number.i
-        elif item.kind == MP_BIG:
-            room[k] = <float>item.number.u
+            room[k] = <float><double>item.number.i
         elif item.kind == MP_NIL:
             room[k] = NAN
         else:
-            raise _wrong_type(columns, c, p, row)
+            return NULL
+        any_number |= room[k] == room[k]
+    if not any_number:
+        return NULL
     columns._checked(columns.push_vec(c, room))
     return at
 
 
-cdef object _wrong_shape(Columns columns, int c, shape):
-    return InvalidArgument(f"column {columns.names[c]!r} takes {columns.dtypes[c]}; got values of shape {shape}")
-
-
-cdef const uint8_t *_read_vectors(Columns columns, int c, const uint8_t *p) except NULL:
-    """One vector, an array of vectors, or nil."""
+cdef const uint8_t *_read_vectors(Columns columns, int c, const uint8_t *p) except? NULL:
+    """One vector, an array of vectors, or nil; NULL where it is not as simple."""
     cdef mp_value v, first
     cdef const uint8_t *at = mp_read(p, &v)
     cdef Py_ssize_t i
@@ -97,7 +118,6 @@ cdef const uint8_t *_read_vectors(Columns columns, int c, const uint8_t *p) exce
         if v.size == 0:
             raise empty_column(columns, c)
         first.kind = MP_NIL
-        many = True
         for i in range(v.size):  # rows may be nil: the first item that is not tells a vector from an array of them
             at = mp_read(at, &first)
             if first.kind != MP_NIL:
@@ -115,90 +135,148 @@ cdef const uint8_t *_read_vectors(Columns columns, int c, const uint8_t *p) exce
         at = mp_read(p, &v)
         for i in range(v.size):
             at = _read_vector(columns, c, room, at, i)
+            if at is NULL:
+                break
         return at
     finally:
         free(room)
 
 
-cdef int _read_tensor(Columns columns, int c, const mp_value *v) except -1:
-    """A column sent as a tensor: no dimension is a scalar, one is a row a value, two are rows of vectors."""
+cdef bint _read_tensor(Columns columns, int c, const mp_value *v) except -1:
+    """A column sent as a tensor: no dimension is a scalar, one is a row a value, two are rows of vectors.
+
+    False: an unusual one. Raises InvalidArgument when it is no tensor.
+    """
     cdef column_t *col = &columns.col[c]
-    cdef int code = columns.dtypes[c].code
     cdef tensor t
-    cdef Py_ssize_t i
-    if v.ext != TENSOR_EXT:
-        raise InvalidArgument(f"column {columns.names[c]!r}: ext type {v.ext} is not known; tensors are ext type 1")
+    cdef int row_dims = 2 if col.kind == KIND_VEC else 1
+    cdef Py_ssize_t i, rows
     if tensor_read(v.body, v.size, &t) < 0:
         raise InvalidArgument(
             f"column {columns.names[c]!r}: not a tensor: {v.size} bytes do not fit the type and shape they announce")
-    shape = tuple([t.dims[i] for i in range(t.n_dims)])
-    if col.kind == KIND_VEC:
-        if t.n_dims not in (1, 2) or t.dims[t.n_dims - 1] != <uint32_t>col.width:
-            raise _wrong_shape(columns, c, shape)
-    elif t.n_dims > 1:
-        raise InvalidArgument(f"column {columns.names[c]!r} takes one value a row; got an array of shape {shape}")
-    rows = t.dims[0] if t.n_dims == (2 if col.kind == KIND_VEC else 1) else 1
-    if rows == 0:
-        raise empty_column(columns, c)
+    if t.n_dims > row_dims or t.n_dims < row_dims - 1 or col.kind == KIND_STR:
+        return False
+    rows = t.dims[0] if t.n_dims == row_dims else 1
     if rows > REQUEST_ROWS:
         raise too_many_rows(rows)
-    floats = t.code == ELEMENT_F32 or t.code == ELEMENT_F64
-    if col.kind == KIND_STR or col.kind == KIND_I64 and (floats or (code == ELEMENT_BOOL) != (t.code == ELEMENT_BOOL)):
-        raise InvalidArgument(
-            f"column {columns.names[c]!r} takes {columns.dtypes[c]}; got a tensor of {_ELEMENT_NAMES[t.code]}: "
-            f"cast it, and send what is missing as null in a list")
+    if rows == 0 or t.code == ELEMENT_TIME and col.type != TYPE_TIME:
+        return False
     columns._checked(columns.reserve(c, rows))
     if col.kind == KIND_VEC:
+        if t.dims[t.n_dims - 1] != <uint32_t>col.width:
+            return False
         for i in range(<Py_ssize_t>t.elements):
             (<float *>col.data)[col.filled * col.width + i] = <float>tensor_f64(&t, i)
     elif col.kind == KIND_F64:
         for i in range(<Py_ssize_t>t.elements):
             (<double *>col.data)[col.filled + i] = tensor_f64(&t, i)
     else:
-        for i in range(<Py_ssize_t>t.elements):
-            (<int64_t *>col.data)[col.filled + i] = tensor_i64(&t, i)
+        return _read_whole_tensor(columns, c, &t)
     memset(col.nulls + col.filled, 0, rows)
     col.filled += rows
-    return 0
+    return True
 
 
-cdef const uint8_t *_read_column(Columns columns, int c, bint boolean, const uint8_t *p) except NULL:
+cdef bint _read_whole_tensor(Columns columns, int c, const tensor *t) except -1:
+    """For a column of whole numbers, which has room for it. False: an element is no value of its type."""
+    cdef column_t *col = &columns.col[c]
+    cdef bint is_float = t.code == ELEMENT_F32 or t.code == ELEMENT_F64
+    cdef bint boolean = col.type == TYPE_BOOL
+    cdef Py_ssize_t row, rows = t.elements
+    cdef int64_t value
+    cdef double number
+    if t.code == ELEMENT_BOOL and not boolean:
+        return False
+    if not is_float and not boolean and t.code != ELEMENT_TIME:
+        for row in range(rows):
+            (<int64_t *>col.data)[col.filled + row] = tensor_i64(t, row)
+        memset(col.nulls + col.filled, 0, rows)
+        col.filled += rows
+        return True
+    for row in range(rows):
+        if is_float:
+            number = tensor_f64(t, row)
+            if number != number:
+                columns.push_missing(c, row if t.n_dims else -1)
+                continue
+            if not _is_whole(number):
+                return False
+            value = <int64_t>number
+        else:
+            value = tensor_i64(t, row)
+            if t.code == ELEMENT_TIME and value == TENSOR_NO_TIME:
+                columns.push_missing(c, row if t.n_dims else -1)
+                continue
+        if boolean and not 0 <= value <= 1:
+            return False
+        columns.push_i64(c, value)
+    return True
+
+
+cdef uint32_t _read_texts(Columns columns, int c, const uint8_t **p, uint32_t n) noexcept:
+    """Up to n strings from *p on; stops at the first value that is none, or is not taken. Moves *p."""
+    cdef const uint8_t *end
+    cdef mp_value v
+    cdef uint32_t i
+    for i in range(n):
+        end = mp_read(p[0], &v)
+        if v.kind != MP_STR or v.size > STRING_BYTES or not is_utf8(v.body, v.size):
+            return i
+        if columns.push_str(c, <const char *>v.body, v.size) < 0:
+            return i
+        p[0] = end
+    return n
+
+
+cdef const uint8_t *_read_usual(Columns columns, int c, const uint8_t *p) except? NULL:
+    """Read the column at p; NULL where some value of it is unusual, or wrong."""
     cdef mp_value v
     cdef const uint8_t *at = mp_read(p, &v)
     cdef column_t *col = &columns.col[c]
     cdef uint32_t done, row = 0
-    if v.kind == MP_EXT:
-        _read_tensor(columns, c, &v)
-        return at
+    if v.kind == MP_EXT and v.ext == TENSOR_EXT:
+        return at if _read_tensor(columns, c, &v) else NULL
     if col.kind == KIND_VEC:
         return _read_vectors(columns, c, p)
     if v.kind != MP_ARRAY:
-        return _read_scalar(columns, c, boolean, p, -1)
+        return _read_scalar(columns, c, p, -1)
     if v.size == 0:
         raise empty_column(columns, c)
     if v.size > REQUEST_ROWS:
         raise too_many_rows(v.size)
     columns._checked(columns.reserve(c, v.size))
     while row < v.size:
-        # Runs of plain numbers at once; whatever stops a run (nil, another type, the end) value by value.
-        done = 0
-        if col.kind == KIND_I64 and not boolean:
-            done = mp_read_i64s(&at, v.size - row, <int64_t *>col.data + col.filled)
-        elif col.kind == KIND_F64:
-            done = mp_read_f64s(&at, v.size - row, <double *>col.data + col.filled)
-        memset(col.nulls + col.filled, 0, done)
-        col.filled += done
-        row += done
+        # Runs of plain values at once; whatever stops a run (nil, another type, the end) value by value.
+        if col.kind == KIND_STR:
+            row += _read_texts(columns, c, &at, v.size - row)
+        elif col.type != TYPE_BOOL:
+            if col.kind == KIND_I64:
+                done = mp_read_i64s(&at, v.size - row, <int64_t *>col.data + col.filled)
+            else:
+                done = mp_read_f64s(&at, v.size - row, <double *>col.data + col.filled)
+            memset(col.nulls + col.filled, 0, done)
+            col.filled += done
+            row += done
         if row < v.size:
-            at = _read_scalar(columns, c, boolean, at, row)
+            at = _read_scalar(columns, c, at, row)
+            if at is NULL:
+                return NULL
             row += 1
     return at
+
+
+cdef const uint8_t *_read_column(Columns columns, int c, const uint8_t *p) except NULL:
+    cdef const uint8_t *end = _read_usual(columns, c, p)
+    if end is not NULL and (columns.col[c].type != TYPE_INT32 or columns.fits(c)):
+        return end
+    columns.forget_column(c)
+    columns.append_any(c, _column_in_python(columns, c, p))
+    return mp_skip(p)
 
 
 cdef class ColumnNames:
     def __cinit__(self, Columns columns):
         self.names = tuple([name.encode() for name in columns.names])
-        self.booleans = bytes([dtype.code == ELEMENT_BOOL for dtype in columns.dtypes])
         self.n = columns.n_columns
 
     cdef bint matches(self, int c, const mp_value *name) noexcept:
@@ -220,7 +298,6 @@ cdef Py_ssize_t _read_columns(Columns columns, ColumnNames names, const uint8_t 
     """Append one request from the map {column: value or array} at p. Returns its rows; on error appends nothing."""
     cdef mp_value v, name
     cdef const uint8_t *at = mp_read(p, &v)
-    cdef Py_ssize_t rows
     cdef uint32_t k
     cdef int c
     try:
@@ -232,11 +309,8 @@ cdef Py_ssize_t _read_columns(Columns columns, ColumnNames names, const uint8_t 
                                      if name.kind == MP_STR else "of a name that is not a string")
             if columns.col[c].filled != columns.n_rows:
                 raise InvalidArgument(f"column {columns.names[c]!r} is given twice")
-            at = _read_column(columns, c, PyBytes_AS_STRING(names.booleans)[c], at)
-        rows = columns.finish()
-        if rows < 0:
-            raise finish_error(columns, rows)
-        return rows
+            at = _read_column(columns, c, at)
+        return columns.end_request()
     except BaseException:
         columns.rollback()
         raise

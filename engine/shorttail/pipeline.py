@@ -8,7 +8,7 @@ where each value comes from and where it goes, by column numbers, buffers and of
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +41,8 @@ class Plan:
     version: int  # 0 for features
     names: tuple[str, ...]  # request columns
     dtypes: tuple[DType, ...]
+    required: tuple[str, ...]  # the request columns that refuse a missing value
+    instead: Mapping[str, Any]  # request column -> the value that stands in for a missing one
     view_names: tuple[str, ...]
     lookups: tuple[Lookup, ...]  # one for each view
     buffers: tuple[Buffer, ...]  # the model's inputs come first, in the model's order
@@ -57,7 +59,7 @@ class Plan:
 
     def new_columns(self) -> Columns:
         """Make empty request columns for this plan."""
-        return Columns(self.names, self.dtypes)
+        return Columns(self.names, self.dtypes, self.required, self.instead)
 
     def answers_for(self, asked: Plan, columns: Columns) -> bool:
         """Whether this plan can run a batch that was read for the plan `asked`, with an answer of the same form."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from shorttail.define.ondemand import OnDemandFeature
 from shorttail.errors import InvalidArgument
 from shorttail.models.buffers import Buffer, input_buffer
 from shorttail.models.load import Runner
-from shorttail.models.signature import key_columns, request_columns
+from shorttail.models.signature import key_columns, missing_values, request_columns, required_columns
 from shorttail.ondemand.compile import compile_on_demand, copy_function
 from shorttail.pipeline import Plan, Shadow
 from shorttail.store import Store
@@ -44,7 +44,9 @@ def compile_model(
     entry = catalog.model(name)
     number = entry.current if version is None else version
     model = entry.version(number).model
-    builder = PlanBuilder(store, request or request_columns(catalog, model, runner.inputs))
+    given = request or request_columns(catalog, model, runner.inputs)
+    required = required_columns(catalog, model, runner.inputs)
+    builder = PlanBuilder(store, given, required, missing_values(model, given))
     by_name = model.inputs_by_name([tensor.name for tensor in runner.inputs])
     pending: list[tuple[OnDemandFeature, int, int]] = []
     for tensor in runner.inputs:
@@ -94,13 +96,20 @@ def compile_features(store: Store, references: Sequence[str], key: tuple[Any, ..
 class PlanBuilder:
     """Collects the buffers of a plan and the operations that fill them."""
 
-    def __init__(self, store: Store, columns: dict[str, DType]):
+    def __init__(
+        self,
+        store: Store,
+        columns: dict[str, DType],
+        required: tuple[str, ...] = (),
+        instead: Mapping[str, Any] | None = None,
+    ):
         self.store = store
         # Read the version before the catalog: if a writer commits between the two, the plan counts as outdated, not as
         # new.
         self.catalog_version = store.catalog_version
         self.catalog = store.catalog
         self.columns = columns
+        self.required, self.instead = required, instead or {}
         self.column_number = {name: number for number, name in enumerate(columns)}
         self.buffers: list[Buffer] = []
         self.copies: list[tuple[int, int, int]] = []
@@ -185,6 +194,8 @@ class PlanBuilder:
             version=version,
             names=tuple(self.columns),
             dtypes=tuple(self.columns.values()),
+            required=self.required,
+            instead=self.instead,
             view_names=tuple(self.gathers),
             lookups=tuple(lookups),
             buffers=tuple(self.buffers),

@@ -33,12 +33,15 @@ OutOfData: Final = msgpack.OutOfData
 # A reply can be larger than any request: one row of keys can ask for a thousand features.
 REPLY_BYTES: Final = 16 * LIMITS.frame_bytes
 
+TIME_DTYPE: Final = np.dtype("M8[us]")
+
 _CODE_OF: Final[dict[np.dtype[Any], int]] = {
     np.dtype(np.bool_): 1,  # the codes of define/dtypes.py, which a client need not import
     np.dtype(np.int32): 2,
     np.dtype(np.int64): 3,
     np.dtype(np.float32): 4,
     np.dtype(np.float64): 5,
+    TIME_DTYPE: 7,  # int64 microseconds since 1970 UTC; -2**63 is NaT
     np.dtype(np.uint8): 9,  # statuses; no feature has this type
 }
 _DTYPE_OF: Final = {code: dtype.newbyteorder("<") for dtype, code in _CODE_OF.items()}
@@ -112,7 +115,7 @@ def _read_error(error: Any) -> ShorttailError:
 
 
 def pack_tensor(array: Array) -> msgpack.ExtType:
-    """Encode an array of bool, int32, int64, float32, float64 or uint8 as the tensor extension type.
+    """Encode an array of bool, int32, int64, float32, float64, datetime64[us] or uint8 as the tensor extension type.
 
     The payload is: u8 dtype code, u8 ndim, ndim little-endian u32 dims, and the elements, little-endian, in C order.
     Raises InvalidArgument for another dtype or more than 8 dimensions.
@@ -139,10 +142,14 @@ def unpack_tensor(payload: bytes | memoryview) -> Array:
         elements *= size
     if len(payload) - start != elements * dtype.itemsize:
         raise InvalidArgument(f"tensor of shape {shape}: {len(payload) - start} bytes do not hold it")
+    if code == _CODE_OF[np.dtype(np.bool_)]:
+        return np.not_equal(np.frombuffer(payload, np.uint8, elements, start).reshape(shape), 0)
     # Copy: the payload belongs to the message and may not be aligned.
     return np.frombuffer(payload, dtype, elements, start).reshape(shape).astype(dtype.newbyteorder("="), copy=True)
 
 
-def unpack_ext(code: int, data: bytes) -> Any:
-    """Decode an extension value: a tensor to an array, any other to msgpack.ExtType."""
-    return unpack_tensor(data) if code == TENSOR_EXT else msgpack.ExtType(code, data)
+def unpack_ext(code: int, data: bytes) -> Array:
+    """Decode the tensor in an extension value; msgpack itself reads timestamps. Raises InvalidArgument."""
+    if code != TENSOR_EXT:
+        raise InvalidArgument(f"ext type {code} is not known; tensors are ext type {TENSOR_EXT}, times ext type -1")
+    return unpack_tensor(data)

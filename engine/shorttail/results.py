@@ -1,4 +1,4 @@
-"""What a call returns, the same for embedded use and over the wire."""
+"""The results of calls, which are the same for the embedded engine and for clients of a server."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     import pyarrow
 
 Statuses = NDArray[np.uint8]
-Mask = NDArray[np.bool_]  # [rows], True where there is no value
+Mask = NDArray[np.bool_]  # [rows], True where a value is missing
 
-TIMESTAMP: Final = "Timestamp"  # the one type that an array does not tell: its int64 are microseconds since 1970 UTC
-# What arrays of a server say that sends no types.
+TIMESTAMP: Final = "Timestamp"  # int64 microseconds since 1970 UTC: the dtype alone does not tell it from Int64
+# The types of arrays from a server that does not send types.
 _TYPES_BY_DTYPE: Final = {
     "bool": "Bool",
     "int32": "Int32",
@@ -31,19 +31,19 @@ _TYPES_BY_DTYPE: Final = {
 
 
 class Status(IntEnum):
-    """How a value came to be. Only a PRESENT value was read from the store; others are the default, or null."""
+    """Where a value comes from. Only a PRESENT value was read from the store; others are the default, or null."""
 
     PRESENT = 0
-    NULL = 1  # the row is there, the value is null
-    NOT_FOUND = 2  # no row of that key
+    NULL = 1  # the row exists, its value is null
+    NOT_FOUND = 2  # there is no row with that key
     STALE = 3  # the row's event time is older than the view's TTL
 
 
 class Prediction:
     """The outputs of one model for the rows of one request.
 
-    outputs: name -> array whose first axis is the rows; version: the model version that answered;
-    statuses: view -> uint8 [rows] of `Status` (empty when the server was not asked for them).
+    outputs: name -> array, whose first axis is the rows; version: of the model that answered; statuses: view -> uint8
+    [rows] of `Status`, empty if the request to a server did not ask for statuses.
     """
 
     __slots__ = ("model", "outputs", "statuses", "version")
@@ -55,7 +55,7 @@ class Prediction:
         self.statuses = statuses
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain Python values, ready for JSON."""
+        """Return the prediction as plain Python values, ready for JSON."""
         return {
             "model": self.model,
             "version": self.version,
@@ -64,10 +64,10 @@ class Prediction:
         }
 
     def to_pandas(self) -> pandas.DataFrame:
-        """The outputs as a DataFrame, one row for each row of the request. Raises ImportError without pandas.
+        """Return the outputs as a DataFrame, with a row for each row of the request. Raises ImportError without pandas.
 
-        An output [rows] or [rows, 1] is one column with the output's name. An output [rows, n] is n columns:
-        name_0, name_1, ... An output with more dimensions is one object column of arrays. Column types are those of
+        An output [rows] or [rows, 1] is a column with the output's name. An output [rows, n] is n columns:
+        name_0, name_1, ... An output with more dimensions is an object column of arrays. Column types are those of
         `Features.to_pandas`.
         """
         pandas = _import("pandas", "to_pandas")
@@ -80,13 +80,13 @@ class Prediction:
             names += parts
             columns += [_pandas_column(part) for part in parts.values()]
         frame = pandas.DataFrame(dict(enumerate(columns)))
-        frame.columns = names  # set here: should two outputs give one name, both stay
+        frame.columns = names  # set afterwards: if two outputs give the same name, both columns stay
         return frame
 
     def to_arrow(self) -> pyarrow.Table:
-        """The outputs as an Arrow table, one column for each output. Raises ImportError without pyarrow.
+        """Return the outputs as an Arrow table, with a column for each output. Raises ImportError without pyarrow.
 
-        A column has the array's own type, such as float or int64. An output [rows, 1] is a column of single values, an
+        A column has the type of its array, such as float or int64. An output [rows, 1] is a column of single values, an
         output [rows, n] a column of fixed_size_list[n]. Numbers may share memory with `outputs`.
         """
         pyarrow = _import("pyarrow", "to_arrow")
@@ -95,19 +95,20 @@ class Prediction:
 
     def __repr__(self) -> str:
         rows = len(next(iter(self.outputs.values()), ()))
-        lines = [(name, f"{a.dtype}{list(a.shape[1:]) or ''}", _glance(a)) for name, a in self.outputs.items()]
-        notes = [f"{view} {note}" for view, codes in self.statuses.items() if (note := _not_present(codes))]
+        lines = [(name, f"{a.dtype}{list(a.shape[1:]) or ''}", _first_values(a)) for name, a in self.outputs.items()]
+        notes = [f"{view} {note}" for view, codes in self.statuses.items() if (note := _status_counts(codes))]
         head = f"Prediction({self.model!r}, version={self.version}, {_count(rows, 'row')})"
         return "\n".join([head, *_aligned(lines), *([f"  statuses: {'; '.join(notes)}"] if notes else [])])
 
 
 class Features:
-    """Columns of feature values for the rows of one request.
+    """The feature values for the rows of one request, by column.
 
-    feature_names: the references asked for, in order; values: one array for each feature ([rows], or [rows, n] for a
-    vector; str or None for strings); feature_statuses: uint8 [features, rows] of `Status`. A value that is not
-    PRESENT is the feature's default; where it has none, NaN in float arrays, 0 in integer and bool arrays, None for
-    strings. The int64 of a Timestamp are microseconds since 1970-01-01 00:00 UTC.
+    feature_names: the references of the request, in its order. values: an array for each feature: [rows], or [rows, n]
+    for a vector; strings are object arrays of str or None. feature_statuses: uint8 [features, rows] of `Status`. Where
+    a status is not PRESENT, the value is the feature's default; if the feature has no default, it is NaN in float
+    arrays, 0 in integer and bool arrays, and None for strings. A Timestamp is int64 microseconds since 1970-01-01 00:00
+    UTC. has_default: bool for each feature. types: the name of each feature's type.
     """
 
     __slots__ = ("_names", "_status_rows", "_types", "_values", "has_default")
@@ -120,7 +121,7 @@ class Features:
         has_default: Sequence[bool] | None = None,
         types: Sequence[str] | None = None,
     ):
-        # Every lookup makes one of these: as little as possible is done here, the rest when it is asked for.
+        # Every lookup makes such an object, so derive nothing here; the properties do it when they are read.
         self._names = feature_names
         self._values = values
         self._status_rows = feature_statuses
@@ -129,7 +130,7 @@ class Features:
 
     @property
     def feature_names(self) -> list[str]:
-        """The references asked for, in order."""
+        """The references of the request, in its order."""
         return list(self._names)
 
     @property
@@ -141,7 +142,7 @@ class Features:
     def feature_types(self) -> dict[str, str]:
         """Feature reference -> the name of its type, such as "Float32" or "Vector(8)".
 
-        From a server that sends no types: what the array tells. A Timestamp is "Int64" then.
+        If the server did not send types, they are derived from the arrays; then a Timestamp is "Int64".
         """
         types = self._types if self._types is not None else [_type_of(values) for values in self._values]
         return dict(zip(self._names, types, strict=True))
@@ -163,35 +164,36 @@ class Features:
         return self._values[self._names.index(feature)]
 
     def to_numpy(self) -> dict[str, NDArray[Any]]:
-        """Feature reference -> array, as described above."""
+        """Return feature reference -> array, as the class describes."""
         return dict(zip(self._names, self._values, strict=True))
 
     def to_dict(self) -> dict[str, list[Any]]:
-        """Feature reference -> plain Python values; None where there is neither a value nor a default."""
+        """Return feature reference -> plain Python values; None where there is neither a value nor a default."""
         columns: dict[str, list[Any]] = {}
         for name, values, missing, _ in self._columns():
             plain = values.tolist()
             if missing is not None:
-                plain = [None if gone else value for value, gone in zip(plain, missing.tolist(), strict=True)]
+                plain = [None if absent else value for value, absent in zip(plain, missing.tolist(), strict=True)]
             columns[name] = plain
         return columns
 
     def to_pandas(self) -> pandas.DataFrame:
-        """A DataFrame with one column a feature; null where there is neither a value nor a default.
+        """Return a DataFrame with a column for each feature; null where there is neither a value nor a default.
 
-        A column's type depends on the feature's type alone, so code that works on one answer works on the next, with
-        nulls or without, and integers are exact beside a null: Int32, Int64 and Bool are pandas' nullable Int32, Int64
-        and boolean; String is string; Timestamp is datetime64[us, UTC]; Float32 and Float64 are float32 and float64, a
-        null NaN; Vector(n) is an object column of float32 arrays [n] or None. Raises ImportError without pandas.
+        A column's type depends only on the feature's type, and not on whether there are nulls, so code that works for
+        one result works for the next, and integers next to a null stay exact. Int32, Int64 and Bool are pandas'
+        nullable Int32, Int64 and boolean. String is string. Timestamp is datetime64[us, UTC]. Float32 and Float64 are
+        float32 and float64, with NaN for null. Vector(n) is an object column of float32 arrays [n] or None. Raises
+        ImportError without pandas.
         """
         pandas = _import("pandas", "to_pandas")
         columns = self._columns()
         return pandas.DataFrame({name: _pandas_column(values, nulls, kind) for name, values, nulls, kind in columns})
 
     def to_arrow(self) -> pyarrow.Table:
-        """An Arrow table with one column a feature; null where there is neither a value nor a default.
+        """Return an Arrow table with a column for each feature; null where there is neither a value nor a default.
 
-        Types are the features' own: bool, int32, int64, float (32 bits), double, string, timestamp[us, tz=UTC], and
+        Types are those of the features: bool, int32, int64, float (32 bits), double, string, timestamp[us, tz=UTC], and
         fixed_size_list<float>[n] for Vector(n). Numbers may share memory with the arrays of `to_numpy`. Raises
         ImportError without pyarrow.
         """
@@ -200,9 +202,9 @@ class Features:
         return pyarrow.table({name: _arrow_column(values, nulls, kind) for name, values, nulls, kind in columns})
 
     def _columns(self) -> Iterable[tuple[str, NDArray[Any], Mask | None, str]]:
-        """Of each feature its name, its values, where there is neither a value nor a default, and its type's name.
+        """Return (name, values, missing, name of the type) of each feature.
 
-        None in place of a mask: there is a value everywhere.
+        missing: a mask, True where there is neither a value nor a default; None if no value is missing.
         """
         rows = zip(self.feature_types.items(), self._values, self._status_rows, self.has_default, strict=True)
         for (name, type_name), values, statuses, has_default in rows:
@@ -213,23 +215,25 @@ class Features:
         lines = []
         columns = zip(self._columns(), self._status_rows, strict=True)
         for (name, values, missing, type_name), statuses in islice(columns, COLUMNS_SHOWN):
-            note = _not_present(np.asarray(statuses))
-            lines.append((name, type_name, _glance(values, missing, type_name) + (f"  ({note})" if note else "")))
+            note = _status_counts(np.asarray(statuses))
+            lines.append((name, type_name, _first_values(values, missing, type_name) + (f"  ({note})" if note else "")))
         left = len(self._names) - len(lines)
         more = [f"  … and {_count(left, 'more feature')}"] if left else []
         return "\n".join([f"Features({_count(len(self), 'row')})", *_aligned(lines), *more])
 
 
 def _type_of(values: NDArray[Any]) -> str:
+    """Return the type name that fits an array."""
     if values.ndim > 1:
         return f"Vector({values.shape[1]})"
     return _TYPES_BY_DTYPE.get(values.dtype.name, values.dtype.name)
 
 
-# Columns of pandas and Arrow, from arrays
+# Conversion of arrays to columns of pandas and Arrow
 
 
 def _import(package: str, method: str) -> Any:
+    """Import an optional package. Raises ImportError with the command that installs it."""
     try:
         return import_module(package)
     except ModuleNotFoundError as error:
@@ -240,13 +244,13 @@ def _import(package: str, method: str) -> Any:
 
 
 def _pandas_column(values: NDArray[Any], missing: Mask | None = None, type_name: str = "") -> Any:
-    """A pandas array, or a NumPy array of floats, in which a missing value is NaN already."""
+    """Convert an array to a pandas array. Floats stay a NumPy array: a missing value is NaN already."""
     import pandas
 
     if values.ndim > 1:
         rows = list(values.copy())
         if missing is not None:
-            rows = [None if gone else row for row, gone in zip(rows, missing.tolist(), strict=True)]
+            rows = [None if absent else row for row, absent in zip(rows, missing.tolist(), strict=True)]
         return pandas.Series(rows, dtype=object)
     mask = np.zeros(len(values), np.bool_) if missing is None else missing
     if type_name == TIMESTAMP:
@@ -261,6 +265,7 @@ def _pandas_column(values: NDArray[Any], missing: Mask | None = None, type_name:
 
 
 def _arrow_column(values: NDArray[Any], missing: Mask | None = None, type_name: str = "") -> Any:
+    """Convert an array to an Arrow array; an array [rows, n] to a fixed-size list array."""
     import pyarrow
 
     if values.ndim > 1:
@@ -272,23 +277,23 @@ def _arrow_column(values: NDArray[Any], missing: Mask | None = None, type_name: 
     return column.cast(pyarrow.timestamp("us", "UTC")) if type_name == TIMESTAMP else column
 
 
-# What a repr shows: the first values, shortened
+# The text of a repr: the first values of each column, shortened
 
 COLUMNS_SHOWN: Final = 20
 ROWS_SHOWN: Final = 5
 ITEMS_SHOWN: Final = 4  # of a vector
 TEXT_CHARS: Final = 24  # of a string
-GLANCE_CHARS: Final = 64  # of the values of a column
+VALUES_CHARS: Final = 64  # of the values of a column
 
 
-def _glance(values: NDArray[Any], missing: Mask | None = None, type_name: str = "") -> str:
-    """The first values of a column: "20, None, 1.5, …"."""
+def _first_values(values: NDArray[Any], missing: Mask | None = None, type_name: str = "") -> str:
+    """Return the first values of a column as text: "20, None, 1.5, …"."""
     parts: list[str] = []
     for row in range(min(len(values), ROWS_SHOWN)):
         part = "None" if missing is not None and missing[row] else _text(values[row], type_name)
-        if parts and sum(len(part) + 2 for part in parts) + len(part) > GLANCE_CHARS:
+        if parts and sum(len(part) + 2 for part in parts) + len(part) > VALUES_CHARS:
             break
-        parts.append(_cut(part, GLANCE_CHARS))
+        parts.append(_shorten(part, VALUES_CHARS))
     return ", ".join([*parts, "…"] if len(parts) < len(values) else parts)
 
 
@@ -299,15 +304,15 @@ def _text(value: Any, type_name: str = "") -> str:
         return str(np.datetime64(int(value), "us")).removesuffix(".000000")
     if isinstance(value, float | np.floating):
         return f"{value:.6g}"
-    return repr(_cut(str(value), TEXT_CHARS)) if isinstance(value, str) else str(value)
+    return repr(_shorten(str(value), TEXT_CHARS)) if isinstance(value, str) else str(value)
 
 
-def _cut(text: str, chars: int) -> str:
+def _shorten(text: str, chars: int) -> str:
     return text if len(text) <= chars else f"{text[: chars - 1]}…"
 
 
-def _not_present(codes: Statuses) -> str:
-    """How many rows have each status but PRESENT: "1 NULL, 2 NOT_FOUND"; "" when there are none."""
+def _status_counts(codes: Statuses) -> str:
+    """Count the rows of each status except PRESENT: "1 NULL, 2 NOT_FOUND"; "" if all are PRESENT."""
     counts = [(status.name, np.count_nonzero(codes == status)) for status in Status if status != Status.PRESENT]
     return ", ".join(f"{count:,} {name}" for name, count in counts if count)
 

@@ -1,4 +1,4 @@
-"""What tests of a running server share: a store for a module, and servers that a test may treat as it likes."""
+"""Fixtures for tests of a running server: a store per module, and servers that a test may change or kill."""
 
 import shutil
 import socket
@@ -17,7 +17,7 @@ def store(tmp_path_factory):
 
 @pytest.fixture
 def start(store, tmp_path):
-    """start(*options, of=store): a server, which is killed after the test if it still runs."""
+    """Return start(*options, of=store), which starts a server. Servers that still run after the test are killed."""
     servers = []
 
     def start_server(*options, of=store):
@@ -31,8 +31,10 @@ def start(store, tmp_path):
 
 @pytest.fixture(scope="module")
 def unused_port():
-    """The port at which the load generator of this process looks for metrics, unless it is told where: nobody listens
-    there, while at the usual one somebody may."""
+    """A closed port, which the load generator of this process uses for metrics unless it is given another.
+
+    A developer's own server may listen on the usual port.
+    """
     with socket.create_server(("127.0.0.1", 0)) as unused:
         port = unused.getsockname()[1]
     with pytest.MonkeyPatch.context() as patch:
@@ -42,7 +44,7 @@ def unused_port():
 
 @pytest.fixture(scope="session")
 def certificates(tmp_path_factory):
-    """A CA, and certificates that it signed for the server (127.0.0.1) and for a client: NAME.pem, key included."""
+    """A folder with a CA, and certificates for the server (127.0.0.1) and a client: NAME.pem, with the key."""
     if shutil.which("openssl") is None:
         pytest.skip("needs the openssl command")
     folder = tmp_path_factory.mktemp("certificates")

@@ -1,4 +1,4 @@
-"""What tests of HTTP share: a model that takes every type, and requests to a running server, whole or byte by byte."""
+"""Helpers for HTTP tests: a model with inputs of every type, and requests sent whole or byte by byte."""
 
 import contextlib
 import http.client
@@ -43,7 +43,7 @@ EVERY = {
 
 
 def write_every(path):
-    """A model that gives back each of its inputs, of every type that there is."""
+    """Write a model that returns its inputs, which have all types."""
     tensors = {name: kind for name, (kind, _, _) in TYPES.items()}
     graph = helper.make_graph(
         [helper.make_node("Identity", [name], [name.replace("x_", "y_")]) for name in tensors],
@@ -57,12 +57,12 @@ def write_every(path):
 
 
 def http_port(server):
-    """The port of its HTTP, as its announcement names it."""
+    """Return the HTTP port of a server, from its announcement."""
     return int(re.search(r"http on 127\.0\.0\.1:(\d+)", server.line)[1])
 
 
 def ask(server, method, path, body=None, **headers):
-    """(status, body) of one request. Underscores in names of headers stand for hyphens."""
+    """Send a request and return (status, body). Underscores in header names stand for hyphens."""
     connection = http.client.HTTPConnection("127.0.0.1", http_port(server), timeout=TIMEOUT_S)
     try:
         connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
@@ -73,20 +73,20 @@ def ask(server, method, path, body=None, **headers):
 
 
 def ask_json(server, method, path, body=None, **headers):
-    """The same with bodies that are JSON."""
+    """As ask, with JSON bodies."""
     status, answer = ask(server, method, path, None if body is None else json.dumps(body), **headers)
     return status, json.loads(answer)
 
 
 def tensor(name, array, kind, binary=True):
-    """An input of Triton's client. kind: its datatype; binary: sent as bytes, not as JSON."""
+    """Make an input for Triton's client. kind: its datatype; binary: sent as bytes, not as JSON."""
     made = triton.InferInput(name, list(array.shape), kind)
     made.set_data_from_numpy(array, binary_data=binary)
     return made
 
 
 def total_inputs(users, shop, amount, binary=True):
-    """The inputs of model "total" for these users in one shop."""
+    """Make the inputs of model "total" for users in one shop."""
     texts = np.array([shop], np.object_)
     return [
         tensor("user_id", np.array(users), "INT64", binary),
@@ -99,14 +99,14 @@ INFER = "/v2/models/total/infer"
 
 
 def body_of(count):
-    """The body of a request of so many rows for serving.py's model, to INFER."""
+    """Return the body of an INFER request with this many rows, for the model of serving.py."""
     rows = [{"name": name, "datatype": kind, "shape": [count], "data": [value] * count}
             for name, kind, value in (("user_id", "INT64", 1), ("amount", "FP32", 0.5))]  # fmt: skip
     return json.dumps({"inputs": rows})
 
 
 class Asking:
-    """A connection over which a test writes parts of a request, where http.client would write it whole."""
+    """A connection on which a test can write parts of a request, unlike http.client."""
 
     def __init__(self, server, stack):
         address = "127.0.0.1", http_port(server)
@@ -116,11 +116,11 @@ class Asking:
         self.peer.sendall(text.encode())
 
     def begin(self, body_bytes, *headers):
-        """Send the headers of a request whose body has so many bytes."""
+        """Send the headers of a request whose body has this many bytes."""
         self.send("\r\n".join([f"POST {INFER} HTTP/1.1", "Host: x", f"Content-Length: {body_bytes}", *headers, "", ""]))
 
     def answer(self):
-        """(status, body) of the next response; None once the server has closed."""
+        """Return (status, body) of the next response, or None if the server has closed."""
         head = b""
         while not head.endswith(b"\r\n\r\n"):
             got = self.peer.recv(1)
@@ -136,18 +136,18 @@ class Asking:
         return int(status.split()[1]), body
 
     def probe(self):
-        """The status of /livez."""
+        """Return the status of /livez."""
         self.send("GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
         return self.answer()[0]
 
     def has_ended(self):
-        """Wait until the server closes it; True."""
+        """Wait until the server closes the connection, and return True."""
         with contextlib.suppress(ConnectionError):
             assert self.answer() is None
         return True
 
     def has_ended_already(self):
-        """Whether the server has closed it by now. What it has not read yet is kept."""
+        """Whether the server has closed the connection. Bytes that arrived stay unread."""
         self.peer.setblocking(False)
         try:
             return self.peer.recv(1, socket.MSG_PEEK) == b""

@@ -1,8 +1,8 @@
-"""Imports files of bench/ one by one, each in a process of its own, and asks those with --help: see test_bench_scripts.
+"""Imports each file of bench/ in its own process, and runs the scripts with --help, for test_bench_scripts.py.
 
-Reads {"paths": {path: folders that are on sys.path too}, "scripts": those paths that know --help, "foreign": packages}
-as JSON, and prints what became of each path as JSON: {"error": a traceback or "", "did": audit events, "printed": by
-the import, "help": text}. A package of `foreign` that is not installed is replaced by one whose names do nothing.
+Reads JSON: {"paths": {path: folders added to sys.path}, "scripts": paths with --help, "foreign": packages}. Prints the
+result for each path as JSON: {"error": a traceback or "", "did": audit events, "printed": output of the import, "help":
+text}. A package of `foreign` that is not installed is replaced by a stub whose names do nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from types import ModuleType
 from typing import Any
 from unittest.mock import MagicMock
 
-# Most of the time goes to these; the processes that are forked below have them.
+# These imports take most of the time, so do them once, before forking.
 import numpy  # noqa: F401
 import onnxruntime  # noqa: F401
 import pandas  # noqa: F401
@@ -68,7 +68,7 @@ def attempt(path: str, folders: list[str], has_help: bool) -> dict[str, Any]:
 
 
 def printed_by(call: Callable[[], Any]) -> tuple[str, Any]:
-    """What it prints, and what it returns: None if it ends the process with success."""
+    """Return the output and the result of a function; the result is None if it exits with success."""
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         try:
             returned = call()

@@ -1,4 +1,4 @@
-"""What tests of the server share: a small store, a running `shorttail serve`, and plain sockets to speak to it."""
+"""Helpers for server tests: a small store, a running `shorttail serve`, and plain sockets that talk to it."""
 
 import contextlib
 import os
@@ -39,11 +39,11 @@ ROWS = {
 }
 SERVE = [sys.executable, "-m", "shorttail", "serve"]
 ASAN = "asan" in os.environ.get("LD_PRELOAD", "")  # `make asan`: several times slower
-TIMEOUT_S = 240.0 if ASAN else 60.0  # of waits that would otherwise never end: no test is about how long they take
+TIMEOUT_S = 240.0 if ASAN else 60.0  # ends a wait that would never end; no test measures time
 
 
 def write_sum(path: Path, factor: float) -> None:
-    """A model [rows, 3] float32 -> total [rows]: the sum of the columns times `factor`."""
+    """Write a model: float32 [rows, 3] -> total [rows], the sum of the columns times `factor`."""
     graph = helper.make_graph(
         [
             helper.make_node("ReduceSum", ["x", "axes"], ["sum"], keepdims=0),
@@ -63,7 +63,7 @@ def write_sum(path: Path, factor: float) -> None:
 
 
 def make_store(home: Path) -> Path:
-    """A new store in this folder with DEFINITIONS and ROWS; its path."""
+    """Make a store with DEFINITIONS and ROWS in this folder, and return its path."""
     (home / "definitions.py").write_text(DEFINITIONS)
     write_sum(home / "total.onnx", 1.0)
     with st.Engine.open(home / "store", create=True) as engine:
@@ -73,7 +73,7 @@ def make_store(home: Path) -> Path:
 
 
 class Peer:
-    """A client that is a plain socket and a MessagePack decoder, so that a test sends and sees every byte."""
+    """A client made of a socket and a MessagePack decoder, so that a test controls every byte."""
 
     def __init__(self, address):
         self.socket = socket.socket(socket.AF_UNIX if isinstance(address, str) else socket.AF_INET)
@@ -97,7 +97,7 @@ class Peer:
         self.socket.sendall(data)
 
     def reply(self):
-        """The next reply, or None when the server has closed."""
+        """Return the next reply, or None if the server has closed."""
         while True:
             for message in self.unpacker:
                 return message
@@ -107,13 +107,13 @@ class Peer:
             self.unpacker.feed(data)
 
     def ask(self, *message):
-        """The next reply after sending this request: [0, msgid, method, params]."""
+        """Send the request [0, msgid, method, params] and return the next reply."""
         self.send(msgpack.packb(message))
         return self.reply()
 
 
 class Server:
-    """A running `shorttail serve` on free ports. env: that of its processes; the test's unless given."""
+    """A running `shorttail serve` on free ports. env: of its processes, by default that of the test."""
 
     def __init__(self, store, *options, log, env=None):
         self.log = log
@@ -137,11 +137,11 @@ class Server:
         return Peer(self.address)
 
     def workers(self):
-        """The process ids of its workers."""
+        """Return the process ids of the workers."""
         return self.children("worker")
 
     def children(self, kind):
-        """The process ids of its children of a kind: "worker" or "writer"."""
+        """Return the process ids of the children of a kind: "worker" or "writer"."""
         found = []
         for child in children_of(self.process.pid):
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
@@ -150,7 +150,7 @@ class Server:
         return found
 
     def stop(self, signum=signal.SIGTERM):
-        """Send it this signal; its exit code once it has ended."""
+        """Send a signal, wait for the end and return the exit code."""
         self.process.send_signal(signum)
         return self.wait()
 
@@ -166,7 +166,7 @@ class Server:
 
 
 def environment_after(folder, script):
-    """An environment in which every Python process runs this script first. folder: an empty one, for the script."""
+    """Return an environment in which each Python process first runs `script`. folder: an empty folder for it."""
     (folder / "sitecustomize.py").write_text(script)
     return os.environ | {
         "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
@@ -174,7 +174,7 @@ def environment_after(folder, script):
 
 
 def environment_with(folder, **limits):
-    """An environment in which some of LIMITS, which no option sets, have these values. folder: an empty one."""
+    """Return an environment that changes some LIMITS that have no option. folder: an empty folder."""
     lines = [f"object.__setattr__(LIMITS, {name!r}, {value!r})" for name, value in limits.items()]
     return environment_after(folder, "\n".join(["from shorttail.config import LIMITS", *lines]))
 
@@ -194,7 +194,7 @@ FEATURED = [1, 2, None, {
 
 
 def until(condition, server):
-    """Wait for what a server does by itself; its outcome is asserted, not its time. Returns what `condition` did."""
+    """Wait until the server makes `condition` true, and return its result. No time is asserted."""
     end_s = time.monotonic() + TIMEOUT_S
     while not (found := condition()):
         assert time.monotonic() < end_s, server.log.read_text()
@@ -204,13 +204,13 @@ def until(condition, server):
 
 
 def replaced(server, pid, n):
-    """Wait until another worker is in the place of `pid`, and there are n."""
+    """Wait until another worker has replaced `pid` and there are n workers."""
     until(lambda: len(server.workers()) == n and pid not in server.workers(), server)
 
 
 @contextlib.contextmanager
 def stopped(*pids):
-    """These processes do nothing within the block: SIGSTOP, and SIGCONT at its end."""
+    """Stop these processes with SIGSTOP within the block, and continue them with SIGCONT."""
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
     try:
@@ -222,7 +222,7 @@ def stopped(*pids):
 
 
 def hang_up(server):
-    """Have the server reload, by SIGHUP; what its log said until that was done."""
+    """Reload the server with SIGHUP, and return what it logged until the reload was done."""
     before = len(server.log.read_text())
     server.process.send_signal(signal.SIGHUP)
     until(lambda: re.search(r"^reload.*\n", server.log.read_text()[before:], re.MULTILINE), server)
@@ -230,7 +230,7 @@ def hang_up(server):
 
 
 def refused(*options):
-    """The one line on stderr of a `shorttail serve` that has to fail before it announces anything."""
+    """Run a `shorttail serve` that has to fail before its announcement, and return its line on stderr."""
     done = subprocess.run([*SERVE, *options], capture_output=True, text=True, timeout=TIMEOUT_S)
     assert done.stdout == ""
     assert done.returncode != 0
@@ -239,7 +239,7 @@ def refused(*options):
 
 
 def alive(pid):
-    """Whether this process runs; one that has ended and waits to be reaped does not."""
+    """Whether the process runs; a zombie does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:

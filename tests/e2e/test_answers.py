@@ -1,4 +1,4 @@
-"""The engine, `Client` and `AsyncClient` give one answer: the same types, values, nulls, defaults and statuses."""
+"""The engine, `Client` and `AsyncClient` return the same types, values, nulls, defaults and statuses."""
 
 import asyncio
 import datetime
@@ -13,7 +13,7 @@ from serving import TIMEOUT_S, Server
 
 import shorttail as st
 
-BIG = 2**53 + 1  # the first integer that a double does not hold
+BIG = 2**53 + 1  # the smallest positive integer that a double cannot hold
 TIME = datetime.datetime(2013, 1, 1, 5, 0, 0, 1, tzinfo=datetime.UTC)
 TYPES = {
     "flag": (st.Bool, True, pa.bool_(), "boolean"),
@@ -36,13 +36,13 @@ ROW = {
     "time": TIME,
     "taste": [0.5, -1.5, 2.0],
 }
-# Key 1 has values, key 2 nulls, key 3 no row, key 4 a row older than the TTL.
+# Key 1 has values, key 2 has nulls, key 3 has no row, and the row of key 4 is older than the TTL.
 KEYS = {"user_id": [1, 2, 3, 4, 1]}
 STATUSES = [0, 1, 2, 3, 0]
 
 
 def write_model(path):
-    """x float32 [rows, 2] -> an output of every kind: [rows], [rows, 1] and [rows, n], numbers, bools and strings."""
+    """Write a model: x float32 [rows, 2] -> outputs [rows], [rows, 1] and [rows, n] of numbers, bools and strings."""
     value, node = helper.make_tensor_value_info, helper.make_node
     graph = helper.make_graph(
         [
@@ -77,7 +77,7 @@ def write_model(path):
 
 @pytest.fixture(scope="module")
 def ways(tmp_path_factory):
-    """{way: function(method, *arguments)}: the engine of a store, and clients of a server of the same store."""
+    """Return {name: function(method, *arguments)} for an engine, and for clients of a server on the same store."""
     home = tmp_path_factory.mktemp("answers")
     user = st.Entity("user", keys={"user_id": st.Int64})
     plain = [st.Feature(name, dtype) for name, (dtype, *_) in TYPES.items()]
@@ -116,7 +116,7 @@ def clients(server):
 
 
 def expected(view, name):
-    """The values of a feature for KEYS, as Arrow gives them."""
+    """Return the values of a feature for KEYS, as Arrow returns them."""
     default = TYPES[name][1] if view == "given" else None
     if name == "time" and default is not None:
         default = datetime.datetime.fromtimestamp(0, datetime.UTC) + datetime.timedelta(microseconds=default)
@@ -143,13 +143,13 @@ def test_features_of_every_type(ways, way):
 
 
 def plain(value):
-    """What Arrow gives for a value of pandas."""
+    """Convert a value of pandas to that of Arrow."""
     if isinstance(value, np.ndarray):
         return value.tolist()
     return None if pd.isna(value) else float(value) if isinstance(value, np.floating) else value
 
 
-def test_the_ways_agree_to_the_byte(ways):
+def test_engine_and_clients_agree_to_the_byte(ways):
     answers = {way: ask("get_online_features", REFERENCES, KEYS) for way, ask in ways.items()}
     engine = answers.pop("engine")
     for answer in answers.values():
@@ -160,8 +160,8 @@ def test_the_ways_agree_to_the_byte(ways):
         assert repr(answer).startswith("Features(5 rows)\n  plain:flag")
 
 
-def test_what_an_answer_gives_can_be_pushed_again(ways):
-    """A table of an answer is rows to push: the types are those of the view, and no value changes on the way."""
+def test_the_table_of_a_result_can_be_pushed_again(ways):
+    """The table of a result can be pushed: its types are those of the view, and no value changes."""
     ask = ways["Client"]
     table = ask("get_online_features", REFERENCES[: len(TYPES)], {"user_id": [1, 2]}).to_arrow()
     table = table.rename_columns(list(TYPES)).append_column("user_id", pa.array([11, 12]))
@@ -171,7 +171,7 @@ def test_what_an_answer_gives_can_be_pushed_again(ways):
 
 
 @pytest.mark.parametrize("way", ["engine", "Client", "AsyncClient"])
-def test_predictions(ways, way):
+def test_predictions_are_the_same_in_engine_and_clients(ways, way):
     answer = ways[way]("predict", "kinds", {"user_id": [1, 3], "amount": [1000, 3]})
     table, frame = answer.to_arrow(), answer.to_pandas()
     assert dict(zip(table.schema.names, table.schema.types, strict=True)) == {

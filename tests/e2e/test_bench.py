@@ -1,4 +1,4 @@
-"""`shorttail bench` as a user runs it: its table, its JSON, its page in a browser, its errors in one line."""
+"""`shorttail bench` as a user runs it: the table, the JSON, the page in a browser, and errors of one line."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ QUICK = [
 ]
 FIGURES = 6
 pytestmark = pytest.mark.usefixtures("unused_port")
-# Where Debian, Fedora, Google and Microsoft put them; CHROMIUM names another.
+# The names of Debian, Fedora, Google and Microsoft; the variable CHROMIUM overrides them.
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "microsoft-edge")
 
 
 def bench(*arguments: str, code: int = 0) -> str:
-    """What the command says, in this process: to stdout if it did its work, else to stderr."""
+    """Run the command in this process. Returns its stdout if it succeeded, else its stderr."""
     result = commands.run("bench", *arguments)
     assert result.code == code, result
     return result.err if code else result.out
@@ -54,7 +54,7 @@ def bench_json(*arguments: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, unused_port: int) -> Path:
-    """A sweep and a run with errors: sweep.json and .html, failing.json and .html, sweep.hlog."""
+    """A folder with a sweep and a run with errors: sweep.json, .html and .hlog, failing.json and .html."""
     folder = tmp_path_factory.mktemp("runs")
 
     def answer(request: list[Any]) -> bytes:
@@ -77,7 +77,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, unused_port: int) -> Path:
     return folder
 
 
-def test_a_real_server_with_keys_from_its_store_and_answers_compared(tmp_path: Path) -> None:
+def test_a_real_server_with_keys_from_its_store_and_verified_answers(tmp_path: Path) -> None:
     store = make_store(tmp_path)
     server = Server(store, log=tmp_path / "log")
     try:
@@ -109,7 +109,7 @@ def test_the_table_and_the_rules_of_percentiles() -> None:
     assert len(lines[3].split()) == len(lines[4].split())
 
 
-def test_the_json_says_what_was_run_where(runs: Path) -> None:
+def test_the_json_describes_the_run_and_the_machine(runs: Path) -> None:
     document = json.loads((runs / "sweep.json").read_text())
     assert [step["rate_per_s"] for step in document["steps"]] == [[200, 200], [400, 400], [800, 800]]
     for step in document["steps"]:
@@ -125,7 +125,7 @@ def test_the_json_says_what_was_run_where(runs: Path) -> None:
     assert failing["latency"]["count"] == failing["good"]
 
 
-def test_the_hdr_log_adds_up_to_the_run(runs: Path) -> None:
+def test_the_hdr_log_has_every_request_of_the_run(runs: Path) -> None:
     from hdrh.histogram import HdrHistogram
     from hdrh.log import HistogramLogReader
 
@@ -166,7 +166,7 @@ def test_http_targets(tmp_path: Path) -> None:
 
 
 def test_a_capacity_search_respects_the_objective() -> None:
-    """A server that takes half a millisecond for each request can do fewer than 2,000/s."""
+    """A server that takes 0.5 ms for each request can do fewer than 2,000 requests/s."""
 
     def answer(request: list[Any]) -> bytes:
         time.sleep(0.0005)
@@ -192,7 +192,7 @@ def test_a_wrong_answer_is_fatal_and_still_reported() -> None:
     assert step["counts"]["wrong_answers"] == 1
 
 
-def test_answers_that_change_are_found_by_verify() -> None:
+def test_verify_finds_answers_that_change() -> None:
     count = [0]
 
     def answer(request: list[Any]) -> bytes:
@@ -231,7 +231,7 @@ def test_ctrl_c_ends_the_run_and_still_reports() -> None:
     assert step["interrupted"]
     assert step["good"] > 0
     assert step["error"] == 0
-    # What was in flight is waited for, but not for long.
+    # The command waits for requests in flight, but not for long.
     assert step["good"] + step["timeout"] + step["lost"] == step["requests"]
 
 
@@ -262,7 +262,7 @@ def test_ctrl_c_ends_the_run_and_still_reports() -> None:
         ([], 2, "Missing argument"),
     ],
 )
-def test_mistakes_are_one_line(arguments: list[str], code: int, message: str) -> None:
+def test_wrong_options_are_an_error_of_one_line(arguments: list[str], code: int, message: str) -> None:
     with rpc_server() as fake:
         words = [argument.replace("{}", fake.address) for argument in arguments]
         assert message in commands.error_of("bench", *words, code=code)
@@ -272,7 +272,7 @@ def test_mistakes_are_one_line(arguments: list[str], code: int, message: str) ->
 
 
 class Page(HTMLParser):
-    """What a reader sees of each figure; `outside`: whatever a browser would fetch."""
+    """The texts of each figure; `outside`: the URLs that a browser would fetch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -311,7 +311,7 @@ class Page(HTMLParser):
 
 
 def check_page(path: Path) -> list[dict[str, Any]]:
-    """Every figure has a title, axes with units and ticks, lines and a legend that names each; nothing is fetched."""
+    """Check that each figure has a title, axes with units and ticks, and a legend for all lines; nothing is fetched."""
     text = path.read_text()
     page = Page()
     page.feed(text)
@@ -345,13 +345,13 @@ def browser() -> str:
 
 
 def in_browser(path: Path, tmp_path: Path, *options: str) -> str:
-    """The page after layout, as the browser has it; asserts that its console said nothing."""
+    """Return the page after layout in a browser. Asserts that the console is empty."""
     command = [
         browser(), "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
         "--enable-logging=stderr", "--log-level=0", f"--user-data-dir={tmp_path / 'profile'}",
         "--host-resolver-rules=MAP * ~NOTFOUND", *options, path.as_uri(),
     ]  # fmt: skip
-    env = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # `make asan` is not for browsers
+    env = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # no `make asan`
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
     assert done.returncode == 0, done.stderr
     said = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
@@ -374,7 +374,7 @@ def test_the_page_opens_in_a_browser(runs: Path, tmp_path: Path, name: str) -> N
 
 
 @pytest.mark.parametrize(("scheme", "ground"), [("light", "rgb(255, 255, 255)"), ("dark", "rgb(20, 23, 27)")])
-def test_the_page_is_dark_where_that_is_wanted(runs: Path, tmp_path: Path, scheme: str, ground: str) -> None:
+def test_the_page_is_dark_if_the_reader_prefers_it(runs: Path, tmp_path: Path, scheme: str, ground: str) -> None:
     page = tmp_path / "asked.html"
     asks = "<script>document.title = getComputedStyle(document.body).backgroundColor</script></body>"
     page.write_text((runs / "sweep.html").read_text().replace("</body>", asks))

@@ -1,4 +1,4 @@
-"""`shorttail bench` with the server's own metrics: where its time goes, in text, in JSON and on the page."""
+"""`shorttail bench` with the server's metrics: time by stage as text, as JSON and on the page."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_json_has_a_breakdown_of_every_step(sweep: Path, server: Server) -> None
     assert len(document["steps"]) == 3
     for step in document["steps"]:
         found = step["server"]
-        # All that was sent, the warm-up's too, and nothing else.
+        # All requests of the run and its warm-up, and no others.
         assert step["good"] <= found["requests"] <= step["good"] * 1.5
         assert 0 < found["batches"] <= found["requests"]
         assert found["workers"] == 2
@@ -56,7 +56,7 @@ def test_json_has_a_breakdown_of_every_step(sweep: Path, server: Server) -> None
             found["total"]["mean_us"], abs=0.01
         )
         assert sum(part["share"] for part in found["stages"].values()) == pytest.approx(1, abs=0.001)
-        # A batch is never longer in the server than the longest request took altogether.
+        # A batch cannot take longer in the server than the slowest request took for the client.
         assert found["total"]["mean_us"] < step["latency"]["max_us"]
         if found["batches"] >= 200:
             assert found["total"]["p50_us"] > 0
@@ -82,7 +82,7 @@ def test_the_page_shows_bars_and_a_table(sweep: Path, tmp_path: Path) -> None:
     assert rendered.count('<g class="bar') == 2 * 3 * len(STAGES)
 
 
-def test_a_terminal_shows_the_means_and_says_what_limits(server: Server) -> None:
+def test_a_terminal_shows_the_mean_time_of_each_stage(server: Server) -> None:
     url = f"http://127.0.0.1:{http_port(server)}/metrics"
     output = bench("{}:{}".format(*server.address), "--predict", "total", *LOAD, "--rate", "800", "--metrics", url)
     head = next(line for line in output.splitlines() if "queue" in line and "encode" in line)
@@ -91,7 +91,7 @@ def test_a_terminal_shows_the_means_and_says_what_limits(server: Server) -> None
     assert "no times by stage" not in output
 
 
-def test_mixed_requests_and_their_http_twin_have_one_too(server: Server, tmp_path: Path) -> None:
+def test_mixed_and_http_requests_have_a_breakdown_too(server: Server, tmp_path: Path) -> None:
     url = f"http://127.0.0.1:{http_port(server)}"
     options = ["--predict", "total", "--features", "stats:age", *LOAD, "--rate", "800", "--metrics", url]
     (step,) = bench_json("{}:{}".format(*server.address), *options)["steps"]
@@ -111,7 +111,7 @@ def test_mixed_requests_and_their_http_twin_have_one_too(server: Server, tmp_pat
     assert list(step["server"]["stages"]) == STAGES
 
 
-def test_runs_with_and_without_are_compared(sweep: Path, tmp_path: Path) -> None:
+def test_runs_with_and_without_a_breakdown_can_be_compared(sweep: Path, tmp_path: Path) -> None:
     document = json.loads((sweep / "sweep.json").read_text())
     for step in document["steps"]:
         del step["server"]
@@ -127,7 +127,7 @@ def test_runs_with_and_without_are_compared(sweep: Path, tmp_path: Path) -> None
     assert len(check_page(page)) == FIGURES
 
 
-def test_without_metrics_there_is_one_line_and_no_error(tmp_path: Path, unused_port: int) -> None:
+def test_without_metrics_there_is_a_note_and_no_error(tmp_path: Path, unused_port: int) -> None:
     page = tmp_path / "out.html"
     with rpc_server() as fake:
         output = bench(fake.address, *QUICK, "--rate", "500", "--report", str(page))

@@ -1,7 +1,7 @@
-"""Deadlines of connections, on a running server: who lets one pass is cut off, and others are served.
+"""Timeouts of connections on a running server: a connection past its timeout is closed, and others are served.
 
-These tests wait for deadlines of a few seconds. How long one is to the clock, and that it never ends early, is shown in
-tests/unit/test_wire_guard.py by a clock that is turned by hand.
+These tests wait for timeouts of a few seconds. tests/unit/test_wire_limits.py tests their exact length, with a clock
+that the test sets.
 """
 
 import contextlib
@@ -27,8 +27,8 @@ def store(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(store):
-    """Deadlines of one second for half a message and for what is not read, of two between requests; of HTTP: of one for
-    headers, of two for a body, of three between requests."""
+    """A server with short timeouts. MessagePack-RPC: 1 s for an incomplete message and for unread output, 2 s between
+    requests. HTTP: 1 s for the headers, 2 s for a body, 3 s between requests."""
     (store.parent / "site").mkdir()
     short = environment_with(store.parent / "site", http_header_s=1.0, http_read_s=2.0, http_idle_s=3.0)
     server = Server(
@@ -44,7 +44,7 @@ def server(store):
 
 
 def is_closed(sock):
-    """Whether the peer has closed this connection, on which it has nothing to say."""
+    """Whether the peer has closed this connection. Asserts that it sends nothing."""
     sock.setblocking(False)
     try:
         return sock.recv(1) == b""
@@ -60,7 +60,7 @@ def rss(server):
     return pages * os.sysconf("SC_PAGESIZE")
 
 
-def test_half_a_message_is_cut_and_idle_connections_are_closed_later(server):
+def test_incomplete_messages_and_later_idle_connections_are_closed(server):
     message = msgpack.packb(PREDICT)
     with server.connect() as half, server.connect() as idle, server.connect() as busy:
         half.send(message[:20])
@@ -74,9 +74,9 @@ def test_half_a_message_is_cut_and_idle_connections_are_closed_later(server):
                 time.sleep(0.02)
 
 
-def test_clients_that_never_read_are_cut_off_and_their_memory_returned(server):
-    """Four at a time. What one round leaves behind, the next finds again: a leak of replies would be 16 MiB more in
-    every round. What a round left for another reason, a later one does not leave again."""
+def test_clients_that_never_read_are_closed_and_their_memory_is_freed(server):
+    """In each round, four clients do not read. A leak of replies would add 16 MiB per round; other growth does not
+    repeat in each round."""
     left = []
     for _ in range(3):
         starve(server)
@@ -96,11 +96,11 @@ def starve(server):
             one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             one.settimeout(0.05)
         last = time.monotonic()
-        while greedy:  # each until its requests are not read any more, and then until it is cut off
+        while greedy:  # send until requests are not read any more, and then until the connection is closed
             assert time.monotonic() - last < TIMEOUT_S, "not cut off"
             assert rss(server) < 1000 * MIB
             for one in list(greedy):
-                try:  # from where the last send ended: what follows is a request again
+                try:  # continue where the last send ended, so that the stream stays valid
                     sent[one] += one.send((request * 16)[sent[one] % len(request) :])
                     last = time.monotonic()
                 except TimeoutError:
@@ -118,31 +118,31 @@ def connect(server):
         yield lambda: Asking(server, stack)
 
 
-def test_headers_come_in_time_or_the_connection_is_cut(connect):
+def test_a_connection_without_headers_in_time_is_closed(connect):
     silent, half, asked = connect(), connect(), connect()
     half.send("GET /livez HTTP/1.1\r\nHos")
     assert asked.probe() == 200
     assert silent.has_ended()
     assert half.has_ended()
-    assert asked.probe() == 200  # past that deadline, which is its first request's alone
+    assert asked.probe() == 200  # past the header timeout, which holds for the first request only
 
 
-def test_a_body_comes_in_time_or_the_request_fails(connect):
+def test_a_request_without_its_body_in_time_fails(connect):
     body = body_of(1)
     silent, slow, half, other = connect(), connect(), connect(), connect()
     for one in (slow, half):
         one.begin(len(body))
         one.send(body[:20])
-    assert other.probe() == 200  # the server has had time to read the first part
+    assert other.probe() == 200  # so the server has had time to read the first part
     slow.send(body[20:])
     status, answer = slow.answer()
     assert (status, json.loads(answer)["outputs"][0]["data"]) == (200, [11.5])
-    assert half.answer() == (504, b'{"error":"the body was not there after 2 s"}')
-    assert silent.has_ended_already()  # a body has longer than headers, for which that one was cut
+    assert half.answer() == (504, b'{"error":"the body did not arrive within 2 s"}')
+    assert silent.has_ended_already()  # closed at the header timeout, which is shorter than that of a body
 
 
-def test_a_connection_rests_for_so_long_between_requests(connect):
-    """The time begins anew with each request: the busy connection, whose first one came earlier, outlives the idle."""
+def test_an_idle_http_connection_is_closed(connect):
+    """Each request restarts the timeout: the busy connection, which began earlier, outlives the idle one."""
     busy, idle = connect(), connect()
     assert [busy.probe(), idle.probe()] == [200, 200]
     while not idle.has_ended_already():

@@ -1,4 +1,4 @@
-"""The demo's model, served: every way to ask gives what ONNX Runtime gives on features joined with pandas."""
+"""The model of the demo, served: every client returns what ONNX Runtime computes on features joined with pandas."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TOLERANCE = 1e-6
 class Demo:
     store: Path
     training: pd.DataFrame
-    sample: pd.DataFrame  # 1,000 flights that training did not see
+    sample: pd.DataFrame  # 1,000 flights that are not in the training data
     matrix: np.ndarray
     expected: np.ndarray
     sources: dict[str, pd.DataFrame]
@@ -40,7 +40,7 @@ class Demo:
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
-    """The demo's data and a smaller model, in a store made by the commands."""
+    """The data of the demo and a smaller model, in a store that the commands have made."""
     home = tmp_path_factory.mktemp("demo")
     definitions = Path(shutil.copy(DEMO / "definitions.py", home))
     out, store = home / "out", home / "store"
@@ -77,8 +77,8 @@ def way(request: pytest.FixtureRequest, demo: Demo) -> Iterator[st.Client | st.E
             yield client
 
 
-def test_sample_has_what_is_hard(demo: Demo) -> None:
-    """Planes that are not in the store, and nulls in rows that are."""
+def test_the_sample_has_missing_rows_and_nulls(demo: Demo) -> None:
+    """It has planes without a row in the store, and rows with nulls."""
     columns = list(run.model.columns)
     assert np.isnan(demo.matrix[:, columns.index("plane:seats")]).any(), f"seed {SEED}"
     assert np.isnan(demo.matrix[:, columns.index("weather:wind_dir")]).any(), f"seed {SEED}"
@@ -112,7 +112,7 @@ def test_features_equal_pandas(demo: Demo, way: st.Client | st.Engine) -> None:
                 assert got == expected, f"{name}, seed {SEED}"
 
 
-def test_history_sees_only_flights_landed_on_earlier_days(demo: Demo) -> None:
+def test_history_counts_only_flights_of_earlier_days(demo: Demo) -> None:
     training = demo.training
     days = pd.date_range(training["day"].min(), training["day"].max())
     history = data.history(training, ["carrier"], days).set_index(["carrier", "day"])
@@ -126,6 +126,6 @@ def test_history_sees_only_flights_landed_on_earlier_days(demo: Demo) -> None:
         np.testing.assert_allclose(known["late_by_part"], by_part, rtol=1e-6)
 
 
-def test_auc_counts_ties_half() -> None:
+def test_auc_counts_ties_as_half() -> None:
     late = np.array([True, False, True, False])
     assert train.auc(late, np.array([0.9, 0.1, 0.5, 0.5])) == 0.875

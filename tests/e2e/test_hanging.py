@@ -1,6 +1,6 @@
-"""Workers that hang are killed and replaced; those that only stood still with everything else are not.
+"""Workers that hang are killed and replaced; workers that were paused with the whole machine are not.
 
-These tests wait: for a deadline to pass, or for as long as a machine is supposed to have stood still.
+These tests wait, until a timeout has passed or for the time that a machine is paused.
 """
 
 import re
@@ -28,13 +28,13 @@ def test_a_worker_that_hangs_for_long_is_killed_and_replaced(start, workers):
     assert server.stop() == 0
 
 
-def test_workers_are_not_killed_for_the_time_in_which_nothing_ran(start):
-    """As when a container is frozen: the supervisor too goes on where it was."""
+def test_workers_are_not_killed_after_a_pause_of_the_whole_machine(start):
+    """As if a container was frozen: the supervisor is paused too."""
     server = start("--workers", "2", "--hang-deadline-s", "3")
     workers = server.workers()
     server.process.send_signal(signal.SIGSTOP)
     with stopped(*workers):
-        time.sleep(5)  # no synchronisation: this is the time
+        time.sleep(5)  # not for synchronisation: the length of the pause
         server.process.send_signal(signal.SIGCONT)
     with server.connect() as peer:
         assert peer.ask(*PREDICT) == PREDICTED
@@ -55,8 +55,8 @@ Notifier.beat = beat
 """
 
 
-def test_a_supervisor_that_stood_still_blames_nobody(store, tmp_path):
-    """Wherever it was just then."""
+def test_a_supervisor_that_was_paused_kills_no_worker(store, tmp_path):
+    """It may be paused at any place in its loop."""
     flag, log, folder = tmp_path / "flag", tmp_path / "log", tmp_path / "path"
     folder.mkdir()
     environment = environment_after(folder, SLEEPS.format(flag=str(flag)))
@@ -64,7 +64,7 @@ def test_a_supervisor_that_stood_still_blames_nobody(store, tmp_path):
     try:
         flag.touch()
         until(lambda: not flag.exists(), server)
-        time.sleep(3.5)  # no synchronisation: it sleeps, and then looks
+        time.sleep(3.5)  # not for synchronisation: the supervisor sleeps and then checks its workers
         with server.connect() as peer:
             assert peer.ask(*PREDICT) == PREDICTED
         assert server.stop() == 0

@@ -1,4 +1,4 @@
-"""HTTP of a running server: probes, metrics, the Open Inference Protocol by its own client, the platforms' forms."""
+"""HTTP of a running server: probes, metrics, the Open Inference Protocol (Triton's client), SageMaker and Vertex AI."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def shared(store):
 @pytest.fixture
 def server(shared):
     yield shared
-    assert ask(shared, "GET", "/readyz") == (200, b"ok\n")  # whatever the test did
+    assert ask(shared, "GET", "/readyz") == (200, b"ok\n")  # after any test
 
 
 @pytest.fixture
@@ -88,10 +88,10 @@ def test_probes_are_answered(server):
         assert ask(server, "GET", path)[0] == 200, path
 
 
-def test_any_worker_shows_what_all_have_done_and_nothing_is_lost_with_one(start):
+def test_metrics_of_any_worker_are_of_all_and_survive_a_worker(start):
     server = start("--workers", "2")
     columns = {"user_id": 1, "shop": "north", "amount": 1.0}
-    for _ in range(4):  # given to one worker and the other in turn
+    for _ in range(4):  # connections go to the two workers in turn
         with server.connect() as peer:
             assert peer.ask(0, 1, "predict", ["total", columns])[2] is None
             assert peer.ask(0, 1, "predict", ["total", {"nothing": 1}])[2]["code"] == "INVALID_ARGUMENT"
@@ -111,7 +111,7 @@ def test_any_worker_shows_what_all_have_done_and_nothing_is_lost_with_one(start)
             else None
         )
 
-    found = wait_for(all_counted)  # errors are gathered ten times a second
+    found = wait_for(all_counted)  # errors are collected ten times per second
     assert count(found, "OK", "predict", "total") == 4
     assert count(found, "INVALID_ARGUMENT", "predict", "total") == 4
     assert count(found, "OK", "get_online_features", "") == 4
@@ -129,7 +129,7 @@ def test_any_worker_shows_what_all_have_done_and_nothing_is_lost_with_one(start)
     def restarted():
         try:
             later = metrics(server)
-        except OSError:  # nobody listens yet
+        except OSError:  # no server listens yet
             return None
         return later if later["shorttail_restarts_total", ("process", "worker")] == 2 else None
 
@@ -210,7 +210,7 @@ def test_triton_client_sends_and_gets_tensors_of_every_type(client, binary, outp
         assert got.tolist() == sent.tolist()
 
 
-def test_names_of_columns_and_names_of_tensors_give_the_same(client):
+def test_column_names_and_tensor_names_give_the_same_answer(client):
     columns = [tensor(name[2:], EVERY[name], kind) for name, (_, _, kind) in TYPES.items()]
     assert client.infer("every", columns).as_numpy("y_i64").tolist() == EVERY["x_i64"].tolist()
     matrix = np.array([[1, 2, 3], [4, 5, 6]], np.float32)
@@ -234,13 +234,13 @@ def test_compressed_requests_are_read(client):
         ([tensor("user_id", np.zeros(1), "FP64"), *total_inputs([1], "n", [1.0])[1:]], "'user_id' takes Int64"),
     ],
 )
-def test_triton_client_is_told_what_is_wrong(client, inputs, says):
+def test_triton_client_gets_an_error_for_a_wrong_request(client, inputs, says):
     with pytest.raises(InferenceServerException, match=says) as raised:
         client.infer("total", inputs)
     assert raised.value.status() == "400"
 
 
-def test_triton_client_is_told_of_what_is_not_there(client):
+def test_triton_client_gets_an_error_for_an_unknown_name(client):
     inputs = total_inputs([1], "north", [1.0])
     with pytest.raises(InferenceServerException, match="no model 'nope'"):
         client.infer("nope", inputs)
@@ -269,13 +269,13 @@ X = {"name": "x", "datatype": "FP32", "shape": [1, 3], "data": [1, 2, 3]}
         ({"parameters": {"shared_memory_region": "r"}}, "shared memory is not supported"),
     ],
 )
-def test_tensors_that_are_wrong(server, changed, says):
+def test_wrong_tensors_are_errors(server, changed, says):
     status, answer = ask_json(server, "POST", "/v2/models/total/infer", {"inputs": [X | changed]})
     assert (status, list(answer)) == (400, ["error"])
     assert says in answer["error"]
 
 
-def test_tensor_bytes_that_are_wrong(server):
+def test_wrong_tensor_bytes_are_errors(server):
     def infer(described, raw, length=None):
         head = json.dumps({"inputs": [described | {"parameters": {"binary_data_size": len(raw)}}]}).encode()
         described_length = len(head) if length is None else length
@@ -330,7 +330,7 @@ def test_bodies_up_to_the_limits_are_taken(server):
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b'{"inputs": 1}', b'{"inputs": [1]}', b"[" * 5000, b"\xff\xfe"])
-def test_bodies_that_are_no_requests(server, body):
+def test_bodies_that_are_not_requests_are_errors(server, body):
     for path in ("/v2/models/total/infer", "/invocations"):
         assert ask(server, "POST", path, body)[0] == 400
 
@@ -343,18 +343,18 @@ INSTANCES = [
 ]
 
 
-def test_instances_are_taken(server):
+def test_instances_are_answered(server):
     asked = {"instances": INSTANCES, "parameters": {"model": "total"}}
     assert ask_json(server, "POST", "/invocations", asked) == (200, {"predictions": [11.5, 120.5], "version": 1})
     lists = {"instances": [[1, "north", 1], [2, "nowhere", None]], "parameters": {"model": "total"}}
     assert ask_json(server, "POST", "/invocations", lists)[1]["predictions"] == [11.5, None]
     status, answer = ask_json(server, "POST", "/invocations", {"instances": INSTANCES})
-    assert (status, answer["error"].startswith("which model?")) == (400, True)
+    assert (status, answer["error"].startswith("the request names no model, and the store has several")) == (400, True)
     short = {"instances": [INSTANCES[0], {"user_id": 1}], "parameters": {"model": "total"}}
     assert "instance 1 has other columns" in ask_json(server, "POST", "/invocations", short)[1]["error"]
 
 
-def test_csv_is_taken(server):
+def test_csv_is_answered(server):
     headers = {"Content_Type": "text/csv", "X_Amzn_SageMaker_Target_Model": "total"}
     assert ask(server, "POST", "/invocations", "1,north,1\n2,nowhere,0.5\n", **headers) == (200, b"11.5\n120.5\n")
     with_header = "amount,user_id,shop\n1,1,north\n"
@@ -365,7 +365,7 @@ def test_csv_is_taken(server):
     assert (status, b"has 2 fields" in answer) == (400, True)
 
 
-def test_platform_variables(start, monkeypatch):
+def test_the_variables_of_the_platforms_are_used(start, monkeypatch):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -382,7 +382,7 @@ def test_platform_variables(start, monkeypatch):
 # -- access, logs, ends ----------------------------------------------------------------------------------------------
 
 
-def test_a_token_is_asked_for(start, tmp_path):
+def test_requests_need_a_token(start, tmp_path):
     tokens = tmp_path / "tokens"
     tokens.write_text("serve 0123456789abcdef-serve\n")
     tokens.chmod(0o600)
@@ -423,14 +423,14 @@ def test_failed_and_slow_requests_are_logged_with_their_trace(start):
     }
 
 
-def test_no_http_means_no_http_port(start):
+def test_no_http_opens_no_port(start):
     server = start("--no-http")
     assert "http" not in server.line
     with server.connect() as peer:
         assert peer.ask(0, 1, "ping", [])[3] == "pong"
 
 
-def test_a_port_that_is_taken(start, server, store, tmp_path):
+def test_a_port_in_use_is_an_error(start, server, store, tmp_path):
     port = http_port(server)
     log = tmp_path / "taken"
     with pytest.raises(pytest.fail.Exception):

@@ -1,4 +1,4 @@
-"""Canaries and shadows of what is asked over HTTP: as of what comes by MessagePack."""
+"""Canaries and shadows of HTTP requests, which work as with MessagePack-RPC."""
 
 import pytest
 from http_asking import ask_json
@@ -19,14 +19,14 @@ def swapping(tmp_path):
 
 
 def invoke(swapping, users, amount=0.5):
-    """(predictions, version) of all in one request."""
+    """Send one request and return (predictions, version)."""
     body = {"instances": [{"user_id": user, "amount": amount} for user in users], "parameters": {"model": "total"}}
     status, answer = ask_json(swapping.server, "POST", "/invocations", body)
     assert status == 200, answer
     return answer["predictions"], answer["version"]
 
 
-def test_a_shadow_sees_what_comes_over_http_and_never_answers(swapping):
+def test_a_shadow_runs_on_http_requests_and_never_answers(swapping):
     number = swapping.deploy(promote=False)
     registry.set_shadow(swapping.engine.store, "total", number)
     until(lambda: swapping.model()["shadow"], "it is loaded")
@@ -41,7 +41,7 @@ def test_a_shadow_sees_what_comes_over_http_and_never_answers(swapping):
     assert shadow["largest_difference"] == max(SUMS.values())
 
 
-def test_a_canary_answers_the_same_keys_whichever_way_they_come(swapping):
+def test_a_canary_answers_the_same_keys_over_both_protocols(swapping):
     number = swapping.deploy(promote=False)
     registry.set_canary(swapping.engine.store, "total", 40.0)
     until(lambda: swapping.model()["canary"] == {"version": number, "percent": 40.0}, "it is loaded")

@@ -1,4 +1,4 @@
-"""Limits of connections and of what they send, on a running server: what goes beyond is refused, others are served."""
+"""Limits of connections and requests on a running server: what exceeds them is refused, and others are served."""
 
 import contextlib
 import os
@@ -22,7 +22,7 @@ def store(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def strict(store):
-    """A server that takes few connections."""
+    """A server with a limit of few connections."""
     options = ["--max-connections", "12", "--max-peer-connections", "10", "--p99-budget-ms", "1e6"]
     server = Server(store, *options, log=store.parent / "log")
     yield server
@@ -31,7 +31,7 @@ def strict(store):
 
 
 def closed(sock, within_s=TIMEOUT_S):
-    """Whether the peer closes the connection. What it still sends is read and dropped."""
+    """Wait until the peer closes the connection, and drop what it still sends."""
     sock.settimeout(within_s)
     with contextlib.suppress(ConnectionError):
         while sock.recv(65536):
@@ -40,7 +40,7 @@ def closed(sock, within_s=TIMEOUT_S):
 
 
 @pytest.mark.parametrize("over", [0, 1])
-def test_connections_from_one_address(strict, over):
+def test_connections_from_one_address_are_limited(strict, over):
     with contextlib.ExitStack() as stack:
         peers = [stack.enter_context(strict.connect()) for _ in range(10 + over)]
         answers = [peer.ask(*PREDICT) for peer in peers[:10]]
@@ -51,7 +51,7 @@ def test_connections_from_one_address(strict, over):
             assert "more than 10 connections from one address" in refusal[2]["message"]
             assert closed(peers[10].socket)
     end = time.monotonic() + TIMEOUT_S
-    while True:  # they count no more once they have gone
+    while True:  # closed connections do not count
         with strict.connect() as peer:
             if peer.ask(*PREDICT) == PREDICTED:
                 return
@@ -68,7 +68,7 @@ def test_connections_over_http_beyond_the_limit_are_closed(strict):
         assert closed(extra)
         peers[0].close()
         end = time.monotonic() + TIMEOUT_S
-        while True:  # the worker learns of it when it looks
+        while True:  # the worker learns of the close at its next read
             with socket.create_connection(address) as again:
                 if alive(again):
                     break
@@ -76,7 +76,7 @@ def test_connections_over_http_beyond_the_limit_are_closed(strict):
 
 
 def alive(peer):
-    """Whether it is answered over HTTP."""
+    """Whether an HTTP request on the connection is answered."""
     peer.settimeout(TIMEOUT_S)
     try:
         peer.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -85,7 +85,7 @@ def alive(peer):
         return False
 
 
-def test_few_long_connections_are_shared_evenly(store, tmp_path):
+def test_few_long_connections_are_spread_evenly_over_workers(store, tmp_path):
     server = Server(store, "--workers", "2", log=tmp_path / "log")
     try:
         with contextlib.ExitStack() as stack:
@@ -95,7 +95,7 @@ def test_few_long_connections_are_shared_evenly(store, tmp_path):
             assert [connections(worker, server.address[1]) for worker in server.workers()] == [4, 4]
             for peer in peers[::2]:
                 peer.socket.close()
-            time.sleep(0.3)  # the workers say ten times a second how many they have
+            time.sleep(0.3)  # workers report their number of connections ten times per second
             more = [stack.enter_context(server.connect()) for _ in range(4)]
             assert [peer.ask(*PREDICT) for peer in more] == [PREDICTED] * 4
             assert [connections(worker, server.address[1]) for worker in server.workers()] == [4, 4]
@@ -106,7 +106,7 @@ def test_few_long_connections_are_shared_evenly(store, tmp_path):
 
 
 def connections(pid, port):
-    """Established connections to this port that a process holds."""
+    """Count the established connections of a process to this port."""
     inodes = set()
     for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
         fields = line.split()
@@ -122,7 +122,7 @@ def connections(pid, port):
 @pytest.mark.parametrize(
     "options", [["--busy-poll-us", "200"], ["--busy-poll-us", "0"], ["--pin-cpus", "--workers", "2"]]
 )
-def test_served_all_the_same(store, tmp_path, options):
+def test_a_server_that_polls_or_pins_its_cpus_serves_the_same(store, tmp_path, options):
     server = Server(store, *options, log=tmp_path / "log")
     try:
         with server.connect() as peer:
@@ -139,8 +139,8 @@ def test_served_all_the_same(store, tmp_path, options):
         server.kill()
 
 
-def test_bodies_that_are_being_read_have_a_budget(start):
-    """What a request announces counts, whether or not it has come: nothing of it is sent here."""
+def test_the_bytes_of_bodies_being_read_are_limited(start):
+    """The declared length of a body counts, even if it has not arrived; here no body is sent."""
     server = start()
     body = body_of(1)
     large = LIMITS.frame_bytes
@@ -151,7 +151,7 @@ def test_bodies_that_are_being_read_have_a_budget(start):
         def announce(size):
             peer = Asking(server, stack)
             peer.begin(size, "Expect: 100-continue")
-            assert peer.answer() == (100, b"")  # its headers are read
+            assert peer.answer() == (100, b"")  # the server has read its headers
             return peer
 
         for _ in range(most - 1):
@@ -159,11 +159,11 @@ def test_bodies_that_are_being_read_have_a_budget(start):
         last = announce(large - len(body))
         assert ask(server, "POST", INFER, body)[0] == 200
         assert ask(server, "POST", INFER, body + " ") == (
-            429, b'{"error":"too many bytes over HTTP are in flight; send it again later"}',
+            429, b'{"error":"too many bytes of HTTP requests are in flight; send it again later"}',
         )  # fmt: skip
         last.peer.close()
         end_s = time.monotonic() + TIMEOUT_S
-        while ask(server, "POST", INFER, body + " ")[0] != 200:  # its bytes count until the server sees that it left
+        while ask(server, "POST", INFER, body + " ")[0] != 200:  # until the server sees that it closed
             assert time.monotonic() < end_s
     assert server.stop() == 0
     assert server.log.read_text() == ""

@@ -1,4 +1,4 @@
-"""What a server writes to stderr: under `--log json` each line is a JSON object, whoever wrote it."""
+"""The server's stderr: with `--log json` each line is a JSON object, also the output of libraries and children."""
 
 import asyncio
 import json
@@ -25,7 +25,7 @@ LEVELS = {"info", "warning", "error", "critical"}
 
 
 def lines(server):
-    """Every whole line so far, each of which has to be a JSON object."""
+    """Return the complete lines so far. Each has to be a JSON object."""
     written = server.log.read_text().splitlines(keepends=True)
     found = [json.loads(line) for line in written if line.endswith("\n")]
     for line in found:
@@ -36,7 +36,7 @@ def lines(server):
 
 
 def line_with(server, message, **fields):
-    """The line whose message matches and that has these fields, once it is there."""
+    """Wait for the line whose message matches and that has these fields, and return it."""
 
     def found():
         for line in lines(server):
@@ -48,7 +48,7 @@ def line_with(server, message, **fields):
 
 
 def test_every_line_is_json_whatever_happens(start, tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONFAULTHANDLER", "1")  # a worker that aborts prints its traceback as text, in many lines
+    monkeypatch.setenv("PYTHONFAULTHANDLER", "1")  # a worker that aborts prints a traceback of many lines
     tokens = tmp_path / "tokens"
     tokens.write_text(f"admin {'a' * 32}\n")
     tokens.chmod(0o600)
@@ -100,8 +100,8 @@ def test_a_server_that_does_not_start_says_so_in_json(store, tmp_path, what):
     assert not line["message"].startswith("error")
 
 
-def test_what_an_interpreter_would_print_is_a_line_with_its_traceback():
-    """Exceptions that end a thread or the process, warnings, and the logs of libraries."""
+def test_output_of_the_interpreter_is_a_line_with_its_traceback():
+    """These are exceptions that end a thread or the process, warnings, and logs of libraries."""
     program = """
 import asyncio, logging, threading, warnings
 from shorttail.observe import stderr
@@ -127,7 +127,7 @@ raise KeyError("last")
     assert last["traceback"].startswith("Traceback (most recent call last):")
 
 
-def test_faults_have_their_traceback(capsys):
+def test_unexpected_exceptions_are_logged_with_their_traceback(capsys):
     async def fault():
         faults = ErrorLog("json")
         for _ in range(3):
@@ -144,7 +144,7 @@ def test_faults_have_their_traceback(capsys):
     assert line["traceback"].endswith("RuntimeError: unforeseen\nof two lines\n")
 
 
-def test_lines_of_a_child_pass_as_they_are_and_others_are_wrapped(capsys):
+def test_json_lines_of_a_child_pass_unchanged_and_others_are_wrapped(capsys):
     written = b'{"a": 1}\nraw \xff\n\n{not json}\n[1]\n' + b"x" * (stderr.RAW_LINE_BYTES + 1) + b"\nno end"
     read, write = os.pipe()
     thread = stderr.relay(os.fdopen(read, "rb"), "worker 7")
@@ -177,9 +177,9 @@ INVALID = [
 IDS = {"trace_id": TRACE_ID, "parent_id": PARENT_ID}
 
 
-def test_a_traceparent_is_valid_as_the_recommendation_says():
+def test_a_traceparent_is_checked_as_w3c_recommends():
     assert trace_ids(TRACEPARENT) == trace_ids("01" + TRACEPARENT[2:] + "-more") == IDS
-    assert not any(map(trace_ids, [*INVALID[:8], *INVALID[9:]]))  # the ninth is only too long
+    assert not any(map(trace_ids, [*INVALID[:8], *INVALID[9:]]))  # the ninth is valid but too long
 
 
 @pytest.fixture(scope="module")
@@ -204,17 +204,17 @@ def logged(tmp_path_factory, store):
         (108, "push", ["stats"], {}, "INVALID_ARGUMENT"),
     ],
 )
-def test_failed_requests_are_logged_with_the_trace_that_they_carry(logged, msgid, method, params, options, code):
+def test_failed_requests_are_logged_with_their_trace(logged, msgid, method, params, options, code):
     with logged.connect() as peer:
         for given in ({**options, "traceparent": TRACEPARENT}, {"traceparent": TRACEPARENT, **options}):
             reply = peer.ask(0, msgid, method, [*params, given])
             assert reply[1:3] == [msgid, {"code": code, "message": reply[2]["message"]}]
             if len(params) == 1:
-                return  # there are no options where they are looked for
+                return  # this request has no options at the place where they are read
     line_with(logged, "request failed", method=method, code=code, request_id=str(msgid), protocol="rpc", **IDS)
 
 
-def test_the_clients_send_it(logged):
+def test_the_clients_send_a_traceparent(logged):
     address = f"{logged.address[0]}:{logged.address[1]}"
     parents = [f"{n:016x}" for n in range(31, 39)]
     traces = iter([f"00-{TRACE_ID}-{parent}-01" for parent in parents])
@@ -244,7 +244,7 @@ def test_the_clients_send_it(logged):
         line_with(logged, "request failed", code="NOT_FOUND", trace_id=TRACE_ID, parent_id=parent)
 
 
-def test_each_traced_failure_has_a_line_and_the_others_share_one(logged):
+def test_each_failure_with_a_trace_has_a_line_and_the_others_share_one(logged):
     traces = [f"00-{TRACE_ID}-{n:016x}-01" for n in range(1, 4)]
     with logged.connect() as peer:
         requests = [[0, 200 + n, "predict", ["total", {}, {"traceparent": trace}]] for n, trace in enumerate(traces)]
@@ -266,14 +266,14 @@ def test_a_traceparent_that_is_not_valid_is_ignored(logged, trace):
     assert "trace_id" not in line
 
 
-def test_a_traceparent_may_be_so_long(logged):
+def test_the_length_of_a_traceparent_is_limited(logged):
     longest = f"01{TRACEPARENT[2:]}-".ljust(LIMITS.traceparent_bytes, "x")
     with logged.connect() as peer:
         assert peer.ask(0, 400, "predict", ["fraud", {}, {"traceparent": longest}])[2]["code"] == "NOT_FOUND"
     line_with(logged, "request failed", request_id="400", **IDS)
 
 
-def test_a_traceparent_is_a_string_or_nil(logged):
+def test_a_traceparent_must_be_a_string_or_nil(logged):
     with logged.connect() as peer:
         for method, params in (("predict", PREDICT[3]), ("delete", ["stats", {"user_id": [77]}])):
             assert peer.ask(0, 1, method, [*params, {"traceparent": None}])[2] is None

@@ -1,4 +1,4 @@
-"""More than a server can do: what it refuses, what it still answers, and who waits for whom."""
+"""Overload: which requests a server refuses, which it answers, and which requests wait for others."""
 
 import concurrent.futures
 import contextlib
@@ -29,7 +29,7 @@ SEED = 7
 
 
 def write_slow(path):
-    """score [rows, 1] of a network that takes some 20 us a row."""
+    """Write a network, score [rows, 1], that takes about 20 us per row."""
     random = np.random.default_rng(SEED)
     widths = [(3, WIDE), (WIDE, WIDE), (WIDE, 1)]
     weights = [random.normal(scale=a**-0.5, size=(a, b)).astype(np.float32) for a, b in widths]
@@ -80,8 +80,8 @@ def slow_request(msgid, rows, model="slow"):
     return [0, msgid, "predict", [model, {"user_id": [1] * rows, "amount": 0.5}]]
 
 
-def test_a_slow_model_keeps_neither_a_fast_one_nor_another_slow_one_waiting(start):
-    """What takes longest was sent first and is answered last."""
+def test_a_slow_model_delays_no_other_model(start):
+    """The slowest request is sent first and is answered last."""
     with start("--no-http", "--p99-budget-ms", "1e6").connect() as peer:
         messages = [slow_request(1, 8000), slow_request(2, 8000)]
         peer.send(b"".join(map(msgpack.packb, messages)))
@@ -94,8 +94,8 @@ def test_a_slow_model_keeps_neither_a_fast_one_nor_another_slow_one_waiting(star
     assert max(place[3], place[4]) < min(place[1], place[2])
 
 
-def test_a_flood_is_answered_in_part_and_refused_in_part_and_then_it_is_over(start, store):
-    """Of a slow model some seconds of work a second."""
+def test_an_overload_is_answered_in_part_and_ends_with_the_load(start, store):
+    """The load is several seconds of work per second, for a slow model."""
     server = start("--no-http", "--p99-budget-ms", "2")
     with st.Engine.open(store) as engine:
         work = Workload(predict="slow", keys=["user_id=uniform:1:3"], rows=50, deadline_ms=200.0)
@@ -103,7 +103,7 @@ def test_a_flood_is_answered_in_part_and_refused_in_part_and_then_it_is_over(sta
     load = Load(connections=4, pipeline=16_384, duration_s=1.0, warmup_s=0.0, timeout_s=TIMEOUT_S, seed=SEED)
     address = f"127.0.0.1:{server.address[1]}"
     step = run_step(plan, target.find(address), load, Rate(20_000.0, 20_000.0))
-    assert step.fatal == ""  # no answer to what was not asked, or asked by another connection
+    assert step.fatal == ""  # no answer without a request, and none on another connection
     assert step.counts["wrong_answers"] == 0
     assert step.outcomes["timeout"] == step.outcomes["lost"] == 0
     assert step.outcomes["good"] > 0
@@ -114,8 +114,8 @@ def test_a_flood_is_answered_in_part_and_refused_in_part_and_then_it_is_over(sta
         assert peer.ask(*slow_request(5, 1))[2] is None
 
 
-def test_no_connection_is_starved_by_those_that_are_read_before_it(start):
-    """All send the same, more than can be served. What is sent first may find the server idle, a few times as often."""
+def test_no_connection_is_starved_under_overload(start):
+    """All connections send the same load, more than the server can do. The first may find it idle more often."""
     server = start("--no-http", "--p99-budget-ms", "20")
     peers = [server.connect() for _ in range(8)]
     burst = b"".join(msgpack.packb(slow_request(n, 400, "total")) for n in range(40))
@@ -140,7 +140,7 @@ def test_no_connection_is_starved_by_those_that_are_read_before_it(start):
 
 
 def test_http_is_under_the_same_admission(start):
-    """Of large requests at once one runs and one may wait; the others are told to come back."""
+    """Of several large requests, one runs, one may wait, and the others are refused."""
     server = start("--p99-budget-ms", "0.1")
     body = json.dumps({"instances": [{"user_id": 1, "amount": 0.5}] * 3000, "parameters": {"model": "slow"}})
 
@@ -153,7 +153,7 @@ def test_http_is_under_the_same_admission(start):
         finally:
             connection.close()
 
-    assert [ask()[0] for _ in range(3)] == [200] * 3  # one after another: what they cost is known from now on
+    assert [ask()[0] for _ in range(3)] == [200] * 3  # one after another, so that the server knows their cost
     with concurrent.futures.ThreadPoolExecutor(8) as threads:
         answers = list(threads.map(ask, range(8)))
     refused = [(status, after, answer) for status, after, answer in answers if status != 200]
@@ -164,8 +164,8 @@ def test_http_is_under_the_same_admission(start):
     assert ask()[0] == 200
 
 
-def test_so_many_requests_over_http_are_in_flight(store, tmp_path):
-    """While three slow ones are, a fourth is answered; while four are, a fifth is refused."""
+def test_the_http_requests_in_flight_are_limited(store, tmp_path):
+    """With three slow requests in flight a fourth is answered; with four, a fifth is refused."""
     env = environment_with(tmp_path, http_requests=4)
     server = Server(store, "--p99-budget-ms", "1e6", log=tmp_path / "log", env=env)
 
@@ -181,7 +181,7 @@ def test_so_many_requests_over_http_are_in_flight(store, tmp_path):
             connection.close()
 
     def probe(threads, slow):
-        """The answers to small requests while so many slow ones are on their way, and theirs."""
+        """Send small requests while n slow ones are in flight. Returns the answers to both."""
         waiting = [threads.submit(ask, "slow", 10_000) for _ in range(slow)]
         answers = []
         while not any(one.done() for one in waiting):
@@ -195,8 +195,8 @@ def test_so_many_requests_over_http_are_in_flight(store, tmp_path):
             assert {status for status, _ in answers} == {200}
             assert [status for status, _ in others] == [200] * 3
             answers, others = probe(threads, 4)
-            refusal = {"error": "4 requests over HTTP are in flight; send it again later"}
-            # Five at once: a probe is refused, or the last of the four, if a probe was there before it.
+            refusal = {"error": "4 HTTP requests are in flight; send it again later"}
+            # Five requests at once: a probe is refused, or the last of the four if a probe came before it.
             assert (429, refusal) in answers + others
             assert [status for status, _ in others].count(200) >= 3
         assert server.stop() == 0

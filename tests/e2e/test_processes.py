@@ -1,4 +1,4 @@
-"""Workers that die, and how a server ends."""
+"""Workers that die, and the end of a server."""
 
 import contextlib
 import os
@@ -33,35 +33,35 @@ def test_sigterm_answers_what_is_in_flight_and_exits_with_0(start, store, tmp_pa
         assert [peer.reply() for _ in range(500)] == [PREDICTED] * 500
         assert peer.reply() is None
         assert idle.reply() is None
-    assert server.wait() == 0  # it is 1 where a worker had to be killed at the end of the time to stop
+    assert server.wait() == 0  # 1 would say that a worker was killed after the stop timeout
     assert not (tmp_path / "socket").exists()
     assert server.log.read_text() == ""
     with pytest.raises(ConnectionRefusedError):
         server.connect()
 
 
-def test_sigint_is_the_same(start):
+def test_sigint_does_the_same(start):
     assert start("--workers", "2").stop(signal.SIGINT) == 0
 
 
 def unread(n):
-    """So many requests of which the answers are larger than a Unix socket's buffers."""
+    """Encode n requests whose replies are larger than the buffers of a Unix socket."""
     columns, options = {"user_id": [1] * 16_000}, {"encoding": "tensor"}
     return msgpack.packb([0, 1, "get_online_features", [["stats:taste"], columns, options]]) * n
 
 
 def test_a_second_signal_does_not_wait(start, tmp_path):
-    server = start("--uds", tmp_path / "socket", "--p99-budget-ms", 1e6)  # none is shed
+    server = start("--uds", tmp_path / "socket", "--p99-budget-ms", 1e6)  # no request is refused for overload
     with Peer(str(tmp_path / "socket")) as peer:
-        peer.send(unread(20))  # replies that nobody reads keep the worker from ending
+        peer.send(unread(20))  # unread replies keep the worker from ending
         assert peer.reply()[2] is None
         server.process.send_signal(signal.SIGTERM)
         until(lambda: is_refused(server), server)
         assert server.stop() == 1
 
 
-def test_sigterm_while_it_starts_leaves_nothing(store, tmp_path):
-    """Soon after its socket is there, and once it has started a process."""
+def test_sigterm_during_the_start_leaves_no_process(store, tmp_path):
+    """The signal comes soon after the socket exists, and after the first child has started."""
     for started in (lambda path, pid: path.exists(), lambda path, pid: children_of(pid)):
         folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"
         folder.mkdir()
@@ -81,10 +81,10 @@ def test_sigterm_while_it_starts_leaves_nothing(store, tmp_path):
         assert list(folder.iterdir()) == []
 
 
-def test_sighup_while_it_stops_cuts_nothing(start, tmp_path):
-    server = start("--uds", tmp_path / "socket", "--p99-budget-ms", 1e6)  # none is shed
+def test_sighup_during_the_stop_breaks_no_request(start, tmp_path):
+    server = start("--uds", tmp_path / "socket", "--p99-budget-ms", 1e6)  # no request is refused for overload
     n = 20
-    with Peer(str(tmp_path / "socket")) as peer:  # its buffers are small
+    with Peer(str(tmp_path / "socket")) as peer:  # a Unix socket has small buffers
         peer.send(unread(n))  # the worker cannot end before the answers are read
         first = peer.reply()
         server.process.send_signal(signal.SIGTERM)
@@ -122,28 +122,28 @@ def test_two_workers_share_the_sockets_and_a_killed_one_is_replaced(start, tmp_p
         rf"worker \d \(pid {first[0]}\) died: signal 9 \(SIGKILL\); starting it again in 0\.1 s\n",
         server.log.read_text(),
     )
-    with stopped(first[1]):  # so that the new one must answer
+    with stopped(first[1]):  # so that the new worker has to answer
         for address in (server.address, str(tmp_path / "socket")):
             with Peer(address) as peer:
                 assert peer.ask(*PREDICT) == PREDICTED
     assert server.stop() == 0
 
 
-def test_nobody_waits_for_a_worker_that_hangs(start, tmp_path):
+def test_new_connections_do_not_go_to_a_worker_that_hangs(start, tmp_path):
     server = start("--workers", "2", "--hang-deadline-s", "1000")
     hung, _ = server.workers()
     with contextlib.ExitStack() as peers:
         with stopped(hung):
-            held = [peers.enter_context(server.connect()) for _ in range(20)]  # each worker would be given half of them
+            held = [peers.enter_context(server.connect()) for _ in range(20)]  # each worker gets half
             for peer in held:
                 assert peer.ask(*PREDICT) == PREDICTED
         for peer in [*held, *(peers.enter_context(server.connect()) for _ in range(20))]:
-            assert peer.ask(*PREDICT) == PREDICTED  # what was taken from it, it does not know of when it goes on
+            assert peer.ask(*PREDICT) == PREDICTED  # the worker that continues has lost them
     assert server.stop() == 0
     assert server.log.read_text() == ""
 
 
-def test_connections_that_a_dead_worker_had_not_taken_go_to_its_successor(start):
+def test_connections_that_a_dead_worker_had_not_accepted_go_to_its_successor(start):
     server = start("--workers", "2", "--hang-deadline-s", "1000")
     killed, hung = server.workers()
     with contextlib.ExitStack() as peers, stopped(killed, hung):
@@ -155,7 +155,7 @@ def test_connections_that_a_dead_worker_had_not_taken_go_to_its_successor(start)
     assert server.stop() == 0
 
 
-def test_a_worker_that_cannot_be_started_again_is_tried_again(start):
+def test_the_restart_of_a_worker_is_tried_again(start):
     server = start("--workers", "2")
     killed, _ = server.workers()
     files = resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE)

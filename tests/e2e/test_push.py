@@ -45,12 +45,12 @@ def peers(shared):
 @pytest.fixture
 def server(shared, peers):
     yield shared
-    for peer in peers:  # whatever the test did, others are still served
+    for peer in peers:  # after any test, other requests are served
         assert peer.ask(0, 1, "push", ["stats", row(1)]) == [1, 1, None, {"rows": 1}]
         assert tiers(peer, 1) == ["new"]
 
 
-# In a worker: it hears its writer half a second late.
+# Code for the worker: it receives the data of its writer 0.5 s late.
 LATE = """
 import sys
 if "shorttail.server.worker" in sys.orig_argv:
@@ -60,7 +60,7 @@ if "shorttail.server.worker" in sys.orig_argv:
 """
 
 
-def test_a_server_that_is_announced_takes_pushes(tmp_path):
+def test_a_server_takes_pushes_as_soon_as_it_is_announced(tmp_path):
     late = Server(make_store(tmp_path), log=tmp_path / "log", env=environment_after(tmp_path, LATE))
     try:
         with late.connect() as peer:
@@ -73,7 +73,7 @@ def test_a_server_that_is_announced_takes_pushes(tmp_path):
 
 
 def commits(store):
-    """Commits so far, as the store's change log counts them."""
+    """Return the number of commits so far, from the store's change log."""
     with st.Engine.open(store) as engine, engine.store.environment.read() as txn:
         return engine.store.environment.sequence(txn)
 
@@ -110,7 +110,7 @@ def push_by_command(server, view, columns):
 
 
 @pytest.mark.parametrize("push", [push_by_client, push_by_async_client, push_by_bytes, push_by_command])
-def test_rows_are_there_for_every_worker_once_acknowledged(server, peers, push):
+def test_acknowledged_rows_are_visible_to_every_worker(server, peers, push):
     users = np.arange(5000) + 10_000
     name = push.__name__
     columns = {
@@ -140,7 +140,7 @@ def test_a_notification_is_written_and_not_answered(server, peers):
         until(lambda user=user: tiers(peers[0], user) == [None], "the row is gone")
 
 
-def test_delete_by_every_way(server, peers):
+def test_every_client_can_delete(server, peers):
     columns = {name: [value] * 8 for name, value in row(0).items()} | {"user_id": list(range(30_000, 30_008))}
     address = server.tcp
     with st.Client(address) as client:
@@ -177,7 +177,7 @@ def test_pushes_that_wait_together_share_commits(server, peers):
         with server.held():
             for n, pusher in enumerate(pushers):
                 pusher.send(msgpack.packb([0, n, "push", ["stats", row(40_000 + n, tier=str(n))]]))
-                # Once a later request is answered, the worker has sent the push on.
+                # When a later request is answered, the worker has forwarded the push.
                 assert pusher.ask(0, 1000, "ping", []) == [1, 1000, None, "pong"]
             assert commits(server.store) == before
         assert [pusher.reply() for pusher in pushers] == [[1, n, None, {"rows": 1}] for n in range(50)]
@@ -186,7 +186,7 @@ def test_pushes_that_wait_together_share_commits(server, peers):
         assert tiers(peer, *range(40_000, 40_050)) == [str(n) for n in range(50)]
 
 
-def test_the_latest_event_time_stays_within_a_group_and_between_groups(server, peers):
+def test_the_latest_event_time_wins_within_a_group_and_between_groups(server, peers):
     peer = peers[0]
     early, late = row(50_000, tier="early", event_time=1_000), row(50_000, tier="late", event_time=2_000)
     other = late | {"user_id": 50_001}
@@ -200,7 +200,7 @@ def test_the_latest_event_time_stays_within_a_group_and_between_groups(server, p
     both = {name: [late[name], early[name]] for name in late} | {"user_id": [50_002, 50_002]}
     assert peer.ask(0, 6, "push", ["stats", both])[3] == {"rows": 2}
     assert [tiers(each, 50_002) for each in peers] == [["late"]] * 2
-    # Without a time it is now, which is later; and a delete of the same group comes in its turn.
+    # Without an event time the time is now, which is later; a delete of the same group is applied in order.
     with server.held():
         peer.send(msgpack.packb([0, 7, "push", ["stats", row(50_000, tier="now")]]))
         peer.send(msgpack.packb([0, 8, "delete", ["stats", {"user_id": 50_001}]]))
@@ -221,7 +221,7 @@ WRONG = [
     ("push", ["stats", row(1, agge=1)], "INVALID_ARGUMENT",
      "view 'stats' has no column 'agge'; columns: user_id, age, visits, tier, taste, event_time"),
     ("push", ["stats", row("1")], "INVALID_ARGUMENT",
-     "view 'stats': key 'user_id' takes Int64; got '1' (str) at row 0"),
+     "view 'stats': key 'user_id' takes Int64; got '1' (str)"),
     ("push", ["stats", row(None)], "INVALID_ARGUMENT",
      "view 'stats': key 'user_id' is null at row 0; a key needs a value"),
     ("push", ["stats", row([1, 2], age=[1.0])], "INVALID_ARGUMENT",
@@ -230,9 +230,9 @@ WRONG = [
     ("push", ["stats", row([[1], [1, 2]])], "INVALID_ARGUMENT",
      "view 'stats': key 'user_id' takes Int64; got [1] (list) at row 0"),
     ("push", ["stats", row(1, taste=[1, 2, 3])], "INVALID_ARGUMENT",
-     "view 'stats': column 'taste' takes Vector(2); got values of shape (3,)"),
+     "view 'stats': column 'taste' takes Vector(2); got 3 numbers"),
     ("push", ["stats", row(1, tier="x" * 65_536)], "INVALID_ARGUMENT",
-     "feature view 'stats': column 'tier': a string of 65536 bytes; at most 65535"),
+     "view 'stats': column 'tier' takes String; got text of 65536 bytes, more than 65535"),
     ("push", ["stats", row([1] * 16_385)], "INVALID_ARGUMENT",
      "16385 rows in one request; at most 16384 are taken: send it in parts"),
     ("push", ["stats", row(msgpack.ExtType(1, b"\x03\x01\x02\0\0\0"))], "INVALID_ARGUMENT",
@@ -243,7 +243,7 @@ WRONG = [
 ]  # fmt: skip
 
 
-def test_wrong_requests_are_answered_and_their_neighbours_written(server, peers):
+def test_a_wrong_push_gets_an_error_and_its_neighbours_are_written(server, peers):
     peer = peers[1]
     before = commits(server.store)
     with server.held():
@@ -269,16 +269,16 @@ def test_a_message_that_is_too_large_ends_its_connection_only(server):
     with st.Client(f"unix:{server.uds}") as client:
         with pytest.raises(st.ResourceExhausted, match="a message of more than 16777216 bytes; send it in parts"):
             client.push("stats", row(np.arange(2_500_000)))
-        assert client.push("stats", row(70_000)) == 1  # by a new connection
+        assert client.push("stats", row(70_000)) == 1  # on a new connection
 
 
-def test_more_than_a_connection_may_have_outstanding_is_refused_at_once(server, peers):
+def test_pushes_beyond_the_limit_of_a_connection_are_refused_at_once(server, peers):
     peer, more = peers[0], LIMITS.pushes_per_connection + 3
     with server.held():
         for n in range(more):
             peer.send(msgpack.packb([0, n, "delete", ["stats", {"user_id": n}]]))
         refused = [peer.reply() for _ in range(3)]
-        assert tiers(peer, -1) == [None]  # it is served meanwhile
+        assert tiers(peer, -1) == [None]  # reads are served meanwhile
     assert [reply[1] for reply in refused] == [more - 3, more - 2, more - 1]
     assert {reply[2]["code"] for reply in refused} == {"RESOURCE_EXHAUSTED"}
     assert refused[0][2]["message"].startswith("1024 requests of this connection wait to be written; wait")
@@ -287,8 +287,8 @@ def test_more_than_a_connection_may_have_outstanding_is_refused_at_once(server, 
     assert all(reply[2] is None for reply in answered)
 
 
-def test_more_bytes_than_may_wait_for_the_writer_are_refused_at_once(server, peers):
-    """What is pushed is read by the writer alone: here it is no column of any type."""
+def test_bytes_beyond_the_limit_of_the_writer_are_refused_at_once(server, peers):
+    """Only the writer decodes the columns; here they are not valid columns."""
     large, peer = 15 << 20, peers[0]
     most = LIMITS.forwarded_bytes // large
     nonsense = {"tier": b"x" * large}
@@ -300,7 +300,7 @@ def test_more_bytes_than_may_wait_for_the_writer_are_refused_at_once(server, pee
         assert (msgid, error["code"]) == (most, "RESOURCE_EXHAUSTED")
         message = r"\d+ bytes of pushes and deletes wait for the writer; send it again later"
         assert re.fullmatch(message, error["message"])
-        peer.send(msgpack.packb([0, 101, "push", ["stats", row(81_000)]]))  # there is room for so much
+        peer.send(msgpack.packb([0, 101, "push", ["stats", row(81_000)]]))  # this much fits
     replies = {reply[1]: reply[2:] for reply in (peer.reply() for _ in range(most + 1))}
     assert replies.pop(101) == [None, {"rows": 1}]
     assert sorted(replies) == list(range(most))
@@ -313,7 +313,7 @@ def test_a_push_whose_deadline_passes_before_its_commit_is_not_written(server, p
         peer.send(msgpack.packb([0, 1, "push", ["stats", row(80_000), {"deadline_ms": 20}]]))
         peer.send(msgpack.packb([0, 2, "push", ["stats", row(80_001), {"deadline_ms": 60_000}]]))
         assert peer.ask(0, 3, "ping", []) == [1, 3, None, "pong"]
-        time.sleep(0.03)  # more than the deadline
+        time.sleep(0.03)  # longer than the deadline
     late, good = sorted((peer.reply() for _ in range(2)), key=lambda reply: reply[1])
     message = "the deadline passed while the request waited; nothing was written"
     assert late == [1, 1, {"code": "DEADLINE_EXCEEDED", "message": message}, None]
@@ -321,7 +321,7 @@ def test_a_push_whose_deadline_passes_before_its_commit_is_not_written(server, p
     assert tiers(peer, 80_000, 80_001) == [None, "new"]
 
 
-def test_pushers_that_leave_do_not_disturb_and_one_that_only_ends_is_answered(server, peers):
+def test_a_push_of_a_closed_connection_does_no_harm_and_a_half_closed_one_is_answered(server, peers):
     with server.held():
         for user in range(90_000, 90_010):
             with server.connect() as leaving:

@@ -24,7 +24,7 @@ def asking(msgid):
 
 
 class Caller(threading.Thread):
-    """Asks one thing after another on one connection, `depth` at a time, each with its own number."""
+    """Sends requests on one connection, `depth` at a time, each with its own number."""
 
     def __init__(self, connect, depth):
         super().__init__()
@@ -40,7 +40,7 @@ class Caller(threading.Thread):
                         return
                     asked = {number * self.depth + k: k for k in range(self.depth)}
                     data = b"".join(map(asking, asked))
-                    peer.send(data[:-7])  # the end of the last comes by itself, perhaps to another worker
+                    peer.send(data[:-7])  # the end of the last message is sent later, perhaps to another worker
                     peer.send(data[-7:])
                     for _ in range(self.depth):
                         reply = peer.reply()
@@ -56,7 +56,7 @@ class Caller(threading.Thread):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_replacing_workers_under_load_breaks_nothing(start, tmp_path, workers):
-    server = start("--workers", workers, "--uds", tmp_path / "s", "--p99-budget-ms", 1e6)  # none is shed
+    server = start("--workers", workers, "--uds", tmp_path / "s", "--p99-budget-ms", 1e6)  # refuses nothing
     before = server.workers()
     callers = [Caller(server.connect, depth) for depth in (1, 1, 20, 200)]
     callers.append(Caller(lambda: Peer(str(tmp_path / "s")), 10))
@@ -93,7 +93,7 @@ def test_a_store_that_does_not_open_keeps_the_old_workers(start, store):
     finally:
         moved.rename(store)
     assert "error: " in said
-    assert "reload stopped: the new worker 1 did not start; the old one goes on" in said
+    assert "reload stopped: the new worker 1 did not start; the old one continues" in said
     assert server.workers() == workers
     with server.connect() as peer:
         assert peer.ask(*PREDICT) == PREDICTED
@@ -111,8 +111,8 @@ def test_a_worker_that_is_killed_after_a_reload_is_started_again(start):
     assert server.stop() == 0
 
 
-def test_stopping_in_the_middle_of_a_reload(start):
-    for successors in (1, 2):  # once so many have been started: the other one of two has retired, or does so
+def test_a_stop_during_a_reload_ends_all_processes(start):
+    for successors in (1, 2):  # after this many starts; then the other of the two has retired, or is retiring
         server = start("--workers", "2", "--p99-budget-ms", 1e6)
         first = server.workers()
         callers = [Caller(server.connect, 20) for _ in range(8)]
@@ -134,11 +134,11 @@ def test_stopping_in_the_middle_of_a_reload(start):
             assert caller.answered
 
 
-def test_a_reload_that_is_asked_for_during_another_follows_it(start):
+def test_a_reload_requested_during_another_follows_it(start):
     server = start("--workers", "2")
     first = server.workers()
     server.process.send_signal(signal.SIGHUP)
-    until(lambda: set(server.workers()) - set(first), server)  # it has begun
+    until(lambda: set(server.workers()) - set(first), server)  # the reload has begun
     server.process.send_signal(signal.SIGHUP)
     until(lambda: server.log.read_text().count("reloaded: 2 workers replaced\n") == 2, server)
     assert not set(server.workers()) & set(first)
@@ -165,7 +165,7 @@ def test_a_worker_that_dies_during_a_reload_is_replaced(start):
 
 
 class TlsCaller(Caller):
-    """Over TLS; it connects again when a connection was ended well, and asks anew what was not answered."""
+    """A Caller over TLS. After a close_notify it connects again and repeats unanswered requests."""
 
     def __init__(self, server, authority, depth):
         super().__init__(server.connect, depth)
@@ -174,7 +174,7 @@ class TlsCaller(Caller):
 
     def connected(self):
         peer = self.connect()
-        # A connection that ends without a close_notify raises SSLEOFError, and recv is only b"" after one.
+        # Without a close_notify, recv raises SSLEOFError at the end; with one, it returns b"".
         peer.socket = self.context.wrap_socket(peer.socket, server_hostname="127.0.0.1", suppress_ragged_eofs=False)
         return peer
 
@@ -201,7 +201,7 @@ class TlsCaller(Caller):
 
 
 class ClientCaller(Caller):
-    """The client of this package, which is to see nothing of it."""
+    """The package's client, which must not notice the reload."""
 
     def __init__(self, server, authority):
         super().__init__(server.connect, 1)
@@ -220,7 +220,7 @@ class ClientCaller(Caller):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_connections_over_tls_end_well_when_workers_are_replaced(start, certificates, workers):
+def test_tls_connections_end_with_close_notify_when_workers_are_replaced(start, certificates, workers):
     server = start("--workers", workers, "--tls-cert", certificates / "server.pem", "--p99-budget-ms", 1e6)
     callers = [TlsCaller(server, certificates / "ca.pem", depth) for depth in (1, 1, 20)]
     clients = [ClientCaller(server, certificates / "ca.pem") for _ in range(2)]
@@ -243,7 +243,7 @@ def test_connections_over_tls_end_well_when_workers_are_replaced(start, certific
 
 
 class Handshake:
-    """A connection whose handshake stops half-way: the server has answered the client's first message."""
+    """A connection in the middle of its handshake: the server has answered the client's first message."""
 
     def __init__(self, server, context):
         self.peer = server.connect()
@@ -261,7 +261,7 @@ class Handshake:
         self.peer.socket.close()
 
     def finish(self):
-        """The answer to PREDICT, once the handshake is through."""
+        """Finish the handshake and return the answer to PREDICT."""
         self.all_of(self.tls.do_handshake)
         self.tls.write(msgpack.packb(PREDICT))
         self.peer.send(self.outgoing.read())
@@ -279,19 +279,19 @@ class Handshake:
 
 
 def owners(server, connection):
-    """The workers that have the other end of a connection."""
+    """Return the workers that hold the other end of a connection."""
     port = f":{connection.getsockname()[1]:04X}"
     lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()]
     inodes = {f"socket:[{words[9]}]" for words in lines if words[2].endswith(port)}
     found = set()
     for pid in server.workers():
-        with contextlib.suppress(OSError):  # it has ended meanwhile
+        with contextlib.suppress(OSError):  # the process has ended meanwhile
             found |= {pid for fd in Path(f"/proc/{pid}/fd").iterdir() if os.readlink(fd) in inodes}  # noqa: PTH115
     return found
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_handshake_that_is_under_way_is_not_cut(start, certificates, workers):
+def test_a_handshake_in_progress_is_not_broken(start, certificates, workers):
     server = start("--workers", workers, "--tls-cert", certificates / "server.pem")
     context = ssl.create_default_context(cafile=certificates / "ca.pem")
     old = set(server.workers())
@@ -314,7 +314,7 @@ def test_a_handshake_that_is_under_way_is_not_cut(start, certificates, workers):
 # -- systemd -------------------------------------------------------------------------------------------------------
 
 
-def test_what_systemd_is_told(store, tmp_path, monkeypatch):
+def test_the_server_notifies_systemd(store, tmp_path, monkeypatch):
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notices:
         notices.bind(str(tmp_path / "notify"))
         notices.settimeout(TIMEOUT_S)
@@ -345,8 +345,8 @@ def told(notices, wanted):
     pytest.fail(f"systemd was not told {wanted}")
 
 
-def test_sockets_that_systemd_listens_on(store, tmp_path):
-    """LISTEN_PID has to be the server's: a shell sets it, and becomes the server."""
+def test_sockets_of_systemd_are_used(store, tmp_path):
+    """LISTEN_PID has to be the server's pid, so a shell sets it and then execs the server."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         command = [sys.executable, "-m", "shorttail", "serve", "--store", str(store), "--http-port", "0"]
         script = 'exec 3<&"$0"; export LISTEN_PID=$$ LISTEN_FDS=1; exec "$@"'

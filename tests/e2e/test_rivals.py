@@ -1,4 +1,4 @@
-"""bench/compare.py measures a peer only if it answers rightly, and says in one line why it did not measure another."""
+"""bench/compare.py measures a peer only if its answers are right, and otherwise gives the reason in one line."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def serve(rivals: ModuleType, peer: Any, data: Path) -> Any:
     return rivals.serving(peer, data, "redis://", 1, os.sched_getaffinity(0), data / "log")
 
 
-def test_one_that_answers_rightly_is_served_and_then_stopped(rivals: ModuleType, data: Path) -> None:
+def test_a_peer_with_right_answers_is_measured_and_then_stopped(rivals: ModuleType, data: Path) -> None:
     with serve(rivals, make(rivals), data) as url:
         assert rivals.ask(url, '{"key": 4}') == {"scores": [0.5]}
     with pytest.raises(urllib.error.URLError):
@@ -94,12 +94,16 @@ def test_one_that_answers_rightly_is_served_and_then_stopped(rivals: ModuleType,
     ],
     ids=["one value", "too many", "another form", "ends", "hangs"],
 )
-def test_another_is_refused_with_its_reason(how: dict[str, Any], reason: str, rivals: ModuleType, data: Path) -> None:
+def test_a_peer_with_wrong_answers_is_refused_with_the_reason(
+    how: dict[str, Any], reason: str, rivals: ModuleType, data: Path
+) -> None:
     with pytest.raises(rivals.Unusable, match=reason), serve(rivals, make(rivals, **how), data):
         pass
 
 
-def test_one_that_does_not_install_is_refused(rivals: ModuleType, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_peer_that_cannot_be_installed_is_refused(
+    rivals: ModuleType, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     peer = make(rivals, environment="own")
     (peer.folder / "requirements.txt").write_text("shorttail-has-no-such-peer==1.0\n")

@@ -1,6 +1,6 @@
-"""The workloads of bench/scenarios: loaded and served as a user would, the answers are ONNX Runtime's on a pandas join.
+"""The workloads of bench/scenarios, served as a user would: the answers equal those of ONNX Runtime on a pandas join.
 
-Peers are held to the same answers before bench/compare.py measures them.
+bench/compare.py checks peers against the same answers before it measures them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import pytest
 import shorttail as st
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
-DIVISOR = 200  # of the rows that are measured
+DIVISOR = 200  # the tests use this fraction of the measured rows
 
 
 @pytest.fixture(scope="module")

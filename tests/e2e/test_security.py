@@ -1,4 +1,4 @@
-"""Tokens, TLS, and what a server refuses to do without them."""
+"""Tokens and TLS, and what a server refuses without them."""
 
 import asyncio
 import ssl
@@ -29,7 +29,7 @@ def token_file(folder, text=f"# two\nserve {SERVE_TOKEN}\nadmin {ADMIN_TOKEN}  #
 
 @pytest.fixture(scope="module")
 def guarded(store):
-    """A server that asks for tokens."""
+    """A server that requires tokens."""
     server = Server(store, "--token-file", str(token_file(store.parent)), log=store.parent / "guarded")
     yield server
     assert server.stop() == 0
@@ -39,7 +39,7 @@ def guarded(store):
 # -- the file ------------------------------------------------------------------------------------------------------
 
 
-def test_tokens_and_what_they_allow(tmp_path):
+def test_each_token_has_its_access(tmp_path):
     tokens = Tokens.read(str(token_file(tmp_path)))
     assert [tokens.access(token) for token in (SERVE_TOKEN, ADMIN_TOKEN)] == [SERVE, ADMIN]
     for wrong in ("", "s", SERVE_TOKEN[:-1], SERVE_TOKEN + "s", SERVE_TOKEN.upper(), "serve", "\ud800"):
@@ -61,13 +61,13 @@ def test_tokens_and_what_they_allow(tmp_path):
         (f"serve {SERVE_TOKEN}\n", 0o620, "chmod 600"),
     ],
 )
-def test_token_files_that_are_refused(tmp_path, text, mode, said):
+def test_bad_token_files_are_refused(tmp_path, text, mode, said):
     with pytest.raises(InvalidArgument, match=said) as caught:
         Tokens.read(str(token_file(tmp_path, text, mode)))
-    assert SERVE_TOKEN not in caught.value.message  # errors end up in logs
+    assert SERVE_TOKEN not in caught.value.message  # the error may be logged
 
 
-def test_a_group_may_read_the_token_file_and_one_that_is_not_there_is_named(tmp_path):
+def test_a_group_may_read_the_token_file_and_a_missing_file_is_named(tmp_path):
     Tokens.read(str(token_file(tmp_path, mode=0o640)))
     with pytest.raises(InvalidArgument, match="absent: no such file"):
         Tokens.read(str(tmp_path / "absent"))
@@ -97,7 +97,7 @@ def test_the_serve_token_reads_and_the_admin_token_writes(guarded):
         assert peer.ask(*PREDICT) == PREDICTED
         for method, params in (("push", ["stats", push]), ("delete", ["stats", {"user_id": [7]}])):
             assert peer.ask(0, 3, method, params)[2]["code"] == "PERMISSION_DENIED"
-        peer.send(msgpack.packb([2, "push", ["stats", push]]))  # nor silently
+        peer.send(msgpack.packb([2, "push", ["stats", push]]))  # nor as a notification
         assert peer.ask(0, 4, "get_online_features", [["stats:age"], {"user_id": 7}])[3]["statuses"] == [[2]]
         assert peer.ask(0, 5, "auth", [ADMIN_TOKEN]) == [1, 5, None, True]
         assert peer.ask(0, 6, "push", ["stats", push]) == [1, 6, None, {"rows": 1}]
@@ -105,7 +105,7 @@ def test_the_serve_token_reads_and_the_admin_token_writes(guarded):
         assert peer.ask(0, 8, "delete", ["stats", {"user_id": [7]}]) == [1, 8, None, {"rows": 1}]
 
 
-def test_wrong_tokens_are_told_so_and_not_for_ever(guarded):
+def test_wrong_tokens_get_an_error_a_limited_number_of_times(guarded):
     with guarded.connect() as peer:
         codes = [peer.ask(0, n, "auth", [f"{n:032}"])[2]["code"] for n in range(LIMITS.stranger_requests)]
         assert codes == ["UNAUTHENTICATED"] * LIMITS.stranger_requests
@@ -117,7 +117,7 @@ def test_wrong_tokens_are_told_so_and_not_for_ever(guarded):
 
 
 @pytest.mark.parametrize("over", [0, 1])
-def test_frames_of_strangers_are_small(guarded, over):
+def test_messages_before_authentication_must_be_small(guarded, over):
     empty = len(msgpack.packb([0, 1, "auth", ["x" * 1000]])) - 1000
     frame = msgpack.packb([0, 1, "auth", ["x" * (LIMITS.stranger_frame_bytes - empty + over)]])
     assert len(frame) == LIMITS.stranger_frame_bytes + over
@@ -133,7 +133,7 @@ def test_frames_of_strangers_are_small(guarded, over):
         assert peer.ask(0, 2, "ping", ["x" * 2 * LIMITS.stranger_frame_bytes])[2]["code"] == "INVALID_ARGUMENT"
 
 
-def test_clients_show_their_token(guarded):
+def test_clients_send_their_token(guarded):
     address = "{}:{}".format(*guarded.address)
     with st.Client(address, token=SERVE_TOKEN) as client:
         assert client.predict("total", KEYS).outputs["total"].tolist() == [11.5]
@@ -166,7 +166,7 @@ def test_commands_take_a_token_file(guarded, store):
 # -- where it may listen -------------------------------------------------------------------------------------------
 
 
-def test_other_machines_may_reach_it_only_with_a_token(store, start, tmp_path):
+def test_listening_for_other_machines_requires_a_token(store, start, tmp_path):
     command = [sys.executable, "-m", "shorttail", "serve", "--store", str(store), "--host", "0.0.0.0", "--port", "0"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
     assert done.returncode == 1
@@ -176,7 +176,7 @@ def test_other_machines_may_reach_it_only_with_a_token(store, start, tmp_path):
     assert subprocess.run(command, capture_output=True, timeout=TIMEOUT_S).returncode == 0
 
 
-def test_a_wrong_file_is_said_at_once(store, tmp_path):
+def test_a_wrong_file_is_an_error_at_the_start(store, tmp_path):
     command = [sys.executable, "-m", "shorttail", "serve", "--store", str(store), "--port", "0"]
     for options, said in (
         (["--token-file", str(tmp_path / "absent")], "absent: no such file"),
@@ -203,7 +203,7 @@ def test_the_mode_of_the_unix_socket(start, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_clients_speak_tls_and_others_are_refused(start, certificates, workers):
+def test_tls_clients_are_served_and_others_are_refused(start, certificates, workers):
     server = start("--tls-cert", certificates / "server.pem", "--workers", workers)
     address = "{}:{}".format(*server.address)
     with st.Client(address, tls=certificates / "ca.pem") as client:
@@ -211,7 +211,7 @@ def test_clients_speak_tls_and_others_are_refused(start, certificates, workers):
             assert client.predict("total", KEYS).outputs["total"].tolist() == [11.5]
         [connection] = client._pool._idle
         client.ping()
-        assert client._pool._idle == [connection]  # session tickets are not taken for something nobody asked for
+        assert client._pool._idle == [connection]  # session tickets of TLS are not taken for an unexpected reply
         assert connection.socket.version() in ("TLSv1.2", "TLSv1.3")
 
     async def asynchronously():
@@ -236,7 +236,7 @@ def test_clients_speak_tls_and_others_are_refused(start, certificates, workers):
     assert server.log.read_text() == ""
 
 
-def test_only_clients_with_a_certificate(start, certificates):
+def test_a_client_certificate_can_be_required(start, certificates):
     server = start("--tls-cert", certificates / "server.pem", "--tls-client-ca", certificates / "ca.pem")
     address = "{}:{}".format(*server.address)
     with st.Client(address, tls=certificates / "ca.pem") as client, pytest.raises(Unavailable):
@@ -250,7 +250,7 @@ def test_only_clients_with_a_certificate(start, certificates):
 
 
 def test_an_answer_after_an_error_still_comes_over_tls(start, certificates):
-    """TLS has no half-closed connections: the error that ends one is sent before it is closed."""
+    """TLS has no half-closed connections, so the error is sent before the connection is closed."""
     server = start("--tls-cert", certificates / "server.pem")
     context = ssl.create_default_context(cafile=certificates / "ca.pem")
     with server.connect() as peer:
@@ -265,7 +265,7 @@ def test_an_answer_after_an_error_still_comes_over_tls(start, certificates):
 # -- reload --------------------------------------------------------------------------------------------------------
 
 
-def test_new_tokens_count_after_sighup(start, tmp_path):
+def test_new_tokens_are_valid_after_sighup(start, tmp_path):
     path = token_file(tmp_path)
     server = start("--token-file", path)
     with server.connect() as peer:
@@ -278,7 +278,7 @@ def test_new_tokens_count_after_sighup(start, tmp_path):
             assert peer.ask(0, 1, "auth", [SERVE_TOKEN])[2]["code"] == "UNAUTHENTICATED"
             assert peer.ask(0, 2, "auth", ["n" * 32])[3] is True
             assert peer.ask(*PREDICT) == PREDICTED
-        assert old.ask(*PREDICT) == PREDICTED  # what was let in stays in
+        assert old.ask(*PREDICT) == PREDICTED  # a connection keeps the access that it has
     path.chmod(0o644)
     assert hang_up(server).startswith("reload refused: token file")
     with server.connect() as peer:

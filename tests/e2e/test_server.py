@@ -1,4 +1,4 @@
-"""`shorttail serve` as a process, spoken to through plain sockets in MessagePack that any language could have sent."""
+"""`shorttail serve` as a process, with plain sockets and MessagePack that any language could send."""
 
 import os
 import re
@@ -17,8 +17,8 @@ import shorttail as st
 
 @pytest.fixture(scope="module")
 def shared(store):
-    """One server for all tests that leave it as it was."""
-    options = ["--uds", str(store.parent / "socket"), "--p99-budget-ms", "1e6"]  # none is shed on a busy machine
+    """A server for all tests that do not change it."""
+    options = ["--uds", str(store.parent / "socket"), "--p99-budget-ms", "1e6"]  # refuses nothing when busy
     server = Server(store, *options, log=store.parent / "log")
     yield server
     assert server.stop() == 0
@@ -28,12 +28,12 @@ def shared(store):
 @pytest.fixture
 def server(shared):
     yield shared
-    with shared.connect() as peer:  # whatever the test did, others are still served
+    with shared.connect() as peer:  # after any test, other requests are served
         assert peer.ask(*PREDICT) == PREDICTED
     assert shared.process.poll() is None
 
 
-def test_the_announcement_names_all_that_is_served(server, store):
+def test_the_announcement_names_models_and_views(server, store):
     where = rf"127\.0\.0\.1:\d+ \(unix:{store.parent}/socket too\) · http on 127\.0\.0\.1:\d+"
     assert re.fullmatch(rf"serving on {where} · 1 worker · models: total v1 · views: stats\n", server.line)
 
@@ -59,7 +59,7 @@ def test_requests_split_at_every_byte(server):
     with server.connect() as peer:
         for cut in range(1, len(stream)):
             peer.send(stream[:cut])
-            time.sleep(0.001)  # so that the server reads the first part by itself
+            time.sleep(0.001)  # so that the server reads the first part alone
             peer.send(stream[cut:])
             assert [peer.reply(), peer.reply()] == [PREDICTED, FEATURED]
         for byte in stream:
@@ -82,7 +82,7 @@ def test_several_requests_in_one_write(server):
     }
 
 
-def test_tensors_both_ways_are_the_numbers_of_lists(server):
+def test_tensors_give_the_same_numbers_as_lists(server):
     rng = np.random.default_rng(7)
     users, amounts = rng.integers(1, 5, 500), rng.random(500).astype(np.float32)
     tensors = [
@@ -123,7 +123,7 @@ def test_tensors_both_ways_are_the_numbers_of_lists(server):
         ("prdict", [], "NOT_FOUND", "unknown method 'prdict'; methods: predict, get_online_features"),
     ],
 )
-def test_bad_input_is_answered_by_its_code_and_the_connection_goes_on(server, method, params, code, message):
+def test_bad_input_gets_its_error_code_and_the_connection_continues(server, method, params, code, message):
     with server.connect() as peer:
         reply = peer.ask(0, 77, method, params)
         assert reply[:2] == [1, 77]
@@ -147,9 +147,9 @@ def test_bad_input_is_answered_by_its_code_and_the_connection_goes_on(server, me
         (b"\x94\x00\x01\xa4ping" + b"\x91" * 50, "RESOURCE_EXHAUSTED"),
     ],
 )
-def test_what_is_no_request_is_answered_and_ends_that_connection_only(server, data, code):
+def test_a_message_that_is_no_request_gets_an_error_and_ends_only_that_connection(server, data, code):
     with server.connect() as bystander, server.connect() as peer:
-        peer.send(data + b"\xc1" * 300_000)  # the answer must arrive although the server reads no further
+        peer.send(data + b"\xc1" * 300_000)  # the reply must arrive although the server reads no more
         reply = peer.reply()
         assert reply[:2] == [1, None]
         assert reply[2]["code"] == code
@@ -175,10 +175,10 @@ def resident_bytes(pid):
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def test_announced_elements_cost_no_memory(server):
+def test_declared_elements_take_no_memory(server):
     [worker] = server.workers()
     before = resident_bytes(worker)
-    # 5 KB that announce 10,000 elements each, nested as deep as allowed, from 50 peers that never send the rest
+    # 50 peers send 5 KB that declare 10,000 elements each, nested as deep as allowed, and never send the rest
     peers = [server.connect() for _ in range(50)]
     for peer in peers:
         peer.send(b"\x94\x00\x01\xa7predict" + b"\xdd\x00\x00\x27\x10" * 7 + bytes(5000))
@@ -189,11 +189,11 @@ def test_announced_elements_cost_no_memory(server):
         peer.socket.close()
 
 
-def test_a_peer_that_does_not_read_is_held_back_and_loses_nothing(server, store):
+def test_a_peer_that_does_not_read_is_not_read_and_loses_nothing(server, store):
     n, rows = 300, 4096
     request = msgpack.packb([0, 1, "get_online_features", [["stats:age", "stats:taste"], {"user_id": [1] * rows}]])
     [worker] = server.workers()
-    with Peer(str(store.parent / "socket")) as slow:  # its buffers are small; TCP's would take it all
+    with Peer(str(store.parent / "socket")) as slow:  # TCP buffers would hold all replies
         before = resident_bytes(worker)
         slow.socket.setblocking(False)
         sent, stream = 0, request * n
@@ -219,7 +219,7 @@ def test_a_peer_that_does_not_read_is_held_back_and_loses_nothing(server, store)
                 replies += 1
 
 
-def test_a_peer_that_ends_after_its_requests_is_answered(server):
+def test_a_half_closed_connection_is_answered(server):
     with server.connect() as peer:
         peer.send(msgpack.packb(PREDICT) + msgpack.packb(FEATURES))
         peer.socket.shutdown(socket.SHUT_WR)
@@ -250,7 +250,7 @@ def test_pushed_rows_and_new_versions_are_served_without_a_restart(start, tmp_pa
         assert engine.deploy("total", tmp_path / "twice.onnx") == 2
         newer = peer.ask(*PREDICT)[3]
         end_s = time.monotonic() + TIMEOUT_S
-        while newer["version"] == 1 and time.monotonic() < end_s:  # it goes on while version 2 is loaded
+        while newer["version"] == 1 and time.monotonic() < end_s:  # version 1 answers while version 2 is loaded
             assert newer["outputs"]["total"][0] == 101.5
             newer = peer.ask(*PREDICT)[3]
         assert (newer["version"], newer["outputs"]["total"][0]) == (2, 203.0)

@@ -1,4 +1,4 @@
-"""What `shorttail serve` refuses to start with, and what it says then."""
+"""Errors with which `shorttail serve` does not start."""
 
 import socket
 import subprocess
@@ -6,14 +6,14 @@ import subprocess
 from serving import PREDICT, PREDICTED, SERVE, TIMEOUT_S, Peer, make_store, refused
 
 
-def test_a_port_in_use(start, store):
+def test_a_port_in_use_is_an_error(start, store):
     port = start().address[1]
     assert refused("--store", str(store), "--port", str(port)) == (
         f"error: port {port} on 127.0.0.1 is in use; stop the other process or choose another with --port\n"
     )
 
 
-def test_a_unix_socket_in_use_and_a_stale_one(store, start, tmp_path):
+def test_a_unix_socket_in_use_is_an_error_and_a_stale_one_is_replaced(store, start, tmp_path):
     start("--uds", tmp_path / "used")
     said = refused("--store", str(store), "--port", "0", "--uds", str(tmp_path / "used"))
     assert said.startswith(f"error: unix socket {tmp_path}/used is in use; ")
@@ -27,7 +27,7 @@ def test_a_unix_socket_in_use_and_a_stale_one(store, start, tmp_path):
         assert peer.ask(*PREDICT) == PREDICTED
 
 
-def test_addresses_that_cannot_be_served(store):
+def test_wrong_addresses_are_errors(store):
     assert "give --token-file or --tls-client-ca" in refused("--store", str(store), "--host", "0.0.0.0", "--port", "0")
     assert "is not known" in refused("--store", str(store), "--host", "no such host", "--port", "0")
     assert "is not a port" in refused("--store", str(store), "--port", "70000")
@@ -36,7 +36,7 @@ def test_addresses_that_cannot_be_served(store):
     )
 
 
-def test_a_store_that_cannot_be_opened_is_said_once_and_not_retried(store, tmp_path):
+def test_a_store_that_cannot_be_opened_is_reported_once_and_not_retried(store, tmp_path):
     missing = refused("--store", str(tmp_path / "none"), "--port", "0", "--workers", "2")
     assert missing.startswith("error: ")
     assert str(tmp_path / "none") in missing

@@ -1,4 +1,4 @@
-"""Versions that come, go and run side by side under a running `shorttail serve`."""
+"""Versions that are added, removed and run side by side while `shorttail serve` runs."""
 
 import collections
 import math
@@ -18,7 +18,7 @@ from shorttail.registry import versions as registry
 
 CLIENTS = 4
 PIPELINE = 8
-STEPS = 50_000 if ASAN else 5_000  # of the slow model: milliseconds, and longer than a server's turn takes
+STEPS = 50_000 if ASAN else 5_000  # of the slow model: too slow to run in the event loop
 
 SLOW = """
 slow = st.Model("slow", path="slow.onnx", inputs=["request:x"])
@@ -26,7 +26,7 @@ slow = st.Model("slow", path="slow.onnx", inputs=["request:x"])
 
 
 def write_slow(path):
-    """y [rows] = x + STEPS, one by one."""
+    """Write a model that adds 1 STEPS times: y [rows] = x + STEPS."""
     scalar = helper.make_tensor_value_info
     body = helper.make_graph(
         [
@@ -58,7 +58,7 @@ def write_slow(path):
 
 
 class Swapping:
-    """A server of its own, and an engine on its store. Version n of `total` gives n times the sum."""
+    """A server, and an engine on its store. Version n of `total` returns n times the sum."""
 
     def __init__(self, home, *options):
         (home / "definitions.py").write_text(DEFINITIONS + SLOW)
@@ -68,7 +68,7 @@ class Swapping:
         self.engine = st.Engine.open(home / "store", create=True)
         self.engine.apply(home / "definitions.py")
         self.engine.push("stats", ROWS)
-        # However slow the machine is at that moment, nothing is refused for want of time.
+        # With this budget no request is refused, however slow the machine is.
         self.server = Server(home / "store", "--p99-budget-ms", "1e6", *options, log=home / "log")
         self.peer = self.server.connect()
 
@@ -82,7 +82,7 @@ class Swapping:
         return next(model for model in self.peer.ask(0, 1, "models", [])[3] if model["name"] == name)
 
     def total(self, user, **options):
-        """(version, total) for one row."""
+        """Return (version, total) for one row."""
         reply = self.peer.ask(0, 1, "predict", ["total", {"user_id": user, "amount": 0.5}, options])
         assert reply[2] is None, reply
         return reply[3]["version"], reply[3]["outputs"]["total"][0]
@@ -101,7 +101,7 @@ def swapping(tmp_path):
 
 
 class Load(threading.Thread):
-    """Requests without a pause, PIPELINE at a time. seen: (version, total) -> answers; wrong: what was none."""
+    """Sends requests without a pause, PIPELINE at a time. seen: (version, total) -> count; wrong: errors."""
 
     def __init__(self, server):
         super().__init__()
@@ -122,7 +122,7 @@ class Load(threading.Thread):
                 self.seen[reply[3]["version"], *reply[3]["outputs"]["total"]] += 1
 
 
-def test_deploy_promote_and_rollback_under_load_fail_no_request(swapping):
+def test_deploy_promote_and_rollback_under_load_break_no_request(swapping):
     loads = [Load(swapping.server) for _ in range(CLIENTS)]
     for load in loads:
         load.start()
@@ -148,7 +148,7 @@ def test_deploy_promote_and_rollback_under_load_fail_no_request(swapping):
     for load in loads:
         load.join()
         assert load.wrong == []
-        # Every answer is that of the version which it names.
+        # Each answer is right for the version that it names.
         assert {total / version for version, total in load.seen} == {11.5}
         load.peer.__exit__()
     assert swapping.server.log.read_text() == ""
@@ -160,7 +160,7 @@ def test_a_version_that_cannot_be_loaded_never_answers(swapping):
     file = registry.model_path(swapping.engine.store.path, "total", number)
     whole = file.read_bytes()
     file.write_bytes(whole.replace(np.float32(number).tobytes(), np.float32(666).tobytes()))
-    # The command finds out; so make it current behind the command's back, as if the disk had rotted later.
+    # The command would notice; so make it current without the command, as if the file was damaged later.
     with pytest.raises(st.ShorttailError, match="SHA-256 differs"):
         registry.promote(swapping.engine.store, "total", number)
     with swapping.engine.store.edit_catalog() as catalog:
@@ -174,7 +174,7 @@ def test_a_version_that_cannot_be_loaded_never_answers(swapping):
     until(lambda: said in swapping.server.log.read_text(), "it is in the log")
     assert swapping.server.log.read_text().count(said) == 1
 
-    file.write_bytes(whole)  # and with the next change of the catalog it is tried again
+    file.write_bytes(whole)  # it is tried again at the next change of the catalog
     with swapping.engine.store.edit_catalog() as catalog:
         entity = catalog.entities["user"]
         catalog.entities["user"] = replace(entity, description="changed")
@@ -182,7 +182,7 @@ def test_a_version_that_cannot_be_loaded_never_answers(swapping):
     assert swapping.model()["problem"] is None
 
 
-def test_a_canary_gets_its_share_by_entity(swapping):
+def test_a_canary_answers_its_share_of_the_entities(swapping):
     number = swapping.deploy(promote=False)
     swapping.peer.ask(0, 1, "predict", ["total", {"user_id": 1, "amount": 0.5}])
     registry.set_canary(swapping.engine.store, "total", 20.0)
@@ -201,7 +201,7 @@ def test_a_canary_gets_its_share_by_entity(swapping):
     assert first == versions(), "an entity gets the same version every time"
     expected, spread = 0.2 * len(users), math.sqrt(len(users) * 0.2 * 0.8)
     assert abs(first.count(number) - expected) < 5 * spread, "no random numbers: this share is always the same"
-    # Embedded, and in any number of rows, the same entities; a named version is that version.
+    # The embedded engine and any number of rows choose the same entities; a version in the request overrides that.
     embedded = [swapping.engine.predict("total", {"user_id": i, "amount": 0.5}).version for i in users]
     assert embedded == first
     rows = {"user_id": [first.index(number), 1, 2, 3], "amount": 1.0}
@@ -216,11 +216,11 @@ def test_a_canary_gets_its_share_by_entity(swapping):
     assert set(versions()) == {number}
 
 
-def test_a_shadow_is_compared_and_never_returned(swapping):
+def test_a_shadow_is_compared_and_never_answers(swapping):
     number = swapping.deploy(promote=False)
     registry.set_shadow(swapping.engine.store, "total", number)
     until(lambda: swapping.model()["shadow"], "it is loaded")
-    asked = {"user_id": [1, 2, 3], "amount": [-11.0, 0.5, 0.5]}  # the first sum is 0: twice that is no difference
+    asked = {"user_id": [1, 2, 3], "amount": [-11.0, 0.5, 0.5]}  # the first sum is 0, so twice the sum is equal
     for n in range(1, 31):
         reply = swapping.peer.ask(0, n, "predict", ["total", asked])
         assert reply[3] == {"outputs": {"total": [0.0, 22.5, 5.0]}, "version": 1}
@@ -236,18 +236,18 @@ def test_a_shadow_is_compared_and_never_returned(swapping):
     until(lambda: swapping.model()["shadow"] is None, "it ends")
 
 
-def test_a_slow_model_holds_up_nobody(swapping):
+def test_a_slow_model_delays_no_other_request(swapping):
     slow = [0, 0, "predict", ["slow", {"x": 1.0}]]
     fast = [[0, i, "predict", ["total", {"user_id": 1, "amount": 0.5}]] for i in range(1, 6)]
     with swapping.server.connect() as peer:
         assert peer.ask(*slow)[3]["outputs"]["y"] == [STEPS + 1.0]
-        # In one turn, the slow one first: its answer comes last, because it is made in another thread.
+        # In one turn, with the slow request first: its answer comes last, because it runs in a thread.
         peer.send(b"".join(map(msgpack.packb, [slow, *fast])))
         replies = [peer.reply() for _ in range(6)]
         assert [reply[1] for reply in replies] == [1, 2, 3, 4, 5, 0]
         assert replies[-1][3]["outputs"]["y"] == [STEPS + 1.0]
 
-        # What comes while it runs is its next batch; what cannot wait so long is not run.
+        # Requests that arrive meanwhile are the next batch; a request whose deadline passes is not run.
         peer.send(msgpack.packb(slow))
         assert peer.ask(0, 9, "ping", []) == [1, 9, None, "pong"]
         late = [0, 10, "predict", ["slow", {"x": 2.0}, {"deadline_ms": 0.01}]]
@@ -259,7 +259,7 @@ def test_a_slow_model_holds_up_nobody(swapping):
         for i in range(3):
             assert replies[20 + i][3] == {"outputs": {"y": [STEPS + i, STEPS + 5.0]}, "version": 1}, replies
 
-        # A stopping server finishes it.
+        # A server that stops finishes the batch.
         peer.send(msgpack.packb(slow))
         assert peer.ask(0, 9, "ping", []) == [1, 9, None, "pong"]
         assert swapping.server.stop() == 0

@@ -1,4 +1,4 @@
-"""The wheel of `make wheel` works where nothing else is: the quick start runs without a compiler."""
+"""The wheel of `make wheel` works in an empty environment: the quick start runs without a compiler."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 QUICK_START = (ROOT / "docs" / "quickstart.md").read_text()
 EXTRAS = "arrow,numba"
 
-# What the quick start does with the client and in the process; 99999 is no user.
+# The steps of the quick start with the client and with the embedded engine; there is no user 99999.
 ASK = """
 import re, signal, subprocess, sys
 import shorttail as st
@@ -48,7 +48,7 @@ print(st.__file__)
 
 
 def run(*command: object, cwd: Path, **environment: str) -> str:
-    """What the command prints, without what this process's environment or a `make` around it would add to its own."""
+    """Run a command and return its output. Its environment has nothing of this process or of a `make` around it."""
     hidden = ("PYTHONPATH", "VIRTUAL_ENV", "LD_PRELOAD", "MAKEFLAGS")
     clean = {name: value for name, value in os.environ.items() if name not in hidden}
     done = subprocess.run(
@@ -59,7 +59,7 @@ def run(*command: object, cwd: Path, **environment: str) -> str:
 
 
 def example(containing: str) -> str:
-    """The Python block of the quick start that contains it."""
+    """Return the Python block of the quick start that contains this text."""
     (found,) = (block for block in re.findall(r"```python\n(.*?)```", QUICK_START, re.S) if containing in block)
     return found
 
@@ -72,14 +72,14 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_its_tag_is_of_any_linux_with_such_a_libc(wheel: Path) -> None:
+def test_the_tag_of_the_wheel_is_manylinux(wheel: Path) -> None:
     python = f"cp{sys.version_info.major}{sys.version_info.minor}"
     platforms = r"manylinux_2_\d+_(x86_64|aarch64)(\.manylinux\w+)*"
     assert re.fullmatch(rf"shorttail-[\d.]+-{python}-{python}-{platforms}\.whl", wheel.name)
 
 
 def install(wheel: Path, home: Path) -> None:
-    """Make an environment of the wheel, its extras and what they need, none of which may be built."""
+    """Make an environment with the wheel, its extras and their requirements, without building any package."""
     uv = shutil.which("uv", path=os.pathsep.join([str(Path(sys.prefix) / "bin"), os.environ["PATH"]]))
     venv.create(home, with_pip=uv is None)
     python = home / "bin" / "python"
@@ -90,7 +90,7 @@ def install(wheel: Path, home: Path) -> None:
 def test_the_quick_start_runs_without_a_compiler(wheel: Path, tmp_path: Path) -> None:
     home = tmp_path / "env"
     install(wheel, home)
-    run(sys.executable, "-c", example("skl2onnx"), cwd=tmp_path)  # the data and the model
+    run(sys.executable, "-c", example("skl2onnx"), cwd=tmp_path)  # writes the data and the model
     (tmp_path / "definitions.py").write_text(example("st.FeatureView("))
     (tmp_path / "ask.py").write_text(ASK)
     assert not any(shutil.which(compiler, path=str(home / "bin")) for compiler in ("cc", "gcc", "clang", "c++"))

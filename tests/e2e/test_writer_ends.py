@@ -1,4 +1,4 @@
-"""How the writer of a server ends, and what becomes of the pushes it has: killed, stopped, with its server."""
+"""The end of a server's writer, killed, stopped or with its server, and the outcome of the pushes that it has."""
 
 import os
 import re
@@ -25,7 +25,8 @@ def start(tmp_path):
         store = make_store(tmp_path)
         servers.append(Pushing(store, "--workers", "2", *options, log=tmp_path / "log"))
         servers[-1].store = store
-        # Any answer but UNAVAILABLE says that the writer is there; from each worker, to which connections go in turn.
+        # An answer other than UNAVAILABLE means that the writer runs. Connections go to the workers in turn, so ask
+        # each.
         with servers[-1].connect() as one, servers[-1].connect() as other:
             for peer in (one, other):
                 until(lambda peer=peer: peer.ask(0, 0, "delete", ["stats", {"user_id": -1}])[2] is None, "it is there")
@@ -36,7 +37,7 @@ def start(tmp_path):
         one.kill()
 
 
-def test_a_killed_writer_is_replaced_and_outstanding_pushes_are_told(start):
+def test_a_killed_writer_is_replaced_and_its_pushes_get_an_error(start):
     server = start()
     writer = server.writer()
     with server.connect() as peer:
@@ -47,7 +48,7 @@ def test_a_killed_writer_is_replaced_and_outstanding_pushes_are_told(start):
             os.kill(writer, signal.SIGKILL)
             assert peer.reply() == [1, 1, {"code": "UNAVAILABLE", "message": DIED}, None]
             away = peer.ask(0, 3, "push", ["stats", row(1)])
-            if away[2] is not None:  # or it was quick
+            if away[2] is not None:  # or the writer was quick
                 assert away == [1, 3, {"code": "UNAVAILABLE", "message": AWAY}, None]
             assert tiers(peer, 3) == ["tin"]
         until(lambda: peer.ask(0, 4, "push", ["stats", row(3)])[2] is None, "the next writer takes it")
@@ -58,7 +59,7 @@ def test_a_killed_writer_is_replaced_and_outstanding_pushes_are_told(start):
     assert re.fullmatch(said, server.log.read_text())
 
 
-def test_a_writer_that_is_told_to_stop_answers_first(start):
+def test_a_writer_that_is_stopped_answers_first(start):
     server = start()
     writer = server.writer()
     with server.connect() as peer:
@@ -74,7 +75,7 @@ def test_a_writer_that_is_told_to_stop_answers_first(start):
         assert error is not None or stored[n] == "new"
 
 
-def test_what_was_acknowledged_before_sigterm_is_stored_and_all_is_answered_or_closed(start):
+def test_pushes_acknowledged_before_sigterm_are_stored_and_all_are_answered_or_closed(start):
     server = start()
     acknowledged, begun = set(), threading.Barrier(9)
 
@@ -138,7 +139,7 @@ def refuses(address):
     return False
 
 
-def test_nobody_else_may_reach_the_writer_and_it_ends_with_its_supervisor(start):
+def test_the_writer_accepts_workers_only_and_ends_with_its_supervisor(start):
     server = start()
     folder = server.worker_path().parent
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
@@ -148,8 +149,8 @@ def test_nobody_else_may_reach_the_writer_and_it_ends_with_its_supervisor(start)
     assert not folder.exists()
 
 
-def test_a_store_that_others_write_is_followed(start):
-    """Definitions that another process changes, and its rows, are those of the next push."""
+def test_the_writer_follows_writes_of_other_processes(start):
+    """The next push uses the definitions and rows that another process has written."""
     server = start()
     user = st.Entity("user", keys={"user_id": st.Int64})
     more = st.FeatureView("more", entity=user, features=[st.Feature("x", st.Bool)])

@@ -1,4 +1,4 @@
-"""One zygote for the tests of this folder."""
+"""The zygote that the tests of this folder share."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""A disk that is full or fails at any write of any step: the error says so, nothing changes, and work goes on.
+"""A disk that is full or fails at any write of a step: an error says so, the store stays, and work continues.
 
-Every kind of step is tried with every mode of failure in `make soak`; else each kind with some, and each mode with one.
+`make soak` tries each kind of step with each mode of failure; a short run tries some pairs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MODES = {"full": FULL, "full once": FULL_ONCE, "short write": SHORT, "failing": 
 
 
 def every_write(attempt: Callable[[int], dict[str, Any]]) -> list[str | None]:
-    """The errors that the 1st, 2nd, ... failing write led to, until there is no such write."""
+    """Let the 1st, 2nd, ... write fail, until a step has fewer writes. Returns the error of each."""
     messages = []
     while (found := attempt(len(messages) + 1))["reached"]:
         messages.append(found["message"])
@@ -41,7 +41,7 @@ SHORT = {
 
 
 @pytest.mark.parametrize(("kind", "mode"), pairs(workload.KINDS, MODES, SHORT))
-def test_every_write_of_a_step(zygote: Zygote, tmp_path: Path, kind: str, mode: str) -> None:
+def test_a_failure_of_any_write_of_a_step(zygote: Zygote, tmp_path: Path, kind: str, mode: str) -> None:
     base, path = tmp_path / "base", tmp_path / "store"
     step = workload.create_before(base, kind)
 
@@ -56,16 +56,16 @@ def test_every_write_of_a_step(zygote: Zygote, tmp_path: Path, kind: str, mode: 
     print(f"{kind}, {mode}: at each of {len(messages)} writes")
     assert len(messages) >= 4  # pages, their sync, and the meta page
     full = f"the disk of store '{path}' is full or failing; "
-    # LMDB cannot tell whether its last write, of the meta page, is in the file.
+    # LMDB cannot know whether its last write, of the meta page, has reached the file.
     unknown = full + "it is unknown whether the last write is in the store: check, or write it again"
     assert set(messages) - {None} == {full + "nothing was written", unknown}
-    # Nobody is told of what tidies up when all is done; the next load does that.
+    # A failure of the clean-up at the end is not reported; the next load does the clean-up.
     assert None not in messages[: messages.index(unknown) + 1]
     assert kind in ("load", "catalog") or None not in messages
 
 
 @pytest.mark.parametrize("mode", ["full", "short write"])
-def test_every_write_of_a_creation(zygote: Zygote, tmp_path: Path, mode: str) -> None:
+def test_a_failure_of_any_write_of_a_creation(zygote: Zygote, tmp_path: Path, mode: str) -> None:
     def attempt(nth: int) -> dict[str, Any]:
         path = tmp_path / str(nth) / "store"
         return zygote.start("survive_creation", path=str(path), fault=[MODES[mode], nth]).result()
@@ -86,7 +86,7 @@ score = st.Model("score", path="score.onnx", inputs=["scored:a"])
 """
 
 
-def test_every_write_of_an_apply(zygote: Zygote, tmp_path: Path) -> None:
+def test_a_failure_of_any_write_of_an_apply(zygote: Zygote, tmp_path: Path) -> None:
     ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", 1]) for name in ("x", "y")]
     graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "score", ends[:1], ends[1:])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)

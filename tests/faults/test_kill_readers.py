@@ -1,6 +1,7 @@
-"""Readers killed at any moment, while a writer goes on: no slot leaks, and no page stays pinned by the dead.
+"""Readers killed at any moment while a writer writes: no reader slot leaks, and dead readers pin no page.
 
-SHORTTAIL_FAULT_CYCLES sets half the number of kills (`make soak`: 1,000); SHORTTAIL_FAULT_SEED repeats a run's choices.
+SHORTTAIL_FAULT_CYCLES is half the number of kills (`make soak`: 1,000). SHORTTAIL_FAULT_SEED repeats the choices of a
+run.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from shorttail.config import LIMITS
 from shorttail.store import Store, environment
 from shorttail.store.verify import verify
 
-KILLS = 2 * CYCLES  # as many as of writers
+KILLS = 2 * CYCLES  # as many as kills of writers
 READERS = 4  # alive at a time
 SLOTS_EACH = 8
 
@@ -31,18 +32,18 @@ def pages(store: Store) -> int:
 
 
 def active_slots(store: Store) -> list[str]:
-    """The lines of LMDB's table of readers."""
+    """Return the lines of LMDB's reader table."""
     return [line for line in store.environment.handle.env.readers().splitlines()[1:] if line]
 
 
 def dead(child: Child) -> list[dict[str, int]]:
-    """What a reader said that was killed. Fails if it saw a snapshot that no step left."""
+    """Return the messages of a reader that was killed. Fails if a snapshot was not the state after a step."""
     *said, end = child.wait()
     assert end == {"killed": signal.SIGKILL}
     return said
 
 
-def test_readers_that_are_killed_at_random_leave_nothing_behind(zygote: Zygote, tmp_path: Path) -> None:
+def test_readers_killed_at_random_leak_nothing(zygote: Zygote, tmp_path: Path) -> None:
     seed = int(os.environ.get("SHORTTAIL_FAULT_SEED", time.time_ns() % 1_000_000))
     print(f"SHORTTAIL_FAULT_SEED={seed}")
     rng = random.Random(seed)
@@ -53,7 +54,7 @@ def test_readers_that_are_killed_at_random_leave_nothing_behind(zygote: Zygote, 
     with Store.open(path) as store:
         for _ in range(KILLS):
             readers.append(zygote.start("read", path=str(path)))
-            if rng.random() < 0.8:  # the others are killed while they start
+            if rng.random() < 0.8:  # the other readers are killed while they start
                 readers[-1].wait_for_first()
             for _ in range(rng.randrange(4)):
                 step += 1
@@ -70,7 +71,7 @@ def test_readers_that_are_killed_at_random_leave_nothing_behind(zygote: Zygote, 
             dead(reader)
         assert workload.step_seen(workload.look_up_all(store)) == step
         assert seen > KILLS / 2, "the readers did read"
-        # Readers that lag pin pages, for as long as they do; one that is dead and not noticed would for ever.
+        # A slow reader pins pages for a while; a dead reader that is not noticed would pin them for ever.
         assert pages(store) < 10 * usual_pages, f"{pages(store)} pages, from {usual_pages}"
     assert zygote.start("check", path=str(path)).result()["seen"] == step
     assert verify(path).problems == []
@@ -79,7 +80,7 @@ def test_readers_that_are_killed_at_random_leave_nothing_behind(zygote: Zygote, 
 def test_the_writer_frees_what_dead_readers_held(
     zygote: Zygote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nobody opens the store any more, so nobody but the writer can notice that its readers are dead."""
+    """No process opens the store any more, so only the writer can notice that its readers are dead."""
     monkeypatch.setattr(environment, "LIMITS", replace(LIMITS, reader_check_ms=1))
     path = tmp_path / "store"
     workload.create(path)
@@ -102,7 +103,7 @@ def test_the_writer_frees_what_dead_readers_held(
 
 
 @pytest.mark.parametrize("n_opened", [1, 3])
-def test_slots_go_back_when_stores_are_closed(tmp_path: Path, n_opened: int) -> None:
+def test_closing_a_store_frees_its_reader_slots(tmp_path: Path, n_opened: int) -> None:
     path = tmp_path / "store"
     workload.create(path)
     with Store.open(path) as store:

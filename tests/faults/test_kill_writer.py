@@ -1,8 +1,8 @@
-"""A writer killed at any moment: what it acknowledged is there, what it did not is there whole or not at all.
+"""A writer killed at any moment: acknowledged steps are in the store, and others are there completely or not at all.
 
-SHORTTAIL_FAULT_CYCLES sets the number of random kills, in each of two ways (`make soak`: 1,000), and has each kind of
-step killed in each way. A seed is printed, and SHORTTAIL_FAULT_SEED repeats its choices, but not the moments at which
-kills come from outside.
+SHORTTAIL_FAULT_CYCLES is the number of random kills in each of two ways (`make soak`: 1,000), and makes the tests kill
+each kind of step in each mode. SHORTTAIL_FAULT_SEED repeats the choices of a printed seed, but not the times of kills
+by the test process.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ READERS_MAX = 12  # slots: a few processes, with a few transactions each
 
 
 def sound(zygote: Zygote, path: Path) -> int:
-    """The step that a fresh process finds the store at."""
+    """Check the store in a new process and return its step."""
     found = zygote.start("check", path=str(path)).result()
     assert found["slots"] <= READERS_MAX
     return int(found["seen"])
 
 
 def sound_at_rest(path: Path) -> None:
-    """No process has it open: its pages are each in use or free, never both."""
+    """Check a store that no process has open: each page is in use or free, and never both."""
     assert verify_lmdb(str(path)) == []
 
 
 def acknowledged(child: Child) -> tuple[int, int]:
-    """(first step seen, last step that it said was durable) of a writer that is dead by now."""
+    """Return (first step seen, last step reported as durable) of a writer that is dead."""
     messages = child.wait()
     assert messages[-1] == {"killed": signal.SIGKILL}
     steps = [message["done"] for message in messages if "done" in message]
@@ -56,10 +56,8 @@ def acknowledged(child: Child) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("observed", [True, False], ids=["observed", "alone"])
-def test_a_writer_that_is_killed_at_random_loses_nothing_it_acknowledged(
-    zygote: Zygote, tmp_path: Path, observed: bool
-) -> None:
-    """observed: this process reads all the while, so that LMDB cannot make its lock file anew for each writer."""
+def test_a_writer_killed_at_random_loses_no_acknowledged_step(zygote: Zygote, tmp_path: Path, observed: bool) -> None:
+    """observed: this process reads meanwhile, so LMDB cannot create its lock file again for each writer."""
     seed = int(os.environ.get("SHORTTAIL_FAULT_SEED", time.time_ns() % 1_000_000))
     print(f"SHORTTAIL_FAULT_SEED={seed}")
     rng = random.Random(seed)
@@ -69,12 +67,12 @@ def test_a_writer_that_is_killed_at_random_loses_nothing_it_acknowledged(
     observer = Store.open(path) if observed else None
     try:
         for cycle in range(CYCLES):
-            # Half die by their own hand, in a write; the others at whatever they are at.
+            # Half of them kill themselves in a write; the test kills the others at any moment.
             fault = [rng.choice([KILL, TEAR, AFTER]), rng.randrange(1, 120)] if cycle % 2 else None
             child = zygote.start("write", path=str(path), fault=fault)
             if fault is None:
                 child.wait_for_first()
-                time.sleep(rng.uniform(0, 0.03))  # chaos, not synchronisation
+                time.sleep(rng.uniform(0, 0.03))  # for random timing, not for synchronisation
                 child.kill()
             seen, last = acknowledged(child)
             assert seen in (done, done + 1)
@@ -97,7 +95,7 @@ def test_a_writer_that_is_killed_at_random_loses_nothing_it_acknowledged(
 
 
 @pytest.mark.parametrize(("kind", "mode"), pairs(workload.KINDS, MODES, SHORT))
-def test_killed_at_every_write_of_a_step(zygote: Zygote, tmp_path: Path, kind: str, mode: str) -> None:
+def test_a_writer_killed_at_each_write_of_a_step(zygote: Zygote, tmp_path: Path, kind: str, mode: str) -> None:
     base, path = tmp_path / "base", tmp_path / "store"
     step = workload.create_before(base, kind)
     nth, kills = 0, 0
@@ -110,7 +108,7 @@ def test_killed_at_every_write_of_a_step(zygote: Zygote, tmp_path: Path, kind: s
             at = sound(zygote, path)
             assert workload.step_seen(workload.look_up_all(observer)) == at
             assert at == step if acks else at in (step - 1, step)
-            # LMDB tells readers of a commit only when the next writer begins, if its own died as soon as it was made.
+            # If a writer dies right after its commit, readers see the commit only when the next writer begins.
             observer.load("other", [workload.batch_of([1], 1)])
             assert workload.step_seen(workload.look_up_all(observer)) in (at, step)
             for number in range(at + 1, step + 3):
@@ -127,7 +125,7 @@ def test_killed_at_every_write_of_a_step(zygote: Zygote, tmp_path: Path, kind: s
     assert kills >= 4  # pages, their sync, and the meta page
 
 
-def test_killed_at_every_write_of_its_creation(zygote: Zygote, tmp_path: Path) -> None:
+def test_a_process_killed_at_each_write_of_a_creation(zygote: Zygote, tmp_path: Path) -> None:
     nth = 0
     while True:
         nth += 1

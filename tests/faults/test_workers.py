@@ -1,6 +1,6 @@
-"""Workers killed, ended and replaced under load: what clients see of it.
+"""Workers killed, stopped and replaced under load, as clients see it.
 
-SHORTTAIL_FAULT_CYCLES=1000 (`make soak`) makes it 50 rolling replacements, and more kills.
+With SHORTTAIL_FAULT_CYCLES=1000 (`make soak`) there are 50 rolling replacements, and more kills.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from under_load import (
 
 import shorttail as st
 
-REPLACEMENTS = max(1, CYCLES // 20) if SOAK else 1  # of all workers, one by one
-KILLS = max(1, CYCLES // 200)  # of each worker; the pause before it is started again doubles each time
+REPLACEMENTS = max(1, CYCLES // 20) if SOAK else 1  # rolling replacements of all workers
+KILLS = max(1, CYCLES // 200)  # kills of each worker; the pause before each restart doubles
 WORKERS = 2
 
 
@@ -44,7 +44,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_store(tmp_path_factory.mktemp("served"))
 
 
-# No request is shed: what a busy machine does to latency is another test's matter.
+# No request is refused for overload; this test is not about latency on a busy machine.
 OPTIONS = ("--workers", str(WORKERS), "--p99-budget-ms", "1e6")
 
 
@@ -71,7 +71,7 @@ def assert_unhurt(callers: list[Caller]) -> None:
 
 
 def wait_for_workers(server: Server, gone: list[int]) -> None:
-    """Until others serve in the place of those that are gone."""
+    """Wait until other workers serve in place of those that have ended."""
 
     def are_there() -> bool:
         workers = server.workers()
@@ -80,7 +80,7 @@ def wait_for_workers(server: Server, gone: list[int]) -> None:
     until(are_there, "workers are started again")
 
 
-def test_clients_do_not_see_that_a_worker_is_killed(server: Server) -> None:
+def test_clients_do_not_notice_the_kill_of_a_worker(server: Server) -> None:
     callers = clients(address(server), retries=4)
     pushing = Pushing(address(server), retries=4)
     with calling(*callers, pushing):
@@ -92,14 +92,14 @@ def test_clients_do_not_see_that_a_worker_is_killed(server: Server) -> None:
                 wait_for_workers(server, [victim])
             go_on([*callers, pushing])
     assert_unhurt(callers)
-    assert {type(error) for error in pushing.errors} <= {st.Unavailable}  # a push that was sent is not sent again
+    assert {type(error) for error in pushing.errors} <= {st.Unavailable}  # a push that was sent is not retried
     with st.Client(address(server)) as client:
         keys = {"user_id": [1000 + number for number in pushing.stored]}
         visits = client.get_online_features(["stats:visits"], keys).to_dict()["stats:visits"]
     assert visits == pushing.stored, "what was answered was stored"
 
 
-def test_clients_do_not_see_that_all_workers_are_killed_at_once(server: Server) -> None:
+def test_clients_do_not_notice_the_kill_of_all_workers(server: Server) -> None:
     callers = clients(address(server), retries=4)
     with calling(*callers):
         go_on(callers)
@@ -112,13 +112,13 @@ def test_clients_do_not_see_that_all_workers_are_killed_at_once(server: Server) 
 
 
 @pytest.mark.parametrize("retries", [0, 4])
-def test_a_killed_worker_loses_what_it_had_not_answered_and_nothing_else(server: Server, retries: int) -> None:
+def test_a_killed_worker_loses_only_its_unanswered_requests(server: Server, retries: int) -> None:
     async def run() -> tuple[list[Any], list[bool]]:
         options: dict[str, Any] = {"timeout_s": under_load.TIMEOUT_S, "retries": retries}
         connected: list[st.AsyncClient] = []
         victim = server.workers()[0]
         are_lost: list[bool] = []
-        while len(connected) < 8 or all(are_lost) or not any(are_lost):  # until both workers have some
+        while len(connected) < 8 or all(are_lost) or not any(are_lost):  # until both workers have connections
             connected.append(await st.AsyncClient.connect(address(server), **options))
             await connected[-1].ping()
             are_lost.append(own_port(connected[-1]) in connections_of(victim))
@@ -142,7 +142,7 @@ def test_a_killed_worker_loses_what_it_had_not_answered_and_nothing_else(server:
 
 
 def test_rolling_replacements_break_nothing(server: Server) -> None:
-    """Not even clients without retries see any of it: connections move from worker to worker."""
+    """Even clients without retries do not notice it: connections move from worker to worker."""
     before = server.log.read_text()
     callers = clients(address(server), retries=0)
     with calling(*callers):
@@ -156,8 +156,8 @@ def test_rolling_replacements_break_nothing(server: Server) -> None:
     assert_unhurt(callers)
 
 
-def test_a_server_that_is_started_again_on_the_same_socket(store: Path, tmp_path: Path) -> None:
-    """As systemd does it: what comes while there is no server waits in the socket's queue."""
+def test_a_server_is_restarted_on_the_same_socket(store: Path, tmp_path: Path) -> None:
+    """As systemd does it: connections that arrive while no server runs wait in the queue of the socket."""
     with socket.create_server(("127.0.0.1", 0), backlog=1024) as listener:
         listening = f"127.0.0.1:{listener.getsockname()[1]}"
         callers = clients(listening, retries=4)

@@ -1,4 +1,4 @@
-"""Clients that ask one thing after another, each with numbers of its own, so that a wrong answer is seen as one."""
+"""Clients that send request after request, each with its own numbers, so that a wrong answer is detected."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from serving import SERVE, Server
 
 import shorttail as st
 
-TIMEOUT_S = 30.0  # of each call: a worker's start on a busy machine takes seconds
+TIMEOUT_S = 30.0  # of each call; the start of a worker on a busy machine takes seconds
 KNOWN = {1: 11.0, 2: 22.0}  # user_id -> what test_server's model adds to the amount
 
 
 def question(number: int) -> tuple[dict[str, Any], np.ndarray]:
-    """Columns of one to five rows, and the answer."""
+    """Make columns of one to five rows, and the right answer."""
     users = np.array([(number + k) % 2 + 1 for k in range(number % 5 + 1)])
     amounts = np.float64(number % 5000) + np.arange(len(users))
     return {"user_id": users, "amount": amounts}, np.array([KNOWN[int(user)] for user in users]) + amounts
 
 
 class Caller(threading.Thread):
-    """answered: calls whose answer was right; wrong: what was answered otherwise; errors: of the calls that failed."""
+    """Base of the clients. answered: number of right answers; wrong: wrong answers; errors: of calls that failed."""
 
     def __init__(self, address: str, *, retries: int, until_lost: bool = False):
         super().__init__()
         self.address = address
         self.retries = retries
-        self.until_lost = until_lost  # end at the first Unavailable
+        self.until_lost = until_lost  # stop at the first Unavailable
         self.ends = threading.Event()
         self.numbers = itertools.count()
         self.answered = 0
@@ -59,7 +59,7 @@ class Caller(threading.Thread):
 
 
 class Blocking(Caller):
-    """Three threads that share a Client."""
+    """Three threads share a Client."""
 
     def run(self) -> None:
         with st.Client(self.address, timeout_s=TIMEOUT_S, retries=self.retries) as client:
@@ -79,7 +79,7 @@ class Blocking(Caller):
 
 
 class Pipelined(Caller):
-    """Thirty calls in flight over the two connections of an AsyncClient."""
+    """Thirty calls in flight on the two connections of an AsyncClient."""
 
     def run(self) -> None:
         asyncio.run(self.ask_all())
@@ -99,7 +99,7 @@ class Pipelined(Caller):
 
 
 class Pushing(Caller):
-    """Pushes a row a call. `errors` is what may or may not have been written; all that was answered was."""
+    """Pushes a row per call. A row in `errors` may or may not be written; all answered rows are."""
 
     def run(self) -> None:
         self.stored: list[int] = []
@@ -145,12 +145,12 @@ def open_files(process: int) -> set[str]:
 
 
 def serves(worker: int) -> bool:
-    """Whether a worker has begun to: its event loop is made last."""
+    """Whether a worker serves: its event loop is made last."""
     return "anon_inode:[eventpoll]" in open_files(worker)
 
 
 def connections_of(worker: int) -> set[int]:
-    """The ports of the clients that it has."""
+    """Return the ports of the clients that are connected to a worker."""
     files = open_files(worker)
     lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
     return {int(line[2].partition(":")[2], 16) for line in lines if f"socket:[{line[9]}]" in files}
@@ -164,7 +164,7 @@ def own_port(client: st.AsyncClient) -> int:
 
 
 def go_on(callers: Sequence[Caller], calls: int = 20) -> None:
-    """Wait until each caller has had so many answers more."""
+    """Wait until each caller has received this many more answers."""
     before = [caller.answered for caller in callers]
     until(
         lambda: all(caller.answered >= n + calls for caller, n in zip(callers, before, strict=True)),
@@ -173,7 +173,7 @@ def go_on(callers: Sequence[Caller], calls: int = 20) -> None:
 
 
 class OnSocket(Server):
-    """A server on a socket that outlives it, as systemd would start it."""
+    """A server on a socket that outlives the server, as with systemd."""
 
     def __init__(self, store: Path, fd: int, *options: str, log: Path):
         self.log = log

@@ -1,8 +1,8 @@
-"""What the processes under test do: numbered steps, each of which makes a known store out of the one before.
+"""The work of the processes under test: numbered steps, each of which changes a known store into another known store.
 
-A step changes, in one commit, rows of the view "stats" and of "extra", or loads "stats", or gives "extra" a new table
-and a new description. The row MARKER of "stats" and the description tell which steps a store has seen, and `expected`
-says what else it must hold then: all of it is a function of the step's number.
+A step is one of three kinds: a commit that changes rows of the views "stats" and "extra", a bulk load of "stats", or a
+new table and a new description for "extra". The row MARKER of "stats" and the description tell the last step that a
+store has seen. `expected` returns the other contents, which are a function of the number of the step.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ Report = Callable[..., None]
 Rows = dict[int, int]  # key -> the step that wrote it
 MARKER = -1
 N_KEYS = 400
-WIDTH = 60  # so wide that a page holds a dozen rows
+WIDTH = 60  # rows are wide, so a page holds about a dozen
 KINDS = ("edit", "grow", "shrink", "load", "catalog")
 CYCLE = ("edit", "edit", "grow", "shrink", "load", "edit", "edit", "catalog")
 
 USER = Entity("user", keys={"user_id": dtypes.Int64})
 FEATURES = [Feature("v", dtypes.Vector(WIDTH)), Feature("s", dtypes.String), Feature("n", dtypes.Int64)]
 VIEWS = {name: FeatureView(name, entity=USER, features=FEATURES) for name in ("stats", "extra")}
-OTHER = FeatureView("other", entity=USER, features=FEATURES)  # has no part in the steps
+OTHER = FeatureView("other", entity=USER, features=FEATURES)  # the steps do not change it
 
 
 def set_limits() -> None:
-    """So small that a load, and the deletion of a table, take several commits. For a process of its own."""
+    """Set limits so small that a load and the deletion of a table take several commits. Only for a child process."""
     for name, value in {"load_commit_bytes": 64 << 10, "drop_commit_pages": 16}.items():
         object.__setattr__(LIMITS, name, value)
 
@@ -59,12 +59,12 @@ def kind_of(step: int) -> str:
 
 
 def first_of(kind: str, start: int) -> int:
-    """The first step of that kind from `start` on."""
+    """Return the first step of a kind, from `start` on."""
     return next(step for step in range(start, start + len(CYCLE)) if kind_of(step) == kind)
 
 
 def changed_keys(step: int) -> tuple[list[int], list[int], list[int]]:
-    """(keys of stats to put, keys to delete, keys of extra to put) of a step."""
+    """Return (keys of stats to put, keys to delete, keys of extra to put) of a step."""
     rng = random.Random(step)
     puts, deletes = {"edit": (60, 20), "grow": (250, 0), "shrink": (5, 300), "load": (300, 0), "catalog": (0, 0)}[
         kind_of(step)
@@ -75,11 +75,13 @@ def changed_keys(step: int) -> tuple[list[int], list[int], list[int]]:
 
 
 def expected(step: int) -> tuple[Rows, Rows, str]:
-    """Rows of stats, rows of extra and the description of extra after that step."""
+    """Return the rows of stats, the rows of extra and the description of extra after a step."""
     stats: Rows = {}
     extra: Rows = {}
     described = 0
-    for number in range(max(1, step - 2 * len(CYCLE)), step + 1):  # two cycles: a load and a new table came within each
+    for number in range(
+        max(1, step - 2 * len(CYCLE)), step + 1
+    ):  # each of the last two cycles has a load and a new table
         kind = kind_of(number)
         puts, deletes, others = changed_keys(number)
         if kind == "catalog":
@@ -98,7 +100,7 @@ def expected(step: int) -> tuple[Rows, Rows, str]:
 
 
 def columns_of(keys: NDArray[np.int64], steps: NDArray[np.int64]) -> tuple[Any, Any, Any, Any]:
-    """The features of rows: v, s, n, and where n is null."""
+    """Return the features of rows: v, s, n, and a mask where n is null."""
     v = ((keys * 1000 + steps)[:, None] + np.arange(WIDTH)).astype(np.float32)
     s = np.empty(len(keys), object)
     s[:] = [f"{k}:{n} " * (k % 5) if k % 11 else None for k, n in zip(keys.tolist(), steps.tolist(), strict=True)]
@@ -114,7 +116,7 @@ def batch_of(keys: list[int], step: int) -> ColumnBatch:
 
 
 def create(path: str | os.PathLike[str]) -> None:
-    """A store that has seen step 0."""
+    """Create a store that has seen step 0."""
     with Store.open(path, create=True) as store, store.edit_catalog() as catalog:
         catalog.entities["user"] = USER
         for name, view in VIEWS.items():
@@ -125,7 +127,7 @@ def create(path: str | os.PathLike[str]) -> None:
 
 
 def create_before(path: str | os.PathLike[str], kind: str) -> int:
-    """A store of some history whose next step is of that kind; that step."""
+    """Create a store with some steps whose next step is of a kind, and return that step."""
     create(path)
     step = first_of(kind, 2 * len(CYCLE))
     with Store.open(path) as store:
@@ -135,7 +137,7 @@ def create_before(path: str | os.PathLike[str], kind: str) -> int:
 
 
 def take(store: Store, step: int) -> None:
-    """Do that step."""
+    """Do a step."""
     kind = kind_of(step)
     puts, deletes, extra = changed_keys(step)
     if kind == "catalog":
@@ -162,7 +164,7 @@ def take(store: Store, step: int) -> None:
 
 
 def look_up_all(store: Store) -> tuple[Rows, Rows, str]:
-    """What `expected` gives, by lookups of every key in one snapshot; AssertionError for a row with wrong bytes."""
+    """Read what `expected` returns by lookups in one snapshot. AssertionError for a row with wrong bytes."""
     found: list[Rows] = []
     keys = np.arange(MARKER, N_KEYS + 50)
     columns = Columns(["user_id"], [dtypes.Int64])
@@ -189,7 +191,7 @@ def look_up_all(store: Store) -> tuple[Rows, Rows, str]:
 
 
 def scan_all(store: Store) -> tuple[Rows, Rows, str]:
-    """The same by scans, which check every page's checksum."""
+    """Read the same by scans, which check the checksum of every page."""
     found = []
     store.refresh()
     for view in VIEWS:
@@ -208,7 +210,7 @@ def scan_all(store: Store) -> tuple[Rows, Rows, str]:
 
 
 def step_seen(state: tuple[Rows, Rows, str]) -> int:
-    """The step that this is the state after. AssertionError if it is that of none: a step is there in part."""
+    """Return the step after which this is the state. AssertionError if there is none: a step is stored in part."""
     step = max(state[0].get(MARKER, 0), int(state[2]))
     wanted = expected(step)
     for name, found, right in zip((*VIEWS, "description"), state, wanted, strict=True):
@@ -224,7 +226,7 @@ def difference(found: Any, right: Any) -> str:
 
 
 def check_structure(store: Store) -> None:
-    """Every page of every table the catalog names is sound, and the buckets cover all hashes once."""
+    """Check that each page of each table in the catalog is valid, and that the buckets cover all hashes once."""
     with store.environment.read() as txn:
         for name, table in store.catalog.tables.items():
             layout, expected_key = make_layout(store.catalog.views[name], table), 0
@@ -236,7 +238,7 @@ def check_structure(store: Store) -> None:
 
 
 def slots(store: Store) -> int:
-    """Reader slots that were ever in use at the same time."""
+    """Return how many reader slots were ever in use at the same time."""
     return int(store.environment.handle.env.info()["num_readers"])
 
 
@@ -244,7 +246,7 @@ def slots(store: Store) -> int:
 
 
 def write(report: Report, path: str, fault: list[int] | None = None) -> None:
-    """Check the store, then take steps without end, and report each when it is durable."""
+    """Check the store, then take steps for ever and report each when it is durable."""
     with Store.open(path) as store:
         step = step_seen(look_up_all(store))
         report(seen=step)
@@ -257,7 +259,7 @@ def write(report: Report, path: str, fault: list[int] | None = None) -> None:
 
 
 def take_one(report: Report, path: str, step: int, fault: list[int]) -> None:
-    """One step, with a fault; reports that it is durable."""
+    """Take one step with a fault, and report when it is durable."""
     with Store.open(path) as store:
         Shim().arm(path, *fault)
         take(store, step)
@@ -271,7 +273,7 @@ def make(report: Report, path: str, fault: list[int]) -> None:
 
 
 def check(report: Report, path: str) -> None:
-    """All that can be told of a store at rest."""
+    """Check and report the state of a store that no process has open."""
     with Store.open(path) as store:
         state = scan_all(store)
         assert look_up_all(store) == state
@@ -280,7 +282,7 @@ def check(report: Report, path: str) -> None:
 
 
 def read(report: Report, path: str) -> None:
-    """Look everything up without end; every snapshot must be the state after some step."""
+    """Look all rows up for ever. Each snapshot must be the state after a step."""
     with Store.open(path) as store:
         newest = 0
         report(ready=True)
@@ -293,7 +295,7 @@ def read(report: Report, path: str) -> None:
 
 
 def watch_syncs(report: Report, path: str) -> None:
-    """Take two cycles of steps; reports what was not synced when each of them returned."""
+    """Take two cycles of steps, and report the writes that were not synced when each step returned."""
     shim = Shim()
     with Store.open(path) as store:
         late, n_calls = [], 0
@@ -306,7 +308,7 @@ def watch_syncs(report: Report, path: str) -> None:
 
 
 def survive(report: Report, path: str, step: int, fault: list[int]) -> None:
-    """Take that step with a fault, then without: what failed must have changed nothing, for those who have it open."""
+    """Take a step with a fault and then without. The failed step must change nothing for stores that are open."""
     mode, nth = fault
     shim = Shim()
     message = None
@@ -336,7 +338,7 @@ def survive(report: Report, path: str, step: int, fault: list[int]) -> None:
 
 
 def survive_creation(report: Report, path: str, fault: list[int]) -> None:
-    """Create a store with a fault, then without."""
+    """Create a store with a fault and then without."""
     shim, message = Shim(), None
     Path(path).parent.mkdir(exist_ok=True)
     shim.arm(Path(path).parent, *fault)
@@ -354,7 +356,7 @@ def survive_creation(report: Report, path: str, fault: list[int]) -> None:
 
 
 def survive_apply(report: Report, path: str, definitions: str, fault: list[int]) -> None:
-    """Apply definitions with a model with a fault, then without."""
+    """Apply definitions with a model, with a fault and then without."""
     shim, message = Shim(), None
     with Store.open(path) as store:
         before = store.catalog
@@ -375,7 +377,7 @@ def survive_apply(report: Report, path: str, definitions: str, fault: list[int])
 
 
 def survive_in_threads(report: Report, path: str, seed: int, n_steps: int) -> None:
-    """Threads look everything up while one takes steps on a disk that is full now and then."""
+    """Threads look all rows up while another takes steps on a disk that is full now and then."""
     shim, rng, stop = Shim(), random.Random(seed), threading.Event()
     errors: list[str] = []
     n_lookups = [0] * 4
@@ -395,7 +397,7 @@ def survive_in_threads(report: Report, path: str, seed: int, n_steps: int) -> No
             thread.start()
         failures = unknown = 0
         for step in range(1, n_steps + 1):
-            # The second needs few writes, and so is often hit in the last, of the meta page.
+            # The second step has few writes, so the fault often hits the last one, of the meta page.
             for work in (lambda number=step: take(store, number), lambda: store.upsert("other", batch_of([1], 1))):
                 shim.arm(path, FULL_ONCE, rng.randrange(1, 12))
                 try:
@@ -414,7 +416,7 @@ def survive_in_threads(report: Report, path: str, seed: int, n_steps: int) -> No
 
 
 def survive_while_scanned(report: Report, path: str) -> None:
-    """The meta page cannot be written while somebody is in the middle of a scan, whose memory must not go away."""
+    """The meta page cannot be written while a scan runs; the memory of the scan must stay mapped."""
     shim = Shim()
     with Store.open(path) as store, Store.open(path) as reader:
         for step in range(1, len(CYCLE)):

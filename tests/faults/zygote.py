@@ -1,7 +1,7 @@
-"""A process that has imported everything and opened nothing, and forks a child for each job: a start in milliseconds.
+"""A process that has imported all modules and forks a child for each job, so that a job starts in milliseconds.
 
-Run as a program it reads commands and writes what it and its children report, a line of JSON each. Forking is safe as
-it has no threads and no store. It runs with shim.c preloaded, which a child arms through `Shim`.
+Run as a program, it reads commands and writes the reports of itself and its children, as lines of JSON. It may fork,
+because it has no threads and no open store. It runs with shim.c preloaded, which a child controls through `Shim`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ OFF, KILL, TEAR, AFTER, FULL, FULL_ONCE, SHORT, FAILING, LOST = range(9)  # as i
 
 
 class Shim:
-    """What shim.c does in this process."""
+    """Controls shim.c in this process."""
 
     def __init__(self) -> None:
         self._library = ctypes.CDLL(None)
@@ -39,7 +39,7 @@ class Shim:
         self._library.fault_arm(os.path.realpath(path).encode(), mode, ctypes.c_long(nth))
 
     def watch(self, path: str | os.PathLike[str]) -> None:
-        """Only count."""
+        """Only count writes."""
         self.arm(path, KILL, sys.maxsize)
 
     def disarm(self) -> None:
@@ -59,7 +59,7 @@ class Shim:
 
 
 def build_shim(folder: Path) -> Path:
-    """Compile shim.c, with the compiler that the package is built with."""
+    """Compile shim.c with the compiler of the package."""
     library = folder / "shim.so"
     compiler = os.environ.get("CC") or (sysconfig.get_config_var("CC") or "cc").split()[0]
     command = [*compiler.split(), "-std=c11", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
@@ -71,7 +71,7 @@ def build_shim(folder: Path) -> Path:
 
 
 class Child:
-    """A job that runs. Its messages are dicts; the last one is {"exit": code} of the zygote, or {"killed": signal}."""
+    """A job that runs. Its messages are dicts; the last, from the zygote, is {"exit": code} or {"killed": signal}."""
 
     def __init__(self, zygote: Zygote, number: int) -> None:
         self.messages: deque[dict[str, Any]] = deque()
@@ -80,7 +80,7 @@ class Child:
         self._number = number
 
     def read(self) -> dict[str, Any]:
-        """The next message. Fails the test for an error in the child, or when nothing comes."""
+        """Return the next message. Fails the test on an error in the child, or if no message comes."""
         deadline = time.monotonic() + TIMEOUT_S
         while not self.messages:
             assert not self.ended, "the child has ended"
@@ -90,18 +90,18 @@ class Child:
         return message
 
     def wait_for_first(self) -> None:
-        """Until it has said something, which read() and wait() still give."""
+        """Wait for the first message, and leave it for read() and wait()."""
         self.messages.appendleft(self.read())
 
     def wait(self) -> list[dict[str, Any]]:
-        """All that is left, up to its end."""
+        """Wait for the end of the job and return the messages that are left."""
         messages = [self.read()]
         while not {"exit", "killed"} & messages[-1].keys():
             messages.append(self.read())
         return messages
 
     def result(self) -> dict[str, Any]:
-        """The one message of a child that comes to its own end."""
+        """Return the only message of a child that ends by itself."""
         message, end = self.wait()
         assert end == {"exit": 0}, end
         return message
@@ -111,7 +111,7 @@ class Child:
 
 
 class Zygote:
-    """Use it in a `with` block."""
+    """The test's side of the zygote process; a context manager."""
 
     def __init__(self, shim: Path) -> None:
         preload = f"{os.environ['LD_PRELOAD']}:{shim}" if os.environ.get("LD_PRELOAD") else str(shim)
@@ -128,11 +128,11 @@ class Zygote:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._process.kill()  # its children see the end of their pipe, or are killed with it: see _child
+        self._process.kill()  # its children end with it: see _child
         self._process.communicate()
 
     def start(self, job: str, **arguments: Any) -> Child:
-        """Run that function of workload.py in a new process."""
+        """Run a function of workload.py in a new process."""
         number = len(self._children)
         child = self._children[number] = Child(self, number)
         self.send({"number": number, "job": job, "arguments": arguments})
@@ -144,7 +144,7 @@ class Zygote:
         self._process.stdin.flush()
 
     def receive(self, deadline: float) -> None:
-        """Take in what has come, waiting for something."""
+        """Wait for messages and give them to their children."""
         assert self._process.stdout is not None
         fd = self._process.stdout.fileno()
         assert select.select([fd], [], [], max(0, deadline - time.monotonic()))[0], "a child hangs"
@@ -187,7 +187,7 @@ def main() -> None:
             *lines, waiting = (waiting + data).split(b"\n")
             for line in lines:
                 command = json.loads(line)
-                if "kill" in command:  # here, where a pid that has ended is not used again before it is reaped
+                if "kill" in command:  # killed here, because a pid is not reused before its parent reaps it
                     for pid in [pid for pid, number in running.items() if number == command["kill"]]:
                         os.kill(pid, signal.SIGKILL)
                     continue

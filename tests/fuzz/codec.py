@@ -1,7 +1,7 @@
-"""The codec as a fuzzer drives it: bytes that a peer could send, to a router without sockets, store or models.
+"""The codec for a fuzzer: sends bytes that a peer could send to a router without sockets, store or models.
 
-A model's name is its list of columns, so a fuzzer that mutates names finds all types and their mixtures, and its
-outputs are these columns, so what was read is written too.
+The name of a model is its list of columns, so a fuzzer that mutates names reaches all types and their combinations. The
+outputs of a model are its columns, so values that were decoded are encoded too.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class Engine:
             raise NotFound(f"unknown features {references!r}")
         return plan("features", "", ("key",), view_names=("view",), feature_names=references)
 
-    def run(self, plan: Plan, columns: Columns) -> SimpleNamespace:
+    def run(self, route: Any, columns: Columns) -> SimpleNamespace:
+        plan = route.plan
         statuses = np.arange(columns.n_rows, dtype=np.uint8) % 4
         if plan.kind == "predict":
             outputs = [(name, columns.column(name)) for name in plan.names]
@@ -83,7 +84,7 @@ def plan(kind: str, model: str, names: tuple[str, ...], **more: Any) -> Plan:
 
 
 class Transport:
-    """Remembers what is written to it. It is its loop too: nothing is called before the test does."""
+    """Records what is written. It is also the event loop: callbacks run only when the test calls them."""
 
     def __init__(self) -> None:
         self.written: list[bytes] = []
@@ -105,7 +106,7 @@ class Transport:
 
 
 def replies(stream: bytes, access: int, cut: int) -> list[list[Any]]:
-    """The answers to a stream that came in pieces of `cut` bytes. Raises what no input may bring about."""
+    """Send a stream in pieces of `cut` bytes and return the replies. Raises exceptions that no input may cause."""
     transport = Transport()
     router = wire.Router(transport, Engine(), {"ping": lambda params: "pong", "echo": lambda params: params})
     forwarded: list[tuple[Any, int]] = []
@@ -142,7 +143,7 @@ def replies(stream: bytes, access: int, cut: int) -> list[list[Any]]:
 
 
 def check(data: bytes) -> None:
-    """One input. The first byte says what the peer may do, the second into what pieces its bytes are cut."""
+    """Check one input. Its first byte is the access of the peer, the second the size of the pieces."""
     if len(data) < 3:
         return
     access, cut, stream = data[0] % 3, data[1] + 1, data[2:]
@@ -153,6 +154,6 @@ def check(data: bytes) -> None:
         assert answer[0] == 1, answer
         assert answer[2] is None or answer[2]["code"] != "INTERNAL", answer
         if answer[2] is not None and answer[2]["code"] == "DEADLINE_EXCEEDED":
-            late.add(answer[1])  # may have come in time the other time
+            late.add(answer[1])  # may have been in time in the other run
     counts = [Counter(repr(answer) for answer in answers if answer[1] not in late) for answers in (whole, pieces)]
     assert counts[0] == counts[1], f"cut into pieces of {cut} bytes it is answered otherwise"

@@ -1,8 +1,8 @@
-"""Coverage-guided fuzzing of the codec: libFuzzer (by Atheris) drives codec.check, and keeps what reaches new code.
+"""Coverage-guided fuzzing of the codec: libFuzzer (by Atheris) calls codec.check, and keeps inputs that reach new code.
 
-`make fuzz` builds the kernels for it, with ASan and UBSan. By hand: fuzz_codec.py CORPUS [-max_total_time=SECONDS], and
-other flags of libFuzzer. An input that fails is left as crash-... or timeout-...: give its name alone to run it again,
-and make it a case of test_codec.py before you mend the bug.
+`make fuzz` builds the kernels with ASan and UBSan for it. By hand: fuzz_codec.py CORPUS [-max_total_time=SECONDS], with
+other flags of libFuzzer. A failing input is written to crash-... or timeout-...; give only its name to run it again.
+Add it to test_codec.py before you fix the bug.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Valid frames, damaged in the ways that wires and attackers damage them. Everything follows from a seed."""
+"""Valid messages with damage as networks and attackers cause it. A seed determines all of it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ EDGES = [b"\xc1", b"\xc0", b"\x7f", b"\xff", b"\xcf" + b"\xff" * 8, b"\xd3\x80" 
 
 
 def mutate(rng: random.Random, frame: bytes) -> bytes:
-    """One frame, damaged in one to three places."""
+    """Return a message with damage in one to three places."""
     data = bytearray(frame)
     for _ in range(rng.randint(1, 3)):
         at = rng.randrange(len(data) + 1)
@@ -65,7 +65,7 @@ def mutate(rng: random.Random, frame: bytes) -> bytes:
 
 
 def streams(seed: int, count: int) -> Iterator[bytes]:
-    """`count` damaged frames, some after good ones, as one connection would send them."""
+    """Return `count` damaged messages, some after valid ones, as a connection would send them."""
     rng = random.Random(seed)
     for _ in range(count):
         before = b"".join(rng.choice(FRAMES) for _ in range(rng.choice([0, 0, 1, 3])))

@@ -1,4 +1,4 @@
-"""Inputs of codec.check to begin with: requests of every kind, and the damaged frames of mutations.py."""
+"""The first inputs of codec.check: requests of every kind, and the damaged messages of mutations.py."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from codec import TOKEN
 from mutations import FRAMES, HUGE
 
 VALUES: dict[str, list[Any]] = {
-    "key": [1, None, -(2**63)],
-    "small": [3, -4, None],
+    "key": [1, None, -(2**63), 2.0, float("nan")],
+    "small": [3, -4, None, 1.0],
     "amount": [0.5, 7, None],
     "single": [1.5, True, 2**64 - 1],
     "name": ["a", "é" * 20, None],
     "taste": [[1.0, 2], None, [None, 3]],
-    "new": [True, 0, None],
-    "at": [0, 10**15, None],
+    "new": [True, 0, None, 1.0],
+    "at": [0, 10**15, None, msgpack.Timestamp(1), msgpack.Timestamp(-1, 5), msgpack.Timestamp(2**34, 5), "1969-12-31"],
 }
 TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 OPTIONS = {
@@ -41,8 +41,10 @@ def messages() -> Iterator[list[Any]]:
     for name, values in VALUES.items():
         yield [0, 1, "predict", [name, {name: values}]]
         yield [0, 1, "predict", [name, {name: values[0]}, OPTIONS]]
-    yield [0, 2, "predict", [",".join(VALUES), VALUES]]
-    yield [0, 2, "predict", [",".join(VALUES), VALUES, OPTIONS]]
+    rows = {name: values[:3] for name, values in VALUES.items()}
+    yield [0, 2, "predict", [",".join(VALUES), rows]]
+    yield [0, 2, "predict", [",".join(VALUES), rows, OPTIONS]]
+    yield [0, 3, "predict", ["at", {"at": tensor(7, [2], bytes(15) + b"\x80")}]]
     for code, size in ((1, 1), (2, 4), (3, 8), (4, 4), (5, 8), (9, 1)):
         yield [0, 3, "predict", ["amount", {"amount": tensor(code, [2], bytes(2 * size))}]]
         yield [0, 3, "predict", ["key,taste", {"key": 1, "taste": tensor(code, [2, 2], bytes(4 * size))}]]
@@ -66,6 +68,6 @@ def inputs() -> Iterator[bytes]:
 
 
 def write(folder: Path) -> None:
-    """Into the folder of a corpus, under names that stay the same."""
+    """Write the inputs to the folder of a corpus, with the same names each time."""
     for data in inputs():
         (folder / hashlib.sha256(data).hexdigest()[:16]).write_bytes(data)

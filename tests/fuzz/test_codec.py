@@ -1,4 +1,4 @@
-"""What coverage-guided fuzzing (fuzz_codec.py) checks, on its seeds and on damage to them."""
+"""The check of coverage-guided fuzzing (fuzz_codec.py) on its seeds and on damaged seeds."""
 
 import random
 
@@ -12,7 +12,7 @@ SEED = 20260101
 
 
 @pytest.mark.parametrize("message", list(messages()))
-def test_the_seeds_are_requests_that_are_served(message):
+def test_the_seeds_are_valid_requests(message):
     answers = codec.replies(msgpack.packb(message), access=2, cut=1)
     assert [answer[2] for answer in answers] == [None] * (message[0] == 0)
 
@@ -25,8 +25,8 @@ def test_damaged_seeds_are_read_or_refused():
         codec.check(data[:2] + mutate(rng, data[2:]))
 
 
-def test_the_check_sees_an_answer_that_depends_on_how_the_bytes_were_cut(monkeypatch):
-    """A check that nothing can fail would find nothing."""
+def test_the_check_detects_an_answer_that_depends_on_how_the_bytes_were_split(monkeypatch):
+    """A check that cannot fail finds nothing."""
     honest = codec.replies
     monkeypatch.setattr(codec, "replies", lambda stream, access, cut: honest(stream[: cut // 8 * 8], access, cut))
     with pytest.raises(AssertionError, match="answered otherwise"):

@@ -1,6 +1,6 @@
-"""Damaged frames against a running server: it answers or closes, goes on serving, and does not grow.
+"""Damaged messages to a running server: it answers or closes, continues to serve, and does not grow.
 
-FUZZ_FRAMES=1000000 makes it a long run (`make fuzz`); FUZZ_SEED another one.
+FUZZ_FRAMES=1000000 makes the run long (`make fuzz`); FUZZ_SEED sets the seed.
 """
 
 import os
@@ -34,7 +34,7 @@ def rss(server):
 
 
 def send(server, stream):
-    """The answers to a stream, until the server has answered all and closed. Fails if it does neither."""
+    """Send a stream and return the replies until the server closes. Fails if it does not close."""
     with socket.create_connection(server.address, timeout=TIMEOUT_S) as connection:
         unpacker = msgpack.Unpacker(max_buffer_size=64 * MIB)
         try:
@@ -43,17 +43,17 @@ def send(server, stream):
             while data := connection.recv(65536):
                 unpacker.feed(data)
         except ConnectionError:
-            pass  # closed with bytes unread
+            pass  # the server closed with bytes unread
         return list(unpacker)
 
 
-def test_the_frames_are_good_before_they_are_damaged(server):
+def test_the_messages_are_valid_before_they_are_damaged(server):
     for frame in FRAMES[:-1]:
         [answer] = send(server, frame)
         assert answer[2] is None, answer
 
 
-def test_damaged_frames_are_answered_or_end_their_connection(server):
+def test_damaged_messages_are_answered_or_end_their_connection(server):
     print(f"seed {SEED}")
     [pid] = server.workers()
     plateau = 0
@@ -66,6 +66,6 @@ def test_damaged_frames_are_answered_or_end_their_connection(server):
             plateau = rss(server)
     assert server.workers() == [pid]
     with server.connect() as peer:
-        # A damaged push may have stored any row that can be stored, so what is predicted is not compared.
+        # A damaged push may have stored any valid row, so predicted values are not compared.
         assert len(peer.ask(*PREDICT)[3]["outputs"]["total"]) == 3
     assert rss(server) - plateau <= MIB

@@ -1,4 +1,6 @@
-"""apply is all or nothing, says what changes, and refuses what could not be served; versions come and go."""
+"""apply writes everything or nothing, reports the changes, and refuses models that could not serve; deploy, promote and
+rollback change versions.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +79,7 @@ def matrix(tmp_path: Path) -> Callable[..., Path]:
 
 
 def rows(count: int) -> ColumnBatch:
-    """Rows of `stats` with all four features."""
+    """Return rows of `stats` with all four features."""
     return ColumnBatch(
         keys=[np.arange(count, dtype=np.int64)],
         event_time_us=np.ones(count, np.int64),
@@ -94,7 +96,7 @@ def lines(changes: list[Change]) -> list[str]:
     return [f"{change.kind} {change.what}  {change.detail}".rstrip() for change in changes]
 
 
-def test_what_is_new_then_unchanged_then_changed(store: Store, matrix: Callable[..., Path]) -> None:
+def test_apply_reports_new_unchanged_and_changed(store: Store, matrix: Callable[..., Path]) -> None:
     model = st.Model(
         "fraud", str(matrix(7)), ["stats:age", "stats:taste", "request:amount", ratio("request:amount", "stats:txn_7d")]
     )
@@ -129,7 +131,7 @@ def test_a_dry_run_writes_nothing(store: Store, matrix: Callable[..., Path]) -> 
     assert not registry.model_path(store.path, "fraud", 1).exists()
 
 
-def test_one_mistake_and_nothing_is_written(store: Store, matrix: Callable[..., Path]) -> None:
+def test_an_invalid_definition_writes_nothing(store: Store, matrix: Callable[..., Path]) -> None:
     good, bad = st.Model("good", str(matrix(1)), ["stats:age"]), st.Model("bad", str(matrix(1)), ["stats:ages"])
     with pytest.raises(NotFound, match="model 'bad': feature view 'stats' has no feature 'ages'; did you mean 'age'"):
         apply(store, [stats(), good, bad])
@@ -174,7 +176,7 @@ def test_new_settings_keep_rows(store: Store) -> None:
     assert store.count("stats") == 3
 
 
-def test_a_view_may_not_change_under_a_model_of_the_store(store: Store, matrix: Callable[..., Path]) -> None:
+def test_a_view_change_that_breaks_a_stored_model_is_refused(store: Store, matrix: Callable[..., Path]) -> None:
     apply(store, [stats(), st.Model("fraud", str(matrix(1)), ["stats:age"])])
     with pytest.raises(InvalidArgument, match="'fraud' is in the store but not in these definitions"):
         apply(store, stats(TXN))
@@ -187,7 +189,7 @@ def width_message(store: Store, path: Path, inputs: Any) -> str:
     return caught.value.message
 
 
-def test_the_wrong_number_of_columns(store: Store, matrix: Callable[..., Path]) -> None:
+def test_a_wrong_number_of_columns_is_refused(store: Store, matrix: Callable[..., Path]) -> None:
     assert width_message(store, matrix(14), ["stats:age", "stats:txn_7d"]) == (
         "model 'fraud': fraud.onnx takes 14 columns (input 'input'), but inputs= lists 2;"
         " first: stats:age, stats:txn_7d"
@@ -223,7 +225,9 @@ def test_a_request_column_alone_is_a_vector(store: Store, matrix: Callable[..., 
         ({"a": (FLOAT, ["N", 1])}, ["nowhere:x"], "no feature view 'nowhere'"),
     ],
 )
-def test_a_model_that_does_not_fit(store: Store, tmp_path: Path, signature: Any, inputs: Any, message: str) -> None:
+def test_a_model_that_does_not_fit_is_refused(
+    store: Store, tmp_path: Path, signature: Any, inputs: Any, message: str
+) -> None:
     assert message in width_message(store, save_model(tmp_path / "x.onnx", signature), inputs)
     assert not store.catalog.models
 
@@ -237,7 +241,7 @@ def test_several_inputs_of_one_column(store: Store, tmp_path: Path) -> None:
         apply(store, [stats(), st.Model("m", str(path), inputs, outputs=["p"])])
 
 
-def test_files_that_are_no_models(store: Store, tmp_path: Path, matrix: Callable[..., Path]) -> None:
+def test_files_that_are_not_models_are_refused(store: Store, tmp_path: Path, matrix: Callable[..., Path]) -> None:
     (tmp_path / "text.onnx").write_text("hello")
     (tmp_path / "link.onnx").symlink_to(matrix(1))
     assert "there is no file" in width_message(store, tmp_path / "gone.onnx", ["stats:age"])
@@ -252,13 +256,13 @@ def test_weights_in_other_files_are_refused(store: Store, tmp_path: Path, matrix
     outside = tmp_path / "outside.onnx"
     onnx.save_model(model, outside, save_as_external_data=True, location="weights.bin", size_threshold=0)
     assert "keeps weights in other files" in width_message(store, outside, ["stats:age"])
-    # The word alone is no reason.
+    # A file that only contains the word "location" is accepted.
     model = onnx.load(matrix(1))
     model.graph.doc_string = "location"
     assert not uses_external_data(model.SerializeToString())
 
 
-def test_a_zipmap_is_refused_with_the_remedy(store: Store, tmp_path: Path) -> None:
+def test_a_zipmap_output_is_refused_with_advice(store: Store, tmp_path: Path) -> None:
     linear_model = pytest.importorskip("sklearn.linear_model")
     skl2onnx = pytest.importorskip("skl2onnx")
     fitted = linear_model.LogisticRegression().fit([[0.0], [1.0]], [0, 1])
@@ -301,7 +305,7 @@ def test_deploy_promote_rollback(store: Store, tmp_path: Path, matrix: Callable[
     ]
 
 
-def test_rolling_back_brings_the_old_inputs_back(store: Store, matrix: Callable[..., Path]) -> None:
+def test_a_rollback_restores_the_old_inputs(store: Store, matrix: Callable[..., Path]) -> None:
     apply(store, [stats(), st.Model("fraud", str(matrix(1)), ["stats:age"])])
     changes = apply(store, [stats(), st.Model("fraud", str(matrix(2)), ["stats:age", "request:amount"])])
     assert lines(changes)[-1] == "~ model fraud  version 1 -> 2: new file, other inputs"
@@ -316,7 +320,7 @@ def test_a_version_that_no_longer_fits_is_not_promoted(store: Store, matrix: Cal
         registry.rollback(store, "fraud")
 
 
-def test_what_a_crash_left_is_replaced(store: Store, matrix: Callable[..., Path]) -> None:
+def test_an_unfinished_version_folder_is_replaced(store: Store, matrix: Callable[..., Path]) -> None:
     leftover = registry.model_path(store.path, "fraud", 1)
     leftover.parent.mkdir(parents=True)
     leftover.write_text("half a mod")
@@ -338,7 +342,7 @@ def test_another_process_sees_the_catalog(store: Store, matrix: Callable[..., Pa
         again.close()
 
 
-def test_objects_and_definitions_are_taken_alike(tmp_path: Path) -> None:
+def test_objects_and_files_give_the_same_definitions(tmp_path: Path) -> None:
     found = collect_objects({"views": (stats(),)}, tmp_path)
     assert isinstance(found, Definitions)
     assert list(found.views) == ["stats"]

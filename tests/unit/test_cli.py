@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import commands
 import numpy as np
 import pytest
 
-from shorttail.define.values import parse_columns
+from shorttail.define.text import parse_columns
 
 pa = pytest.importorskip("pyarrow")
 onnx = pytest.importorskip("onnx")
@@ -66,7 +65,7 @@ class Project:
 
 
 def write_model(path: Path, bias: float) -> None:
-    """score = the sum of three columns + bias."""
+    """Save a model: score = the sum of three columns + bias."""
     graph = helper.make_graph(
         [helper.make_node("ReduceSum", ["x", "axes"], ["sum"]), helper.make_node("Add", ["sum", "bias"], ["score"])],
         "sum",
@@ -96,7 +95,7 @@ def write_project(folder: Path) -> Project:
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """A project whose store is applied and materialized; tests that use it only read."""
+    """A project with an applied and materialized store; its tests only read."""
     project = write_project(tmp_path_factory.mktemp("project"))
     project.ok("apply", "definitions.py", "--store", "store")
     project.ok("materialize", "--store", "store")
@@ -147,7 +146,7 @@ def test_a_process_of_its_own_prints_and_exits_the_same(loaded: Project) -> None
         assert (alone.returncode, alone.stdout, alone.stderr) == (here.code, here.out, here.err), arguments
 
 
-def test_apply_says_what_changes(fresh: Project) -> None:
+def test_apply_reports_changes(fresh: Project) -> None:
     expected = [
         "+ entity plane  tailnum String",
         "+ entity route  origin String, dest_id Int64",
@@ -164,7 +163,7 @@ def test_apply_says_what_changes(fresh: Project) -> None:
     assert {change["change"] for change in again["changes"]} == {"="}
 
 
-def test_wrong_definitions_leave_no_store_behind(fresh: Project) -> None:
+def test_wrong_definitions_create_no_store(fresh: Project) -> None:
     (fresh.folder / "definitions.py").write_text(DEFINITIONS.replace('"plane:year", ', ""))
     message = fresh.fails("apply", "definitions.py", "--store", "store")
     assert message == (
@@ -174,7 +173,7 @@ def test_wrong_definitions_leave_no_store_behind(fresh: Project) -> None:
     assert not (fresh.folder / "store").exists()
 
 
-def test_materialize_says_rows_and_rate(fresh: Project) -> None:
+def test_materialize_reports_rows_and_rate(fresh: Project) -> None:
     fresh.ok("apply", "definitions.py", "--store", "store")
     assert re.fullmatch(
         r"plane: 3 rows in \d+\.\d\d s \([\d,]+ rows/s\)\n", fresh.ok("materialize", "--store", "store").out
@@ -208,7 +207,7 @@ def test_push_writes_rows_of_a_file(fresh: Project) -> None:
     assert "there is no file" in fresh.fails("push", "route", "gone.csv", "--store", "store")
 
 
-def test_predict_prints_keys_outputs_and_what_was_missing(loaded: Project) -> None:
+def test_predict_prints_a_table(loaded: Project) -> None:
     out = loaded.ok("predict", "delay", "tailnum=N1,123,ZZ", "hour=5", "--store", "store").out
     lines = [line.split() for line in out.splitlines()]
     assert lines[0] == ["delay", "version", "1"]
@@ -221,7 +220,7 @@ def test_predict_prints_keys_outputs_and_what_was_missing(loaded: Project) -> No
     assert answer["version"] == 1
 
 
-def test_features_print_values_and_what_was_missing(loaded: Project) -> None:
+def test_features_prints_a_table(loaded: Project) -> None:
     out = loaded.ok("features", "plane:maker", "plane:seats", "tailnum=N1,123,ZZ", "--store", "store").out
     assert [line.split() for line in out.splitlines()] == [
         ["tailnum", "plane:maker", "plane:seats", "status"],
@@ -246,7 +245,7 @@ def test_stat_as_json_lists_the_views(loaded: Project) -> None:
         (["predict", "delays", "tailnum=N1", "--store", "store"], "no model 'delays'; models: delay"),
         (["predict", "delay", "tail=N1", "--store", "store"], "no column 'tail'; columns: tailnum String"),
         (["predict", "delay", "tailnum", "--store", "store"], "'tailnum' is not column=value"),
-        (["predict", "delay", "tailnum=N1", "hour=five", "--store", "store"], "hour=five: column 'hour' is Float64"),
+        (["predict", "delay", "tailnum=N1", "hour=five", "--store", "store"], "takes Float64; got 'five' (text)"),
         (["predict", "delay", "tailnum=N1", "--store", "store"], "hour"),
         (["predict", "delay", "tailnum=N1", "hour=1", "--store", "nowhere"], "nowhere"),
         (["predict", "delay", "tailnum=N1", "hour=1", "--server", "unix:nowhere.sock"], "nowhere.sock"),
@@ -286,17 +285,21 @@ def test_wrong_usage_is_one_line_and_exit_code_2(loaded: Project, arguments: lis
         ("c=123", "Int64", 123),
         ("c=1,2", "Int32", [1, 2]),
         ("c=1,,2", "Float32", [1.0, None, 2.0]),
-        ("c=", "String", ""),
+        ("c=", "String", None),
+        ("c=,a", "String", [None, "a"]),
+        ('c=""', "String", ""),
         ('c="Doe, J",b', "String", ["Doe, J", "b"]),
         ("c=a=b", "String", "a=b"),
         ("c=true,0", "Bool", [True, False]),
-        ("c=1970-01-02", "Timestamp", datetime(1970, 1, 2)),
+        ("c=1970-01-02", "Timestamp", 86_400_000_000),
+        ("c=1970-01-02T00:00:01.5+01:00", "Timestamp", 82_801_500_000),
         ("c=-5", "Timestamp", -5),
-        ("c=1,2", "Vector(2)", [[1.0, 2.0]]),
-        ("c=1,2;3,4", "Vector(2)", [[1.0, 2.0], [3.0, 4.0]]),
+        ("c=1,2", "Vector(2)", [(1.0, 2.0)]),
+        ("c=1,2;3,4", "Vector(2)", [(1.0, 2.0), (3.0, 4.0)]),
+        ("c=1,2;;3,4", "Vector(2)", [(1.0, 2.0), None, (3.0, 4.0)]),
     ],
 )
-def test_values_are_read_by_type(argument: str, dtype: str, value: Any) -> None:
+def test_values_are_parsed_by_type(argument: str, dtype: str, value: Any) -> None:
     assert parse_columns([argument], {"c": dtype}, "x") == {"c": value}
 
 
@@ -332,7 +335,7 @@ def server(loaded: Project) -> Iterator[str]:
             process.communicate(timeout=30)
 
 
-def test_a_server_answers_like_a_store(loaded: Project, server: str) -> None:
+def test_a_server_and_a_store_give_the_same_output(loaded: Project, server: str) -> None:
     for question in (
         ["predict", "delay", "tailnum=N1,123,ZZ", "hour=5"],
         ["features", "plane:maker", "plane:seats", "tailnum=N1,123,ZZ"],

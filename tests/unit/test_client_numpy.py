@@ -1,4 +1,4 @@
-"""Arrays go in and come out whole: a call of the client executes as much Python for 10,000 rows as for ten."""
+"""A client handles arrays as a whole: a call runs as many Python instructions for 10,000 rows as for ten."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FEW, MANY = 10, 10_000
 
 
 def opcodes(work: Callable[[], Any]) -> int:
-    """How many bytecode instructions it executes, in its own frame and all those below."""
+    """Count the bytecode instructions that `work` executes, in its frame and in all frames below."""
     count = 0
 
     def trace(frame: FrameType, event: str, arg: Any) -> Any:
@@ -54,16 +54,21 @@ def columns(rows: int) -> dict[str, Any]:
         "floats": np.linspace(0, 1, rows, dtype=np.float32),
         "flags": np.arange(rows) % 2 == 0,
         "times": np.arange(rows).astype("datetime64[s]"),
+        "masked": np.ma.array(np.arange(rows), mask=np.arange(rows) % 2),
         "vectors": np.zeros((rows, 4), np.float32),
         "text": np.array(names),
         "objects": np.array([*names[:-1], None], object),
         "arrow": pa.array(np.arange(rows)),
+        "arrow_nulls": pa.array([*range(rows - 1), None]),
+        "arrow_text": pa.array(names, pa.string_view()),
+        "arrow_times": pa.array(np.arange(rows), pa.timestamp("ns", "UTC")),
+        "arrow_vectors": pa.array([[0.5, 1.5]] * rows),
         "lists": names,
         "scalar": 7,
     }
 
 
-def test_columns_go_in_whole() -> None:
+def test_columns_are_encoded_without_a_python_loop_over_rows() -> None:
     address = parse_address(":1")
 
     def send(given: dict[str, Any]) -> bytes:
@@ -71,10 +76,11 @@ def test_columns_go_in_whole() -> None:
         return Call(address, 1, "predict", params, 5.0).message()
 
     few, many = columns(FEW), columns(MANY)
+    send(few)  # which imports what reads Arrow
     assert opcodes(lambda: send(few)) == opcodes(lambda: send(many)) > 0
 
 
-def test_results_come_out_whole() -> None:
+def test_results_are_decoded_without_a_python_loop_over_rows() -> None:
     def reply(rows: int) -> tuple[bytes, bytes]:
         tensors = [
             protocol.pack_tensor(np.arange(rows)),
@@ -103,12 +109,12 @@ def test_results_come_out_whole() -> None:
     assert features.to_dict()["v:a"][-1] == MANY - 1
 
 
-def test_the_measure_sees_work_for_each_element() -> None:
+def test_the_instruction_count_sees_a_loop_over_elements() -> None:
     counts = [opcodes(lambda rows=rows: [i + 1 for i in range(rows)]) for rows in (FEW, MANY)]
     assert counts[1] > counts[0] + MANY - FEW
 
 
 @pytest.mark.parametrize("values", [["a\0", "b"], ["", None], [["a", "b"], ["c", "d\0"]], []])
-def test_text_comes_out_as_it_was(values: list[Any]) -> None:
+def test_strings_are_decoded_unchanged(values: list[Any]) -> None:
     result = {"outputs": {"label": values}, "version": 1}
     assert calls.read_prediction("m", result).outputs["label"].tolist() == values

@@ -1,4 +1,4 @@
-"""push and delete of both clients: what they send, and what they make of the answer."""
+"""push and delete of both clients: the bytes that they send, and the results and errors that they return."""
 
 import asyncio
 from typing import Any
@@ -35,7 +35,7 @@ each = pytest.mark.parametrize("run", [blocking, with_asyncio, with_uvloop])
 
 
 class Recorder:
-    """Answers every push by 7 rows; keeps what it was sent, tensors as they travelled."""
+    """A peer that answers every push with 7 rows, and records the params, with tensors not decoded."""
 
     def __init__(self, result: Any = None):
         self.result = {"rows": 7} if result is None else result
@@ -50,7 +50,7 @@ class Recorder:
 
 
 @each
-def test_arrays_go_as_tensors_and_strings_as_lists(run: Any) -> None:
+def test_arrays_are_sent_as_tensors_and_strings_as_lists(run: Any) -> None:
     recorder = Recorder()
     rows = {"user_id": np.arange(3), "tier": ["a", None, "c"], "taste": np.ones((3, 2), np.float32), "age": 1.5}
     with serving(recorder) as address:
@@ -63,7 +63,7 @@ def test_arrays_go_as_tensors_and_strings_as_lists(run: Any) -> None:
 
 
 @each
-def test_delete_and_deadlines(run: Any) -> None:
+def test_delete_and_push_send_what_is_left_of_the_deadline(run: Any) -> None:
     recorder = Recorder()
     with serving(recorder) as address:
         assert run(address, lambda c: c.delete("stats", {"user_id": [1, 2]}, deadline_ms=500)) == 7
@@ -79,13 +79,13 @@ def test_delete_and_deadlines(run: Any) -> None:
 
 @each
 @pytest.mark.parametrize("result", ["7", {}, {"rows": None}, [7]])
-def test_another_result_is_a_fault_of_the_server(run: Any, result: Any) -> None:
+def test_a_result_of_a_wrong_form_is_an_internal_error(run: Any, result: Any) -> None:
     with serving(Recorder(result)) as address, pytest.raises(errors.Internal, match="push: the server's result"):
         run(address, lambda c: c.push("stats", {"user_id": 1}))
 
 
 @each
-def test_rows_that_are_no_table_are_refused_before_they_are_sent(run: Any) -> None:
+def test_rows_of_a_wrong_type_are_refused_before_they_are_sent(run: Any) -> None:
     recorder = Recorder()
     with serving(recorder) as address, pytest.raises(errors.InvalidArgument, match="columns of type list; give a dict"):
         run(address, lambda c: c.push("stats", [1, 2]))

@@ -1,4 +1,4 @@
-"""Calls that are sent again, and those that must not be; the connections they go over; the deadlines they carry."""
+"""Retries of both clients: which calls are sent again, over which connections, with which deadlines."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ RESULTS: dict[str, Any] = {
 
 
 class Failing:
-    """Fails the first `n` requests in one way, and answers the rest. seen: (method, params) of all."""
+    """A peer that fails the first `n` requests and answers the others. seen: (method, params) of all requests."""
 
     def __init__(self, n: int, fail: Callable[[Peer, int], None]):
         self.n = n
@@ -81,7 +81,7 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def closed_port() -> Iterator[socket.socket]:
-    """A socket that refuses connections until it is told to listen."""
+    """A bound socket that refuses connections until a test calls listen()."""
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         yield bound
@@ -112,7 +112,7 @@ def test_a_write_that_was_sent_is_not_sent_again(run: Any, method: str, fail: An
 
 @both
 @pytest.mark.parametrize("method", [*READS, *WRITES])
-def test_what_never_left_is_sent_later(
+def test_a_call_that_was_not_sent_is_sent_later(
     run: Any, method: str, closed_port: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
@@ -140,7 +140,7 @@ def test_what_never_left_is_sent_later(
 
 
 @pytest.mark.parametrize("method", [*READS, *WRITES])
-def test_a_connection_lost_before_the_token_was_taken(method: str) -> None:
+def test_a_connection_lost_during_auth_is_made_again(method: str) -> None:
     call = {**READS, **WRITES}[method]
 
     async def asynchronously(address: str) -> None:
@@ -159,7 +159,7 @@ def test_a_connection_lost_before_the_token_was_taken(method: str) -> None:
 @both
 @pytest.mark.parametrize("kind", [kind for kind in errors.BY_CODE.values() if kind is not errors.Unavailable])
 def test_other_errors_are_final(run: Any, kind: type[errors.ShorttailError]) -> None:
-    """RESOURCE_EXHAUSTED above all: a server that sheds load must not be asked for more."""
+    """RESOURCE_EXHAUSTED is the most important: an overloaded server must not get retries."""
     server = Failing(9, lambda peer, msgid: peer.answer(msgid, None, {"code": kind.code, "message": "no"}))
     with serving(server) as address, pytest.raises(kind):
         run(address, READS["predict"])
@@ -186,7 +186,9 @@ def test_retries_are_limited(limit: int, at_once: None) -> None:
 
 
 @both
-def test_a_pause_that_would_outlast_the_deadline_is_not_made(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_fails_at_once_if_the_pause_would_outlast_the_deadline(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(retries, "backoff_s", lambda failures: 60.0)
     server = Failing(9, closes)
     with serving(server) as address, pytest.raises(errors.Unavailable, match=r"closed|lost"):
@@ -196,7 +198,7 @@ def test_a_pause_that_would_outlast_the_deadline_is_not_made(run: Any, monkeypat
 
 @both
 @pytest.mark.parametrize("deadline_ms", [None, 3000])
-def test_each_request_tells_what_is_left_of_the_deadline(run: Any, deadline_ms: float | None) -> None:
+def test_each_request_carries_the_time_left_until_the_deadline(run: Any, deadline_ms: float | None) -> None:
     def close_later(peer: Peer, msgid: int) -> None:
         time.sleep(0.05)
         raise EOFError
@@ -204,14 +206,14 @@ def test_each_request_tells_what_is_left_of_the_deadline(run: Any, deadline_ms: 
     server = Failing(2, close_later)
     with serving(server) as address:
         run(address, lambda c: c.predict("m", {"x": 1.0}, version=7, deadline_ms=deadline_ms), timeout_s=4.0)
-    told = [params[2].pop("deadline_ms") for _, params in server.seen]
-    assert 0 < told[0] <= (deadline_ms or 4000)
-    assert told[1] <= told[0] - 50
-    assert told[2] <= told[1] - 50
+    sent_ms = [params[2].pop("deadline_ms") for _, params in server.seen]
+    assert 0 < sent_ms[0] <= (deadline_ms or 4000)
+    assert sent_ms[1] <= sent_ms[0] - 50
+    assert sent_ms[2] <= sent_ms[1] - 50
     assert [params for _, params in server.seen] == [["m", {"x": 1.0}, {"encoding": "tensor", "version": 7}]] * 3
 
 
-def test_pauses_double_and_are_random() -> None:
+def test_pauses_are_random_below_a_bound_that_doubles() -> None:
     for failures in range(12):
         bound_s = min(LIMITS.client_backoff_min_s * 2**failures, LIMITS.client_backoff_max_s)
         drawn = [retries.backoff_s(failures) for _ in range(300)]
@@ -240,10 +242,10 @@ def test_the_budget_holds_for_any_order_of_calls() -> None:
             allowed = LIMITS.client_retry_reserve + LIMITS.client_retry_ratio * begun
             assert granted <= allowed + 50 + 1e-6
         if failing == 1.0:
-            assert granted > allowed - 2, "what is earned can be used"
+            assert granted > allowed - 2, "all tokens can be used"
 
 
-def test_a_server_that_loses_every_call_is_not_asked_several_times_as_much(at_once: None) -> None:
+def test_the_budget_limits_retries_to_a_server_that_loses_every_call(at_once: None) -> None:
     server = Failing(1_000_000, closes)
     calls = 400
     with serving(server) as address, Client(address) as client:
@@ -253,7 +255,7 @@ def test_a_server_that_loses_every_call_is_not_asked_several_times_as_much(at_on
     assert calls < len(server.seen) <= calls * (1 + LIMITS.client_retry_ratio) + LIMITS.client_retry_reserve
 
 
-def test_a_connection_lost_with_thousands_of_calls_on_it() -> None:
+def test_all_calls_of_a_lost_connection_can_be_sent_again() -> None:
     count = 3000
     server = Failing(count, lambda peer, msgid: None)
     lost = threading.Event()
@@ -294,7 +296,7 @@ def in_threads(n: int, work: Callable[[int], Any]) -> list[Any]:
     return results
 
 
-def test_threads_do_not_take_turns() -> None:
+def test_calls_of_threads_run_at_the_same_time() -> None:
     together = threading.Barrier(4)
     used: list[int] = []
 
@@ -302,7 +304,7 @@ def test_threads_do_not_take_turns() -> None:
         while True:
             msgid, _, params = peer.receive()
             if params:
-                together.wait(10)  # no call is answered before all have come
+                together.wait(10)  # no call is answered before all have arrived
             used.append(id(peer))
             peer.answer(msgid, RESULTS["predict"])
 
@@ -313,10 +315,10 @@ def test_threads_do_not_take_turns() -> None:
         used.clear()
         for _ in range(8):
             client.ping()
-        assert len(set(used)) == 1  # the others stay idle, until the server closes them
+        assert len(set(used)) == 1  # the other connections stay idle until the server closes them
 
 
-def test_connections_are_limited_and_waited_for() -> None:
+def test_calls_wait_for_a_connection_at_the_limit() -> None:
     server = Failing(0, closes)
     with serving(server) as address, Client(address, max_connections=2) as client:
         assert in_threads(8, lambda _: [client.predict("m", {"x": 1}).version for _ in range(20)]) == [[1] * 20] * 8
@@ -343,18 +345,18 @@ def test_a_deadline_passes_while_all_connections_are_in_use() -> None:
         holding.join()
 
 
-def test_a_failure_frees_its_place(closed_port: socket.socket) -> None:
+def test_a_failed_call_gives_its_connection_slot_back(closed_port: socket.socket) -> None:
     with Client(f"127.0.0.1:{closed_port.getsockname()[1]}", max_connections=1, retries=0) as client:
         for _ in range(3):
             with pytest.raises(errors.Unavailable, match="refused"):
                 client.ping()
         closed_port.listen()
-        for _ in range(2):  # connected, and nobody answers
+        for _ in range(2):  # connected, but not accepted: no answer comes
             with pytest.raises(errors.DeadlineExceeded):
                 client.predict("m", {}, deadline_ms=1)
 
 
-def test_connections_in_use_are_closed_once_they_come_back() -> None:
+def test_connections_in_use_are_closed_when_they_are_given_back() -> None:
     held, free = threading.Event(), threading.Event()
     ended = threading.Semaphore(0)
 
@@ -374,7 +376,7 @@ def test_connections_in_use_are_closed_once_they_come_back() -> None:
         using = threading.Thread(target=client.models)
         using.start()
         held.wait(10)
-        client.ping()  # a second connection, idle then
+        client.ping()  # a second connection, which is idle afterwards
         client.close()
         assert ended.acquire(timeout=10)
         free.set()
@@ -387,7 +389,7 @@ def test_connections_in_use_are_closed_once_they_come_back() -> None:
 # The connections of AsyncClient
 
 
-def test_calls_go_to_the_connection_with_the_fewest() -> None:
+def test_calls_use_the_connection_with_the_fewest_in_flight() -> None:
     arrived: dict[int, list[int]] = {}
     answers = threading.Event()
 
@@ -447,8 +449,8 @@ def test_calls_that_wait_for_a_connection_share_one_attempt() -> None:
     assert (server.n_connections, len(server.seen)) == (1, 200)
 
 
-def test_calls_wait_for_a_connection_no_longer_than_their_deadlines() -> None:
-    """A peer that takes connections and never answers to the token."""
+def test_the_deadline_of_a_call_holds_while_it_waits_for_a_connection() -> None:
+    """The peer accepts connections and never answers `auth`."""
 
     async def run(address: str) -> None:
         client = AsyncClient(address, token="t", timeout_s=30)
@@ -465,7 +467,7 @@ def test_calls_wait_for_a_connection_no_longer_than_their_deadlines() -> None:
 
 
 @pytest.mark.parametrize("run", [call_blocking, call_async])
-def test_a_closed_port_is_said_as_before(run: Any, closed_port: socket.socket) -> None:
+def test_retries_do_not_change_the_error_of_a_closed_port(run: Any, closed_port: socket.socket) -> None:
     address = f"127.0.0.1:{closed_port.getsockname()[1]}"
     with pytest.raises(errors.Unavailable, match=f"^no server at {address}: connection refused; start one with"):
         run(address, READS["predict"])

@@ -1,4 +1,4 @@
-"""Compiled functions are kept for the next start, in a directory that only this user can write."""
+"""Compiled functions are cached for the next start, in a directory that only this user can write."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def outcome(process: subprocess.Popen[str]) -> str:
     return out.strip()
 
 
-def test_a_second_start_loads_without_numba_and_starts_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
+def test_a_second_start_needs_no_numba_and_parallel_starts_work(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     together = [start(cache), start(cache)]
     for process in together:
@@ -74,7 +74,7 @@ def test_a_cache_that_is_not_private_is_not_used(kind: str, tmp_path: Path, monk
     assert codecache.load("ab") is None
 
 
-def test_the_cache_gives_back_what_was_stored_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_returns_exactly_what_was_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SHORTTAIL_CACHE_DIR", str(tmp_path / "cache"))
     codecache.store("ab", b"code")
     codecache.store("ab", b"newer")
@@ -88,7 +88,7 @@ def test_the_cache_gives_back_what_was_stored_and_nothing_else(tmp_path: Path, m
         assert codecache.load("ab") is None
 
 
-def test_code_that_needs_what_this_process_lacks_is_not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_with_an_undefined_symbol_is_not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transforms, "undefined_symbols", lambda code: ["no_such_symbol"])
     with pytest.raises(transforms.NotLoadable, match="no_such_symbol"):
         transforms.load_object(b"", "x")

@@ -1,5 +1,5 @@
-"""deploy/: command lines are understood by the command they name, probes ask routes that answer, and what these files
-promise (time to start and to stop, room for connections, who may read the tokens) fits what the server does."""
+"""The files in deploy/ fit the server: the command lines are valid, the probes ask routes that exist, and the times to
+start and to stop, the open-file limit and the mode of the token file agree with the server's."""
 
 import http.client
 import json
@@ -35,7 +35,7 @@ def resource(kind, name="shorttail"):
 
 
 def unit(name):
-    """A unit file as {setting: [value...]}: settings may be given more than once."""
+    """Read a unit file as {setting: [value, ...]}; a setting may be given more than once."""
     settings = {}
     for line in (DEPLOY / name).read_text().splitlines():
         if line and line[0] not in "#[":
@@ -45,7 +45,7 @@ def unit(name):
 
 
 def dockerfile():
-    """The last stage as [(instruction, arguments)]."""
+    """Read the last stage of the Dockerfile as [(instruction, arguments)]."""
     text = re.sub(r"\\\n\s*", "", (DEPLOY / "Dockerfile").read_text())
     lines = [line.split(maxsplit=1) for line in text.splitlines() if line and line[0] != "#"]
     last = max(number for number, (instruction, _) in enumerate(lines) if instruction == "FROM")
@@ -69,7 +69,7 @@ COMMANDS = {
 
 
 def options(command):
-    """What `shorttail serve` makes of a command line. Raises for one that it does not understand."""
+    """Return the options that `shorttail serve` reads from a command line. Raises if it is not valid."""
     assert Path(command[0]).name == "shorttail"
     assert command[1] == "serve"
     return cli.commands["serve"].make_context("serve", command[2:], resilient_parsing=False).params
@@ -77,7 +77,7 @@ def options(command):
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory):
-    """here(command): its options, with the paths and addresses of this machine instead."""
+    """Return a function that replaces the paths and addresses of a command line by those of this machine."""
     home = tmp_path_factory.mktemp("deployed")
     store = make_store(home)
     tokens = home / "tokens"
@@ -95,7 +95,7 @@ def here(tmp_path_factory):
 
 
 @pytest.mark.parametrize("source", COMMANDS)
-def test_the_command_lines_are_served_by(source, here):
+def test_the_command_lines_start_a_server(source, here):
     given = options(COMMANDS[source])
     assert given["store"].startswith("/var/lib/shorttail/")
     assert given["port"] == DEFAULT_PORT
@@ -107,14 +107,14 @@ def test_the_command_lines_are_served_by(source, here):
     assert done.stdout.startswith("ok · models: total v1")
 
 
-def test_an_option_that_does_not_exist_is_seen():
+def test_an_option_that_does_not_exist_is_found():
     with pytest.raises(click.NoSuchOption):
         options([*COMMANDS["Dockerfile"], "--prefault"])
 
 
 @pytest.fixture(scope="module")
 def server(here, tmp_path_factory):
-    """As the StatefulSet runs it, but on free ports of this machine."""
+    """Run the server as the StatefulSet does, but on free ports of this machine."""
     split = here(COMMANDS["statefulset.yaml"])
     split.remove("--pin-cpus")  # the machine's CPUs are not this test's alone
     at = split.index("--store")
@@ -136,7 +136,7 @@ def get(server, path, **headers):
     return answer.status
 
 
-def test_probes_ask_what_is_answered_without_a_token(server):
+def test_probes_need_no_token(server):
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         assert SERVER[probe]["httpGet"]["port"] == "http"
         assert get(server, SERVER[probe]["httpGet"]["path"]) == 200, probe
@@ -168,7 +168,7 @@ def seconds(name):
     return float(UNIT[name][0])
 
 
-def test_there_is_time_to_start_to_hang_and_to_stop():
+def test_the_timeouts_leave_time_to_start_to_hang_and_to_stop():
     stop_s = 2 * LIMITS.stop_grace_s  # the workers, and then the writer
     assert seconds("TimeoutStopSec") >= stop_s + MARGIN_S
     assert seconds("TimeoutStartSec") >= LIMITS.start_timeout_s + MARGIN_S
@@ -176,12 +176,12 @@ def test_there_is_time_to_start_to_hang_and_to_stop():
     assert POD["terminationGracePeriodSeconds"] >= before_s + stop_s + MARGIN_S
     startup, alive = SERVER["startupProbe"], SERVER["livenessProbe"]
     assert startup["periodSeconds"] * startup["failureThreshold"] >= LIMITS.start_timeout_s + MARGIN_S
-    # The supervisor replaces a worker that hangs; whoever watches the whole must not be faster.
+    # The supervisor replaces a worker that hangs; Kubernetes and systemd must not restart the server before that.
     assert alive["periodSeconds"] * (alive["failureThreshold"] - 1) > LIMITS.hang_deadline_s
     assert seconds("WatchdogSec") > LIMITS.hang_deadline_s
 
 
-def test_the_unit_lets_the_server_do_what_it_does():
+def test_the_unit_permits_what_the_server_needs():
     assert UNIT["Type"] == ["notify-reload"]
     assert UNIT["KillMode"] == ["mixed"]  # the writer must not be told to stop while workers hand writes to it
     assert "MemoryDenyWriteExecute" not in UNIT
@@ -202,12 +202,12 @@ def test_systemd_understands_the_units(tmp_path):
         ["systemd-analyze", "verify", "--man=no", *sorted(tmp_path.iterdir())],
         capture_output=True, text=True, timeout=TIMEOUT_S,
     )  # fmt: skip
-    # Before version 253 there is no notify-reload; the unit says what to write instead.
+    # systemd before version 253 has no notify-reload; a comment in the unit says what to write instead.
     said = [line for line in done.stderr.splitlines() if str(tmp_path) in line and "notify-reload" not in line]
     assert said == []
 
 
-def test_ports_and_names_of_the_manifests_belong_together():
+def test_ports_and_labels_of_the_manifests_match():
     ports = {port["name"]: port["containerPort"] for port in SERVER["ports"]}
     assert ports == {"rpc": DEFAULT_PORT, "http": DEFAULT_HTTP_PORT}
     labels = SET["template"]["metadata"]["labels"]
@@ -226,7 +226,7 @@ def test_ports_and_names_of_the_manifests_belong_together():
     assert monitored["selector"]["matchLabels"].items() - resource("Service")["metadata"]["labels"].items()
 
 
-def test_the_pod_gets_whole_cpus_of_its_own():
+def test_the_pod_gets_exclusive_cpus():
     for container in (*POD["initContainers"], SERVER):
         assert container["resources"]["requests"] == container["resources"]["limits"]
         assert {"cpu", "memory"} == container["resources"]["limits"].keys()
@@ -251,7 +251,7 @@ def test_nothing_runs_as_root_or_writes_outside_its_volumes():
     assert "/tmp" in mounts
 
 
-def test_the_mode_of_the_mounted_tokens_is_one_that_the_server_takes(tmp_path):
+def test_the_server_accepts_the_mode_of_the_mounted_token_file(tmp_path):
     path = tmp_path / "tokens"
     path.write_text(f"serve {TOKEN}\n")
     path.chmod(POD["volumes"][0]["secret"]["defaultMode"])

@@ -42,7 +42,7 @@ def payload(tmp_path: Path) -> Path:
 
 @contextlib.contextmanager
 def answering(answer: Answer, reverse: bool = False) -> Iterator[str]:
-    """A server that answers each msgid by the bytes of `answer`; `reverse`: the last of what arrived first."""
+    """A server that answers each msgid with the bytes of `answer`. reverse: it answers the last request first."""
     loop = asyncio.new_event_loop()
 
     class Server(asyncio.Protocol):
@@ -92,7 +92,7 @@ def test_an_echo_server_answers_every_request(tmp_path: Path, connections: int, 
 
 
 @pytest.mark.parametrize(("connections", "pipeline", "awake"), [(1, 64, False), (3, 20, True)])
-def test_an_open_loop_asks_as_often_as_told(tmp_path: Path, connections: int, pipeline: int, awake: bool) -> None:
+def test_an_open_loop_sends_at_the_given_rate(tmp_path: Path, connections: int, pipeline: int, awake: bool) -> None:
     payload = tmp_path / "payload"
     loadgen.write_payload(payload, [bytes(100)])
     with loadgen.start_echo(100, 33) as address:
@@ -140,7 +140,7 @@ def test_replies_far_larger_than_any_buffer(tmp_path: Path) -> None:
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("pipeline", [1, 16])
 def test_right_replies_of_every_shape(payload: Path, pipeline: int, reverse: bool) -> None:
-    """Every MessagePack type and length class, so that framing is wrong if the skipper is."""
+    """Replies have every MessagePack type and length class, so an error in skipping values breaks the framing."""
     values: list[Any] = [
         *(None, True, 0, -1, -32, 127, 128, 255, 256, 65_535, 65_536, 2**32, 2**63, -33, -128, -129, -32_769, -(2**40)),
         *(1.5, "", "x" * 31, "x" * 32, "x" * 255, "x" * 256, "x" * 70_000, b"x", b"x" * 256, b"x" * 70_000),
@@ -162,7 +162,7 @@ def test_right_replies_of_every_shape(payload: Path, pipeline: int, reverse: boo
     assert (figures["errors"], figures["bad_nonce"], figures["unanswered"]) == (0, 0, 0), f"seed {seed}"
 
 
-def test_each_request_has_an_id_of_its_own(payload: Path) -> None:
+def test_each_request_has_its_own_id(payload: Path) -> None:
     seen: list[int] = []
 
     def answer(msgid: int) -> bytes:
@@ -183,7 +183,7 @@ def test_a_wrong_id_is_counted(payload: Path) -> None:
 
 
 def test_replies_crossed_between_connections_are_counted(payload: Path) -> None:
-    """The id of a request that is in flight, but on another connection."""
+    """A reply has the id of a request that is in flight on another connection."""
     before = [0]
 
     def answer(msgid: int) -> bytes:
@@ -242,16 +242,16 @@ def test_requests_without_a_reply_are_counted(payload: Path) -> None:
         (b"\x94\x01\xc0\xa4nope\xc0", "refused the connection:  nope"),
     ],
 )
-def test_what_stops_a_run_is_one_line(payload: Path, data: bytes, message: str) -> None:
+def test_an_error_that_ends_a_run_is_one_line(payload: Path, data: bytes, message: str) -> None:
     with answering(lambda msgid: data) as address, pytest.raises(loadgen.BenchError) as caught:
-        # With the run over nothing is asked any more, so the second of two replies answers nothing.
+        # The run is over and sends no more requests, so the second of two replies answers no request.
         loadgen.run(address, payload, 1, warmup_s=0, duration_s=0)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("content", [b"", b"\x01", b"\x09\x00\x00\x00short", b"\x08\x00\x00\x00notaready"])
-def test_a_payload_that_is_not_one(tmp_path: Path, content: bytes) -> None:
+def test_an_invalid_payload_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "payload"
     path.write_bytes(content)
     with pytest.raises(loadgen.BenchError, match=str(path)):

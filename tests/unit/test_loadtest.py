@@ -97,7 +97,7 @@ def test_closed_loop_and_threads(tmp_path: Path, unix: bool) -> None:
     assert step.lag.total == 0
 
 
-def test_two_threads_offer_one_rate(seed: int) -> None:
+def test_two_threads_share_a_rate(seed: int) -> None:
     with rpc_server() as fake:
         step = load_on(fake.address, with_load(threads=2, seed=seed, poisson=False))
     assert step.due == pytest.approx(400, abs=3)

@@ -1,4 +1,4 @@
-"""What a load test draws, records and sends, and how users ask for it."""
+"""Load tests: random draws, arrival times, histograms, the requests that are sent, and the parsing of options."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def seed() -> int:
     return chosen
 
 
-# -- what is drawn -----------------------------------------------------------------------------------------------------
+# -- random draws and arrival times ------------------------------------------------------------------------------------
 
 
 def test_poisson_arrivals_have_exponential_gaps(seed: int) -> None:
     times = native.arrival_times(100_000, poisson=True, rate_from=500.0, rate_to=500.0, seed=seed)
     gaps = np.diff(times, prepend=0.0) * 500.0
-    # Mean and standard deviation 1; five standard errors of each.
+    # The mean and the standard deviation are 1, within five standard errors.
     assert gaps.mean() == pytest.approx(1, abs=5 / 100_000**0.5)
     assert gaps.std() == pytest.approx(1, abs=5 * (2 / 100_000) ** 0.5)
     assert (gaps > 2).mean() == pytest.approx(np.exp(-2), abs=0.006)
@@ -51,7 +51,7 @@ def test_constant_arrivals_and_their_phase() -> None:
 
 @pytest.mark.parametrize("poisson", [False, True])
 def test_a_ramp_goes_from_one_rate_to_the_other(poisson: bool, seed: int) -> None:
-    """1,000/s held for 1 s, then to 9,000/s over 4 s: at time t of the ramp 1000 t + 1000 t^2 requests."""
+    """1,000/s for 1 s, then a ramp to 9,000/s over 4 s: by time t of the ramp 1000 t + 1000 t^2 requests are due."""
     times = native.arrival_times(
         21_000, poisson=poisson, rate_from=1000.0, rate_to=9000.0, hold_s=1.0, ramp_s=4.0, seed=seed
     )
@@ -73,7 +73,7 @@ def test_zipf_draws_have_zipf_frequencies(exponent: float, seed: int) -> None:
     expected = weights / weights.sum() * count
     found = np.bincount(rows, minlength=n)
     assert len(found) == n
-    # 1,000 rows at five standard deviations: a right one fails once in a thousand runs or less.
+    # With 1,000 rows and five standard deviations, correct draws fail in at most one of 1,000 runs.
     assert (np.abs(found - expected) < 5.5 * expected**0.5 + 1).all()
     assert native.draw_rows("zipf", 1, exponent, 10).tolist() == [0] * 10
     assert native.draw_rows("zipf", 10**9, exponent, 1000, seed).max() < 10**9
@@ -94,7 +94,7 @@ def test_buckets_are_those_of_hdrhistogram(seed: int) -> None:
     counts = np.zeros(native.COUNTS, np.uint64)
     for value in values:
         library.record_value(value)
-        # The bucket of a value is the first whose highest value is not below it.
+        # The bucket of a value is the first bucket whose highest value is at least the value.
         counts[np.searchsorted(HIGHEST, value)] += 1
     assert np.array_equal(np.frombuffer(library.counts, np.uint64), counts)
     ours = Histogram(counts, max(values), float(sum(values)))
@@ -107,7 +107,7 @@ def test_buckets_are_those_of_hdrhistogram(seed: int) -> None:
     assert again.sum_ns == pytest.approx(ours.sum_ns)
 
 
-def test_percentiles_are_shown_only_with_samples_enough() -> None:
+def test_percentiles_are_shown_only_with_enough_samples() -> None:
     def shown(count: int) -> list[str]:
         counts = np.zeros(native.COUNTS, np.uint64)
         counts[1000] = count
@@ -136,12 +136,12 @@ def test_the_log_is_read_by_the_library(tmp_path: Path) -> None:
     assert second.get_start_time_stamp() - first.get_start_time_stamp() == pytest.approx(500, abs=1)
 
 
-# -- what is sent ------------------------------------------------------------------------------------------------------
+# -- requests ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("encoding", ["tensor", "list"])
 @pytest.mark.parametrize("rows", [1, 7])
-def test_requests_are_what_was_asked_for(encoding: str, rows: int) -> None:
+def test_requests_have_the_chosen_columns(encoding: str, rows: int) -> None:
     models = [{"name": "m", "columns": {
         "user_id": "Int64", "item": "String", "amount": "Float64", "flag": "Bool", "at": "Timestamp", "n": "Int32",
         "taste": "Vector(3)", "one": "Int64"}}]  # fmt: skip
@@ -239,7 +239,7 @@ def test_keys_of_a_file_stay_together(tmp_path: Path, kind: str) -> None:
         ({"keys": ["file:/none.csv"]}, "file:/none.csv: there is no such file"),
         ({"keys": ["store:/none"]}, "/none"),
         ({"values": ["amont=1"]}, "no request has a column 'amont'; did you mean 'amount'"),
-        ({"values": ["amount=x"]}, "amount=x: column 'amount' is Float64"),
+        ({"values": ["amount=x"]}, "column 'amount' takes Float64; got 'x' (text)"),
         ({"values": ["user_id=1"]}, "values from --keys and from --value"),
         ({"predict": None, "features": ["v:ages"]}, "has no feature 'ages'; did you mean 'age'"),
         ({"predict": None, "features": ["w:age"]}, "no feature view 'w'"),
@@ -248,17 +248,17 @@ def test_keys_of_a_file_stay_together(tmp_path: Path, kind: str) -> None:
         ({"draw": "zip"}, "draw 'zip' is not understood"),
     ],
 )
-def test_what_cannot_be_sent_is_one_line(work: dict[str, Any], message: str) -> None:
+def test_an_invalid_workload_is_one_line(work: dict[str, Any], message: str) -> None:
     with pytest.raises((InvalidArgument, NotFound)) as caught:
         plan_rpc(predict(**work), MODELS, VIEWS)
     assert message in caught.value.message
     assert "\n" not in caught.value.message
 
 
-# -- how users write it ------------------------------------------------------------------------------------------------
+# -- parsing of options ------------------------------------------------------------------------------------------------
 
 
-def test_rates() -> None:
+def test_rates_are_parsed() -> None:
     assert [r.start for r in rates.parse_rates("1k:8k:x2")] == [1000, 2000, 4000, 8000]
     assert [r.start for r in rates.parse_rates("1k:2k:+250")] == [1000, 1250, 1500, 1750, 2000]
     assert [r.start for r in rates.parse_rates("500,1.5k,.2M")] == [500, 1500, 200_000]
@@ -271,14 +271,14 @@ def test_rates() -> None:
 @pytest.mark.parametrize(
     "text", ["", "x", "0", "-1k", "1k:2k", "1k:50k:1.5", "50k:1k:x2", "1k:2k:x1", "1:1M:+1", "1e3"]
 )
-def test_rates_that_are_none(text: str) -> None:
+def test_invalid_rates_are_refused(text: str) -> None:
     with pytest.raises(InvalidArgument) as caught:
         rates.parse_rates(text)
     assert f"'{text}'" in caught.value.message
 
 
 @pytest.mark.parametrize("text", ["99=5ms", "p99", "p100=1ms", "p99=5 parsecs", "p0=1s"])
-def test_objectives_that_are_none(text: str) -> None:
+def test_invalid_objectives_are_refused(text: str) -> None:
     with pytest.raises(InvalidArgument):
         rates.parse_objective(text)
 
@@ -299,8 +299,8 @@ def test_addresses_without_a_server(address: str, message: str) -> None:
     assert message in caught.value.message
 
 
-def test_capacity_is_found_by_steps_long_enough() -> None:
-    """Against arithmetic instead of a server: P90 is met up to 7,000/s."""
+def test_find_capacity_uses_steps_that_are_long_enough() -> None:
+    """A function replaces the server: it meets the P90 up to 7,000/s."""
     tried: list[tuple[float, float]] = []
 
     def run(rate: Rate, seconds: float) -> Step:
@@ -322,7 +322,7 @@ def test_capacity_is_found_by_steps_long_enough() -> None:
     assert 7000 / 1.06 <= capacity.rate_per_s <= 7000
     assert len(steps) == len(tried)
     assert all(rate * seconds >= objective.samples for rate, seconds in tried)
-    assert tried[-1] == (capacity.rate_per_s, 1.0), "not confirmed by a longer step"
+    assert tried[-1] == (capacity.rate_per_s, 1.0), "a longer step must confirm the result"
 
 
 @pytest.mark.parametrize(
@@ -341,7 +341,7 @@ def test_capacity_is_found_by_steps_long_enough() -> None:
         {"sockaddr": bytes(200)},
     ],
 )
-def test_plans_that_would_read_beyond_their_memory_are_refused(broken: dict[str, Any]) -> None:
+def test_plans_that_point_outside_of_their_memory_are_refused(broken: dict[str, Any]) -> None:
     template = Template("t", 1.0)
     template.literal(b"\x94\x00")
     template.nonce()

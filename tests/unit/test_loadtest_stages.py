@@ -1,4 +1,4 @@
-"""Where the server's time went, by its own metrics: the arithmetic, what is no breakdown, and what is said of it."""
+"""The server's time by stage, from its own metrics: the arithmetic, cases without times, and the findings."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def text(memory: MetricsMemory) -> str:
 
 
 def serve(recorder: Recorder, took_ns: NDArray[np.int64], method: int = PREDICT) -> None:
-    """Batches of two requests. took_ns: [batches, 5], or 4 without inference."""
+    """Record batches of two requests. took_ns: [batches, 5], or [batches, 4] without inference."""
     slot = recorder.slot(method, "m" if method == PREDICT else "")
     for row in took_ns.tolist():
         ends = np.cumsum([1000, *row]).tolist()
@@ -52,7 +52,7 @@ def drawn(generator: np.random.Generator, n: int, stages_n: int = 5) -> NDArray[
     return np.rint(np.exp(generator.normal(10.0, 1.0, (n, stages_n)))).astype(np.int64) + 1
 
 
-def test_a_step_is_what_was_counted_between_two_readings(memory: MetricsMemory, recorder: Recorder) -> None:
+def test_a_step_has_the_difference_of_two_readings(memory: MetricsMemory, recorder: Recorder) -> None:
     seed = random.SystemRandom().randrange(2**31)
     print("seed", seed)
     generator = np.random.default_rng(seed)
@@ -73,7 +73,7 @@ def test_a_step_is_what_was_counted_between_two_readings(memory: MetricsMemory, 
         assert part["mean_us"] == pytest.approx(took_ns.sum() / batches / 1e3, abs=0.001)
         assert part["share"] == pytest.approx(took_ns.sum() / seen["total"].sum(), abs=1e-4)
         for percentile in (50, 99):
-            # Interpolation can be wrong within a bucket, and nowhere else.
+            # Interpolation is only exact to a bucket.
             exact_ns = np.percentile(took_ns, percentile, method="inverted_cdf")
             bucket = np.searchsorted(BOUNDS_NS, exact_ns)
             low_ns = BOUNDS_NS[bucket - 1] if bucket else 0
@@ -84,7 +84,7 @@ def test_a_step_is_what_was_counted_between_two_readings(memory: MetricsMemory, 
     assert found["workers"] == 1
 
 
-def test_percentiles_need_enough_and_say_no_more_than_the_last_bucket() -> None:
+def test_percentiles_need_enough_observations_and_end_at_the_last_bucket() -> None:
     inf = float("inf")
     assert stages.quantile_us({1e-6: 199, inf: 199}, 50) is None
     assert stages.quantile_us({1e-6: 0, 2e-6: 200, inf: 200}, 50) == 1.5
@@ -93,7 +93,7 @@ def test_percentiles_need_enough_and_say_no_more_than_the_last_bucket() -> None:
     assert stages.quantile_us({}, 50) is None
 
 
-def test_counts_that_are_not_this_steps_give_no_breakdown(memory: MetricsMemory, recorder: Recorder) -> None:
+def test_counts_of_another_server_or_step_are_refused(memory: MetricsMemory, recorder: Recorder) -> None:
     serve(recorder, np.full((50, 5), 2000))
     before = stages.parse(text(memory))
     with pytest.raises(Unavailable, match="counted 0 requests where 10 were answered: it is another server"):
@@ -106,14 +106,14 @@ def test_counts_that_are_not_this_steps_give_no_breakdown(memory: MetricsMemory,
         stages.between(before, stages.parse(text(fresh)), good=10)
 
 
-def test_workers_cpu_is_that_of_those_who_lived_on(memory: MetricsMemory, recorder: Recorder) -> None:
+def test_worker_cpu_is_that_of_workers_in_both_readings(memory: MetricsMemory, recorder: Recorder) -> None:
     before = stages.parse(text(memory))
     serve(recorder, np.full((20, 5), 2000))
     after = stages.parse(text(memory))
     after.at_s = before.at_s + 2.0
     before.cpu_s, after.cpu_s = {"1": 10.0, "2": 4.0, "3": 7.0}, {"1": 11.8, "2": 5.4, "4": 1.0}
     assert stages.between(before, after, 40)["worker_cpu"] == pytest.approx(0.8)
-    after.cpu_s["2"] = 0.1  # started again under its number
+    after.cpu_s["2"] = 0.1  # a worker that was restarted under its number
     assert stages.between(before, after, 40)["worker_cpu"] is None
 
 
@@ -125,7 +125,7 @@ def response(body: bytes, status: str = "200 OK") -> bytes:
     ("answer", "why"),
     [
         (response(b"", "404 Not Found"), "HTTP 404"),
-        (response(b"up 1\n"), "another server there"),
+        (response(b"up 1\n"), "not a shorttail server"),
         (response(b"<html>"), "not Prometheus text"),
         (response(b"shorttail_build_info{"), "not Prometheus text"),
         (response(b"\xff\xfe"), "not Prometheus text"),
@@ -134,7 +134,9 @@ def response(body: bytes, status: str = "200 OK") -> bytes:
         (response(b"# much\n" * 100), "more than 256 bytes"),
     ],
 )
-def test_what_is_no_metrics_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch, answer: bytes, why: str) -> None:
+def test_an_answer_that_is_not_metrics_is_reported_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, answer: bytes, why: str
+) -> None:
     monkeypatch.setattr(stages, "LIMITS", SimpleNamespace(bench_metrics_bytes=256))
     with http_server(lambda head, body: answer) as fake:
         watch = stages.StageWatch(f"http://{fake.address}/metrics")
@@ -142,7 +144,7 @@ def test_what_is_no_metrics_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch,
         assert watch.around(lambda: done).server is None
         assert why in watch.note
         assert watch.note.startswith(f"no times by stage from {watch.url}: ")
-        assert watch.note.endswith("; --metrics URL names the server's")
+        assert watch.note.endswith("; give the server's URL with --metrics")
         assert "\n" not in watch.note
         target = Target("127.0.0.1:7711", "msgpack", b"")
         with pytest.raises(Unavailable, match=f"^--metrics http://{fake.address}: .*prints its HTTP address$"):
@@ -192,7 +194,7 @@ def test_metrics_are_read_before_and_after_a_step_and_not_during(memory: Metrics
         ("http://10.1.2.3/v2/models/m/infer", "/v2/models/m/infer", ""),
     ],
 )
-def test_where_metrics_are_looked_for(text: str, path: str, url: str) -> None:
+def test_the_default_url_of_the_metrics(text: str, path: str, url: str) -> None:
     target = Target(text, "http" if text.startswith("http") else "msgpack", b"", path=path)
     assert stages.default_url(target) == url
     watch = stages.find(None, target)
@@ -201,12 +203,14 @@ def test_where_metrics_are_looked_for(text: str, path: str, url: str) -> None:
 
 
 @pytest.mark.parametrize("option", ["127.0.0.1:7712", "ftp://x/metrics", "http://", "metrics"])
-def test_a_metrics_address_that_is_none_is_refused(option: str) -> None:
+def test_an_invalid_metrics_address_is_refused(option: str) -> None:
     with pytest.raises(InvalidArgument, match="is not understood; write http://HOST:7712/metrics"):
         stages.find(option, Target("127.0.0.1:7711", "msgpack", b""))
 
 
-def test_without_its_parser_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, memory: MetricsMemory) -> None:
+def test_without_prometheus_client_the_note_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, memory: MetricsMemory
+) -> None:
     import sys
 
     monkeypatch.setitem(sys.modules, "prometheus_client.parser", None)
@@ -217,7 +221,7 @@ def test_without_its_parser_it_says_what_to_install(monkeypatch: pytest.MonkeyPa
         stages.fetch(f"http://{fake.address}/metrics")
 
 
-# -- what is said ------------------------------------------------------------------------------------------------------
+# -- the sentence about the stages -------------------------------------------------------------------------------------
 
 
 def step_of(offered: float, kept_up: bool = True, cpu: float | None = 0.3, workers: int = 1, **mean_us: float) -> Any:
@@ -243,7 +247,7 @@ FULL = {"queue": 120.0, "lookup": 42.0, "transform": 4.0, "infer": 8.0, "encode"
         ),
         ([step_of(1000, **IDLE), step_of(9000, False, 0.99, **FULL)], "120 us (67%) are queue: it is saturated (its"),
         ([step_of(9000, cpu=0.95, workers=4, **IDLE)], "near its limit (each of its 4 workers uses 95% of a core)"),
-        ([step_of(9000, cpu=0.4, **FULL)], "requests wait although its worker uses 40% of a core alone"),
+        ([step_of(9000, cpu=0.4, **FULL)], "requests wait although its worker uses 40% of a core"),
         ([step_of(9000, False, None, **FULL)], "are queue: it is saturated. Of the other 60.0 us, lookup takes 70%"),
         (
             [step_of(9000, **{**IDLE, "transform": 99.0})],
@@ -256,6 +260,6 @@ def test_the_sentence_names_the_stage_that_limits(steps: list[Any], expected: st
     assert expected in server(steps)
 
 
-def test_nothing_is_said_without_figures() -> None:
+def test_there_is_no_sentence_without_figures() -> None:
     assert server([{"offered_per_s": 1.0, "achieved_per_s": 1.0}]) == ""
     assert server([{"offered_per_s": 1.0, "achieved_per_s": 1.0, "server": None}]) == ""

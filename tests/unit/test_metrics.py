@@ -1,4 +1,4 @@
-"""What a server counts: the shared memory, the text of /metrics, the log's lines and its rate."""
+"""Metrics and the request log: shared memory, the text of /metrics, log lines and their rate limit."""
 
 import io
 import json
@@ -21,7 +21,7 @@ TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 
 
 class NoModels:
-    """As much of an engine as /metrics reads."""
+    """The part of an engine that /metrics reads."""
 
     class Store:
         class Catalog:
@@ -73,14 +73,14 @@ def test_bounds_of_buckets_are_inclusive(memory, number):
     assert (words[number], words[number + 1]) == (1, 1)
 
 
-def test_bounds_reach_from_a_microsecond_to_ten_seconds():
+def test_bucket_bounds_reach_from_a_microsecond_to_ten_seconds():
     assert BOUNDS_NS[0] == 1_000
     assert BOUNDS_NS[-1] == 10_000_000_000
     assert list(BOUNDS_NS) == sorted(BOUNDS_NS)
 
 
-def test_workers_are_added_up_and_survive_their_processes(memory):
-    """Each worker is a process: it claims a region, counts and ends, one of them by kill -9."""
+def test_counts_of_workers_are_added_up_and_outlive_their_processes(memory):
+    """Each worker is a process that claims a region, counts and ends; SIGKILL ends one of them."""
     script = """
 import os, sys
 from shorttail.observe.memory import WORD, MetricsMemory
@@ -114,16 +114,16 @@ sys.stdin.readline()
     workers[0].communicate()
     found = samples(memory)
     assert found["shorttail_requests_total", *labels] == 10  # counters stay
-    assert found["shorttail_connections", ("protocol", "rpc")] == 0  # gauges are of those that live
+    assert found["shorttail_connections", ("protocol", "rpc")] == 0  # gauges count living processes only
 
-    recorder = memory.claim()  # the region of one that ended
+    recorder = memory.claim()  # takes the region of a process that ended
     assert memory.regions == 5
     assert len(memory.processes()) == 2
     recorder.requests(recorder.slot(PREDICT, "fraud"), 0, "OK")
     assert samples(memory)["shorttail_requests_total", *labels] == 11
 
 
-def test_names_beyond_the_slots_are_counted_as_unknown(memory):
+def test_models_beyond_the_slots_are_counted_as_unknown(memory):
     recorder = memory.claim()
     for number in range(2 * SLOTS):
         recorder.requests(recorder.slot(PREDICT, f"model_{number}"), 0, "OK")
@@ -131,7 +131,7 @@ def test_names_beyond_the_slots_are_counted_as_unknown(memory):
     assert len(slots) <= SLOTS
     assert sum(counts.requests[0] for counts in slots.values()) == 2 * SLOTS
     assert slots["predict", UNKNOWN].requests[0] >= SLOTS
-    for method in range(len(METHODS)):  # there is room for what has no model
+    for method in range(len(METHODS)):  # there is a slot for methods without a model
         recorder.slot(method, "")
     assert ("other", "") in memory.slots() or ("other", UNKNOWN) in memory.slots()
 
@@ -147,14 +147,14 @@ def test_a_recorder_stays_within_its_region(memory):
         recorder.put(64, 1)
 
 
-def test_a_code_without_a_name_is_internal(memory):
+def test_an_unknown_code_is_counted_as_internal(memory):
     recorder = memory.claim()
     recorder.requests(recorder.slot(PREDICT, "m"), 1, "SOMETHING")
     labels = (("code", "INTERNAL"), ("method", "predict"), ("model", "m"), ("protocol", "http"))
     assert samples(memory)["shorttail_requests_total", *labels] == 1
 
 
-def test_metrics_are_prometheus_text_with_units(memory):
+def test_metrics_are_valid_prometheus_text_in_base_units(memory):
     recorder = memory.claim()
     recorder.batch(recorder.slot(PREDICT, "m"), 0, 1, 1, 0, 1_000, 2_000, 3_000, 4_000, 5_000)
     recorder.put(WORD["reader_age_us"], 2_500_000)
@@ -188,11 +188,11 @@ def test_metrics_are_prometheus_text_with_units(memory):
         (f"00-4bf92f3577b34da6a3ce929d0e0e4736-{'0' * 16}-01", {}),
     ],
 )
-def test_trace_context(header, ids):
+def test_trace_ids_are_read_from_a_valid_traceparent(header, ids):
     assert trace_ids(header) == ids
 
 
-def test_lines_of_the_log():
+def test_log_lines_are_text_or_json():
     assert format_line("text", "warning", "request failed", {"model": "m", "error": "no x"}) == (
         'warning: request failed (model=m error="no x")'
     )
@@ -201,13 +201,13 @@ def test_lines_of_the_log():
 
 
 class Now:
-    """A loop whose executor is the caller."""
+    """An event loop whose executor runs functions at once."""
 
     def run_in_executor(self, executor, function, *args):
         function(*args)
 
 
-def test_the_log_is_bounded_in_rate():
+def test_the_rate_of_log_lines_is_limited():
     stream = io.StringIO()
     log = RequestLog("json", failed=True, stream=stream)
     many = 10 * LIMITS.log_lines_per_s
@@ -219,11 +219,11 @@ def test_the_log_is_bounded_in_rate():
     assert lines[0].keys() == {"time", "level", "message", "number"}
     assert lines[-1]["message"] == "log lines left out"
     assert lines[-1]["lines"] == log.dropped_in_all == many - (len(lines) - 1)
-    log.write(Now())  # nothing new: nothing written
+    log.write(Now())  # nothing new, so nothing is written
     assert len(stream.getvalue().splitlines()) == len(lines)
 
 
-def test_a_claimed_region_is_this_process(memory):
+def test_a_claimed_region_belongs_to_this_process(memory):
     memory.claim()
     (process,) = memory.processes()
     assert process.header["pid"] == os.getpid()

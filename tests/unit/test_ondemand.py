@@ -1,4 +1,4 @@
-"""On-demand functions give what docs/on-demand.md says, for every value; they nest, and are cached."""
+"""On-demand functions give the results that docs/on-demand.md lists, for every value; they nest, and are cached."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ INT64 = some.integers(LOWEST, -LOWEST - 1) | some.sampled_from([0, 1, -1, LOWEST
 
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """One cache for this module, so that what is compiled twice is compiled once."""
+    """Use one cache for this module, so that no function is compiled twice."""
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("home") / "cache"
         patch.setenv("SHORTTAIL_CACHE_DIR", str(folder))
@@ -44,7 +44,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def run(function: OnDemand, *columns: Any, out: Any = None) -> tuple[np.ndarray, TransformProgram]:
-    """The function over columns; `out` is the type of the output."""
+    """Run the function over columns. out: dtype of the output. Returns the output and the program."""
     dtype = np.dtype(out if out is not None else function.returns.numpy)
     arrays = [np.ascontiguousarray(c, kind.numpy) for c, (_, kind) in zip(columns, function.params, strict=True)]
     rows, width = len(arrays[0]), function.returns.width
@@ -89,7 +89,7 @@ FLOAT_ORACLES = [
 
 @settings(deadline=None, max_examples=200)
 @given(FLOAT64, FLOAT64)
-def test_floats_are_numpys(a: float, b: float) -> None:
+def test_float_arithmetic_equals_numpy(a: float, b: float) -> None:
     n = len(FLOAT_ORACLES)
     found, program = run(float_operation, np.arange(n), [a] * n, [b] * n)
     x, y = np.float64(a), np.float64(b)
@@ -137,7 +137,7 @@ def int_oracles(a: int, b: int) -> list[int]:
 
 @settings(deadline=None, max_examples=300)
 @given(INT64, INT64)
-def test_integers_wrap_and_what_would_trap_gives_0(a: int, b: int) -> None:
+def test_integers_wrap_and_traps_give_0(a: int, b: int) -> None:
     wanted = int_oracles(a, b)
     n = len(wanted)
     assert run(int_operation, np.arange(n), [a] * n, [b] * n)[0].tolist() == wanted
@@ -163,7 +163,7 @@ def types(b: st.Bool, i: st.Int32, t: st.Timestamp, f: st.Float32) -> st.Bool:  
     return (b and i > 2_000_000_000) or t + i == -1 or f == 0.5
 
 
-def test_every_type_is_read_as_what_it_is() -> None:
+def test_every_type_of_parameter_is_read_correctly() -> None:
     columns = [[1, 1, 0, 0], [2_100_000_000, 5, -2, -(1 << 31)], [0, 0, 1, 0], [0, 0.1, 0, 0.5]]
     assert run(types, *columns)[0].tolist() == [True, False, True, True]
     assert run(types, *columns, out=np.float32)[0].tolist() == [1, 0, 1, 1]
@@ -189,7 +189,7 @@ def saturated(x: float, bits: int = 64) -> int:
 
 @settings(deadline=None, max_examples=200)
 @given(FLOAT64 | some.floats(-100, 100))
-def test_floats_become_whole_numbers_that_fit(x: float) -> None:
+def test_floats_become_integers_that_saturate(x: float) -> None:
     assert run(to_int64, [x])[0].tolist() == [saturated(x)]
     assert run(to_int32, [x])[0].tolist() == [saturated(x, 32)]
     assert run(to_bool, [x])[0].tolist() == [x != 0]
@@ -235,14 +235,14 @@ def test_vectors_have_dot_norm_and_arithmetic() -> None:
     np.testing.assert_array_equal(run(difference, a, b)[0], a - b)
 
 
-def test_an_index_outside_of_a_vector_gives_its_row_nan_and_the_others_their_values() -> None:
+def test_an_index_outside_of_a_vector_gives_nan_for_its_row_alone() -> None:
     vectors = np.ones((8, 5), np.float32)
     found, program = run(element, vectors, [0, 4, 5, -5, -6, LOWEST, 1 << 40, 2])
     np.testing.assert_array_equal(found, [1, 1, np.nan, 1, np.nan, np.nan, np.nan, 1])
     assert program.failed_rows == 4
 
 
-def test_a_vector_that_is_sometimes_of_another_length_gives_nan_there() -> None:
+def test_a_vector_of_a_wrong_length_gives_nan_for_its_row() -> None:
     @st.on_demand
     def part(v: st.Vector(5), n: st.Int64) -> st.Vector(1):  # type: ignore[valid-type]
         return v[:n]
@@ -252,7 +252,7 @@ def test_a_vector_that_is_sometimes_of_another_length_gives_nan_there() -> None:
     assert program.wrong_lengths == 2
 
 
-def test_the_runner_refuses_arrays_that_it_was_not_made_for() -> None:
+def test_the_runner_refuses_arrays_of_another_type_or_shape() -> None:
     address = compile_on_demand(to_int64)
     program = TransformProgram([(address, [(0, np.float64, 1)], (1, np.int64, 1, 0))])
     right = [np.zeros(3), np.zeros(3, np.int64)]
@@ -271,11 +271,11 @@ def test_the_runner_refuses_arrays_that_it_was_not_made_for() -> None:
 
 
 def scaled(x: Any, by: Any = 2.0) -> Any:
-    """A plain function, with a default and a constant of its own."""
+    """A plain function that has a default and uses a constant."""
     return x * by + RATE
 
 
-def test_constants_and_plain_functions_of_the_file_are_taken_by_value() -> None:
+def test_constants_and_plain_functions_of_the_file_are_captured_by_value() -> None:
     offset = 7
 
     @st.on_demand
@@ -293,7 +293,7 @@ def test_constants_and_plain_functions_of_the_file_are_taken_by_value() -> None:
 
 
 def declare(text: str, tmp_path: Path, name: str = "wrong") -> OnDemand:
-    """What a definitions file with this text declares."""
+    """Return the function that a definitions file with this text declares."""
     path = tmp_path / "definitions.py"
     path.write_text(f"import math\nimport numpy as np\nimport json\nimport shorttail as st\n{text}")
     namespace: dict[str, Any] = {"__name__": "definitions"}
@@ -336,7 +336,7 @@ def body(*lines: str, before: str = "", signature: str = "x: st.Float64") -> str
         (body("v[0] = 2", "return v[0]", signature="v: st.Vector(3)"), "a vector cannot be changed"),
         (body("return x", "").replace("-> st.Float64", "-> st.Vector(3)"), "return a one-dimensional array"),
         (body("return x, 1").replace("-> st.Float64", "-> st.Vector(3)"), "it returns 2 numbers"),
-        (body("return np.ones(2) * x").replace("-> st.Float64", "-> st.Vector(3)"), "a vector of another length"),
+        (body("return np.ones(2) * x").replace("-> st.Float64", "-> st.Vector(3)"), "but returns another length"),
     ],
 )  # fmt: skip
 def test_mistakes_are_explained_in_one_line(text: str, message: str, tmp_path: Path) -> None:
@@ -385,16 +385,14 @@ def engine(tmp_path: Path) -> Iterator[st.Engine]:
 
 
 def echo_model(path: Path, width: int) -> str:
-    """An ONNX file whose output is its input, a float matrix."""
+    """Save an ONNX file whose output is its input, a float matrix."""
     values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", width]) for name in ("x", "y")]
     graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "echo", values[:1], values[1:])
     onnx.save_model(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
     return str(path)
 
 
-def test_functions_of_requests_features_vectors_and_functions_reach_the_model(
-    engine: st.Engine, tmp_path: Path
-) -> None:
+def test_functions_of_every_kind_of_argument_reach_the_model(engine: st.Engine, tmp_path: Path) -> None:
     per_visit = ratio("request:amount", "stats:visits")
     columns = [
         per_visit,
@@ -429,13 +427,14 @@ def test_functions_of_requests_features_vectors_and_functions_reach_the_model(
     kinds = (ratio, plus_one, doubled)
     computed = [f for f in kinds for dtype in (f.returns.numpy, np.float32) if compile_on_demand(f, dtype) in addresses]
     assert {f.name for f in computed} == {"ratio", "plus_one", "doubled"}
-    # Each once: per_visit, its ratio, plus_one, its ratio, doubled, and that doubled; copies and conversions apart.
+    # Each is computed once: per_visit and its ratio, plus_one and its ratio, doubled, and doubled of that. Copies and
+    # conversions are not counted here.
     assert (
         sum(addresses.count(a) for a in {compile_on_demand(f, d) for f in kinds for d in ("f4", f.returns.numpy)}) == 6
     )
 
 
-def test_arguments_are_checked_against_what_they_are_given(engine: st.Engine, tmp_path: Path) -> None:
+def test_arguments_are_checked_against_parameter_types(engine: st.Engine, tmp_path: Path) -> None:
     path = echo_model(tmp_path / "echo.onnx", 1)
     for column, message in (
         (plus_one("stats:spent"), "parameter 'n' is Int64, but stats:spent is Float32"),

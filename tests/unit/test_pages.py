@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import math
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import lmdb
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shorttail._native.columns import Columns
-from shorttail._native.pages import Directory, GenerationWord, Layout, Lookup, SortedRows, lookup
+from shorttail._native.pages import Directory, GenerationWord, Layout, Lookup, SortedRows, Tree, lookup
 from shorttail.define import dtypes
 from shorttail.define.catalog import TableInfo
 from shorttail.define.entities import Entity
 from shorttail.define.views import Feature, FeatureView
+from shorttail.store.environment import page_key
 from shorttail.store.table import ColumnBatch, encode_rows, make_layout
 
 PRESENT, NULL, NOT_FOUND, STALE = 0, 1, 2, 3
@@ -23,16 +28,53 @@ ALL_TYPES = [*dtypes.SCALARS.values(), dtypes.Vector(5)]
 INT64 = np.iinfo(np.int64)
 
 
+class Pages:
+    """The pages of one table (bucket key -> image) in an LMDB of their own, where a reader of a store finds them."""
+
+    def __init__(self) -> None:
+        with tempfile.TemporaryDirectory(prefix="pages-") as folder:  # the file lives on as long as it is open
+            path = str(Path(folder) / "data")
+            self.environment = lmdb.open(path, subdir=False, map_size=1 << 28, sync=False, lock=False)
+        self.reader: lmdb.Transaction | None = None
+
+    def write(self, pages: Mapping[bytes, Any], table_id: int = 1, keep: bool = False) -> None:
+        """These pages. keep: and those that are there under other keys, where they lie."""
+        self.close()
+        with self.environment.begin(write=True) as txn:
+            if not keep:
+                txn.drop(self.environment.open_db(None, txn), delete=False)
+            txn.put(b"format", b"any value of the map")
+            for key, image in pages.items():
+                txn.put(page_key(table_id, key), bytes(image))
+
+    def tree(self) -> Tree:
+        """As of now. It and its pages last until the next write()."""
+        self.close()
+        self.reader = self.environment.begin(buffers=True)
+        return Tree(self.reader.get(b"format"), self.reader.id())
+
+    def close(self) -> None:
+        if self.reader is not None:
+            self.reader.abort()
+            self.reader = None
+
+
 class Table:
-    """A table in memory: rows, their pages, and a directory."""
+    """A table: rows, their pages, and a directory."""
 
     def __init__(self, view: FeatureView, rows: dict[tuple[Any, ...], tuple[int, list[Any]]], seed: int = 7) -> None:
         self.view, self.rows = view, rows
         self.layout = make_layout(view, TableInfo(1, seed))
         parts = [encode_rows(self.layout, view, to_batch(view, rows))] if rows else []
-        self.pages = list(SortedRows(self.layout, parts).buckets(self.layout, 1, 40)) if rows else []
+        self.pages = SortedRows(self.layout, parts).merge(0, bytes(8), None, 1, 40)[1] if rows else []
         self.directory = Directory(self.layout, 1)
-        self.directory.rebuild(self.pages)
+        self.stored = Pages()
+        self.store(dict(self.pages))
+
+    def store(self, pages: dict[bytes, bytes]) -> int:
+        """Have these pages and no others; returns the number of buckets."""
+        self.stored.write(pages)
+        return self.directory.build(self.stored.tree())
 
     def look(self, keys: list[tuple[Any, ...]], dtype: Any, now_us: int = 0) -> tuple[Any, ...]:
         """Look up all features that fit outputs of one type. Return (columns, view status, feature statuses)."""
@@ -317,7 +359,7 @@ def test_merge_and_remove_leave_other_rows_unchanged() -> None:
         pages.update(images)
     assert splits
     want = new | {k: row for k, row in old.items() if k not in new or new[k][0] < 10}
-    table.directory.rebuild(sorted(pages.items()))
+    assert table.store(pages) == len(pages)
     table.rows = want
     assert_same(table, [(k,) for k in range(310)], np.int64)
     assert_same(table, [(k,) for k in range(310)], object)
@@ -325,14 +367,17 @@ def test_merge_and_remove_leave_other_rows_unchanged() -> None:
     gone = {(k,): (0, [0, ""]) for k in range(0, 400, 3)}
     rows = SortedRows(table.layout, [encode_rows(table.layout, view, to_batch(view, gone))])
     at, count = 0, 0
+    changed = {}
     while at < len(rows):
         key = max(k for k in pages if k <= rows.hash(at))
         at, removed, image = rows.remove(at, key, pages[key], 1)
         assert (image is None) == (removed == 0)
         count += removed
         if image is not None:
-            pages[key] = image
-            table.directory.put(key, image)
+            pages[key] = changed[key] = image
+    table.stored.write(changed, keep=True)
+    changes = b"".join(page_key(1, key)[1:] for key in changed)
+    assert table.directory.update(table.stored.tree(), changes) == len(changed)
     assert count == sum(k in want for k in gone)
     table.rows = {k: row for k, row in want.items() if k not in gone}
     assert_same(table, [(k,) for k in range(310)], np.int64)
@@ -362,7 +407,7 @@ def test_lookup_of_damaged_strings_stays_inside_the_page() -> None:
     for offset, length in [(2**32 - 1, 5), (4000, 81), (0, 2**32 - 1)]:
         damaged = bytearray(page)
         damaged[row + 17 : row + 25] = offset.to_bytes(4, "little") + length.to_bytes(4, "little")
-        table.directory.put(key, damaged)
+        table.store({key: damaged})
         out, status, statuses = table.look([("k",)], object)
         assert (out.tolist(), status.tolist(), statuses.tolist()) == ([["none"]], [PRESENT], [[NULL]])
 
@@ -370,14 +415,16 @@ def test_lookup_of_damaged_strings_stays_inside_the_page() -> None:
 def test_directory_refuses_gaps_and_overlaps() -> None:
     view = make_view([dtypes.Int64], [Feature("a", dtypes.Int64)])
     table = Table(view, {(k,): (0, [k]) for k in range(2000)})
-    directory = Directory(table.layout, 1)
-    for wrong in (table.pages[1:], table.pages[:-1], table.pages[::-1], [*table.pages, table.pages[0]]):
+    pages = table.pages
+    beside = (int.from_bytes(pages[1][0]) + 1).to_bytes(8)
+    for wrong in (pages[1:], pages[:-1], [*pages[:1], *pages[2:]], [*pages, (beside, pages[1][1])]):
         with pytest.raises(ValueError, match="bucket"):
-            directory.rebuild(wrong)
+            table.store(dict(wrong))
+    table.stored.write(dict(pages), table_id=2)
     with pytest.raises(ValueError, match="another table"):
-        Directory(table.layout, 2).put(*table.pages[0])
-    assert directory.rebuild([]) == 0
-    assert directory.count_rows() == directory.n_buckets == 0
+        Directory(table.layout, 2).build(table.stored.tree())
+    assert table.store({}) == 0
+    assert table.directory.count_rows() == table.directory.n_buckets == 0
 
 
 def test_sorted_rows_refuse_strings_outside_the_arena() -> None:

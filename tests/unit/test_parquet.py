@@ -21,6 +21,7 @@ import pyarrow.feather  # noqa: E402
 import pyarrow.parquet  # noqa: E402
 
 from shorttail.sources import parquet  # noqa: E402
+from shorttail.sources.keys import key_batches  # noqa: E402
 
 AT = datetime(2026, 1, 2, 3, 4, 5, 6, tzinfo=UTC)
 AT_US = 1_767_323_045_000_006
@@ -82,10 +83,10 @@ def check(batch: ColumnBatch) -> None:
     assert [getattr(values, "dtype", object) for values, _ in batch.features] == expected_dtypes
     for feature, (values, nulls) in zip(VIEW.features, batch.features, strict=True):
         assert nulls is not None, feature
-        assert nulls.tolist() == [False, True, False], feature
+        assert nulls.tolist() == [False, True, feature.name == "f"], feature  # whose last value is NaN
         assert feature.dtype == st.String or values.flags.c_contiguous, feature
     assert batch.features[2][0][0] == 1 << 40
-    np.testing.assert_array_equal(batch.features[3][0][[0, 2]], [0.5, np.nan])  # which the store takes for null
+    np.testing.assert_array_equal(batch.features[3][0][[0, 2]], [0.5, np.nan])
     assert batch.features[5][0].tolist() == ["gold", "", ""]
     assert batch.features[6][0][0] == AT_US
     np.testing.assert_array_equal(batch.features[7][0], [[1, 2], [np.nan, np.nan], [3, np.nan]])
@@ -167,6 +168,58 @@ def test_csv_takes_its_types_from_the_view(tmp_path: Path) -> None:
     assert all(nulls is not None and nulls.tolist() == [False, True] for _, nulls in batch.features)
 
 
+def one_column(dtype: Any) -> st.FeatureView:
+    return st.FeatureView("v", entity=st.Entity("e", keys={"id": st.Int64}), features=[st.Feature("x", dtype)])
+
+
+def test_times_of_96_bits_reach_as_far_as_they_should(tmp_path: Path) -> None:
+    """As nanoseconds of 64 bits the year 9999 would be 1816."""
+    times = [datetime(9999, 12, 31, 23, 59, 59, 999_999), datetime(1, 1, 1), AT.replace(tzinfo=None), None]
+    rows = pa.table({"id": range(4), "x": pa.array(times, pa.timestamp("us"))})
+    path = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(rows, path, use_deprecated_int96_timestamps=True)
+    assert pyarrow.parquet.ParquetFile(path).schema.column(1).physical_type == "INT96"
+    (batch,) = parquet.parquet_batches(path, one_column(st.Timestamp))[1]
+    values, nulls = batch.features[0]
+    assert values[:3].tolist() == [253_402_300_799_999_999, -62_135_596_800_000_000, AT_US]
+    assert nulls is not None
+    assert nulls.tolist() == [False, False, False, True]
+
+
+def read_csv(path: Path, view: st.FeatureView, text: str) -> list[ColumnBatch]:
+    path.write_text(text)
+    return list(parquet.parquet_batches(path, view)[1])
+
+
+def test_lines_of_csv_are_rows(tmp_path: Path) -> None:
+    path, view = tmp_path / "rows.csv", one_column(st.String)
+    (batch,) = read_csv(path, view, 'id,x\n1," a,\nb "\n2, c \n3,""\n4,\n')
+    values, nulls = batch.features[0]
+    assert values.tolist() == [" a,\nb ", " c ", "", ""]
+    assert nulls is not None
+    assert nulls.tolist() == [False, False, False, True]
+    with pytest.raises(InvalidArgument, match="column 'id' is null at row 1"):
+        read_csv(path, view, "id,x\n1,a\n\n2,b\n")
+    alone = st.FeatureView("v", entity=st.Entity("e", keys={"id": st.Int64}), features=[st.Feature("id2", st.Int64)])
+    for text, message in [
+        ("id,id2\n1,1\n 2,2\n", "column 'id' takes Int64; got ' 2' (text) at row 1"),
+        ("id,id2\n1,1\n2,1_0\n", "column 'id2' takes Int64; got '1_0' (text) at row 1"),
+        ("id,id2\n1,1\n,2\n", "column 'id' is null at row 1; every row needs a key"),
+    ]:
+        with pytest.raises(InvalidArgument) as caught:
+            read_csv(path, alone, text)
+        assert message in caught.value.message
+
+
+def test_an_empty_line_of_a_file_of_keys_is_a_missing_key(tmp_path: Path) -> None:
+    path = tmp_path / "keys.csv"
+    path.write_text("id\n1\n\n2\n")
+    with pytest.raises(InvalidArgument, match="column 'id' is null at row 1; every row needs a key"):
+        list(key_batches(path, one_column(st.Int64), 100)[1])
+    path.write_text("id\n1\n2\n")
+    assert list(key_batches(path, one_column(st.Int64), 100)[1]) == [[[1, 2]]]
+
+
 def test_types_that_widen(read: Callable[..., list[ColumnBatch]]) -> None:
     (batch,) = read(
         table(
@@ -205,13 +258,18 @@ def test_a_folder_is_read_file_by_file(tmp_path: Path) -> None:
     [
         (lambda: table().drop_columns("s"), "rows.parquet: no column 's' (feature of view 'v'); its columns: id, code"),
         (lambda: table().drop_columns("at"), "no column 'at' (timestamp of view 'v')"),
-        (lambda: table(code=[1, 2, 3]), "column 'code' is int64, but as key of view 'v' it must be String"),
-        (lambda: table(d=["a", "b", "c"]), "column 'd' is string, but as feature of view 'v' it must be Float64"),
-        (lambda: table(x=[[1.0], [2.0], [3.0]]), "column 'x' has a list of 1 values, but the feature is Vector(2)"),
-        (lambda: table(i=[1, 2, 1 << 31]), "column 'i' cannot become Int32: Integer value 2147483648 not in range"),
-        (lambda: table(l=[1.5, 2.0, 3.0]), "column 'l' cannot become Int64: Float value 1.5"),
-        (lambda: table(id=[1, None, None]), "column 'id' is null in 2 of 3 rows read; every row needs a key"),
-        (lambda: table(at=[AT, None, AT]), "column 'at' is null in 1 of 3 rows read; every row needs a timestamp"),
+        (lambda: table(code=[1, 2, 3]), "column 'code' takes String; got 1 (int64) at row 0"),
+        (lambda: table(d=[None, "b", "c"]), "column 'd' takes Float64; got 'b' (string) at row 1"),
+        (lambda: table(x=[None, [1.0, 2.0], [3.0]]), "column 'x' takes Vector(2); got 1 number at row 2"),
+        (lambda: table(x=[None, ["1", "2"], ["3", "4"]]), "column 'x' takes Vector(2); got '1' (string) at row 1"),
+        (lambda: table(i=[1, 2, 1 << 31]), "column 'i' takes Int32; got 2147483648 (int64) at row 2"),
+        (lambda: table(l=[1.5, 2.0, 3.0]), "column 'l' takes Int64; got 1.5 (double) at row 0"),
+        (
+            lambda: table(t=pa.array([1, 2, 3], pa.duration("s"))),
+            "column 't' takes Timestamp; got 1 seconds (duration[s])",
+        ),
+        (lambda: table(id=[1, None, None]), "column 'id' is null at row 1; every row needs a key"),
+        (lambda: table(at=[AT, None, AT]), "column 'at' is null at row 1; every row needs a timestamp"),
     ],
 )
 def test_what_does_not_fit_is_named(read: Callable[..., list[ColumnBatch]], rows: Any, message: str) -> None:

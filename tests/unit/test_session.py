@@ -1,4 +1,6 @@
-"""Models that ONNX Runtime runs: every kind of tensor, any number of rows, no buffer shared, no memory kept."""
+"""Models in ONNX Runtime: every type of tensor, any number of rows, results in their own memory, memory that does not
+grow with batch sizes, warm-up and devices.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,7 @@ def save(path: Path, nodes: list[Any], takes: Take, gives: Take, **constants: An
 def scaled(
     path: Path, rows: int | str | None = None, width: int | str | None = 4, declared: Shape | None = None
 ) -> Path:
-    """y = 2 x, and s = the sum of x's row."""
+    """Save a model y = 2 x, and s = the sum of each row of x."""
     nodes = [
         helper.make_node("Mul", ["x", "two"], ["y"]),
         helper.make_node("ReduceSum", ["x", "axis"], ["s"], keepdims=0),
@@ -63,7 +65,7 @@ def check_scaled(run: Callable[[list[Any]], list[Any]], rows: int, width: int = 
 
 
 def every_type(path: Path, rows: str | int = "N") -> Path:
-    """Each input comes out again, changed or passed on."""
+    """Save a model with an input of every type, each of which is an output too, changed or unchanged."""
     kinds = {"f": FLOAT, "d": DOUBLE, "i": INT32, "l": INT64, "b": BOOL, "s": STRING}
     nodes = [
         helper.make_node("Add", [name, name], [f"{name}_out"])
@@ -112,7 +114,7 @@ def test_a_batch_of_no_rows(tmp_path: Path, opened: Callable[[Path], Any]) -> No
     assert (y.shape, s.shape) == ((0, 4), (0,))
 
 
-def test_padded_batches_larger_than_the_largest_bucket_go_in_pieces(tmp_path: Path) -> None:
+def test_padded_batches_above_the_largest_bucket_run_in_pieces(tmp_path: Path) -> None:
     check_scaled(BucketSession(scaled(tmp_path / "m.onnx")).run, 2 * LIMITS.bucket_rows + 3)
 
 
@@ -126,7 +128,7 @@ def test_the_width_may_be_open_and_change(tmp_path: Path, opened: Callable[[Path
 def test_an_output_whose_shape_is_declared_wrongly(
     tmp_path: Path, opened: Callable[[Path], Any], declared: list[int]
 ) -> None:
-    """As the LightGBM converter does for labels."""
+    """The LightGBM converter declares labels this way."""
     session = opened(scaled(tmp_path / "m.onnx", declared=declared))
     for rows in (1, 3, 8, 3):
         check_scaled(session.run, rows)
@@ -146,7 +148,7 @@ def test_files_exported_for_a_fixed_number_of_rows(tmp_path: Path, fixed: int, r
     assert (s.tolist(), b.tolist()) == (words.tolist(), [True] * rows)
 
 
-def test_what_was_answered_is_not_overwritten_by_the_next_batch(tmp_path: Path, opened: Callable[[Path], Any]) -> None:
+def test_results_are_not_overwritten_by_the_next_batch(tmp_path: Path, opened: Callable[[Path], Any]) -> None:
     session = opened(scaled(tmp_path / "m.onnx"))
     for rows in (1, 4, 5):
         answers = [session.run([np.full((rows, 4), n, np.float32)]) for n in range(6)]
@@ -170,8 +172,8 @@ def test_an_output_that_is_an_input_has_its_own_memory(tmp_path: Path, opened: C
     assert y.tolist() == [0, 1, 2, 3]
 
 
-def test_padding_decides_nothing(tmp_path: Path) -> None:
-    """The rows of a large batch are gone when a smaller one comes, and each row's answer is its own."""
+def test_padding_does_not_influence_results(tmp_path: Path) -> None:
+    """Rows of an earlier, larger batch do not influence a smaller one, and rows do not influence each other."""
     nodes = [
         helper.make_node("ReduceMax", ["x"], ["m"], axes=[0], keepdims=1),
         helper.make_node("Sub", ["x", "m"], ["y"]),
@@ -195,7 +197,7 @@ def test_threads_share_a_session(tmp_path: Path, opened: Callable[[Path], Any]) 
         list(pool.map(work, range(8)))
 
 
-def test_one_thread_owns_all_runs_and_may_be_entered(tmp_path: Path) -> None:
+def test_one_thread_makes_all_runs_also_its_own(tmp_path: Path) -> None:
     session = BucketSession(scaled(tmp_path / "m.onnx"), owned=True)
     seen = set()
     inner = session._run_padded
@@ -213,7 +215,7 @@ def test_one_thread_owns_all_runs_and_may_be_entered(tmp_path: Path) -> None:
 
 
 class SeparateMemory:
-    """What CudaMemory does, between two places in the memory of this host."""
+    """Does what CudaMemory does, between two places in this host's memory."""
 
     def __init__(self) -> None:
         self.copied_bytes: list[int] = []
@@ -239,14 +241,14 @@ def test_buffers_of_a_device_are_filled_and_read_by_copies(tmp_path: Path, graph
         assert memory.copied_bytes == [size * 16, rows * 16, rows * 4]  # all that is run, but only answers asked for
 
 
-def test_a_run_that_cannot_be_captured_goes_on_without_graphs(tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_captured_runs_without_graphs(tmp_path: Path) -> None:
     session = BucketSession(scaled(tmp_path / "m.onnx", declared=[1]))
     session.graphs = True
     check_scaled(session.run, 3)
     assert session.graphs is False
 
 
-def test_a_model_that_fails_says_so(tmp_path: Path, opened: Callable[[Path], Any]) -> None:
+def test_a_model_that_fails_raises_internal(tmp_path: Path, opened: Callable[[Path], Any]) -> None:
     nodes = [helper.make_node("Gather", ["table", "x"], ["y"])]
     path = save(tmp_path / "m.onnx", nodes, {"x": (INT64, ["N"])}, {"y": (FLOAT, ["N"])}, table=np.ones(3, np.float32))
     session = opened(path)
@@ -292,14 +294,14 @@ def test_memory_does_not_grow_with_the_sizes_of_batches(tmp_path: Path) -> None:
     assert float(done.stdout) < 8, f"MB more after 700 batches, seed {seed}"
 
 
-# -- what runs, and what it costs ------------------------------------------------------------------------------
+# -- warm-up and the choice of a runner ------------------------------------------------------------------------
 
 
 def examples(rows: int) -> list[Any]:
     return [np.ones((rows, 4), np.float32)]
 
 
-def test_warming_up_runs_every_power_of_two_and_notes_the_cost(tmp_path: Path) -> None:
+def test_warm_runs_every_power_of_two_and_records_its_time(tmp_path: Path) -> None:
     runner = load_runner(scaled(tmp_path / "m.onnx"), ["y", "s"])
     sizes = []
 
@@ -315,7 +317,7 @@ def test_warming_up_runs_every_power_of_two_and_notes_the_cost(tmp_path: Path) -
 
 
 class Slow:
-    """A model of 100 us and 10 us a row, by a clock of its own."""
+    """A model that takes 100 us and 10 us per row, by a clock that it sets itself."""
 
     description = "a slow model"
 
@@ -339,7 +341,7 @@ def warmed(slow: Slow) -> Runner:
     return runner
 
 
-def test_a_batch_that_would_stall_the_loop_is_known_by_its_measured_cost() -> None:
+def test_the_largest_batch_for_the_loop_follows_from_measured_times() -> None:
     runner = warmed(Slow())
     assert runner.description == "a slow model: because"
     assert runner.cost_us(1) == 110
@@ -359,14 +361,14 @@ def test_a_model_with_a_thread_of_its_own_never_runs_on_the_loop(tmp_path: Path)
     assert runner.measured_us
 
 
-def test_an_output_that_has_not_a_row_for_each_row_is_refused(tmp_path: Path) -> None:
+def test_an_output_without_a_row_for_each_input_row_is_refused(tmp_path: Path) -> None:
     nodes = [helper.make_node("ReduceSum", ["x"], ["y"], keepdims=0)]
     runner = load_runner(save(tmp_path / "m.onnx", nodes, {"x": (FLOAT, ["N", 4])}, {"y": (FLOAT, [])}), ["y"])
     with pytest.raises(InvalidArgument, match=r"output 'y' has the shape \[\] for a batch of 1; the first axis"):
         runner.warm(examples)
 
 
-def test_what_runs_is_said_with_the_reason(tmp_path: Path) -> None:
+def test_the_description_names_the_runner_and_the_reason(tmp_path: Path) -> None:
     path = scaled(tmp_path / "m.onnx")
     assert load_runner(path, ["y", "s"]).description == "ONNX Runtime, 1 thread: it has a node of type ReduceSum"
     padded = load_runner(path, ["y"], RunSettings(threads=2, padded=True))
@@ -393,7 +395,7 @@ def test_an_engine_serves_a_file_made_for_one_row(tmp_path: Path) -> None:
         assert engine.models()[0]["runs"].startswith("ONNX Runtime, 1 thread, 1 row at a time: ")
 
 
-def test_an_engine_says_which_model_cannot_be_warmed_up(tmp_path: Path) -> None:
+def test_an_engine_names_the_model_that_cannot_be_warmed_up(tmp_path: Path) -> None:
     nodes = [helper.make_node("ReduceSum", ["x"], ["y"], keepdims=1)]
     path = save(tmp_path / "m.onnx", nodes, {"x": (FLOAT, ["N", 1])}, {"y": (FLOAT, [1, 1])})
     with st.Engine.open(tmp_path / "store", create=True) as engine:
@@ -416,7 +418,7 @@ def test_names_of_devices() -> None:
             Device.parse(wrong)
 
 
-def test_two_runtimes_side_by_side_are_refused() -> None:
+def test_two_installed_runtimes_are_refused() -> None:
     both = {"onnxruntime", "onnxruntime-gpu"}
     with mock.patch.object(devices, "installed_runtimes", return_value=both), pytest.raises(InvalidArgument) as caught:
         check_cuda(Device("cuda"))
@@ -424,7 +426,7 @@ def test_two_runtimes_side_by_side_are_refused() -> None:
     assert "pip uninstall -y onnxruntime onnxruntime-gpu; pip install onnxruntime-gpu" in caught.value.message
 
 
-def test_a_runtime_for_cpus_is_named_as_what_is_wrong(tmp_path: Path) -> None:
+def test_a_runtime_for_cpus_only_is_refused_for_cuda(tmp_path: Path) -> None:
     providers = ["CPUExecutionProvider"]
     with (
         mock.patch.object(devices, "installed_runtimes", return_value={"onnxruntime"}),
@@ -435,7 +437,7 @@ def test_a_runtime_for_cpus_is_named_as_what_is_wrong(tmp_path: Path) -> None:
     assert not (tmp_path / "store").exists()
 
 
-def test_a_host_without_a_driver_is_named_as_what_is_wrong() -> None:
+def test_a_host_without_a_driver_is_refused_for_cuda() -> None:
     with (
         mock.patch.object(devices, "installed_runtimes", return_value={"onnxruntime-gpu"}),
         mock.patch("onnxruntime.get_available_providers", return_value=["CUDAExecutionProvider"]),

@@ -1,4 +1,4 @@
-"""How a model runs on this host: measured, chosen, kept in the catalog, and shown."""
+"""tune measures how a model runs fastest on this host and stores it in the catalog; `models` shows how models run."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def run(store: str) -> Callable[..., Any]:
 
 
 def times(monkeypatch: pytest.MonkeyPatch, cost: Callable[[Runner, int], float]) -> None:
-    """Replace the clock: a batch of that many rows costs what `cost` says."""
+    """Replace the clock: a batch takes the time that `cost` returns for its rows."""
 
     def measure(targets: Any, example: Any, rows: int, seconds: float) -> None:
         for us, runner in targets:
@@ -154,7 +154,7 @@ def test_threads_are_taken_only_where_they_gain_enough(
     assert run("tune", "linear", "--json")["chosen"] == {"runner": "auto", "threads": threads, "padded": False}
 
 
-def test_the_choice_is_written_and_used_from_then_on(
+def test_tuned_settings_are_stored_and_used(
     store: str, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     times(monkeypatch, lambda runner, rows: 5.0 if runner.kind == "forest" else 1.0 * rows)
@@ -177,7 +177,7 @@ def test_the_choice_is_written_and_used_from_then_on(
     assert shown["tuning"] == f"tuned on {settings.host()}"
 
 
-def test_a_choice_made_on_another_cpu_is_not_used(
+def test_settings_of_another_cpu_are_not_used(
     store: str, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     times(monkeypatch, lambda runner, rows: 500.0 if runner.kind == "forest" else 1.0)
@@ -197,7 +197,7 @@ def test_a_choice_made_on_another_cpu_is_not_used(
         }
 
 
-def test_a_new_version_starts_without_the_choice(store: str, run: Callable[..., Any], linear: Path) -> None:
+def test_a_new_version_starts_without_tuned_settings(store: str, run: Callable[..., Any], linear: Path) -> None:
     run("tune", "forest", "--seconds", "0")
     with st.Engine.open(store) as engine:
         assert engine.deploy("forest", linear) == 2
@@ -205,7 +205,7 @@ def test_a_new_version_starts_without_the_choice(store: str, run: Callable[..., 
     assert [bool(info.tuning) for info in versions.values()] == [True, False]
 
 
-def test_settings_of_a_device_are_apart() -> None:
+def test_a_cpu_and_a_gpu_have_separate_settings() -> None:
     choice = {settings.host("cuda:1"): RunSettings("onnxruntime").to_json()}
     assert settings.host("cuda:1") == f"{settings.host()}, cuda"
     assert tuned(choice, "cuda:0") == (RunSettings("onnxruntime"), f"tuned on {settings.host()}, cuda")
@@ -213,7 +213,7 @@ def test_settings_of_a_device_are_apart() -> None:
     assert tuned({}) == (DEFAULT, "")
 
 
-def test_what_cannot_be_tuned(store: str) -> None:
+def test_tune_refuses_unknown_models_versions_and_devices(store: str) -> None:
     with st.Engine.open(store) as engine:
         with pytest.raises(NotFound, match="no model 'fores'; did you mean 'forest'"):
             tune.tune(engine.store, "fores")
@@ -226,7 +226,7 @@ def test_what_cannot_be_tuned(store: str) -> None:
 # -- shorttail models ------------------------------------------------------------------------------------------
 
 
-def test_the_list_says_what_runs_and_why(run: Callable[..., Any]) -> None:
+def test_the_list_shows_how_models_run_and_why(run: Callable[..., Any]) -> None:
     runs = {model["name"]: model["runs"] for model in run("models", "list", "--json")}
     assert runs == {
         "forest": f"compiled forest, {settings.simd_level()}, 1 tree",
@@ -237,14 +237,14 @@ def test_the_list_says_what_runs_and_why(run: Callable[..., Any]) -> None:
     assert table[2].endswith("ONNX Runtime, 1 thread: it has a node of type MatMul")
 
 
-def test_the_list_goes_on_when_a_file_is_broken(store: str, run: Callable[..., Any]) -> None:
+def test_the_list_is_complete_if_a_file_is_broken(store: str, run: Callable[..., Any]) -> None:
     (Path(store) / "models" / "forest" / "1" / "model.onnx").write_bytes(b"not a model")
     runs = {model["name"]: model["runs"] for model in run("models", "list", "--json")}
     assert runs["forest"].startswith("nothing: model.onnx: ONNX Runtime cannot load this model: ")
     assert runs["linear"].startswith("ONNX Runtime, 1 thread")
 
 
-def test_show_tells_all_about_a_version(run: Callable[..., Any]) -> None:
+def test_show_describes_a_version(run: Callable[..., Any]) -> None:
     shown = run("models", "show", "forest", "--json")
     assert shown["inputs"] == {"x": ["v:a", "v:b", "request:c"]}
     assert shown["outputs"] == {"variable": "float"}

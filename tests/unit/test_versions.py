@@ -1,4 +1,4 @@
-"""Versions of models: what is written of them, which of them may serve, and who gets which."""
+"""Versions of models: their manifests, which versions may serve, canaries, shadows, and the commands."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ FLOAT = TensorProto.FLOAT
 
 
 def write(path: Path, scale: float, width: int = 2, output: str = "y", whole: bool = False) -> Path:
-    """y = scale * x; whole: y is the sum of all, not one row a row."""
+    """Save a model y = scale * x. whole: y is the sum over all rows, so it does not have a row for each input row."""
     nodes = [helper.make_node("Mul", ["x", "scale"], ["rows" if whole else output])]
     if whole:
         nodes.append(helper.make_node("ReduceSum", ["rows"], [output], keepdims=1))
@@ -78,10 +78,10 @@ def version(engine: st.Engine, user: int = 1) -> int:
     return prediction.version
 
 
-# -- what is written ---------------------------------------------------------------------------------------------
+# -- manifests ---------------------------------------------------------------------------------------------------
 
 
-def test_the_manifest_says_what_a_version_is(engine: st.Engine, file: Callable[..., Path]) -> None:
+def test_the_manifest_describes_the_version(engine: st.Engine, file: Callable[..., Path]) -> None:
     number = engine.deploy("m", file(2.0), run="mlflow:3f2a", metrics={"auc": 0.91, "rows": 1000})
     folder = registry.model_path(engine.store.path, "m", number).parent
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -101,7 +101,7 @@ def test_the_manifest_says_what_a_version_is(engine: st.Engine, file: Callable[.
     assert (shown["run"], shown["metrics"], shown["owner"]) == ("mlflow:3f2a", {"auc": 0.91, "rows": 1000.0}, "risk")
     engine.deploy("m", file(3.0), owner="fraud")
     newest = registry.describe(engine.store.catalog, "m")
-    assert (newest["owner"], newest["run"], newest["metrics"]) == ("fraud", "", {}), "a run is of one file"
+    assert (newest["owner"], newest["run"], newest["metrics"]) == ("fraud", "", {}), "a run belongs to one file"
 
 
 @pytest.mark.parametrize(
@@ -128,10 +128,10 @@ def test_definitions_keep_run_and_metrics() -> None:
     assert st.Model.from_json(json.loads(json.dumps(model.to_json()))) == model
 
 
-# -- what may serve ----------------------------------------------------------------------------------------------
+# -- which versions may serve ------------------------------------------------------------------------------------
 
 
-def test_what_fails_when_it_runs_is_not_registered(engine: st.Engine, file: Callable[..., Path]) -> None:
+def test_a_model_that_fails_to_run_is_not_registered(engine: st.Engine, file: Callable[..., Path]) -> None:
     before = same_catalog(engine)
     broken = file(2.0, whole=True)
     with pytest.raises(InvalidArgument, match="model 'm' version 2: output 'y' has the shape"):
@@ -173,7 +173,7 @@ def test_a_damaged_version_changes_nothing(
     assert version(engine) == 3
 
 
-def test_an_open_engine_keeps_what_served_when_the_next_cannot_be_loaded(
+def test_an_open_engine_keeps_the_old_version_if_the_new_one_cannot_be_loaded(
     engine: st.Engine, file: Callable[..., Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     assert version(engine) == 1
@@ -201,7 +201,7 @@ def test_an_open_engine_keeps_what_served_when_the_next_cannot_be_loaded(
 
 @pytest.fixture
 def gate(engine: st.Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """An engine that loads in the background, when `gate.open` is set. changed: set when another version answers."""
+    """An engine that loads in the background once `gate.open` is set. changed: set when another version answers."""
 
     class Gate:
         open, reached, changed = threading.Event(), threading.Event(), threading.Event()
@@ -225,7 +225,7 @@ def test_the_old_version_answers_until_the_new_one_is_loaded(
 ) -> None:
     engine.deploy("m", file(2.0))
     assert [version(engine) for _ in range(3)] == [1, 1, 1]
-    assert gate.reached.wait(30), "it is being loaded meanwhile"
+    assert gate.reached.wait(30), "the new version did not begin to load"
     with pytest.raises(Unavailable, match="model 'm' version 2 is being loaded; send it again"):
         engine.predict("m", {"user_id": 1, "amount": 1.0}, version=2)
     before = engine.plans_version
@@ -236,12 +236,12 @@ def test_the_old_version_answers_until_the_new_one_is_loaded(
     assert version(engine) == 2
     columns = plan.new_columns()
     columns.append({"user_id": [1], "amount": [1.0]})
-    assert engine.run(Route(plan), columns).version == 1, "a batch that was parsed for it runs by it"
+    assert engine.run(Route(plan), columns).version == 1, "a batch parsed for version 1 runs with version 1"
     registry.rollback(engine.store, "m")
-    assert version(engine) == 1, "the version before is kept, so this needs no load"
+    assert version(engine) == 1, "the previous version stays loaded, so this loads nothing"
 
 
-def test_versions_that_nobody_needs_are_let_go(engine: st.Engine, file: Callable[..., Path]) -> None:
+def test_unused_versions_are_released(engine: st.Engine, file: Callable[..., Path]) -> None:
     for scale in range(2, 12):
         engine.deploy("m", file(float(scale)))
         assert version(engine) == scale
@@ -252,7 +252,7 @@ def test_versions_that_nobody_needs_are_let_go(engine: st.Engine, file: Callable
     assert kept == {10, 11, *range(9 - LIMITS.versions_asked, 9)}
 
 
-# -- who gets which --------------------------------------------------------------------------------------------------
+# -- canaries --------------------------------------------------------------------------------------------------------
 
 
 def mixed(x: int) -> int:
@@ -275,7 +275,7 @@ def oracle(values: list[int | str | None], salt: int) -> int:
     return hash >> 32
 
 
-def test_the_hash_of_keys_is_the_same_anywhere() -> None:
+def test_the_hash_of_keys_is_the_same_everywhere() -> None:
     columns = Columns(["a", "b", "x"], [st.Int64, st.String, st.Float64])
     rows: list[list[Any]] = [[1, "é"], [-5, ""], [None, "ab" * 9], [2**63 - 1, None], [1, "12345678"]]
     for a, b in rows:
@@ -303,7 +303,7 @@ def test_a_canary_is_sticky_and_gets_its_share(engine: st.Engine, file: Callable
     with st.Engine.open(engine.store.path) as other:
         assert {user for user in users[:300] if version(other, user) == 2} == tenth & set(users[:300])
     registry.set_canary(engine.store, "m", 40.0)
-    assert canaries() > tenth, "whoever had it keeps it"
+    assert canaries() > tenth, "an entity that had the canary keeps it"
     registry.set_canary(engine.store, "m", 100.0)
     assert canaries() == set(users)
     registry.set_canary(engine.store, "m", 0)
@@ -332,7 +332,7 @@ def test_a_canary_ends_when_another_version_serves(engine: st.Engine, file: Call
     assert (entry(engine).canary, entry(engine).shadow.version) == (None, 3)
 
 
-def test_what_cannot_be_a_canary_or_shadow(engine: st.Engine, file: Callable[..., Path], tmp_path: Path) -> None:
+def test_invalid_canaries_and_shadows_are_refused(engine: st.Engine, file: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(InvalidArgument, match="no version newer than the current one, 1; name a version, or deploy"):
         registry.set_canary(engine.store, "m", 10.0)
     with pytest.raises(InvalidArgument, match="version 1 is the current one; name another version as the canary"):
@@ -356,7 +356,9 @@ def test_what_cannot_be_a_canary_or_shadow(engine: st.Engine, file: Callable[...
         registry.set_shadow(engine.store, "m", 1)
 
 
-def test_views_may_not_change_under_a_shadow(engine: st.Engine, file: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_view_change_that_breaks_a_shadow_is_refused(
+    engine: st.Engine, file: Callable[..., Path], tmp_path: Path
+) -> None:
     other = st.Model("m", str(write(tmp_path / "two.onnx", 2.0)), ["stats:visits", "request:amount"])
     engine.apply([USER, STATS, other])
     registry.promote(engine.store, "m", 1)
@@ -369,7 +371,7 @@ def test_views_may_not_change_under_a_shadow(engine: st.Engine, file: Callable[.
 # -- shadows -----------------------------------------------------------------------------------------------------------
 
 
-def test_what_counts_as_a_difference() -> None:
+def test_rows_that_count_as_different() -> None:
     nan, inf = math.nan, math.inf
     a = np.array([[1.0, 2.0], [nan, inf], [nan, 1.0], [100.0, 0.0], [100.0, 0.0], [inf, 0.0]], np.float32)
     b = np.array([[1.0, 2.0], [nan, inf], [0.0, 1.0], [100.0 + 50 * TOLERANCE, 0.0], [100.5, 0.0], [1.0, 0.0]])

@@ -1,4 +1,4 @@
-"""The wire protocol, against msgpack, without sockets: a fake engine and a transport that only remembers."""
+"""native/wire against msgpack, without sockets: a fake engine, and a transport that records what is written."""
 
 import math
 from types import SimpleNamespace
@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as values
 from test_wire_codec import untensor
 
-from shorttail import Float64, Int64
+from shorttail import Float64, Int64, String
 from shorttail._native import wire
 from shorttail._native.columns import Columns
 from shorttail.config import LIMITS
@@ -24,7 +24,10 @@ class FakePlan(SimpleNamespace):
 
 
 class FakeEngine:
-    """Model 'double' gives twice its key; model 'broken' raises; features are the key itself, status 2 if negative."""
+    """Models 'double' and 'named' return twice their key, model 'broken' raises.
+
+    A feature is the key, with status 2 if negative.
+    """
 
     def __init__(self):
         self.store = SimpleNamespace(catalog_version=1)
@@ -32,10 +35,12 @@ class FakeEngine:
         self.compiled = []
 
     def plan_for_model(self, name, version=None):
-        if name not in ("double", "broken") or version not in (None, 1, 2):
+        if name not in ("double", "named", "broken") or version not in (None, 1, 2):
             raise NotFound(f"unknown model {name!r} version {version}")
         self.compiled.append((name, version))
         names, dtypes = ("key", "amount"), (Int64, Float64)
+        if name == "named":
+            names, dtypes = ("key", "name"), (Int64, String)
         return FakePlan(kind="predict", model=name, version=version or 2, names=names, dtypes=dtypes,
                         view_names=("stats",), feature_names=(), has_default=(),
                         runner=None, split=None, shadow=None)  # fmt: skip
@@ -122,7 +127,7 @@ class FakeTransport:
 
 
 class Served:
-    """A router with a fake engine, and peers."""
+    """A router with a fake engine, and connections to it."""
 
     def __init__(self):
         self.loop, self.engine, self.faults = FakeLoop(), FakeEngine(), []
@@ -184,7 +189,21 @@ def test_all_requests_of_a_turn_are_one_batch_and_one_write(served):
         assert connection.in_flight == 0
 
 
-def test_a_full_batch_is_closed_and_the_next_opened(served):
+def test_text_that_is_not_utf8_fails_its_own_request_alone(served):
+    good = [[0, i, "predict", ["named", {"key": i, "name": "é"}]] for i in range(40)]
+    bad = msgpack.packb([0, 99, "predict", ["named", {"key": [1, 2], "name": ["é", b"\xff"]}]], use_bin_type=False)
+    connection = served.connect()
+    connection.data_received(b"".join([*map(msgpack.packb, good[:20]), bad, *map(msgpack.packb, good[20:])]))
+    served.loop.turn()
+    assert served.engine.batches == [("named", 40)]
+    replies = {reply[1]: reply[2:] for reply in served.replies(connection)}
+    code, message = replies.pop(99)[0].values()
+    assert code == "INVALID_ARGUMENT"
+    assert message.startswith("column 'name' takes String; got text that is not UTF-8, ")
+    assert {i: reply[1]["outputs"]["label"] for i, reply in replies.items()} == {i: [2 * i] for i in range(40)}
+
+
+def test_a_full_batch_takes_no_more_requests(served):
     n = LIMITS.batch_rows // 2
     message = [0, 1, "predict", ["double", {"key": list(range(n)), "amount": 0}]]
     replies = served.ask(message, message, message)
@@ -196,7 +215,7 @@ def test_a_full_batch_is_closed_and_the_next_opened(served):
 @given(
     values.lists(values.sampled_from([PREDICT, FEATURES, [0, 9, "ping", []]]), min_size=1, max_size=5), values.data()
 )
-def test_replies_are_the_same_however_the_bytes_are_cut(messages, data):
+def test_replies_do_not_depend_on_how_the_bytes_are_split(messages, data):
     served = Served()
     stream = b"".join(map(msgpack.packb, messages))
     cuts = sorted(data.draw(values.lists(values.integers(0, len(stream)), max_size=20)))
@@ -210,7 +229,7 @@ def test_replies_are_the_same_however_the_bytes_are_cut(messages, data):
     assert sorted(map(repr, replies)) == sorted(repr(expected[message[1]]) for message in messages)
 
 
-def test_one_message_cut_at_every_byte_and_sent_byte_by_byte(served):
+def test_a_message_split_at_every_byte_and_sent_byte_by_byte(served):
     stream = msgpack.packb(PREDICT)
     connection = served.connect()
     for cut in range(1, len(stream)):
@@ -276,7 +295,7 @@ def test_options_of_requests_are_understood(served):
         ("ping", None, "INVALID_ARGUMENT", "params of 'ping' must be an array"),
     ],
 )
-def test_a_wrong_request_is_answered_and_the_next_served(served, method, params, code, message):
+def test_a_wrong_request_gets_an_error_and_the_next_is_served(served, method, params, code, message):
     wrong, good = served.ask([0, 5, method, params], PREDICT)
     wrong, good = (wrong, good) if wrong[1] == 5 else (good, wrong)
     assert wrong[:2] == [1, 5]
@@ -303,7 +322,7 @@ def test_a_wrong_request_is_answered_and_the_next_served(served, method, params,
         (b"\xc6\xff\xff\xff\xff", "RESOURCE_EXHAUSTED"),
     ],
 )
-def test_what_is_no_request_is_answered_after_those_before_it_and_ends_the_connection(served, data, code):
+def test_a_message_that_is_no_request_gets_an_error_after_earlier_replies_and_ends_the_connection(served, data, code):
     connection, other = served.connect(), served.connect()
     connection.data_received(msgpack.packb(PREDICT) + data + msgpack.packb(PREDICT))
     served.loop.turn()
@@ -332,7 +351,7 @@ def test_notifications_are_run_and_never_answered(served):
     assert served.engine.batches == [("double", 1)]
 
 
-def test_an_exception_of_the_engine_is_answered_by_one_line_and_told(served):
+def test_an_exception_of_the_engine_is_one_line_for_callers_and_is_reported(served):
     broken = [0, 1, "predict", ["broken", {"key": 1, "amount": 1}]]
     replies = served.ask(broken, broken, PREDICT)
     assert [reply[2] and reply[2]["code"] for reply in replies] == ["INTERNAL", "INTERNAL", None]
@@ -340,7 +359,7 @@ def test_an_exception_of_the_engine_is_answered_by_one_line_and_told(served):
     assert len(served.faults) == 1
 
 
-def test_an_output_of_another_length_than_the_batch_is_an_error(served):
+def test_an_output_without_a_row_per_request_row_is_an_error(served):
     served.engine.run = lambda plan, columns: SimpleNamespace(
         outputs=[("loss", np.zeros(3))], view_statuses=np.zeros((1, 1), np.uint8), feature_statuses=None, version=1
     )
@@ -349,7 +368,7 @@ def test_an_output_of_another_length_than_the_batch_is_an_error(served):
                         "the first dimension of every output must be the batch"}  # fmt: skip
 
 
-def test_a_deadline_that_passes_while_the_request_waits(served):
+def test_a_deadline_can_pass_while_the_request_waits_in_a_batch(served):
     connection = served.connect()
     connection.data_received(
         msgpack.packb([0, 1, "predict", ["double", {"key": 1, "amount": 0}, {"deadline_ms": 1e-6}]])
@@ -361,7 +380,7 @@ def test_a_deadline_that_passes_while_the_request_waits(served):
     assert good == PREDICTED
 
 
-def test_plans_are_found_once_until_the_catalog_changes(served):
+def test_a_plan_is_compiled_once_until_the_catalog_changes(served):
     connection = served.connect()
     for _ in range(3):
         served.ask(PREDICT, FEATURES, connection=connection)
@@ -372,7 +391,7 @@ def test_plans_are_found_once_until_the_catalog_changes(served):
     assert served.engine.compiled == [("double", None), ("v:a", "v:given")] * 2
 
 
-def test_the_lists_of_features_remembered_are_bounded(served):
+def test_the_number_of_cached_feature_lists_is_bounded(served):
     for k in range(LIMITS.feature_plans_cached + 10):
         served.ask([0, 1, "get_online_features", [[f"v:f{k}"], {"key": 1}]])
     before = len(served.engine.compiled)
@@ -380,7 +399,7 @@ def test_the_lists_of_features_remembered_are_bounded(served):
     assert len(served.engine.compiled) == before + 1
 
 
-def test_a_peer_that_does_not_read_is_not_read(served):
+def test_the_requests_of_a_peer_that_does_not_read_are_not_read(served):
     connection = served.connect()
     transport = served.transport_of[connection]
     assert transport.limits == (LIMITS.output_high_water_bytes, LIMITS.output_low_water_bytes)
@@ -390,7 +409,7 @@ def test_a_peer_that_does_not_read_is_not_read(served):
     assert transport.reading
 
 
-def test_a_connection_that_closes_with_work_pending_is_skipped(served):
+def test_requests_of_a_closed_connection_are_not_run(served):
     connection, other = served.connect(), served.connect()
     connection.data_received(msgpack.packb(PREDICT))
     other.data_received(msgpack.packb(PREDICT))

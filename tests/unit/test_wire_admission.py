@@ -1,4 +1,4 @@
-"""Admission: what a turn takes, what it refuses, and what it learns from that."""
+"""Admission: the budget of a turn, the requests it refuses, and the cost estimate of a route."""
 
 import time
 
@@ -12,7 +12,7 @@ from shorttail.errors import DeadlineExceeded, ResourceExhausted
 
 
 class Measured(Guarded):
-    """Remembers the route of its last batch."""
+    """A router that records the route of its last batch."""
 
     def __init__(self):
         super().__init__()
@@ -32,7 +32,7 @@ class Measured(Guarded):
         self.router.run = remember
 
     def offer(self, count, options=None):
-        """(answered, shed) of so many requests in one turn."""
+        """Send `count` requests in one turn. Returns (requests answered, requests refused)."""
         params = ["double", {"key": 1, "amount": 0}] + ([options] if options else [])
         replies = self.ask(*([0, msgid, "predict", params] for msgid in range(count)))
         assert sorted(reply[1] for reply in replies) == list(range(count))
@@ -41,7 +41,7 @@ class Measured(Guarded):
         return count - len(shed), len(shed)
 
     def always(self, rows):
-        """The budget of a turn is that of so many rows, give or take none."""
+        """Set both budgets of a turn to the cost of exactly `rows` rows."""
         self.router.burst_ns = self.router.target_ns = (rows - 0.25) * self.route.row_cost_ns
 
 
@@ -60,7 +60,7 @@ def measured():
 
 
 def budgets(measured, least, more):
-    """In rows: what a turn may take in an overload, and how much more else. It is never less than 8 batches cost."""
+    """Set target_ns to the cost of `least` rows and 8 batches, the least budget, and burst_ns to `more` rows more."""
     row_ns = measured.route.row_cost_ns
     least += 8 * measured.route.batch_cost_ns / row_ns
     measured.router.target_ns = least * row_ns
@@ -68,7 +68,7 @@ def budgets(measured, least, more):
 
 
 def until_regained(queue, measured):
-    """queue: the router, or the route of one outside the loop."""
+    """Run turns until the budget cut is 0. queue: the router, or a route whose batches run in a thread."""
     before_ns = queue.budget_cut_ns
     assert before_ns > 0
     measured.offer(1)
@@ -79,13 +79,13 @@ def until_regained(queue, measured):
         assert time.monotonic() < end_s
 
 
-def test_a_burst_is_served_whole(measured):
+def test_a_burst_within_the_budget_is_served_whole(measured):
     budgets(measured, 1, 1e9)
     assert measured.offer(2000) == (2000, 0)
     assert measured.router.budget_cut_ns == 0.0
 
 
-def test_more_than_a_turn_may_take_is_refused(measured):
+def test_requests_beyond_the_budget_of_a_turn_are_refused(measured):
     for rows in (1, 7, 500):
         measured.always(rows)
         assert measured.offer(1000) == (rows, 1000 - rows)
@@ -93,7 +93,7 @@ def test_more_than_a_turn_may_take_is_refused(measured):
     assert measured.router.admitted_ns == 0.0
 
 
-def test_a_full_turn_makes_the_next_shorter_and_time_without_one_longer_again(measured):
+def test_a_full_turn_halves_the_budget_and_time_without_one_restores_it(measured):
     budgets(measured, 20, 500)
     longest_ns, least_ns = measured.router.burst_ns, measured.router.target_ns
     assert measured.offer(5000)[0] > 500
@@ -106,7 +106,7 @@ def test_a_full_turn_makes_the_next_shorter_and_time_without_one_longer_again(me
     until_regained(measured.router, measured)
 
 
-def test_requests_of_low_priority_alone_make_no_turn_short(measured):
+def test_requests_of_low_priority_alone_do_not_cut_the_budget(measured):
     budgets(measured, 1, 2000)
     answered, shed = measured.offer(1900, {"priority": 0})
     assert answered < 1900
@@ -114,7 +114,7 @@ def test_requests_of_low_priority_alone_make_no_turn_short(measured):
     assert measured.router.budget_cut_ns == 0.0
 
 
-def test_requests_of_low_priority_are_shed_first(measured):
+def test_requests_of_low_priority_are_refused_first(measured):
     measured.always(100)
     assert measured.offer(1000, {"priority": 0})[0] == 50
     measured.always(100)
@@ -123,20 +123,20 @@ def test_requests_of_low_priority_are_shed_first(measured):
     assert measured.offer(1000, {"priority": 2})[0] == 200
 
 
-def test_priorities_that_are_none(served):
+def test_a_priority_other_than_0_1_or_2_is_an_error(served):
     for wrong in (-1, 3, "high", 1.0, None):
         [reply] = served.ask([0, 1, "predict", ["double", {"key": 1, "amount": 0}, {"priority": wrong}]])
         assert reply[2]["message"].startswith("option 'priority' must be 0, 1 or 2")
 
 
-def test_a_route_that_runs_apart_has_a_queue_of_its_own(measured):
+def test_a_route_that_runs_in_a_thread_has_its_own_queue(measured):
     measured.router.burst_ns = 9.5 * measured.route.row_cost_ns
     measured.route.threaded = True
     assert measured.offer(1000) == (10, 990)
     assert measured.route.admitted_ns == measured.router.admitted_ns == 0.0
 
 
-def test_a_queue_outside_the_loop_is_kept_short_alike(measured):
+def test_the_queue_of_a_thread_is_kept_short_too(measured):
     budgets(measured, 20, 500)
     measured.route.threaded = True
     assert measured.offer(5000)[0] > 500
@@ -147,21 +147,21 @@ def test_a_queue_outside_the_loop_is_kept_short_alike(measured):
     until_regained(measured.route, measured)
 
 
-def test_what_would_miss_its_deadline_is_refused_at_once(measured):
-    """As much is admitted as there is time for before the deadline, by what a row has cost."""
+def test_a_request_that_would_miss_its_deadline_is_refused_at_once(measured):
+    """Requests are admitted as long as their estimated end is before the deadline."""
     deadline_ms = 300.25 * measured.route.row_cost_ns / 1e6
     message = [0, 1, "predict", ["double", {"key": 1, "amount": 0}, {"deadline_ms": deadline_ms}]]
     connection = measured.connect()
     connection.data_received(msgpack.packb(message) * 1000)
-    assert connection.in_flight <= 301  # one more than fit: the first always is
+    assert connection.in_flight <= 301  # one more than fits: the first is always admitted
     assert measured.router.shed == 1000 - connection.in_flight
     measured.loop.turn()
     codes = {reply[2]["code"] for reply in measured.replies(connection) if reply[2] is not None}
     assert "RESOURCE_EXHAUSTED" in codes
 
 
-def test_what_comes_too_late_is_refused_as_it_is_read(measured):
-    """Its time began while the last turn ran, if the loop had no rest between the two."""
+def test_a_request_past_its_deadline_is_refused_as_it_is_read(measured):
+    """If a turn begins just after the last one, its deadlines count from the begin of the last one."""
     connection = measured.connect()
     message = msgpack.packb([0, 1, "predict", ["double", {"key": 1, "amount": 0}, {"deadline_ms": 1}]])
     run = measured.router.run
@@ -171,7 +171,7 @@ def test_what_comes_too_late_is_refused_as_it_is_read(measured):
         run()
 
     measured.router.run = held_up
-    for _ in range(1000):  # until this test itself is not held up between two turns
+    for _ in range(1000):  # repeat, because this process may be delayed between two turns
         connection.data_received(msgpack.packb(PREDICT))
         measured.loop.turn()
         connection.data_received(message)
@@ -183,7 +183,7 @@ def test_what_comes_too_late_is_refused_as_it_is_read(measured):
     assert measured.replies(connection)[-1][2]["message"] == "the deadline passed before the request was read"
 
 
-def test_batches_that_nobody_waited_for_teach_no_cost(measured):
+def test_batches_without_a_waiting_caller_do_not_change_the_cost(measured):
     before = measured.route.row_cost_ns
     connection = measured.connect()
     for _ in range(20):
@@ -195,12 +195,12 @@ def test_batches_that_nobody_waited_for_teach_no_cost(measured):
     assert measured.router.waiting_rows == 0
 
 
-def test_what_comes_by_another_way_is_admitted_alike(measured):
-    """As HTTP does it: ask, count, run."""
+def test_requests_of_another_protocol_are_under_the_same_admission(measured):
+    """As HttpBatches does it: admit, count, run."""
     measured.always(3)
     plan = measured.route.plan
     route = wire.WireRoute(plan, b"", -1)
-    for ran in (True, True):  # the first teaches nothing
+    for ran in (True, True):  # the first sample is not used
         batch = wire.Batch(route, plan.new_columns())
         measured.router.admit(route)
         batch.count(measured.router, 1, 0)
@@ -224,7 +224,7 @@ def test_what_comes_by_another_way_is_admitted_alike(measured):
         measured.router.admit(route, 1)
 
 
-def test_notifications_are_shed_in_silence(measured):
+def test_refused_notifications_get_no_reply(measured):
     measured.always(3)
     connection = measured.connect()
     connection.data_received(msgpack.packb([2, "predict", ["double", {"key": 1, "amount": 0}]]) * 10)

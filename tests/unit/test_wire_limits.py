@@ -1,4 +1,4 @@
-"""Deadlines of connections and their limits, with a clock and transports that the tests turn by hand."""
+"""Timeouts and limits of connections, with a clock and transports that the tests control."""
 
 import msgpack
 import pytest
@@ -9,7 +9,7 @@ from shorttail.config import LIMITS
 
 
 class Slow(FakeTransport):
-    """Holds what is written until the test lets it go."""
+    """A transport that keeps what is written until the test clears `unsent`."""
 
     def __init__(self):
         super().__init__()
@@ -48,11 +48,11 @@ def served():
     return Guarded()
 
 
-# -- deadlines -----------------------------------------------------------------------------------------------------
+# -- timeouts ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("late", [0, 1])
-def test_half_a_message_waits_so_long_and_no_longer(served, late):
+def test_an_incomplete_message_is_closed_after_the_frame_timeout(served, late):
     served.router.frame_deadline_s = 30
     connection = served.connect()
     message = msgpack.packb(PREDICT)
@@ -66,7 +66,7 @@ def test_half_a_message_waits_so_long_and_no_longer(served, late):
         assert served.replies(connection) == [PREDICTED]
 
 
-def test_one_byte_at_a_time_does_not_put_the_end_off(served):
+def test_a_byte_at_a_time_does_not_extend_the_frame_timeout(served):
     served.router.frame_deadline_s = 30
     connection = served.connect()
     for now_s, byte in enumerate(msgpack.packb(PREDICT), 1):
@@ -75,8 +75,8 @@ def test_one_byte_at_a_time_does_not_put_the_end_off(served):
     assert served.transport_of[connection].closed
 
 
-def test_whole_messages_start_the_time_anew(served):
-    """A busy peer may be in the middle of a message whenever the sweep looks."""
+def test_each_complete_message_restarts_the_frame_timeout(served):
+    """A busy peer may have sent part of a message each time that the sweep checks it."""
     served.router.frame_deadline_s = 3
     connection = served.connect()
     message = msgpack.packb([0, 1, "ping", []])
@@ -91,7 +91,7 @@ def test_whole_messages_start_the_time_anew(served):
 
 
 @pytest.mark.parametrize("late", [0, 1])
-def test_a_peer_that_does_not_read_is_cut(served, late):
+def test_a_peer_that_does_not_read_is_closed(served, late):
     served.router.write_deadline_s = 20
     connection = served.connect()
     served.ask(PREDICT, connection=connection)
@@ -99,7 +99,7 @@ def test_a_peer_that_does_not_read_is_cut(served, late):
     assert served.transport_of[connection].closed == bool(late)
 
 
-def test_a_peer_that_reads_slowly_is_not(served):
+def test_a_peer_that_reads_slowly_is_not_closed(served):
     served.router.write_deadline_s = 20
     connection = served.connect()
     for now_s in range(5, 200, 10):
@@ -110,8 +110,8 @@ def test_a_peer_that_reads_slowly_is_not(served):
     assert not served.transport_of[connection].closed
 
 
-def test_one_that_reads_a_little_of_much_is(served):
-    """A byte now and then is no reading: what is owed at one moment has to have left within the deadline."""
+def test_a_peer_that_reads_a_byte_now_and_then_is_closed(served):
+    """All output that is unsent at some moment has to be sent within the timeout; a byte now and then is too little."""
     served.router.write_deadline_s = 20
     connection = served.connect()
     served.ask(PREDICT, connection=connection)
@@ -122,7 +122,7 @@ def test_one_that_reads_a_little_of_much_is(served):
 
 
 @pytest.mark.parametrize("late", [0, 1])
-def test_a_silent_connection_is_closed_and_a_busy_one_is_not(served, late):
+def test_an_idle_connection_is_closed_and_a_busy_one_is_not(served, late):
     served.router.idle_deadline_s = 60
     silent, busy = served.connect(), served.connect()
     for now_s in range(10, 71 + late):
@@ -133,7 +133,7 @@ def test_a_silent_connection_is_closed_and_a_busy_one_is_not(served, late):
     assert not served.transport_of[busy].closed
 
 
-def test_requests_under_way_are_no_silence(served):
+def test_a_connection_with_requests_in_flight_is_not_idle(served):
     served.router.idle_deadline_s = 60
     served.router.forward = lambda *_: None
     connection = served.connect()
@@ -142,7 +142,7 @@ def test_requests_under_way_are_no_silence(served):
     assert not served.transport_of[connection].closed
 
 
-def test_a_sweep_looks_at_some_and_the_next_at_the_others(served):
+def test_a_sweep_checks_some_connections_and_the_next_sweep_the_others(served):
     served.router.idle_deadline_s = 5
     connections = [served.connect() for _ in range(1300)]
     served.sweep(1, 1, 1, 10)
@@ -152,7 +152,7 @@ def test_a_sweep_looks_at_some_and_the_next_at_the_others(served):
     assert all(served.transport_of[connection].closed for connection in connections)
 
 
-def test_strangers_have_a_deadline(served):
+def test_a_connection_without_a_token_has_a_timeout(served):
     served.router.access = 0
     served.router.auth_deadline_s = 10
     served.router.auth = lambda params: 2
@@ -168,7 +168,7 @@ def test_strangers_have_a_deadline(served):
 # -- limits --------------------------------------------------------------------------------------------------------
 
 
-def test_connections_in_all_and_from_one_address(served):
+def test_the_number_of_connections_is_limited_in_all_and_per_address(served):
     served.router.max_connections, served.router.max_peer_connections = 4, 2
     first, second = served.connect(), served.connect()
     assert served.ask(PREDICT, connection=second) == [PREDICTED]
@@ -190,7 +190,7 @@ def test_connections_in_all_and_from_one_address(served):
     assert served.router.refused == 2
 
 
-def test_requests_in_flight_on_a_connection(served):
+def test_the_requests_in_flight_on_a_connection_are_limited(served):
     connection, other = served.connect(), served.connect()
     message = msgpack.packb([0, 1, "predict", ["double", {"key": 1, "amount": 0}]])
     for _ in range(LIMITS.requests_per_connection + 1):
@@ -205,7 +205,7 @@ def test_requests_in_flight_on_a_connection(served):
 
 
 @pytest.mark.parametrize("over", [0, 1])
-def test_rows_in_a_request(served, over):
+def test_the_rows_of_a_request_are_limited(served, over):
     rows = LIMITS.rows_per_request + over
     [reply] = served.ask([0, 1, "predict", ["double", {"key": list(range(rows)), "amount": 0}]])
     if over:
@@ -218,7 +218,7 @@ def test_rows_in_a_request(served, over):
 
 
 @pytest.mark.parametrize("over", [0, 1])
-def test_the_length_of_a_list_of_features(served, over):
+def test_the_length_of_a_list_of_features_is_limited(served, over):
     filler = LIMITS.feature_list_bytes - len(msgpack.packb(["v:a", "x" * 40_000])) + 40_000 + over
     references = ["v:a", "x" * filler]
     size = len(msgpack.packb(references))
@@ -232,8 +232,8 @@ def test_the_length_of_a_list_of_features(served, over):
 
 
 @pytest.mark.parametrize("limit", ["waiting_rows", "waiting_bytes"])
-def test_what_waits_in_all(served, limit):
-    """Counted by another way than a connection, as so much does not go into one turn of a test."""
+def test_the_rows_and_bytes_that_wait_are_limited(served, limit):
+    """The rows are counted with Batch.count, because a test cannot send so many in one turn."""
     assert served.ask(PREDICT) == [PREDICTED]
     plan = served.engine.plan_for_model("double")
     batch = wire.Batch(wire.WireRoute(plan, b"", -1), plan.new_columns())
@@ -241,7 +241,7 @@ def test_what_waits_in_all(served, limit):
     rows, size = (at - 1, 0) if limit == "waiting_rows" else (1, at - 1)
     batch.count(served.router, rows, size)
     connection = served.connect()
-    connection.data_received(msgpack.packb(PREDICT) * 2)  # the first fills it up
+    connection.data_received(msgpack.packb(PREDICT) * 2)  # the first reaches the limit
     assert connection.in_flight == 1
     batch.end(False)
     connection.data_received(msgpack.packb(PREDICT))
@@ -250,7 +250,7 @@ def test_what_waits_in_all(served, limit):
     assert [reply[2] and reply[2]["code"] for reply in served.replies(connection)] == ["RESOURCE_EXHAUSTED", None, None]
 
 
-def test_what_was_held_is_given_back_when_the_peer_goes(served):
+def test_requests_of_a_peer_that_goes_are_uncounted(served):
     connection = served.connect()
     connection.data_received(msgpack.packb(PREDICT))
     connection.data_received(msgpack.packb(PREDICT)[:5])
@@ -270,11 +270,11 @@ def test_a_connection_moves_in_the_middle_of_a_message(served):
     old.data_received(message + message[:9])
     assert old.park(1000)
     assert not served.transport_of[old].reading
-    assert old.partial_if_idle(1000) is None  # its answer is owed
+    assert old.partial_if_idle(1000) is None  # a request is in flight
     served.loop.turn()
-    assert old.partial_if_idle(1000) is None  # and not sent yet
+    assert old.partial_if_idle(1000) is None  # its reply is not sent
     served.transport_of[old].unsent = 0
-    assert old.partial_if_idle(8) is None  # more has been read than may move
+    assert old.partial_if_idle(8) is None  # more bytes have been received than may move
     held = old.partial_if_idle(1000)
     assert held == message[:9]
     moved = wire.Connection(new.router)
@@ -287,7 +287,7 @@ def test_a_connection_moves_in_the_middle_of_a_message(served):
     assert moved.access == 1
 
 
-def test_connections_that_cannot_move(served):
+def test_some_connections_cannot_move(served):
     secure, ending, large = served.connect(secure=True), served.connect(), served.connect()
     ending.finish()
     large.data_received(msgpack.packb([0, 1, "echo", ["x" * 5000]])[:3000])
@@ -297,7 +297,7 @@ def test_connections_that_cannot_move(served):
 
 
 @pytest.mark.parametrize("more", [0, 1])
-def test_so_many_failures_with_a_traceparent_have_lines_of_their_own(served, more):
+def test_the_failures_with_a_traceparent_kept_for_the_log_are_limited(served, more):
     trace = f"00-{'1' * 32}-{'2' * 16}-01"
     most = LIMITS.traced_failures
     requests = [[0, n, "predict", ["double", {}, {"traceparent": trace}]] for n in range(most + more)]

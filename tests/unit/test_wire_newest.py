@@ -1,4 +1,4 @@
-"""An overload of many connections: the newest requests are admitted, of all alike, and none is answered twice."""
+"""Newest-first admission: the newest requests of each connection are admitted, and none is answered twice."""
 
 import msgpack
 import pytest
@@ -22,26 +22,26 @@ class Overloaded(Measured):
             self.offer(10)
 
     def overload(self, rows):
-        """Refuse something, so that the next turn keeps what it reads. rows: what that one has time for."""
+        """Refuse requests, so that the next turn defers its requests. rows: the budget of that turn, in rows."""
         self.always(1)
         while not self.router.newest_first:
             assert self.offer(10)[1] > 0
-            self.offer(1)  # it begins a turn soon after
+            self.offer(1)  # begins the next turn
         self.always(rows)
 
     def turn(self, streams, rows):
-        """[replies] of each stream of requests, in a turn that keeps them."""
+        """Return the list of replies to each stream of requests, in a turn that defers requests."""
         while True:
             self.overload(rows)
             connections = [self.connect() for _ in streams]
             for connection, stream in zip(connections, streams, strict=True):
                 connection.data_received(stream)
-            kept = self.router.newest_first  # unless this process stood still meanwhile
+            deferred = self.router.newest_first  # False if this process was delayed for 100 ms
             self.loop.turn()
             replies = [self.replies(connection) for connection in connections]
             for connection in connections:
                 connection.connection_lost(None)
-            if kept:
+            if deferred:
                 return replies
 
 
@@ -64,7 +64,7 @@ def test_the_newest_of_every_connection_are_admitted(overloaded):
         assert len(admitted) == pytest.approx(count / 10, abs=1)
 
 
-def test_connections_of_one_request_each_have_their_turn(overloaded):
+def test_connections_with_one_request_each_are_admitted_in_turn(overloaded):
     answered = set()
     for _ in range(40):
         overloaded.overload(30)
@@ -73,7 +73,7 @@ def test_connections_of_one_request_each_have_their_turn(overloaded):
     assert answered == set(range(100))
 
 
-def test_other_methods_are_answered_in_their_order(overloaded):
+def test_other_methods_are_not_deferred(overloaded):
     ping = msgpack.packb([0, 5000, "ping", []])
     [replies] = overloaded.turn([request(1) + ping + request(2)], 100)
     assert {reply[1]: reply[2] for reply in replies} == {1: None, 2: None, 5000: None}
@@ -81,7 +81,7 @@ def test_other_methods_are_answered_in_their_order(overloaded):
 
 @settings(deadline=None, max_examples=200)
 @given(values.data())
-def test_however_the_stream_is_cut_each_is_answered_once(data):
+def test_each_request_is_answered_once_however_the_stream_is_split(data):
     overloaded = Overloaded()
     overloaded.overload(50)
     stream = b"".join(map(request, range(200)))
@@ -96,13 +96,13 @@ def test_however_the_stream_is_cut_each_is_answered_once(data):
     assert overloaded.router.in_flight == connection.in_flight == 0
 
 
-def test_so_much_is_kept_and_no_more(overloaded):
-    """Memory, not requests, is what is counted: a small one may be all that holds on to much that came with it."""
+def test_the_bytes_of_deferred_requests_are_limited(overloaded):
+    """The limit counts memory, not requests: a small request keeps all bytes that arrived with it in memory."""
     stream = request(1) + msgpack.packb([2, "ping", [bytes(1 << 20)]])
-    while True:  # until this process does not stand still between the two
+    while True:  # repeat, because this process may be delayed between the two
         overloaded.overload(2000)
         first = overloaded.connect()
-        first.data_received(bytes(bytearray(stream)))  # an object of its own
+        first.data_received(bytes(bytearray(stream)))  # a new object
         if overloaded.router.newest_first:
             break
         overloaded.loop.turn()
@@ -110,15 +110,14 @@ def test_so_much_is_kept_and_no_more(overloaded):
     for count in range(2, LIMITS.kept_bytes // len(stream) + 4):
         connections.append(overloaded.connect())
         connections[-1].data_received(bytes(bytearray(stream)))
-        kept_bytes = min(count, 16) * len(stream)
-        assert overloaded.router.deferred_bytes == kept_bytes
-        assert overloaded.router.in_flight == max(0, count - 16)  # admitted as it is read
+        assert overloaded.router.deferred_bytes == min(count, 16) * len(stream)
+        assert overloaded.router.in_flight == max(0, count - 16)  # the others are admitted as they are read
     overloaded.loop.turn()
     assert overloaded.router.deferred_bytes == 0
     assert [good(overloaded.replies(connection)) for connection in connections] == [[1]] * len(connections)
 
 
-def test_a_peer_that_goes_is_forgotten(overloaded):
+def test_deferred_requests_of_a_closed_connection_are_dropped(overloaded):
     overloaded.overload(50)
     gone, there = overloaded.connect(), overloaded.connect()
     for connection in (gone, there):
@@ -130,7 +129,7 @@ def test_a_peer_that_goes_is_forgotten(overloaded):
     assert overloaded.router.in_flight == 0
 
 
-def test_a_peer_that_ends_is_answered_and_closed(overloaded):
+def test_a_peer_that_ends_with_a_deferred_request_is_answered_and_closed(overloaded):
     overloaded.overload(50)
     connection = overloaded.connect()
     connection.data_received(request(1))
@@ -141,7 +140,7 @@ def test_a_peer_that_ends_is_answered_and_closed(overloaded):
     assert overloaded.transport_of[connection].closed
 
 
-def test_one_that_ends_after_a_notification_is_closed(overloaded):
+def test_a_peer_that_ends_after_a_deferred_notification_is_closed(overloaded):
     overloaded.overload(50)
     connection = overloaded.connect()
     connection.data_received(msgpack.packb([2, "predict", ["double", {"key": 1, "amount": 0}]]))
@@ -150,7 +149,7 @@ def test_one_that_ends_after_a_notification_is_closed(overloaded):
     assert overloaded.transport_of[connection].closed
 
 
-def test_what_came_before_nonsense_is_answered(overloaded):
+def test_requests_before_a_malformed_message_are_answered(overloaded):
     [replies] = overloaded.turn([request(1) + request(2) + MALFORMED + request(3)], 100)
     assert sorted(good(replies)) == [1, 2]
     [refused] = [reply for reply in replies if reply[2] is not None]
@@ -158,7 +157,7 @@ def test_what_came_before_nonsense_is_answered(overloaded):
     assert refused[2]["code"] == "INVALID_ARGUMENT"
 
 
-def test_one_byte_at_a_time_does_not_put_the_end_off(overloaded):
+def test_a_byte_at_a_time_does_not_extend_the_frame_timeout(overloaded):
     overloaded.router.frame_deadline_s = 30
     connection = overloaded.connect()
     for now_s, byte in enumerate(request(1), 1):

@@ -1,4 +1,4 @@
-"""Pushes and deletes on the wire: handed on with their columns unread, and answered by what comes back."""
+"""Pushes and deletes on the wire: forwarded without decoding their columns, and answered with the outcome."""
 
 import time
 
@@ -16,7 +16,7 @@ DONE = msgpack.packb(None) + msgpack.packb({"rows": 3})
 
 
 class Forwarding(Served):
-    """Remembers what it is handed."""
+    """A router that records what it forwards."""
 
     def __init__(self):
         super().__init__()
@@ -42,7 +42,7 @@ def served():
     values.booleans(),
     values.data(),
 )
-def test_params_arrive_byte_for_byte_however_they_were_cut(columns, msgid, method, silent, data):
+def test_params_are_forwarded_byte_for_byte_however_they_were_split(columns, msgid, method, silent, data):
     served = Forwarding()
     connection = served.connect()
     params = ["stats", columns]
@@ -55,7 +55,7 @@ def test_params_arrive_byte_for_byte_however_they_were_cut(columns, msgid, metho
     assert connection.in_flight == (not silent)
 
 
-def test_the_answer_is_relayed_and_predictions_do_not_wait_for_it(served):
+def test_the_outcome_is_relayed_and_predictions_do_not_wait_for_it(served):
     connection = served.connect()
     push = [0, 2**32 - 1, "push", ["stats", {"key": 1}]]
     assert served.ask(push, PREDICT, connection=connection) == [PREDICTED]
@@ -66,7 +66,7 @@ def test_the_answer_is_relayed_and_predictions_do_not_wait_for_it(served):
     assert connection.in_flight == 0
 
 
-def test_many_answers_of_a_turn_are_one_write(served):
+def test_all_outcomes_of_a_turn_are_one_write(served):
     connection = served.connect()
     assert served.ask(*([0, n, "delete", ["stats", {}]] for n in range(10)), connection=connection) == []
     for n in range(10):
@@ -76,7 +76,7 @@ def test_many_answers_of_a_turn_are_one_write(served):
     assert [reply[1] for reply in served.replies(connection)] == list(range(10))
 
 
-def test_a_connection_that_ends_waits_for_its_answers_and_one_that_is_gone_is_left_alone(served):
+def test_an_ending_connection_waits_for_outcomes_and_a_closed_one_is_ignored(served):
     ending, gone = served.connect(), served.connect()
     for connection in (ending, gone):
         served.ask([0, 1, "push", ["stats", {}]], connection=connection)
@@ -92,7 +92,7 @@ def test_a_connection_that_ends_waits_for_its_answers_and_one_that_is_gone_is_le
     assert (ending.in_flight, gone.in_flight) == (0, 0)
 
 
-def test_a_deadline_is_handed_on_as_a_moment(served):
+def test_a_deadline_is_forwarded_as_a_time(served):
     before_ns = time.monotonic_ns()
     served.ask([0, 1, "push", ["stats", {}, {"deadline_ms": 50}]], [0, 2, "push", ["stats", {}, None]])
     assert before_ns <= served.taken[0][4] - 50_000_000 <= time.monotonic_ns()
@@ -100,7 +100,7 @@ def test_a_deadline_is_handed_on_as_a_moment(served):
 
 
 @pytest.mark.parametrize("refusal", [Unavailable("away"), ResourceExhausted("full")])
-def test_what_is_refused_is_not_in_flight(served, refusal):
+def test_a_refused_push_is_not_in_flight(served, refusal):
     connection = served.connect()
     served.refusal = refusal
     error = {"code": refusal.code, "message": refusal.message}
@@ -123,14 +123,14 @@ def test_what_is_refused_is_not_in_flight(served, refusal):
         (["stats", {}, {"deadline_ms": -1}], "DEADLINE_EXCEEDED", "deadline_ms -1"),
     ],
 )
-def test_wrong_params_are_answered_here(served, params, code, message):
+def test_wrong_params_are_refused_and_not_forwarded(served, params, code, message):
     [reply] = served.ask([0, 5, "push", params])
     assert (reply[2]["code"], reply[3]) == (code, None)
     assert reply[2]["message"].startswith(message)
     assert served.taken == []
 
 
-def test_a_connection_may_have_so_many_outstanding(served):
+def test_the_pushes_in_flight_on_a_connection_are_limited(served):
     connection = served.connect()
     most = LIMITS.pushes_per_connection
     [refused] = served.ask(*([0, n, "push", ["stats", {}]] for n in range(most + 1)), connection=connection)
@@ -138,10 +138,10 @@ def test_a_connection_may_have_so_many_outstanding(served):
     connection.relay(0, DONE)
     assert served.ask([0, 7, "push", ["stats", {}]], connection=connection) == [[1, 0, None, {"rows": 3}]]
     assert len(served.taken) == most + 1
-    assert served.ask([0, 8, "push", ["stats", {}]]) == []  # another one has its own
+    assert served.ask([0, 8, "push", ["stats", {}]]) == []  # another connection has its own limit
 
 
-def test_without_a_writer_they_are_unknown():
+def test_without_a_writer_push_is_an_unknown_method():
     [reply] = Served().ask([0, 1, "push", ["stats", {}]])
     assert reply[2]["message"] == "unknown method 'push'; methods: predict, get_online_features, ping, echo"
 

@@ -1,4 +1,4 @@
-"""The writer's queue and its commits, with a store that does as each test says, and a worker that remembers."""
+"""The writer's queue and its commits, with a fake store that each test controls and a fake worker."""
 
 import asyncio
 import threading
@@ -16,6 +16,7 @@ from shorttail.errors import InvalidArgument, NotFound, ResourceExhausted, Short
 from shorttail.server import writer as module
 from shorttail.server.errorlog import ErrorLog
 from shorttail.server.writer import WorkerConnection, Writer, read_params
+from shorttail.sources.rows import column_batch
 from shorttail.store import Delete, Upsert
 
 HUGE_AND_EMPTY = msgpack.ExtType(1, b"\x04\x08" + b"\0\0\0\0" + b"\xff" * 28)  # dimensions 0, 2**32 - 1, ...
@@ -24,7 +25,7 @@ STATS = st.FeatureView("stats", entity=USER, features=[st.Feature("age", st.Floa
 
 
 class FakeStore:
-    """Remembers the edits of each commit. fail: called with them first."""
+    """A store that records the edits of each commit. fail: called with the edits before they are recorded."""
 
     def __init__(self):
         self.commits, self.fail, self.newer = [], lambda edits: None, {}
@@ -74,7 +75,7 @@ class Served:
 
 
 def serving(test):
-    """Run an async test with a Served."""
+    """Run an async test with a new Served."""
 
     def run(*arguments, **named):
         async def main():
@@ -87,7 +88,7 @@ def serving(test):
 
 
 @serving
-async def test_what_is_queued_is_one_commit(served):
+async def test_queued_requests_are_one_commit(served):
     for number in range(100):
         served.send(number)
     served.send(100, "delete", columns={"user_id": [1, 2, 3]})
@@ -98,7 +99,7 @@ async def test_what_is_queued_is_one_commit(served):
 
 
 @serving
-async def test_what_comes_while_a_commit_runs_is_the_next_commit(served):
+async def test_requests_during_a_commit_are_the_next_commit(served):
     running = asyncio.create_task(served.writer.run())
     loop, going, go_on = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
 
@@ -120,7 +121,7 @@ async def test_what_comes_while_a_commit_runs_is_the_next_commit(served):
 
 
 @serving
-async def test_a_full_disk_is_told_to_all_of_the_commit_and_the_next_is_tried(served):
+async def test_a_full_disk_fails_all_requests_of_a_commit_and_the_next_is_tried(served):
     full = ResourceExhausted("the disk is full")
 
     def fail(edits):
@@ -158,7 +159,7 @@ async def test_a_request_that_makes_the_commit_fail_fails_alone(served):
 
 
 @serving
-async def test_an_error_of_one_edit_is_its_own(served):
+async def test_the_error_of_an_edit_fails_that_request_only(served):
     wrong = InvalidArgument("wrong columns")
     served.store.commit = lambda edits: [wrong if number == 1 else 1 for number in range(len(edits))]
     for number in range(3):
@@ -167,7 +168,7 @@ async def test_an_error_of_one_edit_is_its_own(served):
 
 
 @serving
-async def test_a_deadline_that_has_passed_is_not_written(served):
+async def test_a_request_past_its_deadline_is_not_written(served):
     now_ns = time.monotonic_ns()
     served.send(0, deadline_ns=now_ns - 1)
     served.send(1, deadline_ns=now_ns + 60_000_000_000)
@@ -179,7 +180,7 @@ async def test_a_deadline_that_has_passed_is_not_written(served):
 
 
 @serving
-async def test_only_late_requests_make_no_commit(served):
+async def test_requests_that_are_all_late_make_no_commit(served):
     served.send(0, deadline_ns=1)
     assert (await served.finish())[0].code == "DEADLINE_EXCEEDED"
     assert served.store.commits == []
@@ -197,7 +198,7 @@ def limits(monkeypatch):
     ("changed", "sizes"),
     [({"commit_rows": 5}, [2, 2, 1]), ({"commit_rows": 1}, [1] * 5), ({"commit_bytes": 2000}, [3, 2]), ({}, [5])],
 )
-def test_a_commit_is_of_limited_size_and_of_one_request_at_least(limits, changed, sizes):
+def test_a_commit_is_limited_in_size_but_has_at_least_one_request(limits, changed, sizes):
     limits(**changed)
 
     @serving
@@ -211,7 +212,7 @@ def test_a_commit_is_of_limited_size_and_of_one_request_at_least(limits, changed
 
 
 @pytest.mark.parametrize("changed", [{"queued_rows": 4}, {"queued_bytes": 1200}])
-def test_what_would_wait_beyond_the_limits_is_refused_at_once(limits, changed):
+def test_requests_beyond_the_queue_limits_are_refused_at_once(limits, changed):
     limits(**changed)
 
     @serving
@@ -228,7 +229,7 @@ def test_what_would_wait_beyond_the_limits_is_refused_at_once(limits, changed):
 
 
 @serving
-async def test_definitions_that_were_not_yet_seen_are_looked_for(served):
+async def test_an_unknown_view_makes_the_writer_read_the_catalog_again(served):
     served.store.newer = {"late": STATS}
     served.send(0, view="late")
     served.send(1, view="never")
@@ -237,30 +238,45 @@ async def test_definitions_that_were_not_yet_seen_are_looked_for(served):
 
 
 @serving
-async def test_what_comes_after_the_end_is_refused(served):
+async def test_a_request_after_the_stop_is_refused(served):
     served.writer.stop()
     served.send(0)
     assert served.worker.answers[0].code == "UNAVAILABLE"
 
 
 @serving
-async def test_a_fault_while_reading_is_told_and_logged(served):
+async def test_an_unexpected_exception_is_answered_and_logged(served):
     served.store.refresh = lambda force=False: 1 / 0
     served.send(0)
     assert served.worker.answers[0].message == "push: ZeroDivisionError: division by zero"
     assert served.faults.seen
 
 
-def test_params_with_tensors_and_every_plain_value():
+def test_params_may_hold_tensors_and_all_plain_values():
     tensor = protocol.pack_tensor(np.arange(6, dtype=np.float32).reshape(2, 3))
     name, columns = read_params(msgpack.packb(["stats", {"a": tensor, "b": [1, None, "é", 2.5, True]}, {"x": 1}]))
     assert (name, columns["b"]) == ("stats", [1, None, "é", 2.5, True])
     np.testing.assert_array_equal(columns["a"], [[0, 1, 2], [3, 4, 5]])
 
 
+@pytest.mark.parametrize("dtype", [st.Float64, st.Int64, st.Bool, st.String])
+@pytest.mark.parametrize("many", [True, False])
+def test_times_reach_the_view_as_times(dtype, many):
+    times = np.array(["2026-01-31T12:00:00.5", "1969-12-31"], "M8[us]")
+    sent = protocol.pack_tensor(times) if many else msgpack.Timestamp(1_769_860_800, 500_000_999)
+    ids = [1, 2] if many else 1
+    columns = read_params(msgpack.packb(["v", {"user_id": ids, "x": sent}]))[1]
+    taken = column_batch(st.FeatureView("v", entity=USER, features=[st.Feature("x", st.Timestamp)]), columns)
+    assert taken.features[0][0].tolist() == times[: len(taken.features[0][0])].astype(np.int64).tolist()
+    other = st.FeatureView("v", entity=USER, features=[st.Feature("x", dtype)])
+    with pytest.raises(InvalidArgument, match=f"view 'v': column 'x' takes {dtype}; got "):
+        column_batch(other, columns)
+
+
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
+        (b"\x81\xa1a\xd4\x09\x00", "ext type 9 is not known"),
         (b"\x81\xa1a\xa1\xff", "a string is not valid UTF-8"),
         (b"\x81\xa1a\xc7\x05\xff12345", "a map key or ext value that cannot be read"),
         (b"\x81\x91\x01\x02", "a map key or ext value that cannot be read"),
@@ -278,7 +294,7 @@ def test_params_that_cannot_be_read_are_invalid(columns, message):
     assert caught.value.message.startswith(message)
 
 
-def test_a_worker_connection_reads_however_it_is_cut_and_answers_by_number():
+def test_a_worker_connection_reads_messages_in_any_pieces_and_answers_by_number():
     rng = np.random.default_rng(3)
 
     class Transport:

@@ -22,7 +22,6 @@ from shorttail.cli.rows import delete, push
 from shorttail.cli.serve_options import settings_options
 from shorttail.cli.tune import tune
 from shorttail.config import DEFAULT_HOST, DEFAULT_PORT, LIMITS, VERSION
-from shorttail.define.values import parse_columns
 from shorttail.errors import InvalidArgument, NotFound, ShorttailError
 
 if TYPE_CHECKING:
@@ -229,6 +228,8 @@ def predict(
       shorttail predict fraud user_id=1,2,3 amount=9.5 --store store
       shorttail predict fraud user_id=1 amount=9.5 --server 127.0.0.1:7711
     """
+    from shorttail.define.text import parse_columns
+
     with answerer(store, server) as source:
         by_name = {item["name"]: item for item in source.models()}
         if model not in by_name:
@@ -258,6 +259,8 @@ def features(arguments: tuple[str, ...], store: str | None, server: str | None, 
     Example:
       shorttail features user_stats:age user_stats:tier user_id=1,2,3 --store store
     """
+    from shorttail.define.text import parse_columns
+
     references = [argument for argument in arguments if "=" not in argument]
     values = [argument for argument in arguments if "=" in argument]
     names = {reference.partition(":")[0] for reference in references}

@@ -12,7 +12,6 @@ import click
 from shorttail.cli.options import connect, json_option, opened, progress_bar, source_options
 from shorttail.cli.output import print_json, rate
 from shorttail.config import LIMITS
-from shorttail.define.values import parse_columns
 from shorttail.errors import InvalidArgument, NotFound, ShorttailError
 
 if TYPE_CHECKING:
@@ -223,6 +222,8 @@ def key_columns(
 ) -> Iterator[tuple[int, int | None, dict[str, Any]]]:
     """Yield (number of keys, number of all keys if known, columns) for each request."""
     if file is None:
+        from shorttail.define.text import parse_columns
+
         dtypes = {name: dtype.name for name, dtype in view.keys.items()}
         columns = parse_columns(values, dtypes, f"view '{view.name}'")
         count = max((len(value) for value in columns.values() if isinstance(value, list)), default=1)

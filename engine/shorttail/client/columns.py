@@ -1,18 +1,29 @@
-"""Columns as a caller holds them into MessagePack values: what a client sends."""
+"""Columns as a caller holds them into MessagePack values: what a client sends.
+
+A client does not know the types of the columns, so it sends what it has without losing what it is: a time stays a time,
+and what is missing is nil, NaN or NaT. The server says what a column takes.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 from collections.abc import Iterable, Mapping
+from decimal import Decimal
 from typing import Any, Final, cast
 
 import msgpack
 import numpy as np
 
+from shorttail.define.dtypes import Bool, DType, Float64, Int64, Timestamp
+from shorttail.define.refusal import Refused, got
+from shorttail.define.scalar import is_missing, is_row, unwrapped
+from shorttail.define.times import times_us
+from shorttail.define.values import as_column, as_value
 from shorttail.errors import InvalidArgument
-from shorttail.protocol import REQUEST, TENSOR_DIMS, Array, pack_tensor
+from shorttail.protocol import REQUEST, TENSOR_DIMS, TIME_DTYPE, Array, pack_tensor
 
-# What travels as the next larger type that the wire has. (uint64 is checked for values above int64 first.)
+# What travels as the next larger type that the wire has. uint64 is looked at for values above int64 first.
 _WIDENED: Final[dict[np.dtype[Any], type[np.generic]]] = {
     np.dtype(np.int8): np.int32,
     np.dtype(np.int16): np.int32,
@@ -22,9 +33,13 @@ _WIDENED: Final[dict[np.dtype[Any], type[np.generic]]] = {
     np.dtype(np.uint64): np.int64,
     np.dtype(np.float16): np.float32,
 }
+_INT64_MAX: Final = 2**63 - 1
+_UINT64_MAX: Final = 2**64 - 1  # the largest whole number that MessagePack carries
 
+# By the kind of a dtype, what its values are read as where pandas, polars or pyarrow hold them.
+_READ_AS: Final = {"b": Bool, "i": Int64, "u": Int64, "f": Float64, "M": Timestamp}
 
-_AS_THEY_ARE: Final = frozenset({str, int, bool, type(None)})  # items that MessagePack carries, and that mean one thing
+_PLAIN: Final = frozenset({str, int, float, bool, type(None)})  # MessagePack carries them, and they mean one thing
 
 
 def pack_request(msgid: int, method: str, params: list[Any]) -> bytes:
@@ -37,14 +52,14 @@ def pack_request(msgid: int, method: str, params: list[Any]) -> bytes:
     try:
         return bytes(packer.pack((REQUEST, msgid, method, params)))
     except (TypeError, ValueError, OverflowError) as error:
-        raise InvalidArgument(f"{method}: a value cannot be sent: {error}") from None
+        raise _unsendable(method, params, error) from None
 
 
 def encode_columns(columns: Mapping[str, Any]) -> dict[str, Any]:
-    """Columns as a caller holds them, as MessagePack values: numeric arrays as tensors, the rest as plain values.
+    """Columns as a caller holds them, as MessagePack values: numbers and times as tensors, the rest as plain values.
 
-    A column is a scalar, a list or tuple, a numpy array, or anything with a numpy form (pandas, pyarrow, polars).
-    `columns` is a dict, or a table of pandas, polars or pyarrow. Raises InvalidArgument.
+    A column is a scalar, a list or tuple, a numpy array, or a column of pandas, pyarrow or polars. `columns` is a dict,
+    or a table of pandas, polars or pyarrow. Raises InvalidArgument.
     """
     return {str(name): encode_column(str(name), value) for name, value in _items(columns)}
 
@@ -63,114 +78,209 @@ def _items(columns: Any) -> Iterable[tuple[str, Any]]:
 
 def encode_column(name: str, value: Any) -> Any:
     """One column for the wire: see encode_columns."""
-    if value is None or isinstance(value, (str, bool, int, float, list)):
+    if type(value) in _PLAIN:
         return value
-    if isinstance(value, (tuple, range)):
-        return list(value)
-    if isinstance(value, np.generic) or _is_missing(value):
-        return _pack_other(value)
-    if isinstance(value, (datetime.datetime, bytes)):
-        return _encode_scalar(name, value)
-    if _has_nulls(value):
-        # As numpy, integers with a null would turn into floats.
-        return _plain_items(_as_list(value))
-    if getattr(getattr(value, "dtype", None), "tz", None) is not None:
-        value = value.to_numpy("datetime64[us]")  # pandas gives an object a time where there is a zone
-    array = np.asarray(value)
-    if array.dtype.kind in "UT" and not isinstance(value, np.ndarray):
-        return _as_list(value)  # as fixed-width text, a string has lost the zero bytes at its end
-    if array.ndim == 0:
-        return _encode_scalar(name, array.item() if array.dtype.kind != "M" else array[()])
-    return _encode_array(name, array)
-
-
-def _encode_scalar(name: str, value: Any) -> Any:
     try:
-        return value if isinstance(value, (str, bool, int, float)) else _pack_other(value)
-    except TypeError as error:
-        raise InvalidArgument(f"column {name!r}: {error}") from None
+        return _encoded(value)
+    except Refused as error:
+        raise _refusal(name, error.got, error.row) from None
 
 
-def _encode_array(name: str, array: Array) -> Any:
+def _refusal(name: str, what: str, row: int | None) -> InvalidArgument:
+    where = "" if row is None else f" at row {row}"
+    return InvalidArgument(f"column '{name}' takes numbers, bools, text, times or vectors; got {what}{where}")
+
+
+def _encoded(value: Any) -> Any:
+    if isinstance(value, list | tuple | range):  # the packer asks for items that it does not know: see _pack_other
+        return value if isinstance(value, list) else list(value)
+    if isinstance(value, np.ndarray):
+        return _encode_array(value)
+    if hasattr(value, "to_pylist"):
+        return _encode_arrow(value)
+    if hasattr(value, "to_arrow") and hasattr(value, "to_list"):
+        return _encode_polars(value)
+    if hasattr(value, "isna") and hasattr(value, "to_numpy"):
+        return _encode_pandas(value)
+    if hasattr(value, "__array__") and not isinstance(value, np.generic):
+        return _encode_array(np.asarray(value))
+    return _plain(value)
+
+
+# -- scalars -----------------------------------------------------------------------------------------------------------
+
+
+def _plain(value: Any) -> Any:
+    """One value, or one vector, as MessagePack has it. Raises Refused."""
+    if type(value) in _PLAIN:
+        return value
+    value = unwrapped(value)
+    if is_missing(value):
+        return None
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, datetime.date | np.datetime64):  # a datetime, also of pandas, is a date
+        time_us = as_value(Timestamp, value)
+        return msgpack.Timestamp(time_us // 1_000_000, time_us % 1_000_000 * 1000)
+    if isinstance(value, bool | np.bool_):
+        return bool(value)
+    if isinstance(value, int | np.integer) and not isinstance(value, np.timedelta64):  # for NumPy a kind of integer
+        return int(value)
+    if isinstance(value, float | np.floating):
+        return float(value)
+    if isinstance(value, Decimal):
+        return _plain_decimal(value)
+    if is_row(value):
+        items = value.tolist() if isinstance(value, np.ndarray) and value.dtype.kind in "biuf" else list(value)
+        return items if _PLAIN.issuperset(map(type, items)) else [_plain(item) for item in items]
+    raise Refused(got(value))
+
+
+def _plain_decimal(value: Decimal) -> int | float:
+    """Whole numbers as ints, so that none is rounded."""
+    is_whole = value.copy_abs() <= _UINT64_MAX and value == value.to_integral_value()
+    return int(value) if is_whole else float(value)
+
+
+def _pack_other(value: Any) -> Any:
+    """For the packer: ints beyond 64 bits travel as floats; TypeError where there is no form for a value."""
+    if isinstance(value, int):
+        try:
+            return float(value)
+        except OverflowError:
+            return float("inf") if value > 0 else float("-inf")
+    try:
+        return _plain(value)
+    except Refused as error:
+        raise TypeError(error.got) from None
+
+
+def _unsendable(method: str, params: list[Any], error: Exception) -> InvalidArgument:
+    """Which value the packer could not pack."""
+    columns = params[1] if len(params) > 1 and isinstance(params[1], dict) else {}
+    for name, value in columns.items():
+        many = isinstance(value, list)
+        for row, item in enumerate(value if many else [value]):
+            try:
+                _check(item)
+            except Refused as refusal:
+                return _refusal(str(name), refusal.got, row if many else None)
+    return InvalidArgument(f"{method}: a value cannot be sent: {error}")
+
+
+def _check(item: Any) -> None:
+    """Raises Refused for what cannot be sent: with what _plain refuses, text with half of a surrogate pair."""
+    if isinstance(item, msgpack.ExtType | msgpack.Timestamp):
+        return
+    plain = _plain(item)
+    for part in plain if isinstance(plain, list) else [plain]:
+        try:
+            part.encode() if isinstance(part, str) else None
+        except UnicodeEncodeError:
+            raise Refused(f"text that is not UTF-8, {got(part)}") from None
+
+
+# -- arrays ------------------------------------------------------------------------------------------------------------
+
+
+def _encode_array(array: Array) -> Any:
     kind = array.dtype.kind
+    if array.ndim == 0:
+        return _plain(array)
     if kind == "O" and len(array) and (rows := _stacked(array)) is not None:
         array, kind = rows, rows.dtype.kind
     if kind in "OUT":
-        return _plain_items(array.tolist())
-    if kind == "M":
-        microseconds = array.astype("datetime64[us]").astype(np.int64)
-        missing = np.isnat(array)
-        if not missing.any():
-            return pack_tensor(microseconds)
-        return [None if gone else us for us, gone in zip(microseconds.tolist(), missing.tolist(), strict=True)]
-    if kind not in "biuf" or array.dtype.itemsize > 8:
-        raise InvalidArgument(f"column {name!r}: arrays of {array.dtype} cannot be sent; use numbers, bool or str")
-    if array.dtype == np.uint64 and array.size and int(array.max()) > np.iinfo(np.int64).max:
-        raise InvalidArgument(f"column {name!r}: {int(array.max())} does not fit Int64")
+        return array.tolist()  # of masked ones it makes None
     if array.ndim > TENSOR_DIMS:
-        raise InvalidArgument(f"column {name!r}: {array.ndim} dimensions are more than {TENSOR_DIMS}")
+        raise Refused(f"an array of {array.ndim} dimensions, more than {TENSOR_DIMS}")
+    nulls = np.ma.getmaskarray(array) if isinstance(array, np.ma.MaskedArray) else None
+    values = np.asarray(array)
+    if kind == "M":
+        missing = np.isnat(values) if nulls is None else np.isnat(values) | nulls
+        times = times_us(values.ravel(), missing.ravel(), str(array.dtype)).reshape(array.shape)
+        return _tensor(times.view(TIME_DTYPE), missing)
+    if kind not in "biuf":
+        return _none_sent(array)
+    return _tensor(values, nulls)
+
+
+def _tensor(array: Array, nulls: Array | None) -> Any:
+    """Numbers or times as a tensor; numbers of a type without NaN, of which some are missing, as a list."""
+    if nulls is not None and nulls.any():
+        if array.dtype.kind in "biu":
+            items = array.astype(object)
+            items[nulls] = None
+            return items.tolist()
+        array = np.where(nulls, np.array("NaT" if array.dtype.kind == "M" else "NaN", array.dtype), array)
+    if array.dtype.kind == "u" and array.dtype.itemsize == 8 and array.size and int(array.max()) > _INT64_MAX:
+        return array.tolist()
+    if array.dtype.itemsize > 8:
+        with np.errstate(over="ignore"):  # a long double that is infinite as a double
+            array = array.astype(np.float64)
     native = array.dtype.newbyteorder("=")
     return pack_tensor(array.astype(_WIDENED.get(native, native), copy=False))
+
+
+def _none_sent(array: Array) -> list[None]:
+    """An array of a kind that cannot be sent: all must be missing."""
+    for row, value in enumerate(array):
+        if np.ndim(value) or not is_missing(value):
+            raise Refused(got(value, str(array.dtype)), row)
+    return [None] * len(array)
 
 
 def _stacked(array: Array) -> Array | None:
     """The matrix of an array of vectors, as a data frame has them; None if it holds something else."""
     first = array[0]
-    if not isinstance(first, np.ndarray) or first.dtype.kind not in "biuf":
+    if type(first) is not np.ndarray or first.dtype.kind not in "biuf":
         return None
-    if not all(isinstance(row, np.ndarray) and row.shape == first.shape for row in array):
+    if not all(type(row) is np.ndarray and row.dtype == first.dtype and row.shape == first.shape for row in array):
         return None
     return np.stack(list(array))
 
 
-def _plain_items(items: list[Any]) -> list[Any]:
-    """Items of an object array or of a table's column; only a column with odd ones costs Python work for each."""
-    return items if _AS_THEY_ARE.issuperset(map(type, items)) else [_plain(item) for item in items]
+# -- columns of pandas, polars and pyarrow -----------------------------------------------------------------------------
 
 
-def _plain(item: Any) -> Any:
-    """An item of an object array: a missing value of pandas, in whatever form, is a null."""
-    if isinstance(item, str):
-        return item
-    return None if _is_missing(item) or (isinstance(item, float) and item != item) else item
+def _encode_pandas(values: Any) -> Any:
+    if values.ndim > 1 or isinstance(values.dtype, np.dtype):
+        return _encode_array(values.to_numpy())
+    if hasattr(values.dtype, "pyarrow_dtype"):
+        import pyarrow
+
+        return _encode_arrow(pyarrow.array(values, from_pandas=True))
+    dtype = _READ_AS.get(values.dtype.kind)
+    return list(values) if dtype is None else _encode_typed(dtype, values)
 
 
-def _is_missing(value: Any) -> bool:
-    return type(value).__name__ in ("NAType", "NaTType")  # pandas.NA and NaT, without importing pandas
+def _encode_polars(values: Any) -> Any:
+    if str(values.dtype) != "Object":
+        with contextlib.suppress(ImportError):  # without PyArrow, value by value
+            return _encode_arrow(values.to_arrow())
+    return values.to_list()
 
 
-def _has_nulls(value: Any) -> bool:
-    """Whether a column of pyarrow, polars or a nullable type of pandas has nulls; False for anything else."""
-    count = getattr(value, "null_count", 0)  # an attribute of pyarrow, a method of polars
-    if count:
-        return bool(count() if callable(count) else count)
-    is_nullable = hasattr(value, "isna") and not isinstance(getattr(value, "dtype", None), np.dtype)
-    return is_nullable and bool(value.isna().any())
+def _encode_arrow(values: Any) -> Any:
+    from shorttail.define import arrow
+
+    column = arrow.whole(values)
+    if arrow.is_list(column.type) and not column.null_count:
+        elements, lengths = arrow.lists(column)
+        if (numbers := arrow.numbers(elements)) is not None and not elements.null_count and len(set(lengths)) == 1:
+            return _encode_array(numbers.reshape(len(lengths), -1))
+    if (numbers := arrow.numbers(column)) is not None:
+        return _encode_typed(_READ_AS[numbers.dtype.kind], column)
+    if arrow.is_text(column.type):
+        with contextlib.suppress(UnicodeDecodeError):
+            return column.to_pylist()
+    return list(column)
 
 
-def _as_list(value: Any) -> list[Any]:
-    to_list = getattr(value, "to_pylist", None) or getattr(value, "to_list", None)
-    return list(to_list() if to_list else value)
-
-
-def _pack_other(value: Any) -> Any:
-    """What MessagePack has no type for, for the packer; TypeError when there is no form for it."""
-    if isinstance(value, np.ndarray):
-        return value.tolist()  # a row of a list of vectors
-    if isinstance(value, (np.datetime64, datetime.datetime)):
-        return _microseconds(value)
-    if isinstance(value, np.generic):
-        return value.item()
-    if _is_missing(value):
-        return None
-    raise TypeError(f"{type(value).__name__} is not a number, bool, str, or an array of them")
-
-
-def _microseconds(value: np.datetime64 | datetime.datetime) -> int | None:
-    """Microseconds since 1970-01-01 UTC, as a Timestamp travels; a time without a zone is taken as UTC."""
-    if isinstance(value, np.datetime64):
-        return None if np.isnat(value) else int(value.astype("datetime64[us]").astype(np.int64))
-    if _is_missing(value):
-        return None
-    aware = value if value.tzinfo is not None else value.replace(tzinfo=datetime.UTC)
-    return (aware - datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)) // datetime.timedelta(microseconds=1)
+def _encode_typed(dtype: DType, values: Any) -> Any:
+    try:
+        found, nulls, _ = as_column(dtype, values)
+    except Refused:
+        if dtype is not Int64:
+            raise
+        return list(values)  # whole numbers above those of Int64
+    return _tensor(found.view(TIME_DTYPE) if dtype is Timestamp else found, nulls)

@@ -13,7 +13,7 @@ from shorttail.client import calls, credentials
 from shorttail.client.calls import Call
 from shorttail.client.credentials import TLS
 from shorttail.client.retries import Retries
-from shorttail.client.stream import Dialer, Line, Stream
+from shorttail.client.stream import Dialer, Line, PipelinedConnection
 from shorttail.config import LIMITS
 from shorttail.errors import InvalidArgument, Unavailable
 from shorttail.results import Features, Prediction
@@ -154,7 +154,7 @@ class AsyncClient:
             raise error
         await asyncio.sleep(self._retries.pause_s(call, error, self._in_flight))
 
-    def _live(self) -> Stream | None:
+    def _live(self) -> PipelinedConnection | None:
         """Return the connection with the fewest calls in flight, or None if all are lost. Lost ones are made again."""
         best = None
         lost = []
@@ -169,7 +169,7 @@ class AsyncClient:
                 line.redial()
         return best
 
-    async def _connected(self, call: Call) -> Stream:
+    async def _connected(self, call: Call) -> PipelinedConnection:
         """Wait until a lost connection is made again, and return it. Raises Unavailable, DeadlineExceeded."""
         if self._closed:
             raise Unavailable(f"this client of {self.address} is closed")

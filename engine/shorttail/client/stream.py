@@ -18,7 +18,7 @@ from shorttail.protocol import Address
 WRITE_HIGH_WATER_BYTES = 1 << 20
 
 
-class Stream(asyncio.Protocol):
+class PipelinedConnection(asyncio.Protocol):
     """One connection, from connecting until it is lost. waiting: msgid -> future of each call in flight."""
 
     def __init__(self, address: Address, loop: asyncio.AbstractEventLoop):
@@ -120,10 +120,10 @@ class Dialer:
     tls: ssl.SSLContext | None
     msgids: itertools.count[int]
 
-    async def dial(self) -> Stream:
+    async def dial(self) -> PipelinedConnection:
         """Connect and send the token. Raises Unavailable, and Unauthenticated if the server refuses the token."""
         loop = asyncio.get_running_loop()
-        new = lambda: Stream(self.address, loop)  # noqa: E731
+        new = lambda: PipelinedConnection(self.address, loop)  # noqa: E731
         try:
             async with asyncio.timeout(self.timeout_s):
                 if self.address.path is None:
@@ -147,13 +147,13 @@ class Line:
     """A connection that is made again after it was lost. One attempt to connect serves all calls that wait for it."""
 
     def __init__(self, dialer: Dialer):
-        self.stream: Stream | None = None
+        self.stream: PipelinedConnection | None = None
         self._dialer = dialer
-        self._dialing: asyncio.Task[Stream] | None = None
+        self._dialing: asyncio.Task[PipelinedConnection] | None = None
         self._failures = 0
         self._again_s = 0.0  # when redial() may connect again, by the clock of the loop
 
-    async def connected(self, call: Call) -> Stream:
+    async def connected(self, call: Call) -> PipelinedConnection:
         """Return the connection when it is made. Raises DeadlineExceeded and the errors of Dialer.dial."""
         task = self._dial()
         await asyncio.wait({task}, timeout=call.left_s())
@@ -170,13 +170,13 @@ class Line:
         if self._dialing is None and asyncio.get_running_loop().time() >= self._again_s:
             self._dial()
 
-    def _dial(self) -> asyncio.Task[Stream]:
+    def _dial(self) -> asyncio.Task[PipelinedConnection]:
         if self._dialing is None:
             self._dialing = asyncio.get_running_loop().create_task(self._dialer.dial())
             self._dialing.add_done_callback(self._dialed)
         return self._dialing
 
-    def _dialed(self, task: asyncio.Task[Stream]) -> None:
+    def _dialed(self, task: asyncio.Task[PipelinedConnection]) -> None:
         self._dialing = None
         if not task.cancelled() and task.exception() is None:
             self.stream = task.result()

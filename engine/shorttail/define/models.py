@@ -27,6 +27,8 @@ class Model:
     vector feature fills as many columns as it has elements. For several inputs it is a dict: input name -> such a list.
     `outputs` names the model's outputs to return; None returns all. `path` is relative to the definitions file.
     `run` is a link to the training run ("mlflow:..." or any URL). `metrics` holds measured figures: {name: number}.
+    `missing` gives the value that stands in where a request has none: {request column: value}. Without it, int, bool,
+    string and timestamp columns refuse a missing value, and float and vector columns take it as NaN.
     Raises InvalidArgument.
     """
 
@@ -38,6 +40,7 @@ class Model:
     owner: str = ""
     run: str = ""
     metrics: Mapping[str, float] = field(default_factory=dict)
+    missing: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_name(self.name, "model")
@@ -64,6 +67,7 @@ class Model:
         check_text(self.owner, f"{where}: owner")
         check_run(self.run, where)
         object.__setattr__(self, "metrics", check_metrics(self.metrics, where))
+        object.__setattr__(self, "missing", check_missing(self.missing, self.references, where))
 
     __hash__ = None  # type: ignore[assignment]  # it may hold a dict
 
@@ -105,6 +109,7 @@ class Model:
             "owner": self.owner,
             "run": self.run,
             "metrics": dict(self.metrics),
+            "missing": dict(self.missing),
         }
 
     @classmethod
@@ -123,6 +128,7 @@ class Model:
             data["owner"],
             data.get("run", ""),
             data.get("metrics", {}),
+            data.get("missing", {}),
         )
 
 
@@ -143,6 +149,17 @@ def check_metrics(metrics: object, where: str) -> dict[str, float]:
         if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
             raise InvalidArgument(f"{where}: metric '{name}' must be a finite number, not {value!r}")
     return {name: float(value) for name, value in metrics.items()}
+
+
+def check_missing(missing: object, references: Sequence[str], where: str) -> dict[str, Any]:
+    """Check the names of `missing`. models/signature.py checks the values, where the types of columns are known."""
+    if not isinstance(missing, Mapping):
+        raise InvalidArgument(f"{where}: missing must be {{request column: value}}, not {type(missing).__name__}")
+    for name in missing:
+        if f"request:{name}" not in references:
+            known = ", ".join(item.removeprefix("request:") for item in references if item.startswith("request:"))
+            raise InvalidArgument(f"{where}: missing names {name!r}, which is not one of its request columns: {known}")
+    return dict(missing)
 
 
 def check_columns(columns: object, where: str) -> tuple[Column, ...]:

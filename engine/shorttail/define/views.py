@@ -9,16 +9,15 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import Any
 
-import numpy as np
-
-from shorttail.define.dtypes import Bool, DType, Int32, String, Timestamp, parse_dtype
+from shorttail.define.dtypes import DType, parse_dtype
 from shorttail.define.entities import Entity, check_dtype
 from shorttail.define.names import check_name, check_text
+from shorttail.define.refusal import Refused
+from shorttail.define.scalar import as_value
 from shorttail.define.sources import ParquetSource
-from shorttail.define.values import microseconds
 from shorttail.errors import InvalidArgument
 
 Json = dict[str, Any]
@@ -47,8 +46,7 @@ class Feature:
         check_name(self.name, "feature")
         check_dtype(self.dtype, f"feature '{self.name}'")
         check_text(self.description, f"feature '{self.name}': description")
-        if self.default is not None:
-            object.__setattr__(self, "default", check_default(self.name, self.dtype, self.default))
+        object.__setattr__(self, "default", check_default(self.name, self.dtype, self.default))
 
     def to_json(self) -> Json:
         return {
@@ -64,33 +62,11 @@ class Feature:
 
 
 def check_default(name: str, dtype: DType, value: Any) -> Any:
-    """The default as the plain Python value that JSON and the lookup take; a vector's is a tuple of floats."""
-    wrong = InvalidArgument(f"feature '{name}': default {value!r} is not a {dtype}")
-    if isinstance(value, np.generic):
-        value = value.item()
-    if dtype == Timestamp and isinstance(value, datetime):
-        return microseconds(value)
-    if dtype == Bool:
-        if isinstance(value, bool):
-            return value
-    elif dtype == String:
-        if isinstance(value, str):
-            return value
-    elif dtype.is_vector:
-        if isinstance(value, Sequence | np.ndarray) and not isinstance(value, str) and len(value) == dtype.width:
-            try:
-                return tuple(float(item) for item in value)
-            except (TypeError, ValueError):
-                raise wrong from None
-    elif isinstance(value, bool):
-        pass
-    elif dtype.is_integer:
-        bits = 31 if dtype == Int32 else 63
-        if isinstance(value, int) and -(1 << bits) <= value < 1 << bits:
-            return value
-    elif isinstance(value, int | float):
-        return float(value)
-    raise wrong
+    """The default as define.values.as_value gives it, which JSON and the lookup take. Raises InvalidArgument."""
+    try:
+        return as_value(dtype, value)
+    except Refused as error:
+        raise error.error(f"feature '{name}': the default", dtype) from None
 
 
 @dataclass(frozen=True)

@@ -140,7 +140,7 @@ def between(before: Counts, after: Counts, good: int) -> dict[str, Any]:
         "requests": round(answered),
         "rows": round(after.rows - before.rows),
         "workers": len(after.cpu_s),
-        # The share of a core, averaged over the workers; None if a worker was replaced.
+        # The share of a core, averaged over the workers in both readings; None if one of them was restarted.
         "worker_cpu": round(sum(used_s) / len(used_s) / seconds, 4) if used_s and min(used_s) >= 0 else None,
         "total": describe(TOTAL, total_s),
         "stages": {stage: describe(stage, sums_s[stage]) for stage in STAGES if any(counts[stage].values())},

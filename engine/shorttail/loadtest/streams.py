@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -13,7 +13,9 @@ from typing import Any, Final
 import numpy as np
 
 from shorttail.config import LIMITS
-from shorttail.define.values import FLOATS, INTEGERS, parse_value
+from shorttail.define.dtypes import Bool, DType, Float64, Timestamp, parse_dtype
+from shorttail.define.refusal import Refused
+from shorttail.define.text import csv_row, parse_field
 from shorttail.errors import InvalidArgument, NotFound
 from shorttail.loadtest.rates import parse_number
 
@@ -61,15 +63,18 @@ def parse_exponent(text: str, whole: str) -> float:
     return exponent
 
 
-def parse_keys(specs: Sequence[str], draw: Draw, views: Sequence[Mapping[str, Any]], needed: set[str]) -> list[Stream]:
-    """The streams of --keys. views: as the server lists them; needed: the columns that requests have.
+def parse_keys(
+    specs: Sequence[str], draw: Draw, views: Sequence[Mapping[str, Any]], dtypes: Mapping[str, str]
+) -> list[Stream]:
+    """The streams of --keys. views: as the server lists them; dtypes: of the columns that requests have, "" if unknown.
 
     Raises InvalidArgument, NotFound.
     """
+    needed = set(dtypes)
     streams: list[Stream] = []
     for spec in specs:
         if spec.startswith("file:"):
-            streams.append(file_stream(spec.removeprefix("file:"), draw, needed))
+            streams.append(file_stream(spec.removeprefix("file:"), draw, dtypes))
         elif spec.startswith("store:"):
             streams += store_streams(spec.removeprefix("store:"), draw, views, needed)
         else:
@@ -110,39 +115,45 @@ def whole_number(text: str, spec: str) -> int:
     return int(parse_number(text, spec, KEY_FORMS))
 
 
-def file_stream(path: str, draw: Draw, needed: set[str]) -> Stream:
-    """Rows of a Parquet, Arrow or CSV file: those of its columns that requests have."""
+def file_stream(path: str, draw: Draw, dtypes: Mapping[str, str]) -> Stream:
+    """Rows of a Parquet, Arrow or CSV file: those of its columns that requests have, as values of their types."""
+    what = f"--keys file:{path}"
     if not Path(path).exists():
-        raise NotFound(f"--keys file:{path}: there is no such file")
+        raise NotFound(f"{what}: there is no such file")
+    from shorttail.sources import parquet
+
+    dataset, _, read = parquet.open_dataset(Path(path), dtypes, "--keys")
+    names = [name for name in dataset.schema.names if name in dtypes]
     try:
-        import pyarrow as pa
-        import pyarrow.dataset
-    except ImportError:
-        raise InvalidArgument(
-            "keys from files need PyArrow; install it with `pip install 'shorttail[arrow]'`"
-        ) from None
-    suffix = Path(path).suffix.lower()
-    kind = {".csv": "csv", ".arrow": "ipc", ".feather": "ipc"}.get(suffix, "parquet")
-    try:
-        dataset = pyarrow.dataset.dataset(path, format=kind)
-        names = [name for name in dataset.schema.names if name in needed]
         table = dataset.head(LIMITS.bench_key_rows, columns=names)
-    except (pa.ArrowException, OSError) as error:
-        raise InvalidArgument(f"--keys file:{path}: cannot be read as {kind}: {str(error).splitlines()[0]}") from None
+    except (ValueError, OSError) as error:  # those of Arrow are ValueErrors
+        raise InvalidArgument(f"{what}: cannot be read: {parquet.first_line(error)}") from None
     if not names or not table.num_rows:
         found = f"its columns: {listed(dataset.schema.names)}" if not names else "it has no rows"
-        raise InvalidArgument(f"--keys file:{path}: no column of the requests ({listed(needed)}); {found}")
-    columns: dict[str, Sequence[Any]] = {name: plain_values(table.column(name)) for name in names}
+        raise InvalidArgument(f"{what}: no column of the requests ({listed(set(dtypes))}); {found}")
+    columns: dict[str, Sequence[Any]] = {}
+    for name in names:
+        try:
+            columns[name] = column_values(dtypes[name], table.column(name), read)
+        except Refused as error:
+            raise error.error(f"{what}: column '{name}'", parse_dtype(dtypes[name])) from None
     return Stream(draw.kind, draw.exponent, table.num_rows, columns, text=f"file:{path}")
 
 
-def plain_values(column: Any) -> list[Any]:
+def column_values(dtype: str, column: Any, read: Callable[[DType, Any], tuple[Any, Any]]) -> list[Any]:
+    """The values of a column of a file, None where there is none. Raises Refused."""
     import pyarrow as pa
 
-    if pa.types.is_timestamp(column.type) or pa.types.is_date(column.type):
-        column = column.cast(pa.timestamp("us")).cast(pa.int64())
-    values: list[Any] = column.to_pylist()
-    return values
+    if not dtype:  # of an HTTP body nobody knows the types
+        if pa.types.is_timestamp(column.type) or pa.types.is_date(column.type):
+            dtype = Timestamp.name
+        else:
+            return [untyped(value) if isinstance(value, str) else value for value in column.to_pylist()]
+    values, nulls = read(parse_dtype(dtype), column)
+    items: list[Any] = values.tolist() if isinstance(values, np.ndarray) else values.to_pylist()
+    if nulls is None:
+        return items
+    return [None if null else item for item, null in zip(items, nulls.tolist(), strict=True)]
 
 
 def store_streams(path: str, draw: Draw, views: Sequence[Mapping[str, Any]], needed: set[str]) -> list[Stream]:
@@ -213,27 +224,32 @@ def make_values(column: str, text: str, dtype: str) -> Values:
     """What --value says. dtype: "Float32" or so; "" where only the text can tell. Raises InvalidArgument."""
     kind, _, rest = text.partition(":")
     if kind == "choice" and rest:
-        return Values([typed(column, item, dtype) for item in rest.split(",")])
+        return Values([typed(column, field, dtype) for field in csv_row(column, rest)])
     if kind != "uniform":
-        return Values([typed(column, text, dtype)])
-    try:
-        low, high = (float(part) for part in rest.split(":"))
-        assert low <= high
-    except (ValueError, AssertionError):
-        raise InvalidArgument(f"--value {column}={text}: write uniform:LOW:HIGH, as uniform:0:100") from None
-    if dtype in FLOATS or (not dtype and not (low.is_integer() and high.is_integer() and "." not in rest)):
-        return Values(real=(low, high))
-    if dtype in INTEGERS or dtype in ("", "Timestamp"):
+        fields = csv_row(column, text) if dtype else [text]  # of unknown type it may be JSON, with commas of its own
+        return Values([typed(column, field, dtype) for field in fields])
+    known = parse_dtype(dtype) if dtype else Float64
+    if not (known.is_float or known.is_integer):
+        raise InvalidArgument(f"--value {column}={text}: column '{column}' is {dtype}; a range needs numbers")
+    ends = [parse_field(column, field or None, known) for field in rest.split(":")]
+    if len(ends) != 2 or None in ends or not ends[0] <= ends[1]:
+        raise InvalidArgument(f"--value {column}={text}: write uniform:LOW:HIGH, as uniform:0:100")
+    low, high = ends
+    if known.is_integer or (not dtype and "." not in rest and low.is_integer() and high.is_integer()):
         return Values(whole=(int(low), int(high)))
-    raise InvalidArgument(f"--value {column}={text}: column '{column}' is {dtype}; a range needs numbers")
+    return Values(real=(low, high))
 
 
-def typed(column: str, text: str, dtype: str) -> Any:
-    if dtype.startswith("Vector("):
-        return [parse_value(column, item, "Float32") for item in text.split("/")]
-    if dtype:
-        value = parse_value(column, text, dtype)
-        return int(value.timestamp() * 1e6) if hasattr(value, "timestamp") else value
+def typed(column: str, field: str | None, dtype: str) -> Any:
+    """The value of a field, None for an empty one. A vector's numbers are separated by /. Raises InvalidArgument."""
+    if not dtype:
+        return None if field is None else untyped(field)
+    known = parse_dtype(dtype)
+    return parse_field(column, field.replace("/", ",") if field and known.is_vector else field, known)
+
+
+def untyped(text: str) -> Any:
+    """Text as JSON, if it is; else as it is."""
     try:
         return json.loads(text)
     except ValueError:
@@ -242,17 +258,18 @@ def typed(column: str, text: str, dtype: str) -> Any:
 
 def default_values(dtype: str, seed: int) -> Values:
     """Something of the right type, for a column that nothing is said of."""
-    if dtype in INTEGERS:
-        return Values(whole=(0, 99))
-    if dtype in FLOATS:
-        return Values(real=(0.0, 1.0))
-    if dtype == "Bool":
-        return Values([False, True])
-    if dtype == "Timestamp":
+    known = parse_dtype(dtype)
+    if known == Timestamp:
         return Values([time.time_ns() // 1000])
-    if dtype.startswith("Vector("):
-        width = int(dtype.removeprefix("Vector(").rstrip(")"))
-        return Values(np.random.default_rng(seed).normal(size=(VECTORS, width)).astype(np.float32).tolist())
+    if known.is_integer:
+        return Values(whole=(0, 99))
+    if known.is_float:
+        return Values(real=(0.0, 1.0))
+    if known.is_vector:
+        vectors = np.random.default_rng(seed).normal(size=(VECTORS, known.width))
+        return Values(vectors.astype(np.float32).tolist())
+    if known == Bool:
+        return Values([False, True])
     return Values(["x"])
 
 

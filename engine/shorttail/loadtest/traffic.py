@@ -12,8 +12,9 @@ import msgpack
 import numpy as np
 
 from shorttail import protocol
+from shorttail.define.dtypes import Int32, Int64, Timestamp, parse_dtype
 from shorttail.define.names import suggestion
-from shorttail.define.values import FLOATS, INTEGERS
+from shorttail.define.values import Refused, as_value
 from shorttail.errors import InvalidArgument, NotFound
 from shorttail.loadtest import streams as sources
 from shorttail.loadtest.streams import Stream, Values, listed
@@ -64,7 +65,7 @@ class Builder:
         self.workload = workload
         self.dtypes = dtypes
         draw = sources.parse_draw(workload.draw)
-        self.streams = sources.parse_keys(workload.keys, draw, views, set(dtypes))
+        self.streams = sources.parse_keys(workload.keys, draw, views, dtypes)
         self.texts = sources.parse_values(workload.values)
         self.keys = {key for view in views for key in view["keys"]}
         self.plan = Traffic([], groups=[Group(s.draw, s.n, s.exponent) for s in self.streams], streams=self.streams)
@@ -92,16 +93,11 @@ class Builder:
         for group, stream in enumerate(self.streams):
             if name in stream.lows:
                 self.plan.describes[name] = stream.text.partition("=")[2]
-                if dtype and dtype not in INTEGERS:
-                    raise InvalidArgument(
-                        f"--keys {stream.text}: column '{name}' is {dtype}; for strings add a form, "
-                        f"{name}=uniform:1:1000:A{{}}"
-                    )
+                check_range(name, stream, dtype)
                 return Column("int", form, group, low=stream.lows[name])
             if name in stream.tables:
                 self.plan.describes[name] = f"{stream.text} ({self.workload.draw}, {stream.n:,} rows)"
-                values = [coerce(name, value, dtype, stream.text) for value in stream.tables[name]]
-                return self._table(name, values, form, group)
+                return self._table(name, coerced(name, stream, dtype), form, group)
         if name in self.texts:
             self.plan.describes[name] = self.texts[name]
             return self._from_values(name, sources.make_values(name, self.texts[name], dtype), form)
@@ -128,44 +124,59 @@ class Builder:
             return table_column(list(np.asarray(values, self.tensor_dtype(name))), form, group)
         return table_column(values, form, group)
 
+    def _values(self, name: str) -> Values:
+        """What a column of no stream draws from."""
+        dtype = self.dtypes[name]
+        if name in self.texts:
+            return sources.make_values(name, self.texts[name], dtype)
+        return sources.default_values(dtype, self.workload.seed)
+
     def is_range(self, name: str) -> bool:
         """Whether the generator makes the numbers itself, which are then of eight bytes."""
         if any(name in stream.lows for stream in self.streams):
             return True
-        if any(name in stream.tables for stream in self.streams):
-            return False
-        dtype = self.dtypes[name]
-        values = (
-            sources.make_values(name, self.texts[name], dtype)
-            if name in self.texts
-            else sources.default_values(dtype, self.workload.seed)
-        )
-        return not values.choices
+        return not any(name in stream.tables for stream in self.streams) and not self._values(name).choices
 
     def tensor_dtype(self, name: str) -> str:
         dtype = self.dtypes[name]
         if dtype.startswith("Vector("):
             return "<f4"
         if self.is_range(name):
-            return "<f8" if dtype in FLOATS else "<i8"
+            return "<f8" if dtype.startswith("Float") else "<i8"
         return NUMPY[dtype]
 
     def has_null(self, name: str) -> bool:
-        return any(None in stream.tables[name] for stream in self.streams if name in stream.tables)
+        for stream in self.streams:
+            if name in stream:
+                return None in stream.tables.get(name, ())
+        return None in self._values(name).choices
 
 
-def coerce(name: str, value: Any, dtype: str, source: str) -> Any:
-    """A value of a file as the type of the column. Raises InvalidArgument."""
-    if value is None or not dtype or dtype.startswith("Vector("):
-        return value
+def check_range(name: str, stream: Stream, dtype: str) -> None:
+    """That the whole numbers of a range are of the column's type. Raises InvalidArgument."""
+    if not dtype:
+        return
+    known = parse_dtype(dtype)
+    if known not in (Int32, Int64, Timestamp):
+        raise InvalidArgument(
+            f"--keys {stream.text}: column '{name}' is {dtype}; for strings add a form, {name}=uniform:1:1000:A{{}}"
+        )
     try:
-        if dtype == "String":
-            return str(value)
-        if dtype in FLOATS:
-            return float(value)
-        return bool(value) if dtype == "Bool" else int(value)
-    except (TypeError, ValueError):
-        raise InvalidArgument(f"--keys {source}: {value!r} is no {dtype}, as column '{name}' needs") from None
+        for value in (stream.lows[name], stream.lows[name] + stream.n - 1):
+            as_value(known, value)
+    except Refused as error:
+        raise error.error(f"--keys {stream.text}: column '{name}'", known) from None
+
+
+def coerced(name: str, stream: Stream, dtype: str) -> list[Any]:
+    """The values of a table as those of the column's type, None where one is missing. Raises InvalidArgument."""
+    if not dtype:
+        return list(stream.tables[name])
+    known = parse_dtype(dtype)
+    try:
+        return [as_value(known, value) for value in stream.tables[name]]
+    except Refused as error:
+        raise error.error(f"--keys {stream.text}: column '{name}'", known) from None
 
 
 # -- MessagePack-RPC ---------------------------------------------------------------------------------------------------

@@ -11,12 +11,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from shorttail.define.catalog import TENSOR_TYPES, Catalog, TensorInfo
 from shorttail.define.dtypes import Bool, DType, Float64, Int32, Int64, String, Timestamp, Vector
 from shorttail.define.models import Column, Model, column_label
 from shorttail.define.names import split_reference
 from shorttail.define.ondemand import OnDemandFeature
+from shorttail.define.values import Refused, as_value
 from shorttail.define.views import FeatureView
 from shorttail.errors import InvalidArgument, NotFound
 from shorttail.models.onnx_file import uses_external_data
@@ -115,7 +117,7 @@ def check_inputs(catalog: Catalog, model: Model, inputs: Sequence[TensorInfo], l
     for tensor in inputs:
         check_shape(f"{where}: input '{tensor.name}' of {label}", tensor)
         check_width(where, label, tensor, columns[tensor.name], catalog)
-    request_columns(catalog, model, inputs)
+    missing_values(model, request_columns(catalog, model, inputs))
     for tensor in inputs:
         for column in columns[tensor.name]:
             check_types(f"{where}: {column_label(column)}", label, tensor, column, catalog)
@@ -248,6 +250,34 @@ def request_columns(catalog: Catalog, model: Model, inputs: Sequence[TensorInfo]
             raise InvalidArgument(f"model '{model.name}': request:{name}{key} must be {needed}")
         columns[name] = fitting[0]
     return columns
+
+
+def required_columns(catalog: Catalog, model: Model, inputs: Sequence[TensorInfo]) -> tuple[str, ...]:
+    """The request columns of which a request must bring every value.
+
+    They feed the model, which cannot be told that a whole number, bool, text or time is missing, and it does not say
+    what to take instead. In floats and vectors a missing value is NaN, and a missing key matches no row.
+    """
+    columns = request_columns(catalog, model, inputs)
+    used = [name for name in request_uses(catalog, model, inputs) if name not in model.missing]
+    return tuple(name for name in used if not (columns[name].is_float or columns[name].is_vector))
+
+
+def missing_values(model: Model, columns: Mapping[str, DType]) -> dict[str, Any]:
+    """What the model takes for a missing value: {request column: value of its type}, a vector's as a list.
+
+    columns: the model's request columns. Raises InvalidArgument.
+    """
+    found = {}
+    for name, given in model.missing.items():
+        try:
+            value = as_value(columns[name], given)
+        except Refused as error:
+            raise error.error(f"model '{model.name}': missing: column '{name}'", columns[name]) from None
+        if value is None:
+            raise InvalidArgument(f"model '{model.name}': missing: column '{name}' needs a value, not {given!r}")
+        found[name] = list(value) if columns[name].is_vector else value
+    return found
 
 
 def request_uses(catalog: Catalog, model: Model, inputs: Sequence[TensorInfo]) -> dict[str, list[Use]]:

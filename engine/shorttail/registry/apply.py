@@ -190,7 +190,7 @@ def plan_model(plan: ChangePlan, model: Model, file: ModelFile) -> None:
     info = registry.inspect(plan.catalog, model, file, known=old)
     reasons = version_reasons(old, info) if old else []
     if entry is not None and old is not None and not reasons:
-        versions = {**entry.versions, entry.current: replace(old, model=model)}
+        versions = {**entry.versions, entry.current: replace(old, model=info.model)}
         plan.catalog.models[model.name] = replace(entry, versions=versions)
         unchanged = registry.documentation(old.model) == registry.documentation(model)
         detail = f"version {entry.current}" + ("" if unchanged else ": descriptions")
@@ -213,6 +213,8 @@ def version_reasons(old: VersionInfo, new: VersionInfo) -> list[str]:
         reasons.append("other inputs")
     if old.model.outputs != new.model.outputs:
         reasons.append("other outputs")
+    if old.model.missing != new.model.missing:
+        reasons.append("other values for what is missing")
     return reasons
 
 

@@ -20,7 +20,14 @@ from shorttail.define.dtypes import DType
 from shorttail.define.models import Model, column_label
 from shorttail.errors import InvalidArgument, NotFound, ResourceExhausted
 from shorttail.models.serving import vet
-from shorttail.models.signature import ModelFile, check_inputs, request_columns, select_outputs
+from shorttail.models.signature import (
+    ModelFile,
+    check_inputs,
+    missing_values,
+    request_columns,
+    required_columns,
+    select_outputs,
+)
 from shorttail.store import Store
 from shorttail.store.files import model_path, sync_folder, write_durably
 
@@ -37,6 +44,7 @@ def inspect(catalog: Catalog, model: Model, file: ModelFile, known: VersionInfo 
         all_inputs, all_outputs = file.tensors
         inputs, outputs = tuple(all_inputs), select_outputs(model, all_outputs, file.path.name)
     check_inputs(catalog, model, inputs, file.path.name)
+    model = replace(model, missing=missing_values(model, request_columns(catalog, model, inputs)))
     return VersionInfo(model, file.sha256, time.time_ns() // 1000, inputs, outputs)
 
 
@@ -252,6 +260,13 @@ def check_canary(catalog: Catalog, entry: ModelEntry, info: VersionInfo, number:
             f"model '{entry.model.name}': version {number} takes other request columns than version {entry.current}"
             f" ({names}), so it cannot answer the same requests as a canary"
         )
+    serving = entry.version()
+    needed = set(required_columns(catalog, info.model, info.inputs))
+    if refused := sorted(needed.difference(required_columns(catalog, serving.model, serving.inputs))):
+        raise InvalidArgument(
+            f"model '{entry.model.name}': version {number} refuses a missing value of {', '.join(refused)}, for which"
+            f" version {entry.current} takes another; give it the same Model(missing=...) to make it a canary"
+        )
 
 
 def check_shadow(catalog: Catalog, entry: ModelEntry, info: VersionInfo, number: int) -> None:
@@ -342,4 +357,5 @@ def describe(catalog: Catalog, name: str, version: int | None = None) -> dict[st
         "outputs": {tensor.name: tensor.dtype for tensor in info.outputs},
         "features": [reference for reference in info.model.references if not reference.startswith("request:")],
         "columns": {column: dtype.name for column, dtype in columns.items()},
+        "missing": dict(info.model.missing),
     }

@@ -8,7 +8,7 @@ from typing import Any
 
 from shorttail.define.views import FeatureView
 from shorttail.errors import InvalidArgument
-from shorttail.sources.parquet import first_line, open_dataset, readable, without_nulls
+from shorttail.sources.parquet import Read, Reader, first_line, open_dataset
 
 
 def key_batches(path: str | Path, view: FeatureView, batch_rows: int) -> tuple[int | None, Iterator[list[list[Any]]]]:
@@ -19,29 +19,26 @@ def key_batches(path: str | Path, view: FeatureView, batch_rows: int) -> tuple[i
     """
 
     path = Path(path)
-    dataset, total = open_dataset(path, view)
-    for name, dtype in view.keys.items():
-        if name not in dataset.schema.names:
+    dataset, total, read = open_dataset(path, view.keys, f"view '{view.name}'")
+    for name in view.keys:
+        if dataset.schema.names.count(name) != 1:
+            found = "is there twice" if name in dataset.schema.names else "is missing"
             raise InvalidArgument(
-                f"{path}: no column '{name}' (key of view '{view.name}'); "
+                f"{path}: column '{name}' (key of view '{view.name}') {found}; "
                 f"its columns: {', '.join(dataset.schema.names)}"
             )
-        if not readable(found := dataset.schema.field(name).type, dtype):
-            raise InvalidArgument(
-                f"{path}: column '{name}' is {found}, but as key of view '{view.name}' it must be {dtype}"
-            )
-    return total, _read(path, view, dataset, batch_rows)
+    return total, _read(path, view, dataset, batch_rows, read)
 
 
-def _read(path: Path, view: FeatureView, dataset: Any, batch_rows: int) -> Iterator[list[list[Any]]]:
+def _read(path: Path, view: FeatureView, dataset: Any, batch_rows: int, read: Read) -> Iterator[list[list[Any]]]:
     import pyarrow as pa
 
+    first = 0
     try:
         for batch in dataset.to_batches(columns=list(view.keys), batch_size=batch_rows, batch_readahead=2):
             if batch.num_rows:
-                yield [
-                    without_nulls(path, name, dtype, batch.column(name), "key").tolist()
-                    for name, dtype in view.keys.items()
-                ]
+                rows = Reader(str(path), batch, first, read)
+                yield [rows.required(name, dtype, "key").tolist() for name, dtype in view.keys.items()]
+            first += batch.num_rows
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InvalidArgument(f"{path}: cannot be read: {first_line(error)}") from None

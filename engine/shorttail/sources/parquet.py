@@ -1,12 +1,13 @@
 """Files of rows (Parquet; also Arrow IPC and CSV) and Arrow data into what the store takes, a batch at a time.
 
-What can be known from a schema is checked before the first row is read.
+That all columns are there is checked before the first row is read.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shorttail.define.dtypes import Bool, DType, Float32, Float64, Int32, Int64, String, Timestamp
+from shorttail._native.pages import first_bad_string
+from shorttail.config import LIMITS
+from shorttail.define.dtypes import DType, String, Timestamp
+from shorttail.define.refusal import said_of_text
+from shorttail.define.values import Refused, of_arrow
 from shorttail.define.views import FeatureView
 from shorttail.errors import InvalidArgument, NotFound
 from shorttail.store import ColumnBatch
@@ -22,9 +27,9 @@ from shorttail.store.table import Texts
 
 try:
     import pyarrow as pa
-    import pyarrow.compute as pc
-    import pyarrow.csv
     import pyarrow.dataset
+
+    from shorttail.sources.csv import csv_format, of_texts
 except ImportError:
     raise InvalidArgument("reading files needs PyArrow; install it with `pip install shorttail[arrow]`") from None
 
@@ -34,14 +39,10 @@ BATCH_ROWS = 65_536
 FORMATS = {".arrow": "ipc", ".feather": "ipc", ".ipc": "ipc", ".csv": "csv"}  # others are Parquet
 EVENT_TIME = "event_time"  # the column of event times where a view names none, as in push
 
-ARROW_TYPES = {
-    Bool: pa.bool_(),
-    Int32: pa.int32(),
-    Int64: pa.int64(),
-    Float32: pa.float32(),
-    Float64: pa.float64(),
-    String: pa.string(),
-}
+# Times of 96 bits as microseconds: as nanoseconds, the year 9999 would become 1816.
+PARQUET = pyarrow.dataset.ParquetFileFormat(coerce_int96_timestamp_unit="us")
+
+Read = Callable[[DType, Any], tuple[Any, Nulls | None]]
 
 
 def parquet_batches(
@@ -49,26 +50,32 @@ def parquet_batches(
 ) -> tuple[int | None, Iterator[ColumnBatch]]:
     """(rows in all, batches of them) of a file, or of a folder of Parquet files, for that view.
 
-    timestamp: the column of event times: timestamps, dates, or integers in microseconds since 1970 UTC. None takes
-    `event_time` if the file has it, else now. Other columns of the file are ignored. Null and NaN are null.
+    timestamp: the column of event times, of whatever a Timestamp takes. None takes `event_time` if the file has it,
+    else now. Other columns of the file are ignored. Null and NaN are null.
     The number of rows is None where only reading would tell it (CSV).
     Raises NotFound, InvalidArgument: for columns at once, for values while iterating.
     """
     path = Path(path)
-    dataset, total = open_dataset(path, view)
+    names = [*view.keys, *view.feature_index, timestamp or EVENT_TIME]
+    dataset, total, read = open_dataset(path, names, f"view '{view.name}'")
     timestamp = timestamp_column(view, timestamp, dataset.schema)
     columns = check_columns(path, view, timestamp, dataset.schema)
-    return total, read_batches(path, view, timestamp, record_batches(dataset, columns))
+    return total, read_batches(path, view, timestamp, record_batches(dataset, columns), read)
 
 
-def open_dataset(path: Path, view: FeatureView) -> tuple[Any, int | None]:
-    """A file of rows or keys of that view, and its rows where that is known. Raises NotFound, InvalidArgument."""
+def open_dataset(path: Path, names: Iterable[str], owner: str) -> tuple[Any, int | None, Read]:
+    """A file with these columns, its rows where that is known, and what makes our values of one of its columns.
+
+    owner: what wants the rows, for messages. Raises NotFound, InvalidArgument.
+    """
     if not path.exists():
-        raise NotFound(f"view '{view.name}': there is no file {path}")
+        raise NotFound(f"{owner}: there is no file {path}")
     kind = FORMATS.get(path.suffix.lower(), "parquet")
     try:
-        dataset = pyarrow.dataset.dataset(path, format=csv_format(view) if kind == "csv" else kind)
-        return dataset, None if kind == "csv" else dataset.count_rows()
+        if kind == "csv":
+            return pyarrow.dataset.dataset(path, format=csv_format(names)), None, of_texts
+        dataset = pyarrow.dataset.dataset(path, format=PARQUET if kind == "parquet" else kind)
+        return dataset, dataset.count_rows(), of_arrow
     except (pa.ArrowException, OSError) as error:
         raise InvalidArgument(f"{path}: cannot be read as {kind}: {first_line(error)}") from None
 
@@ -111,50 +118,18 @@ def timestamp_column(view: FeatureView, timestamp: str | None, schema: Any) -> s
     return timestamp
 
 
-def csv_format(view: FeatureView) -> Any:
-    """Types from the view, because a CSV file has none: a key "0042" must stay text."""
-    dtypes = {**view.keys, **{feature.name: feature.dtype for feature in view.features}}
-    options = pyarrow.csv.ConvertOptions(
-        column_types={name: ARROW_TYPES[dtype] for name, dtype in dtypes.items() if dtype in ARROW_TYPES},
-        null_values=[""],
-        strings_can_be_null=True,
-        quoted_strings_can_be_null=False,
-    )
-    return pyarrow.dataset.CsvFileFormat(convert_options=options)
-
-
 def check_columns(path: Path | str, view: FeatureView, timestamp: str | None, schema: Any) -> list[str]:
-    """The columns to read. Raises InvalidArgument if one is missing or of a type that cannot become the view's."""
-    roles = {name: (dtype, f"key of view '{view.name}'") for name, dtype in view.keys.items()}
-    roles |= {feature.name: (feature.dtype, f"feature of view '{view.name}'") for feature in view.features}
+    """The columns to read. Raises InvalidArgument if one is missing."""
+    roles = dict.fromkeys(view.keys, f"key of view '{view.name}'")
+    roles |= {feature.name: f"feature of view '{view.name}'" for feature in view.features}
     if timestamp is not None:
-        roles.setdefault(timestamp, (Timestamp, f"timestamp of view '{view.name}'"))
-    for name, (dtype, role) in roles.items():
+        roles.setdefault(timestamp, f"timestamp of view '{view.name}'")
+    for name, role in roles.items():
         if name not in schema.names:
             raise InvalidArgument(f"{path}: no column '{name}' ({role}); its columns: {', '.join(schema.names)}")
-        found = schema.field(name).type
-        if not readable(found, dtype):
-            raise InvalidArgument(f"{path}: column '{name}' is {found}, but as {role} it must be {dtype}")
+        if schema.names.count(name) > 1:
+            raise InvalidArgument(f"{path}: column '{name}' ({role}) is there twice")
     return list(roles)
-
-
-def readable(found: Any, dtype: DType) -> bool:
-    """Whether values of an Arrow type can become ours; whether each one does is seen when it is read."""
-    types = pa.types
-    if types.is_dictionary(found):
-        found = found.value_type
-    if types.is_null(found):
-        return True
-    if dtype == String:
-        return bool(types.is_string(found) or types.is_large_string(found) or types.is_string_view(found))
-    if dtype == Bool:
-        return bool(types.is_boolean(found))
-    if dtype == Timestamp:
-        return bool(types.is_timestamp(found) or types.is_date(found) or types.is_integer(found))
-    if dtype.is_vector:
-        lists = types.is_list(found) or types.is_large_list(found) or types.is_fixed_size_list(found)
-        return bool(lists and readable(found.value_type, Float32))
-    return bool(types.is_integer(found) or types.is_floating(found) or types.is_decimal(found))
 
 
 def record_batches(dataset: Any, columns: list[str]) -> Iterator[Any]:
@@ -177,102 +152,77 @@ def same_schema(origin: str, batches: Iterable[Any], schema: Any, columns: list[
 
 
 def read_batches(
-    path: Path | str, view: FeatureView, timestamp: str | None, batches: Iterator[Any]
+    path: Path | str, view: FeatureView, timestamp: str | None, batches: Iterator[Any], read: Read = of_arrow
 ) -> Iterator[ColumnBatch]:
+    """read: what makes our values of an Arrow array."""
     now_us = time.time_ns() // 1000
+    first = 0
     try:
         for batch in batches:
             if batch.num_rows:
-                yield column_batch(path, view, timestamp, batch, now_us)
-    except (pa.ArrowException, OSError) as error:
+                yield column_batch(Reader(str(path), batch, first, read), view, timestamp, now_us)
+            first += batch.num_rows
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InvalidArgument(f"{path}: cannot be read: {first_line(error)}") from None
 
 
-def column_batch(path: Path | str, view: FeatureView, timestamp: str | None, batch: Any, now_us: int) -> ColumnBatch:
-    keys = [without_nulls(path, name, dtype, batch.column(name), "key") for name, dtype in view.keys.items()]
+def column_batch(rows: Reader, view: FeatureView, timestamp: str | None, now_us: int) -> ColumnBatch:
+    keys = [rows.required(name, dtype, "key") for name, dtype in view.keys.items()]
     if timestamp is None:
-        times = np.full(batch.num_rows, now_us, np.int64)
+        times = np.full(rows.batch.num_rows, now_us, np.int64)
     else:
-        times = without_nulls(path, timestamp, Timestamp, batch.column(timestamp), "timestamp")
-    features = [
-        values_and_nulls(f"{path}: column '{feature.name}'", feature.dtype, batch.column(feature.name))
-        for feature in view.features
-    ]
+        times = rows.required(timestamp, Timestamp, "timestamp")
+    features = [rows.column(feature.name, feature.dtype) for feature in view.features]
     return ColumnBatch(keys=keys, event_time_us=times, features=features)
 
 
-def without_nulls(path: Path | str, name: str, dtype: DType, column: Any, role: str) -> Any:
-    values, nulls = values_and_nulls(f"{path}: column '{name}'", dtype, column)
-    if nulls is not None:
-        count = int(nulls.sum())
-        raise InvalidArgument(
-            f"{path}: column '{name}' is null in {count:,} of {len(nulls):,} rows read; every row needs a {role}"
-        )
-    return values
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """A record batch of a file or of other Arrow data. first: the number of its first row in there."""
 
+    origin: str
+    batch: Any
+    first: int
+    read: Read
 
-def values_and_nulls(where: str, dtype: DType, column: Any) -> tuple[NDArray[Any] | Texts, Nulls | None]:
-    """An Arrow array as what the store takes for the type, and which values are null (None: none is).
+    def column(self, name: str, dtype: DType) -> tuple[Any, Nulls | None]:
+        """A column as what the store takes for the type, and which values are missing. Raises InvalidArgument.
 
-    Shares Arrow's memory where the types are alike. NaN in floats is left to the store, for which it is null.
-    """
-    if pa.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
-    if pa.types.is_floating(column.type) and not dtype.is_float:
-        column = pc.if_else(pc.is_nan(column), None, column)
-    nulls = column.is_null().to_numpy(zero_copy_only=False) if column.null_count else None
-    try:
-        if dtype == String:
-            return texts(column), nulls
-        if dtype.is_vector:
-            return vectors(where, dtype, column, nulls), nulls
-        return numbers(dtype, column), nulls
-    except pa.ArrowInvalid as error:
-        raise InvalidArgument(f"{where} cannot become {dtype}: {first_line(error)}") from None
+        Shares Arrow's memory where the types are alike.
+        """
+        try:
+            values, nulls = self.read(dtype, self.batch.column(name))
+            if dtype == String:
+                values = texts(values)
+                check_texts(values, nulls)
+        except Refused as error:
+            row = None if error.row is None else self.first + error.row
+            raise Refused(error.got, row).error(f"{self.origin}: column '{name}'", dtype) from None
+        return values, nulls
+
+    def required(self, name: str, dtype: DType, role: str) -> Any:
+        """The values of a column of which none may be missing."""
+        values, nulls = self.column(name, dtype)
+        if nulls is not None:
+            row = self.first + int(np.argmax(nulls))
+            raise InvalidArgument(f"{self.origin}: column '{name}' is null at row {row}; every row needs a {role}")
+        return values
 
 
 def texts(column: Any) -> Texts:
-    large = pa.types.is_large_string(column.type)
-    if not large:
-        column = column.cast(pa.string())
+    """An Arrow array of texts, which may be a slice, without copying."""
     _, offsets, data = column.buffers()
-    return Texts(elements(offsets, np.int64 if large else np.int32, column, len(column) + 1), data or b"")
+    width = np.int64 if pa.types.is_large_string(column.type) else np.int32
+    if offsets is None:
+        return Texts(np.zeros(1, width), b"")
+    return Texts(np.frombuffer(offsets, width, len(column) + 1, column.offset * np.dtype(width).itemsize), data or b"")
 
 
-def numbers(dtype: DType, column: Any) -> NDArray[Any]:
-    """Safe casts but to floats, which may round. What stands for nulls does not matter."""
-    if dtype == Bool:  # bits in Arrow
-        values: NDArray[Any] = column.fill_null(False).to_numpy(zero_copy_only=False)
-        return values
-    if dtype == Timestamp:
-        if not pa.types.is_integer(column.type):
-            zone = column.type.tz if pa.types.is_timestamp(column.type) else None
-            column = column.cast(pa.timestamp("us", zone), safe=False)  # drops nanoseconds
-        column = column.cast(pa.int64())
-    else:
-        column = column.cast(ARROW_TYPES[dtype], safe=not dtype.is_float)
-    return elements(column.buffers()[1], dtype.numpy, column, len(column))
-
-
-def elements(buffer: Any, numpy_type: Any, column: Any, count: int) -> NDArray[Any]:
-    """The part of an Arrow array's buffer that the array, which may be a slice, uses."""
-    return np.frombuffer(buffer, numpy_type, count, column.offset * np.dtype(numpy_type).itemsize)
-
-
-def vectors(where: str, dtype: DType, column: Any, nulls: Nulls | None) -> NDArray[np.float32]:
-    """Lists as the rows of a matrix; null lists and null elements become NaN."""
-    present = column if nulls is None else column.drop_null()
-    lengths = pc.list_value_length(present).to_numpy(zero_copy_only=False)
-    if (lengths != dtype.width).any():
-        wrong = int(lengths[lengths != dtype.width][0])
-        raise InvalidArgument(f"{where} has a list of {wrong} values, but the feature is {dtype}")
-    values = present.flatten().cast(pa.float32(), safe=False).to_numpy(zero_copy_only=False)
-    matrix: NDArray[np.float32] = values.reshape(-1, dtype.width)
-    if nulls is None:
-        return matrix
-    out = np.full((len(column), dtype.width), np.nan, np.float32)
-    out[~nulls] = matrix
-    return out
+def check_texts(texts: Texts, nulls: Nulls | None) -> None:
+    """That texts are UTF-8 and not too long. Raises Refused."""
+    row = first_bad_string(texts.data, texts.offsets, nulls, len(texts), LIMITS.string_bytes)
+    if row is not None:
+        raise Refused(said_of_text(int(texts.offsets[row + 1] - texts.offsets[row])), row)
 
 
 def first_line(error: BaseException) -> str:

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shorttail.define.dtypes import Bool, DType, String, Timestamp
-from shorttail.define.values import microseconds
+from shorttail.define.dtypes import DType, Timestamp
+from shorttail.define.values import Refused, as_column
 from shorttail.define.views import FeatureView
 from shorttail.errors import InvalidArgument
 from shorttail.store import ColumnBatch
 
 Nulls = NDArray[np.bool_]
 
-FLOAT32_MAX = float(np.finfo(np.float32).max)
-INT32_LIMIT = 2**31
 EVENT_TIME = "event_time"  # the column of event times where a view names none
 
 
@@ -119,157 +116,32 @@ def align(view: FeatureView, columns: Sequence[Column]) -> int:
 
 
 def as_columns(view: FeatureView, rows: Any) -> Mapping[str, Any]:
+    """The columns by their names, as as_column takes them. Raises InvalidArgument."""
     if isinstance(rows, Mapping):
         return rows
     if hasattr(rows, "column_names"):  # pyarrow.Table, RecordBatch
-        return {name: arrow_values(rows.column(name)) for name in rows.column_names}
-    if hasattr(rows, "to_arrow"):  # polars
-        return as_columns(view, rows.to_arrow())
+        return by_name(view, zip(rows.column_names, rows.columns, strict=True))
+    if hasattr(rows, "get_columns"):  # polars
+        return by_name(view, ((column.name, column) for column in rows.get_columns()))
     if hasattr(rows, "columns") and hasattr(rows, "iloc"):  # pandas
-        return {str(name): rows[name].to_numpy() for name in rows.columns}
+        return by_name(view, ((str(name), rows.iloc[:, i]) for i, name in enumerate(rows.columns)))
     raise InvalidArgument(
         f"view '{view.name}': rows of type {type(rows).__name__}; give a dict of columns, pandas, polars or pyarrow"
     )
 
 
-def arrow_values(column: Any) -> Any:
-    # Nulls in integer columns survive only as Python values; a column without nulls goes the short way.
-    nested = hasattr(column.type, "value_type")
-    return column.to_pylist() if column.null_count or nested else column.to_numpy()
-
-
-def is_scalar(value: Any) -> bool:
-    """Whether this is one value of a column that is not of vectors."""
-    return isinstance(value, str | bytes | int | float | datetime | np.generic | None) or np.ndim(value) == 0
+def by_name(view: FeatureView, columns: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, column in columns:
+        if name in found:
+            raise InvalidArgument(f"view '{view.name}': column '{name}' is there twice")
+        found[name] = column
+    return found
 
 
 def read_column(what: str, name: str, dtype: DType, value: Any) -> Column:
     """One column. what: "view 'x': column", for messages. Raises InvalidArgument."""
-    where = f"{what} '{name}'"
-    if dtype.is_vector:
-        values, nulls, one = vectors(where, dtype, value)
-        return Column(name, values, nulls, one)
-    if isinstance(value, list | tuple):  # np.ndim of a ragged one raises
-        return Column(name, *typed(where, dtype, value), False)
-    if (single := plain(dtype, value)) is not None:
-        return Column(name, single, None, True)
-    if is_scalar(value):
-        return Column(name, *typed(where, dtype, [value[()] if isinstance(value, np.ndarray) else value]), True)
-    return Column(name, *typed(where, dtype, value), False)
-
-
-def plain(dtype: DType, value: Any) -> NDArray[Any] | None:
-    """[value], if it is of the very type, as in most pushes of one row; None: it has to be looked at more closely."""
-    kind = type(value)
-    if dtype.is_float:
-        is_exact = kind is float and abs(value) <= FLOAT32_MAX  # neither NaN nor infinite
-    elif dtype.is_integer:
-        is_exact = kind is int and -INT32_LIMIT <= value < INT32_LIMIT
-    else:
-        is_exact = kind is (str if dtype is String else bool)
-    return np.array([value], object if dtype is String else dtype.numpy) if is_exact else None
-
-
-def typed(where: str, dtype: DType, values: Any) -> tuple[NDArray[Any], Nulls | None]:
-    """Values as the array the store takes for that type, and which of them are null (None: none is)."""
-    given = values if isinstance(values, list | tuple) else None
-    if given is not None and dtype is String:
-        return from_objects(where, dtype, given)  # np.asarray would make strings of numbers
     try:
-        array = np.asarray(values)
-    except ValueError:  # arrays of several lengths where values should be
-        return from_objects(where, dtype, list(values))
-    if array.ndim != 1:
-        raise InvalidArgument(f"{where} takes one {dtype} a row; got an array of shape {array.shape}")
-    if len(array) == 0 or array.dtype.kind not in "biufM":
-        return from_objects(where, dtype, array.tolist() if given is None else given)
-    if given is not None and dtype.is_integer and array.dtype.kind == "f" and not (abs(array) < 2**53).all():
-        return from_objects(where, dtype, given)  # as doubles, large integers have been rounded
-    nulls: Nulls | None = None
-    if dtype is Timestamp and array.dtype.kind == "M":
-        missing = np.isnat(array)
-        microseconds_since = np.where(missing, np.int64(0), array.astype("datetime64[us]").view(np.int64))
-        return microseconds_since, missing if missing.any() else None
-    if array.dtype.kind == "f" and (missing := np.isnan(array)).any():
-        nulls = missing
-        array = np.where(missing, 0, array)
-    if dtype is String or array.dtype.kind == "M" or (dtype is Bool) != (array.dtype.kind == "b"):
-        raise InvalidArgument(f"{where} takes {dtype}; got an array of {array.dtype}")
-    with np.errstate(all="ignore"):  # what does not fit is found by comparing
-        converted = array.astype(dtype.numpy)
-    if dtype.is_integer and not np.array_equal(converted, array):
-        bad = int(np.argmax(converted != array))
-        raise InvalidArgument(f"{where} takes {dtype}; got {array[bad]} at row {bad}")
-    return converted, nulls
-
-
-def is_null(value: Any) -> bool:
-    """None, NaN, and what pandas has instead."""
-    is_nan = isinstance(value, float | np.floating) and bool(value != value)
-    return value is None or is_nan or type(value).__name__ in ("NAType", "NaTType")
-
-
-def from_objects(where: str, dtype: DType, values: Sequence[Any]) -> tuple[NDArray[Any], Nulls | None]:
-    """Python values, one by one: the way for strings and for columns with None."""
-    nulls = np.fromiter(map(is_null, values), np.bool_, len(values))
-    out = np.full(len(values), None, object) if dtype is String else np.zeros(len(values), dtype.numpy)
-    for row, value in enumerate(values):
-        if nulls[row]:
-            continue
-        if dtype is Timestamp and isinstance(value, datetime):
-            value = microseconds(value)
-        if not fits(dtype, value):
-            raise InvalidArgument(f"{where} takes {dtype}; got {shown(value)} ({type(value).__name__}) at row {row}")
-        try:
-            with np.errstate(over="ignore"):  # a double that is infinite as a float
-                out[row] = int(value) if dtype.is_integer else value
-        except OverflowError:
-            raise InvalidArgument(f"{where} takes {dtype}; {shown(value)} at row {row} does not fit") from None
-    return out, nulls if nulls.any() else None
-
-
-def fits(dtype: DType, value: Any) -> bool:
-    if dtype is String:
-        return isinstance(value, str)
-    if dtype is Bool:
-        return isinstance(value, bool | np.bool_)
-    if isinstance(value, int | np.integer):
-        return not isinstance(value, bool)
-    is_number = isinstance(value, float | np.floating)
-    return is_number and (dtype.is_float or bool(np.isfinite(value) and value == int(value)))
-
-
-def shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
-
-
-def vectors(where: str, dtype: DType, values: Any) -> tuple[NDArray[np.float32], Nulls | None, bool]:
-    """Vectors as a matrix, which of them are null, and whether it was one vector alone."""
-    wrong = InvalidArgument(f"{where} takes {dtype}; got values that are not {dtype.width} numbers each")
-    if values is None:
-        return np.zeros((1, dtype.width), np.float32), np.ones(1, np.bool_), True
-    nulls: Nulls | None = None
-    if not isinstance(values, np.ndarray) or values.dtype == object:
-        if isinstance(values, str | bytes | Mapping) or not hasattr(values, "__iter__"):
-            raise wrong
-        rows = list(values)
-        missing = np.array([row is None for row in rows], np.bool_)
-        # One vector may hold nulls too; a column of vectors has no numbers.
-        if missing.any() and not any(isinstance(row, int | float) for row in rows):
-            nulls = missing
-            rows = [np.zeros(dtype.width) if row is None else row for row in rows]
-        values = rows
-    try:
-        if np.asarray(values).dtype.kind not in "biufO":
-            raise wrong
-        with np.errstate(over="ignore"):
-            array = np.asarray(values, np.float32)
-    except (TypeError, ValueError, OverflowError):
-        raise wrong from None
-    one = array.ndim == 1 and dtype.width == len(array)
-    if one:
-        array = array.reshape(1, -1)
-    if array.ndim != 2 or array.shape[1] != dtype.width:
-        raise InvalidArgument(f"{where} takes {dtype}; got values of shape {array.shape}")
-    return np.ascontiguousarray(array), nulls, one
+        return Column(name, *as_column(dtype, value))
+    except Refused as error:
+        raise error.error(f"{what} '{name}'", dtype) from None

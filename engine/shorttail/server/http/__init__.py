@@ -1,1 +1,1 @@
-"""HTTP: probes, metrics, and inference as other servers and platforms speak it. Needs the extra `http`."""
+"""The HTTP server: probes, metrics, and the inference protocols of other servers. Needs the extra `http`."""

@@ -1,4 +1,4 @@
-"""The HTTP side of a worker: connections, routes, and how failures read. aiohttp does the protocol."""
+"""The HTTP server of a worker: connections, requests, errors as responses. aiohttp implements the protocol."""
 
 from __future__ import annotations
 
@@ -51,7 +51,11 @@ STATUS: Final = {
 
 @dataclass(slots=True)
 class HttpCall:
-    """A request on its way. model: its name once it is known to exist. id: what the caller calls it."""
+    """One request, as metrics and the log see it.
+
+    start_ns, deadline_ns: of time.perf_counter_ns; a deadline of 0 is none. method: index into metrics.METHODS. model:
+    its name, once it is known that the model exists. id: the request id that the caller gave. rows: rows answered.
+    """
 
     start_ns: int
     deadline_ns: int = 0
@@ -61,38 +65,41 @@ class HttpCall:
     rows: int = 0
 
     def predicts(self, model: str = "") -> None:
-        """The request is a prediction, by that model once it is known to exist."""
+        """Note that the request is a prediction, and its model once it is known that the model exists."""
         self.method, self.model = PREDICT, model
 
     def note_id(self, identifier: str) -> None:
-        """What the caller calls the request, for the log."""
+        """Note the request id that the caller gave, for the log."""
         self.id = identifier
 
     def note_rows(self, rows: int) -> None:
-        """How many rows were answered, for the log."""
+        """Note how many rows were answered, for the log."""
         self.rows = rows
 
     def within(self, timeout_us: int) -> None:
-        """A second deadline: the earlier one holds."""
+        """Set a deadline, in microseconds after the start. Of several deadlines the earliest holds; 0 sets none."""
         if timeout_us:
             deadline_ns = self.start_ns + timeout_us * 1000
             self.deadline_ns = min(self.deadline_ns or deadline_ns, deadline_ns)
 
 
 Handler = Callable[[web.Request, HttpCall], Awaitable[web.Response]]
-Access = Callable[[str], int]  # what a token allows; 0: nothing
+Access = Callable[[str], int]  # token -> access level; 0: none
 
 
 class HttpConnection(web.RequestHandler):  # type: ignore[misc,unused-ignore]
-    """Counted and limited: aiohttp itself waits for a first request for ever, and takes any number of connections."""
+    """A connection of aiohttp that is counted and limited.
 
-    __slots__ = ("_asked", "_owner", "_patience")
+    aiohttp itself waits without limit for the first request, and takes any number of connections.
+    """
+
+    __slots__ = ("_first_request_timer", "_has_asked", "_owner")
 
     def __init__(self, owner: HttpServer, manager: web.Server, loop: asyncio.AbstractEventLoop):
         super().__init__(manager, loop=loop, access_log=None, keepalive_timeout=LIMITS.http_idle_s)  # type: ignore[arg-type,unused-ignore]
         self._owner = owner
-        self._patience: asyncio.TimerHandle | None = None
-        self._asked = False  # a request has come
+        self._first_request_timer: asyncio.TimerHandle | None = None
+        self._has_asked = False  # a request has arrived
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -101,24 +108,24 @@ class HttpConnection(web.RequestHandler):  # type: ignore[misc,unused-ignore]
         if len(self._owner.connections) > LIMITS.http_connections:
             self._cut()
         else:
-            self._patience = asyncio.get_running_loop().call_later(LIMITS.http_header_s, self._expect)
+            self._first_request_timer = asyncio.get_running_loop().call_later(LIMITS.http_header_s, self._cut_if_silent)
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self._owner.connections.discard(self)
-        if self._patience is not None:
-            self._patience.cancel()
+        if self._first_request_timer is not None:
+            self._first_request_timer.cancel()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         self._owner.received_bytes += len(data)
         super().data_received(data)
 
-    def first_asked(self) -> None:
-        """A request has come: the wait for the first one is over."""
-        self._asked = True
+    def first_request_arrived(self) -> None:
+        """End the wait for the first request, because it has arrived."""
+        self._has_asked = True
 
-    def _expect(self) -> None:
-        if not self._asked:
+    def _cut_if_silent(self) -> None:
+        if not self._has_asked:
             self._cut()
 
     def _cut(self) -> None:
@@ -128,10 +135,12 @@ class HttpConnection(web.RequestHandler):  # type: ignore[misc,unused-ignore]
 
 
 class HttpServer:
-    """Of one worker. HttpCall `start`, `drain` when no new requests should come, and `stop`.
+    """The HTTP server of one worker. Call `start`, `drain` when new requests should go elsewhere, and `stop`.
 
-    add_routes: adds the routes that are answered (server/http/routes.py). access: what a bearer token allows, None when
-    nobody needs one. memory: what /metrics shows.
+    batches: where predictions wait. memory: the counters that /metrics shows. recorder: counts the requests. log: takes
+    lines about failed and slow requests. fault: called with every exception that is not a ShorttailError. add_routes:
+    adds the routes (server/http/routes.py). access: returns the access level of a bearer token; None: requests need no
+    token.
     """
 
     def __init__(
@@ -161,6 +170,7 @@ class HttpServer:
         self._runner: web.AppRunner | None = None
 
     async def start(self, listeners: list[socket.socket], tls: ssl.SSLContext | None = None) -> None:
+        """Listen on bound sockets."""
         app = web.Application(client_max_size=LIMITS.frame_bytes)
         self._add_routes(app, self)
         self._runner = runner = web.AppRunner(app, access_log=None, handle_signals=False)
@@ -175,11 +185,11 @@ class HttpServer:
             self._servers.append(server)
 
     def drain(self) -> None:
-        """Not ready from now on; requests are still answered."""
+        """Report "not ready" from now on, so that load balancers send no more. Requests are still answered."""
         self.draining = True
 
     async def stop(self, grace_s: float) -> None:
-        """Take no new connections, finish what is in flight, close."""
+        """Take no new connections, answer the requests in flight for up to grace_s seconds, and close."""
         self.draining = True
         for server in self._servers:
             server.close()
@@ -192,14 +202,14 @@ class HttpServer:
     # -- a request ---------------------------------------------------------------------------------------------
 
     def endpoint(self, handler: Handler, *, open_to_all: bool = False) -> Callable[[web.Request], Any]:
-        """What aiohttp calls: `handler` with its failures made responses, counted and logged.
+        """Wrap `handler` for aiohttp: check the token, turn errors into responses, count and log the request.
 
-        open_to_all: no token is asked for, and nothing is counted: probes.
+        open_to_all: for probes, which need no token and are not counted.
         """
 
         async def answer(request: web.Request) -> web.Response:
             call = HttpCall(time.perf_counter_ns())
-            request.protocol.first_asked()  # type: ignore[attr-defined]
+            request.protocol.first_request_arrived()  # type: ignore[attr-defined]
             self.in_flight += 1
             try:
                 if not open_to_all:
@@ -211,7 +221,7 @@ class HttpServer:
             finally:
                 self.in_flight -= 1
             if self.draining:
-                response.force_close()  # keep-alive connections move on to who is ready
+                response.force_close()  # so that the client connects to a server that is ready
             self.sent_bytes += response.content_length or 0
             if not open_to_all:
                 self._count(request, call, code, message)
@@ -220,6 +230,7 @@ class HttpServer:
         return answer
 
     def _failure(self, error: Exception) -> tuple[web.Response, str, str]:
+        """Return (response, code, message) for an exception of a handler."""
         status = 0
         if isinstance(error, web.HTTPRequestEntityTooLarge):
             status = 413
@@ -232,6 +243,7 @@ class HttpServer:
         return _error(500, one_line(error)), "INTERNAL", one_line(error)
 
     def _authorize(self, request: web.Request) -> None:
+        """Raise Unauthenticated without a bearer token, and PermissionDenied for an unknown one."""
         if self.access is None:
             return
         scheme, _, token = request.headers.get("Authorization", "").partition(" ")
@@ -241,6 +253,7 @@ class HttpServer:
             raise PermissionDenied("this token is not known here")
 
     def _count(self, request: web.Request, call: HttpCall, code: str, message: str) -> None:
+        """Count a request that was answered, and log it if it failed or was slow."""
         model = call.model if call.model or call.method == OTHER else UNKNOWN
         slot = self.recorder.slot(call.method, model)
         self.recorder.requests(slot, HTTP, code)
@@ -265,43 +278,48 @@ class HttpServer:
         )
 
     async def body(self, request: web.Request) -> bytes:
-        """The whole body, within the server's budget for bodies and within a time. Raises ResourceExhausted."""
+        """Read the body of a request.
+
+        Raises ResourceExhausted if the bodies that are being read exceed LIMITS.http_body_bytes, DeadlineExceeded after
+        LIMITS.http_read_s, and InvalidArgument if the connection ends.
+        """
         length = request.content_length
-        # How long a body without a length, or a compressed one, will be is not known: as long as it may.
+        # The size of a body without a length, or of a compressed body, is not known: reserve the largest size.
         known = length is not None and "Content-Encoding" not in request.headers
         reserved = min(length, LIMITS.frame_bytes) if known and length is not None else LIMITS.frame_bytes
         if self.body_bytes + reserved > LIMITS.http_body_bytes:
-            raise ResourceExhausted("too many bytes over HTTP are in flight; send it again later")
+            raise ResourceExhausted("too many bytes of HTTP requests are in flight; send it again later")
         self.body_bytes += reserved
         try:
             async with asyncio.timeout(LIMITS.http_read_s):
                 return await request.read()
         except TimeoutError:
-            raise DeadlineExceeded(f"the body was not there after {LIMITS.http_read_s:g} s") from None
+            raise DeadlineExceeded(f"the body did not arrive within {LIMITS.http_read_s:g} s") from None
         except ConnectionError:
             raise InvalidArgument("the connection ended within the body") from None
         finally:
             self.body_bytes -= reserved
 
     def encoded(self, call: HttpCall, start_ns: int) -> None:
-        """A response was made since start_ns."""
+        """Count the time from start_ns until now as the time to encode a response."""
         self.recorder.stage(self.recorder.slot(PREDICT, call.model), ENCODE, time.perf_counter_ns() - start_ns)
 
     @property
     def not_ready(self) -> str:
-        """Why no requests should be sent here; "" if they should."""
+        """The reason why this server is not ready for requests, or "" if it is ready."""
         if self.draining:
             return "stopping"
         return "" if self.engine.store.is_open else "the store is closed"
 
 
 def _error(status: int, message: str) -> web.Response:
+    """Make an error response, with the headers that HTTP asks for with some statuses."""
     headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}, 503: {"Retry-After": "1"}}.get(status)
     return web.Response(status=status, body=orjson.dumps({"error": message}), content_type=JSON, headers=headers)
 
 
 def _deadline_us(request: web.Request) -> int:
-    """Of the header X-Deadline-Ms; 0: none. Raises InvalidArgument."""
+    """Return the header X-Deadline-Ms in microseconds, or 0 without it. Raises InvalidArgument."""
     text = request.headers.get("X-Deadline-Ms")
     if text is None:
         return 0

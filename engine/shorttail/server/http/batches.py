@@ -1,7 +1,7 @@
-"""Requests over HTTP as batches: what one loop turn brought for a plan runs together, as on the MessagePack wire.
+"""Batches of HTTP requests: the requests for a plan in one turn of the event loop run together, as on the RPC side.
 
-The batches wait here in columns of their own; server/batcher.py takes and runs them in the same turns, under the same
-admission, as those of the wire.
+HTTP requests collect in batches of their own. server/batcher.py runs these in the same turns as the batches of
+MessagePack-RPC, and both are under the same admission.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Array = NDArray[Any]
 
 @dataclass(slots=True)
 class Answer:
-    """One request's part of a batch. values: [rows, ...] for each of names; statuses: view -> uint8 [rows]."""
+    """The answer to one request. values: an array [rows, ...] for each name; statuses: view -> uint8 [rows]."""
 
     names: Sequence[str]
     values: Sequence[Array]
@@ -42,7 +42,7 @@ class Answer:
 
 @dataclass(slots=True)
 class Waiting:
-    """A request in a batch: its rows, and where its answer goes. deadline_ns: of time.perf_counter_ns; 0: none."""
+    """A request in a batch: its first row, its rows, its future. deadline_ns: of time.perf_counter_ns; 0: none."""
 
     first: int
     rows: int
@@ -51,13 +51,13 @@ class Waiting:
 
 
 class HttpBatch:
-    """Requests for one plan that run together: see Runnable. Its native Batch holds the columns and is admitted.
+    """HTTP requests for one plan that run together: a Runnable. Its native Batch holds the columns, and its counts.
 
-    inputs: the model's own input tensors, where a request brings them; such a batch has one request.
+    inputs: the model's input tensors, if the request brings them instead of columns; such a batch has one request.
     """
 
     protocol: Final = HTTP
-    waiting: Final = 0  # requests over HTTP are counted, by their outcome, where responses are made
+    waiting: Final = 0  # HTTP requests are counted where their responses are made (HttpServer)
     traces: Final = None
 
     def __init__(self, route: WireRoute, inputs: Sequence[Array] | None = None):
@@ -80,10 +80,10 @@ class HttpBatch:
         return self.batch.started_ns
 
     def add(self, router: Router, rows: int, deadline_ns: int) -> asyncio.Future[Answer]:
-        """Enter a request whose rows are the last of the columns. Returns what its answer will come by."""
+        """Add a request; its rows are the last `rows` rows of the batch. Returns a future of its answer."""
         answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self.requests.append(Waiting(self.n_rows - rows, rows, deadline_ns, answer))
-        self.batch.count(router, rows, 0)  # its body counts where bodies are read
+        self.batch.count(router, rows, 0)  # 0 bytes: HttpServer.body limits the bytes of bodies
         return answer
 
     def drop_expired(self) -> int:
@@ -104,13 +104,13 @@ class HttpBatch:
         self.batch.stay_in_loop()
 
     def keep_columns(self) -> None:
-        """Nothing to do: the columns are of this batch alone."""
+        """Do nothing: columns of an HttpBatch are never reused."""
 
     def reply(self, result: BatchResult) -> None:
         self.batch.end(ran=True)
         values = list(result.values)
         for request in self.requests:
-            if request.answer.done():  # it was cancelled, or came too late
+            if request.answer.done():  # the caller has gone, or the deadline has passed
                 continue
             part = slice(request.first, request.first + request.rows)
             statuses = dict(zip(self.route.plan.view_names, result.view_statuses[:, part], strict=False))
@@ -124,20 +124,21 @@ class HttpBatch:
 
 
 class HttpBatches:
-    """The requests over HTTP of one worker that wait for their batch."""
+    """The HTTP requests of one worker that wait for their batch to run."""
 
     def __init__(self, engine: Engine, router: Router):
         self.engine = engine
         self.router = router
-        self.routes: dict[int, WireRoute] = {}  # by the id of their plans
-        self.open: dict[WireRoute, HttpBatch] = {}  # those that take requests
+        self.routes: dict[int, WireRoute] = {}  # by id(plan)
+        self.open: dict[WireRoute, HttpBatch] = {}  # batches that take requests
         self.pending: list[Runnable] = []
         self.in_flight = 0
 
     async def predict(self, plan: Plan, values: Mapping[str, Any], deadline_ns: int = 0) -> Answer:
         """Run a plan on {column: value or values}.
 
-        Raises what Engine.predict raises, DeadlineExceeded, and ResourceExhausted when there is no time for it.
+        deadline_ns: of time.perf_counter_ns; 0: none. Raises the errors of Engine.predict, DeadlineExceeded, and
+        ResourceExhausted under overload.
         """
         self._check_in_flight()
         route = self._admitted(self.engine.plan_for_request(plan, values), deadline_ns)
@@ -152,10 +153,10 @@ class HttpBatches:
         return await self._counted(answer)
 
     async def infer(self, plan: Plan, inputs: Mapping[str, Array], deadline_ns: int = 0) -> Answer:
-        """Run a plan's model on its own input tensors: no columns, no lookups.
+        """Run a plan's model on its input tensors, without columns and lookups.
 
-        inputs: by the names in the file, of exactly its types and widths. Raises InvalidArgument, Internal, and what
-        `predict` raises for want of time.
+        inputs: arrays by the names in the model file, with its dtypes and widths. Raises InvalidArgument, Internal, and
+        the errors of `predict` under overload and after a deadline.
         """
         self._check_in_flight()
         rows, arrays = check_tensors(plan, inputs)
@@ -165,17 +166,18 @@ class HttpBatches:
 
     def _check_in_flight(self) -> None:
         if self.in_flight >= LIMITS.http_requests:
-            raise ResourceExhausted(f"{self.in_flight} requests over HTTP are in flight; send it again later")
+            raise ResourceExhausted(f"{self.in_flight} HTTP requests are in flight; send it again later")
 
     def _admitted(self, plan: Plan, deadline_ns: int) -> WireRoute:
-        """The plan's route. Raises ResourceExhausted, DeadlineExceeded."""
+        """Admit a request and return its plan's route. Raises ResourceExhausted, DeadlineExceeded."""
         route = self.routes.get(id(plan))
         if route is None:
-            route = self.routes[id(plan)] = WireRoute(plan, b"", plan.version)  # which keeps the plan
+            route = self.routes[id(plan)] = WireRoute(plan, b"", plan.version)  # it keeps the plan
         self.router.admit(route, deadline_ns)
         return route
 
     async def _counted(self, answer: asyncio.Future[Answer]) -> Answer:
+        """Await an answer, and count the request as in flight meanwhile."""
         self.in_flight += 1
         try:
             return await answer
@@ -185,7 +187,7 @@ class HttpBatches:
     # -- a turn ------------------------------------------------------------------------------------------------
 
     def take(self) -> list[Runnable]:
-        """The batches that wait, but those for a model that runs in its thread. They take no more requests."""
+        """Take the batches that wait, except those of busy routes. No request is added to them afterwards."""
         taken, waiting = [], self.pending
         self.pending = []
         for batch in waiting:
@@ -198,27 +200,30 @@ class HttpBatches:
         return taken
 
     def forget_plans(self) -> None:
-        """The catalog changed: nothing here may keep a model. Batches that wait run by the plans they came for."""
+        """Forget all routes: the catalog changed. Batches that wait still run by the plans they were read for."""
         self.routes.clear()
         self.open.clear()
 
 
 def check_tensors(plan: Plan, inputs: Mapping[str, Array]) -> tuple[int, list[Array]]:
-    """Rows, and the arrays in the model's order. Raises InvalidArgument unless they are what the model takes.
+    """Return the number of rows, and the input arrays in the model's order.
 
-    The width is that of the plan's buffer even where the file leaves it open: so many columns the model was loaded for.
+    Raises InvalidArgument if an array does not have the dtype and the width of the model's input. If the model file
+    leaves a width open, it is that of the plan's buffer: the number of columns for which the model was loaded.
     """
     assert plan.runner is not None
     arrays, rows = [], -1
     for tensor, buffer in zip(plan.runner.inputs, plan.buffers, strict=False):
         array = inputs[tensor.name]
+        if array.dtype.hasobject and None in array.ravel().tolist():
+            raise InvalidArgument(f"input '{tensor.name}' is {tensor.dtype}; got null")
         if array.dtype != buffer.dtype:
             raise InvalidArgument(f"input '{tensor.name}' is {tensor.dtype}; got {_kind(array)}")
         widths = [] if buffer.width is None else [buffer.width]
         if list(array.shape[1:]) != widths or array.ndim < 1:
             raise InvalidArgument(f"input '{tensor.name}' has the shape {[-1, *widths]}; got {list(array.shape)}")
         if rows not in (-1, len(array)):
-            raise InvalidArgument(f"input '{tensor.name}' has {len(array)} rows where others have {rows}")
+            raise InvalidArgument(f"input '{tensor.name}' has {len(array)} rows; the inputs before it have {rows}")
         rows = len(array)
         arrays.append(array)
     if rows < 1:

@@ -1,6 +1,7 @@
-"""Prometheus text of what a server has counted. prometheus_client writes the format; the figures are of all processes.
+"""The text of /metrics in the Prometheus format, with the counts of all processes of the server.
 
-docs/metrics.md lists the metrics. Labels are bounded: methods, codes and stages are fixed, models are those that exist.
+docs/metrics.md lists the metrics. The number of label values is bounded: methods, codes and stages are fixed, and
+models are those of the store. prometheus_client writes the format.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ PAGE_BYTES: Final = os.sysconf("SC_PAGE_SIZE")
 SECONDS: Final = [repr(bound / 1e9) for bound in BOUNDS_NS]
 ROWS: Final = [repr(float(bound)) for bound in ROW_BOUNDS]
 
-# name, help, word of the header, what one unit of it is; each a sample a worker
+# Gauges with a sample for each worker: name, help, word of the process header, units of the word per unit of the gauge.
 WORKER_GAUGES: Final = (
     ("store_generation", "Commits of the store that the worker has seen.", "generation", 1.0),
     (
@@ -39,7 +40,7 @@ WORKER_GAUGES: Final = (
         1e6,
     ),
 )
-# name, help, word of MessagePack-RPC, word of HTTP
+# Metrics by protocol: name, help, and the words of the process header for MessagePack-RPC and for HTTP.
 PROTOCOL_GAUGES: Final = (
     ("connections", "Open connections.", "connections", "http_connections"),
     ("requests_in_flight", "Requests read and not yet answered.", "in_flight", "http_in_flight"),
@@ -52,19 +53,21 @@ PROTOCOL_COUNTERS: Final = (
 
 
 def exposition(memory: MetricsMemory, engine: Engine) -> bytes:
-    """The text of /metrics."""
+    """Return the text of /metrics."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(ServerCollector(memory, engine))
     return generate_latest(registry)
 
 
 class ServerCollector(Collector):
+    """Collects the metrics of a server from the memory that its processes share."""
+
     def __init__(self, memory: MetricsMemory, engine: Engine):
         self.memory = memory
         self.engine = engine
 
     def describe(self) -> list[Metric]:
-        return []  # else registering would collect once
+        return []  # otherwise registering would collect all metrics
 
     def collect(self) -> Iterator[Metric]:
         yield from _requests(self.memory.slots())
@@ -107,6 +110,7 @@ def _requests(slots: dict[tuple[str, str], SlotCounts]) -> Iterator[Metric]:
 
 
 def _cumulative(bounds: Sequence[str], counts: Sequence[int]) -> list[tuple[str, float]]:
+    """Return the (upper bound, cumulative count) pairs of a histogram; its last bucket is "+Inf"."""
     total, buckets = 0, []
     for bound, count in zip([*bounds, "+Inf"], counts, strict=True):
         total += count
@@ -134,7 +138,9 @@ def _by_worker(workers: list[Process]) -> Iterator[Metric]:
             gauge.add_metric([str(worker.region)], worker.header[word] / unit)
         yield gauge
     heartbeat = GaugeMetricFamily(
-        "shorttail_loop_heartbeat_age_seconds", "How long ago the worker's event loop came round.", labels=["worker"]
+        "shorttail_loop_heartbeat_age_seconds",
+        "Time since the last turn of the worker's event loop.",
+        labels=["worker"],
     )
     memory = GaugeMetricFamily("shorttail_process_resident_memory_bytes", "Resident memory.", labels=["worker"])
     cpu = CounterMetricFamily("shorttail_process_cpu_seconds", "CPU time, user and system.", labels=["worker"])
@@ -151,7 +157,7 @@ def _by_worker(workers: list[Process]) -> Iterator[Metric]:
 
 
 def process_usage(pid: int) -> tuple[float, int] | None:
-    """CPU seconds and resident bytes of a process, from proc(5); None when it has ended."""
+    """Return the CPU seconds and the resident bytes of a process, from /proc (proc(5)); None if it has ended."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -171,7 +177,9 @@ def _server(processes: list[Process]) -> Iterator[Metric]:
         "shorttail_gc_collections", "Garbage collections of the interpreters.", value=total("gc_collections")
     )
     yield CounterMetricFamily(
-        "shorttail_gc_pause_seconds", "Time the interpreters stood still in them.", value=total("gc_pause_ns") / 1e9
+        "shorttail_gc_pause_seconds",
+        "Time that the interpreters paused for garbage collection.",
+        value=total("gc_pause_ns") / 1e9,
     )
     yield CounterMetricFamily(
         "shorttail_log_lines_dropped",

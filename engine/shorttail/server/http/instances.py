@@ -16,12 +16,11 @@ import numpy as np
 import orjson
 
 from shorttail.config import LIMITS
-from shorttail.define.dtypes import Bool, DType, String
+from shorttail.define.dtypes import DType, Float64
+from shorttail.define.text import csv_rows, parse_field
 from shorttail.errors import InvalidArgument
 from shorttail.server.http.batches import Answer
 from shorttail.server.http.v2 import parse_json
-
-BOOLS = {"true": True, "1": True, "false": False, "0": False}
 
 
 @dataclass(slots=True)
@@ -77,19 +76,21 @@ def instance_columns(rows: list[Any], names: Sequence[str]) -> dict[str, list[An
 def csv_columns(body: bytes, names: Sequence[str], dtypes: Sequence[DType]) -> dict[str, list[Any]]:
     """Columns of CSV. With a header if its first line names the columns, in any order; else in the columns' order.
 
-    A vector takes as many fields as it has numbers (without a header). An empty field is a missing value; of a String
-    it is the empty string. Raises InvalidArgument.
+    A vector takes as many fields as it has numbers (without a header). An empty field is a missing value, two quotes
+    are the empty text, and an empty line is a row with one empty field. Raises InvalidArgument.
     """
     if len(body) > LIMITS.http_json_bytes:
         raise InvalidArgument(f"{len(body)} bytes of CSV; at most {LIMITS.http_json_bytes} are taken: send it in parts")
     try:
-        lines = [line for line in csv.reader(io.StringIO(body.decode("utf-8-sig"), newline=""), strict=True) if line]
-    except (UnicodeDecodeError, csv.Error) as error:
+        lines = list(csv_rows(body.decode("utf-8-sig")))
+    except UnicodeDecodeError as error:
         raise InvalidArgument(f"the body is not CSV in UTF-8: {error}") from None
+    except ValueError as error:
+        raise InvalidArgument(f"the body is not CSV: {error}") from None
     order = list(zip(names, dtypes, strict=True))
-    if lines and set(header := [field.strip() for field in lines[0]]) == set(names) and len(header) == len(names):
+    if lines and len(lines[0]) == len(names) and set(lines[0]) == set(names):
         by_name = dict(order)
-        order = [(name, by_name[name]) for name in header]
+        order = [(str(name), by_name[str(name)]) for name in lines[0]]
         if vectors := [name for name, dtype in order if dtype.is_vector]:
             raise InvalidArgument(f"column '{vectors[0]}' is a vector: send CSV without a header, or JSON")
         del lines[0]
@@ -102,25 +103,13 @@ def csv_columns(body: bytes, names: Sequence[str], dtypes: Sequence[DType]) -> d
             )
         at = 0
         for name, dtype in order:
-            fields = [_value(name, dtype, text.strip(), number) for text in line[at : at + dtype.width]]
+            kind = Float64 if dtype.is_vector else dtype
+            fields = [parse_field(name, text, kind, number) for text in line[at : at + dtype.width]]
             columns[name].append(fields if dtype.is_vector else fields[0])
             at += dtype.width
     if not lines:
         raise InvalidArgument("the CSV has no rows")
     return columns
-
-
-def _value(name: str, dtype: DType, text: str, row: int) -> Any:
-    if dtype == String:
-        return text
-    if text == "":
-        return float("nan") if dtype.is_vector else None
-    try:
-        if dtype == Bool:
-            return BOOLS[text.lower()]
-        return float(text) if dtype.is_float or dtype.is_vector else int(text)
-    except (ValueError, KeyError):
-        raise InvalidArgument(f"column {name!r} takes {dtype}; got {text!r:.40} at row {row}") from None
 
 
 def predictions(answer: Answer, outputs: Any = None) -> list[Any]:

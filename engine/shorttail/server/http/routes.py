@@ -1,4 +1,4 @@
-"""What is answered over HTTP. docs/http.md has the same list for users."""
+"""The routes of the HTTP server. docs/http.md has the same list for users."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ MODEL_ROUTES: Final = ("/v2/models/{model}", "/v2/models/{model}/versions/{versi
 
 
 def add_routes(app: web.Application, server: HttpServer) -> None:
+    """Add all routes to an application of aiohttp."""
     for group in (Probes(server), OpenInference(server), Platforms(server)):
         group.add_to(app.router)
 
@@ -46,7 +47,7 @@ class Probes:
         router.add_get("/metrics", endpoint(self.metrics))
 
     async def live(self, request: web.Request, call: HttpCall) -> web.Response:
-        # That this runs is the heartbeat: it is the serving loop that answers.
+        # The event loop that serves answers this, so an answer shows that it turns.
         return web.Response(text="ok\n")
 
     async def ready(self, request: web.Request, call: HttpCall) -> web.Response:
@@ -59,7 +60,7 @@ class Probes:
 
 
 class OpenInference:
-    """The Open Inference Protocol, version 2."""
+    """The Open Inference Protocol, version 2 (server/http/v2.py)."""
 
     def __init__(self, server: HttpServer):
         self.server = server
@@ -139,7 +140,7 @@ class OpenInference:
 
 
 class Platforms:
-    """Requests as SageMaker and Vertex AI send them."""
+    """The routes that SageMaker and Vertex AI call (server/http/instances.py)."""
 
     def __init__(self, server: HttpServer):
         self.server = server
@@ -178,7 +179,7 @@ class Platforms:
         return response
 
     def _model(self, request: web.Request) -> str:
-        """The model of a request that names none: of the header, of SHORTTAIL_MODEL, or the only one."""
+        """Return the model if the request names none: by header, by SHORTTAIL_MODEL, or the store's only model."""
         named = request.headers.get("X-Amzn-SageMaker-Target-Model") or os.environ.get("SHORTTAIL_MODEL")
         if named:
             return named.strip("/")
@@ -188,13 +189,13 @@ class Platforms:
         if not names:
             raise NotFound("the store has no model")
         raise InvalidArgument(
-            f"which model? models: {', '.join(names)}; name it in the parameter model, or start the server with "
-            "SHORTTAIL_MODEL set"
+            f"the request names no model, and the store has several: {', '.join(names)}; give the parameter model, or "
+            "start the server with SHORTTAIL_MODEL set"
         )
 
 
 def _predictions(request: web.Request, asked: instances.Instances, answer: Answer, as_csv: bool) -> web.Response:
-    """As the caller accepts it: CSV, or JSON; without a preference as it asked."""
+    """Make the response in the format that the Accept header names: CSV or JSON; else in the format of the request."""
     accepted = request.headers.get("Accept", "*/*")
     if CSV in accepted or (as_csv and JSON not in accepted):
         return web.Response(body=instances.predictions_csv(answer), content_type=CSV, charset="utf-8")
@@ -203,10 +204,12 @@ def _predictions(request: web.Request, asked: instances.Instances, answer: Answe
 
 
 def _asked(request: web.Request) -> tuple[str, int | None]:
+    """Return the model name and the version (None: the current one) in the path."""
     return request.match_info["model"], v2.version_number(request.match_info.get("version"))
 
 
 def _plan(server: HttpServer, call: HttpCall, name: str, version: int | None) -> Plan:
+    """Return the plan of a model, and note the model in the call. Raises NotFound."""
     call.predicts()
     plan = server.engine.plan_for_model(name, version)
     call.predicts(name)

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 import struct
+from itertools import chain
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shorttail.define.dtypes import DType, String
+from shorttail.define.dtypes import Bool, DType, Float64, Int64, String
+from shorttail.define.values import Refused, as_column
 from shorttail.errors import InvalidArgument
 
 Array = NDArray[Any]
@@ -80,34 +82,47 @@ def read_tensor(name: str, tensor: dict[str, Any], raw: memoryview | None) -> Ar
 
 
 def _numbers(where: str, data: Any, dtype: np.dtype[Any]) -> Array:
-    """JSON numbers, nested or flat, row after row; null is NaN in floats."""
+    """JSON numbers, nested or flat, row after row. null is NaN in floats, and None in an array of objects in others."""
+    flat = _flat(where, data, NAMES[dtype])
+    if dtype == np.uint64 and all(type(value) is int and 0 <= value < 1 << 64 for value in flat):
+        return np.array(flat, dtype)
+    of_64_bits = {"b": Bool, "f": Float64}.get(dtype.kind, Int64)
     try:
-        array = np.array(data)
-        if array.dtype.hasobject and dtype.kind == "f":
-            array = np.array(data, dtype)
-        fits = array.size == 0 or array.dtype.kind in {"b": "b", "i": "iu", "u": "iu", "f": "iuf"}[dtype.kind]
-        if fits and dtype.kind in "iu" and array.size:
-            bounds = np.iinfo(dtype)
-            fits = bounds.min <= int(array.min()) and int(array.max()) <= bounds.max
-        if fits:
-            return array.astype(dtype).ravel()
-    except (TypeError, ValueError, OverflowError):
-        pass
-    raise InvalidArgument(f"{where}: data must be an array of {NAMES[dtype]}, nested as its shape or flat")
+        values, nulls, _ = as_column(of_64_bits, flat)
+    except Refused as error:
+        row = "" if error.row is None else f" as element {error.row}"
+        raise InvalidArgument(f"{where}: data must be an array of {NAMES[dtype]}; got {error.got}{row}") from None
+    if dtype.kind in "iu" and len(values):
+        bounds = np.iinfo(dtype)
+        least, most = int(values.min()), int(values.max())
+        if not bounds.min <= least <= most <= bounds.max:
+            wrong = least if least < bounds.min else most
+            raise InvalidArgument(f"{where}: data must be an array of {NAMES[dtype]}; got {wrong}")
+    if nulls is None or dtype.kind == "f":
+        with np.errstate(over="ignore"):
+            return values.astype(dtype)
+    objects = values.astype(object)
+    objects[nulls] = None
+    return objects
+
+
+def _flat(where: str, data: Any, name: str) -> list[Any]:
+    """The elements of nested lists, row after row."""
+    while isinstance(data, list) and data and isinstance(data[0], list):
+        alike = all(isinstance(row, list) and len(row) == len(data[0]) for row in data)
+        data = list(chain.from_iterable(data)) if alike else None
+    if not isinstance(data, list):
+        raise InvalidArgument(f"{where}: data must be an array of {name}, nested as its shape or flat")
+    return data
 
 
 def _texts(where: str, data: Any) -> Array:
-    found: list[str] = []
-    waiting = [data]
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, list):
-            waiting.extend(reversed(value))
-        elif isinstance(value, str):
-            found.append(value)
-        else:
+    """JSON texts, nested or flat; null is None."""
+    flat = _flat(where, data, BYTES)
+    for value in flat:
+        if value is not None and not isinstance(value, str):
             raise InvalidArgument(f"{where}: data of BYTES must be an array of strings; got {value!r:.40}")
-    return _objects(found)
+    return _objects(flat)
 
 
 def _raw_texts(where: str, raw: memoryview) -> Array:
@@ -129,7 +144,7 @@ def _raw_texts(where: str, raw: memoryview) -> Array:
     return _objects(found)
 
 
-def _objects(texts: list[str]) -> Array:
+def _objects(texts: list[Any]) -> Array:
     array = np.empty(len(texts), object)
     array[:] = texts
     return array

@@ -1,0 +1,99 @@
+"""What Arrow data is made of, as NumPy has it. define/values.py says what becomes of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from shorttail.define.refusal import Refused
+
+Array = NDArray[Any]
+Unsupported = pa.ArrowException
+
+
+def whole(column: Any) -> Any:
+    """One Array of a ChunkedArray, and its plain values: without dictionary or run-ends."""
+    if isinstance(column, pa.ChunkedArray):
+        column = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+        if isinstance(column, pa.ChunkedArray):
+            raise Refused("a column of more than 2 GiB; give it in parts")
+    while True:
+        if pa.types.is_dictionary(column.type):
+            words = column.dictionary
+            if pa.types.is_string_view(words.type):  # which Arrow cannot pick from, and polars has
+                column = pa.DictionaryArray.from_arrays(column.indices, words.cast(pa.large_string()))
+            column = column.dictionary_decode()
+        elif pa.types.is_run_end_encoded(column.type):
+            column = pc.run_end_decode(column)
+        else:
+            return column
+
+
+def numbers(column: Any) -> Array | None:
+    """Numbers, bools and times as NumPy has them, whatever lies under nulls; None for other types."""
+    kind, types = column.type, pa.types
+    if types.is_boolean(kind):  # bits in Arrow
+        found: Array = column.fill_null(False).to_numpy(zero_copy_only=False)
+        return found
+    if types.is_integer(kind) or types.is_floating(kind):
+        return elements(column, kind.to_pandas_dtype())
+    if types.is_timestamp(kind):
+        return elements(column, np.int64).view(f"M8[{kind.unit}]")
+    if types.is_date32(kind):
+        return elements(column, np.int32).astype(np.int64).view("M8[D]")
+    if types.is_date64(kind):
+        return elements(column, np.int64).view("M8[ms]")
+    return None
+
+
+def elements(column: Any, numpy_type: Any) -> Array:
+    """The part of the buffer of values that an array, which may be a slice, uses."""
+    buffer = column.buffers()[1]
+    if buffer is None or not len(column):
+        return np.zeros(len(column), numpy_type)
+    return np.frombuffer(buffer, numpy_type, len(column), column.offset * np.dtype(numpy_type).itemsize)
+
+
+def is_list(kind: Any) -> bool:
+    types = pa.types
+    return bool(
+        types.is_list(kind)
+        or types.is_large_list(kind)
+        or types.is_fixed_size_list(kind)
+        or types.is_list_view(kind)
+        or types.is_large_list_view(kind)
+    )
+
+
+def is_text(kind: Any) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def is_column(value: Any) -> bool:
+    return isinstance(value, pa.Array | pa.ChunkedArray)
+
+
+def is_decimal(kind: Any) -> bool:
+    return bool(pa.types.is_decimal(kind))
+
+
+def as_string(column: Any) -> Any:
+    """Texts as string or large_string."""
+    return column.cast(pa.large_string()) if pa.types.is_string_view(column.type) else column
+
+
+def no_texts(count: int) -> Any:
+    return pa.nulls(count, pa.string())
+
+
+def lists(column: Any) -> tuple[Any, NDArray[np.int64]]:
+    """The elements of all lists that are not null, one after the other, and the lengths of these lists."""
+    if pa.types.is_list_view(column.type) or pa.types.is_large_list_view(column.type):
+        column = column.cast(pa.large_list(column.type.value_type))
+    present = column.drop_null() if column.null_count else column
+    lengths = pc.list_value_length(present).to_numpy(zero_copy_only=False)
+    return present.flatten(), lengths.astype(np.int64)
