@@ -1,4 +1,4 @@
-"""One user and 500 items in a request, scored by 100 trees: the store, the model and the requests of bench/serve.py."""
+"""Make the store, the model and the requests of bench/serve.py with one user and 500 items, scored by 100 trees."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from shorttail.client import columns as client_columns
 MODEL = "ranker"
 CANDIDATES = 500
 USERS, ITEMS = 100_000, 50_000
-USER_FEATURES = forests.WIDTH // 2  # the other half of the model's columns are the item's
+USER_FEATURES = forests.WIDTH // 2  # the other half of the model's columns are features of the item
 REQUESTS = 2000
 
 
@@ -44,7 +44,7 @@ def make_store(path: Path) -> None:
 
 
 def requests() -> list[bytes]:
-    """Requests with users and items drawn at random, arrays as tensors, as st.Client sends them."""
+    """Return requests with random users and items, with arrays as tensors, as st.Client sends them."""
     random = np.random.default_rng(1)
     packed = []
     for _ in range(REQUESTS):

@@ -1,18 +1,22 @@
-"""shorttail and its peers on the same data, model, keys and answers, in turn, on the same CPUs.
+"""Compare shorttail and its peers in turn on the same data, model, keys, answers and CPUs.
 
     python bench/compare.py [--scenario ranking,fraud] [--peers NAME,...] [--rounds N] [--seconds S] [--quick] [--json]
 
-For each scenario (bench/scenarios/) every round starts each peer (bench/peers/) in turn, with its Redis, on one set of
-CPUs and drives it from another by the generator of `shorttail bench`: closed loops of several numbers of connections
-find its peak throughput; an open loop at 90% of that, or less where it cannot keep up, gives its latency; and shorttail
-is then measured at that same rate over as many connections. Peaks that are compared are of one request in flight on
-each connection, for HTTP has no more; what shorttail and the floor do with many is a row of its own. A peer's first
-answers are compared with what ONNX Runtime gives on a pandas join. One that does not install, start or answer rightly
-is a row that says so. Scenarios of features alone are closed loops, one request at a time.
+For each scenario (bench/scenarios/), every round starts each peer (bench/peers/) with its Redis on one set of CPUs. The
+generator of `shorttail bench` drives it from another set:
 
---json prints one object; bench/benchmarks_page.py makes the tables and plots of docs/benchmarks.md from it. The
-environments of peers are made once, in bench/peers/.environments. Needs redis-server, and what `pip install
-'shorttail[bench,test]'` brings.
+- closed loops with several numbers of connections find the peak throughput;
+- an open loop at 90% of the peak, or less if the peer cannot keep up, gives the latency;
+- shorttail is measured at the same rate, over the same number of connections.
+
+The compared peaks have one request in flight on each connection, as HTTP allows no more; shorttail and the floor with
+many requests in flight are separate rows. A peer's first answers are compared with ONNX Runtime on a pandas join. If a
+peer does not install, start or answer correctly, its row says so. Scenarios of features alone are closed loops with one
+request at a time.
+
+--json prints one object, from which bench/benchmarks_page.py makes the tables and plots of docs/benchmarks.md. The
+environments of peers are built once, in bench/peers/.environments. Needs redis-server and the packages of
+`pip install 'shorttail[bench,test]'`.
 """
 
 from __future__ import annotations
@@ -52,18 +56,18 @@ from shorttail.loadtest.traffic import Traffic, Workload, plan_http, plan_raw, p
 
 DATA = Path(__file__).resolve().parents[1] / "build" / "scenarios"
 CONNECTIONS = (4, 16, 64)  # with one request in flight on each
-PIPELINED = (4, 32)  # connections, and requests in flight on each, where the protocol allows it
-SHARES_OF_PEAK = (0.9, 0.7, 0.5)  # tried in turn: above what a server keeps up with, latency is the length of the run
-KEPT_UP = 0.9  # answers a second / requests that were due a second
+PIPELINED = (4, 32)  # connections, and requests in flight on each, if the protocol allows that
+SHARES_OF_PEAK = (0.9, 0.7, 0.5)  # tried in turn: the latency of a server that cannot keep up is useless
+KEPT_UP = 0.9  # answers per second / requests due per second
 WARMUP_S = 0.5
 QUICK_DIVISOR = 20
 TIMES_BETTER = 10.0
 SHORTTAIL, SHORTTAIL_HTTP, FLOOR = "shorttail", "shorttail over HTTP", "C echo"
-IN_FLIGHT = f", {PIPELINED[1]} in flight on each connection"  # ends the titles of those rows
+IN_FLIGHT = f", {PIPELINED[1]} in flight on each connection"  # the end of the titles of those rows
 
 
 class Run:
-    """One scenario: its data, where things run, and how load is put on them."""
+    """A Run is one scenario: its data, its CPUs, and the load."""
 
     def __init__(
         self, name: str, folder: Path, quick: bool, seconds: float, server: set[int], client: set[int], redis_url: str
@@ -78,7 +82,7 @@ class Run:
         self.workload = Workload(rows=self.described["rows"], shared=self.described["shared"], keys=keys, values=values)
 
     def rpc(self, address: str) -> Traffic:
-        """What shorttail is asked: predictions, or features where there is no model."""
+        """Return the method that the scenario calls: predictions, or features if it has no model."""
         if self.described["kind"] == "model":
             workload = replace(self.workload, predict=self.described["name"])
         else:
@@ -92,7 +96,7 @@ class Run:
     def drive(
         self, plan: Traffic, address: str, rate: float | None, connections: int, in_flight: int = 1, raw: int = 0
     ) -> dict[str, Any]:
-        """One step of load: an open loop at the rate, or a closed one."""
+        """Run one step of load: an open loop at a rate, or a closed loop."""
         load = Load(
             connections=connections,
             pipeline=in_flight,
@@ -121,7 +125,7 @@ class Run:
         }
 
     def peak(self, plan: Traffic, address: str, raw: int = 0) -> dict[str, Any]:
-        """The closed loop that gave most, of those without an error if there are such."""
+        """Return the closed loop with the highest throughput, preferring loops without an error."""
         steps = [self.drive(plan, address, None, connections, 1, raw) for connections in CONNECTIONS]
         return max(steps, key=lambda step: (step["bad"] == 0, step["good_per_s"]))
 
@@ -132,7 +136,7 @@ class Run:
         return self.drive(plan, address, rate, CONNECTIONS[-1])
 
     def below_peak(self, plan: Traffic, address: str, peak: dict[str, Any]) -> dict[str, Any]:
-        """An open loop at the largest share of the peak that the server keeps up with; {} where it does with none."""
+        """Run an open loop at the largest share of the peak that the server can keep up with; {} if there is none."""
         for share in SHARES_OF_PEAK:
             step = self.open_loop(plan, address, share * peak["good_per_s"])
             if step["kept_up"]:
@@ -197,10 +201,10 @@ def expand(parser: argparse.ArgumentParser, name: str) -> list[str]:
 
 
 def models(run: Run, names: list[str], rounds: int) -> dict[str, Any]:
-    """Every peer by rounds: its peak, its latency at a share of it, and shorttail's at the same rate."""
+    """Measure every peer in rounds: its peak, its latency at a share of the peak, and shorttail's at the same rate."""
     peers = rivals.find("model", names)
     own_titles = [SHORTTAIL, SHORTTAIL_HTTP, FLOOR]
-    if run.described["rows"] == 1:  # requests of many rows are batches already
+    if run.described["rows"] == 1:  # a request of many rows is a batch already
         own_titles += [SHORTTAIL + IN_FLIGHT, FLOOR + IN_FLIGHT]
     found: dict[str, dict[str, Any]] = {title: {"rounds": []} for title in own_titles}
     found |= {peer.title: {"describe": peer.describe, "rounds": []} for peer in peers}
@@ -220,7 +224,7 @@ def models(run: Run, names: list[str], rounds: int) -> dict[str, Any]:
 
 @contextmanager
 def own_server(run: Run) -> Iterator[dict[str, Any]]:
-    """shorttail's own server, with the scenario loaded by the commands that a user would run."""
+    """Start shorttail's server, with the scenario loaded by the commands that a user would run."""
     store = run.folder / f"store-{run.described['name']}"
     with st.Engine.open(store, create=True) as engine:
         engine.apply(str(run.data / "definitions.py"))
@@ -235,7 +239,7 @@ def own_server(run: Run) -> Iterator[dict[str, Any]]:
 
 
 def check_own(run: Run, address: str) -> None:
-    """shorttail is held to the answers that its peers are held to."""
+    """Check that shorttail gives the answers that its peers have to give."""
     with st.Client(address) as client:
         for number, request in enumerate(json.loads((run.data / "requests.json").read_text())):
             outputs = client.predict(run.described["name"], request["columns"]).outputs[run.described["output"]]
@@ -267,7 +271,7 @@ def measure_own(run: Run, own: dict[str, Any], plan: Traffic, found: dict[str, A
 
 
 def measure_peer(run: Run, peer: Peer, own: str, plan: Traffic, found: dict[str, Any]) -> None:
-    """One round of a peer, and shorttail at its rate. A failure is noted and ends its rounds."""
+    """Run one round of a peer, and shorttail at the same rate. A failure is recorded and ends the peer's rounds."""
     note(f"  {peer.title}")
     log = run.folder / f"{peer.name}.log"
     try:
@@ -280,15 +284,15 @@ def measure_peer(run: Run, peer: Peer, own: str, plan: Traffic, found: dict[str,
     except Exception as error:  # a peer must not end the comparison
         traceback.print_exc(file=sys.stderr)
         found["failed"] = f"{type(error).__name__}: {error}"[:300]
-    else:  # outside of the try: a failure of ours is not the peer's
+    else:  # outside the try, because an error of shorttail is not the peer's
         if loaded:
             measured |= {"loaded": loaded, "shorttail": run.open_loop(plan, own, loaded["offered_per_s"])}
         found["rounds"].append(measured)
 
 
 def load_redis(run: Run) -> None:
-    """By a peer's Python: this one needs no Redis client."""
-    python = rivals.environment(Peer("fastapi", ""))  # the one that has pyarrow
+    """Load the data into Redis with a peer's Python, so that this one needs no Redis client."""
+    python = rivals.environment(Peer("fastapi", ""))  # this environment has pyarrow
     code = "import sys; sys.path.insert(0, sys.argv[1]); import scorer; scorer.load(*sys.argv[2:])"
     command = [str(python), "-c", code, str(rivals.PEERS), str(run.data), run.redis_url]
     done = subprocess.run(command, capture_output=True, text=True, env=rivals.clean())
@@ -297,7 +301,7 @@ def load_redis(run: Run) -> None:
 
 
 def message_bytes(run: Run) -> tuple[int, int]:
-    """Of a request and its answer, as shorttail has them on the wire."""
+    """Return the size of a request and of its answer on shorttail's wire."""
     first = json.loads((run.data / "requests.json").read_text())[0]
     columns = {name: np.asarray(v) if isinstance(v, list) else v for name, v in first["columns"].items()}
     params = [run.described["name"], client_columns.encode_columns(columns), {"encoding": "tensor"}]
@@ -307,7 +311,7 @@ def message_bytes(run: Run) -> tuple[int, int]:
 
 
 def http_body(run: Run) -> str:
-    """A v2 request of the scenario's columns, each with a value for every row: v2 has no columns that rows share."""
+    """Return a v2 request of the scenario's columns. Each has a value per row: v2 has no values that rows share."""
     count = run.described["rows"]
     inputs = []
     for names, kind in ((run.described["keys"], "INT64"), (run.described["values"], "FP64")):
@@ -321,7 +325,7 @@ def http_body(run: Run) -> str:
 
 
 def features(run: Run, names: list[str], rounds: int) -> dict[str, Any]:
-    """Every peer by rounds: one request at a time, in the process or by a server."""
+    """Measure every peer in rounds: one request at a time, in its own process or through a server."""
     peers = rivals.find("features", names)
     found: dict[str, dict[str, Any]] = {SHORTTAIL: {"rounds": [], "describe": "a server, MessagePack, tensors"}}
     found |= {peer.title: {"describe": peer.describe, "rounds": []} for peer in peers}
@@ -354,11 +358,11 @@ def look_up(run: Run, peer: Peer, found: dict[str, Any]) -> None:
         found["failed"] = f"{type(error).__name__}: {error}"[:300]
 
 
-# -- what came of it ---------------------------------------------------------------------------------------------------
+# -- results and bars --------------------------------------------------------------------------------------------------
 
 
 def middle(found: dict[str, Any], *path: str) -> float | None:
-    """The median over the rounds of a figure; None when there is none."""
+    """Return the median of a figure over the rounds, or None if no round has it."""
     values = []
     for entry in found.get("rounds", ()):
         for step in path:
@@ -369,7 +373,7 @@ def middle(found: dict[str, Any], *path: str) -> float | None:
 
 
 def judge(found: dict[str, Any]) -> list[dict[str, Any]]:
-    """Of each peer that looks up and infers: how many times its peak ours is, and how many times our P99 its is."""
+    """Return the two bars of each peer with a model: our peak / its peak, and its P99 / our P99."""
     bars = []
     for scenario, rows in found.items():
         ours = middle(rows[SHORTTAIL], "peak", "good_per_s")

@@ -1,16 +1,17 @@
-"""Connections that do nothing, or next to nothing: what they do to the others' latency and to the worker's memory.
+"""Measure the effect of idle and nearly idle connections on the latency of others and on the worker's memory.
 
     python bench/connections.py [--json] [--quick] [--rounds N]
 
-Two servers of one worker each share a CPU. One of them has a crowd: 10,000 idle connections, and 1,000 that send a byte
-a second. A steady open-loop load of a forest of 100 trees goes to the one and to the other in turn, for a second each,
-and the crowd is silent while the other is asked. Halfway they change places. P99 is of all answers of all seconds with
-the crowd, and of all without: a machine that stands still for some ms now and then does so in both alike, if there are
-enough of them. How far that can be trusted the interval says in which nine tenths of the ratios lie that one gets from
-as many rounds drawn from these with replacement.
+Two servers with one worker each share a CPU. One of them has a crowd: 10,000 idle connections, and 1,000 connections
+that send one byte per second. A steady open-loop load on a forest of 100 trees goes to the two servers in turn, one
+second each. The crowd is silent while the other server is measured. Halfway the servers swap roles.
 
-Then some clients ask for large answers and never read: when they are cut off, and what of the memory comes back. What
-the first two rounds of that leave behind the next two find again, unless it leaks.
+P99 is taken over all answers with the crowd, and over all answers without it. The machine stops for some milliseconds
+now and then; over enough seconds this affects both sides equally. The printed interval is a bootstrap: it contains 90%
+of the ratios of as many rounds, drawn from the measured rounds with replacement.
+
+Then clients request large answers and never read them. The benchmark measures when they are cut off and how much memory
+the worker keeps. Memory that the first two rounds leave behind is reused by the next two, unless it leaks.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ from shorttail.loadtest.traffic import Workload, plan_rpc
 
 IDLE, SLOW = 10_000, 1_000
 OTHER_FILES = 512
-SOURCE_PORTS = 5_000  # connections from each source address, 127.0.0.2 and on
+SOURCE_PORTS = 5_000  # connections per source address, from 127.0.0.2
 RATE_SHARE = 0.3
 DRAWS = 500
 NEVER_READING = 8
@@ -112,12 +113,12 @@ def allow_files(wanted: int) -> None:
 
 
 def crowd(folder: Path, store: Path, rounds: int) -> dict[str, Any]:
-    """A load that a worker bears easily, at the server with the crowd and at the one without."""
+    """Measure a light load at the server with the crowd and at the server without it."""
     cpus = sorted(os.sched_getaffinity(0))
     server_cpu, client_cpu = (cpus[0], cpus[1]) if len(cpus) > 1 else (None, None)
     with st.Engine.open(store) as engine:
         plan = plan_rpc(Workload(predict="m", keys=["user_id=uniform:0:999"]), engine.models(), engine.views())
-    # No spinning: the CPU of the generator is that of the crowd, too.
+    # No spinning, because the crowd uses the generator's CPU too.
     load = Load(connections=16, duration_s=1.0, warmup_s=0.3, spin_us=0.0)
     took_us: dict[str, list[NDArray[np.float64]]] = {"with": [], "without": []}
     memory: list[float] = []
@@ -160,7 +161,7 @@ def crowd(folder: Path, store: Path, rounds: int) -> dict[str, Any]:
 
 
 def drawn_p99_ratios(one: list[NDArray[np.float64]], other: list[NDArray[np.float64]]) -> list[float]:
-    """The bootstrap: of as many rounds, drawn with replacement."""
+    """Return the bootstrap: the P99 ratios of as many rounds, drawn with replacement."""
     random = np.random.default_rng(0)
     ratios = []
     for _ in range(DRAWS):
@@ -172,7 +173,7 @@ def drawn_p99_ratios(one: list[NDArray[np.float64]], other: list[NDArray[np.floa
 
 @contextlib.contextmanager
 def crowded(address: str) -> Iterator[tuple[list[socket.socket], subprocess.Popen[bytes]]]:
-    """The idle ones; those that send a byte a second are another process, which runs when nobody else wants its CPU."""
+    """Open the idle connections, and start a low-priority process for those that send one byte per second."""
     slow = subprocess.Popen([sys.executable, __file__, "--dribble", address], stdout=subprocess.PIPE)
     idle: list[socket.socket] = []
     try:
@@ -197,7 +198,7 @@ def connect(address: str, number: int) -> socket.socket:
 
 
 def count_lost(connections: list[socket.socket]) -> int:
-    """Of idle connections those that the server has closed."""
+    """Count the idle connections that the server has closed."""
     lost = 0
     for one in connections:
         one.setblocking(False)
@@ -211,7 +212,7 @@ def count_lost(connections: list[socket.socket]) -> int:
 
 
 def dribble(address: str) -> None:
-    """A process of its own: a byte a second on each of SLOW connections, of one ping after another, evenly in time."""
+    """Send one byte per second on each of SLOW connections, as a sequence of pings. Runs in a process of its own."""
     os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     allow_files(SLOW + OTHER_FILES)
     slow = [connect(address, IDLE + n) for n in range(SLOW)]
@@ -219,7 +220,7 @@ def dribble(address: str) -> None:
     print("ready", flush=True)
     due_s = time.monotonic()
     for n in itertools.count():
-        # What was not sent while this was stopped is not made up for.
+        # Bytes that were due while this process was stopped are not sent later.
         due_s = max(due_s + 1 / SLOW, time.monotonic() - 0.01)
         time.sleep(max(0.0, due_s - time.monotonic()))
         at = n // SLOW % len(message)
@@ -244,7 +245,7 @@ def never_reading(folder: Path, store: Path) -> dict[str, Any]:
 
 
 def starve(address: str, worker: int) -> tuple[float, float, float]:
-    """(seconds from when nothing more was read to when the last was cut, MB at most, MB afterwards)."""
+    """Return (seconds from the last read to the last cut connection, peak memory in MB, memory afterwards in MB)."""
     host, _, port = address.rpartition(":")
     references = [f"stats:f{i}" for i in range(FEATURES)]
     request = client_columns.pack_request(1, "get_online_features", [references, {"user_id": [1] * ASKED_ROWS}])
@@ -278,7 +279,7 @@ def starve(address: str, worker: int) -> tuple[float, float, float]:
 
 
 def resident_mb(pid: int) -> float:
-    """Memory of its own: pages of the store's file are the system's."""
+    """Return the anonymous memory of a process in MB. Pages of the store's file belong to the page cache."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) / 1024

@@ -1,10 +1,10 @@
-"""Padded buckets, pinned buffers and CUDA graphs against plain `session.run`, on a GPU host.
+"""Compare padded buckets, pinned buffers and CUDA graphs with plain `session.run` on a GPU host.
 
     python bench/gpu.py [--json] [--quick] [--device cuda:0]
 
-Two multilayer perceptrons, one small (32 -> 128 -> 64 -> 1) and one wide (256 -> 2048 -> 2048 -> 1), for batches of 1
-to 1,024 rows, some of them between two powers of two. Both rivals take NumPy arrays and give NumPy arrays back, on new
-rows each time, in turns. `--device cpu` runs the same code without a GPU, to try it. Needs the onnx package.
+The models are two multilayer perceptrons, a small one (32 -> 128 -> 64 -> 1) and a wide one (256 -> 2048 -> 2048 -> 1).
+Batches have 1 to 1,024 rows, some of them between two powers of two. Both ways take and return NumPy arrays, on new
+rows each time, in turn. `--device cpu` runs the same code without a GPU, as a trial. Needs the onnx package.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from shorttail.models.session import ON_CPU, Session
 MODELS = {"mlp-128-64": (32, 128, 64, 1), "mlp-2048-2048": (256, 2048, 2048, 1)}
 BATCHES = (1, 2, 8, 33, 64, 100, 256, 500, 1024)
 TURNS_MIN, TURNS_MAX = 20, 5000
-TOLERANCE = 1e-2  # TF32 may be used on a GPU
+TOLERANCE = 1e-2  # a GPU may compute in TF32
 
 
 def write_mlp(path: Path, widths: tuple[int, ...]) -> Path:
@@ -54,7 +54,7 @@ def write_mlp(path: Path, widths: tuple[int, ...]) -> Path:
 
 
 def measure(path: Path, width: int, device: Device, seconds: float) -> dict[str, Any]:
-    """Microseconds of a batch, for each size, with the check that both answer the same."""
+    """Return microseconds per batch for each size, after a check that both ways give the same answers."""
     plain = Session(path, providers=ON_CPU if device.kind == "cpu" else cuda_providers(device, graphs=False))
     buckets = BucketSession(path, device=device)
     random = np.random.default_rng()

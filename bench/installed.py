@@ -1,4 +1,4 @@
-"""Says in one line what to do when a script of bench/ or demo/ is started by a Python that lacks a package it needs.
+"""Print one line with the remedy if a script of bench/ or demo/ is started by a Python without a package it needs.
 
 Every script imports this module before any other package. The benchmarks measure shorttail as it is installed; the
 sources beside them cannot be imported, since their native code is not built in place.

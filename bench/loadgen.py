@@ -1,4 +1,4 @@
-"""Drives bench/c/loadgen.c, bench/c/echo.c and bench/c/sink.c: compiles them when needed and runs them.
+"""Compile bench/c/loadgen.c, bench/c/echo.c and bench/c/sink.c if needed, and run them.
 
 from loadgen import run, start_echo, write_payload
 
@@ -33,7 +33,7 @@ class BenchError(RuntimeError):
 
 
 def build() -> Path:
-    """Compile what is missing or older than its sources. Returns the folder of the programs. Raises BenchError."""
+    """Compile programs that are missing or older than their sources, and return their folder. Raises BenchError."""
     BUILD.mkdir(parents=True, exist_ok=True)
     newest = max(path.stat().st_mtime for path in SOURCES.iterdir())
     for program in PROGRAMS:
@@ -43,7 +43,7 @@ def build() -> Path:
         compiler = shlex.split(os.environ.get("CC", "cc"))
         if shutil.which(compiler[0]) is None:
             raise BenchError(f"no C compiler: {compiler[0]!r} not found; install gcc or clang, or name one in CC")
-        # Compile beside the target and rename, so that two runs at once never execute half a program.
+        # Compile to another name and rename, so that a concurrent run never executes an incomplete program.
         fd, temporary = tempfile.mkstemp(dir=BUILD, prefix=program)
         os.close(fd)
         done = subprocess.run(
@@ -58,7 +58,7 @@ def build() -> Path:
 
 
 def write_payload(path: str | os.PathLike[str], requests: Sequence[bytes]) -> None:
-    """Write requests for `run`: each MessagePack-RPC with a 5-byte message id, as pack_request packs it."""
+    """Write requests for `run`. Each is MessagePack-RPC with a 5-byte message id, as pack_request makes it."""
     with Path(path).open("wb") as file:
         for request in requests:
             file.write(struct.pack("<I", len(request)))
@@ -67,7 +67,7 @@ def write_payload(path: str | os.PathLike[str], requests: Sequence[bytes]) -> No
 
 @contextlib.contextmanager
 def pinned(cpu: int | None) -> Iterator[None]:
-    """Start child processes on this CPU: a child inherits the affinity of the thread that starts it."""
+    """Start child processes on this CPU. A child inherits the affinity of the thread that starts it."""
     if cpu is None:
         yield
         return
@@ -93,9 +93,10 @@ def run(
 ) -> dict[str, Any]:
     """Run the compiled closed-loop client. Returns the JSON object described in bench/c/loadgen.c.
 
-    With `raw_reply_bytes` replies are counted as that many bytes each and not looked at (for start_echo); and with
-    `per_s` besides it is an open loop of so many requests a second; `awake`: which does not sleep between them.
-    Raises BenchError when the run stopped: refused, cut off, or answered by something other than MessagePack-RPC.
+    raw_reply_bytes: for start_echo; a reply is that many bytes, and its content is ignored. per_s: makes the run an
+    open loop of that many requests per second, with raw_reply_bytes only. awake: an open loop that spins between
+    requests and does not sleep. Raises BenchError if a connection was refused or cut, or if an answer was not
+    MessagePack-RPC.
     """
     command = [
         *(str(build() / "loadgen"), "--address", address, "--payload", os.fspath(payload)),
@@ -124,7 +125,7 @@ def run(
 def start_echo(
     request_bytes: int, reply_bytes: int, cpu: int | None = None, address: str = "127.0.0.1:0"
 ) -> Iterator[str]:
-    """The bare echo server, answering every `request_bytes` with `reply_bytes`. Yields its address."""
+    """Start the bare echo server, which answers every `request_bytes` with `reply_bytes`. Yields its address."""
     command = [str(build() / "echo"), "--address", address]
     command += ["--request-bytes", str(request_bytes), "--reply-bytes", str(reply_bytes)]
     with pinned(cpu):
@@ -141,7 +142,7 @@ def start_echo(
 
 
 def receiving_us(request_bytes: int, per_s: float, cpus: tuple[int | None, int | None]) -> float:
-    """CPU microseconds a request of a process that reads such requests and drops them. cpus: its own, the sender's."""
+    """Return CPU microseconds per request of a process that only reads requests. cpus: the reader's, the sender's."""
     server, client = (-1 if cpu is None else cpu for cpu in cpus)
     command = [str(build() / "sink"), "--request-bytes", str(request_bytes), "--per-s", str(per_s)]
     done = subprocess.run(

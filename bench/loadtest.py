@@ -1,18 +1,18 @@
-"""The load generator on its own: how much it can offer, how punctual it is, and whether its figures are right.
+"""Measure the load generator itself: its throughput, its punctuality, and the accuracy of its figures.
 
     python bench/loadtest.py [--json] [--quick] [--rounds N]
 
-Against the bare C echo (bench/c/echo.c) on one CPU, with the generator on another:
+The bare C echo (bench/c/echo.c) runs on one CPU, the generator on another. Measured are:
 
-- the most requests/s that one thread gets answered, in an open loop far above what it can do, and in a closed loop;
+- the maximum requests/s of one thread, in an open loop far above its capacity and in a closed loop;
 - its send lag at 10,000 requests/s: actual minus intended time;
 - its percentiles against those of an independent client (bench/c/loadgen.c), both in an open loop of 10,000 requests/s
-  at even distances. In turn, for half a second each, both awake all the time: else a median has their wake-ups in it.
-  And at the same time, from the same CPU, both asleep between requests: so they see the same stalls of the machine, of
-  which its P90 and P99 consist;
-- those against numpy's on the raw times of the same run;
-- a server that stalls for 200 ms every 10 s (every 2 s with --quick) at 1,000 requests/s: the P99 reported against the
-  one that arithmetic on the intended times gives, and what a closed loop makes of the same server.
+  at even intervals: in turn, half a second each, both spinning, because otherwise the median contains their wake-ups;
+  and at the same time on the same CPU, both sleeping between requests, so that both see the stalls of the machine that
+  decide P90 and P99;
+- its percentiles against NumPy's on the raw times of the same run;
+- a server that stalls for 200 ms every 10 s (every 2 s with --quick) at 1,000 requests/s: the reported P99 against the
+  P99 calculated from the intended times, and the P99 that a closed loop reports for the same server.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ PACE = Rate(PACE_PER_S, PACE_PER_S)
 FLOOD = Rate(1_000_000.0, 1_000_000.0)
 COMPARED = ("p50_us", "p90_us", "p99_us")
 IN_TURN, AT_ONCE = "in turn", "at the same time"
-PAIRS, PAIR_S = 2, 0.5  # in turn, for each second of a round
+PAIRS, PAIR_S = 2, 0.5  # pairs of runs in turn, per second of a round
 
 
 def main() -> None:
@@ -91,7 +91,7 @@ def main() -> None:
 
 
 def against_echo(folder: Path, rounds: int, duration_s: float) -> dict[str, Any]:
-    """Every round measures everything, so that a neighbour on this machine slows all of it."""
+    """Measure everything in every round, so that other load on the machine affects all figures equally."""
     cpus = sorted(os.sched_getaffinity(0))
     server_cpu, client_cpu = (cpus[0], cpus[1]) if len(cpus) > 1 else (None, None)
     loadgen.write_payload(folder / "blanks", [bytes(REQUEST_BYTES)])
@@ -135,7 +135,7 @@ def against_echo(folder: Path, rounds: int, duration_s: float) -> dict[str, Any]
 def compare_clients(
     run: Callable[[Load, Rate], Step], address: str, payload: Path, cpu: int | None, rounds: int, duration_s: float
 ) -> dict[str, dict[str, Any]]:
-    """{way: {percentile: that of the generator / that of the independent client}}."""
+    """Return {way: {percentile: the generator's / the independent client's}}."""
     load = Load(connections=16, warmup_s=0.1, raw_reply_bytes=REPLY_BYTES, poisson=False)
     awake = replace(load, duration_s=PAIR_S, spin_us=1000.0)
     asleep = replace(load, duration_s=duration_s, spin_us=0.0)
@@ -164,14 +164,14 @@ def compare_clients(
 
 
 def histogram_error(step: Step) -> float:
-    """The largest relative distance of the histogram's percentiles from those of the raw times."""
+    """Return the largest relative difference between percentiles of the histogram and of the raw times."""
     took = (step.events["done_ns"] - step.events["intended_ns"]).astype(np.int64)
     exact = [np.percentile(took, p, method="inverted_cdf") for p in (50, 90, 99)]
     return max(abs(ns / raw - 1) for ns, raw in zip(step.latency.at([50, 90, 99]), exact, strict=True))
 
 
 def stall(every_s: float, duration_s: float) -> dict[str, Any]:
-    """A Python server that sleeps 200 ms at a time. Its stalls are taken from its own clock."""
+    """Measure a Python server that sleeps for 200 ms at a time and records its stalls by its own clock."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "unit"))
     from fakes import MODELS, VIEWS, rpc_server
 

@@ -1,11 +1,12 @@
-"""Predictions while features are written: what pushes cost those who read.
+"""Measure how pushes affect the latency of predictions.
 
     python bench/mixed.py [--json] [--quick] [--rounds N] [--seconds S]
 
-The data and model of the scenario "fraud", one server (worker and writer) on one set of CPUs and the generator of
-`shorttail bench --mix` on another. A closed loop finds the peak of predictions alone; then they come in an open loop at
-a quarter of that, with none, 50 and 250 pushes a second besides, each of one row of 24 features and answered when it is
-durable. Keys of both are Zipf 0.99, so that rows that are read most are written most.
+The benchmark uses the data and the model of the scenario "fraud". One server (worker and writer) has one set of CPUs,
+the generator of `shorttail bench --mix` another. A closed loop finds the peak rate of predictions. Then predictions
+arrive in an open loop at a quarter of that rate, together with 0, 50 and 250 pushes per second. A push is one row of 24
+features and is answered when it is durable. Keys of both follow Zipf 0.99, so the rows that are read most are also
+written most.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def main() -> None:
 
 
 def measure(run: compare.Run, address: str, rounds: int) -> dict[str, Any]:
-    """Every mix by rounds, at one rate of predictions."""
+    """Measure every mix in rounds, at one rate of predictions."""
     peak = run.peak(run.rpc(address), address)
     rate = SHARE_OF_PEAK * float(peak["good_per_s"])
     plans = {pushes: plan_of(run, address, pushes / rate) for pushes in PUSHES_PER_S}
@@ -85,7 +86,7 @@ def measure(run: compare.Run, address: str, rounds: int) -> dict[str, Any]:
 
 
 def plan_of(run: compare.Run, address: str, share: float) -> Traffic:
-    """share: pushes a prediction."""
+    """Return the plan of a mix. share: pushes per prediction."""
     workload = replace(run.workload, predict=SCENARIO)
     if share:
         workload = replace(workload, push=VIEW, mix={"predict": 1.0, "push": share})
@@ -103,7 +104,7 @@ def drive(run: compare.Run, plan: Traffic, address: str, rate: float) -> Step:
 
 
 def of_step(step: Step) -> dict[str, float]:
-    """Latencies in us, counted from when a request was due."""
+    """Return the latencies of a step in us, from the intended send time."""
     found = {"bad": float(step.due - step.outcomes["good"])}
     for kind, latency in (step.by_kind or {"predict": step.latency}).items():
         p50_ns, p99_ns = latency.at([50, 99])

@@ -1,23 +1,24 @@
-"""A server under more load than it can take: what it still answers, how soon, and what refusing the rest costs.
+"""Overload a server, and measure its goodput, the latency of its answers, and the cost of a refusal.
 
     python bench/overload.py [--json] [--quick] [--rounds N]
 
-One worker on one CPU, the load generator on another. In each round a closed loop measures the capacity; then requests
-come in an open loop at 0.5, 0.8, 1, 2 and 5 times that, each with `deadline_ms`. Latency counts from the time at which
-a request was due, and is that of good answers alone. Goodput is good answers a second; it is given as a share of the
-round's capacity, since the machine's speed changes, and its peak is the best of all steps. Figures are medians of the
-rounds.
+One worker has one CPU, the load generator another. In each round a closed loop measures the capacity. Then requests
+arrive in an open loop at 0.5, 0.8, 1, 2 and 5 times the capacity, each with `deadline_ms`. Latency is that of good
+answers, from the intended send time. Goodput is good answers per second, as a share of the round's capacity, because
+the speed of the machine changes; its peak is the best step. Figures are medians of the rounds.
 
-Two models: a neural network of a million weights (ONNX Runtime) with one row a request, which is about the least work
-at which one generator can offer five times what the server can do; and a forest of 100 trees that ranks 500
-candidates.
+There are two models. A neural network of a million weights (ONNX Runtime) gets one row per request: with less work, one
+generator could not offer five times the capacity of the server. A forest of 100 trees ranks 500 candidates per request.
 
-Every answer has to be to a request in flight on its connection, and sampled ones are compared with what the embedded
-engine answers. Recovery is the time from the last request of an overload of 5 times until the P99 of 100 ms windows at
-0.8 times is back within 1.5 times what it was in that step. A rejection's cost is the worker's CPU time at 5 times,
-less that of the good answers at what they cost in the closed loop, over the rejections. `receiving_us` is what a C
-program takes to read as many such requests and do nothing (bench/c/sink.c): with `free_goodput`, what a server could
-still do at 5 times if to refuse cost nothing but that.
+Every answer has to match a request in flight on its connection; samples are compared with the answers of the embedded
+engine. The measures of an overload of 5 times the capacity are:
+
+- Recovery: the time from its last request until the P99 of windows of 100 ms, at 0.8 times the capacity, is within 1.5
+  times the P99 of the step at 0.8.
+- The cost of a rejection: the worker's CPU time, minus that of the good answers at their cost in the closed loop,
+  divided by the number of rejections.
+- `receiving_us`: the time that a C program takes per request that it only reads (bench/c/sink.c). `free_goodput` is the
+  goodput of a server for which a refusal costs only that.
 """
 
 from __future__ import annotations
@@ -55,11 +56,11 @@ from shorttail.loadtest.verify import unpack
 USERS = 10_000
 TIMES = (0.5, 0.8, 1.0, 2.0, 5.0)
 MOST = TIMES[-1]
-ROUNDS, SECONDS = 5, 4.0  # 20 s of each step in all
+ROUNDS, SECONDS = 5, 4.0  # 20 s per step in total
 DEADLINE_MS = 100.0
 HIDDEN = 1024
 ROWS = {"network": 1, "forest": 500}
-IN_FLIGHT = {"network": 16, "forest": 2}  # in the closed loop, on each connection: a few ms of work in all
+IN_FLIGHT = {"network": 16, "forest": 2}  # per connection in the closed loop; together a few ms of work
 CONNECTIONS = 8
 WINDOW_S = 0.1
 VERIFIED = 100
@@ -126,7 +127,7 @@ def bars_of(name: str, figure: dict[str, Any]) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """A server under load: what is asked, of whom, from which CPU."""
+    """A Bench is a server under load: its address, its requests, and the CPU of the generator."""
 
     plan: Traffic
     where: target.Target
@@ -142,7 +143,7 @@ class Bench:
         return step
 
     def run_and_count(self, load: Load, per_s: float | None) -> tuple[Step, float]:
-        """With the worker's CPU seconds a second of the step."""
+        """Run a step, and add the worker's CPU seconds per second of the step."""
         load = replace(load, warmup_s=0.0)
         before_s, start_s = cpu_seconds(self.worker), time.monotonic()
         step = self.run(load, per_s)
@@ -215,7 +216,7 @@ def take_round(bench: Bench, closed: Load, expected: Any) -> Round:
 
 
 def is_wrong(pair: tuple[bytes, bytes], expected: Any) -> bool:
-    """Whether an answer is not that of the users asked for. expected: [users, ...]."""
+    """Whether an answer differs from the expected one of its users. expected: [users, ...]."""
     asked, answered = (unpack(message) for message in pair)
     users = np.ravel(asked[3][1]["user_id"])
     (output,) = calls.read_prediction("m", answered[3]).outputs.values()
@@ -223,7 +224,7 @@ def is_wrong(pair: tuple[bytes, bytes], expected: Any) -> bool:
 
 
 def describe(steps: list[Step], rounds: list[Round]) -> dict[str, Any]:
-    """The same step of every round."""
+    """Summarize the same step of all rounds."""
     rejected: Counter[str] = Counter()
     for step in steps:
         rejected.update({code: error.count for code, error in step.errors.items()})
@@ -249,7 +250,7 @@ def describe(steps: list[Step], rounds: list[Round]) -> dict[str, Any]:
 
 
 def cost_of_rejection(bench: Bench, per_s: float, service_us: float) -> float:
-    """CPU microseconds of the worker."""
+    """Return the CPU microseconds of the worker per rejection."""
     step, busy = bench.run_and_count(replace(bench.load, duration_s=min(2.0, bench.load.duration_s)), per_s)
     rejected = step.outcomes["error"]
     if not rejected:
@@ -258,7 +259,7 @@ def cost_of_rejection(bench: Bench, per_s: float, service_us: float) -> float:
 
 
 def recovery(bench: Bench, capacity_per_s: float, calm_us: float) -> float:
-    """Seconds; those in which the generator stops one load and starts the other count too."""
+    """Return the recovery time in seconds. It includes the generator's switch from one load to the other."""
     seconds, rates = min(2.0, bench.load.duration_s), (MOST * capacity_per_s, 0.8 * capacity_per_s)
     load = replace(bench.load, duration_s=seconds, warmup_s=0.0)
     flood = bench.run(replace(load, events=int(seconds * rates[0] * 1.2)), rates[0])
@@ -277,7 +278,7 @@ def recovery(bench: Bench, capacity_per_s: float, calm_us: float) -> float:
 
 
 def network() -> bytes:
-    """32 inputs, two hidden layers, one score; the weights are drawn."""
+    """Make a network with 32 inputs, two hidden layers and one score; the weights are random."""
     widths, random = (forests.WIDTH, HIDDEN, HIDDEN, 1), np.random.default_rng(0)
     nodes, weights, at = [], [], "X"
     for layer, (inputs, outputs) in enumerate(pairwise(widths)):
@@ -308,7 +309,7 @@ def make_store(folder: Path, model: Path, output: str) -> Path:
 
 
 def cpu_seconds(pid: int) -> float:
-    """Of all threads of a process, in user and kernel."""
+    """Return the CPU time of all threads of a process, in user and kernel mode."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 

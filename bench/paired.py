@@ -1,13 +1,13 @@
-"""Whether a change made anything slower: two checkouts of this repository, measured in turn in one run.
+"""Measure two checkouts of this repository in turn in one run, to see whether a change made anything slower.
 
     python bench/paired.py OLD NEW [--rounds 10] [--only serve lookup ...] [--quick] [--json]
 
 OLD and NEW are folders of checkouts, each with shorttail installed in its own .venv (`make demo` does that). For
-`serve` a server of each side serves the demo's store of OLD, and the same compiled client drives both in turn. For the
-scripts of bench/micro, each round runs `SCRIPT --quick --json` of both sides. The side that goes first changes from
-round to round. A figure's ratio is NEW over OLD for times, and OLD over NEW for rates, so above 1 is slower. Given are
-the median of the rounds' ratios and their quartiles. Ratios of one run see the same hour of the machine; single figures
-do not.
+`serve`, a server of each side serves the demo's store of OLD, and the same compiled client drives both in turn. For the
+scripts of bench/micro, each round runs `SCRIPT --quick --json` of both sides. The side that goes first changes in every
+round. The ratio is NEW / OLD for times and OLD / NEW for rates, so a ratio above 1 means slower. The output is the
+median and the quartiles of the ratios of all rounds. A ratio compares both sides in the same hour of the machine;
+single figures do not.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ SERVED = {
     "4 x 32 in flight": ("requests", 4, 32),
     "500 candidates": ("candidates", 1, 1),
 }
-# What a rival or the machine did, and not shorttail; and figures that are ratios or sizes.
+# Names of figures that measure a rival or the machine, and of figures that are ratios or sizes.
 RIVALS = (
     "onnxruntime",
     "onnx runtime",
@@ -111,7 +111,7 @@ def in_turn(number: int) -> list[int]:
 
 @contextlib.contextmanager
 def server_of(side: Path, store: Path, log: Path, cpu: int | None) -> Iterator[str]:
-    """A server run by that checkout's Python."""
+    """Start a server with the Python of that checkout. Yields its address."""
     ours = sys.executable
     sys.executable = str(python(side))
     try:
@@ -180,7 +180,7 @@ def is_rate(key: str) -> bool:
 
 
 def medians(figures: Any, path: str) -> Iterator[tuple[str, float]]:
-    """(name, median) of shorttail's own times and rates in a script's figures."""
+    """Yield (name, median) of shorttail's own times and rates in the figures of a script."""
     if isinstance(figures, list):
         for item in figures:
             label = item.get("model", item.get("batch", "")) if isinstance(item, dict) else ""

@@ -1,4 +1,4 @@
-"""What every benchmark here prints: the machine, the commit, figures with their spread, and bars."""
+"""Print the result of a benchmark: the machine, the commit, figures with their spread, and bars."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def spread(values: Sequence[float]) -> dict[str, float | int]:
-    """The median of what the rounds gave, with the lowest and the highest."""
+    """Return the median of the rounds, with the lowest and the highest value."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "rounds": len(values)}
 
 
@@ -38,7 +38,7 @@ def machine() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The commit checked out, with "+" when files differ from it; None outside a repository."""
+    """Return the commit, with "+" if tracked files differ from it; None outside a repository."""
     try:
         revision = _git("rev-parse", "--short=12", "HEAD")
         return revision + ("+" if _git("status", "--porcelain", "--untracked-files=no") else "")

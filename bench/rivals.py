@@ -1,10 +1,10 @@
-"""The peers of bench/compare.py: their environments, starting and stopping them, checking what they answer.
+"""Build the environments of the peers of bench/compare.py, start and stop the peers, and check their answers.
 
-A peer is a folder of bench/peers/ with requirements.txt and peer.json ("describe": its configuration and why; "kind":
-"model" or "features"; "variants": runs of it that differ by an argument). A server has serve.py, run as
-`python serve.py FOLDER PORT WORKERS REDIS_URL [VARIANT]`; in peer.json "path", "answer" (answers.py), and "template"
-where the protocol wants more around the body of the scenario. Anything else has local.py, which measures itself
-(peers/lookups.py).
+A peer is a folder of bench/peers/ with requirements.txt and peer.json. In peer.json, "describe" is its configuration
+with the reasons, "kind" is "model" or "features", and "variants" lists runs that differ by an argument. A peer that is
+a server has serve.py, run as `python serve.py FOLDER PORT WORKERS REDIS_URL [VARIANT]`; its peer.json has "path",
+"answer" (answers.py), and "template" if the protocol needs more than the body of the scenario. Any other peer has
+local.py, which measures itself (peers/lookups.py).
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ TOLERANCE = 1e-5
 
 
 class Unusable(Exception):
-    """A peer that cannot be measured; the message says why, in one line."""
+    """A peer cannot be measured; the message says why, in one line."""
 
 
 @dataclass(frozen=True)
 class Peer:
     name: str
-    variant: str  # "" when it has none
+    variant: str  # "" if it has no variants
 
     @property
     def folder(self) -> Path:
@@ -69,7 +69,7 @@ class Peer:
 
 
 def find(kind: str, names: list[str]) -> list[Peer]:
-    """The peers of that kind: those named, or all. Raises SystemExit for a name that is none."""
+    """Return the named peers of a kind, or all of them. Raises SystemExit for an unknown name."""
     found = []
     for path in sorted(PEERS.glob("*/peer.json")):
         peer = Peer(path.parent.name, "")
@@ -80,7 +80,7 @@ def find(kind: str, names: list[str]) -> list[Peer]:
 
 
 def environment(peer: Peer) -> Path:
-    """Its Python, with what requirements.txt names; made when that is not what it was made of. Raises Unusable."""
+    """Return the peer's Python, and rebuild its environment if requirements.txt has changed. Raises Unusable."""
     if peer.described.get("environment") == "this":
         return Path(sys.executable)
     home, wanted = ENVIRONMENTS / peer.name, peer.folder / "requirements.txt"
@@ -99,7 +99,7 @@ def environment(peer: Peer) -> Path:
 
 
 def clean() -> dict[str, str]:
-    """This process's variables without those that would mix its packages into another environment."""
+    """Return the environment variables without those that would add this Python's packages to another environment."""
     return {
         name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
     }
@@ -107,7 +107,7 @@ def clean() -> dict[str, str]:
 
 @contextlib.contextmanager
 def serving(peer: Peer, data: Path, redis_url: str, workers: int, cpus: set[int], log: Path) -> Iterator[str]:
-    """The peer's server on the CPUs; yields its URL once it has answered requests.json rightly. Raises Unusable."""
+    """Start the peer's server. Yields its URL when it has answered requests.json correctly. Raises Unusable."""
     python, port = environment(peer), free_port()
     command = [python, "serve.py", data.resolve(), port, workers, redis_url, *([peer.variant] if peer.variant else [])]
     with log.open("wb") as output, pinned(cpus):
@@ -128,7 +128,7 @@ def serving(peer: Peer, data: Path, redis_url: str, workers: int, cpus: set[int]
 
 
 def check(peer: Peer, url: str, data: Path, server: subprocess.Popen[bytes], log: Path) -> None:
-    """That it answers every request of requests.json as it must."""
+    """Check the answer to every request of requests.json. Raises Unusable."""
     described, scenario = peer.described, json.loads((data / "scenario.json").read_text())
     deadline_s = time.monotonic() + described.get("ready_s", READY_S)
     for number, request in enumerate(json.loads((data / "requests.json").read_text())):
@@ -153,10 +153,10 @@ def check(peer: Peer, url: str, data: Path, server: subprocess.Popen[bytes], log
 
 
 def body(peer: Peer, scenario: Mapping[str, Any], columns: Mapping[str, Any] | None = None) -> str:
-    """A request as this peer wants it: of these columns, or as a template of `shorttail bench`.
+    """Return a request in the form of this peer, of the given columns or as a template of `shorttail bench`.
 
-    peer.json may give "template", what stands around {{body}}, and "column", each column as a tensor of its own, from
-    {{name}}, {{type}}, {{count}} and {{values}}; without it the body is one object of columns.
+    "template" in peer.json is the text around {{body}}. "column" makes a tensor of each column, from {{name}},
+    {{type}}, {{count}} and {{values}}; without it the body is one object of columns.
     """
     described, parts = peer.described, []
     for name in (*scenario["keys"], *scenario["values"]):
@@ -189,7 +189,7 @@ def ask(url: str, text: str) -> Any:
 
 
 def measure_local(peer: Peer, data: Path, seconds: float, redis_url: str, cpus: set[int]) -> dict[str, Any]:
-    """What the peer's local.py found. Raises Unusable."""
+    """Run the peer's local.py and return its result. Raises Unusable."""
     command = [
         environment(peer),
         "local.py",
@@ -223,7 +223,7 @@ def measure_local(peer: Peer, data: Path, seconds: float, redis_url: str, cpus: 
 
 @contextlib.contextmanager
 def redis_server(folder: Path, cpus: set[int]) -> Iterator[str]:
-    """Redis without persistence on the CPUs. Yields its URL. Raises loadgen.BenchError."""
+    """Start Redis without persistence on the CPUs. Yields its URL. Raises loadgen.BenchError."""
     if shutil.which("redis-server") is None:
         raise loadgen.BenchError(
             "redis-server is not installed, which most peers keep their features in: apt-get install redis-server"
@@ -248,7 +248,7 @@ def redis_server(folder: Path, cpus: set[int]) -> Iterator[str]:
 
 @contextlib.contextmanager
 def pinned(cpus: set[int]) -> Iterator[None]:
-    """Processes started in the block run on these CPUs: they inherit the affinity of the thread that starts them."""
+    """Start processes on these CPUs: a process inherits the affinity of the thread that starts it."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, cpus)
     try:
@@ -258,7 +258,7 @@ def pinned(cpus: set[int]) -> Iterator[None]:
 
 
 def stop(process: subprocess.Popen[Any]) -> None:
-    """SIGTERM, and after a while an end to it and to all that it started."""
+    """Send SIGTERM, and kill the process with its children if it does not end."""
     with contextlib.suppress(ProcessLookupError):
         process.send_signal(signal.SIGTERM)
     try:

@@ -1,13 +1,13 @@
-"""The server against the floor: what it costs to look up, predict and encode, over moving the same bytes.
+"""Compare the server with a bare echo: the cost of lookup, model and encoding beyond moving the same bytes.
 
     python bench/serve.py [--json] [--quick] [--rounds N]
 
-One worker with the demo's model, and a bare epoll echo in C (bench/c/echo.c) with messages of the same size, in turn,
-driven by the same compiled client (bench/c/loadgen.c): one row a request, thousands of distinct flights that the model
-was not trained on; at 1 and 64 connections, and at 1 by servers that always poll and that never do (--busy-poll-us).
-Besides, without a rival: 4 connections with 32 requests in flight on each, and requests of one user and 500 items
-(bench/candidates.py). Servers run on one CPU and the client on another. Needs the demo's store; when there is none it
-runs demo/run.py first, which takes half a minute.
+One worker with the demo's model and a bare epoll echo in C (bench/c/echo.c) with messages of the same size are measured
+in turn, by the same compiled client (bench/c/loadgen.c). A request is one row; there are thousands of distinct flights
+that the model was not trained on. The runs have 1 and 64 connections; with 1 connection there are also servers that
+always poll and that never poll (--busy-poll-us). Two runs have no rival: 4 connections with 32 requests in flight on
+each, and requests of one user and 500 items (bench/candidates.py). Servers run on one CPU, the client on another. Needs
+the demo's store; if there is none, the script runs demo/run.py first, which takes half a minute.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def judge(figures: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def measure(folder: Path, rounds: int, duration_s: float) -> dict[str, Any]:
-    """All figures; every round makes all runs, every other one in the opposite order."""
+    """Return all figures. Every round makes all runs; every second round makes them in the opposite order."""
     if not STORE.exists():
         make_store()
     cpus = sorted(os.sched_getaffinity(0))
@@ -148,14 +148,14 @@ def measure(folder: Path, rounds: int, duration_s: float) -> dict[str, Any]:
 
 
 def ratio(server: list[dict[str, Any]], echo: list[dict[str, Any]], key: str) -> dict[str, float | int]:
-    """Of the two figures of each round, which saw the same machine: server over echo."""
+    """Return server / echo of each round, whose two figures saw the machine in the same state."""
     return report.spread([ours[key] / floor[key] for ours, floor in zip(server, echo, strict=True)])
 
 
 def check(figures: dict[str, Any], name: str) -> None:
     failed = {key: figures[key] for key in ("errors", "bad_nonce", "unanswered") if figures[key]}
     if failed or not figures["requests"]:
-        raise BenchError(f"{name}: not every request was answered well: {failed} {figures.get('first_error', '')}")
+        raise BenchError(f"{name}: not every request was answered correctly: {failed} {figures.get('first_error', '')}")
 
 
 def make_store() -> None:
@@ -166,7 +166,7 @@ def make_store() -> None:
 
 
 def flight_requests() -> list[bytes]:
-    """predict requests of one flight each, as any client would send them."""
+    """Return predict requests of one flight each, as any client would send them."""
     sys.path.insert(0, str(DEMO))
     import flights as data
 
@@ -174,12 +174,12 @@ def flight_requests() -> list[bytes]:
     chosen = held_out.sample(min(FLIGHTS, len(held_out)), random_state=1)
     columns = [chosen[name].tolist() for name in data.REQUEST]
     rows = (dict(zip(data.REQUEST, values, strict=True)) for values in zip(*columns, strict=True))
-    # The client writes its own message id, which has to take five bytes.
+    # The compiled client overwrites the message id, which has to take five bytes.
     return [client_columns.pack_request(protocol.MSGID_LIMIT - 1, "predict", [MODEL, row]) for row in rows]
 
 
 def mean_reply_bytes(address: str, requests: list[bytes]) -> int:
-    """Of the answers to a few requests, sent one at a time."""
+    """Return the mean size of the answers to a few requests, sent one at a time."""
     host, _, port = address.rpartition(":")
     with socket.create_connection((host.strip("[]"), int(port)), 10) as connection:
         return round(statistics.mean(reply_bytes(connection, request) for request in requests))

@@ -1,4 +1,4 @@
-"""Starts `shorttail serve` for the benchmarks, as a user would."""
+"""Start `shorttail serve` for the benchmarks, as a user would."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ START_TIMEOUT_S = 60
 def start_server(
     store: Path, log: Path, *options: str, cpu: int | None = None, workers: int = 1
 ) -> Iterator[tuple[str, int]]:
-    """A server on a free port. Yields its address and its process id. Raises BenchError."""
+    """Start a server on a free port. Yields its address and its process id. Raises BenchError."""
     command = [sys.executable, "-m", "shorttail", "serve", "--store", str(store), "--port", "0"]
     with log.open("wb") as output, loadgen.pinned(cpu):
         server = subprocess.Popen(
@@ -40,7 +40,7 @@ def start_server(
 
 
 def http_address(log: Path) -> str:
-    """Of a server that was started with that log. Raises BenchError when it serves no HTTP."""
+    """Return the HTTP address from a server's log. Raises BenchError if it serves no HTTP."""
     found = re.search(r"http on (\S+:\d+)", log.read_text())
     if found is None:
         raise BenchError("the server serves no HTTP; pip install 'shorttail[http]'")
@@ -48,7 +48,7 @@ def http_address(log: Path) -> str:
 
 
 def worker_of(server: int) -> int:
-    """The process id of the one worker of that supervisor."""
+    """Return the process id of the only worker of a supervisor."""
     children = Path(f"/proc/{server}/task/{server}/children").read_text().split()
     (worker,) = (
         int(pid) for pid in children if b"shorttail.server.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()

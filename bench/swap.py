@@ -1,13 +1,13 @@
-"""Versions of a model that come and go under load: failed requests, wrong answers, latency, memory.
+"""Swap versions of a model under load, and measure failed requests, wrong answers, latency and memory.
 
     python bench/swap.py [--json] [--quick] [--cycles N]
 
-One worker on one CPU serves a LightGBM model of 100 trees x 31 leaves, fed by a view of 32 features, at a steady
-open-loop rate of half of what it can do. Every other second is a swap second: it holds two cycles, each a new version
-deployed and promoted, every fifth time rolled back and promoted again. The seconds between are quiet ones. Every
-version gives other answers, so that captured answers tell whether they are those of the version that they name. This
-process, on another CPU, generates the load, and loads and checks each version before it deploys it, in a thread to
-which all others go first, as `shorttail models deploy` does.
+One worker on one CPU serves a LightGBM model of 100 trees with 31 leaves each on a view of 32 features, in an open loop
+at half of its capacity. Every other second is a swap second with two cycles. A cycle deploys and promotes a new
+version; every fifth cycle also rolls it back and promotes it again. The other seconds are quiet. Every version gives
+other answers, so a captured answer shows whether it is of the version that it names. This process, on another CPU,
+generates the load. It also loads and checks each version before it deploys it, in a low-priority thread, as
+`shorttail models deploy` does.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def main() -> None:
 
 
 class Models:
-    """Versions of the model: number n has all its leaves times 1 + n / 100."""
+    """Makes versions of the model: version n has all leaf values multiplied by 1 + n / 100."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -156,7 +156,7 @@ def measure(folder: Path, cycles: int) -> dict[str, Any]:
 def swap_under_load(
     engine: st.Engine, models: Models, plan: Traffic, where: target.Target, rate: float, cycles: int, worker: int
 ) -> tuple[Step, list[float], int]:
-    """The step; MB in use after each swap second; the last version."""
+    """Run the load. Returns the step, the memory in MB after each swap second, and the last version."""
     duration_s = float(spells_for(cycles)[0])
     load = Load(connections=32, duration_s=duration_s, warmup_s=WARMUP_S, verified=CAPTURED, timeout_s=10.0)
     memory: list[float] = []
@@ -192,7 +192,7 @@ def swap_under_load(
 
 
 def spells(step: Step, count: int, used: int) -> tuple[Histogram, Histogram]:
-    """Latency in the quiet and in the swap spells, of `count` spells in all the first `used`."""
+    """Return the latency in quiet and in swap spells, over the first `used` of `count` spells."""
     merged = Histogram.empty(), Histogram.empty()
     for piece in step.slices:
         spell = int((piece.start_s + piece.length_s / 2) / step.duration_s * count)
@@ -202,7 +202,7 @@ def spells(step: Step, count: int, used: int) -> tuple[Histogram, Histogram]:
 
 
 def spells_for(cycles: int) -> tuple[int, int]:
-    """Spells of a second, so many that slices of the load test do not lie across them; and how many of them count."""
+    """Return the number of one-second spells, such that no slice of the load test crosses two, and how many count."""
     used = 2 * -(-cycles // CYCLES_PER_SECOND)
     return next(n for n in (12, 20, 24, 30, 40, 60, LIMITS.bench_intervals) if n >= used), used
 
@@ -216,13 +216,13 @@ def probabilities(path: Path, rows: Any) -> Any:
 
 
 def check(step: Step, expected: dict[int, Any]) -> tuple[int, int, int]:
-    """Of the captured answers: how many, how many wrong, and of how many versions."""
+    """Return the number of captured answers, of wrong ones, and of versions among them."""
     wrong, seen = 0, set()
     for request, reply in step.captures:
         (asked,), (answered,) = unpack(request), unpack(reply)
         result = protocol.read_response(answered)[2]
         if result is None:
-            continue  # counted as failed
+            continue  # it counts as failed
         user = int(np.ravel(asked[3][1]["user_id"])[0])
         version, output = result["version"], np.ravel(result["outputs"]["probabilities"])
         seen.add(version)
@@ -237,7 +237,7 @@ def unpack(data: bytes) -> list[Any]:
 
 
 def resident_mb(pid: int) -> float:
-    """Memory of its own: pages of the store's file are the system's."""
+    """Return the anonymous memory of a process in MB. Pages of the store's file belong to the page cache."""
     status = Path(f"/proc/{pid}/status").read_text()
     return int(re.search(r"RssAnon:\s+(\d+)", status)[1]) / 1024  # type: ignore[index]
 

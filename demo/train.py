@@ -1,4 +1,4 @@
-"""Trains the model of definitions.py on January to September and writes it as ONNX."""
+"""Train the model of definitions.py on the flights of January to September, and write it as ONNX."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PARAMETERS = {
     "objective": "binary",
     "num_leaves": 31,
     "seed": 2013,
-    "num_threads": 1,  # 3 s; two take 2 s on idle cores but spin for half a minute where something else runs
+    "num_threads": 1,  # takes 3 s; two threads take 2 s on idle cores, but spin for half a minute on busy ones
     "deterministic": True,
     "force_row_wise": True,
     "verbose": -1,
@@ -23,15 +23,16 @@ PARAMETERS = {
 
 
 def train(features: np.ndarray, late: np.ndarray, trees: int = 100) -> lightgbm.Booster:
-    """A gradient-boosted forest on float32 [rows, width]; NaN means not known, and each split learns where it goes."""
+    """Train a gradient-boosted forest on float32 [rows, width]. NaN is unknown; each split learns a side for it."""
     data = lightgbm.Dataset(features, late.astype(np.float32))
     return with_float32_thresholds(lightgbm.train(PARAMETERS, data, num_boost_round=trees))
 
 
 def with_float32_thresholds(booster: lightgbm.Booster) -> lightgbm.Booster:
-    """The same forest, each threshold rounded down to a float32, which is what ONNX holds.
+    """Round each threshold of the forest down to a float32, the type of thresholds in ONNX.
 
-    For any float32 x, x <= threshold keeps its answer. Rounded to the nearest, as the converter would, it may not.
+    For every float32 x, the result of x <= threshold stays the same. The converter rounds to the nearest float32, which
+    can change it.
     """
 
     def round_down(line: re.Match[str]) -> str:
@@ -42,20 +43,20 @@ def with_float32_thresholds(booster: lightgbm.Booster) -> lightgbm.Booster:
         return "threshold=" + " ".join(repr(float(value)) for value in down)
 
     text = re.sub(r"^threshold=(.+)$", round_down, booster.model_to_string(), flags=re.MULTILINE)
-    text = re.sub(r"^tree_sizes=.*\n", "", text, flags=re.MULTILINE)  # in bytes of text, no longer right
+    text = re.sub(r"^tree_sizes=.*\n", "", text, flags=re.MULTILINE)  # sizes of the text in bytes, which has changed
     return lightgbm.Booster(model_str=text)
 
 
 def write_onnx(booster: lightgbm.Booster, path: Path) -> None:
-    """One input, float32 [rows, width]; outputs `label` and `probabilities`, float32 [rows, 2]."""
+    """Write the model: input float32 [rows, width]; outputs `label` and `probabilities`, float32 [rows, 2]."""
     shape = FloatTensorType([None, booster.num_feature()])
-    # zipmap would wrap each row's probabilities in a dict.
+    # With zipmap, the probabilities of each row would be a dict.
     model = convert_lightgbm(booster, path.stem, initial_types=[("features", shape)], zipmap=False)
     path.write_bytes(model.SerializeToString())
 
 
 def run_onnx(path: Path, features: np.ndarray) -> np.ndarray:
-    """Probability of being late, float32 [rows], by ONNX Runtime alone."""
+    """Return the probability of being late, float32 [rows], computed by ONNX Runtime."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
@@ -63,7 +64,7 @@ def run_onnx(path: Path, features: np.ndarray) -> np.ndarray:
 
 
 def auc(late: np.ndarray, score: np.ndarray) -> float:
-    """Area under the ROC curve: how often a late flight scores above one on time, a tie counting half."""
+    """Return the area under the ROC curve: how often a late flight scores above an on-time flight; a tie is half."""
     _, position, count = np.unique(score, return_inverse=True, return_counts=True)
     rank = (count.cumsum() - (count - 1) / 2)[position]
     n_late, n_on_time = late.sum(), (~late).sum()
