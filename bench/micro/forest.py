@@ -182,8 +182,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--quick", action="store_true", help="end within 50 s on two cores")
-    parser.add_argument("--models", type=Path, help="folder of converted models, made where they are missing")
-    parser.add_argument("--seconds", type=float, help="to spend on each model and batch size (2, or 0.5 when quick)")
+    parser.add_argument("--models", type=Path, help="folder for converted models; missing models are made")
+    parser.add_argument("--seconds", type=float, help="seconds per model and batch size (2; 0.5 with --quick)")
     options = parser.parse_args()
     training_rows = QUICK_TRAINING_ROWS if options.quick else TRAINING_ROWS
     seconds = options.seconds or (0.5 if options.quick else 2.0)

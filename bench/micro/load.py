@@ -207,7 +207,7 @@ def measure(folder: Path, rows: int, rounds: int) -> dict[str, Any]:
     figures["first_lookup_ms"] = report.spread([r["answer_ms"] for r in lookups])
     forget_file(folder / "store" / "data.mdb")
     figures["first_lookup_cold_ms"] = in_child(folder, "lookup")["answer_ms"]
-    print(f"held to {limited >> 20} MiB ...", file=sys.stderr, flush=True)
+    print(f"limited to {limited >> 20} MiB ...", file=sys.stderr, flush=True)
     figures["limited"] = figures_of(rows, in_child(folder, "load", rows, rounds, limited, None))
     print("from Parquet ...", file=sys.stderr, flush=True)
     path = parquet_file(folder, rows)
@@ -251,7 +251,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--quick", action="store_true", help="end within 50 s on two cores")
-    parser.add_argument("--folder", type=Path, default=Path(), help="on the disk to be measured")
+    parser.add_argument("--folder", type=Path, default=Path(), help="folder on the disk to be measured (default: the current folder)")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
