@@ -83,7 +83,6 @@ cdef const uint8_t *_read_vector(Columns columns, int c, float *room, const uint
     """One vector, or nil; NULL for anything else, and for a vector without any number. room: the column's width."""
     cdef mp_value v, item
     cdef const uint8_t *at = mp_read(p, &v)
-    cdef bint any_number = False
     cdef Py_ssize_t k
     if v.kind == MP_NIL:
         columns.push_missing(c, row)
@@ -100,11 +99,11 @@ cdef const uint8_t *_read_vector(Columns columns, int c, float *room, const uint
             room[k] = NAN
         else:
             return NULL
-        any_number |= room[k] == room[k]
-    if not any_number:
-        return NULL
-    columns._checked(columns.push_vec(c, room))
-    return at
+    for k in range(v.size):
+        if room[k] == room[k]:
+            columns._checked(columns.push_vec(c, room))
+            return at
+    return NULL
 
 
 cdef const uint8_t *_read_vectors(Columns columns, int c, const uint8_t *p) except? NULL:

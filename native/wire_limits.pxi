@@ -58,9 +58,10 @@ cdef enum:  # the decision of _admit
 #
 # The budget moves between two levels, which server/limits.py derives from the P99 budget (50 ms unless it is set):
 #
-# burst_ns    25 ms   the budget as long as no turn is full. A burst, and clients that wait for their answers before
-# they send more, are served whole. target_ns    2 ms   the budget under a lasting overload. A longer queue would serve
-# no more requests per second, and would make each of them later.
+#     burst_ns   25 ms   The budget while no turn is full. A burst is served whole, and so are clients that wait for
+#                        their answers before they send more.
+#     target_ns   2 ms   The budget under a lasting overload. A longer queue would serve no more requests per second,
+#                        and would make each of them later.
 #
 # A turn is full if a request comes after its budget is used up. Each full turn halves the budget, down to target_ns:
 # from 25 ms in four turns. Each ns without a full turn gives back REGAIN_RATE ns: from 2 ms to 25 ms in 115 ms. Under

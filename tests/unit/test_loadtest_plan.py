@@ -20,7 +20,7 @@ from shorttail.loadtest.histogram import HIGHEST, Histogram, write_log
 from shorttail.loadtest.rates import Rate
 from shorttail.loadtest.result import Step
 from shorttail.loadtest.runner import find_capacity
-from shorttail.loadtest.templates import Column, Group, Template
+from shorttail.loadtest.templates import EncodedColumn, Group, Template
 from shorttail.loadtest.traffic import Workload, plan_rpc
 
 
@@ -331,11 +331,11 @@ def test_find_capacity_uses_steps_that_are_long_enough() -> None:
         {"pieces": [("literal", 0, 0, 0, 99)]},
         {"pieces": [("values", 5, 1, 0, 0), ("nonce", 0, 0, 0, 0)]},
         {"pieces": [("literal", 0, 0, 0, 1)]},
-        {"columns": [Column("table", "msgpack", -1, table=b"ab", offsets=np.array([0, 9], np.uint64))]},
-        {"columns": [Column("table", "msgpack", -1, table=b"ab", offsets=np.array([2, 0], np.uint64))]},
-        {"columns": [Column("int", "msgpack", 3)]},
-        {"columns": [Column("int", "msgpack", -1, span=0)]},
-        {"columns": [Column("table", "msgpack", 0, table=b"a", offsets=np.array([0, 1], np.uint64))]},
+        {"columns": [EncodedColumn("table", "msgpack", -1, table=b"ab", offsets=np.array([0, 9], np.uint64))]},
+        {"columns": [EncodedColumn("table", "msgpack", -1, table=b"ab", offsets=np.array([2, 0], np.uint64))]},
+        {"columns": [EncodedColumn("int", "msgpack", 3)]},
+        {"columns": [EncodedColumn("int", "msgpack", -1, span=0)]},
+        {"columns": [EncodedColumn("table", "msgpack", 0, table=b"a", offsets=np.array([0, 1], np.uint64))]},
         {"groups": [Group("uniform", 0)]},
         {"pipeline": 1 << 20, "connections": 2},
         {"sockaddr": bytes(200)},

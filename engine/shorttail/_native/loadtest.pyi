@@ -4,7 +4,7 @@ from typing import Any, Final, Self
 from numpy import float64, uint32, uint64, void
 from numpy.typing import NDArray
 
-from shorttail.loadtest.templates import Column, Group, Template
+from shorttail.loadtest.templates import EncodedColumn, Group, Template
 
 _Histogram = tuple[NDArray[uint64], int, float]
 
@@ -25,7 +25,7 @@ class Generator:
         protocol: str,
         sockaddr: bytes,
         templates: Sequence[Template],
-        columns: Sequence[Column] = ...,
+        columns: Sequence[EncodedColumn] = ...,
         groups: Sequence[Group] = ...,
         connections: int = ...,
         pipeline: int = ...,

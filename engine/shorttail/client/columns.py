@@ -78,7 +78,7 @@ def _items(columns: Any) -> Iterable[tuple[str, Any]]:
 
 def encode_column(name: str, value: Any) -> Any:
     """One column for the wire: see encode_columns."""
-    if type(value) in _PLAIN:
+    if type(value) in _PLAIN or type(value) is list:  # the packer asks for items that it does not know: _pack_other
         return value
     try:
         return _encoded(value)
@@ -92,8 +92,8 @@ def _refusal(name: str, what: str, row: int | None) -> InvalidArgument:
 
 
 def _encoded(value: Any) -> Any:
-    if isinstance(value, list | tuple | range):  # the packer asks for items that it does not know: see _pack_other
-        return value if isinstance(value, list) else list(value)
+    if isinstance(value, list | tuple | range):
+        return list(value)
     if isinstance(value, np.ndarray):
         return _encode_array(value)
     if hasattr(value, "to_pylist"):

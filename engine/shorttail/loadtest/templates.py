@@ -34,7 +34,7 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
-class Column:
+class EncodedColumn:
     """The values of a column in an encoding.
 
     kind "int": low + row of the group; without a group, low + a random number below `span`. "float": uniform in
@@ -95,7 +95,7 @@ class Template:
         self.pieces.append(Piece("body"))
 
 
-def table_column(values: Sequence[Any], form: str, group: int = NO_GROUP) -> Column:
+def table_column(values: Sequence[Any], form: str, group: int = NO_GROUP) -> EncodedColumn:
     """Encode values of any type into a table. form "raw": the bytes of NumPy arrays or scalars, unchanged."""
     if form == "msgpack":
         encoded = [bytes(msgpack.packb(value)) for value in values]
@@ -105,7 +105,7 @@ def table_column(values: Sequence[Any], form: str, group: int = NO_GROUP) -> Col
         encoded = [np.asarray(value).tobytes() for value in values]
     offsets = np.zeros(len(encoded) + 1, np.uint64)
     np.cumsum([len(item) for item in encoded], out=offsets[1:])
-    return Column("table", form, group, table=b"".join(encoded), offsets=offsets)
+    return EncodedColumn("table", form, group, table=b"".join(encoded), offsets=offsets)
 
 
 def array_header(items: int) -> bytes:

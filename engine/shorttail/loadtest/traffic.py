@@ -19,7 +19,15 @@ from shorttail.errors import InvalidArgument, NotFound
 from shorttail.loadtest import streams as sources
 from shorttail.loadtest.streams import Stream, Values, listed
 from shorttail.loadtest.target import Target
-from shorttail.loadtest.templates import NO_GROUP, Column, Group, Template, array_header, table_column, tensor_header
+from shorttail.loadtest.templates import (
+    NO_GROUP,
+    EncodedColumn,
+    Group,
+    Template,
+    array_header,
+    table_column,
+    tensor_header,
+)
 
 PLACEHOLDER = re.compile(r'"\{\{\s*([^{}"]+?)\s*\}\}"|\{\{\s*([^{}"]+?)\s*\}\}')
 NUMPY = {"Int32": "<i4", "Int64": "<i8", "Timestamp": "<i8", "Float32": "<f4", "Float64": "<f8", "Bool": "?"}
@@ -52,7 +60,7 @@ class Workload:
 @dataclass(slots=True)
 class Traffic:
     templates: list[Template]
-    columns: list[Column] = field(default_factory=list)
+    columns: list[EncodedColumn] = field(default_factory=list)
     groups: list[Group] = field(default_factory=list)
     streams: list[Stream] = field(default_factory=list)
     describes: dict[str, str] = field(default_factory=dict)  # column -> where its values come from
@@ -88,13 +96,13 @@ class Builder:
             self.plan.columns.append(self._make(name, form))
         return self._numbers[name, form]
 
-    def _make(self, name: str, form: str) -> Column:
+    def _make(self, name: str, form: str) -> EncodedColumn:
         dtype = self.dtypes[name]
         for group, stream in enumerate(self.streams):
             if name in stream.lows:
                 self.plan.describes[name] = stream.text.partition("=")[2]
                 check_range(name, stream, dtype)
-                return Column("int", form, group, low=stream.lows[name])
+                return EncodedColumn("int", form, group, low=stream.lows[name])
             if name in stream.tables:
                 self.plan.describes[name] = f"{stream.text} ({self.workload.draw}, {stream.n:,} rows)"
                 return self._table(name, coerced(name, stream, dtype), form, group)
@@ -111,15 +119,15 @@ class Builder:
         self.plan.describes[name] = f"default for {dtype}"
         return self._from_values(name, sources.default_values(dtype, self.workload.seed), form)
 
-    def _from_values(self, name: str, values: Values, form: str) -> Column:
+    def _from_values(self, name: str, values: Values, form: str) -> EncodedColumn:
         if values.whole is not None:
             low, high = values.whole
-            return Column("int", form, low=low, span=high - low + 1)
+            return EncodedColumn("int", form, low=low, span=high - low + 1)
         if values.real is not None:
-            return Column("float", form, from_=values.real[0], to=values.real[1])
+            return EncodedColumn("float", form, from_=values.real[0], to=values.real[1])
         return self._table(name, values.choices, form, NO_GROUP)
 
-    def _table(self, name: str, values: Sequence[Any], form: str, group: int) -> Column:
+    def _table(self, name: str, values: Sequence[Any], form: str, group: int) -> EncodedColumn:
         if form == "raw":
             return table_column(list(np.asarray(values, self.tensor_dtype(name))), form, group)
         return table_column(values, form, group)

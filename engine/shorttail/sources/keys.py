@@ -8,7 +8,7 @@ from typing import Any
 
 from shorttail.define.views import FeatureView
 from shorttail.errors import InvalidArgument
-from shorttail.sources.parquet import Read, Reader, first_line, open_dataset
+from shorttail.sources.parquet import BatchReader, Read, first_line, open_dataset
 
 
 def key_batches(path: str | Path, view: FeatureView, batch_rows: int) -> tuple[int | None, Iterator[list[list[Any]]]]:
@@ -37,7 +37,7 @@ def _read(path: Path, view: FeatureView, dataset: Any, batch_rows: int, read: Re
     try:
         for batch in dataset.to_batches(columns=list(view.keys), batch_size=batch_rows, batch_readahead=2):
             if batch.num_rows:
-                rows = Reader(str(path), batch, first, read)
+                rows = BatchReader(str(path), batch, first, read)
                 yield [rows.required(name, dtype, "key").tolist() for name, dtype in view.keys.items()]
             first += batch.num_rows
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:

@@ -160,13 +160,13 @@ def read_batches(
     try:
         for batch in batches:
             if batch.num_rows:
-                yield column_batch(Reader(str(path), batch, first, read), view, timestamp, now_us)
+                yield column_batch(BatchReader(str(path), batch, first, read), view, timestamp, now_us)
             first += batch.num_rows
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InvalidArgument(f"{path}: cannot be read: {first_line(error)}") from None
 
 
-def column_batch(rows: Reader, view: FeatureView, timestamp: str | None, now_us: int) -> ColumnBatch:
+def column_batch(rows: BatchReader, view: FeatureView, timestamp: str | None, now_us: int) -> ColumnBatch:
     keys = [rows.required(name, dtype, "key") for name, dtype in view.keys.items()]
     if timestamp is None:
         times = np.full(rows.batch.num_rows, now_us, np.int64)
@@ -177,7 +177,7 @@ def column_batch(rows: Reader, view: FeatureView, timestamp: str | None, now_us:
 
 
 @dataclass(frozen=True, slots=True)
-class Reader:
+class BatchReader:
     """A record batch of a file or of other Arrow data. first: the number of its first row in there."""
 
     origin: str

@@ -22,7 +22,7 @@ EVENT_TIME = "event_time"  # the column of event times where a view names none
 
 
 @dataclass(slots=True)
-class Column:
+class PushedColumn:
     """Values of one column, and which are null (None: none is). A scalar is one value, to be repeated."""
 
     name: str
@@ -77,7 +77,7 @@ def key_arrays(view: FeatureView, keys: Mapping[str, Any]) -> list[NDArray[Any]]
     return [column.values for column in columns]
 
 
-def _key_columns(view: FeatureView, given: Mapping[str, Any]) -> list[Column]:
+def _key_columns(view: FeatureView, given: Mapping[str, Any]) -> list[PushedColumn]:
     columns = []
     for name, dtype in view.keys.items():
         if name not in given:
@@ -91,7 +91,7 @@ def _key_columns(view: FeatureView, given: Mapping[str, Any]) -> list[Column]:
     return columns
 
 
-def _times(view: FeatureView, name: str, value: Any) -> Column:
+def _times(view: FeatureView, name: str, value: Any) -> PushedColumn:
     column = read_column(f"view '{view.name}': column", name, Timestamp, value)
     if column.nulls is not None:
         bad = int(np.argmax(column.nulls))
@@ -99,7 +99,7 @@ def _times(view: FeatureView, name: str, value: Any) -> Column:
     return column
 
 
-def align(view: FeatureView, columns: Sequence[Column]) -> int:
+def align(view: FeatureView, columns: Sequence[PushedColumn]) -> int:
     """Repeat the scalars, so that all columns have the length that is returned. Raises InvalidArgument."""
     count = next((len(column.values) for column in columns if not column.is_scalar), 1)
     for column in columns:
@@ -139,9 +139,9 @@ def by_name(view: FeatureView, columns: Iterable[tuple[str, Any]]) -> dict[str, 
     return found
 
 
-def read_column(what: str, name: str, dtype: DType, value: Any) -> Column:
+def read_column(what: str, name: str, dtype: DType, value: Any) -> PushedColumn:
     """One column. what: "view 'x': column", for messages. Raises InvalidArgument."""
     try:
-        return Column(name, *as_column(dtype, value))
+        return PushedColumn(name, *as_column(dtype, value))
     except Refused as error:
         raise error.error(f"{what} '{name}'", dtype) from None

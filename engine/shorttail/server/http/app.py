@@ -11,7 +11,6 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-import orjson
 from aiohttp import web
 
 from shorttail._native.metrics import METHODS, STAGES, UNKNOWN, Recorder
@@ -27,6 +26,7 @@ from shorttail.errors import (
 from shorttail.observe.logs import RequestLog, trace_ids
 from shorttail.server.errorlog import one_line
 from shorttail.server.http.batches import HTTP, PREDICT, HttpBatches
+from shorttail.server.http.json import json_response
 
 if TYPE_CHECKING:
     from shorttail.engine import Engine
@@ -36,7 +36,6 @@ OTHER: Final = METHODS.index("other")
 ENCODE: Final = STAGES.index("encode")
 TOTAL: Final = STAGES.index("total")
 BACKLOG: Final = 1024
-JSON: Final = "application/json"
 STATUS: Final = {
     "INVALID_ARGUMENT": 400,
     "UNAUTHENTICATED": 401,
@@ -315,7 +314,7 @@ class HttpServer:
 def _error(status: int, message: str) -> web.Response:
     """Make an error response, with the headers that HTTP asks for with some statuses."""
     headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}, 503: {"Retry-After": "1"}}.get(status)
-    return web.Response(status=status, body=orjson.dumps({"error": message}), content_type=JSON, headers=headers)
+    return json_response({"error": message}, status=status, headers=headers)
 
 
 def _deadline_us(request: web.Request) -> int:

@@ -13,14 +13,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import orjson
 
 from shorttail.config import LIMITS
 from shorttail.define.dtypes import DType, Float64
 from shorttail.define.text import csv_rows, parse_field
 from shorttail.errors import InvalidArgument
 from shorttail.server.http.batches import Answer
-from shorttail.server.http.v2 import parse_json
+from shorttail.server.http.json import parse_json, write_json
 
 
 @dataclass(slots=True)
@@ -132,7 +131,7 @@ def _plain(array: Any) -> list[Any]:
 
 
 def predictions_json(rows: list[Any], answer: Answer) -> bytes:
-    return orjson.dumps({"predictions": rows, "version": answer.version})
+    return write_json({"predictions": rows, "version": answer.version})
 
 
 def predictions_csv(answer: Answer) -> bytes:

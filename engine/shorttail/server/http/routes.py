@@ -6,14 +6,14 @@ import os
 import time
 from typing import TYPE_CHECKING, Any, Final
 
-import orjson
 from aiohttp import web
 
 from shorttail.config import VERSION
 from shorttail.errors import InvalidArgument, NotFound, Unavailable
 from shorttail.server.http import instances, v2
-from shorttail.server.http.app import JSON, HttpCall, HttpServer
+from shorttail.server.http.app import HttpCall, HttpServer
 from shorttail.server.http.exposition import CONTENT_TYPE, exposition
+from shorttail.server.http.json import JSON, json_response
 
 if TYPE_CHECKING:
     from shorttail.pipeline import Plan
@@ -28,10 +28,6 @@ def add_routes(app: web.Application, server: HttpServer) -> None:
     """Add all routes to an application of aiohttp."""
     for group in (Probes(server), OpenInference(server), Platforms(server)):
         group.add_to(app.router)
-
-
-def json_response(document: Any) -> web.Response:
-    return web.Response(body=orjson.dumps(document), content_type=JSON)
 
 
 class Probes:

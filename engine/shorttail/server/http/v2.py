@@ -12,15 +12,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
-import orjson
 from numpy.typing import NDArray
 
 from shorttail._native.metrics import STAGES
 from shorttail.config import LIMITS
 from shorttail.define.catalog import TENSOR_TYPES
-from shorttail.errors import InvalidArgument, ResourceExhausted
+from shorttail.errors import InvalidArgument
 from shorttail.models.signature import request_columns
 from shorttail.server.http.batches import Answer
+from shorttail.server.http.json import parse_json, write_json
 from shorttail.server.http.tensors import binary_output, column_values, datatype, json_output, read_tensor
 
 if TYPE_CHECKING:
@@ -44,18 +44,6 @@ class InferRequest:
     timeout_us: int = 0
     statuses: bool = False
     parameters: dict[str, Any] = field(default_factory=dict)
-
-
-def parse_json(body: bytes | memoryview) -> Any:
-    """Raises InvalidArgument, ResourceExhausted: a body that long would hold up the loop."""
-    if len(body) > LIMITS.http_json_bytes:
-        raise ResourceExhausted(
-            f"{len(body)} bytes of JSON; at most {LIMITS.http_json_bytes} are taken: send binary tensors, or parts"
-        )
-    try:
-        return orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise InvalidArgument(f"the body is not JSON: {error}") from None
 
 
 def parse_infer(body: bytes, header_bytes: str | None) -> InferRequest:
@@ -183,7 +171,7 @@ def response(request: InferRequest, model: str, answer: Answer) -> tuple[bytes, 
     document: dict[str, Any] = {"model_name": model, "model_version": str(answer.version), "outputs": outputs}
     if request.id:
         document["id"] = request.id
-    head = orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
+    head = write_json(document)
     return (b"".join((head, *tail)), len(head)) if tail else (head, None)
 
 

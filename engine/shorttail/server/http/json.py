@@ -1,0 +1,35 @@
+"""JSON over HTTP: request bodies in, documents out. orjson does the work: parsing holds up the event loop."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import orjson
+from aiohttp import web
+
+from shorttail.config import LIMITS
+from shorttail.errors import InvalidArgument, ResourceExhausted
+
+JSON: Final = "application/json"
+
+
+def parse_json(body: bytes | memoryview) -> Any:
+    """Parse a body. Raises InvalidArgument, or ResourceExhausted for a body that would hold up the event loop."""
+    if len(body) > LIMITS.http_json_bytes:
+        raise ResourceExhausted(
+            f"{len(body)} bytes of JSON; at most {LIMITS.http_json_bytes} are taken: send binary tensors, or parts"
+        )
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise InvalidArgument(f"the body is not JSON: {error}") from None
+
+
+def write_json(document: Any) -> bytes:
+    """Encode a document. NumPy arrays in it become nested lists; NaN and infinity become null."""
+    return orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def json_response(document: Any, *, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
+    """A response with that document as its body."""
+    return web.Response(status=status, body=write_json(document), content_type=JSON, headers=headers)
