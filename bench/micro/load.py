@@ -251,7 +251,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--quick", action="store_true", help="end within 50 s on two cores")
-    parser.add_argument("--folder", type=Path, default=Path(), help="folder on the disk to be measured (default: the current folder)")
+    parser.add_argument("--folder", type=Path, default=Path(), help="a folder on the disk to be measured (.)")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:

@@ -45,7 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--quick", action="store_true", help="1 M rows and 20 s of growth: within 50 s")
-    parser.add_argument("--minutes", type=float, default=10.0, help="minutes during which the growth of the file is measured")
+    parser.add_argument("--minutes", type=float, default=10.0, help="length of the measurement of growth")
     options = parser.parse_args()
     n = 1_000_000 if options.quick else 10_000_000
     rounds, commits = (5, 8) if options.quick else (9, 20)
