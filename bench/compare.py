@@ -146,12 +146,12 @@ class Run:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scenario", default="ranking,fraud", help="one or several; 'features' is all of these")
-    parser.add_argument("--peers", default="", help="folders of bench/peers; all unless told otherwise")
-    parser.add_argument("--rounds", type=int, help="how often all are measured in turn (3; 1 with --quick)")
-    parser.add_argument("--seconds", type=float, help="of each measurement (2.5; 0.5 with --quick)")
-    parser.add_argument("--cores", type=int, help="for each server, and as many for the load (half of all)")
-    parser.add_argument("--quick", action="store_true", help="small data, FastAPI alone unless --peers says otherwise")
+    parser.add_argument("--scenario", default="ranking,fraud", help="names; 'features': all of that kind")
+    parser.add_argument("--peers", default="", help="folders of bench/peers (default: all)")
+    parser.add_argument("--rounds", type=int, help="number of rounds (3; 1 with --quick)")
+    parser.add_argument("--seconds", type=float, help="seconds per measurement (2.5; 0.5 with --quick)")
+    parser.add_argument("--cores", type=int, help="CPUs for each server, and as many for the load (half of all)")
+    parser.add_argument("--quick", action="store_true", help="small data, and only FastAPI unless --peers is given")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
     names = [part for name in options.scenario.split(",") for part in expand(parser, name)]

@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--quick", action="store_true", help="fewer and shorter rounds; ends within 50 s")
     parser.add_argument(
-        "--rounds", type=int, help="a second with the crowd and one without in each (150; 4 with --quick)"
+        "--rounds", type=int, help="rounds of one second with the crowd and one without (150; 4 with --quick)"
     )
     options = parser.parse_args()
     rounds = options.rounds or (4 if options.quick else 150)
@@ -107,7 +107,7 @@ def main() -> None:
 def allow_files(wanted: int) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and hard < wanted:
-        raise BenchError(f"{wanted:,} open files are needed, and {hard:,} allowed; raise the limit (ulimit -Hn)")
+        raise BenchError(f"{wanted:,} open files are needed, {hard:,} are allowed; raise the limit (ulimit -Hn)")
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 

@@ -40,8 +40,8 @@ CONNECTIONS, IN_FLIGHT = 16, 64
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, help="how often all are measured in turn (5; 1 with --quick)")
-    parser.add_argument("--seconds", type=float, help="of each measurement (5; 2 with --quick)")
+    parser.add_argument("--rounds", type=int, help="number of rounds (5; 1 with --quick)")
+    parser.add_argument("--seconds", type=float, help="seconds per measurement (5; 2 with --quick)")
     parser.add_argument("--quick", action="store_true", help="small data, one round; ends within 50 s")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()

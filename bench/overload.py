@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--quick", action="store_true", help="one round of steps of 1.5 s; ends within 50 s")
     parser.add_argument("--rounds", type=int, help="rounds to take the medians of (5; 1 with --quick)")
-    parser.add_argument("--model", choices=sorted(ROWS), action="append", help="only this one")
+    parser.add_argument("--model", choices=sorted(ROWS), action="append", help="only this model")
     options = parser.parse_args()
     rounds = options.rounds or (1 if options.quick else ROUNDS)
     seconds = 1.5 if options.quick else SECONDS
@@ -316,7 +316,7 @@ def cpu_seconds(pid: int) -> float:
 
 def show(name: str, figure: dict[str, Any]) -> None:
     capacity_per_s = figure["capacity_per_s"]["median"]
-    print(f"{name}: {figure['rows']} rows a request, {capacity_per_s:,.0f} requests/s in a closed loop")
+    print(f"{name}: {figure['rows']} rows per request, {capacity_per_s:,.0f} requests/s in a closed loop")
     for step in figure["steps"]:
         print(
             f"  {step['times']:3g} x  offered {step['offered_per_s']['median']:9,.0f}/s  good"

@@ -64,7 +64,7 @@ def main() -> int:
     parser.add_argument("new", type=Path, metavar="NEW")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--only", nargs="+", choices=("serve", *MICRO), default=("serve", *MICRO))
-    parser.add_argument("--quick", action="store_true", help="two rounds of serve and predict alone")
+    parser.add_argument("--quick", action="store_true", help="only serve and predict, two rounds")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     rounds, only = (2, ("serve", "predict")) if options.quick else (options.rounds, options.only)
@@ -167,7 +167,7 @@ def micro(sides: list[Path], name: str, rounds: int) -> dict[str, list[float]]:
                 [python(sides[side]), script, "--quick", "--json"], cwd=sides[side], capture_output=True, text=True
             )
             if done.returncode != 0:
-                raise BenchError(f"{script}: {(done.stderr.strip().splitlines() or ['it said nothing'])[-1]}")
+                raise BenchError(f"{script}: {(done.stderr.strip().splitlines() or ['it printed nothing'])[-1]}")
             figures[side] = dict(medians(json.loads(done.stdout)["figures"], ""))
         for key in figures[0].keys() & figures[1].keys():
             ratio = figures[1][key] / figures[0][key]

@@ -216,7 +216,7 @@ def measure_local(peer: Peer, data: Path, seconds: float, redis_url: str, cpus: 
     finally:
         stop(running)
     if running.returncode != 0:
-        raise Unusable((errors.strip().splitlines() or ["it said nothing"])[-1][:300])
+        raise Unusable((errors.strip().splitlines() or ["it printed nothing"])[-1][:300])
     found: dict[str, Any] = json.loads(output.strip().splitlines()[-1])
     return found
 
@@ -279,4 +279,4 @@ def free_port() -> int:
 
 def last_line(log: Path) -> str:
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return (lines or ["it said nothing"])[-1].strip()[:300]
+    return (lines or ["it printed nothing"])[-1].strip()[:300]

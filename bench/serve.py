@@ -200,7 +200,7 @@ def reply_bytes(connection: socket.socket, request: bytes) -> int:
 
 def show(figures: dict[str, Any]) -> None:
     print(
-        f"one row a request; {figures['request_bytes']} bytes there, {figures['reply_bytes']} back; median (min..max)"
+        f"requests of one row, {figures['request_bytes']} bytes; replies, {figures['reply_bytes']} bytes; median (min..max)"
     )
     for name in RUNS:
         row = figures[name]

@@ -1,12 +1,12 @@
-"""Compiled forests against ONNX Runtime, in one process and one thread.
+"""Compare compiled forests with ONNX Runtime, in one process and one thread.
 
     python bench/micro/forest.py [--json] [--quick] [--models DIR] [--seconds S]
 
-Trains the models of the bars (LightGBM 100 x 31 and 500 x 63, XGBoost 300 x depth 6, random forest 200 x depth 12) on
-made-up data, converts them, and times both on the same rows, turn by turn, so that a neighbour on this machine slows
-both. Rows are new in every turn: rows that come again teach the branch predictor and flatter a walker of trees twofold.
-Figures are medians in microseconds. `--models` keeps the converted files for the next run; --quick trains on fewer rows
-and measures for a shorter time. SHORTTAIL_SIMD=avx2 or scalar forces less than the best vector instructions.
+The script trains the models of the bars (LightGBM 100 x 31 and 500 x 63, XGBoost 300 x depth 6, random forest 200 x
+depth 12) on synthetic data, converts them, and times both engines in turn on the same rows, so that other load on the
+machine slows both. Every turn has new rows: repeated rows train the branch predictor and make tree walkers look twice
+as fast. Figures are medians in microseconds. --models keeps the converted files for the next run; --quick trains on
+fewer rows and measures for a shorter time. SHORTTAIL_SIMD=avx2 or scalar selects older vector instructions.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from shorttail.models.session import Session
 
 WIDTH = 32
 TRAINING_ROWS = 20_000
-QUICK_TRAINING_ROWS = 8_000  # enough for trees of 63 leaves, and of depth 12
+QUICK_TRAINING_ROWS = 8_000  # enough for trees with 63 leaves, and with depth 12
 BATCHES = (1, 8, 64, 500)
 TURNS_MIN, TURNS_MAX = 15, 5000
 LOAD_MS_BAR = 200
-# How many times ONNX Runtime's speed at batch 500, by vector instructions (plain C has no bar). At 1, 8: never slower.
+# Speedup over ONNX Runtime at batch 500, by vector instructions (plain C has no bar). At 1 and 8: never slower.
 BARS: dict[str, dict[str, float]] = {
     "lightgbm-100x31": {"avx512": 10, "avx2": 6},
     "lightgbm-500x63": {"avx512": 6, "avx2": 3},
@@ -107,7 +107,7 @@ def model_file(folder: Path, name: str) -> Path:
 
 
 def time_both(session: Session, forest: Any, batch: int, seconds: float) -> dict[str, Any]:
-    """Microseconds of one run over `batch` new rows, ONNX Runtime and the forest in turns."""
+    """Return microseconds per run over `batch` new rows, with ONNX Runtime and the forest in turn."""
     random = np.random.default_rng()
     theirs: list[float] = []
     ours: list[float] = []
@@ -130,7 +130,7 @@ def time_both(session: Session, forest: Any, batch: int, seconds: float) -> dict
 
 
 def middle(values: list[float]) -> dict[str, float]:
-    """The median and the quartiles around it."""
+    """Return the median and the quartiles."""
     low, mid, high = quantiles(values, n=4)
     return {"median": mid, "p25": low, "p75": high, "turns": len(values)}
 
@@ -145,7 +145,7 @@ def measure(path: Path, seconds: float) -> dict[str, Any]:
 
 
 def load_ms(path: Path) -> float:
-    """Median of five loads of a file that is in the page cache, without the check against ONNX Runtime."""
+    """Return the median of five loads from the page cache, without the comparison with ONNX Runtime."""
     taken = []
     for _ in range(5):
         start = time.perf_counter()
@@ -182,8 +182,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--quick", action="store_true", help="end within 50 s on two cores")
-    parser.add_argument("--models", type=Path, help="folder of converted models, made where they are missing")
-    parser.add_argument("--seconds", type=float, help="to spend on each model and batch size (2, or 0.5 when quick)")
+    parser.add_argument("--models", type=Path, help="folder for converted models; missing models are made")
+    parser.add_argument("--seconds", type=float, help="seconds per model and batch size (2; 0.5 with --quick)")
     options = parser.parse_args()
     training_rows = QUICK_TRAINING_ROWS if options.quick else TRAINING_ROWS
     seconds = options.seconds or (0.5 if options.quick else 2.0)

@@ -1,13 +1,18 @@
-"""Bulk load of 10 M rows (Int64 key, event time, 32 Float32 features) against writing the same bytes to a file.
+"""Compare a bulk load of 10 M rows (Int64 key, event time, 32 Float32 features) with a plain write of the same size.
 
     python bench/micro/load.py [--json] [--quick] [--folder DIR]
 
-Measures, each in a process of its own, whose batches are made beforehand: a load with memory for all rows; one that is
-held to 512 MiB, with its peak of memory; one from a Parquet file; and from opening the store in a fresh process to the
-first answer, with the file in memory and not. After every load a plain file of as many bytes as the store's is written
-and synced, so that a neighbour slows both. "Up to the last sync" ends where the last commit of rows begins. A first
-round is not counted: it takes memory from the machine that later ones find ready. --quick takes an eighth of the rows
-and of the memory. --folder: where stores and files go, on the disk to be measured (the present folder).
+Each measurement has a process of its own, which prepares its batches first:
+
+- a load with memory for all rows;
+- a load limited to 512 MiB, with its peak memory;
+- a load from a Parquet file;
+- the time from opening the store in a new process to the first answer, with and without the file in the page cache.
+
+After every load a plain file of the same size as the store is written and synced, so that other load on the machine
+slows both. "Up to the last sync" ends where the last commit of rows begins. The first round is not counted, because it
+gets memory from the system that later rounds reuse. --quick uses an eighth of the rows and of the memory. --folder is
+the place of stores and files, on the disk to be measured (default: the current folder).
 """
 
 from __future__ import annotations
@@ -36,9 +41,9 @@ import report
 import shorttail as st
 from shorttail.store.environment import Environment, Writer
 
-ROWS, QUICK_ROWS = 10_000_000, 1_250_000  # an eighth: buckets are as full, so that ratios are the same
+ROWS, QUICK_ROWS = 10_000_000, 1_250_000  # with an eighth, buckets are equally full, so ratios are the same
 ROUNDS, QUICK_ROUNDS = 3, 2
-LIMITED_BYTES = 512 << 20  # for ROWS
+LIMITED_BYTES = 512 << 20  # the limit for ROWS
 PLENTY_BYTES = 4 << 30
 BATCH_ROWS = 65_536
 FEATURES = 32
@@ -71,12 +76,12 @@ def parquet_file(folder: Path, rows: int) -> Path:
     return path
 
 
-# -- one process a measurement -------------------------------------------------------------------------------------
+# -- one process per measurement -----------------------------------------------------------------------------------
 
 
 @contextmanager
 def row_commits(starts: list[float]) -> Iterator[None]:
-    """Notes when the load's thread ends a transaction, which writes and syncs its pages."""
+    """Record when the load's thread starts to commit, which writes and syncs its pages."""
     write = Environment.write
 
     @contextmanager
@@ -99,7 +104,7 @@ def memory_bytes(name: str) -> int:
 
 
 def write_plain(path: Path, size: int) -> float:
-    """Seconds to write and sync so many bytes, 1 MiB at a time."""
+    """Return the seconds to write and sync `size` bytes, 1 MiB at a time."""
     block = os.urandom(1 << 20)
     start = time.perf_counter()
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
@@ -113,13 +118,13 @@ def write_plain(path: Path, size: int) -> float:
 
 
 def measure_load(folder: Path, rows: int, memory: int, data: Any) -> dict[str, float]:
-    """One load into a new store, which stays."""
+    """Measure one load into a new store, and keep the store."""
     path = folder / "store"
     shutil.rmtree(path, ignore_errors=True)
     starts: list[float] = []
     with st.Engine.open(path, create=True) as engine:
         engine.apply([VIEW])
-        Path("/proc/self/clear_refs").write_text("5")  # starts the peak anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         before = memory_bytes("VmRSS")
         start = time.perf_counter()
         with row_commits(starts):
@@ -146,7 +151,7 @@ def run_loads(folder: Path, rows: int, rounds: int, memory: int, parquet: Path |
 
 
 def first_lookup(folder: Path) -> dict[str, float]:
-    import shorttail.pipeline  # noqa: F401  imports are not what is measured
+    import shorttail.pipeline  # noqa: F401  imports are not measured
 
     start = time.perf_counter()
     with st.Engine.open(folder / "store") as engine:
@@ -172,7 +177,7 @@ def child(folder: Path, what: str, *arguments: Any) -> None:
 
 
 def forget_file(path: Path) -> None:
-    """Drop what the system remembers of a file, as after a restart."""
+    """Drop a file from the page cache, as after a restart."""
     fd = os.open(path, os.O_RDONLY)
     os.fsync(fd)
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -202,7 +207,7 @@ def measure(folder: Path, rows: int, rounds: int) -> dict[str, Any]:
     figures["first_lookup_ms"] = report.spread([r["answer_ms"] for r in lookups])
     forget_file(folder / "store" / "data.mdb")
     figures["first_lookup_cold_ms"] = in_child(folder, "lookup")["answer_ms"]
-    print(f"held to {limited >> 20} MiB ...", file=sys.stderr, flush=True)
+    print(f"limited to {limited >> 20} MiB ...", file=sys.stderr, flush=True)
     figures["limited"] = figures_of(rows, in_child(folder, "load", rows, rounds, limited, None))
     print("from Parquet ...", file=sys.stderr, flush=True)
     path = parquet_file(folder, rows)
@@ -246,7 +251,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--quick", action="store_true", help="end within 50 s on two cores")
-    parser.add_argument("--folder", type=Path, default=Path(), help="on the disk to be measured")
+    parser.add_argument("--folder", type=Path, default=Path(), help="a folder on the disk to be measured (.)")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:

@@ -1,11 +1,11 @@
-"""Lookup of rows of 32 float32 features: shorttail's store against py-lmdb and against a hash table in memory.
+"""Compare lookups of rows with 32 float32 features: shorttail's store, py-lmdb and a hash table in memory.
 
     python bench/micro/lookup.py [--json] [--quick]
 
-Every figure is nanoseconds a row. In each round every rival looks up the same freshly drawn keys, in turn, on one core;
-figures are medians over batches and then over rounds, ratios are taken within a round. The three answer alike, which is
-checked. `getmulti` is py-lmdb's own batch lookup on an ordinary tree of the same rows, its values joined and decoded by
-NumPy; the table in memory (bench/c/hash.c) has the same prefetching loops and nothing else.
+Every figure is nanoseconds per row. In each round the rivals look up the same new keys in turn on one core. Figures are
+medians over batches and then over rounds; ratios are taken within a round. The script checks that all three give the
+same answers. `getmulti` is py-lmdb's batch lookup on an ordinary tree of the same rows, with values joined and decoded
+by NumPy. The table in memory (bench/c/hash.c) has the same prefetching loops and nothing else.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def judge(figures: dict[str, Any], small: str, large: str) -> list[dict[str, Any
 
 
 def measure(folder: Path, n: int, rounds: int) -> dict[str, Any]:
-    """Build the rivals for n rows, check that they agree, and time them in turn."""
+    """Build the rivals for n rows, check that their answers are equal, and time them in turn."""
     folder.mkdir()
     keys = tables.random_keys(n, seed=1)
     rng = np.random.default_rng(n)
@@ -125,7 +125,7 @@ def one_round(found: dict[str, list[float]], asks: dict[str, Ask], keys: tables.
 
 
 def time_batches(ask: Ask, keys: tables.Keys, draw: Draw, size: int, n_batches: int = 0) -> float:
-    """Median ns a row. The clock runs while a batch is looked up, and not while its keys are made."""
+    """Return the median ns per row. Only the lookups of batches are timed, not the making of keys."""
     n_batches = n_batches or max(40, 2000 // size)
     times = []
     for _ in range(n_batches):
@@ -135,7 +135,7 @@ def time_batches(ask: Ask, keys: tables.Keys, draw: Draw, size: int, n_batches: 
 
 
 class StoreLookup:
-    """The engine's own lookup: request columns to a float32 matrix."""
+    """The engine's lookup, from request columns to a float32 matrix."""
 
     def __init__(self, store: Store, text: bool):
         dtype = dtypes.String if text else dtypes.Int64
@@ -160,7 +160,7 @@ def store_lookup(store: Store, text: bool = False) -> Ask:
 
 
 class TreeLookup:
-    """py-lmdb's getmulti; the features of all values by one NumPy view of their bytes."""
+    """py-lmdb's getmulti; one NumPy view of the bytes gives the features of all values."""
 
     def __init__(self, txn: Any):
         self.cursor = txn.cursor()
@@ -217,7 +217,7 @@ def compile_library(source: Path, target: Path) -> ctypes.CDLL:
 
 
 def time_engine(engine: Engine, keys: tables.Keys) -> float:
-    """Median ns of get_online_features of all features of one row, the Python call included."""
+    """Return the median ns of get_online_features for all features of one row, including the Python call."""
     names = [f"rows:f{i}" for i in range(tables.FEATURES)]
     times = []
     for key in keys.tolist():

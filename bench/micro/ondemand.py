@@ -1,15 +1,15 @@
-"""On-demand features: five scalar transforms into a model's matrix, against C, NumPy, Numba and Python.
+"""Compare on-demand features with C, NumPy, Numba and Python: five scalar transforms into a model's matrix.
 
     python bench/micro/ondemand.py [--json] [--quick]
 
-Every figure is microseconds for the five over a batch. In each round the rivals take the same freshly drawn rows, in
-turn, on one core; figures are medians over batches and then over rounds, ratios are taken within a round. All give the
-same numbers, which is checked. C is bench/c/transforms.c at -O3 for this processor, called once with addresses taken
-before; NumPy writes in place (`out=`, no new arrays) and evaluates what a condition would skip; Numba is one plain
-`njit` call a transform with the same loop inside.
+Every figure is microseconds per batch for all five. In each round the rivals take the same new rows in turn on one
+core. Figures are medians over batches and then over rounds; ratios are taken within a round. The script checks that all
+rivals give the same numbers. C is bench/c/transforms.c, compiled with -O3 for this processor and called once with
+prepared addresses. NumPy writes in place (`out=`, no new arrays) and evaluates both sides of a condition. Numba is one
+plain `njit` call per transform with the same loop inside.
 
-Start-up is what a process that serves these five adds to importing the engine: compiled for the first time, and then
-from the cache, each in a new process.
+The start-up time is what the five transforms add to the import of the engine: compiled for the first time, and then
+loaded from the cache, each in a new process.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from shorttail._native.transforms import TransformProgram
 from shorttail.ondemand.compile import compile_on_demand
 
 BATCHES = (1, 50, 500, 1000)
-# run(a, b, out) gives the call that fills the columns of `out`, a float32 matrix: what is timed.
+# run(a, b, out) returns the call that is timed; it fills the columns of `out`, a float32 matrix.
 Run = Callable[[NDArray[Any], NDArray[Any], NDArray[Any]], Callable[[], object]]
 
 
@@ -76,7 +76,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--quick", action="store_true", help="fewer rounds: within 50 s")
-    parser.add_argument("--start", action="store_true", help=argparse.SUPPRESS)  # the process whose start is measured
+    parser.add_argument("--start", action="store_true", help=argparse.SUPPRESS)  # the process that is measured
     options = parser.parse_args()
     if options.start:
         return print(start_ms())
@@ -114,7 +114,7 @@ def measure(runs: dict[str, Run], rounds: int) -> dict[str, Any]:
 
 
 def time_run(run: Run, rows: NDArray[np.float64]) -> float:
-    """Median us a batch."""
+    """Return the median us per batch."""
     out = np.empty((rows.shape[2], len(FUNCTIONS)), np.float32)
     run(rows[0, 0], rows[1, 0], out)()
     times = []
@@ -127,7 +127,7 @@ def time_run(run: Run, rows: NDArray[np.float64]) -> float:
 
 
 def rivals(folder: Path) -> dict[str, Run]:
-    """The ways to compute the five, after a check that they agree."""
+    """Return the ways to compute the five transforms, after a check that their results are equal."""
     runs = {"shorttail": program(), "C": c_library(folder)}
     for name, function in (("NumPy", in_numpy), ("Numba", in_numba()), ("Python", in_python)):
         runs[name] = partial(partial, function)
@@ -210,7 +210,7 @@ def in_python(a: NDArray[Any], b: NDArray[Any], out: NDArray[Any]) -> None:
 
 
 def start_up(cache: Path, times: int) -> tuple[float, list[float]]:
-    """Milliseconds that the five add to the start of a process: the first, and later ones."""
+    """Return the milliseconds that the five add to the start of a process: of the first process, and of later ones."""
     environment = os.environ | {"SHORTTAIL_CACHE_DIR": str(cache)}
 
     def start() -> float:

@@ -1,9 +1,10 @@
-"""One row from a dict to a score, in Python: features of two views and a model of 100 trees.
+"""Measure Engine.predict for one row, from a dict to a score: features of two views and a model of 100 trees.
 
     python bench/micro/predict.py [--json] [--quick]
 
-Engine.predict of one user and one item, keys drawn anew in every call, against the model alone on a matrix that is
-ready (ONNX Runtime's session.run, and the compiled forest), in turn within the run. Medians in microseconds.
+A call predicts for one user and one item, with new keys in every call. The rivals are the model alone on a prepared
+matrix (ONNX Runtime's session.run, and the compiled forest), in turn in the same run. Figures are medians in
+microseconds.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def measure(folder: Path, rounds: int) -> dict[str, Any]:
     forest = compile_forest(folder / "ranker.onnx", ["probabilities"])
     found: dict[str, list[float]] = {"Engine.predict, us": [], "ONNX Runtime alone, us": [], "forest alone, us": []}
     with st.Engine.open(folder / "store") as engine:
-        for number in range(-1, rounds):  # the first warms up
+        for number in range(-1, rounds):  # the first round is a warm-up
             users, items = random.integers(0, candidates.USERS, CALLS), random.integers(0, candidates.ITEMS, CALLS)
             rows = [
                 {"user_id": user, "item_id": item} for user, item in zip(users.tolist(), items.tolist(), strict=True)
@@ -72,7 +73,7 @@ def measure(folder: Path, rounds: int) -> dict[str, Any]:
 
 
 def time_calls(call: Callable[[Any], object], arguments: list[Any]) -> float:
-    """The median, in microseconds."""
+    """Return the median time of a call in microseconds."""
     times = []
     for argument in arguments:
         start = time.perf_counter_ns()

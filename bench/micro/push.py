@@ -1,15 +1,16 @@
-"""Upserts into a large table: rows/s against py-lmdb, what a reader feels of them, and what the file grows by.
+"""Measure upserts into a large table: rows/s against py-lmdb, the effect on a reader, and the growth of the file.
 
     python bench/micro/push.py [--json] [--quick] [--minutes 10]
 
-1. Commits of 1,000 rows, 9 in 10 of existing keys: the store, and py-lmdb putting the same rows into an ordinary tree
-   by one putmulti a commit, in the order in which they are given, and once more sorted by key, which is not timed. In
-   turn, all synced at every commit. The tree's rows are bytes already; the store is given columns. First as the load
-   left the files in the page cache, then as after a restart: the kernel caches a file in pieces of up to megabytes,
-   and how large they are decides what a write of one page costs.
-2. A reader in another process, batches of 100 random keys, alone and then while the store is written to: its P99; how
-   long after a commit returned it first sees that commit; what moving to a new snapshot costs a changed bucket.
-3. Growth of the file over the given minutes of 2 (20 s with --quick).
+1. Commits of 1,000 rows, 9 of 10 with existing keys, into the store and into an ordinary tree of py-lmdb, in turn, with
+   a sync at every commit. py-lmdb uses one putmulti per commit, with rows in the given order, and in another run sorted
+   by key (the sorting is not timed). The tree gets rows that are bytes already; the store gets columns. The files are
+   first in the page cache as the load left them, then as after a restart: the kernel caches a file in pieces of up to
+   megabytes, and the size of the pieces decides the cost of writing one page.
+2. A reader in another process looks up batches of 100 random keys, first alone and then while the store is written to:
+   its P99, the delay between the return of a commit and its visibility, and the cost of moving to a new snapshot per
+   changed bucket.
+3. The growth of the file during 2, over the given minutes (20 s with --quick).
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--quick", action="store_true", help="1 M rows and 20 s of growth: within 50 s")
-    parser.add_argument("--minutes", type=float, default=10.0, help="how long the file may grow")
+    parser.add_argument("--minutes", type=float, default=10.0, help="length of the measurement of growth")
     options = parser.parse_args()
     n = 1_000_000 if options.quick else 10_000_000
     rounds, commits = (5, 8) if options.quick else (9, 20)
@@ -79,7 +80,7 @@ def measure(folder: Path, n: int, rounds: int, commits: int, growth_s: float) ->
     figures: dict[str, Any] = {"rows": n, "rows a commit": COMMIT_ROWS, "rounds": rounds}
     draw = drawn(keys, n)
     figures |= throughput(folder, draw, rounds, commits)
-    # In a process of its own: a process that has LMDB's file open must not open and close it besides.
+    # This runs in its own process: a process that has LMDB's file open must not open and close it a second time.
     recache = "import sys, pathlib, tables; [tables.cache_anew(pathlib.Path(p)) for p in sys.argv[1:]]"
     files = [str(folder / name / "data.mdb") for name in ("store", "tree")]
     subprocess.run([sys.executable, "-c", recache, *files], cwd=Path(__file__).parent, check=True)
@@ -91,7 +92,7 @@ def measure(folder: Path, n: int, rounds: int, commits: int, growth_s: float) ->
 
 
 def drawn(keys: tables.Keys, n: int) -> Iterator[tables.Keys]:
-    """Keys of one commit after the other: existing ones and new ones."""
+    """Yield the keys of one commit after the other: existing and new keys."""
     rng = np.random.default_rng(2)
     while n + NEW_ROWS <= len(keys):
         existing = keys[rng.integers(0, n, COMMIT_ROWS - NEW_ROWS)]
@@ -110,7 +111,7 @@ def throughput(folder: Path, draw: Iterator[tables.Keys], rounds: int, commits: 
 
 def in_turn(store: Store, tree: Any, draw: Iterator[tables.Keys], rounds: int, commits: int) -> dict[str, Any]:
     found: dict[str, list[float]] = {"store": [], "tree": [], "tree, sorted": []}
-    for number in range(-1, rounds):  # the first is not counted: it maps pages
+    for number in range(-1, rounds):  # the first round is not counted, because it maps pages
         now_us = time.time_ns() // 1000
         batches = [tables.batch(next(draw), now_us) for _ in range(commits)]
         took = {"store": timed(lambda batch: store.upsert("rows", batch), batches)}
@@ -197,7 +198,7 @@ def write_for(store: Store, draw: Iterator[tables.Keys], marker: tables.Keys, se
 
 
 def read(path: str, keys: tables.Keys, marker: tables.Keys, pipe: Any) -> None:
-    """The reader process: looks up for as many seconds as it is told, then reports."""
+    """Run the reader process: it looks up for the requested number of seconds, then reports."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
     rng = np.random.default_rng(3)
     with Store.open(path) as store:

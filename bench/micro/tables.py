@@ -1,7 +1,7 @@
-"""The table that bench/micro/lookup.py and push.py measure, as a store and as an ordinary tree of py-lmdb.
+"""Make the table that bench/micro/lookup.py and push.py measure, as a store and as an ordinary tree of py-lmdb.
 
-A row is a key, an event time and 32 float32 features. Keys are random 63-bit integers, as ids of users often are, so
-that an ordinary tree gets its new keys in the middle and not at the end.
+A row is a key, an event time and 32 float32 features. Keys are random 63-bit integers, like many user ids, so new keys
+go into the middle of an ordinary tree and not to its end.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from shorttail.store import ColumnBatch, Store
 FEATURES = 32
 BATCH_ROWS = 65_536
 READ_BYTES = 128 << 10
-TREE_ROW_BYTES = 8 + 4 * FEATURES  # event time and features; the key is the key
+TREE_ROW_BYTES = 8 + 4 * FEATURES  # event time and features; the key of the row is the key in the tree
 Keys = NDArray[np.int64]
 
 
@@ -33,8 +33,8 @@ def view(key: dtypes.DType = dtypes.Int64) -> FeatureView:
 
 
 def random_keys(n: int, seed: int) -> Keys:
-    """n distinct keys; others with the same seed and a larger n begin with them."""
-    # A bijection of 0 .. n-1 onto scattered integers: distinct without sorting.
+    """Return n distinct keys. With the same seed and a larger n, the result begins with the same keys."""
+    # A bijection from 0 .. n-1 to scattered integers, so the keys are distinct without sorting.
     numbers = np.arange(n, dtype=np.uint64) + np.uint64(seed << 32)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         numbers = (numbers ^ (numbers >> np.uint64(shift))) * np.uint64(factor)
@@ -42,12 +42,12 @@ def random_keys(n: int, seed: int) -> Keys:
 
 
 def text_keys(keys: Keys) -> NDArray[np.object_]:
-    """The keys as strings of 17 bytes."""
+    """Return the keys as strings of 17 bytes."""
     return np.array([f"u{key >> 3:016x}" for key in keys.tolist()], object)
 
 
 def features_of(keys: Keys) -> NDArray[np.float32]:
-    """float32 [n, 32], which a reader can check: feature i of a key is (key mod 2^20) + i."""
+    """Return float32 [n, 32] that a reader can check: feature i of a key is (key mod 2^20) + i."""
     return ((keys & 0xFFFFF)[:, None] + np.arange(FEATURES)).astype(np.float32)
 
 
@@ -64,7 +64,7 @@ def batch(keys: Keys, event_time_us: int = 0, text: bool = False) -> ColumnBatch
 
 
 def make_store(path: Path, keys: Keys, text: bool = False) -> Store:
-    """A store with those rows, open."""
+    """Make a store with these rows, and return it open."""
     store = Store.open(path, create=True)
     with store.edit_catalog() as catalog:
         definition = view(dtypes.String if text else dtypes.Int64)
@@ -77,7 +77,7 @@ def make_store(path: Path, keys: Keys, text: bool = False) -> Store:
 
 
 def tree_rows(keys: Keys, event_time_us: int = 0) -> list[tuple[bytes, bytes]]:
-    """(key, value) of an ordinary tree, in the order given."""
+    """Return (key, value) pairs for an ordinary tree, in the given order."""
     rows = np.empty(len(keys), np.dtype([("time", "<i8"), ("features", "<f4", FEATURES)]))
     rows["time"], rows["features"] = event_time_us, features_of(keys)
     data, names = rows.tobytes(), keys.astype(">i8").tobytes()
@@ -90,7 +90,7 @@ def open_tree(path: Path) -> Any:
 
 
 def make_tree(path: Path, keys: Keys) -> Any:
-    """An ordinary LMDB tree with those rows, loaded in the order of the keys; the lmdb.Environment."""
+    """Load an ordinary LMDB tree with these rows, in the order of the keys, and return the lmdb.Environment."""
     env = open_tree(path)
     keys = np.sort(keys)
     for start in range(0, len(keys), BATCH_ROWS):
@@ -100,10 +100,11 @@ def make_tree(path: Path, keys: Keys) -> Any:
 
 
 def cache_anew(path: Path) -> None:
-    """Write the file back, drop it from the page cache and read it in again, as a server does that maps its store.
+    """Write the file back, drop it from the page cache and read it again, as a server does that maps its store.
 
-    What brought a file into the cache decides how large the pieces are in which the kernel keeps it, and with it what
-    later writes cost. After this, files that were written in different ways are cached alike, as after a restart.
+    The way in which a file entered the page cache decides the size of the pieces in which the kernel keeps it, and so
+    the cost of later writes. After this call, files that were written in different ways are cached in the same way, as
+    after a restart.
     """
     with path.open("rb", buffering=0) as file:
         os.fsync(file.fileno())

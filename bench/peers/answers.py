@@ -1,8 +1,8 @@
-"""The values of an HTTP answer, in the order of a scenario, from where a peer.json says that they are.
+"""Read the values of an HTTP answer, in the order of a scenario, from the place that peer.json names.
 
-"answer": a path into the JSON; "*" takes all elements of a list. "names": with it the path leads to one list a column,
-and this is the path of their names, in which `separator` stands for the colon of "view:feature"; other columns (the
-keys) are left out. Without it the path leads to the values themselves, or to lists of them.
+"answer" is a path into the JSON; "*" takes all elements of a list. Without "names" the path leads to the values, or to
+lists of values. With "names" it leads to one list per column, and "names" is the path of the names of the columns. In
+these names, `separator` replaces the colon of "view:feature". Other columns (the keys) are left out.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 
 def values_of(answer: Any, peer: Mapping[str, Any], inputs: Sequence[str]) -> list[float]:
-    """Row after row. Raises KeyError, IndexError or TypeError when the answer is built otherwise."""
+    """Return the values row by row. Raises KeyError, IndexError or TypeError if the answer has another structure."""
     found = follow(answer, peer["answer"])
     if "names" not in peer:
         return list(flat(found))

@@ -1,12 +1,13 @@
-"""What the two Feast peers share: a feature repository of a scenario, its online store filled, its best configuration.
+"""Make a Feast repository of a scenario, with a filled online store, for both Feast peers.
 
-Its best configuration after its docs: the registry is a file that is kept in memory for ever (cache_ttl_seconds 0), the
-feature service is resolved once, no TTL is checked, metrics and feature logs are off. 0.67 has no usage telemetry.
+The configuration is the best according to Feast's documentation: the registry is a file that stays in memory for ever
+(cache_ttl_seconds 0), the feature service is resolved once, no TTL is checked, metrics and feature logs are off. 0.67
+has no usage telemetry.
 
-`precompute_online=True` of a FeatureService keeps one serialized vector of all its features an entity, which
-get_online_features then reads instead of the fields of each view. Feast fills these vectors from Redis alone
-(`feast precompute` has to list the entities); for SQLite they are written here by the same method of its online store
-that it uses itself, OnlineStore.write_precomputed_vector.
+With `precompute_online=True`, a FeatureService keeps one serialized vector of all its features per entity, and
+get_online_features reads it instead of the fields of each view. Feast fills these vectors only from Redis
+(`feast precompute` has to list the entities). For SQLite this module writes them, with the method of the online store
+that Feast itself uses, OnlineStore.write_precomputed_vector.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ from lookups import Scenario
 
 SERVICE: Final = "scenario"
 VARIANTS: Final = ("redis", "redis-precomputed", "sqlite", "sqlite-precomputed")
-CHUNK: Final = 1000  # rows a write: Feast makes a protobuf object of each value
+CHUNK: Final = 1000  # rows per write; Feast makes a protobuf object of each value
 
 
 def configuration(project: str, folder: Path, variant: str, redis_url: str) -> dict[str, Any]:
-    """The repository's feature_store.yaml."""
+    """Return the settings for the repository's feature_store.yaml."""
     online: dict[str, Any] = {"type": "sqlite", "path": str(folder / "online.db")}
     if variant.startswith("redis"):
         found = urlsplit(redis_url)
@@ -47,16 +48,16 @@ def configuration(project: str, folder: Path, variant: str, redis_url: str) -> d
 
 
 def make(scenario: Scenario, variant: str, redis_url: str) -> tuple[FeatureStore, Path]:
-    """A repository with its online store filled; the path is that of its folder, beside the scenario's.
+    """Make a repository with a filled online store, and return its folder, which is beside the scenario's folder.
 
-    One for all scenarios with the same data, which differ in the rows of a request: filling it takes minutes. Another
-    scenario's data in Redis belong to another project, so that they are not read, and make no hash larger.
+    Scenarios that differ only in the rows per request share one repository, because filling it takes minutes. In Redis,
+    the data of another scenario belong to another project, so they are not read and make no hash larger.
     """
     project = f"bench_{digest(scenario)}_{variant}".replace("-", "_")
     folder = scenario.folder.absolute().parent / ".feast" / project
     folder.mkdir(parents=True, exist_ok=True)
     settings = configuration(project, folder, variant, redis_url)
-    (folder / "feature_store.yaml").write_text(json.dumps(settings))  # JSON is YAML
+    (folder / "feature_store.yaml").write_text(json.dumps(settings))  # JSON is valid YAML
     store = FeatureStore(config=RepoConfig(repo_path=folder, **settings))
     entity = Entity(name="entity", join_keys=[scenario.key], value_type=ValueType.INT64)
     views = [
@@ -92,7 +93,7 @@ def digest(scenario: Scenario) -> str:
 
 
 class Filled:
-    """Whether a project's online store has its data: a key in Redis itself, which may be a new one, or a file."""
+    """Records that a project's online store is filled: as a key in Redis, which may be a new server, or as a file."""
 
     def __init__(self, variant: str, folder: Path, project: str, redis_url: str):
         self._file = folder / "filled"
@@ -120,7 +121,7 @@ def fill(store: FeatureStore, scenario: Scenario) -> None:
 
 
 def precompute_elsewhere(store: FeatureStore, scenario: Scenario) -> None:
-    """The vectors that FeatureStore.precompute_feature_service would write if the store could list its entities."""
+    """Write the vectors that FeatureStore.precompute_feature_service would write if the store could list entities."""
     from feast.protos.feast.core.PrecomputedFeatureVector_pb2 import PrecomputedFeatureVector
     from feast.protos.feast.types.EntityKey_pb2 import EntityKey
     from feast.protos.feast.types.Value_pb2 import Value
@@ -141,6 +142,6 @@ def precompute_elsewhere(store: FeatureStore, scenario: Scenario) -> None:
 
 
 def matrix(answer: dict[str, list[float]], scenario: Scenario) -> np.ndarray:
-    """OnlineResponse.to_dict() with full names -> float32 [rows, inputs]."""
+    """Convert OnlineResponse.to_dict() with full names to float32 [rows, inputs]."""
     names = [reference.replace(":", "__") for reference in scenario.inputs]
     return np.column_stack([np.array(answer[name], np.float32) for name in names])

@@ -1,7 +1,7 @@
-"""What the in-process peers of "features only" share: the scenario's data, the check of answers, one closed loop.
+"""The scenario's data, the check of answers and the closed loop for the in-process peers of "features only".
 
-A peer gives a function that looks up the keys of one request. All are asked the same keys in the same order and timed
-alike, so that they differ by their store and its client alone. Needs numpy and pyarrow.
+A peer provides a function that looks up the keys of one request. All peers get the same keys in the same order and are
+timed in the same way, so they differ only in their store and its client. Needs numpy and pyarrow.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from typing import Any, Final
 import numpy as np
 import pyarrow.parquet as parquet
 
-REQUESTS: Final = 4096  # different ones in the loop: more than any cache of answers would hold
-WARM_UP: Final = 0.2  # of the seconds measured
+REQUESTS: Final = 4096  # different requests in the loop, more than a cache of answers would hold
+WARM_UP: Final = 0.2  # as a share of the measured seconds
 SEED: Final = 1
 
 
 @dataclass(frozen=True)
 class View:
-    """One feature view. keys: int64 [n]; rows: float32 [n, features], C-contiguous; columns: places in the answer."""
+    """A feature view. keys: int64 [n]; rows: float32 [n, features], C-contiguous; columns: positions in the answer."""
 
     name: str
     features: list[str]
@@ -38,7 +38,7 @@ class View:
 
 
 class Scenario:
-    """A data folder of kind "features": views of one entity, with all features of each, in any order of columns."""
+    """A data folder of kind "features": views of one entity with all their features, in any order of columns."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
@@ -58,7 +58,7 @@ class Scenario:
         self.checks = json.loads((self.folder / "requests.json").read_text())
 
     def assemble(self, parts: Sequence[bytes]) -> np.ndarray:
-        """Packed float32 rows, all keys of the first view, then all of the next -> float32 [rows, inputs]."""
+        """Convert packed float32 rows (all keys of the first view, then of the next) to float32 [rows, inputs]."""
         n = len(parts) // len(self.views)
         if len(self.views) == 1:
             return np.frombuffer(b"".join(parts), np.float32).reshape(n, -1)
@@ -76,10 +76,10 @@ def measure(
     describe: str,
     as_matrix: Callable[[Any], np.ndarray] = lambda answer: answer,
 ) -> None:
-    """Check the answers, then time one closed loop, and print one JSON line; exit with a message when one is wrong.
+    """Check the answers, time one closed loop, and print one JSON line. Exits with a message if an answer is wrong.
 
-    look_up: keys of a request -> the answer in the form in which its users get it; as_matrix, not timed: that answer as
-    [rows, inputs].
+    look_up: takes the keys of a request, and returns the answer in the form that users of the peer get. as_matrix
+    converts that answer to [rows, inputs], and is not timed.
     """
     for i, check in enumerate(scenario.checks):
         found = np.asarray(as_matrix(look_up(check["columns"][scenario.key])), np.float32)
@@ -105,7 +105,7 @@ def measure(
 
 
 def loop(look_up: Callable[[list[int]], Any], requests: list[list[int]], seconds: float) -> tuple[np.ndarray, float]:
-    """(ns that each request took, seconds in all): the next request when the last was answered."""
+    """Run the closed loop. Returns (ns of each request, total seconds)."""
     took_ns: list[int] = []
     begin = now = time.perf_counter_ns()
     end = begin + round(seconds * 1e9)
@@ -121,7 +121,7 @@ def loop(look_up: Callable[[list[int]], Any], requests: list[list[int]], seconds
 
 
 def arguments() -> tuple[Scenario, float, str, str]:
-    """FOLDER SECONDS REDIS_URL [VARIANT] of a `local.py`; the variant is "" when there is none."""
+    """Return FOLDER SECONDS REDIS_URL [VARIANT] of a `local.py`; the variant is "" if it is not given."""
     if not 4 <= len(sys.argv) <= 5:
         sys.exit(f"usage: python {sys.argv[0]} FOLDER SECONDS REDIS_URL [VARIANT]")
     return Scenario(sys.argv[1]), float(sys.argv[2]), sys.argv[3], sys.argv[4] if len(sys.argv) > 4 else ""

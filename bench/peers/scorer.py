@@ -1,8 +1,8 @@
-"""What all Python model servers among the peers share, so that they differ by their server alone.
+"""The scoring code of all Python model servers among the peers, so that they differ only in the server.
 
-Features lie in Redis packed, one value a row of a view ("view:KEY" -> float32s), so that a request costs one MGET for
-all views and no parsing: the fastest that Redis offers. The model is one ONNX Runtime session. Needs numpy, onnxruntime
-and redis[hiredis]; `load`, run once by compare.py, pyarrow too.
+Redis has one packed value per row of a view ("view:KEY" -> float32s), so a request costs one MGET for all views and no
+parsing, which is the fastest read that Redis offers. The model is one ONNX Runtime session. Needs numpy, onnxruntime
+and redis[hiredis]; `load`, which compare.py runs once, also needs pyarrow.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LOAD_BATCH = 2000
 
 
 class View:
-    """A view's features: where each lies in the packed row."""
+    """A view, with the position of each feature in the packed row."""
 
     def __init__(self, name: str, described: Mapping[str, Any]):
         self.prefix = f"{name}:"
@@ -35,7 +35,7 @@ class View:
 
 
 class Scorer:
-    """Scores requests of a scenario's data folder. Not thread-safe; one a worker."""
+    """Scores requests of a scenario's data folder. It is not thread-safe; each worker has one."""
 
     def __init__(self, folder: str | Path, redis_url: str, threads: int = 1):
         import onnxruntime
@@ -58,11 +58,11 @@ class Scorer:
         self.input_name = self.session.get_inputs()[0].name
 
     def score(self, columns: Mapping[str, Any]) -> list[float]:
-        """The scores of one request: {column: value or values}."""
+        """Return the scores of one request. columns: {column: value or values}."""
         return self.score_many([columns])[0]
 
     def score_many(self, requests: Sequence[Mapping[str, Any]]) -> list[list[float]]:
-        """The scores of several requests, by one MGET and one run of the model."""
+        """Return the scores of several requests, with one MGET and one run of the model."""
         counts = [max(len(value) if is_many(value) else 1 for value in request.values()) for request in requests]
         values = self.look_up(requests, counts)
         columns = [np.asarray(self.value(reference, requests, counts, values)) for reference in self.inputs]
@@ -80,7 +80,7 @@ class Scorer:
         return [flat[end - count : end] for end, count in zip(ends, counts, strict=True)]
 
     def look_up(self, requests: Sequence[Mapping[str, Any]], counts: Sequence[int]) -> dict[str, np.ndarray]:
-        """View -> float32 [rows, width]. A key that all rows of a request share is asked for once."""
+        """Return {view: float32 [rows, width]}. A key that all rows of a request share is read once."""
         names: list[str] = []
         for view in self.views.values():
             for request in requests:
@@ -107,7 +107,7 @@ class Scorer:
         counts: Sequence[int],
         rows: Mapping[str, np.ndarray],
     ) -> np.ndarray:
-        """One column of the model's matrix, [rows] or [rows, width]."""
+        """Return one column of the model's matrix, [rows] or [rows, width]."""
         kind, _, name = reference.partition(":")
         if kind == "request":
             parts = [

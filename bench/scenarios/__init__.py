@@ -1,12 +1,12 @@
-"""What bench/compare.py measures: data, model, keys and answers of each workload, made from a seed.
+"""Make the workloads of bench/compare.py: data, model, keys and answers of each, from a seed.
 
-A data folder, which `scenarios.build(name, folder)` makes and every peer reads:
+`scenarios.build(name, folder)` makes a data folder, which every peer reads:
 
-- scenario.json: views and their widths, the model's input columns in order, what a request has. See `Scenario`.
+- scenario.json: views and their widths, the model's input columns in order, the columns of a request. See `Scenario`.
 - VIEW.parquet: an int64 key, float32 features, vectors as fixed_size_list<float>, and event_time.
-- definitions.py for shorttail; transforms.py: the same on-demand functions over NumPy arrays, for the others.
-- model.onnx: one float32 matrix in.
-- requests.json: requests with the scores (or the features) that are right for them: ONNX Runtime on a pandas join.
+- definitions.py for shorttail; transforms.py with the same on-demand functions over NumPy arrays, for the peers.
+- model.onnx: a model with one float32 matrix as its input.
+- requests.json: requests with their correct scores (or features), from ONNX Runtime on a pandas join.
 - made-of: a hash of these sources, written last.
 """
 
@@ -25,7 +25,7 @@ SCENARIOS: dict[str, Scenario] = {scenario.name: scenario for scenario in (FRAUD
 
 
 def build(name: str, folder: Path, divisor: int = 1) -> None:
-    """Make the data folder of a scenario, unless these sources made the one there. divisor: of the rows there are."""
+    """Make the data folder of a scenario, unless these sources already made it. divisor: divides the number of rows."""
     sources = sorted(Path(__file__).parent.rglob("*.py"))
     wanted = hashlib.sha256(b"".join(path.read_bytes() for path in sources) + b"%d" % divisor).hexdigest()
     stamp = folder / "made-of"

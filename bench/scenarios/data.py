@@ -1,4 +1,4 @@
-"""Makes the files of a scenario."""
+"""Make the files of a scenario."""
 
 from __future__ import annotations
 
@@ -27,20 +27,21 @@ Matrix = np.ndarray[Any, np.dtype[np.float32]]
 
 @dataclass(frozen=True)
 class View:
-    """Keys of a view are 1 .. rows."""
+    """A view with keys 1 .. rows."""
 
     key: str
     rows: int
     features: Sequence[str]
-    widths: Mapping[str, int] = field(default_factory=dict)  # of those features that are vectors
+    widths: Mapping[str, int] = field(default_factory=dict)  # of the features that are vectors
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """inputs: columns of the model's one matrix, in order: "view:feature", "request:column", "on_demand:name".
+    """A workload.
 
-    on_demand: name -> its arguments. shared: key columns with one value in a request of several rows. values: range of
-    each request column. model: makes the ONNX file from example rows; None: features alone. column: of the model's
+    inputs: the columns of the model's matrix, in order: "view:feature", "request:column", "on_demand:name". on_demand:
+    name -> arguments. shared: key columns with one value in a request of several rows. values: the range of each
+    request column. model: makes the ONNX file from example rows; None: only features. column: the column of the model's
     output that is the score.
     """
 
@@ -62,7 +63,7 @@ class Scenario:
 
     @property
     def one_row(self) -> bool:
-        """Whether a request is of plain values. Lookups of features always are of lists."""
+        """Whether a request has plain values. Lookups of features always have lists."""
         return self.rows == 1 and self.model is not None
 
 
@@ -117,7 +118,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_view(folder: Path, name: str, view: View, rows: int, random: np.random.Generator) -> pd.DataFrame:
-    """Features are normal, or log-normal where their name speaks of an amount."""
+    """Write the rows of a view. Features are normal, or log-normal if their name contains "amount"."""
     frame: dict[str, Any] = {view.key: np.arange(1, rows + 1)}
     table = {view.key: pa.array(frame[view.key])}
     for feature in view.features:
@@ -142,7 +143,7 @@ def draw(
     random: np.random.Generator,
     training: bool = False,
 ) -> dict[str, Any]:
-    """The columns of a request, as a JSON body has them. training: of rows that share nothing."""
+    """Return the columns of a request, in the form of a JSON body. training: rows share no key."""
     columns: dict[str, Any] = {}
     for key in scenario.keys:
         low, high = ranges[key]
@@ -156,7 +157,7 @@ def draw(
 
 
 def matrix(scenario: Scenario, folder: Path, frames: Mapping[str, pd.DataFrame], request: Mapping[str, Any]) -> Matrix:
-    """What the model is fed for a request: a pandas join, and the NumPy transforms."""
+    """Return the model's input for a request, from a pandas join and the NumPy transforms."""
     rows = max(np.size(value) for value in request.values())
     asked = pd.DataFrame({name: np.broadcast_to(value, rows) for name, value in request.items()})
     joined = asked
@@ -188,7 +189,7 @@ def transforms(folder: Path) -> ModuleType:
 
 
 def answer(scenario: Scenario, folder: Path, fed: Matrix) -> list[float]:
-    """Scores of the rows, or without a model all features, row after row."""
+    """Return the scores of the rows, or without a model all features, row by row."""
     if scenario.model is None:
         return fed.ravel().tolist()
     import onnxruntime
@@ -201,7 +202,7 @@ def answer(scenario: Scenario, folder: Path, fed: Matrix) -> list[float]:
 
 
 def definitions_of(scenario: Scenario) -> str:
-    """For scenarios of plain features."""
+    """Return definitions.py for a scenario of plain features."""
     lines = ["import shorttail as st", ""]
     for name, view in scenario.views.items():
         lines += [
@@ -215,7 +216,7 @@ def definitions_of(scenario: Scenario) -> str:
 
 
 def gradient_boosting(trees: int) -> Callable[[Matrix], bytes]:
-    """LightGBM, trees of 31 leaves, on labels that hang on a few columns."""
+    """Train LightGBM with trees of 31 leaves, on labels that depend on a few columns."""
 
     def make(rows: Matrix) -> bytes:
         import lightgbm
@@ -238,7 +239,7 @@ def gradient_boosting(trees: int) -> Callable[[Matrix], bytes]:
 
 
 def perceptron(*widths: int) -> Callable[[Matrix], bytes]:
-    """Layers of these widths with ReLU, then one logistic output. Weights are random: what they are costs nothing."""
+    """Make layers of these widths with ReLU and one logistic output. Weights are random; they do not affect speed."""
 
     def make(rows: Matrix) -> bytes:
         import onnx

@@ -1,4 +1,4 @@
-"""Features alone: {1, 10, 100} rows of {50, 250} features, in views of 10, as the public feast-benchmarks ask."""
+"""Scenarios of features alone: {1, 10, 100} rows of {50, 250} features, in views of 10, as in feast-benchmarks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""BentoML: `bentoml serve`, WORKERS processes that share the port.
+"""Run BentoML: `bentoml serve` with WORKERS processes that share the port.
 
 python serve.py FOLDER PORT WORKERS REDIS_URL
 """
@@ -21,7 +21,7 @@ def main() -> None:
     command = str(Path(sys.executable).with_name("bentoml"))
     options = ["--working-dir", str(Path(__file__).parent), "--host", "127.0.0.1", "--port", port]
     options += ["--timeout-keep-alive", str(KEEP_ALIVE_S)]
-    # In place of this process, so that who started it stops the server itself.
+    # The server replaces this process, so that a signal to this process stops the server itself.
     os.execv(command, [command, "serve", "service:Scores", *options])
 
 

@@ -1,4 +1,4 @@
-"""The service that `bentoml serve` runs in each worker; serve.py says in the environment what it scores."""
+"""The service that `bentoml serve` runs in each worker; serve.py passes the scenario in environment variables."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Scores:
     def __init__(self) -> None:
         self.scorer = Scorer(os.environ["PEER_FOLDER"], os.environ["PEER_REDIS_URL"])
 
-    # A coroutine, although it never awaits: BentoML hands a plain method to a thread, which costs more than the score.
-    # The answer is a response already, so that pydantic does not walk through the list.
+    # A coroutine, although it never awaits: BentoML runs a plain method in a thread, which costs more than the score.
+    # Returns a response, so that pydantic does not walk through the list.
     @bentoml.api(route="/score")
     async def score(self, columns: dict[str, Any], /) -> dict[str, Any]:
         encoded = orjson.dumps({"scores": self.scorer.score(columns)})

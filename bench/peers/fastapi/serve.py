@@ -1,4 +1,4 @@
-"""python serve.py FOLDER PORT WORKERS REDIS_URL: FastAPI on uvicorn, as a careful user would write it."""
+"""Run FastAPI on uvicorn, as a careful user would write it: python serve.py FOLDER PORT WORKERS REDIS_URL"""
 
 import os
 import sys
@@ -26,7 +26,7 @@ app = FastAPI(lifespan=lifespan, openapi_url=None)
 
 @app.post("/predict")
 async def predict(request: Request) -> Response:
-    # Neither models for the body nor an await for Redis: both make it slower on one core.
+    # No pydantic model for the body and no asynchronous Redis client: both are slower on one core.
     scores = state["scorer"].score(orjson.loads(await request.body()))
     return Response(orjson.dumps({"scores": scores}), media_type="application/json")
 

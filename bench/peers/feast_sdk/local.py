@@ -1,4 +1,4 @@
-"""Feast's Python SDK: FeatureStore.get_online_features(...).to_dict().
+"""Measure Feast's Python SDK: FeatureStore.get_online_features(...).to_dict().
 
 python local.py FOLDER SECONDS REDIS_URL redis|redis-precomputed|sqlite|sqlite-precomputed
 """
@@ -24,7 +24,7 @@ def main() -> None:
     service = store.get_feature_service(feast_repo.SERVICE)
 
     def look_up(keys: list[int]) -> dict[str, list[float]]:
-        # Precomputed vectors are kept under full names, and Feast finds them under these alone.
+        # Precomputed vectors are stored under full names, and Feast finds them only under these names.
         found = store.get_online_features(service, {scenario.key: keys}, full_feature_names=True)
         return found.to_dict()
 

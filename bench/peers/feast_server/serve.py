@@ -1,4 +1,4 @@
-"""Feast's own feature server over HTTP: `feast serve`, which runs FastAPI in gunicorn's uvicorn workers.
+"""Run Feast's feature server over HTTP: `feast serve` runs FastAPI in gunicorn's uvicorn workers.
 
 python serve.py FOLDER PORT WORKERS REDIS_URL redis|redis-precomputed|sqlite|sqlite-precomputed
 """
@@ -25,10 +25,10 @@ def main() -> None:
     _, repository = feast_repo.make(Scenario(folder), variant, redis_url)
     command = str(Path(sys.executable).with_name("feast"))
     options = ["--host", "127.0.0.1", "--port", port, "--workers", workers, "--no-access-log"]
-    # By default a worker starts again after 1,000 requests, which is a second of this load.
+    # By default a worker restarts after 1,000 requests, which is one second of this load.
     options += ["--max-requests", "0", "--max-requests-jitter", "0"]
     options += ["--keep-alive-timeout", str(KEEP_ALIVE_S), "--registry_ttl_sec", str(REGISTRY_TTL_S)]
-    # In place of this process, so that who started it stops the server itself.
+    # The server replaces this process, so that a signal to this process stops the server itself.
     os.execv(command, [command, "--chdir", str(repository), "serve", *options])
 
 

@@ -1,4 +1,4 @@
-"""LitServe: uvicorn processes hand the requests over a queue to worker processes, which answer over ZeroMQ.
+"""Run LitServe: uvicorn processes pass requests through a queue to worker processes, which answer over ZeroMQ.
 
 python serve.py FOLDER PORT WORKERS REDIS_URL
 """
@@ -19,7 +19,7 @@ from scorer import Scorer
 
 KEEP_ALIVE_S = 3600
 BATCH = 8
-BATCH_WAIT_S = 0.001  # a wait of zero makes the workers poll their queue without rest, on the cores of the others
+BATCH_WAIT_S = 0.001  # with no wait the workers poll their queue all the time, on the cores of other processes
 
 
 class Scores(litserve.LitAPI):
@@ -40,7 +40,7 @@ class Scores(litserve.LitAPI):
         return output
 
     def encode_response(self, output: list[float]) -> Response:
-        # Encoded here, once: FastAPI would walk through the list in Python before it encodes it.
+        # Encoded once, here; FastAPI would walk through the list in Python before encoding it.
         return Response(orjson.dumps({"scores": output}), media_type="application/json")
 
 
@@ -48,7 +48,7 @@ def main() -> None:
     if len(sys.argv) != 5:
         sys.exit(f"usage: python {sys.argv[0]} FOLDER PORT WORKERS REDIS_URL")
     folder, port, workers, redis_url = sys.argv[1:]
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # LitServe ends its processes on Ctrl-C alone
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # LitServe ends its processes only on Ctrl-C
     server = litserve.LitServer(
         Scores(folder, redis_url), accelerator="cpu", workers_per_device=int(workers), fast_queue=True, timeout=False
     )

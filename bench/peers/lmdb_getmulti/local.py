@@ -1,4 +1,4 @@
-"""py-lmdb's getmulti: integer keys, packed rows, read as buffers.
+"""Measure py-lmdb's getmulti with integer keys and packed rows, read as buffers.
 
 python local.py FOLDER SECONDS REDIS_URL
 """
@@ -17,7 +17,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from lookups import Scenario, arguments, measure
 
-SPARE = 4  # the map in multiples of the bare data: pages are half full when they split
+SPARE = 4  # the size of the map / the size of the data; pages are half full after a split
 
 
 def load(path: Path, scenario: Scenario) -> tuple[lmdb.Environment, list[Any]]:
@@ -45,10 +45,10 @@ def main() -> None:
         packed = np.array(keys, np.uint64).tobytes()
         wanted = [packed[i : i + 8] for i in range(0, len(packed), 8)]
         parts: list[Any] = []
-        # A new transaction for each request sees what is new; the environment keeps a spare one, so that it is cheap.
+        # Each request has a new transaction to see new data; the environment keeps a spare one, so this is cheap.
         with environment.begin(buffers=True) as transaction:
             for database in databases:
-                # Keys that are missing are left out; these all exist, and the check of the answers would see it.
+                # Missing keys would be left out, but all keys exist, and the check of the answers would fail.
                 parts += [value for _, value in transaction.cursor(database).getmulti(wanted)]
             return scenario.assemble(parts)
 

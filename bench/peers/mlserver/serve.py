@@ -1,4 +1,4 @@
-"""MLServer: the Open Inference Protocol in JSON, one tensor [1, values] a column of the request.
+"""Run MLServer: the Open Inference Protocol in JSON, one tensor [1, values] per column of the request.
 
 python serve.py FOLDER PORT WORKERS REDIS_URL
 """
@@ -30,7 +30,7 @@ class Scores(mlserver.MLModel):
         return True
 
     async def predict(self, payload: InferenceRequest) -> InferenceResponse:
-        """MLServer joins the tensors of the requests of a batch along their first axis, and takes the answer apart."""
+        """Score a batch. MLServer joins the tensors of its requests along the first axis, and splits the answer."""
         requests = payload.inputs[0].shape[0]
         columns = {tensor.name: cut(tensor.data.root, requests) for tensor in payload.inputs}
         scores = self.scorer.score_many([{name: parts[i] for name, parts in columns.items()} for i in range(requests)])
@@ -40,14 +40,14 @@ class Scores(mlserver.MLModel):
 
 
 def cut(values: list[Any], parts: int) -> list[Any]:
-    """The lists as JSON gave them, without a detour over arrays: a value a request, or a list if it has several."""
+    """Split a list into one value per request, or one list if it has several, without a detour through arrays."""
     size = len(values) // parts
     return values if size == 1 else [values[start : start + size] for start in range(0, len(values), size)]
 
 
 async def serve(folder: str, port: str, workers: str, redis_url: str) -> None:
-    # The REST process costs more CPU for a small request than its score does, and handing it to a worker costs more
-    # still, so that one process alone is the fastest; with many rows the model is what costs, and workers share it.
+    # For a small request the REST process takes more CPU than the score, and passing the request to a worker takes
+    # even more, so a single process is the fastest. With many rows the model costs most, and workers share it.
     many_rows = json.loads((Path(folder) / "scenario.json").read_text())["rows"] > 1
     settings = Settings(
         debug=False,
@@ -57,7 +57,7 @@ async def serve(folder: str, port: str, workers: str, redis_url: str) -> None:
         parallel_workers=int(workers) if many_rows and int(workers) > 1 else 0,
         metrics_endpoint=None,
         gzip_enabled=False,
-        # Made in any case, and in the current folder if nothing is said.
+        # MLServer always makes these folders, by default in the current folder.
         environments_dir=str(Path(folder).absolute() / "mlserver"),
         metrics_dir=str(Path(folder).absolute() / "mlserver"),
     )

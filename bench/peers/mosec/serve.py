@@ -1,4 +1,4 @@
-"""python serve.py FOLDER PORT WORKERS REDIS_URL: mosec, whose server is Rust and whose workers are Python processes."""
+"""Run mosec, a server in Rust with workers in Python: python serve.py FOLDER PORT WORKERS REDIS_URL"""
 
 import os
 import sys

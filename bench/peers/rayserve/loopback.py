@@ -1,6 +1,6 @@
-"""Ray binds some sockets of Serve to all interfaces and has no setting for it: here they are bound to 127.0.0.1.
+"""Bind sockets of Ray Serve to 127.0.0.1 that Ray binds to all interfaces, because Ray has no setting for that.
 
-Ray calls `bind` at the start of every worker process. Nothing else of Ray is changed.
+Ray calls `bind` at the start of every worker process. It changes nothing else in Ray.
 """
 
 from __future__ import annotations

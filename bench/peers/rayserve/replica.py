@@ -1,4 +1,4 @@
-"""What each replica of Ray Serve runs. Imported once serve.py has set Ray's environment variables."""
+"""The code of each replica of Ray Serve. Import it after serve.py has set Ray's environment variables."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BATCH_WAIT_S = 0.0005
 
 
 class Scores:
-    """Answers 503 until there is a file `opened`; see serve.py for why."""
+    """Answers with 503 until the file `opened` exists; serve.py says why."""
 
     def __init__(self, folder: str, redis_url: str, opened: str):
         self.scorer = Scorer(folder, redis_url)

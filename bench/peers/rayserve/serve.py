@@ -1,9 +1,9 @@
-"""Ray Serve: WORKERS replicas that serve HTTP themselves, behind the HAProxy that comes with Ray.
+"""Run Ray Serve: WORKERS replicas that serve HTTP themselves, behind the HAProxy that comes with Ray.
 
 python serve.py FOLDER PORT WORKERS REDIS_URL
 
-One machine's cluster of Ray is started and ended with this process. Requests are answered once HAProxy has found all
-replicas: until then it passes them to a much slower proxy, and it closes the connections that it has when it changes.
+This process starts and ends a Ray cluster on this machine. Requests are answered after HAProxy has found all replicas.
+Until then it passes requests to a much slower proxy, and when it switches, it closes its connections.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ import urllib.request
 from pathlib import Path
 
 KEEP_ALIVE_S = 3600
-IN_FLIGHT = 1000  # a replica: no request waits in the proxy
-CONTROL_LOOP_S = 0.5  # by default the controller looks at the replicas ten times a second, which takes half a core
-OBJECT_STORE_BYTES = 80 << 20  # the least that Ray takes; requests do not pass through it
+IN_FLIGHT = 1000  # per replica, so that no request waits in the proxy
+CONTROL_LOOP_S = 0.5  # by default the controller polls the replicas ten times per second, which takes half a core
+OBJECT_STORE_BYTES = 80 << 20  # the minimum of Ray; requests do not pass through it
 READY_S, STOP_S = 120, 6
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 
 def settings(stats_port: int, folder: str) -> dict[str, str]:
-    """Ray's environment variables; read when it is imported, and inherited by its processes."""
+    """Return Ray's environment variables. Ray reads them at import, and its processes inherit them."""
     peers = Path(__file__).parents[1]
     return {
         "PYTHONPATH": f"{peers}:{peers / 'rayserve'}",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),  # otherwise Ray leaves one in the home directory
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # which is to say: one machine, all on 127.0.0.1
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # means: one machine, everything on 127.0.0.1
         "RAY_enable_metrics_collection": "0",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
@@ -60,12 +60,12 @@ def settings(stats_port: int, folder: str) -> dict[str, str]:
 
 
 def main() -> None:
-    """Waits for the end in a process of its own, as a signal that comes while Ray starts is lost."""
+    """Run Ray in a child process and wait for its end, because a signal during the start of Ray is lost."""
     if len(sys.argv) != 5:
         sys.exit(f"usage: python {sys.argv[0]} FOLDER PORT WORKERS REDIS_URL")
     folder, port, workers, redis_url = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # whatever loses its parent becomes a child of this one
-    made = tempfile.mkdtemp(prefix="ray-")  # short: Ray's sockets lie there
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # orphaned processes become children of this one
+    made = tempfile.mkdtemp(prefix="ray-")  # a short path, because Ray's sockets are in this folder
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     child = os.fork()
     if child == 0:
@@ -86,7 +86,7 @@ def run(folder: str, port: int, workers: int, redis_url: str, made: str) -> None
     ended = threading.Event()
     try:
         start(folder, port, workers, redis_url, made)
-        signal.signal(signal.SIGTERM, lambda *_: ended.set())  # only now: Ray sets its own
+        signal.signal(signal.SIGTERM, lambda *_: ended.set())  # only now, because Ray sets its own handler
         wait_for_servers(stats_port, workers)
         Path(made, "open").touch()
         ended.wait()
@@ -97,7 +97,7 @@ def run(folder: str, port: int, workers: int, redis_url: str, made: str) -> None
 
 
 def end(child: int) -> None:
-    """Ask it to, and kill what is left of its processes."""
+    """Ask the child to end, and kill processes that remain."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(child, signal.SIGTERM)
     polite_until = time.monotonic() + STOP_S
@@ -118,7 +118,7 @@ def end(child: int) -> None:
 def descendants(pid: int) -> list[int]:
     found: list[int] = []
     for children in Path(f"/proc/{pid}/task").glob("*/children"):
-        with contextlib.suppress(OSError):  # ended meanwhile
+        with contextlib.suppress(OSError):  # the process has ended
             for child in map(int, children.read_text().split()):
                 found += [child, *descendants(child)]
     return found
@@ -150,10 +150,10 @@ def start(folder: str, port: int, workers: int, redis_url: str, made: str) -> No
 
 
 def wait_for_servers(stats_port: int, workers: int) -> None:
-    """Until HAProxy passes requests to all replicas."""
+    """Wait until HAProxy passes requests to all replicas."""
     until = time.monotonic() + READY_S
     while time.monotonic() < until:
-        # It may be in the middle of a change.
+        # HAProxy may be switching.
         with contextlib.suppress(OSError):
             with urllib.request.urlopen(f"http://127.0.0.1:{stats_port}/stats;csv") as answer:
                 rows = list(csv.DictReader(answer.read().decode().removeprefix("# ").splitlines()))

@@ -1,4 +1,4 @@
-"""redis-py alone: MGET of packed rows, or a pipeline of HMGET with a field a feature.
+"""Measure redis-py: MGET of packed rows, or a pipeline of HMGET with one field per feature.
 
 python local.py FOLDER SECONDS REDIS_URL mget|hmget
 """
@@ -15,7 +15,7 @@ import redis
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from lookups import Scenario, arguments, measure
 
-CHUNK = 1000  # commands a round trip while loading
+CHUNK = 1000  # commands per round trip during the load
 
 
 def load(client: redis.Redis, scenario: Scenario, packed: bool) -> None:

@@ -1,4 +1,4 @@
-"""rocksdict's batch get of packed rows.
+"""Measure rocksdict's batch get of packed rows.
 
 python local.py FOLDER SECONDS REDIS_URL
 """

@@ -1,4 +1,4 @@
-"""shorttail in the process: Engine.get_online_features(...).to_numpy().
+"""Measure shorttail embedded: Engine.get_online_features(...).to_numpy().
 
 python local.py FOLDER SECONDS REDIS_URL
 """
@@ -20,7 +20,7 @@ import shorttail as st
 
 
 def load(path: Path, scenario: Scenario) -> st.Engine:
-    """A store with the scenario's views, made by the commands that its users run."""
+    """Make a store with the scenario's views, by the commands that users run."""
     shutil.rmtree(path, ignore_errors=True)
     command = [sys.executable, "-m", "shorttail"]
     definitions = str(scenario.folder / "definitions.py")

@@ -1,4 +1,4 @@
-"""sqlite3 of the standard library: a table a view, packed rows by rowid.
+"""Measure sqlite3 of the standard library: one table per view, packed rows by rowid.
 
 python local.py FOLDER SECONDS REDIS_URL
 """
@@ -42,7 +42,7 @@ def main() -> None:
     def look_up(keys: list[int]) -> np.ndarray:
         parts: list[bytes] = []
         for statement in statements:
-            found = dict(connection.execute(statement, keys))  # in the order of keys, repeated ones once
+            found = dict(connection.execute(statement, keys))  # in the order of the keys, repeated keys once
             parts += [found[key] for key in keys]
         return scenario.assemble(parts)
 

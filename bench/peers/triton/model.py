@@ -1,4 +1,4 @@
-"""The model of Triton's Python backend: the requests of a batch, to the scorer. See serve.py."""
+"""The model of Triton's Python backend: it passes the requests of a batch to the scorer. See serve.py."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 import numpy as np
-import triton_python_backend_utils as backend  # of Triton: it is there in the backend alone
+import triton_python_backend_utils as backend  # a module that exists only in Triton's backend
 
 
 class TritonPythonModel:
@@ -27,6 +27,6 @@ class TritonPythonModel:
         ]
 
     def values(self, request: Any, column: str) -> Any:
-        """The values of a column's tensor [1, values]: a list, or the only one."""
+        """Return the values of a column's tensor [1, values] as a list, or the value if there is only one."""
         values = backend.get_input_tensor_by_name(request, column).as_numpy()[0].tolist()
         return values if len(values) > 1 else values[0]

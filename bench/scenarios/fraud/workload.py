@@ -1,4 +1,4 @@
-"""One user, 40 features of two views, 3 on-demand features, 300 trees."""
+"""The scenario "fraud": one user, 40 features of two views, 3 on-demand features, 300 trees."""
 
 from __future__ import annotations
 

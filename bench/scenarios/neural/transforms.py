@@ -1,1 +1,1 @@
-# There are none.
+# This scenario has no on-demand functions.

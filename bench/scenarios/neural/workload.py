@@ -1,4 +1,4 @@
-"""One user, 100 items, a multilayer perceptron of 256 and 128 over their vectors."""
+"""The scenario "neural": one user, 100 items, a multilayer perceptron of 256 and 128 units on their vectors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One user, 500 items, vectors and their similarity, 100 trees."""
+"""The scenario "ranking": one user, 500 items, vectors and their similarity, 100 trees."""
 
 from __future__ import annotations
 
