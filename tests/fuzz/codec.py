@@ -52,8 +52,7 @@ class Engine:
             raise NotFound(f"unknown features {references!r}")
         return plan("features", "", ("key",), view_names=("view",), feature_names=references)
 
-    def run(self, route: Any, columns: Columns) -> SimpleNamespace:
-        plan = route.plan
+    def run(self, plan: Plan, columns: Columns) -> SimpleNamespace:
         statuses = np.arange(columns.n_rows, dtype=np.uint8) % 4
         if plan.kind == "predict":
             outputs = [(name, columns.column(name)) for name in plan.names]
