@@ -17,7 +17,7 @@ OWN = sorted([*BENCH.glob("*.py"), *BENCH.glob("micro/*.py")])
 SCRIPTS = [path for path in OWN if "__main__" in path.read_text()]
 PEERS = sorted(BENCH.glob("peers/**/*.py"))
 WITHOUT_FIGURES = ["benchmarks_page.py"]  # it measures nothing
-# Those that take under 5 s with --quick on two quiet cores; the next, micro/ondemand.py, takes 9, most others 30 to 60.
+# With --quick these take 4 to 6 s of CPU time; the next, gpu.py and micro/ondemand.py, take 12, most others 30 to 60.
 QUICK = ["micro/lookup.py", "micro/predict.py"]
 # Peers run in environments of their own, with these packages.
 FOREIGN = [
