@@ -200,7 +200,7 @@ def reply_bytes(connection: socket.socket, request: bytes) -> int:
 
 def show(figures: dict[str, Any]) -> None:
     print(
-        f"requests of one row, {figures['request_bytes']} bytes; replies, {figures['reply_bytes']} bytes; median (min..max)"
+        f"one row per request; {figures['request_bytes']} bytes in, {figures['reply_bytes']} out; median (min..max)"
     )
     for name in RUNS:
         row = figures[name]
