@@ -28,8 +28,9 @@ demo: $(VENV)/demo
 
 build: $(VENV)/test
 
+# A worker for each core; the files in their order, so that the last ones are short and the workers end together.
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 soak: $(VENV)/test
 	SHORTTAIL_FAULT_CYCLES=1000 SHORTTAIL_MACHINE_STEPS=100000 $(BIN)/python -m pytest -s tests/faults tests/unit/test_store_machine.py

@@ -231,7 +231,10 @@ def test_compressed_requests_are_read(client):
         ([tensor("x", np.zeros((1, 3)), "FP64")], "input 'x' is float; got float64"),
         ([tensor("x", np.zeros((0, 3), np.float32), "FP32")], "no rows"),
         (total_inputs([1, 2], "north", [1.0, 2.0, 3.0]), "has 2 values where others have 3"),
-        ([tensor("user_id", np.zeros(1), "FP64"), *total_inputs([1], "n", [1.0])[1:]], "'user_id' takes Int64"),
+        (
+            [tensor("user_id", np.array([1.5]), "FP64"), *total_inputs([1], "n", [1.0])[1:]],
+            "'user_id' takes Int64; got 1.5",
+        ),
     ],
 )
 def test_triton_client_gets_an_error_for_a_wrong_request(client, inputs, says):
