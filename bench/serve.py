@@ -199,9 +199,7 @@ def reply_bytes(connection: socket.socket, request: bytes) -> int:
 
 
 def show(figures: dict[str, Any]) -> None:
-    print(
-        f"requests of one row, {figures['request_bytes']} bytes; replies, {figures['reply_bytes']} bytes; median (min..max)"
-    )
+    print(f"one row per request; {figures['request_bytes']} bytes in, {figures['reply_bytes']} out; median (min..max)")
     for name in RUNS:
         row = figures[name]
         rate, p50, p99 = row["requests_per_s"], row["p50_us"], row["p99_us"]

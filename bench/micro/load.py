@@ -39,7 +39,7 @@ import pyarrow.parquet
 import report
 
 import shorttail as st
-from shorttail.store.environment import Environment, Writer
+from shorttail.store.environment import Environment, WriteTransaction
 
 ROWS, QUICK_ROWS = 10_000_000, 1_250_000  # with an eighth, buckets are equally full, so ratios are the same
 ROUNDS, QUICK_ROUNDS = 3, 2
@@ -85,7 +85,7 @@ def row_commits(starts: list[float]) -> Iterator[None]:
     write = Environment.write
 
     @contextmanager
-    def noted(environment: Environment) -> Iterator[Writer]:
+    def noted(environment: Environment) -> Iterator[WriteTransaction]:
         with write(environment) as writer:
             yield writer
             if threading.current_thread().name.startswith("shorttail-load"):

@@ -16,8 +16,8 @@ BENCH = Path(__file__).resolve().parents[2] / "bench"
 OWN = sorted([*BENCH.glob("*.py"), *BENCH.glob("micro/*.py")])
 SCRIPTS = [path for path in OWN if "__main__" in path.read_text()]
 PEERS = sorted(BENCH.glob("peers/**/*.py"))
-WITHOUT_FIGURES = ["benchmarks_page.py"]  # measures nothing
-# Scripts that take under 5 s with --quick on two idle cores. The next, micro/ondemand.py, takes 9 s, others 30 to 60 s.
+WITHOUT_FIGURES = ["benchmarks_page.py"]  # it measures nothing
+# With --quick these take 4 to 6 s of CPU time; the next, gpu.py and micro/ondemand.py, take 12, most others 30 to 60.
 QUICK = ["micro/lookup.py", "micro/predict.py"]
 # Peers run in their own environments, with these packages.
 FOREIGN = [

@@ -219,3 +219,12 @@ def test_any_messagepack_at_all_is_rows_or_invalid(columns):
 def test_integers_arrive_to_the_last_bit_even_beside_doubles(integers, doubles):
     given = integers + doubles
     assert key_arrays(VIEW, {"country": "de", "shop_id": given})[1].tolist() == given
+
+
+@pytest.mark.parametrize("frame", ["pandas", "pyarrow", "polars"])
+def test_a_column_of_numbers_in_a_table_is_no_single_vector(frame):
+    """The view's vector has two numbers, and the table two rows: the numbers are those of two rows."""
+    table = pd.DataFrame({name: column[:2] for name, column in ROWS.items()} | {"taste": [1.0, 2.0]})
+    rows = {"pandas": table, "pyarrow": pa.Table.from_pandas(table), "polars": pl.from_pandas(table)}[frame]
+    with pytest.raises(InvalidArgument, match="column 'taste' has numbers where vectors are expected"):
+        column_batch(VIEW, rows)

@@ -262,7 +262,7 @@ BROKEN = {
     "a circle of modules": ("define/dtypes.py", "from shorttail.define import views\n", "circle of modules: "),
     "a room without a floor": ("extra/thing.py", "from shorttail import errors\n", "extra has no floor"),
     "a second type of one name": ("models/load.py", "class Store:\n    pass\n", "two types are named Store: "),
-    "a module that grew": ("names.py", "x = 1\n" * 501, "shorttail.define.names has 502 lines"),
+    "a module that grew": ("names.py", "x = 1\n" * 501, "shorttail.names has 502 lines"),
     "an attribute of another module's class": (
         "registry/tune.py",
         "from shorttail.store import Store\ndef f(store: Store):\n    store.catalog = None\n",

@@ -57,6 +57,8 @@ def column_batch(view: FeatureView, rows: Any) -> ColumnBatch:
         columns.append(read_column(f"view '{view.name}': column", feature.name, feature.dtype, given[feature.name]))
     if timestamp is not None and timestamp in given:
         columns.append(_times(view, timestamp, given[timestamp]))
+    if not isinstance(rows, Mapping):
+        check_rows(view, columns)
     count = align(view, columns)
     keys, features = columns[: len(view.keys)], columns[len(view.keys) : len(needed)]
     return ColumnBatch(
@@ -97,6 +99,13 @@ def _times(view: FeatureView, name: str, value: Any) -> PushedColumn:
         bad = int(np.argmax(column.nulls))
         raise InvalidArgument(f"view '{view.name}': column '{name}' has no time at row {bad}; every row needs one")
     return column
+
+
+def check_rows(view: FeatureView, columns: Sequence[PushedColumn]) -> None:
+    """Refuse a column of a table that is a single vector: a table has one value per row. Raises InvalidArgument."""
+    for column in columns:
+        if column.is_scalar:
+            raise InvalidArgument(f"view '{view.name}': column '{column.name}' has numbers where vectors are expected")
 
 
 def align(view: FeatureView, columns: Sequence[PushedColumn]) -> int:
