@@ -141,7 +141,7 @@ def test_a_catalog_of_before_has_none(engine: st.Engine) -> None:
         ({"amount": "0"}, "model 'm': missing: column 'amount' takes Float64; got '0' (str)"),
         ({"amount": None}, "model 'm': missing: column 'amount' needs a value, not None"),
         ({"taste": [1, 2]}, "model 'm': missing: column 'taste' takes Vector(3); got 2 numbers"),
-        ({"user_id": 1}, "model 'm': missing names 'user_id', which is no request column of it: "),
+        ({"user_id": 1}, "model 'm': missing names 'user_id', which is not one of its request columns: "),
     ],
 )
 def test_a_value_of_another_type_is_refused(engine: st.Engine, tmp_path: Path, missing: Any, message: str) -> None:
