@@ -134,6 +134,7 @@ def as_columns(view: FeatureView, rows: Any) -> Mapping[str, Any]:
 
 
 def by_name(view: FeatureView, columns: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Return {name: column}. Raises InvalidArgument if a name occurs twice."""
     found: dict[str, Any] = {}
     for name, column in columns:
         if name in found:

@@ -33,6 +33,7 @@ class Instances:
     parameters: dict[str, Any] = field(default_factory=dict)
 
     def option(self, name: str, kind: type) -> Any:
+        """Return a parameter, or None if it is not given. Raises InvalidArgument if it is not of type `kind`."""
         value = self.parameters.get(name)
         if value is None or (isinstance(value, kind) and not isinstance(value, bool)):
             return value
@@ -135,6 +136,7 @@ def _plain(array: Any) -> list[Any]:
 
 
 def predictions_json(rows: list[Any], answer: Answer) -> bytes:
+    """Return the JSON body of a response."""
     return write_json({"predictions": rows, "version": answer.version})
 
 

@@ -197,6 +197,7 @@ def response(request: InferRequest, model: str, answer: Answer) -> tuple[bytes, 
 
 
 def server_metadata(version: str) -> dict[str, Any]:
+    """Describe the server. version: of shorttail."""
     return {"name": "shorttail", "version": version, "extensions": EXTENSIONS}
 
 
@@ -246,6 +247,7 @@ def model_config(catalog: Catalog, name: str, version: int | None) -> dict[str, 
 
 
 def repository_index(catalog: Catalog, ready: bool) -> list[dict[str, Any]]:
+    """Return an entry per model, with its current version and whether the server is ready."""
     state = "READY" if ready else "UNAVAILABLE"
     return [
         {"name": name, "version": str(entry.current), "state": state, "reason": ""}
@@ -291,6 +293,7 @@ def _model_statistics(name: str, entry: ModelEntry, counts: Mapping[tuple[str, s
 
 
 def version_number(text: str | None) -> int | None:
+    """Parse the version in a URL; None without a version. Raises InvalidArgument."""
     if not text:
         return None
     if not (text.isascii() and text.isdigit() and len(text) < 10):
