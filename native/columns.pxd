@@ -6,30 +6,30 @@ cdef enum:
     KIND_STR = 2
     KIND_VEC = 3
 
-cdef enum:                  # types that share KIND_I64; codes of shorttail.define.dtypes
+cdef enum:                  # types that are stored as KIND_I64; codes of shorttail.define.dtypes
     TYPE_BOOL = 1
     TYPE_INT32 = 2
     TYPE_TIME = 7
 
 cdef enum finish_t:
     FINISHED
-    FINISH_NO_COLUMN        # a column was not given
-    FINISH_OTHER_LENGTH     # a column has neither one value nor as many as the others
+    FINISH_NO_COLUMN        # a column is missing from the request
+    FINISH_OTHER_LENGTH     # a column has more than one value, but fewer than the longest column
     FINISH_NO_MEMORY
 
 cdef struct column_t:
     int kind
-    int type            # code of its dtype
-    int width           # floats a row for KIND_VEC, else 1
-    int required        # a missing value is refused
-    const char *instead # what is taken for a missing value, as it lies in data; NULL: nothing, it is a null
+    int type            # code of the column's dtype
+    int width           # floats per row for KIND_VEC, else 1
+    int required        # 1: a missing value is refused
+    const char *instead # the value that replaces a missing one, in the layout of data; NULL: a missing value is a null
     Py_ssize_t instead_bytes
     char *data          # I64: int64_t[]; F64: double[]; VEC: float[rows * width]; STR: arena of bytes
     uint32_t *ends      # STR: end offset of each row in data; a row starts where the one before ends
-    uint8_t *nulls      # one byte a row, 1 = null
-    int has_nulls       # some row since reset is null
+    uint8_t *nulls      # a byte per row, 1 = null
+    int has_nulls       # 1: a row since reset() is null
     Py_ssize_t filled   # rows in this column; equals n_rows between requests
-    Py_ssize_t row_cap
+    Py_ssize_t row_cap  # rows that fit the allocated memory
     Py_ssize_t data_bytes   # STR: arena bytes in use
     Py_ssize_t data_cap     # STR: arena bytes allocated
 
@@ -42,21 +42,21 @@ cdef class Columns:
     cdef readonly tuple dtypes
     cdef readonly dict index
     cdef readonly tuple required    # names of the columns that refuse a missing value
-    cdef readonly dict instead      # name -> what is taken for a missing value
-    cdef tuple _kept                # the bytes that column_t.instead points to
-    cdef int at_fault               # the column that finish() found wrong
+    cdef readonly dict instead      # name -> the value that replaces a missing one
+    cdef tuple _kept                # the bytes objects that column_t.instead points into
+    cdef int at_fault               # the column of the last error of finish()
 
-    # Each returns 0, or -1 when there is no memory (or, for strings, when an arena would pass 4 GiB).
+    # Each returns 0, or -1 if there is no memory (or, for strings, if the arena would grow over 4 GiB).
     cdef int reserve(self, int c, Py_ssize_t rows) noexcept nogil
     cdef int push_i64(self, int c, int64_t value) noexcept nogil
     cdef int push_f64(self, int c, double value) noexcept nogil
     cdef int push_str(self, int c, const char *bytes, Py_ssize_t length) noexcept nogil
     cdef int push_vec(self, int c, const float *values) noexcept nogil
     cdef int push_null(self, int c) noexcept nogil
-    # End of one request: columns of one row are repeated to the length of the others. rows: how many were added.
-    # Unless it is FINISHED, the caller calls rollback().
+    # Ends a request: repeats columns of a single value to the length of the longest column. rows: receives the number
+    # of rows added. If the outcome is not FINISHED, the caller must call rollback().
     cdef finish_t finish(self, Py_ssize_t *rows) noexcept nogil
-    # finish(), with errors raised. Returns the rows added.
+    # Calls finish() and raises its errors. Returns the number of rows added.
     cdef Py_ssize_t end_request(self) except -1
     cdef void rollback(self) noexcept nogil
 
@@ -65,16 +65,17 @@ cdef class Columns:
     cdef int _push_instead(self, int c) noexcept nogil
     cdef void _replace_nans(self, int c) noexcept nogil
     cdef bytes _hold_instead(self, int c, value)
-    # Take back what the request that is being read has put into one column.
+    # Removes the values that the current request has appended to a column.
     cdef void forget_column(self, int c) noexcept nogil
-    # Whether all that this request has put into a column of Int32 is within its range.
+    # Returns whether all values of the current request are in the range of Int32, if the column is Int32; else True.
     cdef bint fits(self, int c) noexcept nogil
-    # A missing value: what is taken instead, or a null. row: for the message, -1 for a bare scalar.
+    # Appends a missing value: its replacement, or a null. row: for the error message, -1 for a single value.
     cdef int push_missing(self, int c, Py_ssize_t row) except -1
-    # A column that no short way takes, by the rules of shorttail.define.values.
+    # Appends a column by the rules of shorttail.define.values, where the fast paths do not apply.
     cdef int append_any(self, int c, values) except -1
     cdef int _checked(self, int failed) except -1
-    # Stays the same for the same values, in any process at any time: it decides who is asked which version.
+    # Hashes the values of a row in its first n_columns columns. The hash decides whether the canary answers a request,
+    # so the same values must give the same hash in every process, at any time.
     cdef uint32_t hash_values(self, Py_ssize_t row, int n_columns, uint32_t salt) noexcept nogil
     cdef void drop_last(self, Py_ssize_t rows) noexcept nogil
 

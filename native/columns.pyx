@@ -1,10 +1,10 @@
-"""Request columns: the values that callers send, gathered row after row into C arrays.
+"""Request columns: C arrays that collect the values of requests, row after row.
 
-One `Columns` holds the pending batch of one plan. Embedded calls fill it from Python (`append`), the server
-straight from MessagePack (native/wire), so no Python object is made for a value on the wire. What a column takes is
-said by shorttail.define.values: the usual types are read here and in wire by themselves, for speed, with the same
-outcome; everything else is given to it. columns_append.pxi reads Python's values, columns_copy.pxi takes columns on
-into the model's inputs, columns_errors.pxi says what is wrong with a request.
+A `Columns` holds the open batch of a plan. Embedded calls fill it from Python (`append`); the server fills it directly
+from MessagePack (native/wire_decode.pxi), so it creates no Python object per value. shorttail.define.values has the
+rules for what a column takes. For speed, this module and wire_decode.pxi convert values of common types themselves,
+with the same result, and pass everything else to shorttail.define.values. columns_append.pxi reads Python values,
+columns_copy.pxi copies columns to the model's inputs, and columns_errors.pxi makes the error messages.
 """
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, int32_t
@@ -42,7 +42,7 @@ cdef int _kind_of(dtype) except -1:
 
 
 cdef uint64_t _mixed(uint64_t x) noexcept nogil:
-    """Every bit of x spread over all bits: the finalizer of SplitMix64 (Steele, Lea, Flood 2014)."""
+    """Return x with every bit mixed into all bits: the finalizer of SplitMix64 (Steele, Lea, Flood 2014)."""
     x += <uint64_t>0x9E3779B97F4A7C15ULL
     x = (x ^ (x >> 30)) * <uint64_t>0xBF58476D1CE4E5B9ULL
     x = (x ^ (x >> 27)) * <uint64_t>0x94D049BB133111EBULL
@@ -53,8 +53,8 @@ cdef class Columns:
     """Columns(names, dtypes, required=(), instead={}): an empty batch.
 
     names: column names; dtypes: their `shorttail.define.dtypes.DType`. required: names of the columns that refuse a
-    missing value; instead: {name: what is taken for a missing value}, a value as define.values.as_value gives it. In
-    other columns a missing value is a null. `n_rows` counts the rows of finished requests.
+    missing value. instead: {name: the value that replaces a missing value}, in the form of `as_value`. In other columns
+    a missing value is a null. `n_rows` counts the rows of finished requests.
     """
 
     def __cinit__(self, names, dtypes, required=(), instead=None):
@@ -79,7 +79,10 @@ cdef class Columns:
         self._kept = tuple([self._hold_instead(self.index[name], value) for name, value in self.instead.items()])
 
     cdef bytes _hold_instead(self, int c, value):
-        """Put a value into the empty column, note its bytes as what is taken instead, and take it back."""
+        """Set the value that replaces a missing one. Returns its bytes, which the caller keeps alive.
+
+        The value is appended to the empty column, to get its bytes, and removed again.
+        """
         cdef column_t *col = &self.col[c]
         append_value(self, c, value, -1)
         held = col.data[:col.data_bytes if col.kind == KIND_STR else 4 * col.width if col.kind == KIND_VEC else 8]
@@ -98,7 +101,7 @@ cdef class Columns:
             free(self.col)
 
     def reset(self):
-        """Forget all rows; the memory is kept for the next batch."""
+        """Remove all rows, and keep the memory for the next batch."""
         cdef int c
         for c in range(self.n_columns):
             self.col[c].filled = 0
@@ -191,7 +194,7 @@ cdef class Columns:
         return 0
 
     cdef int push_null(self, int c) noexcept nogil:
-        # A null carries a harmless value, so that a kernel may read it before it looks at the flag.
+        # A null also has a valid value, so that a kernel may read the value before it checks the null flag.
         cdef column_t *col = &self.col[c]
         cdef float *vector
         cdef int k
@@ -284,7 +287,7 @@ cdef class Columns:
         return FINISHED
 
     cdef void _replace_nans(self, int c) noexcept nogil:
-        """NaN is a missing float, however it came."""
+        """Replace each NaN of this request: in a float column NaN is a missing value, even in an array or a tensor."""
         cdef double *values = <double *>self.col[c].data
         cdef Py_ssize_t i
         for i in range(self.n_rows, self.col[c].filled):
@@ -322,7 +325,7 @@ cdef class Columns:
             self.forget_column(c)
 
     cdef void drop_last(self, Py_ssize_t rows) noexcept nogil:
-        """Take back the rows of the last request, which is whole."""
+        """Remove the rows of the last request, which is already finished."""
         self.n_rows -= rows
         self.rollback()
 
@@ -351,7 +354,7 @@ cdef class Columns:
         return <uint32_t>(hash >> 32)
 
     def hash_row(self, Py_ssize_t row, int n_columns, uint32_t salt):
-        """32 bits of the values of a row in its first columns. Raises IndexError."""
+        """Return a 32-bit hash of the values that a row has in its first n_columns columns. Raises IndexError."""
         if not 0 <= row < self.n_rows:
             raise IndexError(row)
         return self.hash_values(row, n_columns, salt)
@@ -359,10 +362,10 @@ cdef class Columns:
     # -- filling from Python -------------------------------------------------------------------------------
 
     def append(self, values):
-        """Append one request: {column name: value, list or array}; columns of one value are repeated.
+        """Append a request: {column name: value, list or array}. A column with a single value is repeated.
 
-        Every column must be given. docs/types.md says what each type takes. Returns the rows added. Raises
-        InvalidArgument with nothing appended.
+        Every column must be given. docs/types.md says what each type takes. Returns the number of rows added. If it
+        raises InvalidArgument, nothing is appended.
         """
         try:
             for name, value in values.items():
@@ -384,7 +387,10 @@ cdef class Columns:
         return 0
 
     def column(self, name):
-        """The values of one column as a new array (float64, int64, float32 [n, width], or object of str)."""
+        """Return the values of a column as a new array: float64, int64, float32 [n, width], or objects (str).
+
+        A null is NaN, 0, a row of NaN, or None.
+        """
         cdef int c = self.index[name]
         cdef column_t *col = &self.col[c]
         cdef Py_ssize_t i, start = 0

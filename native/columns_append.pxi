@@ -1,11 +1,11 @@
-# Columns from Python: scalars, lists and arrays.
+# Appends Python values to columns: scalars, lists and arrays.
 #
-# The exact types of Python and the usual arrays of NumPy are read here; whatever else there may be is given to
-# shorttail.define.values, which says what a column takes and what is wrong with a value. A short way that meets a
-# value it does not know takes back what it has put into the column and leaves all of it to that.
+# The fast paths here read exact Python types and common NumPy arrays. shorttail.define.values has the rules, and reads
+# everything else. If a fast path meets a value that it does not know, its values are removed from the column, and
+# shorttail.define.values reads the whole column.
 
 cdef object _ndarray = np.ndarray
-# A scalar of NumPy as what it is in Python. Not for long doubles and times, which lose something.
+# NumPy scalar type -> Python type. Long doubles and times are left out, because a conversion would lose precision.
 cdef dict _PYTHON = {
     np.bool_: bool, np.str_: str, np.float16: float, np.float32: float,
     **dict.fromkeys((np.int8, np.int16, np.int32, np.int64, np.uint8, np.uint16, np.uint32, np.uint64), int),
@@ -22,7 +22,7 @@ cdef int append_column(Columns columns, int c, values) except -1:
 
 
 cdef bint _append_usual(Columns columns, int c, values) except -1:
-    """Whether a short way has taken the column."""
+    """Append a column by a fast path. Returns False if none applies; the column may then hold some of its values."""
     cdef int kind = columns.col[c].kind
     cls = type(values)
     if cls is list or cls is tuple:
@@ -35,7 +35,7 @@ cdef bint _append_usual(Columns columns, int c, values) except -1:
 
 
 cdef bint _append_exact(Columns columns, int c, value, Py_ssize_t row) except -1:
-    """One value of a type that needs no second look; False for another. Not for vectors."""
+    """Append a value of an exact Python type, or None. Returns False for other values. Not for vectors."""
     cdef column_t *col = &columns.col[c]
     cdef int overflow = 0
     cdef long long integer
@@ -45,7 +45,7 @@ cdef bint _append_exact(Columns columns, int c, value, Py_ssize_t row) except -1
         if PyFloat_Check(value):
             columns._checked(columns.push_f64(c, PyFloat_AS_DOUBLE(value)))
             return True
-        if PyLong_Check(value):  # bools too
+        if PyLong_Check(value):  # also a bool
             integer = PyLong_AsLongLongAndOverflow(value, &overflow)
             if overflow == 0:
                 columns._checked(columns.push_f64(c, <double>integer))
@@ -64,7 +64,7 @@ cdef bint _append_exact(Columns columns, int c, value, Py_ssize_t row) except -1
     elif PyUnicode_CheckExact(value):
         try:
             text = PyUnicode_AsUTF8AndSize(value, &length)
-        except UnicodeEncodeError:  # half of a surrogate pair
+        except UnicodeEncodeError:  # a lone surrogate
             return False
         if length <= STRING_BYTES:
             columns._checked(columns.push_str(c, text, length))
@@ -76,7 +76,7 @@ cdef bint _append_exact(Columns columns, int c, value, Py_ssize_t row) except -1
 
 
 cdef bint _append_numpy(Columns columns, int c, value, Py_ssize_t row) except -1:
-    """A scalar of NumPy, if it can be taken as one of Python."""
+    """Append a NumPy scalar whose type is in _PYTHON. Returns False for other values."""
     kind = _PYTHON.get(type(value))
     return kind is not None and _append_exact(columns, c, kind(value), row)
 
@@ -89,7 +89,7 @@ cdef object _value_of(Columns columns, int c, value, Py_ssize_t row):
 
 
 cdef int append_value(Columns columns, int c, value, Py_ssize_t row) except -1:
-    """A value as as_value gives it."""
+    """Append a value that `as_value` has converted; None is a missing value."""
     cdef column_t *col = &columns.col[c]
     cdef Py_ssize_t length, k
     cdef const char *text
@@ -147,7 +147,7 @@ cdef bint _append_array(Columns columns, int c, array) except -1:
 
 
 cdef bint _append_matrix(Columns columns, int c, array) except -1:
-    """A matrix of floats, whose rows are vectors, or one vector."""
+    """Append a matrix of floats, whose rows are vectors, or a single vector. Returns False for other arrays."""
     cdef column_t *col = &columns.col[c]
     cdef cnp.ndarray floats
     cdef Py_ssize_t i, n
@@ -171,7 +171,7 @@ cdef bint _append_matrix(Columns columns, int c, array) except -1:
 
 
 cdef bint _append_vectors(Columns columns, int c, values) except -1:
-    """A list of numbers, which is one vector, or a list of such lists."""
+    """Append a list of numbers (a single vector), or a list of such lists. Returns False for other lists."""
     cdef float *room
     if len(values) == 0:
         return True
@@ -192,7 +192,11 @@ cdef bint _append_vectors(Columns columns, int c, values) except -1:
 
 
 cdef bint _append_vector(Columns columns, int c, values, float *room) except -1:
-    """One vector of floats and ints; False for anything else, and for one without any number."""
+    """Append a vector of floats and ints. Returns False for other values, and if all its numbers are NaN.
+
+    A vector of NaN alone is left to shorttail.define.values, which decides between a vector and missing rows. room: a
+    buffer for `width` floats.
+    """
     cdef Py_ssize_t k = 0
     cdef int overflow = 0
     cdef bint any_number = False
@@ -217,7 +221,7 @@ cdef bint _append_vector(Columns columns, int c, values, float *room) except -1:
 
 
 cdef int append_any_column(Columns columns, int c, values) except -1:
-    """A column by the rules of shorttail.define.values."""
+    """Append a column by the rules of shorttail.define.values."""
     cdef column_t *col = &columns.col[c]
     cdef Py_ssize_t row, n, bytes
     cdef cnp.ndarray numbers

@@ -1,10 +1,10 @@
-# Request columns into the model's inputs.
+# Copies request columns to the buffers of a batch: model inputs and arguments of on-demand functions.
 
 
 cdef class CopyColumns:
-    """CopyColumns(ops): copies request columns into output arrays at fixed places.
+    """CopyColumns(ops): copies request columns to fixed places in output arrays.
 
-    ops: (column number, output number, offset) each; a column of kind Vector(n) fills n consecutive output columns.
+    ops: tuples (column number, output number, offset). offset: the first output column; a Vector(n) fills n of them.
     """
 
     def __cinit__(self, ops):
@@ -21,7 +21,11 @@ cdef class CopyColumns:
         free(self.op)
 
     def run(self, Columns columns, outputs):
-        """outputs[k]: C-contiguous [n] or [n, width], float32, float64, int64, int32, bool; or object for strings."""
+        """Copy all rows. outputs: C-contiguous arrays [n] or [n, width] of float32, float64, int64, int32 or bool.
+
+        Strings are copied to arrays of objects, a null as "". A null becomes NaN in a float array. Raises
+        InvalidArgument for an array of another type.
+        """
         cdef Py_ssize_t k, n = columns.n_rows
         cdef column_t *col
         cdef char *data

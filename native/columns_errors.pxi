@@ -1,4 +1,4 @@
-# What is wrong with a request: the same words for embedded calls and for the wire.
+# Makes the errors for wrong request columns. Embedded calls and the server use the same words.
 
 
 def unknown_column(Columns columns, name):
@@ -14,7 +14,7 @@ def too_many_rows(Py_ssize_t n):
 
 
 cdef object refusal(Columns columns, int c, error, Py_ssize_t row):
-    """error: a Refused, which may know its row; else `row` is used, unless that is -1."""
+    """Return the error for a Refused. row: used if `error` has no row; -1 for a single value."""
     if error.row is None and row >= 0:
         error = Refused(error.got, row)
     return error.error(f"column '{columns.names[c]}'", columns.dtypes[c])
@@ -27,7 +27,7 @@ cdef object missing_value(Columns columns, int c, Py_ssize_t row):
 
 
 cdef object finish_error(Columns columns, finish_t outcome):
-    """The error for an outcome of Columns.finish(); call it before rollback()."""
+    """Return the error for an outcome of Columns.finish(). Call it before rollback(), which removes the lengths."""
     cdef Py_ssize_t n = 1
     cdef int c
     name = columns.names[columns.at_fault]

@@ -1,8 +1,8 @@
-/* Arrays on the wire: nested MessagePack lists, or the tensor ext type.
+/* Arrays in messages: nested MessagePack lists, or the tensor ext type.
  *
- * Tensor payload: u8 element code, u8 number of dimensions (0 to 8), that many u32 LE dimensions, then the elements,
- * little-endian, in C order. Codes are those of shorttail.define.dtypes, and UInt8 for statuses. A time is an int64 of
- * microseconds since 1970, TENSOR_NO_TIME where it is missing.
+ * Tensor payload: u8 element code, u8 number of dimensions (0 to 8), a u32 little-endian size per dimension, then the
+ * elements, little-endian, in C order. The codes are those of shorttail.define.dtypes, and ELEMENT_U8 for statuses. A
+ * time is an int64 of microseconds since 1970; a missing time is TENSOR_NO_TIME.
  */
 #ifndef SHORTTAIL_TENSOR_H
 #define SHORTTAIL_TENSOR_H
@@ -28,7 +28,8 @@ static inline int element_bytes(int code)
 
 struct tensor { int code, n_dims; uint32_t dims[TENSOR_MAX_DIMS]; uint64_t elements; const uint8_t *data; };
 
-/* 0, or -1 when the payload is not a tensor: unknown code, too many dimensions, or another size than it announces. */
+/* Reads the head of a payload. Returns 0, or -1 if it is not a tensor: unknown code, too many dimensions, or a payload
+ * size that does not match the dimensions. */
 static inline int tensor_read(const uint8_t *payload, uint32_t size, struct tensor *t)
 {
     int k, bytes;
@@ -43,7 +44,7 @@ static inline int tensor_read(const uint8_t *payload, uint32_t size, struct tens
     t->elements = 1;
     for (k = 0; k < t->n_dims; k++) {
         memcpy(&t->dims[k], payload + 2 + 4 * k, 4);
-        /* Two factors below 2^32: no overflow as long as each product is checked against the payload's size. */
+        /* Each product is checked against the payload's size (u32), so both factors are below 2^32: no overflow. */
         t->elements *= t->dims[k];
         if (t->elements > size)
             return -1;
@@ -51,7 +52,7 @@ static inline int tensor_read(const uint8_t *payload, uint32_t size, struct tens
     return t->elements * bytes == size - 2 - 4 * (uint32_t)t->n_dims ? 0 : -1;
 }
 
-/* Element i as a number. The payload has no alignment, hence memcpy. */
+/* Returns element i as a number. memcpy, because the payload is not aligned. */
 static inline int64_t tensor_i64(const struct tensor *t, uint64_t i)
 {
     int32_t i32;
@@ -84,7 +85,7 @@ static inline double tensor_f64(const struct tensor *t, uint64_t i)
 
 /* -- writing ---------------------------------------------------------------------------------------------- */
 
-/* Some rows of a C-contiguous array. dims[0] is the number of rows. */
+/* A range of rows of a C-contiguous array. dims[0] is the number of rows. */
 struct array_part { int code, n_dims; int64_t dims[TENSOR_MAX_DIMS]; const uint8_t *data; };
 
 static inline uint64_t part_elements(const struct array_part *s, int from_dim)
@@ -95,7 +96,7 @@ static inline uint64_t part_elements(const struct array_part *s, int from_dim)
     return n;
 }
 
-/* The most bytes that the lists of a slice can take: 9 an element, 5 a list header. */
+/* Returns an upper bound of the bytes that the nested lists need: 9 per element, 5 per list header. */
 static inline uint64_t part_list_bytes(const struct array_part *s)
 {
     uint64_t headers = 1, total = 0;
@@ -150,7 +151,8 @@ static inline void put_elements(struct mp_out *out, int code, const uint8_t *dat
     out->size = (size_t)(p - out->data);
 }
 
-/* Dimension `dim` and those inside it, from *data on; moves *data past them. Reserve part_list_bytes first. */
+/* Writes dimension `dim` and the dimensions inside it as lists, and moves *data past the elements. The caller reserves
+ * part_list_bytes first. */
 static inline void put_lists(struct mp_out *out, const struct array_part *s, int dim, const uint8_t **data)
 {
     int64_t i;
@@ -169,7 +171,7 @@ static inline void put_lists(struct mp_out *out, const struct array_part *s, int
         put_lists(out, s, dim + 1, data);
 }
 
-/* As put_lists from the first dimension, with nil in place of row i where missing[i] is not 0. */
+/* Writes the whole array as lists, with nil instead of row i if missing[i] is not 0. */
 static inline void put_lists_or_nil(struct mp_out *out, const struct array_part *s, const uint8_t *missing)
 {
     const uint8_t *data = s->data;
@@ -186,7 +188,7 @@ static inline void put_lists_or_nil(struct mp_out *out, const struct array_part 
     }
 }
 
-/* The whole ext. Returns -1 when there is no memory or it would pass 4 GiB. */
+/* Writes the array as a tensor ext. Returns 0, or -1 if there is no memory or the payload is over 4 GiB. */
 static inline int put_tensor(struct mp_out *out, const struct array_part *s)
 {
     uint64_t bytes = part_elements(s, 0) * element_bytes(s->code);

@@ -1,4 +1,4 @@
-/* Whether bytes are UTF-8: what every string of a store and of a request has to be. */
+/* Checks that bytes are valid UTF-8 (RFC 3629), as every string of a store and of a request must be. */
 #ifndef SHORTTAIL_UTF8_H
 #define SHORTTAIL_UTF8_H
 
@@ -16,7 +16,7 @@ static inline int is_ascii(const uint8_t *s, size_t n)
             memcpy(&eight, s + i, 8);
             all |= eight;
         }
-        memcpy(&eight, s + n - 8, 8); /* some of them a second time */
+        memcpy(&eight, s + n - 8, 8); /* overlaps the bytes read before */
         all |= eight;
     } else if (n >= 4) {
         memcpy(&first, s, 4);
@@ -36,7 +36,7 @@ static inline int is_utf8(const uint8_t *s, size_t n)
         if (c < 0x80) continue;
         size_t more = c >= 0xc2 && c <= 0xdf ? 1 : c >= 0xe0 && c <= 0xef ? 2 : c >= 0xf0 && c <= 0xf4 ? 3 : 0;
         if (!more || n - i < more) return 0;
-        /* Neither longer than needed, nor half of a surrogate pair, nor above U+10FFFF. */
+        /* Refuse overlong forms, surrogates, and code points above U+10FFFF. */
         if ((c == 0xe0 && s[i] < 0xa0) || (c == 0xed && s[i] > 0x9f) || (c == 0xf0 && s[i] < 0x90) ||
             (c == 0xf4 && s[i] > 0x8f))
             return 0;

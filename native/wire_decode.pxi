@@ -1,25 +1,28 @@
-# Request columns: from MessagePack into Columns, with no Python object for a value.
+# Reads request columns from MessagePack into Columns, without a Python object per value.
 #
-# Everything here reads a message that mp_scan has passed, so a read cannot leave it. What may still be wrong is the
-# meaning: names, types, lengths. The usual values of each type are read here. A column in which there is another one is
-# read as Python's values instead and given to shorttail.define.values (Columns.append_any): the outcome is the same.
+# mp_scan has checked the structure of the message, so reads here stay inside it. Names, types and lengths may still be
+# wrong. The fast paths here read the common values of each type. If a column has any other value, the whole column is
+# read again as Python values, and shorttail.define.values converts it (Columns.append_any). The result is the same.
 
-cdef double EXACT = 9007199254740992.0  # 2**53: a double beyond it may be a whole number that was rounded
+cdef double EXACT = 9007199254740992.0  # 2**53: a double with a larger absolute value may be a rounded integer
 
 
 cdef object _as_python(const uint8_t *p):
-    """The value at p as msgpack reads it: for error messages and for methods off the hot path."""
+    """Return the value at p as a Python object, for error messages and for methods that are not on the hot path."""
     cdef const uint8_t *end = mp_skip(p)
     try:
         return msgpack.unpackb(
             PyBytes_FromStringAndSize(<const char *>p, end - p), unicode_errors="replace", strict_map_key=False
         )
-    except (ValueError, TypeError) as error:  # whole, but of no use: a map as a key, a timestamp of 5 bytes
+    except (ValueError, TypeError) as error:  # such as a map as a key, or a timestamp of 5 bytes
         raise InvalidArgument(f"a map key or ext value that cannot be read: {error}") from None
 
 
 cdef object _column_in_python(Columns columns, int c, const uint8_t *p):
-    """The column at p: tensors as arrays, and a string that is not UTF-8 as one that cannot be encoded."""
+    """Return the column at p as Python objects. A tensor is an array.
+
+    A string that is not UTF-8 gets lone surrogates, which shorttail.define.values then refuses.
+    """
     cdef const uint8_t *end = mp_skip(p)
     try:
         return msgpack.unpackb(
@@ -34,7 +37,10 @@ cdef object _column_in_python(Columns columns, int c, const uint8_t *p):
 
 
 cdef const uint8_t *_read_scalar(Columns columns, int c, const uint8_t *p, Py_ssize_t row) except? NULL:
-    """One value of a column that is not a vector; NULL for an unusual one. row: -1 for a bare scalar."""
+    """Read a value of a column that is not a vector. Returns its end, or NULL if no fast path applies.
+
+    row: for the error message, -1 for a single value.
+    """
     cdef mp_value v
     cdef const uint8_t *end = mp_read(p, &v)
     cdef column_t *col = &columns.col[c]
@@ -52,7 +58,7 @@ cdef const uint8_t *_read_scalar(Columns columns, int c, const uint8_t *p, Py_ss
             failed = columns.push_f64(c, <double>v.number.u)
         else:
             return NULL
-    elif v.kind == MP_FLOAT and v.number.f != v.number.f:  # NaN, as pandas writes what is missing
+    elif v.kind == MP_FLOAT and v.number.f != v.number.f:  # NaN: pandas writes a missing value so
         columns.push_missing(c, row)
         return end
     elif col.kind == KIND_I64:
@@ -75,12 +81,15 @@ cdef const uint8_t *_read_scalar(Columns columns, int c, const uint8_t *p, Py_ss
 
 
 cdef inline bint _is_whole(double number) noexcept:
-    """Whether a float is a whole number that no rounding can have made; False for NaN."""
+    """Return whether a double is a whole number of absolute value up to 2**53, so not a rounded one. NaN: False."""
     return -EXACT <= number <= EXACT and <double><int64_t>number == number
 
 
 cdef const uint8_t *_read_vector(Columns columns, int c, float *room, const uint8_t *p, Py_ssize_t row) except? NULL:
-    """One vector, or nil; NULL for anything else, and for a vector without any number. room: the column's width."""
+    """Read a vector, or nil. Returns its end, or NULL for other values and for a vector of NaN and nil alone.
+
+    room: a buffer for as many floats as the column is wide.
+    """
     cdef mp_value v, item
     cdef const uint8_t *at = mp_read(p, &v)
     cdef Py_ssize_t k
@@ -107,7 +116,7 @@ cdef const uint8_t *_read_vector(Columns columns, int c, float *room, const uint
 
 
 cdef const uint8_t *_read_vectors(Columns columns, int c, const uint8_t *p) except? NULL:
-    """One vector, an array of vectors, or nil; NULL where it is not as simple."""
+    """Read a vector, an array of vectors, or nil. Returns its end, or NULL if no fast path applies."""
     cdef mp_value v, first
     cdef const uint8_t *at = mp_read(p, &v)
     cdef Py_ssize_t i
@@ -117,7 +126,7 @@ cdef const uint8_t *_read_vectors(Columns columns, int c, const uint8_t *p) exce
         if v.size == 0:
             raise empty_column(columns, c)
         first.kind = MP_NIL
-        for i in range(v.size):  # rows may be nil: the first item that is not tells a vector from an array of them
+        for i in range(v.size):  # rows may be nil: the first other item tells a vector from an array of vectors
             at = mp_read(at, &first)
             if first.kind != MP_NIL:
                 break
@@ -142,9 +151,10 @@ cdef const uint8_t *_read_vectors(Columns columns, int c, const uint8_t *p) exce
 
 
 cdef bint _read_tensor(Columns columns, int c, const mp_value *v) except -1:
-    """A column sent as a tensor: no dimension is a scalar, one is a row a value, two are rows of vectors.
+    """Read a column that is a tensor. Returns False if no fast path applies.
 
-    False: an unusual one. Raises InvalidArgument when it is no tensor.
+    Without dimensions it is a single value; with one dimension it has a value per row; with two it has a vector per
+    row, and a vector column takes one dimension as a single vector. Raises InvalidArgument for a malformed tensor.
     """
     cdef column_t *col = &columns.col[c]
     cdef tensor t
@@ -177,7 +187,10 @@ cdef bint _read_tensor(Columns columns, int c, const mp_value *v) except -1:
 
 
 cdef bint _read_whole_tensor(Columns columns, int c, const tensor *t) except -1:
-    """For a column of whole numbers, which has room for it. False: an element is no value of its type."""
+    """Read a tensor into a Bool, integer or Timestamp column, which has memory reserved for it.
+
+    Returns False if no fast path applies to an element.
+    """
     cdef column_t *col = &columns.col[c]
     cdef bint is_float = t.code == ELEMENT_F32 or t.code == ELEMENT_F64
     cdef bint boolean = col.type == TYPE_BOOL
@@ -213,7 +226,10 @@ cdef bint _read_whole_tensor(Columns columns, int c, const tensor *t) except -1:
 
 
 cdef uint32_t _read_texts(Columns columns, int c, const uint8_t **p, uint32_t n) noexcept:
-    """Up to n strings from *p on; stops at the first value that is none, or is not taken. Moves *p."""
+    """Read up to n strings from *p on, and return how many were read. Moves *p past them.
+
+    Stops at the first value that is not a string, or is refused.
+    """
     cdef const uint8_t *end
     cdef mp_value v
     cdef uint32_t i
@@ -228,7 +244,7 @@ cdef uint32_t _read_texts(Columns columns, int c, const uint8_t **p, uint32_t n)
 
 
 cdef const uint8_t *_read_usual(Columns columns, int c, const uint8_t *p) except? NULL:
-    """Read the column at p; NULL where some value of it is unusual, or wrong."""
+    """Read the column at p by the fast paths. Returns its end, or NULL if a value is uncommon or wrong."""
     cdef mp_value v
     cdef const uint8_t *at = mp_read(p, &v)
     cdef column_t *col = &columns.col[c]
@@ -245,7 +261,8 @@ cdef const uint8_t *_read_usual(Columns columns, int c, const uint8_t *p) except
         raise too_many_rows(v.size)
     columns._checked(columns.reserve(c, v.size))
     while row < v.size:
-        # Runs of plain values at once; whatever stops a run (nil, another type, the end) value by value.
+        # Read a run of values of the column's own type at once. A value that stops the run (nil, another type) is read
+        # by _read_scalar.
         if col.kind == KIND_STR:
             row += _read_texts(columns, c, &at, v.size - row)
         elif col.type != TYPE_BOOL:
@@ -283,7 +300,7 @@ cdef class ColumnNames:
         return PyBytes_GET_SIZE(known) == name.size and memcmp(PyBytes_AS_STRING(known), name.body, name.size) == 0
 
     cdef int find(self, int guess, const mp_value *name) noexcept:
-        """Its number, or -1. guess: callers mostly send columns in the order in which the plan names them."""
+        """Return the number of a column, or -1. guess: tried first; most callers send columns in the plan's order."""
         cdef int c
         if guess < self.n and self.matches(guess, name):
             return guess
@@ -294,7 +311,7 @@ cdef class ColumnNames:
 
 
 cdef Py_ssize_t _read_columns(Columns columns, ColumnNames names, const uint8_t *p) except -1:
-    """Append one request from the map {column: value or array} at p. Returns its rows; on error appends nothing."""
+    """Append a request: the map {column: value or array} at p. Returns the rows added; an error appends nothing."""
     cdef mp_value v, name
     cdef const uint8_t *at = mp_read(p, &v)
     cdef uint32_t k

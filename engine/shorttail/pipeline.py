@@ -41,8 +41,8 @@ class Plan:
     version: int  # 0 for features
     names: tuple[str, ...]  # request columns
     dtypes: tuple[DType, ...]
-    required: tuple[str, ...]  # the request columns that refuse a missing value
-    instead: Mapping[str, Any]  # request column -> the value that stands in for a missing one
+    required: tuple[str, ...]  # request columns that refuse a missing value
+    instead: Mapping[str, Any]  # request column -> the value that replaces a missing value
     view_names: tuple[str, ...]
     lookups: tuple[Lookup, ...]  # one for each view
     buffers: tuple[Buffer, ...]  # the model's inputs come first, in the model's order

@@ -1,7 +1,7 @@
-"""Every kind of value through every way in, into a column of every type: one outcome, whichever way it took.
+"""Sends every kind of value through every interface into a column of every type: all interfaces give the same outcome.
 
-The kinds and their outcomes are in kinds.py. A way is a function that gives what came of a value, or raises Unsaid
-where the way has no form for it; docs/types.md lists those.
+kinds.py has the kinds of values and their outcomes. An interface is a function here: it sends a value, and returns what
+the column then holds. It raises NotExpressible for a value that it cannot express; docs/types.md lists those.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ TENSORS = {
 KEYS = ("Int64", "String")
 
 
-class Unsaid(Exception):
-    """The way has no form for this value."""
+class NotExpressible(Exception):
+    """Raised by an interface that cannot express a value."""
 
 
 @dataclass
@@ -62,7 +62,7 @@ class Served:
     number: int = 0
 
     def keys(self, count: int) -> list[int]:
-        """Ids that no row has yet."""
+        """Return ids that no row has yet."""
         self.number += count
         return list(range(self.number - count, self.number))
 
@@ -77,7 +77,7 @@ def plain_name(dtype: str) -> str:
 
 
 def write_identity(path: Path, kind: int, width: int) -> None:
-    """A model that gives back its input [rows, width]."""
+    """Write a model that returns its input [rows, width]."""
     graph = helper.make_graph(
         [helper.make_node("Identity", ["x"], ["y"])],
         "identity",
@@ -119,11 +119,12 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 # -- what is expected --------------------------------------------------------------------------------------------------
 
-Way = Callable[[Served, str, Any, int], list[Any]]  # (..., type, value, rows to expect): what came of it
+# (served, type, value, expected number of rows) -> rows that the column holds
+Interface = Callable[[Served, str, Any, int], list[Any]]
 
 
 def rounded(dtype: str, rows: list[Any]) -> list[Any]:
-    """Outcomes as the type holds them."""
+    """Return outcomes rounded to the precision of the type."""
     if dtype not in ("Float32", "Vector(2)"):
         return rows
     with np.errstate(over="ignore"):
@@ -131,48 +132,53 @@ def rounded(dtype: str, rows: list[Any]) -> list[Any]:
 
 
 def stored(dtype: str, rows: list[Any] | None) -> list[Any] | None:
-    """What a feature holds afterwards; None: refused."""
+    """Return the values that a feature must hold afterwards; None: the value must be refused."""
     return None if rows is None else rounded(dtype, rows)
 
 
 def requested(dtype: str, rows: list[Any] | None) -> list[Any] | None:
-    """What a model is given: a missing value is NaN, and refused where there is no NaN."""
+    """Return the values that a model must get. A missing value is NaN, or is refused if the type has no NaN."""
     if rows is None or (None in rows and dtype not in ("Float32", "Float64", "Vector(2)")):
         return None
     nothing = [NAN, NAN] if dtype == "Vector(2)" else NAN
     return rounded(dtype, [nothing if row is None else row for row in rows])
 
 
-# What else is said of a value: of one that is missing, of a body or tensor that cannot hold it.
-CLIENT_WORDS = "takes numbers, bools, text, times or vectors; got"  # it does not know the column's type
-OTHER_WORDS = ("is null", "missing", "not JSON", "data must be an array of", "has the shape", CLIENT_WORDS)
+# Other errors: for a missing value, and for a body or tensor that cannot hold the value.
+CLIENT_ERROR = "takes numbers, bools, text, times or vectors; got"  # a client does not know the column's type
+OTHER_ERRORS = ("is null", "missing", "not JSON", "data must be an array of", "has the shape", CLIENT_ERROR)
 
 
 def check(
-    served: Served, way: Way, dtype: str, kinds: list[Kind], expect: Callable[[str, list[Any] | None], list[Any] | None]
+    served: Served,
+    interface: Interface,
+    dtype: str,
+    kinds: list[Kind],
+    expect: Callable[[str, list[Any] | None], list[Any] | None],
 ) -> None:
-    """That every kind has its outcome this way."""
-    found, said = [], 0
+    """Check that every kind of value has its outcome through an interface."""
+    wrong, tried = [], 0
     for kind in kinds:
         rows = kind.outcomes.get(dtype)
-        wanted = expect(dtype, rows)
+        expected = expect(dtype, rows)
         try:
-            outcome: Any = way(served, dtype, kind.value, 1 if rows is None else len(rows))
-        except Unsaid:
+            outcome: Any = interface(served, dtype, kind.value, 1 if rows is None else len(rows))
+        except NotExpressible:
             continue
         except (st.ShorttailError, InferenceServerException) as error:
             outcome = message = str(error)
-            takes = [f"takes {name}; got" for name in (dtype, dtype.replace("32", "64"))]  # a model asks for Float64
-            right = wanted is None and any(words in message for words in (*takes, *OTHER_WORDS))
+            # A model's request column is Float64 where its input is Float32.
+            takes = [f"takes {name}; got" for name in (dtype, dtype.replace("32", "64"))]
+            right = expected is None and any(words in message for words in (*takes, *OTHER_ERRORS))
         except Exception as error:
             outcome, right = f"{type(error).__name__}: {error}", False
         else:
-            right = wanted is not None and repr(outcome) == repr(wanted)
-        said += 1
+            right = expected is not None and repr(outcome) == repr(expected)
+        tried += 1
         if not right:
-            found.append(f"{kind.name}: {outcome!r:.200}, where {wanted!r:.100} is right")
-    assert said > 0
-    assert not found, "\n".join([f"{way.__name__}, {dtype}:", *found])
+            wrong.append(f"{kind.name}: {outcome!r:.200}, where {expected!r:.100} is expected")
+    assert tried > 0
+    assert not wrong, "\n".join([f"{interface.__name__}, {dtype}:", *wrong])
 
 
 # -- stored ------------------------------------------------------------------------------------------------------------
@@ -199,9 +205,9 @@ def client_push(served: Served, dtype: str, value: Any, rows: int) -> list[Any]:
 
 
 def as_table(ids: list[int], dtype: str, value: Any) -> Any:
-    """The columns as Arrow has them. Raises Unsaid for what would be another value there."""
-    if dtype == "Vector(2)" and not is_of_rows(value):
-        raise Unsaid  # one vector alone, where a file has rows
+    """Return the columns as Arrow data. Raises NotExpressible for a value that Arrow would change."""
+    if dtype == "Vector(2)" and not has_vector_rows(value):
+        raise NotExpressible  # a single vector, but a file has rows
     if isinstance(value, pa.Array | pa.ChunkedArray):
         return pa.table({"id": ids[:1] * len(value) if len(ids) < len(value) else ids, "x": value})
     if isinstance(value, pd.Series) and value.dtype != object:
@@ -212,15 +218,15 @@ def as_table(ids: list[int], dtype: str, value: Any) -> Any:
     native = isinstance(value, np.ndarray) and value.ndim == 1 and value.dtype.isnative
     if native and not isinstance(value, np.ma.MaskedArray) and value.dtype.kind in "biufM":
         if value.dtype.kind == "M" and np.datetime_data(value.dtype)[1] != 1:
-            raise Unsaid
+            raise NotExpressible
         try:
             return as_table(ids, dtype, pa.array(value))
         except (pa.ArrowException, ValueError):
-            raise Unsaid from None
-    raise Unsaid
+            raise NotExpressible from None
+    raise NotExpressible
 
 
-def is_of_rows(value: Any) -> bool:
+def has_vector_rows(value: Any) -> bool:
     kind = str(getattr(value, "type", getattr(value, "dtype", "")))
     return "ist" in kind or "Array" in kind or "null" in kind.lower()
 
@@ -232,14 +238,14 @@ def arrow_load(served: Served, dtype: str, value: Any, rows: int) -> list[Any]:
 
 
 def parquet_file(served: Served, dtype: str, value: Any, rows: int) -> list[Any]:
-    """As `shorttail push FILE` reads it."""
+    """Write a Parquet file, and read it as `shorttail push FILE` does."""
     view, ids = f"v{plain_name(dtype)}", served.keys(rows)
     table = as_table(ids, dtype, value)
     path = served.folder / "rows.parquet"
     try:
         pyarrow.parquet.write_table(table.to_arrow() if isinstance(table, pl.DataFrame) else table, path)
     except (pa.ArrowException, NotImplementedError):
-        raise Unsaid from None
+        raise NotExpressible from None
     definition = served.engine.store.catalog.view(view)
     for batch in parquet_batches(path, definition)[1]:
         served.engine.store.upsert(view, batch)
@@ -256,7 +262,7 @@ def csv_file(served: Served, dtype: str, value: str, rows: int) -> list[Any]:
 
 def default(served: Served, dtype: str, value: Any, rows: int) -> list[Any]:
     if rows != 1:
-        raise Unsaid
+        raise NotExpressible
     kept = Feature("x", parse_dtype(dtype), value).default
     if dtype == "Vector(2)" and kept is not None:
         kept = list(kept)
@@ -264,14 +270,14 @@ def default(served: Served, dtype: str, value: Any, rows: int) -> list[Any]:
 
 
 def is_one_value(value: Any) -> bool:
-    """Whether this can be a default, which is one value: so a list is tried as a list alone, not as a column."""
+    """Return whether a kind's value is a single value, as a default must be, not a column of values."""
     return not hasattr(value, "__len__") or isinstance(value, str | bytes | dict | set)
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("way", [engine_push, client_push, arrow_load, parquet_file])
-def test_stored_values(served: Served, way: Way, dtype: str) -> None:
-    check(served, way, dtype, KINDS, stored)
+@pytest.mark.parametrize("interface", [engine_push, client_push, arrow_load, parquet_file])
+def test_stored_values(served: Served, interface: Interface, dtype: str) -> None:
+    check(served, interface, dtype, KINDS, stored)
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -310,11 +316,11 @@ def is_json(value: Any) -> bool:
 
 def json_rows(value: Any) -> list[Any]:
     if not is_json(value):
-        raise Unsaid
+        raise NotExpressible
     return value if isinstance(value, list) else [value]
 
 
-def asked(served: Served, path: str, body: Any) -> Any:
+def post_json(served: Served, path: str, body: Any) -> Any:
     status, answer = ask_json(served.server, "POST", path, body)
     if status == 400:
         raise st.ShorttailError(answer["error"])
@@ -325,9 +331,9 @@ def asked(served: Served, path: str, body: Any) -> Any:
 def instances(served: Served, dtype: str, value: Any, rows: int) -> list[Any]:
     given = json_rows(value)
     if dtype == "Vector(2)" and rows == 1 and given != [None] and not isinstance(given[0], list):
-        given = [given]  # one vector is one instance
+        given = [given]  # a single vector is a single instance
     body = {"instances": [{"x": row} for row in given], "parameters": {"model": f"m{plain_name(dtype)}"}}
-    predictions = asked(served, "/invocations", body)["predictions"]
+    predictions = post_json(served, "/invocations", body)["predictions"]
     return answered(from_json(dtype, predictions))
 
 
@@ -338,21 +344,21 @@ def without_infinity(dtype: str, rows: list[Any] | None) -> list[Any] | None:
 
 
 def from_json(dtype: str, rows: Any) -> Any:
-    """JSON has no NaN and no infinity: both are null there."""
+    """Return an array of JSON rows. JSON has neither NaN nor infinity: null becomes NaN."""
     if dtype not in ("Float32", "Float64", "Vector(2)"):
         return np.array(rows, object)
     return np.array(rows, np.float32 if dtype != "Float64" else np.float64)
 
 
 def as_tensor(value: Any) -> tuple[str, list[int], list[Any]]:
-    """Datatype, shape and elements of a list. Raises Unsaid where a tensor would change what its values are."""
+    """Return (datatype, shape, elements) of a list. Raises NotExpressible if a tensor would change its values."""
     given = json_rows(value)
     nested = any(isinstance(row, list) for row in given)
     if nested and not all(isinstance(row, list) for row in given):
-        raise Unsaid
+        raise NotExpressible
     flat = [item for row in given for item in row] if nested else given
     if any(isinstance(item, list) for item in flat) or (nested and len({len(row) for row in given}) > 1):
-        raise Unsaid
+        raise NotExpressible
     kinds = {type(item) for item in flat} - {type(None)}
     shape = [len(given), len(given[0])] if nested else [len(given)]
     if kinds == {int}:
@@ -360,21 +366,21 @@ def as_tensor(value: Any) -> tuple[str, list[int], list[Any]]:
             return "INT64", shape, flat
         if all(item is not None and 0 <= item < 2**64 for item in flat):
             return "UINT64", shape, flat
-        raise Unsaid
+        raise NotExpressible
     named = {frozenset({bool}): "BOOL", frozenset({float}): "FP64", frozenset({str}): "BYTES", frozenset(): "FP64"}
     if frozenset(kinds) not in named:
-        raise Unsaid
+        raise NotExpressible
     return named[frozenset(kinds)], shape, flat
 
 
 def tensor_json(served: Served, dtype: str, value: Any, rows: int) -> list[Any]:
     datatype, shape, flat = as_tensor(value)
     if dtype == "Vector(2)" and set(flat) == {None} and len(shape) == 1:
-        raise Unsaid  # a tensor has no missing rows
+        raise NotExpressible  # a tensor has no missing rows
     if dtype == "Vector(2)" and rows == 1 and len(shape) == 1:
         shape = [1, *shape]
     tensor = {"name": "x", "datatype": datatype, "shape": shape, "data": flat}
-    (output,) = asked(served, f"/v2/models/m{plain_name(dtype)}/infer", {"inputs": [tensor]})["outputs"]
+    (output,) = post_json(served, f"/v2/models/m{plain_name(dtype)}/infer", {"inputs": [tensor]})["outputs"]
     return answered(np.reshape(from_json(dtype, output["data"]), output["shape"]))
 
 
@@ -388,38 +394,38 @@ def tensor_binary(served: Served, dtype: str, value: Any, rows: int) -> list[Any
     else:
         datatype, shape, flat = as_tensor(value)
         if None in flat:
-            raise Unsaid
+            raise NotExpressible
         numpy = {name: code for code, name in BINARY.items()}
         array = np.array(flat, object if datatype == "BYTES" else numpy[datatype]).reshape(shape)
     if not datatype or array.dtype.str[0] == ">":
-        raise Unsaid
+        raise NotExpressible
     if dtype == "Vector(2)" and rows == 1 and array.ndim == 1:
         array = array.reshape(1, -1)
     tensor = triton.InferInput("x", list(array.shape), datatype)
     try:
         tensor.set_data_from_numpy(np.ascontiguousarray(array), binary_data=True)
     except (InferenceServerException, UnicodeEncodeError):
-        raise Unsaid from None
+        raise NotExpressible from None
     with triton.InferenceServerClient(f"127.0.0.1:{http_port(served.server)}") as client:
         output = client.infer(f"m{plain_name(dtype)}", [tensor]).as_numpy("y")
     return answered(output)
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("way", [engine_predict, client_predict, instances, tensor_json, tensor_binary])
-def test_requested_values(served: Served, way: Way, dtype: str) -> None:
+@pytest.mark.parametrize("interface", [engine_predict, client_predict, instances, tensor_json, tensor_binary])
+def test_requested_values(served: Served, interface: Interface, dtype: str) -> None:
     def expect(dtype: str, rows: list[Any] | None) -> list[Any] | None:
-        wanted = requested(dtype, rows)
-        return without_infinity(dtype, wanted) if way in (instances, tensor_json) else wanted
+        expected = requested(dtype, rows)
+        return without_infinity(dtype, expected) if interface in (instances, tensor_json) else expected
 
-    check(served, way, dtype, KINDS, expect)
+    check(served, interface, dtype, KINDS, expect)
 
 
 # -- keys --------------------------------------------------------------------------------------------------------------
 
 
 def as_keys(dtype: str, rows: list[Any] | None) -> list[Any] | None:
-    """What a lookup finds for keys: each is there, and a missing one is not."""
+    """Return the features that a lookup must find: 5 for every key, None for a missing key."""
     return None if rows is None else [None if row is None else 5 for row in rows]
 
 
@@ -440,16 +446,16 @@ def client_keys(served: Served, dtype: str, value: Any, rows: int) -> list[Any]:
 
 
 @pytest.mark.parametrize("dtype", KEYS)
-@pytest.mark.parametrize("way", [engine_keys, client_keys])
-def test_keys_of_lookups(served: Served, way: Way, dtype: str) -> None:
+@pytest.mark.parametrize("interface", [engine_keys, client_keys])
+def test_keys_of_lookups(served: Served, interface: Interface, dtype: str) -> None:
     keys = {row for kind in KINDS for row in kind.outcomes.get(dtype, ()) if row is not None}
     served.engine.push(f"k{dtype}", {"key": list(keys), "n": 5})
     served.engine.refresh()
-    check(served, way, dtype, KINDS, as_keys)
+    check(served, interface, dtype, KINDS, as_keys)
 
 
 def as_row_keys(dtype: str, rows: list[Any] | None) -> list[Any] | None:
-    """Rows that are pushed need their keys."""
+    """Return the keys that a push must store; None: it must be refused, because a key is missing."""
     return None if rows is None or None in rows else sorted(set(rows))
 
 
@@ -462,7 +468,7 @@ def client_rows(served: Served, dtype: str, value: Any, rows: int) -> list[Any]:
 
 
 def stored_and_deleted(target: Any, served: Served, dtype: str, value: Any) -> list[Any]:
-    """The keys of the rows that a push stores; a delete of the same keys leaves none of them."""
+    """Push rows and delete them again. Returns the keys that the push stored; the delete must leave none."""
     target.push(f"r{dtype}", {"key": value, "n": 1})
     keys = keys_of(served, f"r{dtype}")
     assert target.delete(f"r{dtype}", {"key": value}) == len(keys)
@@ -476,9 +482,9 @@ def keys_of(served: Served, view: str) -> list[Any]:
 
 
 @pytest.mark.parametrize("dtype", KEYS)
-@pytest.mark.parametrize("way", [engine_rows, client_rows])
-def test_keys_of_rows(served: Served, way: Way, dtype: str) -> None:
-    check(served, way, dtype, KINDS, as_row_keys)
+@pytest.mark.parametrize("interface", [engine_rows, client_rows])
+def test_keys_of_rows(served: Served, interface: Interface, dtype: str) -> None:
+    check(served, interface, dtype, KINDS, as_row_keys)
 
 
 @pytest.mark.parametrize("source", ["engine", "client"])
@@ -519,7 +525,7 @@ def command_line(served: Served, dtype: str, value: str, rows: int) -> list[Any]
 
 
 def bench_value(served: Served, dtype: str, value: str, rows: int) -> list[Any]:
-    """What the load generator sends."""
+    """Return the value that the load generator sends."""
     models = [{"name": "m", "columns": {"x": dtype}}]
     plan = plan_rpc(Workload(predict="m", values=[f"x={value}"], encoding="list"), models, [])
     (column,) = plan.columns
@@ -527,13 +533,13 @@ def bench_value(served: Served, dtype: str, value: str, rows: int) -> list[Any]:
 
 
 @pytest.mark.parametrize("dtype", TYPES[:-1])
-@pytest.mark.parametrize("way", [csv_body, command_line])
-def test_texts_of_requests(served: Served, way: Way, dtype: str) -> None:
+@pytest.mark.parametrize("interface", [csv_body, command_line])
+def test_texts_of_requests(served: Served, interface: Interface, dtype: str) -> None:
     def expect(dtype: str, rows: list[Any] | None) -> list[Any] | None:
-        wanted = requested(dtype, rows)
-        return without_infinity(dtype, wanted)
+        expected = requested(dtype, rows)
+        return without_infinity(dtype, expected)
 
-    check(served, way, dtype, TEXTS, expect)
+    check(served, interface, dtype, TEXTS, expect)
 
 
 @pytest.mark.parametrize("dtype", TYPES[:-1])
@@ -541,7 +547,7 @@ def test_texts_of_bench(served: Served, dtype: str) -> None:
     check(served, bench_value, dtype, TEXTS, lambda dtype, rows: rows)
 
 
-VECTORS = [  # as a CSV body has them, as the command line, as a field of a file, and as `bench`
+VECTORS = [  # in a CSV body, on the command line, in a CSV file, for `bench`, and the vector (None: refused)
     ("1.5,-2", "1.5,-2", '"1.5,-2"', "1.5/-2", [1.5, -2.0]),
     ("1.5,", "1.5,", '"1.5,"', "1.5/", [1.5, NAN]),
     ("1e3,inf", "1e3,inf", '"1e3,inf"', "1e3/inf", [1000.0, math.inf]),
@@ -554,11 +560,11 @@ VECTORS = [  # as a CSV body has them, as the command line, as a field of a file
 
 @pytest.mark.parametrize(("body", "line", "file", "bench", "vector"), VECTORS)
 def test_vectors_as_text(served: Served, body: str, line: str, file: str, bench: str, vector: Any) -> None:
-    ways = {csv_body: body, command_line: line, csv_file: file, bench_value: bench}
-    for way, text in ways.items():
+    interfaces = {csv_body: body, command_line: line, csv_file: file, bench_value: bench}
+    for interface, text in interfaces.items():
         if vector is None:
             with pytest.raises(st.ShorttailError, match=r"takes (Vector|Float)|the columns take 2"):
-                way(served, "Vector(2)", text, 1)
+                interface(served, "Vector(2)", text, 1)
             continue
-        wanted = [NAN if math.isinf(x) else x for x in vector] if way in (csv_body, command_line) else vector
-        assert repr(way(served, "Vector(2)", text, 1)) == repr([wanted]), way.__name__
+        expected = [NAN if math.isinf(x) else x for x in vector] if interface in (csv_body, command_line) else vector
+        assert repr(interface(served, "Vector(2)", text, 1)) == repr([expected]), interface.__name__

@@ -1,4 +1,4 @@
-"""Request columns: what callers send, checked and gathered."""
+"""Request columns: values of callers are checked, converted and collected."""
 
 import datetime
 import math
@@ -23,7 +23,7 @@ def columns_of(dtypes=ONE_OF_EACH, **missing):
     return Columns(list(dtypes), list(dtypes.values()), **missing)
 
 
-def test_requests_gather_row_after_row_and_scalars_are_repeated():
+def test_rows_of_requests_are_appended_and_scalars_are_repeated():
     columns = columns_of()
     assert columns.append(GOOD) == 1
     several = GOOD | {"key": [2, 3, 4], "name": ["a", None, "c"], "taste": np.arange(6.0).reshape(3, 2)}
@@ -70,7 +70,7 @@ def test_requests_gather_row_after_row_and_scalars_are_repeated():
         ({"kay": 1}, "unknown column 'kay'; columns: key, amount, name, taste, new, at"),
     ],
 )
-def test_a_wrong_value_is_named_and_leaves_the_batch_as_it_was(wrong, message):
+def test_a_wrong_value_is_named_and_the_batch_stays_unchanged(wrong, message):
     columns = columns_of()
     columns.append(GOOD)
     with pytest.raises(InvalidArgument) as caught:
@@ -124,7 +124,7 @@ PRESENT = {"flag": True, "small": 1, "key": 2, "amount": 0.5, "name": "x", "at":
 
 @pytest.mark.parametrize("name", ["flag", "small", "key", "name", "at"])
 @pytest.mark.parametrize("nothing", [None, math.nan, np.datetime64("NaT"), np.ma.masked, np.float32("nan")])
-def test_a_column_that_requires_its_values_names_what_is_missing(name, nothing):
+def test_a_required_column_refuses_a_missing_value_by_name(name, nothing):
     columns = columns_of(SCALARS, required=list(SCALARS))
     hint = f"send a value, or let the model say what it takes instead: Model(..., missing={{'{name}': ...}})"
     for value, where in ((nothing, ""), ([PRESENT[name], nothing], " at row 1")):
@@ -147,7 +147,7 @@ def test_masked_values_of_an_array_are_missing():
     np.testing.assert_array_equal(columns.column("amount"), [1, math.nan])
 
 
-def test_what_is_taken_instead():
+def test_missing_values_are_replaced_by_the_values_of_instead():
     instead = {"flag": True, "small": -1, "key": 1 << 40, "amount": 0.25, "name": "é", "at": 7, "taste": [1.0, 2.0]}
     columns = columns_of(SCALARS | {"taste": Vector(2)}, instead=instead)
     nothing = dict.fromkeys(instead)
@@ -163,7 +163,7 @@ def test_what_is_taken_instead():
     np.testing.assert_array_equal(columns.column("taste"), [[1, 2]] * 4 + [[3, math.nan]])
 
 
-# -- the short ways against define/values.py ---------------------------------------------------------------------
+# -- the fast paths against define/values.py ---------------------------------------------------------------------
 
 numbers = (
     values.integers(-(1 << 70), 1 << 70)
@@ -194,7 +194,7 @@ usual = {
 
 
 def check_against_define_values(dtype, given):
-    """That Columns takes or refuses a column as as_column does, in the same words."""
+    """Check that Columns takes or refuses a column as `as_column` does, with the same error."""
     columns, required = Columns(["x"], [dtype]), Columns(["x"], [dtype], required=["x"])
     try:
         found, nulls, is_scalar = as_column(dtype, given)
@@ -218,13 +218,13 @@ def check_against_define_values(dtype, given):
 
 
 @pytest.mark.parametrize("text", ["n" * 65_535, "n" * 65_536, "é" * 32_767, "é" * 32_768])
-def test_long_texts_are_taken_as_define_values_takes_them(text):
+def test_long_texts_give_the_result_of_define_values(text):
     for form in (text, ["a", text], np.array([text, "a"]), np.array([text], object)):
         check_against_define_values(String, form)
 
 
 @given(values.sampled_from(list(SCALARS)), values.data())
-def test_scalars_and_lists_are_taken_as_define_values_takes_them(name, data):
+def test_scalars_and_lists_give_the_result_of_define_values(name, data):
     row = usual[name] if data.draw(values.booleans()) else value | usual[name]
     given = data.draw(row | values.lists(row, max_size=5) | values.lists(usual[name] | nothing, max_size=5))
     check_against_define_values(SCALARS[name], given)
@@ -243,7 +243,7 @@ KINDS = ["?", "i1", ">i2", "<i4", ">i8", "u1", "u2", "u4", "u8", "f2", ">f4", "f
 @example(Int64, np.array([1, 2**63], "u8"), False)
 @example(Float64, np.array([1, 2**63], "u8"), False)
 @example(Bool, np.array([0.0, 1.0]), False)
-def test_arrays_are_taken_as_define_values_takes_them(dtype, given, masked):
+def test_arrays_give_the_result_of_define_values(dtype, given, masked):
     if masked and given.dtype != object and len(given):
         given = np.ma.array(given, mask=[True] + [False] * (len(given) - 1))
     check_against_define_values(dtype, given)
@@ -257,5 +257,5 @@ SHAPES = values.sampled_from([2, (2, 2), (1, 3), (0, 2)])
     | values.lists(values.lists(value, min_size=1, max_size=3) | nothing, max_size=3)
     | arrays.arrays(values.sampled_from(["f2", "f4", ">f8", "i4", "i8", "?"]), SHAPES)
 )
-def test_vectors_are_taken_as_define_values_takes_them(given):
+def test_vectors_give_the_result_of_define_values(given):
     check_against_define_values(Vector(2), given)

@@ -1,4 +1,4 @@
-"""What a model gets for a request column without a value: an error, NaN, or what the model says."""
+"""A missing value in a request column is refused, becomes NaN, or is replaced by the value that the model gives."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from shorttail.results import Status
 
 USER = st.Entity("user", keys={"user_id": st.Int64})
 STATS = st.FeatureView("stats", entity=USER, features=[st.Feature("age", st.Float32)])
-INPUTS: dict[str, Any] = {  # input -> its type, its width, its columns
+INPUTS: dict[str, Any] = {  # input -> (type, width, columns)
     "numbers": (TensorProto.FLOAT, 2, ["stats:age", "request:amount"]),
     "visits": (TensorProto.INT64, 1, ["request:visits"]),
     "small": (TensorProto.INT32, 1, ["request:small"]),
@@ -38,7 +38,7 @@ NOTHING = [None, math.nan, np.datetime64("NaT"), np.ma.masked]
 
 
 def model(tmp_path: Path, **options: Any) -> st.Model:
-    """Each of its outputs is one of its inputs."""
+    """Return a model that returns its inputs as its outputs."""
     value = helper.make_tensor_value_info
     path = tmp_path / "m.onnx"
     graph = helper.make_graph(
@@ -60,7 +60,7 @@ def engine(tmp_path: Path) -> Iterator[st.Engine]:
 
 
 def by_the_wire(engine: st.Engine, request: dict[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
-    """The request columns as a server has them of a client's request."""
+    """Return the request columns that a server decodes from a client's request."""
     columns = engine.plan_for_model("m").new_columns()
     head = len(pack_request(1, "predict", ["m"]))
     wire.read_columns(columns, pack_request(1, "predict", ["m", encode_columns(request)])[head:])
@@ -69,7 +69,7 @@ def by_the_wire(engine: st.Engine, request: dict[str, Any]) -> dict[str, np.ndar
 
 @pytest.mark.parametrize("nothing", NOTHING)
 @pytest.mark.parametrize("name", ["visits", "small", "tier", "new"])
-def test_whole_numbers_bools_and_text_refuse_it(engine: st.Engine, name: str, nothing: Any) -> None:
+def test_integers_bools_and_strings_refuse_a_missing_value(engine: st.Engine, name: str, nothing: Any) -> None:
     message = f"column '{name}' takes .*; got a missing value at row 1: send a value, or let the model say"
     request = REQUEST | {name: [REQUEST[name], nothing]}
     for ask in (lambda: engine.predict("m", request), lambda: by_the_wire(engine, request)):
@@ -79,7 +79,7 @@ def test_whole_numbers_bools_and_text_refuse_it(engine: st.Engine, name: str, no
 
 
 @pytest.mark.parametrize("nothing", NOTHING)
-def test_floats_and_vectors_take_it_as_nan_and_a_key_matches_nothing(engine: st.Engine, nothing: Any) -> None:
+def test_a_missing_float_or_vector_is_nan_and_a_missing_key_matches_no_row(engine: st.Engine, nothing: Any) -> None:
     answer = engine.predict("m", REQUEST | {"user_id": [1, nothing], "amount": nothing, "taste": nothing})
     np.testing.assert_array_equal(answer.outputs["numbers_out"], np.float32([[30, math.nan], [math.nan] * 2]))
     assert np.isnan(answer.outputs["taste_out"]).all()
@@ -89,7 +89,7 @@ def test_floats_and_vectors_take_it_as_nan_and_a_key_matches_nothing(engine: st.
 
 
 @pytest.mark.parametrize("nothing", NOTHING)
-def test_the_model_says_what_it_takes_instead(engine: st.Engine, tmp_path: Path, nothing: Any) -> None:
+def test_the_model_gives_values_that_replace_missing_ones(engine: st.Engine, tmp_path: Path, nothing: Any) -> None:
     engine.apply([USER, STATS, model(tmp_path, missing=INSTEAD)])
     request = REQUEST | {name: [REQUEST[name], nothing] for name in INSTEAD if name != "taste"}
     answer = engine.predict("m", request | {"taste": [REQUEST["taste"], nothing]}).outputs
@@ -111,7 +111,7 @@ def test_the_model_says_what_it_takes_instead(engine: st.Engine, tmp_path: Path,
     }
 
 
-def test_the_values_belong_to_the_version(engine: st.Engine, tmp_path: Path) -> None:
+def test_the_replacements_belong_to_a_version(engine: st.Engine, tmp_path: Path) -> None:
     changes = engine.apply([USER, STATS, model(tmp_path, missing=INSTEAD)])
     assert [f"{change.what}: {change.detail}" for change in changes if change.kind != "="] == [
         "model m: version 1 -> 2: other values for what is missing"
@@ -125,7 +125,7 @@ def test_the_values_belong_to_the_version(engine: st.Engine, tmp_path: Path) -> 
         engine.predict("m", REQUEST | {"visits": None})
 
 
-def test_a_catalog_of_before_has_none(engine: st.Engine) -> None:
+def test_an_older_catalog_without_replacements_is_read(engine: st.Engine) -> None:
     document = json.loads(engine.store.catalog.to_json())
     for version in document["models"]["m"]["versions"].values():
         del version["model"]["missing"]
@@ -144,13 +144,17 @@ def test_a_catalog_of_before_has_none(engine: st.Engine) -> None:
         ({"user_id": 1}, "model 'm': missing names 'user_id', which is not one of its request columns: "),
     ],
 )
-def test_a_value_of_another_type_is_refused(engine: st.Engine, tmp_path: Path, missing: Any, message: str) -> None:
+def test_a_replacement_of_another_type_is_refused(
+    engine: st.Engine, tmp_path: Path, missing: Any, message: str
+) -> None:
     with pytest.raises(InvalidArgument) as caught:
         engine.apply([USER, STATS, model(tmp_path, missing=missing)])
     assert caught.value.message.startswith(message)
 
 
-def test_a_canary_takes_what_the_current_version_takes(engine: st.Engine, tmp_path: Path) -> None:
+def test_a_canary_must_take_the_missing_values_that_the_current_version_takes(
+    engine: st.Engine, tmp_path: Path
+) -> None:
     engine.apply([USER, STATS, model(tmp_path, missing=INSTEAD)])
     with pytest.raises(
         InvalidArgument, match="version 1 refuses a missing value of new, small, tier, visits, for which"

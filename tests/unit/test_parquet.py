@@ -1,4 +1,4 @@
-"""Files become batches of columns: every type, nulls, and errors that name file, column and types."""
+"""Files become batches of columns: every type, nulls, and errors that name the file, the column and the types."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def table(**changes: Any) -> Any:
 
 @pytest.fixture
 def read(tmp_path: Path) -> Callable[..., list[ColumnBatch]]:
-    """read(table, timestamp) writes a Parquet file and reads it as VIEW."""
+    """Return read(table, timestamp), which writes a Parquet file and reads it for VIEW."""
 
     def through_file(rows: Any, timestamp: str | None = "at") -> list[ColumnBatch]:
         path = tmp_path / "rows.parquet"
@@ -75,7 +75,7 @@ def read(tmp_path: Path) -> Callable[..., list[ColumnBatch]]:
 
 
 def check(batch: ColumnBatch) -> None:
-    """That a batch holds ROWS."""
+    """Check that a batch holds ROWS."""
     assert [key.tolist() for key in batch.keys] == [[1, 2, 3], ["a", "b", "0042"]]
     assert batch.keys[0].dtype == np.int64
     assert batch.event_time_us.tolist() == [AT_US] * 3
@@ -83,7 +83,7 @@ def check(batch: ColumnBatch) -> None:
     assert [getattr(values, "dtype", object) for values, _ in batch.features] == expected_dtypes
     for feature, (values, nulls) in zip(VIEW.features, batch.features, strict=True):
         assert nulls is not None, feature
-        assert nulls.tolist() == [False, True, feature.name == "f"], feature  # whose last value is NaN
+        assert nulls.tolist() == [False, True, feature.name == "f"], feature  # its last value is NaN
         assert feature.dtype == st.String or values.flags.c_contiguous, feature
     assert batch.features[2][0][0] == 1 << 40
     np.testing.assert_array_equal(batch.features[3][0][[0, 2]], [0.5, np.nan])
@@ -99,7 +99,7 @@ def test_every_type_with_nulls(read: Callable[..., list[ColumnBatch]]) -> None:
 
 @pytest.mark.parametrize("name", ["rows.arrow", "rows.feather", "rows.ipc"])
 @pytest.mark.parametrize("compression", ["uncompressed", "lz4"])
-def test_arrow_files_read_alike(tmp_path: Path, name: str, compression: str) -> None:
+def test_arrow_files_give_the_same_batch(tmp_path: Path, name: str, compression: str) -> None:
     pyarrow.feather.write_feather(table(), tmp_path / name, compression=compression)
     total, batches = parquet.parquet_batches(tmp_path / name, VIEW, "at")
     assert total == 3
@@ -117,7 +117,7 @@ def test_arrow_files_read_alike(tmp_path: Path, name: str, compression: str) -> 
         lambda: pytest.importorskip("polars").from_arrow(table()),
     ],
 )
-def test_arrow_data_reads_alike(give: Callable[[], Any]) -> None:
+def test_arrow_data_gives_the_same_batch(give: Callable[[], Any]) -> None:
     data = give()
     _, batches = parquet.arrow_batches(data, VIEW, "at")
     check(next(batches))
@@ -125,7 +125,7 @@ def test_arrow_data_reads_alike(give: Callable[[], Any]) -> None:
 
 
 def test_slices_and_other_layouts_of_arrow() -> None:
-    """What is read is the slice, whatever the offsets of its buffers."""
+    """A slice gives only its own rows, though its buffers hold more."""
     both = pa.concat_tables([table(), table()]).combine_chunks().slice(2, 4).to_batches()[0]
     assert both.column("s").offset == 2
     _, batches = parquet.arrow_batches(both.slice(1), VIEW, "at")
@@ -172,8 +172,8 @@ def one_column(dtype: Any) -> st.FeatureView:
     return st.FeatureView("v", entity=st.Entity("e", keys={"id": st.Int64}), features=[st.Feature("x", dtype)])
 
 
-def test_times_of_96_bits_reach_as_far_as_they_should(tmp_path: Path) -> None:
-    """As nanoseconds of 64 bits the year 9999 would be 1816."""
+def test_times_of_96_bits_do_not_overflow(tmp_path: Path) -> None:
+    """Read as nanoseconds of 64 bits, the year 9999 would become 1816."""
     times = [datetime(9999, 12, 31, 23, 59, 59, 999_999), datetime(1, 1, 1), AT.replace(tzinfo=None), None]
     rows = pa.table({"id": range(4), "x": pa.array(times, pa.timestamp("us"))})
     path = tmp_path / "rows.parquet"
@@ -191,7 +191,7 @@ def read_csv(path: Path, view: st.FeatureView, text: str) -> list[ColumnBatch]:
     return list(parquet.parquet_batches(path, view)[1])
 
 
-def test_lines_of_csv_are_rows(tmp_path: Path) -> None:
+def test_every_line_of_csv_is_a_row(tmp_path: Path) -> None:
     path, view = tmp_path / "rows.csv", one_column(st.String)
     (batch,) = read_csv(path, view, 'id,x\n1," a,\nb "\n2, c \n3,""\n4,\n')
     values, nulls = batch.features[0]
@@ -211,7 +211,7 @@ def test_lines_of_csv_are_rows(tmp_path: Path) -> None:
         assert message in caught.value.message
 
 
-def test_an_empty_line_of_a_file_of_keys_is_a_missing_key(tmp_path: Path) -> None:
+def test_an_empty_line_in_a_file_of_keys_is_a_missing_key(tmp_path: Path) -> None:
     path = tmp_path / "keys.csv"
     path.write_text("id\n1\n\n2\n")
     with pytest.raises(InvalidArgument, match="column 'id' is null at row 1; every row needs a key"):
@@ -220,7 +220,7 @@ def test_an_empty_line_of_a_file_of_keys_is_a_missing_key(tmp_path: Path) -> Non
     assert list(key_batches(path, one_column(st.Int64), 100)[1]) == [[[1, 2]]]
 
 
-def test_types_that_widen(read: Callable[..., list[ColumnBatch]]) -> None:
+def test_other_types_are_converted_to_those_of_the_view(read: Callable[..., list[ColumnBatch]]) -> None:
     (batch,) = read(
         table(
             code=pa.array(["a", "b", "c"]).dictionary_encode(),
@@ -239,7 +239,7 @@ def test_types_that_widen(read: Callable[..., list[ColumnBatch]]) -> None:
     assert batch.event_time_us.tolist() == [AT_US] * 3
 
 
-def test_without_times_rows_are_of_now(read: Callable[..., list[ColumnBatch]]) -> None:
+def test_rows_without_event_times_get_the_current_time(read: Callable[..., list[ColumnBatch]]) -> None:
     before_us = time.time_ns() // 1000
     (batch,) = read(table(), None)
     assert ((before_us <= batch.event_time_us) & (batch.event_time_us <= time.time_ns() // 1000)).all()
@@ -272,14 +272,14 @@ def test_a_folder_is_read_file_by_file(tmp_path: Path) -> None:
         (lambda: table(at=[AT, None, AT]), "column 'at' is null at row 1; every row needs a timestamp"),
     ],
 )
-def test_what_does_not_fit_is_named(read: Callable[..., list[ColumnBatch]], rows: Any, message: str) -> None:
+def test_wrong_columns_and_values_are_named(read: Callable[..., list[ColumnBatch]], rows: Any, message: str) -> None:
     with pytest.raises(InvalidArgument) as caught:
         read(rows())
     assert message in caught.value.message
     assert "\n" not in caught.value.message
 
 
-def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+def test_unreadable_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(NotFound, match="view 'v': there is no file"):
         parquet.parquet_batches(tmp_path / "gone.parquet", VIEW)
     (tmp_path / "text.parquet").write_text("hello")

@@ -1,4 +1,4 @@
-"""What Python clients put on the wire: columns, tensors, addresses."""
+"""What Python clients send (columns and tensors), and the addresses that they take."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from shorttail.client import columns as client_columns
 
 
 @pytest.mark.parametrize("address", ["", "host:", "host:x", "host:0", "host:70000", "unix:", "a:b:c", "http://x:1"])
-def test_addresses_that_are_not(address: str) -> None:
+def test_wrong_addresses_are_refused(address: str) -> None:
     with pytest.raises(errors.InvalidArgument, match="address"):
         protocol.parse_address(address)
 
@@ -31,7 +31,7 @@ def test_addresses_are_parsed() -> None:
 
 
 def as_sent(value: Any) -> Any:
-    """What a server gets for a column."""
+    """Return the column that a server decodes."""
     request = client_columns.pack_request(0, "predict", ["m", client_columns.encode_columns({"x": value})])
     unpacker = protocol.new_unpacker()
     unpacker.feed(request)
@@ -40,7 +40,7 @@ def as_sent(value: Any) -> Any:
 
 @pytest.mark.parametrize("dtype", [np.bool_, np.int32, np.int64, np.float32, np.float64])
 @pytest.mark.parametrize("shape", [(0,), (5,), (4, 3), (2, 0)])
-def test_arrays_travel_as_tensors(dtype: Any, shape: tuple[int, ...]) -> None:
+def test_arrays_are_sent_as_tensors(dtype: Any, shape: tuple[int, ...]) -> None:
     array = np.arange(np.prod(shape)).reshape(shape).astype(dtype)
     for form in (array, np.asfortranarray(array), array.astype(array.dtype.newbyteorder(">"))):
         sent = as_sent(form)
@@ -56,7 +56,7 @@ def test_other_numbers_are_widened(given: Any, sent: Any) -> None:
     assert as_sent(np.array([1, 2], given)).dtype == sent
 
 
-def test_plain_values_travel_as_they_are() -> None:
+def test_plain_values_are_sent_unchanged() -> None:
     for value in (1, 2.5, True, "text", None, [1, None, 3], ["a", None], [[1.0, 2.0]]):
         assert as_sent(value) == value
     assert as_sent((1, 2)) == [1, 2]
@@ -71,7 +71,7 @@ def test_plain_values_travel_as_they_are() -> None:
     assert as_sent([np.str_("a"), np.datetime64("NaT"), np.ma.masked]) == ["a", None, None]
 
 
-def test_numbers_lose_nothing_that_the_wire_can_carry() -> None:
+def test_numbers_are_sent_without_rounding_where_the_protocol_allows_it() -> None:
     assert as_sent([2**53 + 1, 2**63, -(2**63)]) == [2**53 + 1, 2**63, -(2**63)]
     assert as_sent(np.array([1, 2**63], np.uint64)) == [1, 2**63]
     assert as_sent([2**70, -(2**70), 2**2000, -(2**2000)]) == [2.0**70, -(2.0**70), math.inf, -math.inf]
@@ -85,7 +85,7 @@ def test_numbers_lose_nothing_that_the_wire_can_carry() -> None:
     assert as_sent(np.array([1.5], np.longdouble)).dtype == np.float64
 
 
-def test_what_a_mask_hides_is_missing() -> None:
+def test_masked_elements_are_sent_as_missing() -> None:
     mask = [False, True]
     assert as_sent(np.ma.array([1, 2], mask=mask)) == [1, None]
     assert as_sent(np.ma.array([True, False], mask=mask)) == [True, None]
@@ -122,13 +122,13 @@ SENT = "column 'x' takes numbers, bools, text, times or vectors; got "
         (np.zeros((1,) * 9), "an array of 9 dimensions, more than 8"),
     ],
 )
-def test_what_a_client_does_not_send(value: Any, message: str) -> None:
+def test_a_client_refuses_values_that_cannot_be_sent(value: Any, message: str) -> None:
     with pytest.raises(errors.InvalidArgument) as caught:
         as_sent(value)
     assert caught.value.message == SENT + message
 
 
-def test_times_travel_as_times() -> None:
+def test_times_are_sent_as_times() -> None:
     day = msgpack.Timestamp(86_400)
     for unit in ("D", "h", "m", "s", "ms", "us", "ns"):
         sent = as_sent(np.array(["1970-01-02", "NaT"], f"datetime64[{unit}]"))
@@ -140,10 +140,10 @@ def test_times_travel_as_times() -> None:
     zone = datetime.timezone(datetime.timedelta(hours=1))
     assert as_sent(datetime.datetime(1970, 1, 2, 1, tzinfo=zone)) == day
     assert as_sent([datetime.datetime(1970, 1, 2), None, 7, "x"]) == [day, None, 7, "x"]
-    assert as_sent(np.datetime64(-1, "ns")) == msgpack.Timestamp(-1, 999_999_000)  # cut off towards the past
+    assert as_sent(np.datetime64(-1, "ns")) == msgpack.Timestamp(-1, 999_999_000)  # rounded towards the past
     assert as_sent(np.array([-1], "M8[ns]")).astype(int).tolist() == [-1]
     assert as_sent(np.datetime64("NaT")) is None
-    far = np.datetime64("20000-01-01")  # beyond the years of datetime
+    far = np.datetime64("20000-01-01")  # datetime ends with the year 9999
     assert as_sent(far) == msgpack.Timestamp(int(far.astype("M8[s]").astype(int)))
 
 
@@ -199,7 +199,7 @@ def test_polars_columns() -> None:
         as_sent(polars.Series([datetime.timedelta(1)]))
 
 
-def test_a_client_needs_no_store_no_models_and_no_tables() -> None:
+def test_a_client_imports_no_store_models_or_table_libraries() -> None:
     script = """
 import sys
 import shorttail as st
@@ -215,8 +215,8 @@ print(*{"lmdb", "onnxruntime", "pandas", "pyarrow", "polars", "shorttail.store"}
     assert found.stdout.strip() == ""
 
 
-def test_tensors_are_the_bytes_of_the_format() -> None:
-    """The bytes of docs/protocol.md."""
+def test_tensors_have_the_bytes_of_the_format() -> None:
+    """The expected bytes follow docs/protocol.md."""
     tensor = protocol.pack_tensor(np.array([[1.0, 2.0]], np.float32))
     assert tensor.code == 1
     assert tensor.data == bytes.fromhex("0402 01000000 02000000 0000803f 00000040")
@@ -225,7 +225,7 @@ def test_tensors_are_the_bytes_of_the_format() -> None:
     np.testing.assert_array_equal(protocol.unpack_tensor(times.data), np.array([10**6, "NaT"], "M8[us]"))
 
 
-def test_a_bool_of_a_tensor_is_whatever_is_not_zero() -> None:
+def test_any_byte_but_zero_is_true_in_a_tensor() -> None:
     assert protocol.unpack_tensor(bytes.fromhex("0101 03000000 000107")).astype(np.uint8).tolist() == [0, 1, 1]
 
 
@@ -238,11 +238,11 @@ def test_ext_values_of_other_types_are_refused() -> None:
     "payload",
     [
         *("", "04", "0601000000", "0001000000", "0a01000000", "04090000"),
-        "040101000000",  # one float32 announced, none there
-        "0401010000000000803f00",  # a byte too many
-        "0402ffffffffffffffff",  # 2**64 elements
+        "040101000000",  # shape [1], no data
+        "0401010000000000803f00",  # one byte too long
+        "0402ffffffffffffffff",  # shape of almost 2**64 elements
     ],
 )
-def test_tensors_that_are_not(payload: str) -> None:
+def test_malformed_tensors_are_refused(payload: str) -> None:
     with pytest.raises(errors.InvalidArgument, match="tensor"):
         protocol.unpack_tensor(bytes.fromhex(payload))

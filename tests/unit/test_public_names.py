@@ -1,4 +1,4 @@
-"""Every public name is found by `dir`, completes in a notebook, is imported, and is seen by type checkers."""
+"""Every public name is listed by `dir`, completes in a notebook, can be imported, and is seen by type checkers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import shorttail as st
 
 
 def run(code: str) -> list[str]:
-    """What Python prints in a process of its own."""
+    """Run code in a new Python process, and return the words that it prints."""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     return done.stdout.split()
@@ -45,7 +45,7 @@ def test_every_public_name_is_imported_by_a_star_and_by_itself() -> None:
 
 
 def test_type_checkers_see_every_public_name() -> None:
-    """They read `__all__` and the imports, those under TYPE_CHECKING too, and run nothing."""
+    """Type checkers read `__all__` and the imports, also under TYPE_CHECKING, and run no code."""
     path = Path(st.__file__)
     tree = ast.parse(path.read_text())
     imported = {

@@ -1,4 +1,4 @@
-"""The way of a request is short: docs/design.md lists its files, and a traced predict enters no other."""
+"""The path of a request is short: docs/design.md lists its files, and a traced predict enters no other file."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ STEPS_MAX = 6
 
 
 def listed() -> tuple[list[str], set[str]]:
-    """The file of each step of "The way of a request", in order; and all files that the section's table names."""
+    """Return the file of each step of "The way of a request" in order, and all files that its table names."""
     section = (ROOT / "docs" / "design.md").read_text().partition("## The way of a request\n")[2].partition("\n#")[0]
     rows = [line for line in section.splitlines() if re.match(r"\| \d", line)]
     steps = [re.findall(r"`([\w/]+\.pyx?)`", row) for row in rows]
@@ -34,7 +34,7 @@ def listed() -> tuple[list[str], set[str]]:
 
 @pytest.fixture
 def engine(tmp_path: Path) -> Any:
-    """A store with one view, and a forest of one tree on it: y is 1 where the feature is above 0.5, else 0."""
+    """Yield an engine with a view and a forest of a single tree: y is 1 where the feature is above 0.5, else 0."""
     tree = {
         "nodes_treeids": [0, 0, 0], "nodes_nodeids": [0, 1, 2], "nodes_featureids": [0, 0, 0],
         "nodes_values": [0.5, 0.0, 0.0], "nodes_modes": ["BRANCH_LEQ", "LEAF", "LEAF"],
@@ -66,9 +66,8 @@ def test_a_predict_enters_the_files_that_the_design_lists_and_no_other(engine: s
 
     def note(frame: FrameType, event: str, argument: Any) -> None:
         name = frame.f_globals.get("__name__", "")
-        if (
-            event == "c_call"
-        ):  # a native method: of its class, or of its module. Python shows no calls of Cython's functions
+        if event == "c_call":
+            # A native method, named by its class or its module. Python does not show calls inside Cython code.
             owner = type(getattr(argument, "__self__", None)).__module__
             name = owner if owner.startswith("shorttail.") else str(argument.__module__)
         if event in ("call", "c_call") and name.startswith("shorttail."):
@@ -81,7 +80,7 @@ def test_a_predict_enters_the_files_that_the_design_lists_and_no_other(engine: s
         return reply
 
     message = msgpack.packb([0, 7, "predict", ["m", {"user_id": [0, 1]}]])
-    ask(message)  # the first request of a plan makes what later ones use again
+    ask(message)  # the first request compiles the plan, which later requests use
     sys.setprofile(note)
     try:
         reply = ask(message)

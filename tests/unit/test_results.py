@@ -1,4 +1,4 @@
-"""What calls return: pandas and Arrow keep every value and every type; a repr shows values at a glance."""
+"""Results of calls: pandas and Arrow tables keep every value and type, and a repr shows values, types and statuses."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from shorttail.client import calls
 from shorttail.errors import Internal
 from shorttail.results import Status
 
-BIG = 2**53 + 1  # the first integer that a double does not hold
+BIG = 2**53 + 1  # the smallest positive integer that a double cannot hold
 PRESENT, NULL, NOT_FOUND, STALE = (np.uint8(status) for status in Status)
 TYPES = ["Bool", "Int32", "Int64", "Float32", "Float64", "String", "Timestamp", "Vector(2)"]
 ARRAYS = [
@@ -47,13 +47,13 @@ TIME = pd.Timestamp("2013-01-01T05:00:00.000001Z")
 
 
 def features(has_default: bool = False, types: list[str] | None = TYPES) -> st.Features:
-    """One feature of each type; the first row has a value, the others each another reason to have none."""
+    """Return a feature of each type. The first row has a value; the others are NULL, NOT_FOUND and STALE."""
     names = [f"v:{name.lower()}" for name in TYPES]
     return st.Features(names, ARRAYS, STATUSES, [has_default] * len(TYPES), types)
 
 
 def present(answer: st.Features) -> st.Features:
-    """The same, every value PRESENT."""
+    """Return the same features with the status PRESENT everywhere."""
     values = [answer[name] for name in answer.feature_names]
     return st.Features(answer.feature_names, values, np.zeros_like(STATUSES), None, TYPES)
 
@@ -113,7 +113,7 @@ def test_a_default_is_a_value_whatever_the_status() -> None:
     assert answer.to_dict()["v:int"] == [5, BIG]
 
 
-def test_plain_values_are_as_they_were() -> None:
+def test_to_dict_gives_plain_python_values() -> None:
     assert features().to_dict() == {
         "v:bool": [True, None, None, None],
         "v:int32": [-7, None, None, None],
@@ -128,8 +128,8 @@ def test_plain_values_are_as_they_were() -> None:
     assert features().statuses["v"].tolist() == [PRESENT, PRESENT, NOT_FOUND, STALE]
 
 
-def test_columns_of_a_matrix_and_vectors_as_long_as_there_are_rows() -> None:
-    """The embedded engine gives columns of one matrix, which do not lie together in memory."""
+def test_columns_of_a_matrix_and_square_vectors() -> None:
+    """The embedded engine returns columns of a shared matrix, which are not contiguous in memory."""
     for matrix in (np.arange(6).reshape(3, 2), np.arange(6, dtype=np.int32).reshape(3, 2)):
         answer = st.Features(["v:a", "v:b"], [matrix[:, 0], matrix[:, 1]], np.zeros((2, 3), np.uint8))
         assert answer.to_arrow().to_pydict() == {"v:a": [0, 2, 4], "v:b": [1, 3, 5]}
@@ -142,7 +142,7 @@ def test_columns_of_a_matrix_and_vectors_as_long_as_there_are_rows() -> None:
     assert answer.to_pandas()["v:b"].tolist() == [False, pd.NA]
 
 
-def test_a_data_frame_has_values_of_its_own() -> None:
+def test_changing_a_data_frame_does_not_change_the_result() -> None:
     answer = present(features())
     frame = answer.to_pandas()
     frame.loc[0, "v:int64"] = 1
@@ -173,7 +173,7 @@ def test_a_package_that_is_missing_is_named(
 
 
 def reply(**more: Any) -> Any:
-    """The reply of a server to a client, as the client receives it; without "types" if it is an old one."""
+    """Return a server's reply as the client receives it. Without types= it is the reply of an older server."""
     values = [array.tolist() if array.dtype == object else protocol.pack_tensor(array) for array in ARRAYS]
     statuses = [protocol.pack_tensor(row) for row in STATUSES]
     result = {"feature_names": features().feature_names, "values": values, "statuses": statuses} | more
@@ -264,7 +264,7 @@ def test_a_prediction_as_an_arrow_table() -> None:
     assert table["path"].to_pylist()[2] == [[8, 9], [10, 11]]
 
 
-def test_outputs_that_give_one_name_to_two_columns_stay_both() -> None:
+def test_outputs_with_the_same_column_name_are_both_kept() -> None:
     outputs = {"p": np.array([[1, 2]]), "p_1": np.array([3])}
     frame = st.Prediction("m", 1, outputs, {}).to_pandas()
     assert (list(frame.columns), frame.to_numpy().tolist()) == (["p_0", "p_1", "p_1"], [[1, 2, 3]])
@@ -273,7 +273,7 @@ def test_outputs_that_give_one_name_to_two_columns_stay_both() -> None:
 # Reprs
 
 
-def test_a_repr_of_features_shows_types_values_and_what_is_not_present() -> None:
+def test_a_repr_of_features_shows_types_values_and_statuses() -> None:
     assert (
         repr(features())
         == """\
@@ -313,7 +313,7 @@ Prediction('late', version=3, 3 rows)
     assert repr(ok) == "Prediction('late', version=3, 1 row)\n  y  float32  0.5"
 
 
-def test_a_repr_is_one_glance_however_large_the_answer_is() -> None:
+def test_a_repr_stays_short_for_a_large_result() -> None:
     rows, names = 10_000, [f"v:f{i}" for i in range(300)]
     values: list[Any] = [np.arange(rows) / 7] * len(names)
     values[0] = np.array(["a long text " * 100] * rows, object)

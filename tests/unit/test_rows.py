@@ -1,4 +1,4 @@
-"""Rows in memory into columns of the store: every form of the same rows, wrong ones, and any MessagePack at all."""
+"""Rows in memory become columns of the store: equal rows in every form, wrong values, and arbitrary MessagePack."""
 
 import contextlib
 import datetime as dt
@@ -68,7 +68,7 @@ FRAMES = {
 
 
 def over_the_wire(columns):
-    """What the writer reads of what a client sends."""
+    """Return the columns that the writer reads from a client's message."""
     return read_params(
         msgpack.packb(["shops", client_columns.encode_columns(columns)], default=client_columns._pack_other)
     )[1]
@@ -81,7 +81,7 @@ def content(batch):
 
 @pytest.mark.parametrize("wire", [False, True])
 @pytest.mark.parametrize("frame", FRAMES)
-def test_every_form_of_the_same_rows_is_the_same(frame, wire):
+def test_equal_rows_in_every_form_give_the_same_batch(frame, wire):
     rows = FRAMES[frame](ROWS)
     if wire:
         rows = over_the_wire(rows)
@@ -103,7 +103,7 @@ def test_every_form_of_the_same_rows_is_the_same(frame, wire):
 
 @pytest.mark.parametrize("wire", [False, True])
 @pytest.mark.parametrize("frame", ["lists", "pandas", "pyarrow", "polars"])
-def test_nulls_of_every_form(frame, wire):
+def test_nulls_in_every_form(frame, wire):
     nulls = {name: [*ROWS[name][:2], None] for name in ("open", "floors", "rent", "owner", "since", "taste")}
     rows = FRAMES[frame](ROWS | nulls)
     batch = column_batch(VIEW, over_the_wire(rows) if wire else rows)
@@ -143,7 +143,7 @@ def test_scalars_are_repeated():
         column_batch(VIEW, ROWS | {"open": [True]})
 
 
-def test_rows_without_a_time_are_of_now_and_a_feature_may_be_called_event_time():
+def test_rows_without_event_times_get_the_current_time_and_a_feature_may_be_called_event_time():
     rows = {name: column for name, column in ROWS.items() if name != "event_time"}
     before_us = time.time_ns() // 1000
     untimed = column_batch(VIEW, rows)
@@ -207,7 +207,7 @@ anything = values.recursive(
 
 
 @given(values.fixed_dictionaries({name: anything | values.just(column) for name, column in ROWS.items()}))
-def test_any_messagepack_at_all_is_rows_or_invalid(columns):
+def test_arbitrary_messagepack_gives_rows_or_an_error(columns):
     packed = msgpack.packb(["shops", columns], default=client_columns._pack_other)
     with contextlib.suppress(InvalidArgument):
         batch = column_batch(VIEW, read_params(packed)[1])
@@ -216,7 +216,7 @@ def test_any_messagepack_at_all_is_rows_or_invalid(columns):
 
 
 @given(values.lists(values.integers(-(2**63), 2**63 - 1), min_size=1), values.lists(values.just(1.0)))
-def test_integers_arrive_to_the_last_bit_even_beside_doubles(integers, doubles):
+def test_integers_beside_doubles_are_not_rounded(integers, doubles):
     given = integers + doubles
     assert key_arrays(VIEW, {"country": "de", "shop_id": given})[1].tolist() == given
 

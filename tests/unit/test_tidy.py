@@ -1,6 +1,6 @@
-"""The shape of the package, read from its imports: who may import whom, no circles, one name for one type.
+"""Checks the layout of the package from its imports: allowed imports, no circles, and no two types of the same name.
 
-docs/design.md draws the same rule. Only the source is read; nothing of the package is imported.
+docs/design.md draws the same rule. The test reads only the source, and imports nothing of the package.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "engine" / "shorttail"
 
-# Rooms (top-level modules and folders) from the ground up. A room imports only rooms on a line above its own.
+# Rooms (top-level modules and folders), lowest first. A room imports only rooms on a line above its own.
 FLOORS = [
     {"_native", "errors"},
     {"config"},
@@ -32,7 +32,7 @@ FLOORS = [
     {"cli"},
     {"__main__"},
 ]
-# The hot path. It never imports what hangs beside it.
+# The hot path. It never imports a room of BESIDE.
 HOT = ["pipeline.py", "plan.py", "server/batcher.py"]
 BESIDE = {"sources", "offline", "registry", "web", "replicate"}
 OBSERVED_BY_THE_HOT_PATH = {"shorttail.observe.memory", "shorttail.observe.tap"}
@@ -41,9 +41,9 @@ LINES_MAX, NODES_MAX, ARROWS_MAX = 500, 22, 100
 
 
 class Tree:
-    """The modules of the package, and what each imports: also imports in functions, and for types only.
+    """The modules of the package and their imports, also imports in functions and under TYPE_CHECKING.
 
-    changed: the text of files that are read in place of those on disk, by their path in the package.
+    changed: path in the package -> text that replaces the file on disk.
     """
 
     def __init__(self, changed: dict[str, str] | None = None):
@@ -58,7 +58,7 @@ class Tree:
         return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
     def _resolved(self, facts: Facts) -> Iterator[str]:
-        """The modules that a file imports: `from shorttail.x import y` names x.y if that is a module."""
+        """Yield the modules that a file imports. `from shorttail.x import y` gives x.y if that is a module, else x."""
         for module, name in facts.imports:
             yield f"{module}.{name}" if f"{module}.{name}" in self.files else module
 
@@ -67,7 +67,7 @@ class Tree:
         return parts[1] if len(parts) > 1 else "__init__"
 
     def arrows(self) -> dict[tuple[str, str], list[str]]:
-        """(room, room it imports) -> the imports behind it."""
+        """Return {(room, room that it imports): the imports of modules that make the arrow}."""
         found = defaultdict(list)
         for module, imported in self.imports.items():
             for other in imported:
@@ -81,14 +81,14 @@ class Tree:
 
 @dataclass(frozen=True)
 class Facts:
-    """What the rules need to know of one file. imports: (module, name or "") of this package alone."""
+    """The facts of a file that the rules need. imports: (module, name or ""), only of this package."""
 
     imports: list[tuple[str, str]]
     classes: list[str]
-    sets: list[tuple[int, str]]  # (line, "Type.attribute") of other modules' types
+    sets: list[tuple[int, str]]  # (line, "Type.attribute") of types of other modules
 
 
-@cache  # most files are the same in every tree that a test looks at
+@cache  # the tests build many trees, which share most files
 def read(text: str) -> Facts:
     parsed = ast.parse(text)
     nodes = list(ast.walk(parsed))
@@ -111,7 +111,10 @@ def imported(node: ast.AST) -> Iterator[tuple[str, str]]:
 
 
 def foreign_sets(function: ast.FunctionDef | ast.AsyncFunctionDef, others: set[str]) -> Iterator[tuple[int, str]]:
-    """Assignments to an attribute of another module's type, as far as annotations and constructors tell the type."""
+    """Yield assignments to an attribute of another module's type.
+
+    Annotations of arguments and calls of constructors tell the type; other variables are not checked.
+    """
     kinds: dict[str, str] = {}
     for argument in [*function.args.args, *function.args.kwonlyargs]:
         kind = getattr(argument.annotation, "id", None)
@@ -133,7 +136,7 @@ def targets(node: ast.Assign | ast.AugAssign | ast.AnnAssign) -> list[ast.expr]:
 
 
 def circles(edges: Iterable[tuple[str, str]]) -> list[list[str]]:
-    """The strongly connected parts of more than one node (Tarjan, 1972)."""
+    """Return the strongly connected components of more than one node (Tarjan, 1972)."""
     after = defaultdict(set)
     for a, b in edges:
         after[a].add(b)
@@ -164,7 +167,7 @@ def circles(edges: Iterable[tuple[str, str]]) -> list[list[str]]:
 
 
 def problems(tree: Tree) -> list[str]:
-    """Everything that breaks a rule of the layout, one line each."""
+    """Return a line for each violation of a rule of the layout."""
     return [
         *upward(tree),
         *hot_path(tree),
@@ -272,13 +275,13 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("broken", BROKEN)
-def test_each_rule_is_seen_to_be_broken(broken: str) -> None:
-    file, text, said = BROKEN[broken]
+def test_a_violation_of_each_rule_is_found(broken: str) -> None:
+    file, text, message = BROKEN[broken]
     path = PACKAGE / file
     found = problems(Tree({file: f"{path.read_text() if path.exists() else ''}\n{text}"}))
-    assert any(said in line for line in found), found
+    assert any(message in line for line in found), found
 
 
-def test_a_circle_of_folders_is_seen() -> None:
+def test_a_circle_of_folders_is_found() -> None:
     assert circles([("a", "b"), ("b", "c"), ("c", "a"), ("c", "d")]) == [["a", "b", "c"]]
     assert circles([("a", "b"), ("a", "c"), ("b", "c")]) == []

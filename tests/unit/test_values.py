@@ -1,4 +1,4 @@
-"""What a value becomes in a column of a type: text by one grammar, and a whole column as each of its values alone."""
+"""Conversion of values to the types of columns: a column gives the result of each single value, and text is parsed."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from hypothesis import strategies as some
 import shorttail as st
 from shorttail.define import types_page
 from shorttail.define.dtypes import SCALARS, DType, Float64, Int64, String, Timestamp, Vector
-from shorttail.define.refusal import Refused, refused
+from shorttail.define.refusal import Refused, described
 from shorttail.define.scalar import as_value
 from shorttail.define.text import csv_rows, parse_text, parse_time
-from shorttail.define.values import as_column, plain
+from shorttail.define.values import as_column, exact_column
 
 pa = pytest.importorskip("pyarrow")
-from shorttail.sources.csv import of_texts  # noqa: E402
+from shorttail.sources.csv import from_texts  # noqa: E402
 
 TYPES = [*SCALARS.values(), Vector(2)]
 dtypes = some.sampled_from(TYPES)
@@ -32,14 +32,14 @@ EPOCH = dt.datetime(1970, 1, 1)
 
 
 def outcome(call: Any, *arguments: Any) -> Any:
-    """What a call gives, or that it is refused, in a form that compares NaN too."""
+    """Return the repr of a call's result, in which NaN equals NaN, or the refusal."""
     try:
         return repr(call(*arguments))
     except Refused as error:
         return f"refused: {error.got}"
 
 
-# -- a column is its values --------------------------------------------------------------------------------------------
+# -- a column gives the result of its values ---------------------------------------------------------------------------
 
 whole = some.integers(-(2**70), 2**70) | some.sampled_from([2**31 - 1, 2**31, -(2**31) - 1, 2**53, 2**53 + 1, 2**63])
 real = some.floats() | some.sampled_from([3.4028235677973366e38, 3.4028234663852886e38, -0.0, 2.0**53, 2.0**63])
@@ -75,7 +75,7 @@ def as_the_type_holds(dtype: DType, values: list[Any]) -> list[Any]:
 
 
 @given(some.sampled_from(list(SCALARS.values())), lists)
-def test_a_column_is_its_values(dtype: DType, values: list[Any]) -> None:
+def test_a_list_gives_the_result_of_each_value(dtype: DType, values: list[Any]) -> None:
     alone = outcome(lambda: as_the_type_holds(dtype, by_value(dtype, values)))
     assert outcome(by_column, dtype, values) == alone
     objects = np.empty(len(values), object)
@@ -84,7 +84,7 @@ def test_a_column_is_its_values(dtype: DType, values: list[Any]) -> None:
 
 
 @given(some.sampled_from(list(SCALARS.values())), arrays, some.binary(min_size=16, max_size=80), some.booleans())
-def test_an_array_is_its_values(dtype: DType, numpy: str, data: bytes, masked: bool) -> None:
+def test_an_array_gives_the_result_of_each_value(dtype: DType, numpy: str, data: bytes, masked: bool) -> None:
     size = np.dtype(numpy).itemsize
     array = np.frombuffer(data[: len(data) // size * size], numpy)
     if numpy == "?":
@@ -101,7 +101,7 @@ def test_an_array_is_its_values(dtype: DType, numpy: str, data: bytes, masked: b
 @given(
     some.sampled_from(list(SCALARS.values())), arrays.filter(lambda name: name[0] not in ">m"), some.binary(min_size=16)
 )
-def test_arrow_is_its_values(dtype: DType, numpy: str, data: bytes) -> None:
+def test_an_arrow_array_gives_the_result_of_each_value(dtype: DType, numpy: str, data: bytes) -> None:
     size = np.dtype(numpy).itemsize
     array = np.frombuffer(data[: len(data) // size * size], numpy)
     if numpy == "?":
@@ -118,8 +118,8 @@ def test_arrow_is_its_values(dtype: DType, numpy: str, data: bytes) -> None:
 
 
 @given(dtypes, single)
-def test_the_short_way_of_one_value_gives_what_the_long_one_does(dtype: DType, value: Any) -> None:
-    short = plain(dtype, value)
+def test_the_fast_path_of_a_single_value_gives_the_result_of_as_column(dtype: DType, value: Any) -> None:
+    short = exact_column(dtype, value)
     if short is None:
         return
     long, nulls, _ = as_column(dtype, [value])
@@ -129,12 +129,12 @@ def test_the_short_way_of_one_value_gives_what_the_long_one_does(dtype: DType, v
 
 
 @pytest.mark.parametrize(("name", "value"), [("Float32", 1.5), ("Int64", -7), ("Bool", True), ("String", "a")])
-def test_the_short_way_is_taken(name: str, value: Any) -> None:
-    assert plain(SCALARS[name], value) is not None
+def test_the_fast_path_applies_to_exact_types(name: str, value: Any) -> None:
+    assert exact_column(SCALARS[name], value) is not None
 
 
 @given(some.lists(some.none() | some.lists(some.none() | real | whole, min_size=2, max_size=2), min_size=1))
-def test_vectors_are_their_numbers(rows: list[Any]) -> None:
+def test_a_column_of_vectors_gives_the_result_of_each_vector(rows: list[Any]) -> None:
     column, nulls, is_scalar = as_column(Vector(2), rows)
     assert not is_scalar
     assert column.dtype == np.float32
@@ -150,7 +150,7 @@ def test_vectors_are_their_numbers(rows: list[Any]) -> None:
     count=some.sampled_from([1, 1, 7, 25]),
 )
 def test_times_are_never_wrapped(unit: str, ticks: int, count: int) -> None:
-    """Against exact arithmetic; years and months by the calendar where Python has it."""
+    """Compare with exact integer arithmetic; years and months with Python's calendar, for the years 1 to 9999."""
     array = np.array([ticks], f"M8[{count}{unit}]")
     per_us = {
         "W": 604_800 * 10**6,
@@ -181,7 +181,7 @@ def test_times_are_never_wrapped(unit: str, ticks: int, count: int) -> None:
 
 
 @given(single)
-def test_whatever_is_refused_is_one_short_line(value: Any) -> None:
+def test_every_refusal_is_a_short_line(value: Any) -> None:
     for dtype in TYPES:
         try:
             as_value(dtype, value)
@@ -193,16 +193,17 @@ def test_whatever_is_refused_is_one_short_line(value: Any) -> None:
 
 
 def test_messages_name_column_type_value_and_row() -> None:
-    assert refused("x", Int64, 3.5, 2).message == "column 'x' takes Int64; got 3.5 (float) at row 2"
-    assert refused("x", Int64, np.float32(3.5)).message == "column 'x' takes Int64; got 3.5 (float32)"
+    error = Refused(described(3.5), 2).error("column 'x'", Int64)
+    assert error.message == "column 'x' takes Int64; got 3.5 (float) at row 2"
+    assert described(np.float32(3.5)) == "3.5 (float32)"
     with pytest.raises(Refused) as caught:
         as_column(Int64, np.array([1, 3.5]))
     assert caught.value.error("column 'x'", Int64).message == "column 'x' takes Int64; got 3.5 (float64) at row 1"
-    assert refused("x", Int64, 10**5000).message.startswith("column 'x' takes Int64; got 2**16609... (int)")
-    assert "xxx... (str)" in refused("x", Int64, "x" * 10**6).message
+    assert described(10**5000) == "2**16609... (int)"
+    assert described("x" * 10**6).endswith("xxx... (str)")
 
 
-def test_monstrous_numbers_are_refused_or_infinite() -> None:
+def test_huge_numbers_are_refused_or_become_infinity() -> None:
     for value in (Decimal("1e999999999"), 10**5000, -(10**5000)):
         for dtype in (st.Bool, st.Int32, Int64, String, Timestamp):
             assert outcome(as_value, dtype, value).startswith("refused"), dtype
@@ -240,7 +241,7 @@ def test_numbers_are_read_as_python_reads_them(text: str) -> None:
 
 
 @given(some.text(max_size=12))
-def test_what_is_no_number_is_none(text: str) -> None:
+def test_text_that_is_not_a_number_is_refused(text: str) -> None:
     if NUMBER.fullmatch(text) is None:
         assert outcome(parse_text, Int64, text).startswith("refused")
         if text.lower() not in ("nan", "inf", "-inf", "infinity", "-infinity"):
@@ -259,8 +260,8 @@ def test_times_are_read_as_python_reads_them(time: dt.datetime) -> None:
 
 
 @given(dtypes, some.lists(some.none() | field.filter(lambda text: text != ""), min_size=1))
-def test_a_column_of_texts_is_its_texts(dtype: DType, texts: list[Any]) -> None:
-    """What Arrow converts at once is what parse_text makes of each."""
+def test_a_column_of_texts_gives_the_result_of_each_text(dtype: DType, texts: list[Any]) -> None:
+    """Arrow converts a column of texts as parse_text converts each text."""
     try:
         column = pa.array(texts, pa.string())
     except UnicodeEncodeError:
@@ -273,7 +274,7 @@ def test_a_column_of_texts_is_its_texts(dtype: DType, texts: list[Any]) -> None:
         return as_the_type_holds(dtype, values)
 
     def at_once() -> list[Any]:
-        values, nulls = of_texts(dtype, column)
+        values, nulls = from_texts(dtype, column)
         rows = values.to_pylist() if dtype == String else values.tolist()
         return (
             rows if nulls is None else [None if null else row for row, null in zip(rows, nulls.tolist(), strict=True)]
@@ -283,7 +284,7 @@ def test_a_column_of_texts_is_its_texts(dtype: DType, texts: list[Any]) -> None:
 
 
 @given(some.lists(some.lists(some.none() | some.text(max_size=5), min_size=1, max_size=4), min_size=1, max_size=5))
-def test_csv_that_is_written_is_read(rows: list[list[Any]]) -> None:
+def test_written_csv_reads_back(rows: list[list[Any]]) -> None:
     def written(text: str | None) -> str:
         return "" if text is None else '"' + text.replace('"', '""') + '"'
 
@@ -305,22 +306,22 @@ def test_csv_that_is_written_is_read(rows: list[list[Any]]) -> None:
         ('"a\nb",c\r\n', [["a\nb", "c"]]),
     ],
 )
-def test_csv(text: str, rows: list[Any]) -> None:
+def test_csv_fields_and_rows(text: str, rows: list[Any]) -> None:
     assert list(csv_rows(text)) == rows
 
 
 @pytest.mark.parametrize("text", ['a\n"b', 'a\n"b"c\n', 'a\n"b" ,c\n'])
-def test_csv_that_is_wrong(text: str) -> None:
+def test_a_wrong_quote_in_csv_names_its_line(text: str) -> None:
     with pytest.raises(ValueError, match="line 2: a field in quotes must end with a quote"):
         list(csv_rows(text))
 
 
-def test_vectors_as_text() -> None:
+def test_vectors_are_parsed_from_text() -> None:
     assert repr(parse_text(Vector(3), "1,,-2.5")) == "(1.0, nan, -2.5)"
     for text in ("1,2", "1,a,2", "1;2;3", ""):
         assert outcome(parse_text, Vector(3), text).startswith("refused"), text
 
 
-def test_the_page_of_types_is_the_modules() -> None:
+def test_the_page_of_types_is_up_to_date() -> None:
     page = Path(__file__).parents[2] / "docs" / "types.md"
     assert page.read_text() == types_page.page(), "run: python -m shorttail.define.types_page > docs/types.md"

@@ -1,4 +1,4 @@
-"""The wire codec, against msgpack: columns in, arrays out, and where a message ends."""
+"""The native MessagePack codec against msgpack: it decodes columns, encodes arrays, and finds the end of a message."""
 
 import math
 import struct
@@ -40,14 +40,14 @@ def untensor(ext):
     return np.frombuffer(ext.data, dtype, offset=2 + 4 * n_dims).reshape(shape)
 
 
-# -- columns in --------------------------------------------------------------------------------------------------
+# -- decoding columns --------------------------------------------------------------------------------------------
 
 int64s = values.integers(-(2**63), 2**63 - 1)
 ROW = {
     "key": int64s | values.none(),
     "amount": values.floats(width=32) | int64s | values.booleans() | values.none(),
     "name": values.text(max_size=40) | values.none(),
-    # Two NaN alone are two rows without a vector, as two nulls are.
+    # [NaN, NaN] alone means two missing rows, as [null, null] does.
     "taste": values.lists(values.floats(width=32) | values.integers(-9, 9), min_size=2, max_size=2).filter(
         lambda vector: any(number == number for number in vector)
     )
@@ -57,10 +57,10 @@ ROW = {
 
 
 @given(values.lists(values.fixed_dictionaries(ROW), min_size=1, max_size=40), values.booleans())
-def test_columns_from_the_wire_are_those_of_the_same_values_in_python(rows, single_floats):
+def test_decoded_columns_equal_appended_python_values(rows, single_floats):
     request = {name: [row[name] for row in rows] for name in DTYPES}
     if all(row["taste"] is None for row in rows):
-        request["taste"] = None  # an array of nothing but nulls could as well be one vector of them
+        request["taste"] = None  # [null, null] could also mean a single vector of nulls
     ours, oracle = columns_of(), columns_of()
     assert wire.read_columns(ours, msgpack.packb(request, use_single_float=single_floats)) == len(rows)
     for row in rows:
@@ -86,7 +86,7 @@ def test_scalars_beside_an_array_are_repeated(row, n):
 
 
 @given(values.data())
-def test_tensors_are_taken_as_columns(data):
+def test_tensors_are_decoded_as_columns(data):
     n = data.draw(values.integers(1, 20))
     sent = {
         "key": data.draw(arrays.arrays(values.sampled_from(["int32", "int64", "uint8"]), n)),
@@ -101,7 +101,7 @@ def test_tensors_are_taken_as_columns(data):
         np.testing.assert_array_equal(columns.column(name), array.astype(columns.column(name).dtype))
 
 
-def test_a_tensor_without_dimensions_is_a_scalar_and_one_of_a_vectors_width_is_one_row():
+def test_a_tensor_without_dimensions_is_a_scalar_and_a_flat_tensor_is_a_single_vector():
     columns = columns_of()
     request = GOOD | {"key": [1, 2], "amount": tensor(np.float32(0.5)), "taste": tensor(np.float32([3, 4]))}
     assert wire.read_columns(columns, msgpack.packb(request)) == 2
@@ -109,7 +109,7 @@ def test_a_tensor_without_dimensions_is_a_scalar_and_one_of_a_vectors_width_is_o
     assert columns.column("taste").tolist() == [[3, 4], [3, 4]]
 
 
-def test_nulls_within_vectors_and_between_them():
+def test_nulls_inside_vectors_and_in_place_of_vectors():
     columns = columns_of()
     request = GOOD | {"key": [1, 2, 3], "taste": [None, [1, None], [2, 3]]}
     assert wire.read_columns(columns, msgpack.packb(request)) == 3
@@ -163,7 +163,7 @@ def test_nulls_within_vectors_and_between_them():
         ({7: 1}, "unknown column"),
     ],
 )
-def test_a_wrong_value_is_named_and_leaves_the_batch_as_it_was(wrong, message):
+def test_a_wrong_value_is_named_and_the_batch_stays_unchanged(wrong, message):
     columns = columns_of()
     wire.read_columns(columns, msgpack.packb(GOOD))
     with pytest.raises(InvalidArgument) as caught:
@@ -228,7 +228,7 @@ def from_the_wire(message, dtype):
 
 
 def by_the_rules(message, dtype):
-    """The oracle: msgpack and define/values.py, with no short way."""
+    """Return the expected column or error: msgpack and define/values.py, without a fast path."""
     given = msgpack.unpackb(message, ext_hook=protocol.unpack_ext, unicode_errors="surrogateescape")["x"]
     try:
         found, nulls, _ = as_column(dtype, given)
@@ -250,12 +250,12 @@ def agree(message, dtype):
 
 
 @given(values.sampled_from(COLUMN_TYPES), a_column)
-def test_any_column_is_taken_as_define_values_takes_it(dtype, given):
+def test_any_column_gives_the_result_of_define_values(dtype, given):
     agree(msgpack.packb({"x": given}, unicode_errors="surrogateescape"), dtype)
 
 
 @given(values.sampled_from(COLUMN_TYPES), a_tensor)
-def test_any_tensor_is_taken_as_define_values_takes_it(dtype, array):
+def test_any_tensor_gives_the_result_of_define_values(dtype, array):
     agree(msgpack.packb({"x": tensor(array)}), dtype)
 
 
@@ -265,7 +265,7 @@ def test_any_tensor_is_taken_as_define_values_takes_it(dtype, array):
         ("d6ff 00000001", 1_000_000),
         ("d7ff 0000000c 00000001", 1_000_000),  # 3 ns, cut off
         (f"d7ff {(999_999_999 << 34 | 0x3FFFFFFFF):016x}", 0x3FFFFFFFF * 1_000_000 + 999_999),
-        (f"c70cff 3b9ac9ff {(-1) % 2**64:016x}", -1),  # a nanosecond before 1970
+        (f"c70cff 3b9ac9ff {(-1) % 2**64:016x}", -1),  # 1 ns before 1970
         (f"c70cff 00000000 {(-62_135_596_800) % 2**64:016x}", -62_135_596_800_000_000),
         (f"c70cff {775_807_999:08x} {9_223_372_036_854:016x}", 2**63 - 1),
         (f"c70cff {224_192_000:08x} {(-9_223_372_036_855) % 2**64:016x}", -(2**63)),
@@ -280,14 +280,14 @@ def test_the_three_forms_of_a_timestamp(payload, microseconds):
 @pytest.mark.parametrize(
     "payload",
     [
-        f"d7ff {(1_000_000_000 << 34):016x}",  # a second of nanoseconds
+        f"d7ff {(1_000_000_000 << 34):016x}",  # 10**9 ns, one too many
         f"c70cff 3b9aca00 {0:016x}",
-        "c705ff 0000000000",  # of five bytes
-        f"c70cff 00000000 {2**62:016x}",  # beyond microseconds of 64 bits
+        "c705ff 0000000000",  # no timestamp has five bytes
+        f"c70cff 00000000 {2**62:016x}",  # more than 64 bits of microseconds
         f"c70cff 00000000 {9_223_372_036_855:016x}",
     ],
 )
-def test_timestamps_that_are_none_or_do_not_fit(payload):
+def test_malformed_and_out_of_range_timestamps_are_refused(payload):
     for message in (b"\x81\xa1x" + bytes.fromhex(payload), b"\x81\xa1x\x91" + bytes.fromhex(payload)):
         assert from_the_wire(message, Timestamp).startswith("column 'x'")
 
@@ -314,7 +314,7 @@ def test_text_that_is_not_utf8_is_refused(bad):
 
 @pytest.mark.parametrize("nothing", [None, math.nan, tensor(np.float64("nan")), tensor(np.datetime64("NaT", "us"))])
 @pytest.mark.parametrize("dtype", [Bool, Int32, Int64, String, Timestamp])
-def test_what_is_missing_is_refused_or_replaced(dtype, nothing):
+def test_missing_values_are_refused_or_replaced(dtype, nothing):
     if dtype == String and isinstance(nothing, msgpack.ExtType):
         return
     required = Columns(["x"], [dtype], required=["x"])
@@ -327,7 +327,7 @@ def test_what_is_missing_is_refused_or_replaced(dtype, nothing):
     assert replaced.column("x").tolist() == [good] * 4
 
 
-# -- arrays out --------------------------------------------------------------------------------------------------
+# -- encoding arrays ---------------------------------------------------------------------------------------------
 
 anything = arrays.arrays(
     values.sampled_from(["bool", "int32", "int64", "float32", "float64", "uint8", "float16", "int8", "uint32"]),
@@ -336,7 +336,7 @@ anything = arrays.arrays(
 
 
 @given(anything)
-def test_lists_read_back_by_msgpack_are_the_array(array):
+def test_an_array_written_as_lists_reads_back(array):
     packed = wire.write_array(array)
     np.testing.assert_equal(msgpack.unpackb(packed), array.tolist())
 
@@ -348,7 +348,7 @@ def test_integers_and_float32_take_as_few_bytes_as_msgpack_needs(array):
 
 
 @given(anything)
-def test_tensors_read_back_are_the_array(array):
+def test_an_array_written_as_a_tensor_reads_back(array):
     back = untensor(msgpack.unpackb(wire.write_array(array, "tensor")))
     np.testing.assert_array_equal(back, array)
     assert back.dtype == array.dtype or array.dtype.name in ("float16", "int8", "uint32")
@@ -367,13 +367,13 @@ def test_rows_marked_missing_are_nil():
     assert msgpack.unpackb(wire.write_array(np.int64([[1, 2]] * 3), "list", missing)) == [[1, 2], None, None]
 
 
-def test_arrays_are_written_whatever_their_memory_looks_like():
+def test_arrays_that_are_not_contiguous_are_written():
     array = np.arange(24.0).reshape(4, 6).T[::2]
     assert msgpack.unpackb(wire.write_array(array)) == array.tolist()
     np.testing.assert_array_equal(untensor(msgpack.unpackb(wire.write_array(array, "tensor"))), array)
 
 
-def test_what_cannot_travel_is_said():
+def test_an_array_that_cannot_be_sent_is_refused():
     with pytest.raises(ShorttailError, match="complex128 cannot be sent"):
         wire.write_array(np.zeros(1, complex))
     with pytest.raises(ShorttailError, match="9 dimensions"):
@@ -401,7 +401,7 @@ def depth(value):
 
 
 @given(plain, values.binary(max_size=9))
-def test_a_message_ends_where_msgpack_says_however_it_is_cut(value, rest):
+def test_the_end_of_a_message_is_found_in_any_parts(value, rest):
     message = msgpack.packb(value)
     if depth(value) > LIMITS.nesting_depth:
         with pytest.raises(ResourceExhausted, match="nested more than 8 deep"):
@@ -414,7 +414,7 @@ def test_a_message_ends_where_msgpack_says_however_it_is_cut(value, rest):
 
 
 @given(values.binary(max_size=200), values.lists(values.integers(0, 200), max_size=10))
-def test_cuts_do_not_change_what_is_found_in_any_bytes(data, cuts):
+def test_parts_do_not_change_the_result_for_any_bytes(data, cuts):
     def outcome(*arguments):
         try:
             return wire.scan(*arguments)
@@ -437,12 +437,12 @@ def test_cuts_do_not_change_what_is_found_in_any_bytes(data, cuts):
         (b"\xdd\x00\x1e\x84\x80" * 3, "more than 4000000 elements"),
     ],
 )
-def test_limits_hold_before_anything_has_arrived(data, message):
+def test_limits_apply_before_the_rest_of_a_message_arrives(data, message):
     with pytest.raises(ShorttailError, match=message):
         wire.scan(data)
 
 
-def test_just_under_each_limit():
+def test_a_message_just_below_each_limit_is_taken():
     assert wire.scan(b"\xdd" + struct.pack(">I", LIMITS.declared_elements)) == 0
     assert wire.scan(b"\xc6" + struct.pack(">I", LIMITS.frame_bytes - 5)) == 0
     assert wire.scan(b"\x91" * 8) == 0

@@ -1,7 +1,7 @@
-"""Columns as a caller holds them into MessagePack values: what a client sends.
+"""Converts the columns of a caller to the MessagePack values that a client sends.
 
-A client does not know the types of the columns, so it sends what it has without losing what it is: a time stays a time,
-and what is missing is nil, NaN or NaT. The server says what a column takes.
+A client does not know the types of the columns, so it keeps the kind of each value: a time stays a time, and a missing
+value is nil, NaN or NaT. The server then converts the values to the types of its columns.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import msgpack
 import numpy as np
 
 from shorttail.define.dtypes import Bool, DType, Float64, Int64, Timestamp
-from shorttail.define.refusal import Refused, got
-from shorttail.define.scalar import is_missing, is_row, unwrapped
+from shorttail.define.refusal import Refused, described
+from shorttail.define.scalar import can_be_vector, is_missing, unwrapped
 from shorttail.define.times import times_us
 from shorttail.define.values import as_column, as_value
 from shorttail.errors import InvalidArgument
 from shorttail.protocol import REQUEST, TENSOR_DIMS, TIME_DTYPE, Array, pack_tensor
 
-# What travels as the next larger type that the wire has. uint64 is looked at for values above int64 first.
+# Types that are sent as the next larger type of the protocol. uint64 values above int64 are sent as a list instead.
 _WIDENED: Final[dict[np.dtype[Any], type[np.generic]]] = {
     np.dtype(np.int8): np.int32,
     np.dtype(np.int16): np.int32,
@@ -36,18 +36,18 @@ _WIDENED: Final[dict[np.dtype[Any], type[np.generic]]] = {
 _INT64_MAX: Final = 2**63 - 1
 _UINT64_MAX: Final = 2**64 - 1  # the largest whole number that MessagePack carries
 
-# By the kind of a dtype, what its values are read as where pandas, polars or pyarrow hold them.
+# NumPy dtype kind -> the type to which a pandas, polars or pyarrow column of that kind is converted.
 _READ_AS: Final = {"b": Bool, "i": Int64, "u": Int64, "f": Float64, "M": Timestamp}
 
-_PLAIN: Final = frozenset({str, int, float, bool, type(None)})  # MessagePack carries them, and they mean one thing
+_PLAIN: Final = frozenset({str, int, float, bool, type(None)})  # sent as they are
 
 
 def pack_request(msgid: int, method: str, params: list[Any]) -> bytes:
-    """[0, msgid, method, params] as bytes, for 0 <= msgid < 2**32.
+    """Return the request [0, msgid, method, params] as bytes, for 0 <= msgid < 2**32.
 
-    Raises InvalidArgument for a value that MessagePack cannot carry.
+    Raises InvalidArgument for a value that MessagePack cannot represent.
     """
-    # A packer of its own costs 0.2 us with a small first buffer; msgpack.packb takes 256 KiB and 2 us.
+    # A new packer with a small first buffer costs 0.2 us; msgpack.packb allocates 256 KiB, which takes 2 us.
     packer = msgpack.Packer(default=_pack_other, buf_size=1024)
     try:
         return bytes(packer.pack((REQUEST, msgid, method, params)))
@@ -56,10 +56,10 @@ def pack_request(msgid: int, method: str, params: list[Any]) -> bytes:
 
 
 def encode_columns(columns: Mapping[str, Any]) -> dict[str, Any]:
-    """Columns as a caller holds them, as MessagePack values: numbers and times as tensors, the rest as plain values.
+    """Return {name: MessagePack value} of columns: arrays of numbers and times become tensors, the rest plain values.
 
-    A column is a scalar, a list or tuple, a numpy array, or a column of pandas, pyarrow or polars. `columns` is a dict,
-    or a table of pandas, polars or pyarrow. Raises InvalidArgument.
+    columns: a dict, or a table of pandas, polars or pyarrow. A column is a scalar, a list or tuple, a NumPy array, or a
+    column of pandas, pyarrow or polars. Raises InvalidArgument.
     """
     return {str(name): encode_column(str(name), value) for name, value in _items(columns)}
 
@@ -77,8 +77,8 @@ def _items(columns: Any) -> Iterable[tuple[str, Any]]:
 
 
 def encode_column(name: str, value: Any) -> Any:
-    """One column for the wire: see encode_columns."""
-    if type(value) in _PLAIN or type(value) is list:  # the packer asks for items that it does not know: _pack_other
+    """Return a column as a MessagePack value: see encode_columns."""
+    if type(value) in _PLAIN or type(value) is list:  # for items that msgpack does not know, it calls _pack_other
         return value
     try:
         return _encoded(value)
@@ -111,7 +111,7 @@ def _encoded(value: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """One value, or one vector, as MessagePack has it. Raises Refused."""
+    """Return a single value, or a single vector, as a MessagePack value. Raises Refused."""
     if type(value) in _PLAIN:
         return value
     value = unwrapped(value)
@@ -119,31 +119,34 @@ def _plain(value: Any) -> Any:
         return None
     if isinstance(value, str):
         return str.__str__(value)
-    if isinstance(value, datetime.date | np.datetime64):  # a datetime, also of pandas, is a date
+    if isinstance(value, datetime.date | np.datetime64):  # datetime and pandas.Timestamp are subclasses
         time_us = as_value(Timestamp, value)
         return msgpack.Timestamp(time_us // 1_000_000, time_us % 1_000_000 * 1000)
     if isinstance(value, bool | np.bool_):
         return bool(value)
-    if isinstance(value, int | np.integer) and not isinstance(value, np.timedelta64):  # for NumPy a kind of integer
+    if isinstance(value, int | np.integer) and not isinstance(value, np.timedelta64):  # a subclass of np.integer
         return int(value)
     if isinstance(value, float | np.floating):
         return float(value)
     if isinstance(value, Decimal):
         return _plain_decimal(value)
-    if is_row(value):
+    if can_be_vector(value):
         items = value.tolist() if isinstance(value, np.ndarray) and value.dtype.kind in "biuf" else list(value)
         return items if _PLAIN.issuperset(map(type, items)) else [_plain(item) for item in items]
-    raise Refused(got(value))
+    raise Refused(described(value))
 
 
 def _plain_decimal(value: Decimal) -> int | float:
-    """Whole numbers as ints, so that none is rounded."""
+    """Return a whole Decimal as an int, so that it is not rounded, and another one as a float."""
     is_whole = value.copy_abs() <= _UINT64_MAX and value == value.to_integral_value()
     return int(value) if is_whole else float(value)
 
 
 def _pack_other(value: Any) -> Any:
-    """For the packer: ints beyond 64 bits travel as floats; TypeError where there is no form for a value."""
+    """Convert a value for msgpack.Packer: an int of more than 64 bits becomes a float.
+
+    Raises TypeError for a value that cannot be sent.
+    """
     if isinstance(value, int):
         try:
             return float(value)
@@ -156,20 +159,20 @@ def _pack_other(value: Any) -> Any:
 
 
 def _unsendable(method: str, params: list[Any], error: Exception) -> InvalidArgument:
-    """Which value the packer could not pack."""
+    """Return the error that names the value that the packer refused."""
     columns = params[1] if len(params) > 1 and isinstance(params[1], dict) else {}
     for name, value in columns.items():
         many = isinstance(value, list)
         for row, item in enumerate(value if many else [value]):
             try:
-                _check(item)
+                _check_sendable(item)
             except Refused as refusal:
                 return _refusal(str(name), refusal.got, row if many else None)
     return InvalidArgument(f"{method}: a value cannot be sent: {error}")
 
 
-def _check(item: Any) -> None:
-    """Raises Refused for what cannot be sent: with what _plain refuses, text with half of a surrogate pair."""
+def _check_sendable(item: Any) -> None:
+    """Raise Refused for a value that cannot be sent: one that _plain refuses, or text with a lone surrogate."""
     if isinstance(item, msgpack.ExtType | msgpack.Timestamp):
         return
     plain = _plain(item)
@@ -177,7 +180,7 @@ def _check(item: Any) -> None:
         try:
             part.encode() if isinstance(part, str) else None
         except UnicodeEncodeError:
-            raise Refused(f"text that is not UTF-8, {got(part)}") from None
+            raise Refused(f"text that is not UTF-8, {described(part)}") from None
 
 
 # -- arrays ------------------------------------------------------------------------------------------------------------
@@ -190,7 +193,7 @@ def _encode_array(array: Array) -> Any:
     if kind == "O" and len(array) and (rows := _stacked(array)) is not None:
         array, kind = rows, rows.dtype.kind
     if kind in "OUT":
-        return array.tolist()  # of masked ones it makes None
+        return array.tolist()  # tolist() makes None of masked elements
     if array.ndim > TENSOR_DIMS:
         raise Refused(f"an array of {array.ndim} dimensions, more than {TENSOR_DIMS}")
     nulls = np.ma.getmaskarray(array) if isinstance(array, np.ma.MaskedArray) else None
@@ -200,12 +203,12 @@ def _encode_array(array: Array) -> Any:
         times = times_us(values.ravel(), missing.ravel(), str(array.dtype)).reshape(array.shape)
         return _tensor(times.view(TIME_DTYPE), missing)
     if kind not in "biuf":
-        return _none_sent(array)
+        return _require_all_missing(array)
     return _tensor(values, nulls)
 
 
 def _tensor(array: Array, nulls: Array | None) -> Any:
-    """Numbers or times as a tensor; numbers of a type without NaN, of which some are missing, as a list."""
+    """Return numbers or times as a tensor. Integers and bools with a null become a list, because they have no NaN."""
     if nulls is not None and nulls.any():
         if array.dtype.kind in "biu":
             items = array.astype(object)
@@ -215,22 +218,22 @@ def _tensor(array: Array, nulls: Array | None) -> Any:
     if array.dtype.kind == "u" and array.dtype.itemsize == 8 and array.size and int(array.max()) > _INT64_MAX:
         return array.tolist()
     if array.dtype.itemsize > 8:
-        with np.errstate(over="ignore"):  # a long double that is infinite as a double
+        with np.errstate(over="ignore"):  # a long double may be too large for a double
             array = array.astype(np.float64)
     native = array.dtype.newbyteorder("=")
     return pack_tensor(array.astype(_WIDENED.get(native, native), copy=False))
 
 
-def _none_sent(array: Array) -> list[None]:
-    """An array of a kind that cannot be sent: all must be missing."""
+def _require_all_missing(array: Array) -> list[None]:
+    """Return Nones for an array whose dtype cannot be sent: raises Refused unless all its values are missing."""
     for row, value in enumerate(array):
         if np.ndim(value) or not is_missing(value):
-            raise Refused(got(value, str(array.dtype)), row)
+            raise Refused(described(value, str(array.dtype)), row)
     return [None] * len(array)
 
 
 def _stacked(array: Array) -> Array | None:
-    """The matrix of an array of vectors, as a data frame has them; None if it holds something else."""
+    """Return an object array of equally long vectors, as data frames hold them, as a matrix; None for other arrays."""
     first = array[0]
     if type(first) is not np.ndarray or first.dtype.kind not in "biuf":
         return None
@@ -255,7 +258,7 @@ def _encode_pandas(values: Any) -> Any:
 
 def _encode_polars(values: Any) -> Any:
     if str(values.dtype) != "Object":
-        with contextlib.suppress(ImportError):  # without PyArrow, value by value
+        with contextlib.suppress(ImportError):  # without PyArrow: value by value
             return _encode_arrow(values.to_arrow())
     return values.to_list()
 
@@ -263,12 +266,12 @@ def _encode_polars(values: Any) -> Any:
 def _encode_arrow(values: Any) -> Any:
     from shorttail.define import arrow
 
-    column = arrow.whole(values)
+    column = arrow.decoded(values)
     if arrow.is_list(column.type) and not column.null_count:
-        elements, lengths = arrow.lists(column)
-        if (numbers := arrow.numbers(elements)) is not None and not elements.null_count and len(set(lengths)) == 1:
+        elements, lengths = arrow.flattened_lists(column)
+        if (numbers := arrow.to_numpy(elements)) is not None and not elements.null_count and len(set(lengths)) == 1:
             return _encode_array(numbers.reshape(len(lengths), -1))
-    if (numbers := arrow.numbers(column)) is not None:
+    if (numbers := arrow.to_numpy(column)) is not None:
         return _encode_typed(_READ_AS[numbers.dtype.kind], column)
     if arrow.is_text(column.type):
         with contextlib.suppress(UnicodeDecodeError):
@@ -282,5 +285,5 @@ def _encode_typed(dtype: DType, values: Any) -> Any:
     except Refused:
         if dtype is not Int64:
             raise
-        return list(values)  # whole numbers above those of Int64
+        return list(values)  # integers above int64
     return _tensor(found.view(TIME_DTYPE) if dtype is Timestamp else found, nulls)

@@ -1,4 +1,4 @@
-"""What Arrow data is made of, as NumPy has it. define/values.py says what becomes of it."""
+"""Reads the parts of Arrow arrays as NumPy arrays. define/values.py converts them to the types of columns."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from shorttail.define.refusal import Refused
 
 Array = NDArray[Any]
-Unsupported = pa.ArrowException
+ArrowError = pa.ArrowException
 
 
-def whole(column: Any) -> Any:
-    """One Array of a ChunkedArray, and its plain values: without dictionary or run-ends."""
+def decoded(column: Any) -> Any:
+    """Return a column as a single Array without dictionary or run-end encoding. Raises Refused if it is over 2 GiB."""
     if isinstance(column, pa.ChunkedArray):
         column = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
         if isinstance(column, pa.ChunkedArray):
@@ -24,7 +24,7 @@ def whole(column: Any) -> Any:
     while True:
         if pa.types.is_dictionary(column.type):
             words = column.dictionary
-            if pa.types.is_string_view(words.type):  # which Arrow cannot pick from, and polars has
+            if pa.types.is_string_view(words.type):  # polars has these; Arrow cannot decode them
                 column = pa.DictionaryArray.from_arrays(column.indices, words.cast(pa.large_string()))
             column = column.dictionary_decode()
         elif pa.types.is_run_end_encoded(column.type):
@@ -33,25 +33,25 @@ def whole(column: Any) -> Any:
             return column
 
 
-def numbers(column: Any) -> Array | None:
-    """Numbers, bools and times as NumPy has them, whatever lies under nulls; None for other types."""
+def to_numpy(column: Any) -> Array | None:
+    """Return numbers, bools or times as a NumPy array, with arbitrary values at nulls; None for other types."""
     kind, types = column.type, pa.types
-    if types.is_boolean(kind):  # bits in Arrow
+    if types.is_boolean(kind):  # Arrow stores a bool as a bit
         found: Array = column.fill_null(False).to_numpy(zero_copy_only=False)
         return found
     if types.is_integer(kind) or types.is_floating(kind):
-        return elements(column, kind.to_pandas_dtype())
+        return value_buffer(column, kind.to_pandas_dtype())
     if types.is_timestamp(kind):
-        return elements(column, np.int64).view(f"M8[{kind.unit}]")
+        return value_buffer(column, np.int64).view(f"M8[{kind.unit}]")
     if types.is_date32(kind):
-        return elements(column, np.int32).astype(np.int64).view("M8[D]")
+        return value_buffer(column, np.int32).astype(np.int64).view("M8[D]")
     if types.is_date64(kind):
-        return elements(column, np.int64).view("M8[ms]")
+        return value_buffer(column, np.int64).view("M8[ms]")
     return None
 
 
-def elements(column: Any, numpy_type: Any) -> Array:
-    """The part of the buffer of values that an array, which may be a slice, uses."""
+def value_buffer(column: Any, numpy_type: Any) -> Array:
+    """Return a view of the values that an array, which may be a slice, uses in its buffer."""
     buffer = column.buffers()[1]
     if buffer is None or not len(column):
         return np.zeros(len(column), numpy_type)
@@ -82,16 +82,16 @@ def is_decimal(kind: Any) -> bool:
 
 
 def as_string(column: Any) -> Any:
-    """Texts as string or large_string."""
+    """Return texts as string or large_string: a string_view is cast."""
     return column.cast(pa.large_string()) if pa.types.is_string_view(column.type) else column
 
 
-def no_texts(count: int) -> Any:
+def null_texts(count: int) -> Any:
     return pa.nulls(count, pa.string())
 
 
-def lists(column: Any) -> tuple[Any, NDArray[np.int64]]:
-    """The elements of all lists that are not null, one after the other, and the lengths of these lists."""
+def flattened_lists(column: Any) -> tuple[Any, NDArray[np.int64]]:
+    """Return the elements of all lists that are not null, one list after the other, and the length of each list."""
     if pa.types.is_list_view(column.type) or pa.types.is_large_list_view(column.type):
         column = column.cast(pa.large_list(column.type.value_type))
     present = column.drop_null() if column.null_count else column

@@ -1,4 +1,4 @@
-"""What is said of a value that a column does not take: in the same words for every way in."""
+"""Errors for a value that a column does not take. Every way in uses these words."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from shorttail.errors import InvalidArgument
 
 
 class Refused(ValueError):
-    """A value that a column of its type does not take. got: the value and its kind, as messages say it."""
+    """Raised for a value that a column of this type does not take.
+
+    got: the value and its Python or array type, as the message shows them. row: None for a single value.
+    """
 
     def __init__(self, got: str, row: int | None = None):
         super().__init__(got)
@@ -21,35 +24,30 @@ class Refused(ValueError):
         self.row = row
 
     def error(self, what: str, dtype: DType) -> InvalidArgument:
-        """The error for users. what: "column 'x'", with what it belongs to before it."""
+        """Return the error for the user. what: names the column, such as "view 'v': column 'x'"."""
         row = "" if self.row is None else f" at row {self.row}"
         return InvalidArgument(f"{what} takes {dtype}; got {self.got}{row}")
 
 
-def refused(column: str, dtype: DType, value: Any, row: int | None = None) -> InvalidArgument:
-    """The error that says that a column does not take a value. row: None for a value alone."""
-    return Refused(got(value), row).error(f"column '{column}'", dtype)
+def described(value: Any, kind: str = "") -> str:
+    """Return a value and its type, such as "3.5 (float)". kind: the dtype of the array that held it, if any."""
+    return f"{short_repr(value)} ({kind or type(value).__name__})"
 
 
-def got(value: Any, kind: str = "") -> str:
-    """A value and its kind: "3.5 (float)". kind: the dtype of the array that held it, if it was in one."""
-    return f"{shown(value)} ({kind or type(value).__name__})"
-
-
-def numbers_of(count: int) -> str:
-    """What a vector of another length is."""
+def described_length(count: int) -> str:
+    """Describe a vector that has the wrong length, such as "3 numbers"."""
     return f"{count} number{'' if count == 1 else 's'}"
 
 
-def said_of_text(size: int) -> str:
-    """What a text of so many bytes is that is refused: too long, or else not UTF-8."""
+def described_text(size: int) -> str:
+    """Describe a refused text of `size` bytes: it is too long, or else it is not UTF-8."""
     if size > LIMITS.string_bytes:
         return f"text of {size} bytes, more than {LIMITS.string_bytes}"
     return "text that is not UTF-8"
 
 
-def shown(value: Any) -> str:
-    """A value for a message, at most 40 characters long."""
+def short_repr(value: Any) -> str:
+    """Return the repr of a value, cut to at most 40 characters."""
     if isinstance(value, np.datetime64 | np.timedelta64):
         text = str(value)
     else:
@@ -58,7 +56,7 @@ def shown(value: Any) -> str:
 
 
 class _Short(reprlib.Repr):
-    """Writes the first items of what is long, and nothing raises."""
+    """Shows only the first items of a long value. It never raises; repr of an int of over 4,300 digits would."""
 
     def repr_int(self, value: int, level: int) -> str:
         return repr(value) if value.bit_length() < 128 else f"{'-' if value < 0 else ''}2**{value.bit_length() - 1}..."

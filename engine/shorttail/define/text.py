@@ -1,6 +1,6 @@
-"""Values that are written as text (CSV, the command line, `shorttail bench`): one grammar for all of them.
+"""Parses values written as text. CSV, the command line and `shorttail bench` share this grammar.
 
-A field of text is read as a value here, and define/values.py says whether a column takes it.
+This module turns a field of text into a value; define/scalar.py decides whether the column takes that value.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from shorttail.define.dtypes import Bool, DType, Float64, String, Timestamp, parse_dtype
-from shorttail.define.refusal import Refused, shown
+from shorttail.define.refusal import Refused, short_repr
 from shorttail.define.times import TIME, parse_time
 from shorttail.define.values import as_value
 from shorttail.errors import InvalidArgument
@@ -19,18 +19,18 @@ WHOLE: Final = re.compile(r"-?[0-9]+")
 NUMBER: Final = re.compile(r"-?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
 FLOATS: Final = re.compile("nan|-?inf|-?infinity", re.IGNORECASE)
 BOOLS: Final = {"true": True, "false": False}
-DIGITS_MAX: Final = 400  # of a whole number; Python refuses to read some thousand
+DIGITS_MAX: Final = 400  # of an integer; int() raises above 4,300 digits
 
-# A field of CSV, and what follows it. A quote within quotes is written twice.
+# A CSV field, and the separator after it. A quote inside a quoted field is written twice.
 FIELD: Final = re.compile(r'(?:"([^"]*(?:""[^"]*)*)"|([^",\r\n][^,\r\n]*)?)(,|\r\n|\n|\r|\Z)')
 
 
 def parse_text(dtype: DType, text: str) -> Any:
-    """The value of a field, as define.values.as_value gives it; None for "nan" in a float. Raises Refused.
+    """Return the value of a field in the form of `as_value`; None for "nan" in a float column. Raises Refused.
 
-    Nothing is stripped, and an empty field is not given: it is a missing value. Numbers are `-?[0-9]+` or decimal
-    numbers, in floats also nan and inf; Bool takes true and false too, a Timestamp ISO 8601. The numbers of a vector
-    are separated by commas, with nothing between two commas for one that is missing.
+    The caller reads an empty field as a missing value; text "" is the empty text. Spaces are not stripped. Numbers are
+    `-?[0-9]+` or decimal numbers; floats also take nan and inf, a Bool takes true and false, a Timestamp takes
+    ISO 8601. The numbers of a vector are separated by commas; an empty one is a missing element.
     """
     if dtype == String:
         return as_value(dtype, text)
@@ -43,11 +43,11 @@ def parse_text(dtype: DType, text: str) -> Any:
             return BOOLS[text.lower()]
         if dtype == Timestamp and TIME.fullmatch(text):
             return parse_time(text)
-        raise Refused(f"{shown(text)} (text)")
+        raise Refused(f"{short_repr(text)} (text)")
     try:
         return as_value(dtype, value)
     except Refused:
-        raise Refused(f"{shown(text)} (text)") from None
+        raise Refused(f"{short_repr(text)} (text)") from None
 
 
 def _number(text: str) -> int | float | None:
@@ -60,9 +60,9 @@ def _number(text: str) -> int | float | None:
 
 
 def csv_rows(text: str) -> Iterator[list[str | None]]:
-    """The rows of CSV: a field is None where there is nothing, and "" where there are quotes with nothing in them.
+    """Yield the rows of CSV. An empty field is None, and an empty field in quotes is "".
 
-    A line with nothing in it is a row with one empty field. Raises ValueError with the number of a line that is wrong.
+    An empty line is a row with one empty field. Raises ValueError with the line number for a wrong quote.
     """
     at, row = 0, list[str | None]()
     while at < len(text) or row:
@@ -81,21 +81,21 @@ def csv_rows(text: str) -> Iterator[list[str | None]]:
 # -- the command line --------------------------------------------------------------------------------------------------
 
 
-def parse_columns(arguments: Sequence[str], dtypes: Mapping[str, str], taker: str) -> dict[str, Any]:
-    """{column: value, or list of values} of "column=value" arguments, by the names of types in `dtypes`.
+def parse_columns(arguments: Sequence[str], dtypes: Mapping[str, str], owner: str) -> dict[str, Any]:
+    """Return {column: value or list of values} of "column=value" arguments. Raises InvalidArgument.
 
-    "1,2,3" is a row of CSV, and so a list ("..." keeps a comma in a text). A vector's numbers are separated by commas,
-    vectors by semicolons; even one is a list of vectors. Nothing after the = is a missing value, and '""' the empty
-    text. Raises InvalidArgument.
+    dtypes: column -> name of its type. owner: the model or view, named in errors. "1,2,3" is a row of CSV, so it is a
+    list; quotes keep a comma inside a text. The numbers of a vector are separated by commas, and vectors by semicolons;
+    a single vector also becomes a list. Nothing after the = is a missing value, and '""' is the empty text.
     """
     columns: dict[str, Any] = {}
     for argument in arguments:
         name, equals, text = argument.partition("=")
         known = ", ".join(f"{column} {dtype}" for column, dtype in dtypes.items())
         if not equals:
-            raise InvalidArgument(f"'{argument}' is not column=value; columns of {taker}: {known}")
+            raise InvalidArgument(f"'{argument}' is not column=value; columns of {owner}: {known}")
         if name not in dtypes:
-            raise InvalidArgument(f"{taker} takes no column '{name}'; columns: {known}")
+            raise InvalidArgument(f"{owner} takes no column '{name}'; columns: {known}")
         if name in columns:
             raise InvalidArgument(f"'{name}' is given twice; write {name}=a,b for a batch")
         columns[name] = parse_values(name, text, parse_dtype(dtypes[name]))
@@ -103,7 +103,7 @@ def parse_columns(arguments: Sequence[str], dtypes: Mapping[str, str], taker: st
 
 
 def parse_values(name: str, text: str, dtype: DType) -> Any:
-    """One value, or the list of them, of what is written after "name=". Raises InvalidArgument."""
+    """Return the value, or the list of values, of the text after "name=". Raises InvalidArgument."""
     if dtype.is_vector:
         return [parse_field(name, part or None, dtype) for part in text.split(";")]
     values = [parse_field(name, field, dtype) for field in csv_row(name, text)]
@@ -111,18 +111,20 @@ def parse_values(name: str, text: str, dtype: DType) -> Any:
 
 
 def csv_row(name: str, text: str) -> list[str | None]:
-    """The fields of one line of CSV. Raises InvalidArgument."""
+    """Return the fields of one line of CSV; an empty field is None. Raises InvalidArgument."""
     try:
         rows = list(csv_rows(text)) or [[None]]
     except ValueError as error:
-        raise InvalidArgument(f"{name}={shown(text)}: {str(error).partition(': ')[2]}") from None
+        raise InvalidArgument(f"{name}={short_repr(text)}: {str(error).partition(': ')[2]}") from None
     if len(rows) > 1:
-        raise InvalidArgument(f"{name}={shown(text)}: more than one line; put a text with a line break into quotes")
+        raise InvalidArgument(
+            f"{name}={short_repr(text)}: more than one line; put a text with a line break into quotes"
+        )
     return rows[0]
 
 
 def parse_field(name: str, field: str | None, dtype: DType, row: int | None = None) -> Any:
-    """The value of a field of a column, None for an empty one. Raises InvalidArgument."""
+    """Return the value of a field of column `name`; None for an empty field. Raises InvalidArgument."""
     try:
         return None if field is None else parse_text(dtype, field)
     except Refused as error:

@@ -1,9 +1,9 @@
-"""docs/types.md: what a column of each type takes, and which values the ways in cannot express.
+"""Writes docs/types.md: which values a column of each type takes, and which values each interface cannot express.
 
     python -m shorttail.define.types_page > docs/types.md
 
-The rules themselves are in define/scalar.py and define/values.py; tests/e2e/test_types.py sends every kind of value
-through every way in, and holds them to one outcome.
+define/scalar.py and define/values.py implement the rules. tests/e2e/test_types.py sends every kind of value through
+every interface, and checks that the result is the same.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from shorttail.define.scalar import EXACT
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """What columns of some types take and refuse, for people."""
+    """A row of the table of types: which values these types take, and which they refuse."""
 
     types: str
     takes: str
@@ -28,108 +28,114 @@ class Rule:
 RULES: Final = (
     Rule(
         "Bool",
-        "bools; the whole numbers 0 and 1 of any numeric type, as databases and CSV have them",
+        "bools; 0 and 1 of any numeric type, because databases and CSV files write bools as numbers",
         "other numbers, text, times",
     ),
     Rule(
         "Int32, Int64",
-        f"""whole numbers in range, of any integer type and byte order; floats that are whole (3.0) and at most
-        {EXACT:,} away from 0, because pandas makes floats of integers beside a null; Decimals that are whole""",
-        """bools, 3.5, infinity, a float further from 0 than that (it may have been rounded), numbers out of range,
+        f"""integers in range, of any integer type and byte order; whole floats (3.0) of absolute value up to {EXACT:,},
+        because pandas turns integers with a null into floats; whole Decimals""",
+        """bools, 3.5, infinity, floats of larger absolute value (they may be rounded integers), numbers out of range,
         text, times""",
     ),
     Rule(
         "Float32, Float64",
-        """every real number: integers of any size (rounded to the nearest), floats, float16, Decimals; bools as 1.0 and
-        0.0. What is too large is infinite""",
+        """every real number: integers of any size (rounded to the nearest float), floats, float16, Decimals; bools as
+        1.0 and 0.0. A number that is too large becomes infinity""",
         "text, times, complex numbers",
     ),
     Rule(
         "String",
         "text, NumPy's text (U and T), categories and dictionaries of text; Arrow's string, large_string, string_view",
-        f"bytes, numbers, bools, times, text that is not UTF-8, more than {LIMITS.string_bytes:,} bytes of UTF-8",
+        f"bytes, numbers, bools, times, text that is not UTF-8, text of more than {LIMITS.string_bytes:,} UTF-8 bytes",
     ),
     Rule(
         "Timestamp",
-        """datetime (without a zone it is UTC), date (its midnight UTC), datetime64 of every unit, timestamps and dates
-        of pandas, Arrow and polars; whole numbers, as Int64 takes them, are microseconds since 1970 UTC; text in
-        ISO 8601 that begins YYYY-MM-DD: `2024-01-02`, `2024-01-02T03:04:05.678901Z`, `2024-01-02 08:34+05:30`""",
+        """datetime (UTC if it has no time zone), date (midnight UTC), datetime64 of every unit, timestamps and dates of
+        pandas, Arrow and polars; every number that Int64 takes, as microseconds since 1970 UTC; ISO 8601 text that
+        starts with YYYY-MM-DD: `2024-01-02`, `2024-01-02T03:04:05.678901Z`, `2024-01-02 08:34+05:30`""",
         "bools, other text, times that do not fit 64 bits of microseconds",
     ),
     Rule(
         "Vector(n)",
-        """n numbers for each row, as Float32 takes them: a list, a tuple, an array, a row of a matrix, Arrow's list,
-        large_list, fixed_size_list or list_view. A list of numbers alone is one vector""",
-        "another length, text, times",
+        """n numbers per row, each as Float32 takes it: a list, a tuple, an array, a row of a matrix, Arrow's list,
+        large_list, fixed_size_list or list_view. A flat list of numbers is a single vector""",
+        "vectors of another length, text, times",
     ),
 )
 
-ALIKE: Final = """
-A **missing** value is None, NaN, NaT, pandas.NA, a null of Arrow or polars, a masked element of a NumPy array, nil of
-MessagePack or null of JSON. In a stored feature it is NULL. A number of a vector may be missing: it is NaN. In the keys
-of rows that are pushed, loaded or deleted, and in event times, a missing value is refused. In a key column of a request
-it matches no row. In another request column of a model a Float or a Vector takes it as NaN, and every other type
-refuses it, unless the model says what to take: `st.Model(..., missing={"tier": "nan"})`.
+NOTES: Final = """
+A **missing** value is None, NaN, NaT, pandas.NA, an Arrow or polars null, a masked element of a NumPy array, a
+MessagePack nil or a JSON null. A stored feature holds it as NULL. A missing number inside a vector is NaN. Event times
+and the keys of rows that are pushed, loaded or deleted refuse a missing value. In a key column of a request it matches
+no row. In another request column of a model, Float and Vector columns take it as NaN, and every other type refuses it,
+unless the model gives a value to use instead: `st.Model(..., missing={"tier": "nan"})`.
 
-What is **finer than a microsecond** is cut off towards the past, also before 1970. A time is never a number: a datetime
-is refused for a Float or Int column. A timedelta (a duration) is refused everywhere.
+**Times** are rounded to microseconds towards the past, also before 1970. A time is never a number: Float and Int
+columns refuse a datetime. Every column refuses a timedelta (a duration).
 
-A **list of mixed values** is taken value by value: `[1, 2.5]` for an Int64 is refused for its 2.5. A single value
-beside columns is repeated; arrays of no dimensions and scalars of NumPy, pandas and Arrow are single values.
+A **list of mixed values** is converted value by value: an Int64 column refuses `[1, 2.5]` because of 2.5. A **single
+value** beside longer columns is repeated. Arrays without dimensions, and NumPy, pandas and Arrow scalars, are single
+values.
 
-What is **refused** is named with the column, its type, the value, the value's Python type or that of its array, and the
-row: `column 'x' takes Int64; got 3.5 (float) at row 2`. Nothing of a request or push that has such a value is used.
+The **error** for a refused value names the column, its type, the value, the type of the value (or of its array) and the
+row: `column 'x' takes Int64; got 3.5 (float) at row 2`. The whole request or push is then refused.
 
 ## Text
 
-CSV files, CSV bodies of `/invocations`, `column=value` of the command line and `--value` of `shorttail bench` hold
-text, which one grammar reads:
+CSV files, CSV bodies of `/invocations`, `column=value` on the command line and `--value` of `shorttail bench` contain
+text. The same grammar reads all of them:
 
-- A whole number is `-?[0-9]+`, a decimal number `-?([0-9]+(\\.[0-9]*)?|\\.[0-9]+)([eE][+-]?[0-9]+)?`. The column takes
-  it as it takes that number, so an Int64 takes `3.0`. A float also reads `nan` (which is missing), `inf`, `-inf` and
-  `infinity`, in any case. `1_0`, `+1` and `0x1F` are no numbers.
-- A Bool also reads `true` and `false` in any case, a Timestamp ISO 8601 as above.
-- Nothing is stripped: ` 1` is no number, and ` a ` is a text of three characters.
-- An empty field is a missing value; an empty field in quotes (`""`) is the empty text. An empty line is a row with one
+- An integer is `-?[0-9]+`, and a decimal number is `-?([0-9]+(\\.[0-9]*)?|\\.[0-9]+)([eE][+-]?[0-9]+)?`. The column
+  then takes or refuses that number by the table above, so an Int64 takes `3.0`. A Float also takes `nan` (a missing
+  value), `inf`, `-inf` and `infinity`, in upper or lower case. `1_0`, `+1` and `0x1F` are not numbers.
+- A Bool also takes `true` and `false`, in upper or lower case. A Timestamp also takes ISO 8601 as above.
+- Spaces are kept: ` 1` is not a number, and ` a ` is a text of three characters.
+- An empty field is a missing value. An empty field in quotes (`""`) is the empty text. An empty line is a row with one
   empty field.
-- A vector is its numbers with commas between them, in quotes in a file (`"1,2.5"`). In a CSV body it is as many fields
-  as it has numbers. On the command line `v=1,2;3,4` is two vectors. For `bench` its numbers are separated by `/`.
-- On the command line a value is a row of CSV: `tier=gold,tin` is two rows, `tier=` is a missing value, and
-  `tier='""'` is the empty text.
+- The numbers of a vector are separated by commas, so in a file the field is in quotes (`"1,2.5"`). In a CSV body each
+  number of a vector is a field of its own. On the command line `v=1,2;3,4` is two vectors. For `bench` the numbers are
+  separated by `/`.
+- On the command line a value is a row of CSV: `tier=gold,tin` is two rows, `tier=` is a missing value, and `tier='""'`
+  is the empty text.
 """
 
-CANNOT: Final = (
-    ("`Engine.predict`, `get_online_features`, `push`, `delete`", "nothing"),
+NOT_EXPRESSIBLE: Final = (
+    ("`Engine.predict`, `get_online_features`, `push`, `delete`", "These express every value."),
     (
         "`Client` and `AsyncClient`",
-        """Integers beyond 64 bits travel as floats, Decimals as floats or, where they are whole, as integers. What no
-        column takes (bytes, durations, complex numbers, sets) is refused by the client, which does not know the
-        column's type and so does not name it.""",
+        """Integers of more than 64 bits are sent as floats, whole Decimals of up to 64 bits as integers, and other
+        Decimals as floats. The client itself refuses values that no column takes (bytes, durations, complex numbers,
+        sets); it does not know the column's type, so its error does not name it.""",
     ),
     (
         "`load`, `materialize`, `shorttail push FILE`: Parquet and Arrow",
-        """A column has one type: no mixed values, no integers beyond 64 bits. A column has rows: no value alone. Arrow
-        has no lone surrogates, no other byte order, and of NumPy's times those of s, ms, us and ns.""",
+        """A column has a single type: no mixed values, no integers of more than 64 bits. A column has rows: no single
+        values. Arrow has no lone surrogates, only the machine's byte order, and only the time units s, ms, us and
+        ns.""",
     ),
-    ("the same, CSV", "All is text, see above."),
+    ("`load`, `materialize`, `shorttail push FILE`: CSV", "Every value is text, see above."),
     (
         "Open Inference v2, JSON",
-        """A tensor has one datatype: no mixed values. No NaN and no infinity (null is missing), no missing vector, no
-        lone surrogates; times are text or microseconds. Data of every datatype may have nulls.""",
+        """A tensor has a single datatype: no mixed values. No NaN and no infinity (null is a missing value), no missing
+        vector, no lone surrogates; times are text or microseconds. Data of every datatype may contain nulls.""",
     ),
-    ("Open Inference v2, binary", "As JSON, but NaN and infinity can be sent, and nothing else that is missing."),
+    (
+        "Open Inference v2, binary",
+        "The same as JSON, but NaN and infinity can be sent. NaN is the only missing value: there are no nulls.",
+    ),
     (
         "`/invocations`, JSON",
-        """No NaN and no infinity (null is missing), no lone surrogates; times are text or microseconds; integers beyond
-        64 bits are read as floats.""",
+        """No NaN and no infinity (null is a missing value), no lone surrogates; times are text or microseconds;
+        integers of more than 64 bits are read as floats.""",
     ),
-    ("`/invocations`, CSV; the command line; `shorttail bench`", "All is text, see above."),
-    ("defaults of features", "A default is one value. A missing one is no default."),
+    ("`/invocations`, CSV; the command line; `shorttail bench`", "Every value is text, see above."),
+    ("defaults of features", "A default is a single value. A missing value means that the feature has no default."),
 )
 
 
 def page() -> str:
-    """The text of docs/types.md."""
+    """Return the text of docs/types.md."""
     return "\n".join(lines()) + "\n"
 
 
@@ -138,21 +144,21 @@ def lines() -> Iterator[str]:
     yield ""
     yield "<!-- Made by `python -m shorttail.define.types_page`; change it there. -->"
     yield ""
-    yield "A value becomes the same in a column of a type, or is refused in the same words, whichever way it comes in:"
-    yield "embedded or through a client, pushed, loaded from a file, over HTTP, or from the command line."
+    yield "Every interface converts a value to the type of its column by the same rules, and refuses it with the same"
+    yield "error: embedded calls, clients, pushes, loads from files, HTTP and the command line."
     yield ""
     yield "| type | takes | refuses |"
     yield "|---|---|---|"
     for rule in RULES:
         yield f"| {rule.types} | {one_line(rule.takes)} | {one_line(rule.refuses)} |"
-    yield from ALIKE.splitlines()
+    yield from NOTES.splitlines()
     yield ""
-    yield "## What a way cannot express"
+    yield "## Values that an interface cannot express"
     yield ""
-    yield "| way in | cannot express |"
+    yield "| interface | limits |"
     yield "|---|---|"
-    for way, what in CANNOT:
-        yield f"| {way} | {one_line(what)} |"
+    for interface, limits in NOT_EXPRESSIBLE:
+        yield f"| {interface} | {one_line(limits)} |"
 
 
 def one_line(text: str) -> str:

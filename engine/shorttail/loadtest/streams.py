@@ -1,4 +1,4 @@
-"""Where the values of requests come from: ranges, files, a store, or defaults by type."""
+"""Sources of the values in requests of a load test: ranges, files, a store, or defaults of a type."""
 
 from __future__ import annotations
 
@@ -21,12 +21,16 @@ from shorttail.loadtest.rates import parse_number
 
 DRAWS: Final = ("uniform", "zipf", "in-turn")
 KEY_FORMS: Final = "COLUMN=uniform:1:1M, COLUMN=zipf:1:1M:0.99, file:PATH or store:PATH"
-VECTORS: Final = 64  # different vectors that a column of them draws from
+VECTORS: Final = 64  # distinct vectors in a column of default values
 
 
 @dataclass(slots=True)
 class Stream:
-    """Columns whose values are drawn together: from row i of a table, or low + i of a range of whole numbers."""
+    """Columns whose values are drawn together: index i is row i of a table, or the integer low + i of a range.
+
+    draw: an entry of DRAWS. exponent: of the Zipf distribution. n: number of rows. tables: column -> n values. lows:
+    column -> the lowest integer of its range. text: the --keys option that made the stream.
+    """
 
     draw: str
     exponent: float
@@ -46,7 +50,7 @@ class Draw:
 
 
 def parse_draw(text: str) -> Draw:
-    """ "uniform", "zipf", "zipf:1.1" or "in-turn". Raises InvalidArgument."""
+    """Parse "uniform", "zipf", "zipf:1.1" or "in-turn". Raises InvalidArgument."""
     kind, _, exponent = text.partition(":")
     if kind not in DRAWS or (exponent and kind != "zipf"):
         raise InvalidArgument(f"draw '{text}' is not understood; write uniform, zipf:0.99 or in-turn")
@@ -59,16 +63,16 @@ def parse_exponent(text: str, whole: str) -> float:
     except ValueError:
         exponent = 0.0
     if not 0 < exponent <= 10:
-        raise InvalidArgument(f"'{whole}': the exponent of a Zipf distribution lies between 0 and 10, as 0.99")
+        raise InvalidArgument(f"'{whole}': the exponent of a Zipf distribution lies between 0 and 10, such as 0.99")
     return exponent
 
 
 def parse_keys(
     specs: Sequence[str], draw: Draw, views: Sequence[Mapping[str, Any]], dtypes: Mapping[str, str]
 ) -> list[Stream]:
-    """The streams of --keys. views: as the server lists them; dtypes: of the columns that requests have, "" if unknown.
+    """Return the streams of --keys options. Raises InvalidArgument, NotFound.
 
-    Raises InvalidArgument, NotFound.
+    views: as the server lists them. dtypes: column of the requests -> type, or "" if it is unknown.
     """
     needed = set(dtypes)
     streams: list[Stream] = []
@@ -87,7 +91,7 @@ def parse_keys(
 
 
 def range_stream(spec: str) -> Stream:
-    """ "user_id=zipf:1:1M:0.99", or with a form for strings "user=uniform:1:1000:user-{}"."""
+    """Parse "user_id=zipf:1:1M:0.99", or "user=uniform:1:1000:user-{}" for strings. Raises InvalidArgument."""
     column, equals, rest = spec.partition("=")
     kind, *parts = rest.split(":")
     if not equals or kind not in DRAWS or len(parts) < 2:
@@ -116,7 +120,7 @@ def whole_number(text: str, spec: str) -> int:
 
 
 def file_stream(path: str, draw: Draw, dtypes: Mapping[str, str]) -> Stream:
-    """Rows of a Parquet, Arrow or CSV file: those of its columns that requests have, as values of their types."""
+    """Read rows of a Parquet, Arrow or CSV file, only the columns of the requests, converted to their types."""
     what = f"--keys file:{path}"
     if not Path(path).exists():
         raise NotFound(f"{what}: there is no such file")
@@ -126,7 +130,7 @@ def file_stream(path: str, draw: Draw, dtypes: Mapping[str, str]) -> Stream:
     names = [name for name in dataset.schema.names if name in dtypes]
     try:
         table = dataset.head(LIMITS.bench_key_rows, columns=names)
-    except (ValueError, OSError) as error:  # those of Arrow are ValueErrors
+    except (ValueError, OSError) as error:  # Arrow's errors are ValueErrors
         raise InvalidArgument(f"{what}: cannot be read: {parquet.first_line(error)}") from None
     if not names or not table.num_rows:
         found = f"its columns: {listed(dataset.schema.names)}" if not names else "it has no rows"
@@ -141,14 +145,14 @@ def file_stream(path: str, draw: Draw, dtypes: Mapping[str, str]) -> Stream:
 
 
 def column_values(dtype: str, column: Any, read: Callable[[DType, Any], tuple[Any, Any]]) -> list[Any]:
-    """The values of a column of a file, None where there is none. Raises Refused."""
+    """Return the values of a column of a file; None is a missing value. Raises Refused."""
     import pyarrow as pa
 
-    if not dtype:  # of an HTTP body nobody knows the types
+    if not dtype:  # a column of an HTTP body has no known type
         if pa.types.is_timestamp(column.type) or pa.types.is_date(column.type):
             dtype = Timestamp.name
         else:
-            return [untyped(value) if isinstance(value, str) else value for value in column.to_pylist()]
+            return [parse_untyped(value) if isinstance(value, str) else value for value in column.to_pylist()]
     values, nulls = read(parse_dtype(dtype), column)
     items: list[Any] = values.tolist() if isinstance(values, np.ndarray) else values.to_pylist()
     if nulls is None:
@@ -157,10 +161,10 @@ def column_values(dtype: str, column: Any, read: Callable[[DType, Any], tuple[An
 
 
 def store_streams(path: str, draw: Draw, views: Sequence[Mapping[str, Any]], needed: set[str]) -> list[Stream]:
-    """The keys that a store on this machine holds, for the views that the requests look up.
+    """Return streams of the keys in a store on this machine, for the views that the requests look up.
 
-    Rows lie in the order of their keys' hashes, so the first of them are a fair sample. Views of more keys come
-    first: their keys have to fit together.
+    A store holds rows in the order of their keys' hashes, so the first rows are a fair sample. Views with more key
+    columns come first, because their keys must be drawn together.
     """
     from shorttail.store import Store
 
@@ -198,7 +202,7 @@ def store_streams(path: str, draw: Draw, views: Sequence[Mapping[str, Any]], nee
 
 @dataclass(frozen=True, slots=True)
 class Values:
-    """Of a column that is no key: whole numbers or floats of a range (both ends), or choices."""
+    """The values of a column that is not a key: choices, or a range of integers or floats, with both ends included."""
 
     choices: Sequence[Any] = ()
     whole: tuple[int, int] | None = None
@@ -206,7 +210,7 @@ class Values:
 
 
 def parse_values(specs: Sequence[str]) -> dict[str, str]:
-    """{column: what it takes} of --value. Raises InvalidArgument."""
+    """Return {column: text after the =} of --value options. Raises InvalidArgument."""
     found: dict[str, str] = {}
     for spec in specs:
         column, equals, text = spec.partition("=")
@@ -221,35 +225,38 @@ def parse_values(specs: Sequence[str]) -> dict[str, str]:
 
 
 def make_values(column: str, text: str, dtype: str) -> Values:
-    """What --value says. dtype: "Float32" or so; "" where only the text can tell. Raises InvalidArgument."""
+    """Return the values of a --value option. dtype: such as "Float32", or "" if unknown. Raises InvalidArgument."""
     kind, _, rest = text.partition(":")
     if kind == "choice" and rest:
-        return Values([typed(column, field, dtype) for field in csv_row(column, rest)])
+        return Values([parse_typed(column, field, dtype) for field in csv_row(column, rest)])
     if kind != "uniform":
-        fields = csv_row(column, text) if dtype else [text]  # of unknown type it may be JSON, with commas of its own
-        return Values([typed(column, field, dtype) for field in fields])
+        fields = csv_row(column, text) if dtype else [text]  # without a type, text may be JSON that has commas
+        return Values([parse_typed(column, field, dtype) for field in fields])
     known = parse_dtype(dtype) if dtype else Float64
     if not (known.is_float or known.is_integer):
         raise InvalidArgument(f"--value {column}={text}: column '{column}' is {dtype}; a range needs numbers")
     ends = [parse_field(column, field or None, known) for field in rest.split(":")]
     if len(ends) != 2 or None in ends or not ends[0] <= ends[1]:
-        raise InvalidArgument(f"--value {column}={text}: write uniform:LOW:HIGH, as uniform:0:100")
+        raise InvalidArgument(f"--value {column}={text}: write uniform:LOW:HIGH, such as uniform:0:100")
     low, high = ends
     if known.is_integer or (not dtype and "." not in rest and low.is_integer() and high.is_integer()):
         return Values(whole=(int(low), int(high)))
     return Values(real=(low, high))
 
 
-def typed(column: str, field: str | None, dtype: str) -> Any:
-    """The value of a field, None for an empty one. A vector's numbers are separated by /. Raises InvalidArgument."""
+def parse_typed(column: str, field: str | None, dtype: str) -> Any:
+    """Return the value of a field; None for an empty field. A / separates the numbers of a vector.
+
+    Raises InvalidArgument.
+    """
     if not dtype:
-        return None if field is None else untyped(field)
+        return None if field is None else parse_untyped(field)
     known = parse_dtype(dtype)
     return parse_field(column, field.replace("/", ",") if field and known.is_vector else field, known)
 
 
-def untyped(text: str) -> Any:
-    """Text as JSON, if it is; else as it is."""
+def parse_untyped(text: str) -> Any:
+    """Return the value of text that is JSON; other text as it is."""
     try:
         return json.loads(text)
     except ValueError:
@@ -257,7 +264,7 @@ def untyped(text: str) -> Any:
 
 
 def default_values(dtype: str, seed: int) -> Values:
-    """Something of the right type, for a column that nothing is said of."""
+    """Return values of the right type, for a column without --keys and --value."""
     known = parse_dtype(dtype)
     if known == Timestamp:
         return Values([time.time_ns() // 1000])

@@ -1,4 +1,4 @@
-"""What is sent: from what the user asks for, and what the server says it serves, to templates and columns."""
+"""Plans the requests of a load test: templates and columns, from the user's options and the catalog of the server."""
 
 from __future__ import annotations
 
@@ -16,8 +16,16 @@ from shorttail.define.dtypes import Int32, Int64, Timestamp, parse_dtype
 from shorttail.define.names import suggestion
 from shorttail.define.values import Refused, as_value
 from shorttail.errors import InvalidArgument, NotFound
-from shorttail.loadtest import streams as sources
-from shorttail.loadtest.streams import Stream, Values, listed
+from shorttail.loadtest.streams import (
+    Stream,
+    Values,
+    default_values,
+    listed,
+    make_values,
+    parse_draw,
+    parse_keys,
+    parse_values,
+)
 from shorttail.loadtest.target import Target
 from shorttail.loadtest.templates import (
     NO_GROUP,
@@ -31,13 +39,18 @@ from shorttail.loadtest.templates import (
 
 PLACEHOLDER = re.compile(r'"\{\{\s*([^{}"]+?)\s*\}\}"|\{\{\s*([^{}"]+?)\s*\}\}')
 NUMPY = {"Int32": "<i4", "Int64": "<i8", "Timestamp": "<i8", "Float32": "<f4", "Float64": "<f8", "Bool": "?"}
-MANY = "..."  # {{column...}} in a body: a value for each row
+EACH_ROW = "..."  # {{column...}} in a body stands for a value per row
 CONTENT_TYPE = "application/json"
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What the user asks for. mix: weights of "predict", "features", "push"; body: the text of an HTTP template."""
+    """The options of a load test.
+
+    predict: a model; features: references; push: a view. mix: weights of "predict", "features" and "push". rows,
+    push_rows: rows per request. shared: columns that have a single value per request. keys, values: the texts of --keys
+    and --value. body: the template of an HTTP body.
+    """
 
     predict: str | None = None
     features: Sequence[str] = ()
@@ -59,24 +72,26 @@ class Workload:
 
 @dataclass(slots=True)
 class Traffic:
+    """The requests of a load test: templates with places for values, and the columns that give those values."""
+
     templates: list[Template]
     columns: list[EncodedColumn] = field(default_factory=list)
     groups: list[Group] = field(default_factory=list)
     streams: list[Stream] = field(default_factory=list)
-    describes: dict[str, str] = field(default_factory=dict)  # column -> where its values come from
+    describes: dict[str, str] = field(default_factory=dict)  # column -> the source of its values, for the report
 
 
 class Builder:
-    """Columns of a plan, made as requests need them. dtypes: of all columns; "" where nobody knows."""
+    """Adds columns to a Traffic when a request first needs them. dtypes: column -> type, or "" if it is unknown."""
 
     def __init__(self, workload: Workload, dtypes: Mapping[str, str], views: Sequence[Mapping[str, Any]]):
         self.workload = workload
         self.dtypes = dtypes
-        draw = sources.parse_draw(workload.draw)
-        self.streams = sources.parse_keys(workload.keys, draw, views, dtypes)
-        self.texts = sources.parse_values(workload.values)
+        draw = parse_draw(workload.draw)
+        self.streams = parse_keys(workload.keys, draw, views, dtypes)
+        self.texts = parse_values(workload.values)
         self.keys = {key for view in views for key in view["keys"]}
-        self.plan = Traffic([], groups=[Group(s.draw, s.n, s.exponent) for s in self.streams], streams=self.streams)
+        self.traffic = Traffic([], groups=[Group(s.draw, s.n, s.exponent) for s in self.streams], streams=self.streams)
         self._numbers: dict[tuple[str, str], int] = {}
         self._check_names()
 
@@ -90,25 +105,25 @@ class Builder:
                 raise InvalidArgument(f"'{column}' has values from --keys and from --value; keep one")
 
     def column(self, name: str, form: str) -> int:
-        """The number of a column in an encoding."""
+        """Return the number of a column in an encoding: "msgpack", "raw" or "json"."""
         if (name, form) not in self._numbers:
-            self._numbers[name, form] = len(self.plan.columns)
-            self.plan.columns.append(self._make(name, form))
+            self._numbers[name, form] = len(self.traffic.columns)
+            self.traffic.columns.append(self._make(name, form))
         return self._numbers[name, form]
 
     def _make(self, name: str, form: str) -> EncodedColumn:
         dtype = self.dtypes[name]
         for group, stream in enumerate(self.streams):
             if name in stream.lows:
-                self.plan.describes[name] = stream.text.partition("=")[2]
+                self.traffic.describes[name] = stream.text.partition("=")[2]
                 check_range(name, stream, dtype)
                 return EncodedColumn("int", form, group, low=stream.lows[name])
             if name in stream.tables:
-                self.plan.describes[name] = f"{stream.text} ({self.workload.draw}, {stream.n:,} rows)"
-                return self._table(name, coerced(name, stream, dtype), form, group)
+                self.traffic.describes[name] = f"{stream.text} ({self.workload.draw}, {stream.n:,} rows)"
+                return self._table(name, table_values(name, stream, dtype), form, group)
         if name in self.texts:
-            self.plan.describes[name] = self.texts[name]
-            return self._from_values(name, sources.make_values(name, self.texts[name], dtype), form)
+            self.traffic.describes[name] = self.texts[name]
+            return self._from_values(name, make_values(name, self.texts[name], dtype), form)
         if name in self.keys:
             raise InvalidArgument(
                 f"column '{name}' is a key: say where its values come from, --keys {name}=uniform:1:100000, "
@@ -116,8 +131,8 @@ class Builder:
             )
         if not dtype:
             raise InvalidArgument(f"the body has {{{{{name}}}}}: give its values by --keys or --value {name}=...")
-        self.plan.describes[name] = f"default for {dtype}"
-        return self._from_values(name, sources.default_values(dtype, self.workload.seed), form)
+        self.traffic.describes[name] = f"default for {dtype}"
+        return self._from_values(name, default_values(dtype, self.workload.seed), form)
 
     def _from_values(self, name: str, values: Values, form: str) -> EncodedColumn:
         if values.whole is not None:
@@ -133,14 +148,14 @@ class Builder:
         return table_column(values, form, group)
 
     def _values(self, name: str) -> Values:
-        """What a column of no stream draws from."""
+        """Return the values of a column that is in no stream."""
         dtype = self.dtypes[name]
         if name in self.texts:
-            return sources.make_values(name, self.texts[name], dtype)
-        return sources.default_values(dtype, self.workload.seed)
+            return make_values(name, self.texts[name], dtype)
+        return default_values(dtype, self.workload.seed)
 
     def is_range(self, name: str) -> bool:
-        """Whether the generator makes the numbers itself, which are then of eight bytes."""
+        """Return whether the generator computes the numbers of a column. Such numbers have eight bytes."""
         if any(name in stream.lows for stream in self.streams):
             return True
         return not any(name in stream.tables for stream in self.streams) and not self._values(name).choices
@@ -154,6 +169,7 @@ class Builder:
         return NUMPY[dtype]
 
     def has_null(self, name: str) -> bool:
+        """Return whether a value of the column may be missing."""
         for stream in self.streams:
             if name in stream:
                 return None in stream.tables.get(name, ())
@@ -161,7 +177,7 @@ class Builder:
 
 
 def check_range(name: str, stream: Stream, dtype: str) -> None:
-    """That the whole numbers of a range are of the column's type. Raises InvalidArgument."""
+    """Check that the column's type takes the integers of a range. Raises InvalidArgument."""
     if not dtype:
         return
     known = parse_dtype(dtype)
@@ -176,8 +192,8 @@ def check_range(name: str, stream: Stream, dtype: str) -> None:
         raise error.error(f"--keys {stream.text}: column '{name}'", known) from None
 
 
-def coerced(name: str, stream: Stream, dtype: str) -> list[Any]:
-    """The values of a table as those of the column's type, None where one is missing. Raises InvalidArgument."""
+def table_values(name: str, stream: Stream, dtype: str) -> list[Any]:
+    """Return the values of a table, converted to the column's type; None is missing. Raises InvalidArgument."""
     if not dtype:
         return list(stream.tables[name])
     known = parse_dtype(dtype)
@@ -191,7 +207,10 @@ def coerced(name: str, stream: Stream, dtype: str) -> list[Any]:
 
 
 def put_columns(builder: Builder, template: Template, columns: Mapping[str, str], rows: int, tables: bool) -> None:
-    """The map of columns. tables: arrays always, as push wants them; else scalars where one value does."""
+    """Add the map of columns to a template.
+
+    tables: write every column as an array, as push needs it. Else a column with a single value is a scalar.
+    """
     template.literal(bytes(msgpack.Packer().pack_map_header(len(columns))))
     for name, dtype in columns.items():
         template.literal(bytes(msgpack.packb(name)))
@@ -229,7 +248,7 @@ def rpc_template(
 
 
 def plan_rpc(workload: Workload, models: Sequence[Mapping[str, Any]], views: Sequence[Mapping[str, Any]]) -> Traffic:
-    """Requests to a server of ours. models, views: as it lists them. Raises InvalidArgument, NotFound."""
+    """Plan MessagePack-RPC requests. models, views: as the server lists them. Raises InvalidArgument, NotFound."""
     by_model = {str(item["name"]): item for item in models}
     by_view = {str(item["name"]): item for item in views}
     asked: list[tuple[str, str, Any, dict[str, str], int]] = []
@@ -257,18 +276,18 @@ def plan_rpc(workload: Workload, models: Sequence[Mapping[str, Any]], views: Seq
             raise InvalidArgument(f"--mix {kind}: give --{kind} too")
     dtypes = {name: dtype for item in asked for name, dtype in item[3].items()}
     builder = Builder(workload, dtypes, views)
-    plan = builder.plan
-    plan.templates = [rpc_template(builder, *item) for item in asked if workload.mix.get(item[0], 1.0) > 0]
-    return plan
+    traffic = builder.traffic
+    traffic.templates = [rpc_template(builder, *item) for item in asked if workload.mix.get(item[0], 1.0) > 0]
+    return traffic
 
 
 def feature_keys(references: Sequence[str], by_view: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """The key columns of the views of references. Raises InvalidArgument, NotFound."""
+    """Return the key columns (name -> type) of the views in references. Raises InvalidArgument, NotFound."""
     keys: dict[str, str] = {}
     for reference in references:
         name, colon, feature = reference.partition(":")
         if not colon:
-            raise InvalidArgument(f"--features '{reference}' is no reference; write VIEW:FEATURE")
+            raise InvalidArgument(f"--features '{reference}' is not a reference; write VIEW:FEATURE")
         if name not in by_view:
             raise NotFound(f"no feature view '{name}'{suggestion(name, by_view, 'views')}")
         if feature not in by_view[name]["features"]:
@@ -279,7 +298,7 @@ def feature_keys(references: Sequence[str], by_view: Mapping[str, Mapping[str, A
 
 
 def plan_raw(request_bytes: int) -> Traffic:
-    """Blank requests, for an echo server."""
+    """Plan requests of zero bytes, for an echo server. request_bytes: the length of a request."""
     template = Template("raw", 1.0)
     template.literal(bytes(request_bytes))
     return Traffic([template])
@@ -289,9 +308,9 @@ def plan_raw(request_bytes: int) -> Traffic:
 
 
 def plan_http(workload: Workload, target: Target) -> Traffic:
-    """One kind of request with the body template, or GET without one. Raises InvalidArgument."""
+    """Plan HTTP requests: all have the body template, or are GET without a body. Raises InvalidArgument."""
     body = workload.body or ""
-    names = [(found[1] or found[2]).removesuffix(MANY).strip() for found in PLACEHOLDER.finditer(body)]
+    names = [(found[1] or found[2]).removesuffix(EACH_ROW).strip() for found in PLACEHOLDER.finditer(body)]
     builder = Builder(workload, {name: "" for name in names if name != "nonce"}, ())
     method = workload.method if workload.body is not None else "GET"
     template = Template(f"{method} {target.path}", 1.0)
@@ -305,8 +324,8 @@ def plan_http(workload: Workload, target: Target) -> Traffic:
         template.body()
         put_body(builder, template, body)
     check_json(body)
-    builder.plan.templates = [template]
-    return builder.plan
+    builder.traffic.templates = [template]
+    return builder.traffic
 
 
 def put_body(builder: Builder, template: Template, body: str) -> None:
@@ -319,24 +338,24 @@ def put_body(builder: Builder, template: Template, body: str) -> None:
             template.nonce()
             template.literal(b'"' if found[1] else b"")
         else:
-            count = builder.workload.rows if name.endswith(MANY) else 1
-            template.values(builder.column(name.removesuffix(MANY).strip(), "json"), count)
+            count = builder.workload.rows if name.endswith(EACH_ROW) else 1
+            template.values(builder.column(name.removesuffix(EACH_ROW).strip(), "json"), count)
         at = found.end()
     template.literal(body[at:].encode())
 
 
 def check_json(body: str) -> None:
-    """A body that no server could read is a mistake worth a line now. Raises InvalidArgument."""
+    """Check that a body is JSON, before the load test starts. Raises InvalidArgument."""
     if not body.strip():
         return
     try:
         json.loads(PLACEHOLDER.sub("0", body))
     except ValueError as error:
-        raise InvalidArgument(f"--body is no JSON with {{{{column}}}} placeholders: {error}") from None
+        raise InvalidArgument(f"--body is not JSON with {{{{column}}}} placeholders: {error}") from None
 
 
 def list_catalog(address: str, timeout_s: float) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(models, views) of a server. Raises what the client raises."""
+    """Return (models, views) of a server. Raises the errors of Client."""
     from shorttail.client import Client
 
     protocol.parse_address(address)

@@ -253,10 +253,10 @@ def request_columns(catalog: Catalog, model: Model, inputs: Sequence[TensorInfo]
 
 
 def required_columns(catalog: Catalog, model: Model, inputs: Sequence[TensorInfo]) -> tuple[str, ...]:
-    """The request columns of which a request must bring every value.
+    """Return the request columns in which a missing value is refused.
 
-    They feed the model, which cannot be told that a whole number, bool, text or time is missing, and it does not say
-    what to take instead. In floats and vectors a missing value is NaN, and a missing key matches no row.
+    These columns feed the model, their type has no NaN (integers, bools, strings, times), and the model's `missing`
+    gives no value for them. In floats and vectors a missing value is NaN, and a missing key matches no row.
     """
     columns = request_columns(catalog, model, inputs)
     used = [name for name in request_uses(catalog, model, inputs) if name not in model.missing]
@@ -264,9 +264,9 @@ def required_columns(catalog: Catalog, model: Model, inputs: Sequence[TensorInfo
 
 
 def missing_values(model: Model, columns: Mapping[str, DType]) -> dict[str, Any]:
-    """What the model takes for a missing value: {request column: value of its type}, a vector's as a list.
+    """Return {request column: the value that replaces a missing value}, converted to the column's type.
 
-    columns: the model's request columns. Raises InvalidArgument.
+    A vector is a list of floats. columns: the model's request columns, name -> type. Raises InvalidArgument.
     """
     found = {}
     for name, given in model.missing.items():

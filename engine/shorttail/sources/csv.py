@@ -1,4 +1,4 @@
-"""CSV files: every field is read as text, and becomes a value by the one grammar of define/text.py."""
+"""Reads CSV files: every field is read as text, and parsed by the grammar of define/text.py."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ import pyarrow.dataset
 from shorttail.define.dtypes import DType, String, Timestamp
 from shorttail.define.refusal import Refused
 from shorttail.define.text import parse_text
-from shorttail.define.values import filled, of_arrow
+from shorttail.define.values import from_arrow, from_values
 
-# Texts that Arrow's own conversions read exactly as parse_text does, and what it makes of them.
+# Texts that Arrow converts exactly as parse_text does: (regular expression, Arrow type to cast to).
 WHOLE: Final = (r"^-?[0-9]{1,18}$", pa.int64())
 NUMBER: Final = (r"^-?[0-9]{1,40}(\.[0-9]{0,40})?([eE][+-]?[0-9]{1,2})?$", pa.float64())
 TIME: Final = (r"^[0-9]{4}-[0-9]{2}-[0-9]{2}[T ][0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,6})?$", pa.timestamp("us"))
 
 
 def csv_format(names: Iterable[str]) -> Any:
-    """Reads these columns as text, null where nothing stands between two commas, and every line as a row."""
+    """Return a CSV format that reads these columns as text, an empty field as null, and every line as a row."""
     return pyarrow.dataset.CsvFileFormat(
         parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True, ignore_empty_lines=False),
         convert_options=pyarrow.csv.ConvertOptions(
@@ -34,18 +34,18 @@ def csv_format(names: Iterable[str]) -> Any:
     )
 
 
-def of_texts(dtype: DType, column: Any) -> tuple[Any, Any]:
-    """A column of texts as define.values.of_arrow gives it. Raises Refused.
+def from_texts(dtype: DType, column: Any) -> tuple[Any, Any]:
+    """Convert a column of texts to (array, nulls), as define.values.from_arrow returns them. Raises Refused.
 
-    Columns of usual texts are converted by Arrow at once; others text by text.
+    Arrow converts a column of common texts in a single call. Other columns are parsed text by text.
     """
     if dtype == String:
-        return of_arrow(dtype, column)
-    for pattern, kind in _usual(dtype):
-        if pc.all(pc.match_substring_regex(column, pattern)).as_py() is not False:  # None: all are null
+        return from_arrow(dtype, column)
+    for pattern, kind in _arrow_forms(dtype):
+        if pc.all(pc.match_substring_regex(column, pattern)).as_py() is not False:  # None: every text is null
             try:
-                return of_arrow(dtype, column.cast(kind))
-            except pa.ArrowInvalid:  # a 30th of February
+                return from_arrow(dtype, column.cast(kind))
+            except pa.ArrowInvalid:  # such as February 30
                 break
     found = []
     for row, text in enumerate(column.to_pylist()):
@@ -53,10 +53,11 @@ def of_texts(dtype: DType, column: Any) -> tuple[Any, Any]:
             found.append(None if text is None else parse_text(dtype, text))
         except Refused as error:
             raise Refused(error.got, row) from None
-    return filled(dtype, found)
+    return from_values(dtype, found)
 
 
-def _usual(dtype: DType) -> list[tuple[str, Any]]:
+def _arrow_forms(dtype: DType) -> list[tuple[str, Any]]:
+    """Return the entries of WHOLE, NUMBER and TIME that apply to a type."""
     if dtype.is_float:
         return [NUMBER]
     if dtype == Timestamp:

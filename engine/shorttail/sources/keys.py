@@ -1,4 +1,4 @@
-"""Files of keys (Parquet, Arrow IPC, CSV): the rows to delete."""
+"""Reads files of keys (Parquet, Arrow IPC, CSV): the rows that a delete removes."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 
 from shorttail.define.views import FeatureView
 from shorttail.errors import InvalidArgument
-from shorttail.sources.parquet import BatchReader, Read, first_line, open_dataset
+from shorttail.sources.parquet import BatchReader, ReadColumn, first_line, open_dataset
 
 
 def key_batches(path: str | Path, view: FeatureView, batch_rows: int) -> tuple[int | None, Iterator[list[list[Any]]]]:
-    """(keys in all, batches of them) of a file: for each key column of the view its values. Other columns are ignored.
+    """Return (number of keys, batches of keys) of a file.
 
-    The number of keys is None where only reading would tell it (CSV). Raises NotFound, InvalidArgument: for columns at
-    once, for values while iterating.
+    A batch is a list with the values of each key column of the view. Other columns are ignored. The number of keys is
+    None for CSV, where it is unknown before the file is read. Raises NotFound; InvalidArgument, at once for a missing
+    or repeated column, and while iterating for a wrong value.
     """
-
     path = Path(path)
     dataset, total, read = open_dataset(path, view.keys, f"view '{view.name}'")
     for name in view.keys:
@@ -30,7 +30,7 @@ def key_batches(path: str | Path, view: FeatureView, batch_rows: int) -> tuple[i
     return total, _read(path, view, dataset, batch_rows, read)
 
 
-def _read(path: Path, view: FeatureView, dataset: Any, batch_rows: int, read: Read) -> Iterator[list[list[Any]]]:
+def _read(path: Path, view: FeatureView, dataset: Any, batch_rows: int, read: ReadColumn) -> Iterator[list[list[Any]]]:
     import pyarrow as pa
 
     first = 0

@@ -1,6 +1,6 @@
-"""Files of rows (Parquet; also Arrow IPC and CSV) and Arrow data into what the store takes, a batch at a time.
+"""Reads rows from files (Parquet, Arrow IPC, CSV) and from Arrow data, batch by batch, in the form the store takes.
 
-That all columns are there is checked before the first row is read.
+Missing columns are found before the first row is read.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from shorttail._native.pages import first_bad_string
 from shorttail.config import LIMITS
 from shorttail.define.dtypes import DType, String, Timestamp
-from shorttail.define.refusal import said_of_text
-from shorttail.define.values import Refused, of_arrow
+from shorttail.define.refusal import described_text
+from shorttail.define.values import Refused, from_arrow
 from shorttail.define.views import FeatureView
 from shorttail.errors import InvalidArgument, NotFound
 from shorttail.store import ColumnBatch
@@ -29,31 +29,31 @@ try:
     import pyarrow as pa
     import pyarrow.dataset
 
-    from shorttail.sources.csv import csv_format, of_texts
+    from shorttail.sources.csv import csv_format, from_texts
 except ImportError:
     raise InvalidArgument("reading files needs PyArrow; install it with `pip install shorttail[arrow]`") from None
 
 Nulls = NDArray[np.bool_]
 
 BATCH_ROWS = 65_536
-FORMATS = {".arrow": "ipc", ".feather": "ipc", ".ipc": "ipc", ".csv": "csv"}  # others are Parquet
-EVENT_TIME = "event_time"  # the column of event times where a view names none, as in push
+FORMATS = {".arrow": "ipc", ".feather": "ipc", ".ipc": "ipc", ".csv": "csv"}  # every other suffix is Parquet
+EVENT_TIME = "event_time"  # the default column of event times, as in push
 
-# Times of 96 bits as microseconds: as nanoseconds, the year 9999 would become 1816.
+# Read 96-bit times as microseconds: as nanoseconds of 64 bits, the year 9999 would become 1816.
 PARQUET = pyarrow.dataset.ParquetFileFormat(coerce_int96_timestamp_unit="us")
 
-Read = Callable[[DType, Any], tuple[Any, Nulls | None]]
+ReadColumn = Callable[[DType, Any], tuple[Any, Nulls | None]]
 
 
 def parquet_batches(
     path: str | Path, view: FeatureView, timestamp: str | None = None
 ) -> tuple[int | None, Iterator[ColumnBatch]]:
-    """(rows in all, batches of them) of a file, or of a folder of Parquet files, for that view.
+    """Return (number of rows, batches of rows) of a file, or of a folder of Parquet files, for a view.
 
-    timestamp: the column of event times, of whatever a Timestamp takes. None takes `event_time` if the file has it,
-    else now. Other columns of the file are ignored. Null and NaN are null.
-    The number of rows is None where only reading would tell it (CSV).
-    Raises NotFound, InvalidArgument: for columns at once, for values while iterating.
+    timestamp: the column of event times, of any type that a Timestamp takes. With None, the event times come from
+    `event_time` if the file has it, else they are now. Other columns are ignored. NaN is null.
+    The number of rows is None for CSV, where it is unknown before the file is read.
+    Raises NotFound; InvalidArgument, at once for a missing or repeated column, and while iterating for a wrong value.
     """
     path = Path(path)
     names = [*view.keys, *view.feature_index, timestamp or EVENT_TIME]
@@ -63,19 +63,20 @@ def parquet_batches(
     return total, read_batches(path, view, timestamp, record_batches(dataset, columns), read)
 
 
-def open_dataset(path: Path, names: Iterable[str], owner: str) -> tuple[Any, int | None, Read]:
-    """A file with these columns, its rows where that is known, and what makes our values of one of its columns.
+def open_dataset(path: Path, names: Iterable[str], owner: str) -> tuple[Any, int | None, ReadColumn]:
+    """Return (dataset, number of rows, function that converts a column) of a file with the columns `names`.
 
-    owner: what wants the rows, for messages. Raises NotFound, InvalidArgument.
+    The number of rows is None for CSV. owner: the view or option that needs the file, named in errors.
+    Raises NotFound, InvalidArgument.
     """
     if not path.exists():
         raise NotFound(f"{owner}: there is no file {path}")
     kind = FORMATS.get(path.suffix.lower(), "parquet")
     try:
         if kind == "csv":
-            return pyarrow.dataset.dataset(path, format=csv_format(names)), None, of_texts
+            return pyarrow.dataset.dataset(path, format=csv_format(names)), None, from_texts
         dataset = pyarrow.dataset.dataset(path, format=PARQUET if kind == "parquet" else kind)
-        return dataset, dataset.count_rows(), of_arrow
+        return dataset, dataset.count_rows(), from_arrow
     except (pa.ArrowException, OSError) as error:
         raise InvalidArgument(f"{path}: cannot be read as {kind}: {first_line(error)}") from None
 
@@ -83,9 +84,10 @@ def open_dataset(path: Path, names: Iterable[str], owner: str) -> tuple[Any, int
 def arrow_batches(
     data: Any, view: FeatureView, timestamp: str | None = None
 ) -> tuple[int | None, Iterator[ColumnBatch]]:
-    """The same of Arrow data: a Table, a RecordBatch, a RecordBatchReader, or RecordBatches of one schema.
+    """Return (number of rows, batches of rows) of Arrow data for a view, as `parquet_batches` does for a file.
 
-    Also of whatever gives an Arrow stream (`__arrow_c_stream__`), such as frames of polars and pandas.
+    data: a Table, a RecordBatch, a RecordBatchReader, RecordBatches of the same schema, or any object with
+    `__arrow_c_stream__`, such as a polars or pandas frame. The number of rows is None if `data` does not tell it.
     """
     origin = f"rows for view '{view.name}'"
     total = getattr(data, "num_rows", None)
@@ -113,13 +115,14 @@ def arrow_batches(
 
 
 def timestamp_column(view: FeatureView, timestamp: str | None, schema: Any) -> str | None:
+    """Return the column of event times, or None if event times are now."""
     if timestamp is None and EVENT_TIME in schema.names and EVENT_TIME not in view.feature_index:
         return EVENT_TIME
     return timestamp
 
 
 def check_columns(path: Path | str, view: FeatureView, timestamp: str | None, schema: Any) -> list[str]:
-    """The columns to read. Raises InvalidArgument if one is missing."""
+    """Return the columns to read. Raises InvalidArgument if a column is missing or is there twice."""
     roles = dict.fromkeys(view.keys, f"key of view '{view.name}'")
     roles |= {feature.name: f"feature of view '{view.name}'" for feature in view.features}
     if timestamp is not None:
@@ -133,8 +136,8 @@ def check_columns(path: Path | str, view: FeatureView, timestamp: str | None, sc
 
 
 def record_batches(dataset: Any, columns: list[str]) -> Iterator[Any]:
-    # Rows are used as fast as they are read. So that memory stays flat: little readahead, and of a Parquet file, whose
-    # row groups may be of any size, only the pages that the next batch needs.
+    # The store takes rows as fast as they are read, so much readahead only costs memory. The row groups of a Parquet
+    # file may have any size, so read only the pages that the next batch needs.
     options: dict[str, Any] = {"batch_size": BATCH_ROWS, "batch_readahead": 2, "fragment_readahead": 1}
     if dataset.format.default_extname == "parquet":
         options["fragment_scan_options"] = pyarrow.dataset.ParquetFragmentScanOptions(
@@ -145,6 +148,7 @@ def record_batches(dataset: Any, columns: list[str]) -> Iterator[Any]:
 
 
 def same_schema(origin: str, batches: Iterable[Any], schema: Any, columns: list[str]) -> Iterator[Any]:
+    """Yield the columns of each batch. Raises InvalidArgument for a batch of another schema."""
     for batch in batches:
         if not isinstance(batch, pa.RecordBatch) or batch.schema != schema:
             raise InvalidArgument(f"{origin}: the batches are not all record batches of one schema")
@@ -152,9 +156,9 @@ def same_schema(origin: str, batches: Iterable[Any], schema: Any, columns: list[
 
 
 def read_batches(
-    path: Path | str, view: FeatureView, timestamp: str | None, batches: Iterator[Any], read: Read = of_arrow
+    path: Path | str, view: FeatureView, timestamp: str | None, batches: Iterator[Any], read: ReadColumn = from_arrow
 ) -> Iterator[ColumnBatch]:
-    """read: what makes our values of an Arrow array."""
+    """Yield the batches in the form the store takes. read: converts an Arrow column to a type."""
     now_us = time.time_ns() // 1000
     first = 0
     try:
@@ -178,22 +182,22 @@ def column_batch(rows: BatchReader, view: FeatureView, timestamp: str | None, no
 
 @dataclass(frozen=True, slots=True)
 class BatchReader:
-    """A record batch of a file or of other Arrow data. first: the number of its first row in there."""
+    """Converts the columns of a record batch. first: the row number, in the whole file or data, of its first row."""
 
     origin: str
     batch: Any
     first: int
-    read: Read
+    read: ReadColumn
 
     def column(self, name: str, dtype: DType) -> tuple[Any, Nulls | None]:
-        """A column as what the store takes for the type, and which values are missing. Raises InvalidArgument.
+        """Return a column in the form the store takes for the type, and nulls. Raises InvalidArgument.
 
-        Shares Arrow's memory where the types are alike.
+        The result shares Arrow's memory where both types have the same layout.
         """
         try:
             values, nulls = self.read(dtype, self.batch.column(name))
             if dtype == String:
-                values = texts(values)
+                values = text_buffers(values)
                 check_texts(values, nulls)
         except Refused as error:
             row = None if error.row is None else self.first + error.row
@@ -201,7 +205,7 @@ class BatchReader:
         return values, nulls
 
     def required(self, name: str, dtype: DType, role: str) -> Any:
-        """The values of a column of which none may be missing."""
+        """Return the values of a column. Raises InvalidArgument if a value is missing. role: what the column is for."""
         values, nulls = self.column(name, dtype)
         if nulls is not None:
             row = self.first + int(np.argmax(nulls))
@@ -209,8 +213,8 @@ class BatchReader:
         return values
 
 
-def texts(column: Any) -> Texts:
-    """An Arrow array of texts, which may be a slice, without copying."""
+def text_buffers(column: Any) -> Texts:
+    """Return the buffers of an Arrow array of texts, which may be a slice, without copying them."""
     _, offsets, data = column.buffers()
     width = np.int64 if pa.types.is_large_string(column.type) else np.int32
     if offsets is None:
@@ -219,10 +223,10 @@ def texts(column: Any) -> Texts:
 
 
 def check_texts(texts: Texts, nulls: Nulls | None) -> None:
-    """That texts are UTF-8 and not too long. Raises Refused."""
+    """Check that every text is UTF-8 and at most LIMITS.string_bytes long. Raises Refused."""
     row = first_bad_string(texts.data, texts.offsets, nulls, len(texts), LIMITS.string_bytes)
     if row is not None:
-        raise Refused(said_of_text(int(texts.offsets[row + 1] - texts.offsets[row])), row)
+        raise Refused(described_text(int(texts.offsets[row + 1] - texts.offsets[row])), row)
 
 
 def first_line(error: BaseException) -> str:

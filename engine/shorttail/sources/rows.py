@@ -1,4 +1,4 @@
-"""Rows handed over in memory (a dict of columns, pandas, polars or pyarrow) into what the store takes."""
+"""Converts rows in memory (a dict of columns, pandas, polars or pyarrow) to the form the store takes."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from shorttail.store import ColumnBatch
 
 Nulls = NDArray[np.bool_]
 
-EVENT_TIME = "event_time"  # the column of event times where a view names none
+EVENT_TIME = "event_time"  # the default column of event times
 
 
 @dataclass(slots=True)
 class PushedColumn:
-    """Values of one column, and which are null (None: none is). A scalar is one value, to be repeated."""
+    """The values of a column, and nulls (None if no value is null). is_scalar: a single value, to be repeated."""
 
     name: str
     values: NDArray[Any]
@@ -32,15 +32,18 @@ class PushedColumn:
 
 
 def time_column(view: FeatureView) -> str | None:
-    """The column that holds event times, if the rows have it; None: a feature has taken its name."""
+    """Return the column that may hold event times: the view's timestamp column, else `event_time`.
+
+    None if the view has no timestamp column, and a feature is called `event_time`.
+    """
     return view.timestamp or (None if EVENT_TIME in view.feature_index else EVENT_TIME)
 
 
 def column_batch(view: FeatureView, rows: Any) -> ColumnBatch:
-    """The rows of one push: every key and feature of the view, and event times if the rows have them.
+    """Convert the rows of a push: every key and feature of the view, and event times if the rows have them.
 
-    Event times come from the view's timestamp column, else from `event_time`; without either they are now. None and
-    NaN are null. A scalar beside columns is repeated. Raises InvalidArgument naming the view and column.
+    Event times come from the view's timestamp column, else from `event_time`; without either column they are now. None
+    and NaN are null. A scalar beside longer columns is repeated. Raises InvalidArgument naming the view and column.
     """
     given = as_columns(view, rows)
     timestamp = time_column(view)
@@ -69,7 +72,7 @@ def column_batch(view: FeatureView, rows: Any) -> ColumnBatch:
 
 
 def key_arrays(view: FeatureView, keys: Mapping[str, Any]) -> list[NDArray[Any]]:
-    """One array for each key column of the view (int64, or object of str). Raises InvalidArgument."""
+    """Return an array [n] for each key column of the view: int64, or objects (str). Raises InvalidArgument."""
     given = as_columns(view, keys)
     for name in given:
         if name not in view.keys:
@@ -109,7 +112,7 @@ def check_rows(view: FeatureView, columns: Sequence[PushedColumn]) -> None:
 
 
 def align(view: FeatureView, columns: Sequence[PushedColumn]) -> int:
-    """Repeat the scalars, so that all columns have the length that is returned. Raises InvalidArgument."""
+    """Repeat the scalars, so that all columns have the same length, and return that length. Raises InvalidArgument."""
     count = next((len(column.values) for column in columns if not column.is_scalar), 1)
     for column in columns:
         if column.is_scalar and count != 1:
@@ -125,7 +128,7 @@ def align(view: FeatureView, columns: Sequence[PushedColumn]) -> int:
 
 
 def as_columns(view: FeatureView, rows: Any) -> Mapping[str, Any]:
-    """The columns by their names, as as_column takes them. Raises InvalidArgument."""
+    """Return {name: column} of rows, in the forms that `as_column` takes. Raises InvalidArgument."""
     if isinstance(rows, Mapping):
         return rows
     if hasattr(rows, "column_names"):  # pyarrow.Table, RecordBatch
@@ -140,6 +143,7 @@ def as_columns(view: FeatureView, rows: Any) -> Mapping[str, Any]:
 
 
 def by_name(view: FeatureView, columns: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Return {name: column}. Raises InvalidArgument if a name occurs twice."""
     found: dict[str, Any] = {}
     for name, column in columns:
         if name in found:
@@ -149,7 +153,7 @@ def by_name(view: FeatureView, columns: Iterable[tuple[str, Any]]) -> dict[str, 
 
 
 def read_column(what: str, name: str, dtype: DType, value: Any) -> PushedColumn:
-    """One column. what: "view 'x': column", for messages. Raises InvalidArgument."""
+    """Convert a column. what: names it in errors, such as "view 'x': column". Raises InvalidArgument."""
     try:
         return PushedColumn(name, *as_column(dtype, value))
     except Refused as error:

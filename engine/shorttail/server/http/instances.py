@@ -1,6 +1,6 @@
-"""Requests as the model platforms send them: SageMaker's containers (JSON, CSV) and Vertex AI's (instances).
+"""Reads and answers requests of the model platforms: SageMaker's containers (JSON, CSV) and Vertex AI's (instances).
 
-https://docs.aws.amazon.com/sagemaker/latest/dg/your-algorithms-inference-code.html
+See https://docs.aws.amazon.com/sagemaker/latest/dg/your-algorithms-inference-code.html
 https://cloud.google.com/vertex-ai/docs/predictions/custom-container-requirements
 """
 
@@ -24,12 +24,16 @@ from shorttail.server.http.json import parse_json, write_json
 
 @dataclass(slots=True)
 class Instances:
-    """rows: one an instance: a map of columns, a list in the order of the columns, or the value of the only column."""
+    """The rows and parameters of a request.
+
+    rows: for each instance a map of columns, a list in the order of the columns, or the value of the only column.
+    """
 
     rows: list[Any]
     parameters: dict[str, Any] = field(default_factory=dict)
 
     def option(self, name: str, kind: type) -> Any:
+        """Return a parameter, or None if it is not given. Raises InvalidArgument if it is not of type `kind`."""
         value = self.parameters.get(name)
         if value is None or (isinstance(value, kind) and not isinstance(value, bool)):
             return value
@@ -37,7 +41,7 @@ class Instances:
 
 
 def parse_instances(body: bytes) -> Instances:
-    """{"instances": [...], "parameters": {...}}, or the list alone. Raises InvalidArgument."""
+    """Parse {"instances": [...], "parameters": {...}}, or only the list of instances. Raises InvalidArgument."""
     document = parse_json(body)
     if isinstance(document, list):
         document = {"instances": document}
@@ -55,7 +59,7 @@ def parse_instances(body: bytes) -> Instances:
 
 
 def instance_columns(rows: list[Any], names: Sequence[str]) -> dict[str, list[Any]]:
-    """Columns of the instances. Raises InvalidArgument where one lacks a column; None is a missing value."""
+    """Return the columns of the instances; None is a missing value. Raises InvalidArgument for a missing column."""
     if isinstance(rows[0], dict):
         columns: dict[str, list[Any]] = {name: [] for name in rows[0]}
         for number, row in enumerate(rows):
@@ -73,10 +77,11 @@ def instance_columns(rows: list[Any], names: Sequence[str]) -> dict[str, list[An
 
 
 def csv_columns(body: bytes, names: Sequence[str], dtypes: Sequence[DType]) -> dict[str, list[Any]]:
-    """Columns of CSV. With a header if its first line names the columns, in any order; else in the columns' order.
+    """Return the columns of a CSV body. Raises InvalidArgument.
 
-    A vector takes as many fields as it has numbers (without a header). An empty field is a missing value, two quotes
-    are the empty text, and an empty line is a row with one empty field. Raises InvalidArgument.
+    The first line is a header if it names all columns, in any order; else the fields are in the order of `names`.
+    Without a header, each number of a vector is a field of its own; with a header, vectors are refused. An empty field
+    is a missing value, two quotes are the empty text, and an empty line is a row with one empty field.
     """
     if len(body) > LIMITS.http_json_bytes:
         raise InvalidArgument(f"{len(body)} bytes of CSV; at most {LIMITS.http_json_bytes} are taken: send it in parts")
@@ -112,7 +117,7 @@ def csv_columns(body: bytes, names: Sequence[str], dtypes: Sequence[DType]) -> d
 
 
 def predictions(answer: Answer, outputs: Any = None) -> list[Any]:
-    """One prediction a row: a value, or a map of them when there are several outputs. Raises InvalidArgument."""
+    """Return a prediction per row: a value, or a map of values if there are several outputs. Raises InvalidArgument."""
     found = dict(zip(answer.names, answer.values, strict=True))
     if outputs is not None:
         if not isinstance(outputs, list) or not outputs or not all(name in found for name in outputs):
@@ -131,11 +136,12 @@ def _plain(array: Any) -> list[Any]:
 
 
 def predictions_json(rows: list[Any], answer: Answer) -> bytes:
+    """Return the JSON body of a response."""
     return write_json({"predictions": rows, "version": answer.version})
 
 
 def predictions_csv(answer: Answer) -> bytes:
-    """A line a row: every output's values, one after another."""
+    """Return CSV with a line per row: the values of all outputs, in order."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     columns = [_plain(np.asarray(array).reshape(len(array), -1)) for array in answer.values]

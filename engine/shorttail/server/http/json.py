@@ -1,4 +1,4 @@
-"""JSON over HTTP: request bodies in, documents out. orjson does the work: parsing holds up the event loop."""
+"""Parses and writes JSON for HTTP. It uses orjson, because parsing blocks the event loop."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ JSON: Final = "application/json"
 
 
 def parse_json(body: bytes | memoryview) -> Any:
-    """Parse a body. Raises InvalidArgument, or ResourceExhausted for a body that would hold up the event loop."""
+    """Parse a body. Raises InvalidArgument; ResourceExhausted for a body that would block the event loop too long."""
     if len(body) > LIMITS.http_json_bytes:
         raise ResourceExhausted(
             f"{len(body)} bytes of JSON; at most {LIMITS.http_json_bytes} are taken: send binary tensors, or parts"
@@ -31,5 +31,5 @@ def write_json(document: Any) -> bytes:
 
 
 def json_response(document: Any, *, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
-    """A response with that document as its body."""
+    """Return a response with the document as its body."""
     return web.Response(status=status, body=write_json(document), content_type=JSON, headers=headers)

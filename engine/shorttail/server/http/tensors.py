@@ -1,6 +1,6 @@
-"""Tensors of the Open Inference Protocol: as JSON, and as raw bytes behind it (the binary tensor data extension).
+"""Reads and writes tensors of the Open Inference Protocol: as JSON, and as bytes after the JSON (the binary extension).
 
-https://github.com/triton-inference-server/server/blob/main/docs/protocol/extension_binary_data.md
+See https://github.com/triton-inference-server/server/blob/main/docs/protocol/extension_binary_data.md
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ LENGTH: Final = struct.Struct("<I")
 
 
 def datatype(dtype: np.dtype[Any] | DType) -> str:
-    """ "FP32" of float32, "BYTES" of strings."""
+    """Return the protocol's name of a type: "FP32" for float32, "BYTES" for strings."""
     if isinstance(dtype, DType):
         return BYTES if dtype == String else NAMES[np.dtype(dtype.numpy)]
     return NAMES.get(dtype, BYTES)
 
 
 def read_tensor(name: str, tensor: dict[str, Any], raw: memoryview | None) -> Array:
-    """The array of one entry of "inputs"; raw: its bytes, None when its data is JSON. Raises InvalidArgument."""
+    """Return the array of an entry of "inputs". raw: its bytes, or None if its data is JSON. Raises InvalidArgument."""
     where = f"input '{name}'"
     shape = tensor.get("shape")
     if (
@@ -72,17 +72,20 @@ def read_tensor(name: str, tensor: dict[str, Any], raw: memoryview | None) -> Ar
             raise InvalidArgument(
                 f"{where}: {len(raw)} bytes of data, where {shape} of {kind} has {count * dtype.itemsize}"
             )
-        # Copied: the bytes lie where the JSON before them happens to end, and models want aligned arrays.
+        # Copy: the bytes start where the JSON ends, so they may be unaligned, and models need aligned arrays.
         flat = np.frombuffer(raw, dtype).copy()
         if kind == "BOOL":
-            flat = flat.view(np.uint8) != 0  # another byte than 0 or 1 is no bool to compiled code
+            flat = flat.view(np.uint8) != 0  # compiled code expects a bool to be the byte 0 or 1
     if flat.size != count:
         raise InvalidArgument(f"{where}: {flat.size} elements of data, where the shape {shape} has {count}")
     return flat.reshape(shape)
 
 
 def _numbers(where: str, data: Any, dtype: np.dtype[Any]) -> Array:
-    """JSON numbers, nested or flat, row after row. null is NaN in floats, and None in an array of objects in others."""
+    """Return JSON numbers, nested or flat, as a flat array. null becomes NaN in floats.
+
+    If numbers of another type have a null, the array holds objects, with None for a null.
+    """
     flat = _flat(where, data, NAMES[dtype])
     if dtype == np.uint64 and all(type(value) is int and 0 <= value < 1 << 64 for value in flat):
         return np.array(flat, dtype)
@@ -107,17 +110,17 @@ def _numbers(where: str, data: Any, dtype: np.dtype[Any]) -> Array:
 
 
 def _flat(where: str, data: Any, name: str) -> list[Any]:
-    """The elements of nested lists, row after row."""
+    """Return the elements of nested lists in row-major order. Raises InvalidArgument for lists of unequal length."""
     while isinstance(data, list) and data and isinstance(data[0], list):
-        alike = all(isinstance(row, list) and len(row) == len(data[0]) for row in data)
-        data = list(chain.from_iterable(data)) if alike else None
+        same_length = all(isinstance(row, list) and len(row) == len(data[0]) for row in data)
+        data = list(chain.from_iterable(data)) if same_length else None
     if not isinstance(data, list):
         raise InvalidArgument(f"{where}: data must be an array of {name}, nested as its shape or flat")
     return data
 
 
 def _texts(where: str, data: Any) -> Array:
-    """JSON texts, nested or flat; null is None."""
+    """Return JSON texts, nested or flat, as a flat array of objects; null becomes None."""
     flat = _flat(where, data, BYTES)
     for value in flat:
         if value is not None and not isinstance(value, str):
@@ -126,7 +129,7 @@ def _texts(where: str, data: Any) -> Array:
 
 
 def _raw_texts(where: str, raw: memoryview) -> Array:
-    """Each element: four bytes of length, little-endian, then UTF-8."""
+    """Return the texts of binary BYTES data. Each element is a 4-byte little-endian length, then UTF-8."""
     found: list[str] = []
     at, end = 0, len(raw)
     while at < end:
@@ -151,7 +154,10 @@ def _objects(texts: list[Any]) -> Array:
 
 
 def column_values(name: str, dtype: DType, array: Array) -> Any:
-    """A tensor as the values of a request column: [rows] or [rows, 1], or [rows, n] for vectors."""
+    """Return a tensor as the values of a request column. Raises InvalidArgument for a wrong shape.
+
+    The shape is [rows] or [rows, 1]; for a vector of n numbers [rows, n], or [n] for a single row.
+    """
     if dtype.is_vector:
         if array.ndim > 2:
             raise InvalidArgument(f"input '{name}' has the shape [-1, {dtype.width}]; got {list(array.shape)}")
@@ -164,14 +170,14 @@ def column_values(name: str, dtype: DType, array: Array) -> Any:
 
 
 def json_output(name: str, array: Array) -> dict[str, Any]:
-    """An entry of "outputs" with its data in it, flat."""
+    """Return an entry of "outputs" that contains its data as a flat list."""
     flat = np.ascontiguousarray(array).ravel()
     data = [_text(value) for value in flat.tolist()] if flat.dtype.hasobject else flat
     return {"name": name, "datatype": datatype(array.dtype), "shape": list(array.shape), "data": data}
 
 
 def binary_output(name: str, array: Array) -> tuple[dict[str, Any], bytes]:
-    """An entry of "outputs" whose data follows the JSON, and that data."""
+    """Return an entry of "outputs" whose data follows the JSON, and that data."""
     if array.dtype.hasobject:
         texts = [_text(value).encode() for value in array.ravel().tolist()]
         raw = b"".join(LENGTH.pack(len(text)) + text for text in texts)

@@ -1,6 +1,6 @@
-"""The Open Inference Protocol, version 2: what its requests mean here, and its documents. docs/http.md has the routes.
+"""Reads requests of the Open Inference Protocol, version 2, and writes its documents. docs/http.md has the routes.
 
-https://github.com/kserve/open-inference-protocol and Triton's extensions of it (binary tensors, statistics, model
+See https://github.com/kserve/open-inference-protocol and Triton's extensions of it (binary tensors, statistics, model
 configuration), which `tritonclient[http]` speaks.
 """
 
@@ -29,13 +29,18 @@ if TYPE_CHECKING:
     from shorttail.pipeline import Plan
 
 Array = NDArray[Any]
-STATUSES: Final = "statuses"  # a parameter of a request; its outputs are "statuses:VIEW"
+STATUSES: Final = "statuses"  # a request parameter; it adds an output "statuses:VIEW" per view
 EXTENSIONS: Final = ["binary_tensor_data", "model_configuration", "statistics", "model_repository(index)"]
 
 
 @dataclass(slots=True)
 class InferRequest:
-    """id: "" if none. outputs: asked for, with whether as bytes; None: all."""
+    """An inference request.
+
+    id: "" if the request has none. inputs: name -> array. outputs: name -> whether it is sent as bytes; None asks for
+    all outputs, as bytes if all_binary. timeout_us: 0 if the request has none. statuses: also send the statuses of
+    the lookup.
+    """
 
     id: str
     inputs: dict[str, Array]
@@ -47,7 +52,11 @@ class InferRequest:
 
 
 def parse_infer(body: bytes, header_bytes: str | None) -> InferRequest:
-    """header_bytes: of Inference-Header-Content-Length, None when the body is all JSON. Raises InvalidArgument."""
+    """Parse the body of an infer request. Raises InvalidArgument.
+
+    header_bytes: the value of Inference-Header-Content-Length, the length of the JSON in bytes; None if the whole body
+    is JSON.
+    """
     view = memoryview(body)
     length = len(view)
     if header_bytes is not None:
@@ -127,13 +136,19 @@ def _parameters(where: str, entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_raw(plan: Plan, inputs: Mapping[str, Array]) -> bool:
-    """Whether these are the tensors that the file declares, and not the request columns. Columns come first."""
+    """Return whether the inputs are the tensors of the model's file, not request columns.
+
+    Where the columns and the tensors have the same names, the inputs are columns.
+    """
     assert plan.runner is not None
     return inputs.keys() != set(plan.names) and inputs.keys() == {tensor.name for tensor in plan.runner.inputs}
 
 
 def as_columns(plan: Plan, inputs: Mapping[str, Array]) -> dict[str, Any]:
-    """Raises InvalidArgument for an input that is no column; one that is missing is found later."""
+    """Return the inputs as request columns. Raises InvalidArgument for an input that is not a column.
+
+    A missing column is found later, when the columns are read.
+    """
     dtypes = dict(zip(plan.names, plan.dtypes, strict=True))
     assert plan.runner is not None
     values = {}
@@ -147,7 +162,10 @@ def as_columns(plan: Plan, inputs: Mapping[str, Array]) -> dict[str, Any]:
 
 
 def response(request: InferRequest, model: str, answer: Answer) -> tuple[bytes, int | None]:
-    """The body, and the length of its JSON if tensors follow. Raises InvalidArgument for an unknown output."""
+    """Return the body, and the length of its JSON in bytes if tensors follow it, else None.
+
+    Raises InvalidArgument for an unknown output.
+    """
     found = dict(zip(answer.names, answer.values, strict=True))
     if request.statuses:
         found |= {f"{STATUSES}:{view}": np.asarray(codes) for view, codes in answer.statuses.items()}
@@ -179,11 +197,12 @@ def response(request: InferRequest, model: str, answer: Answer) -> tuple[bytes, 
 
 
 def server_metadata(version: str) -> dict[str, Any]:
+    """Describe the server. version: of shorttail."""
     return {"name": "shorttail", "version": version, "extensions": EXTENSIONS}
 
 
 def model_metadata(catalog: Catalog, name: str, version: int | None) -> dict[str, Any]:
-    """inputs: the request columns; tensors: the file's own inputs, which are taken instead."""
+    """Describe a model. inputs: the request columns; tensors: the inputs of its file, which may be sent instead."""
     entry = catalog.model(name)
     info = entry.version(version)
     columns = request_columns(catalog, info.model, info.inputs)
@@ -209,7 +228,7 @@ def _tensor(tensor: TensorInfo) -> dict[str, Any]:
 
 
 def model_config(catalog: Catalog, name: str, version: int | None) -> dict[str, Any]:
-    """As Triton writes it: the first axis is not in dims."""
+    """Return the configuration of a model in Triton's form: `dims` leaves out the first axis."""
     document = model_metadata(catalog, name, version)
 
     def described(tensor: dict[str, Any]) -> dict[str, Any]:
@@ -228,6 +247,7 @@ def model_config(catalog: Catalog, name: str, version: int | None) -> dict[str, 
 
 
 def repository_index(catalog: Catalog, ready: bool) -> list[dict[str, Any]]:
+    """Return an entry per model, with its current version and whether the server is ready."""
     state = "READY" if ready else "UNAVAILABLE"
     return [
         {"name": name, "version": str(entry.current), "state": state, "reason": ""}
@@ -236,7 +256,7 @@ def repository_index(catalog: Catalog, ready: bool) -> list[dict[str, Any]]:
 
 
 def statistics(entries: Mapping[str, ModelEntry], counts: Mapping[tuple[str, str], SlotCounts]) -> dict[str, Any]:
-    """Of all versions of a model together, since the server started, under the current one."""
+    """Return the statistics of models since the server started: the sum of all versions, under the current version."""
     return {"model_stats": [_model_statistics(name, entry, counts) for name, entry in entries.items()]}
 
 
@@ -273,6 +293,7 @@ def _model_statistics(name: str, entry: ModelEntry, counts: Mapping[tuple[str, s
 
 
 def version_number(text: str | None) -> int | None:
+    """Parse the version in a URL; None without a version. Raises InvalidArgument."""
     if not text:
         return None
     if not (text.isascii() and text.isdigit() and len(text) < 10):
