@@ -404,7 +404,7 @@ def survive_in_threads(report: Report, path: str, seed: int, n_steps: int) -> No
                     work()
                 except ResourceExhausted as error:
                     failures += 1
-                    unknown += "not known" in error.message
+                    unknown += "it is unknown whether" in error.message
                     shim.disarm()
                     work()
         stop.set()
@@ -430,7 +430,7 @@ def survive_while_scanned(report: Report, path: str) -> None:
                 store.upsert("other", batch_of([nth], nth))
                 raise AssertionError("the meta page was not reached")
             except ResourceExhausted as error:
-                if "not known" in error.message:
+                if "it is unknown whether" in error.message:
                     break
             finally:
                 shim.disarm()
