@@ -51,6 +51,8 @@ def _unwrapped_arrow(scalar: Any) -> Any:
     kind = str(scalar.type)
     if kind.startswith("timestamp["):
         return np.datetime64(scalar.value, scalar.type.unit)
+    if kind.startswith("date"):  # as_py() knows the years 1 to 9999 alone
+        return np.datetime64(scalar.value, "D" if kind.startswith("date32") else "ms")
     if kind.startswith("duration["):
         return np.timedelta64(scalar.value, scalar.type.unit)
     if kind.startswith("extension<"):  # only the extension type knows what its storage means
