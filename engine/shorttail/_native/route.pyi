@@ -1,4 +1,5 @@
 from collections.abc import Sequence
+from typing import Self
 
 from shorttail._native.columns import Columns
 from shorttail._native.pages import Directory
@@ -10,7 +11,7 @@ class Split:
     below: int
     salt: int
     n_columns: int
-    def __init__(self, version: int, percent: float, salt: int, n_columns: int) -> None: ...
+    def __new__(cls, version: int, percent: float, salt: int, n_columns: int) -> Self: ...
     def takes(self, columns: Columns, row: int) -> bool: ...
 
 class Route:
