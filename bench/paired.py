@@ -33,7 +33,15 @@ import serving
 from loadgen import BenchError
 
 RATIO_MAX = 1.03
-MICRO = ("predict", "lookup", "forest", "ondemand", "push", "load", "tables")
+# Scripts of bench/micro, with options that make a round short.
+MICRO: dict[str, list[str]] = {
+    "predict": [],
+    "lookup": [],
+    "ondemand": [],
+    "forest": ["--seconds", "0.1", "--models", "{folder}"],
+    "push": ["--minutes", "0.05"],
+    "load": [],
+}
 # name -> (payload, connections, requests in flight on each)
 SERVED = {
     "1 connection": ("requests", 1, 1),
@@ -41,21 +49,10 @@ SERVED = {
     "4 x 32 in flight": ("requests", 4, 32),
     "500 candidates": ("candidates", 1, 1),
 }
-# Names of figures that measure a rival or the machine, and of figures that are ratios or sizes.
-RIVALS = (
-    "onnxruntime",
-    "onnx runtime",
-    "memory",
-    "getmulti",
-    "tree",
-    "plain",
-    "numpy",
-    "numba",
-    ", c",
-    "limited",
-    "first",
-)
-NOT_TIMES = ("/", "times", "bytes", "mib", "rounds", "turns", "trees", "leaves", "batch", "rows a commit", "growth")
+# A figure of a rival begins or ends so; a figure that holds one of the other words is a ratio or a size.
+RIVAL_BEGINS = ("onnx", "memory,", "getmulti", "tree", "plain")
+RIVAL_ENDS = (", c", ", numpy", ", numba")
+OTHERS = (" / ", "times", "bytes", "mib", "rounds", "turns", "trees", "leaves", "growth")
 
 
 def main() -> int:
@@ -76,7 +73,9 @@ def main() -> int:
         found: dict[str, list[float]] = {}
         with tempfile.TemporaryDirectory() as folder:
             for name in only:
-                found |= served(sides, Path(folder), rounds) if name == "serve" else micro(sides, name, rounds)
+                found |= (
+                    served(sides, Path(folder), rounds) if name == "serve" else micro(sides, name, Path(folder), rounds)
+                )
     except BenchError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -157,15 +156,15 @@ def served(sides: list[Path], folder: Path, rounds: int) -> dict[str, list[float
 # -- bench/micro -----------------------------------------------------------------------------------------------
 
 
-def micro(sides: list[Path], name: str, rounds: int) -> dict[str, list[float]]:
+def micro(sides: list[Path], name: str, folder: Path, rounds: int) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {}
     for number in range(rounds):
         figures: dict[int, dict[str, float]] = {}
         for side in in_turn(number):
             script = sides[side] / "bench" / "micro" / f"{name}.py"
-            done = subprocess.run(
-                [python(sides[side]), script, "--quick", "--json"], cwd=sides[side], capture_output=True, text=True
-            )
+            options = [option.format(folder=folder) for option in MICRO[name]]
+            command = [python(sides[side]), script, "--quick", "--json", *options]
+            done = subprocess.run(command, cwd=sides[side], capture_output=True, text=True)
             if done.returncode != 0:
                 raise BenchError(f"{script}: {(done.stderr.strip().splitlines() or ['it printed nothing'])[-1]}")
             figures[side] = dict(medians(json.loads(done.stdout)["figures"], ""))
@@ -187,8 +186,8 @@ def medians(figures: Any, path: str) -> Iterator[tuple[str, float]]:
             yield from medians(item, f"{path} {label}".strip())
     elif isinstance(figures, dict) and "median" in figures:
         last = path.rpartition("|")[2].lower()
-        rival = any(word in path.lower() for word in RIVALS)
-        other = any(word in last for word in NOT_TIMES) and not is_rate(last)
+        rival = last.startswith(RIVAL_BEGINS) or last.endswith(RIVAL_ENDS)
+        other = any(word in last for word in OTHERS)
         if not rival and not other and figures["median"]:
             yield path.replace("|", " "), float(figures["median"])
     elif isinstance(figures, dict):
