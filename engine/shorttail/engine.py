@@ -309,18 +309,18 @@ class Engine:
         may take in memory (default LIMITS.load_memory_bytes); rows beyond it wait in a file in the store's directory.
         Returns the rows stored. Raises NotFound, InvalidArgument, ResourceExhausted (disk).
         """
-        from shorttail.sources.parquet import arrow_batches, parquet_batches
+        from shorttail.sources.batches import open_source, row_batches
 
         definition = self._store.catalog.view(view)
-        batches_of = parquet_batches if isinstance(data, str | Path) else arrow_batches
-        total, batches = batches_of(data, definition, definition.timestamp)
+        source = open_source(data, definition)
+        batches = row_batches(source, definition, definition.timestamp)
         done = 0
 
         def report(rows: int) -> None:
             nonlocal done
             done += rows
             if progress is not None:
-                progress(done, total)
+                progress(done, source.rows)
 
         return self._store.load(view, batches, report, memory_bytes)
 

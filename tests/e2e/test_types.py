@@ -34,7 +34,7 @@ from shorttail.cli import cli
 from shorttail.define.dtypes import parse_dtype
 from shorttail.define.views import Feature
 from shorttail.loadtest.traffic import Workload, plan_rpc
-from shorttail.sources.parquet import parquet_batches
+from shorttail.sources.batches import open_source, row_batches
 
 TENSORS = {
     "Bool": TensorProto.BOOL,
@@ -247,7 +247,7 @@ def parquet_file(served: Served, dtype: str, value: Any, rows: int) -> list[Any]
     except (pa.ArrowException, NotImplementedError):
         raise NotExpressible from None
     definition = served.engine.store.catalog.view(view)
-    for batch in parquet_batches(path, definition)[1]:
+    for batch in row_batches(open_source(path, definition), definition):
         served.engine.store.upsert(view, batch)
     return read(served, view, ids)
 

@@ -41,18 +41,19 @@ def push(view: str, file: str, store: str | None, server: str | None, as_json: b
       shorttail push user_stats today.parquet --store store
       shorttail push user_stats today.parquet --server 127.0.0.1:7711
     """
-    from shorttail.sources.parquet import parquet_batches
+    from shorttail.sources.batches import open_source, row_batches
 
     with open_writer(store, server) as writer:
         definition = writer.view(view)
-        total, batches = parquet_batches(file, definition, definition.timestamp)
+        source = open_source(file, definition)
+        batches = row_batches(source, definition, definition.timestamp)
         rows, start_s = 0, time.perf_counter()
         try:
             with progress_bar(view) as progress:
                 for batch in batches:
                     for pushed in writer.push(definition, batch):
                         rows += pushed
-                        progress(rows, total)
+                        progress(rows, source.rows)
         except ShorttailError as error:
             raise with_progress(error, rows, "pushed") from None
         seconds = time.perf_counter() - start_s
@@ -229,8 +230,8 @@ def key_columns(
         count = max((len(value) for value in columns.values() if isinstance(value, list)), default=1)
         yield count, count, columns
         return
-    from shorttail.sources.keys import key_batches
+    from shorttail.sources.batches import key_batches, open_source
 
-    total, batches = key_batches(file, view, REQUEST_ROWS)
-    for arrays in batches:
-        yield len(arrays[0]), total, dict(zip(view.keys, arrays, strict=True))
+    source = open_source(file, view)
+    for arrays in key_batches(source, view, REQUEST_ROWS):
+        yield len(arrays[0]), source.rows, dict(zip(view.keys, arrays, strict=True))

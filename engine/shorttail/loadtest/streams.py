@@ -124,21 +124,22 @@ def file_stream(path: str, draw: Draw, dtypes: Mapping[str, str]) -> Stream:
     what = f"--keys file:{path}"
     if not Path(path).exists():
         raise NotFound(f"{what}: there is no such file")
-    from shorttail.sources import parquet
+    from shorttail.sources.batches import FileSource, first_line
 
-    dataset, _, read = parquet.open_dataset(Path(path), dtypes, "--keys")
-    names = [name for name in dataset.schema.names if name in dtypes]
+    source = FileSource(path, dtypes, "--keys")
+    schema = source.schema()
+    names = [name for name in schema.names if name in dtypes]
     try:
-        table = dataset.head(LIMITS.bench_key_rows, columns=names)
+        table = source.head(names, LIMITS.bench_key_rows)
     except (ValueError, OSError) as error:  # Arrow's errors are ValueErrors
-        raise InvalidArgument(f"{what}: cannot be read: {parquet.first_line(error)}") from None
+        raise InvalidArgument(f"{what}: cannot be read: {first_line(error)}") from None
     if not names or not table.num_rows:
-        found = f"its columns: {listed(dataset.schema.names)}" if not names else "it has no rows"
+        found = f"its columns: {listed(schema.names)}" if not names else "it has no rows"
         raise InvalidArgument(f"{what}: no column of the requests ({listed(set(dtypes))}); {found}")
     columns: dict[str, Sequence[Any]] = {}
     for name in names:
         try:
-            columns[name] = column_values(dtypes[name], table.column(name), read)
+            columns[name] = column_values(dtypes[name], table.column(name), source.convert)
         except Refused as error:
             raise error.error(f"{what}: column '{name}'", parse_dtype(dtypes[name])) from None
     return Stream(draw.kind, draw.exponent, table.num_rows, columns, text=f"file:{path}")

@@ -20,8 +20,8 @@ import pyarrow.csv  # noqa: E402
 import pyarrow.feather  # noqa: E402
 import pyarrow.parquet  # noqa: E402
 
-from shorttail.sources import parquet  # noqa: E402
-from shorttail.sources.keys import key_batches  # noqa: E402
+from shorttail.sources.arrow import ArrowSource  # noqa: E402
+from shorttail.sources.batches import FileSource, key_batches, open_source, row_batches  # noqa: E402
 
 AT = datetime(2026, 1, 2, 3, 4, 5, 6, tzinfo=UTC)
 AT_US = 1_767_323_045_000_006
@@ -56,6 +56,18 @@ ROWS: dict[str, Any] = {
 }
 
 
+def file_batches(path: Path, view: st.FeatureView, timestamp: str | None = None) -> tuple[int | None, Any]:
+    """Return (number of rows, batches of rows) of a file."""
+    source = FileSource(path, [*view.keys, *view.feature_index, timestamp or "event_time"], f"view '{view.name}'")
+    return source.rows, row_batches(source, view, timestamp)
+
+
+def arrow_batches(data: Any, view: st.FeatureView, timestamp: str | None = None) -> tuple[int | None, Any]:
+    """Return (number of rows, batches of rows) of Arrow data."""
+    source = ArrowSource(data, f"rows for view '{view.name}'")
+    return source.rows, row_batches(source, view, timestamp)
+
+
 def table(**changes: Any) -> Any:
     return pa.table({**ROWS, **changes})
 
@@ -67,7 +79,7 @@ def read(tmp_path: Path) -> Callable[..., list[ColumnBatch]]:
     def through_file(rows: Any, timestamp: str | None = "at") -> list[ColumnBatch]:
         path = tmp_path / "rows.parquet"
         pyarrow.parquet.write_table(rows, path)
-        total, batches = parquet.parquet_batches(path, VIEW, timestamp)
+        total, batches = file_batches(path, VIEW, timestamp)
         assert total == rows.num_rows
         return list(batches)
 
@@ -101,7 +113,7 @@ def test_every_type_with_nulls(read: Callable[..., list[ColumnBatch]]) -> None:
 @pytest.mark.parametrize("compression", ["uncompressed", "lz4"])
 def test_arrow_files_give_the_same_batch(tmp_path: Path, name: str, compression: str) -> None:
     pyarrow.feather.write_feather(table(), tmp_path / name, compression=compression)
-    total, batches = parquet.parquet_batches(tmp_path / name, VIEW, "at")
+    total, batches = file_batches(tmp_path / name, VIEW, "at")
     assert total == 3
     check(next(batches))
 
@@ -119,7 +131,7 @@ def test_arrow_files_give_the_same_batch(tmp_path: Path, name: str, compression:
 )
 def test_arrow_data_gives_the_same_batch(give: Callable[[], Any]) -> None:
     data = give()
-    _, batches = parquet.arrow_batches(data, VIEW, "at")
+    _, batches = arrow_batches(data, VIEW, "at")
     check(next(batches))
     assert not list(batches)
 
@@ -128,12 +140,12 @@ def test_slices_and_other_layouts_of_arrow() -> None:
     """A slice gives only its own rows, though its buffers hold more."""
     both = pa.concat_tables([table(), table()]).combine_chunks().slice(2, 4).to_batches()[0]
     assert both.column("s").offset == 2
-    _, batches = parquet.arrow_batches(both.slice(1), VIEW, "at")
+    _, batches = arrow_batches(both.slice(1), VIEW, "at")
     check(next(batches))
     for kind in (pa.large_string(), pa.string_view(), pa.dictionary(pa.int8(), pa.string())):
         column = pa.array(["gold", None, ""], pa.string())
         cast = column.dictionary_encode() if pa.types.is_dictionary(kind) else column.cast(kind)
-        _, batches = parquet.arrow_batches(table(s=cast), VIEW, "at")
+        _, batches = arrow_batches(table(s=cast), VIEW, "at")
         check(next(batches))
 
 
@@ -145,11 +157,11 @@ def test_other_data_is_refused() -> None:
         (table().drop_columns("x"), "rows for view 'v': no column 'x'"),
     ]:
         with pytest.raises(InvalidArgument, match=message):
-            parquet.arrow_batches(data, VIEW, "at")
-    _, batches = parquet.arrow_batches([*table().to_batches(), *table().drop_columns("x").to_batches()], VIEW, "at")
+            arrow_batches(data, VIEW, "at")
+    _, batches = arrow_batches([*table().to_batches(), *table().drop_columns("x").to_batches()], VIEW, "at")
     with pytest.raises(InvalidArgument, match="not all record batches of one schema"):
         list(batches)
-    assert [*parquet.arrow_batches([], VIEW, "at")[1]] == []
+    assert [*arrow_batches([], VIEW, "at")[1]] == []
 
 
 def test_csv_takes_its_types_from_the_view(tmp_path: Path) -> None:
@@ -160,7 +172,7 @@ def test_csv_takes_its_types_from_the_view(tmp_path: Path) -> None:
     path.write_text(
         "id,code,b,i,l,d,s,event_time\n1,0042,true,1,2,1,x,2026-01-02T03:04:05.000006Z\n2,b,,,,,,2026-01-02T03:04:05.000006Z\n"
     )
-    total, batches = parquet.parquet_batches(path, view)
+    total, batches = file_batches(path, view)
     batch = next(batches)
     assert total is None
     assert batch.keys[1].tolist() == ["0042", "b"]
@@ -179,7 +191,7 @@ def test_times_of_96_bits_do_not_overflow(tmp_path: Path) -> None:
     path = tmp_path / "rows.parquet"
     pyarrow.parquet.write_table(rows, path, use_deprecated_int96_timestamps=True)
     assert pyarrow.parquet.ParquetFile(path).schema.column(1).physical_type == "INT96"
-    (batch,) = parquet.parquet_batches(path, one_column(st.Timestamp))[1]
+    (batch,) = file_batches(path, one_column(st.Timestamp))[1]
     values, nulls = batch.features[0]
     assert values[:3].tolist() == [253_402_300_799_999_999, -62_135_596_800_000_000, AT_US]
     assert nulls is not None
@@ -188,7 +200,7 @@ def test_times_of_96_bits_do_not_overflow(tmp_path: Path) -> None:
 
 def read_csv(path: Path, view: st.FeatureView, text: str) -> list[ColumnBatch]:
     path.write_text(text)
-    return list(parquet.parquet_batches(path, view)[1])
+    return list(file_batches(path, view)[1])
 
 
 def test_every_line_of_csv_is_a_row(tmp_path: Path) -> None:
@@ -215,9 +227,9 @@ def test_an_empty_line_in_a_file_of_keys_is_a_missing_key(tmp_path: Path) -> Non
     path = tmp_path / "keys.csv"
     path.write_text("id\n1\n\n2\n")
     with pytest.raises(InvalidArgument, match="column 'id' is null at row 1; every row needs a key"):
-        list(key_batches(path, one_column(st.Int64), 100)[1])
+        list(key_batches(open_source(path, one_column(st.Int64)), one_column(st.Int64), 100))
     path.write_text("id\n1\n2\n")
-    assert list(key_batches(path, one_column(st.Int64), 100)[1]) == [[[1, 2]]]
+    assert list(key_batches(open_source(path, one_column(st.Int64)), one_column(st.Int64), 100)) == [[[1, 2]]]
 
 
 def test_other_types_are_converted_to_those_of_the_view(read: Callable[..., list[ColumnBatch]]) -> None:
@@ -248,7 +260,7 @@ def test_rows_without_event_times_get_the_current_time(read: Callable[..., list[
 def test_a_folder_is_read_file_by_file(tmp_path: Path) -> None:
     for name in ("a", "b"):
         pyarrow.parquet.write_table(table(), tmp_path / f"{name}.parquet")
-    total, batches = parquet.parquet_batches(tmp_path, VIEW, "at")
+    total, batches = file_batches(tmp_path, VIEW, "at")
     assert total == 6
     assert sum(len(batch.event_time_us) for batch in batches) == 6
 
@@ -281,10 +293,10 @@ def test_wrong_columns_and_values_are_named(read: Callable[..., list[ColumnBatch
 
 def test_unreadable_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(NotFound, match="view 'v': there is no file"):
-        parquet.parquet_batches(tmp_path / "gone.parquet", VIEW)
+        file_batches(tmp_path / "gone.parquet", VIEW)
     (tmp_path / "text.parquet").write_text("hello")
     with pytest.raises(ShorttailError, match="cannot be read as parquet") as caught:
-        parquet.parquet_batches(tmp_path / "text.parquet", VIEW)
+        file_batches(tmp_path / "text.parquet", VIEW)
     assert "\n" not in caught.value.message
 
 
