@@ -131,7 +131,7 @@ def materialize(views: tuple[str, ...], store: str, memory_mib: int, as_json: bo
       shorttail materialize --store store user_stats --memory-mib 512
     """
     from shorttail.engine import Engine
-    from shorttail.sources import parquet  # noqa: F401  imported before the time is measured
+    from shorttail.sources import batches  # noqa: F401  imported before the time is measured
 
     loaded = []
     with Engine.open(store) as engine:
