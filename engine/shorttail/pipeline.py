@@ -62,7 +62,7 @@ class Plan:
         return Columns(self.names, self.dtypes, self.required, self.instead)
 
     def answers_for(self, asked: Plan, columns: Columns) -> bool:
-        """Whether this plan can run a batch that was read for the plan `asked`, with an answer of the same form."""
+        """Return True if this plan can run a batch read for the plan `asked`, and its answer has the same form."""
         return (
             (self.names, self.dtypes) == (columns.names, columns.dtypes)
             and self.view_names == asked.view_names

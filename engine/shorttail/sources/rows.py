@@ -14,11 +14,10 @@ from shorttail.define.dtypes import DType, Timestamp
 from shorttail.define.values import Refused, as_column
 from shorttail.define.views import FeatureView
 from shorttail.errors import InvalidArgument
+from shorttail.sources.source import EVENT_TIME
 from shorttail.store import ColumnBatch
 
 Nulls = NDArray[np.bool_]
-
-EVENT_TIME = "event_time"  # the default column of event times
 
 
 @dataclass(slots=True)

@@ -12,7 +12,7 @@ from typing import Any, Final, Protocol
 from shorttail.define.dtypes import DType
 
 BATCH_ROWS: Final = 65_536
-EVENT_TIME: Final = "event_time"  # the default column of event times, as in push
+EVENT_TIME: Final = "event_time"  # the default column of event times, in files and in push
 
 
 class Source(Protocol):
