@@ -66,6 +66,8 @@ class VersionInfo:
     Each version has its own definition, because versions may differ in their columns; a rollback restores both.
     sha256: of the file, in hexadecimal. created_us: microseconds since 1970 UTC. outputs: those that the definition
     selects, in its order. tuning: host description -> settings (shorttail.models.settings).
+    batching: "rows" if requests share runs, "request" if each has runs of its own; batching_why: the reason for
+    "request", in one line. replacements: the value that replaces a missing one, by "request:column" or "view:feature".
     """
 
     model: Model
@@ -74,6 +76,9 @@ class VersionInfo:
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
     tuning: dict[str, Json] = field(default_factory=dict)
+    batching: str = "rows"
+    batching_why: str = ""
+    replacements: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> Json:
         return {
@@ -83,6 +88,9 @@ class VersionInfo:
             "inputs": [tensor.to_json() for tensor in self.inputs],
             "outputs": [tensor.to_json() for tensor in self.outputs],
             "tuning": self.tuning,
+            "batching": self.batching,
+            "batching_why": self.batching_why,
+            "replacements": self.replacements,
         }
 
     @classmethod
@@ -94,6 +102,9 @@ class VersionInfo:
             tuple(TensorInfo.from_json(item) for item in data["inputs"]),
             tuple(TensorInfo.from_json(item) for item in data["outputs"]),
             data.get("tuning", {}),
+            data.get("batching", "rows"),
+            data.get("batching_why", ""),
+            data.get("replacements", {}),
         )
 
 
@@ -136,6 +147,10 @@ class ModelEntry:
             known = ", ".join(str(n) for n in sorted(self.versions))
             raise NotFound(f"model '{self.model.name}' has no version {number}; its versions: {known}")
         return self.versions[number]
+
+    def with_version(self, number: int, info: VersionInfo) -> ModelEntry:
+        """Return the entry with that version added or replaced."""
+        return replace(self, versions={**self.versions, number: info})
 
     def with_current(self, number: int) -> ModelEntry:
         """Return the entry with that version as the current one. Raises NotFound.

@@ -92,7 +92,8 @@ def collect_objects(objects: Any, folder: Path) -> Definitions:
             add(definitions.entities, item.entity, "entities")
             add(definitions.views, with_absolute_source(item, folder), "feature views")
         elif isinstance(item, Model):
-            add(definitions.models, replace(item, path=absolute(folder, item.path)), "models")
+            examples = None if item.examples is None else absolute(folder, item.examples)
+            add(definitions.models, replace(item, path=absolute(folder, item.path), examples=examples), "models")
     return definitions
 
 

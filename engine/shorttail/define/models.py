@@ -10,6 +10,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
+from shorttail.define.durations import parse_duration
 from shorttail.define.names import check_name, check_text, split_reference
 from shorttail.define.ondemand import OnDemand, OnDemandFeature
 from shorttail.errors import InvalidArgument
@@ -17,6 +18,8 @@ from shorttail.errors import InvalidArgument
 Json = dict[str, Any]
 Column = str | OnDemandFeature
 """An entry of a model's inputs: "view:feature", "request:column" or an on-demand feature."""
+BATCHING = ("rows", "request")
+"""How requests share the runs of a model: rows of several requests in one run, or one request a run."""
 
 
 @dataclass(frozen=True)
@@ -27,20 +30,29 @@ class Model:
     vector feature fills as many columns as it has elements. For several inputs it is a dict: input name -> such a list.
     `outputs` names the model's outputs to return; None returns all. `path` is relative to the definitions file.
     `run` is a link to the training run ("mlflow:..." or any URL). `metrics` holds measured figures: {name: number}.
+    `inputs=None` makes a model of raw tensors: each request brings the arrays of the file's inputs, by HTTP.
     `missing` gives the value that stands in where a request has none: {request column: value}. Without it, int, bool,
     string and timestamp columns refuse a missing value, and float and vector columns take it as NaN.
+    `batching` says how requests share runs: "rows" puts the rows of several requests into one run, "request" runs each
+    request by itself; None lets `apply` find out whether the answer for a row depends on the other rows.
+    `run_timeout` ends a run of the model that takes longer: "200ms", "2s"; None is LIMITS.run_timeout_s.
+    `examples` is the path of a Parquet, Arrow or CSV file of rows with the outputs that are expected for them; `apply`
+    and every load of the model compare. It is relative to the definitions file.
     Raises InvalidArgument.
     """
 
     name: str
     path: str
-    inputs: Sequence[Column] | Mapping[str, Sequence[Column]]
+    inputs: Sequence[Column] | Mapping[str, Sequence[Column]] | None = None
     outputs: Sequence[str] | None = None
     description: str = ""
     owner: str = ""
     run: str = ""
     metrics: Mapping[str, float] = field(default_factory=dict)
     missing: Mapping[str, Any] = field(default_factory=dict)
+    batching: str | None = None
+    run_timeout: str | None = None
+    examples: str | None = None
 
     def __post_init__(self) -> None:
         check_name(self.name, "model")
@@ -56,6 +68,8 @@ class Model:
             checked: Any = {
                 name: check_columns(columns, f"{where}: input '{name}'") for name, columns in self.inputs.items()
             }
+        elif self.inputs is None:
+            checked = None
         else:
             checked = check_columns(self.inputs, f"{where}: inputs")
         object.__setattr__(self, "inputs", checked)
@@ -68,6 +82,14 @@ class Model:
         check_run(self.run, where)
         object.__setattr__(self, "metrics", check_metrics(self.metrics, where))
         object.__setattr__(self, "missing", check_missing(self.missing, self.references, where))
+        if self.batching not in (None, *BATCHING):
+            raise InvalidArgument(f"{where}: batching must be 'rows' or 'request', not {self.batching!r}")
+        if self.run_timeout is not None:
+            parse_duration(self.run_timeout, f"{where}: run_timeout", "'200ms', '2s' or '1m'")
+        if self.examples is not None:
+            if not isinstance(self.examples, str | Path) or not str(self.examples):
+                raise InvalidArgument(f"{where}: examples must be the path of a file of rows with expected outputs")
+            object.__setattr__(self, "examples", str(self.examples))
 
     __hash__ = None  # type: ignore[assignment]  # it may hold a dict
 
@@ -76,7 +98,12 @@ class Model:
         """The columns of all inputs, in order."""
         if isinstance(self.inputs, Mapping):
             return [column for columns in self.inputs.values() for column in columns]
-        return list(self.inputs)
+        return list(self.inputs or ())
+
+    @property
+    def run_timeout_us(self) -> int | None:
+        """The limit of a run in microseconds, None for the default."""
+        return None if self.run_timeout is None else parse_duration(self.run_timeout, "run_timeout", "'200ms'")
 
     @property
     def references(self) -> list[str]:
@@ -88,7 +115,12 @@ class Model:
         return list(found)
 
     def inputs_by_name(self, input_names: Sequence[str]) -> dict[str, tuple[Column, ...]]:
-        """Return the columns of each input. input_names: the ONNX file's inputs; a list belongs to its only input."""
+        """Return the columns of each input. input_names: the ONNX file's inputs; a list belongs to its only input.
+
+        A model of raw tensors has no columns.
+        """
+        if self.inputs is None:
+            return dict.fromkeys(input_names, ())
         if isinstance(self.inputs, Mapping):
             return {name: tuple(columns) for name, columns in self.inputs.items()}
         return {input_names[0]: tuple(self.inputs)}
@@ -98,6 +130,8 @@ class Model:
         if isinstance(self.inputs, Mapping):
             # A list of pairs, because the order of inputs is the order of their columns in requests and messages.
             inputs = {"named": [[name, [column_json(c) for c in columns]] for name, columns in self.inputs.items()]}
+        elif self.inputs is None:
+            inputs = {"tensors": []}
         else:
             inputs = {"only": [column_json(column) for column in self.inputs]}
         return {
@@ -110,6 +144,9 @@ class Model:
             "run": self.run,
             "metrics": dict(self.metrics),
             "missing": dict(self.missing),
+            "batching": self.batching,
+            "run_timeout": self.run_timeout,
+            "examples": self.examples,
         }
 
     @classmethod
@@ -117,6 +154,8 @@ class Model:
         inputs: Any
         if "named" in data["inputs"]:
             inputs = {name: [column_from_json(c) for c in columns] for name, columns in data["inputs"]["named"]}
+        elif "tensors" in data["inputs"]:
+            inputs = None
         else:
             inputs = [column_from_json(column) for column in data["inputs"]["only"]]
         return cls(
@@ -129,6 +168,9 @@ class Model:
             data.get("run", ""),
             data.get("metrics", {}),
             data.get("missing", {}),
+            data.get("batching"),
+            data.get("run_timeout"),
+            data.get("examples"),
         )
 
 

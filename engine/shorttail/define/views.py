@@ -6,13 +6,13 @@ definition has to_json() and from_json(), because the store's catalog keeps it f
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
 from shorttail.define.dtypes import DType, parse_dtype
+from shorttail.define.durations import parse_duration
 from shorttail.define.entities import Entity, check_dtype
 from shorttail.define.names import check_name, check_text
 from shorttail.define.refusal import Refused
@@ -21,16 +21,6 @@ from shorttail.define.sources import ParquetSource
 from shorttail.errors import InvalidArgument
 
 Json = dict[str, Any]
-
-TTL = re.compile(r"(\d+)\s*(ms|s|m|h|d|w)")
-TTL_UNITS_US = {
-    "ms": 1_000,
-    "s": 1_000_000,
-    "m": 60_000_000,
-    "h": 3_600_000_000,
-    "d": 86_400_000_000,
-    "w": 604_800_000_000,
-}
 
 
 @dataclass(frozen=True)
@@ -153,15 +143,4 @@ class FeatureView:
 
 def parse_ttl(ttl: object, where: str) -> int:
     """Return a ttl in microseconds, 0 for None. where: the beginning of the message. Raises InvalidArgument."""
-    if ttl is None:
-        return 0
-    ttl_us = 0
-    if isinstance(ttl, timedelta):
-        ttl_us = ttl // timedelta(microseconds=1)
-    elif isinstance(ttl, str) and (match := TTL.fullmatch(ttl.strip())):
-        ttl_us = int(match[1]) * TTL_UNITS_US[match[2]]
-    if not 0 < ttl_us < 1 << 62:
-        raise InvalidArgument(
-            f"{where}: ttl {ttl!r} is not a positive time; write '2d', '12h', '30m', '45s' or '500ms'"
-        )
-    return ttl_us
+    return 0 if ttl is None else parse_duration(ttl, f"{where}: ttl", "'2d', '12h', '30m', '45s' or '500ms'")

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -98,9 +98,18 @@ def load_version(
     return runner
 
 
-def vet(catalog: Catalog, info: VersionInfo, number: int, path: Path) -> None:
-    """Load, warm and check a version before it is registered or promoted. Raises the errors of `load_version`."""
+def vet(catalog: Catalog, info: VersionInfo, number: int, path: Path) -> VersionInfo:
+    """Load, warm, check and examine a version before it is registered or promoted.
+
+    Returns the version with what the examination found (`with_findings`). Raises the errors of `load_version`.
+    """
     load_version(path, info, catalog, number, tuned(info.tuning)[0])
+    return replace(info, batching=info.model.batching or "rows")
+
+
+def with_findings(info: VersionInfo, vetted: VersionInfo) -> VersionInfo:
+    """Return `info` with what `vet` found out about the same version's file."""
+    return replace(info, batching=vetted.batching, batching_why=vetted.batching_why, replacements=vetted.replacements)
 
 
 def check_schema(runner: Runner, info: VersionInfo) -> None:

@@ -16,7 +16,7 @@ from shorttail.define.models import Model
 from shorttail.define.ondemand import OnDemandFeature
 from shorttail.define.views import FeatureView
 from shorttail.errors import InvalidArgument, NotFound, ResourceExhausted
-from shorttail.models.serving import vet
+from shorttail.models.serving import vet, with_findings
 from shorttail.models.signature import ModelFile, check_inputs, column_width
 from shorttail.registry import versions as registry
 
@@ -51,7 +51,7 @@ class Prepared:
 
     definitions: Definitions
     files: dict[str, ModelFile]
-    vetted: set[str] = field(default_factory=set)  # models whose new version was loaded and run
+    vetted: dict[str, VersionInfo] = field(default_factory=dict)  # new versions that were loaded, run and examined
 
 
 def prepare(definitions: Any) -> Prepared:
@@ -84,7 +84,8 @@ def apply(store: Store, definitions: Any, dry_run: bool = False, reset: bool = F
         # and checked, so this is quick.
         plan = plan_changes(latest, prepared, store.count, reset)
         for name, number in plan.new_versions.items():
-            info = latest.models[name].version(number)
+            info = with_findings(latest.models[name].version(number), prepared.vetted[name])
+            latest.models[name] = latest.models[name].with_version(number, info)
             registry.write_version(store.path, number, info, prepared.files[name])
     store.refresh()
     return plan.changes
@@ -115,8 +116,8 @@ def vet_new(plan: ChangePlan, prepared: Prepared) -> None:
     """Load, warm and check every new version. Raises InvalidArgument or Internal for one that cannot serve."""
     for name, number in plan.new_versions.items():
         if name not in prepared.vetted:
-            vet(plan.catalog, plan.catalog.models[name].version(number), number, prepared.files[name].path)
-            prepared.vetted.add(name)
+            info = plan.catalog.models[name].version(number)
+            prepared.vetted[name] = vet(plan.catalog, info, number, prepared.files[name].path)
 
 
 def plan_view(
@@ -215,6 +216,12 @@ def version_reasons(old: VersionInfo, new: VersionInfo) -> list[str]:
         reasons.append("other outputs")
     if old.model.missing != new.model.missing:
         reasons.append("other values for what is missing")
+    if old.model.batching != new.model.batching:
+        reasons.append("other batching")
+    if old.model.run_timeout != new.model.run_timeout:
+        reasons.append("other run_timeout")
+    if old.model.examples != new.model.examples:
+        reasons.append("other examples")
     return reasons
 
 

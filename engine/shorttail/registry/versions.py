@@ -19,7 +19,7 @@ from shorttail.define.catalog import Catalog, ModelEntry, Share, VersionInfo
 from shorttail.define.dtypes import DType
 from shorttail.define.models import Model, column_label
 from shorttail.errors import InvalidArgument, NotFound, ResourceExhausted
-from shorttail.models.serving import vet
+from shorttail.models.serving import vet, with_findings
 from shorttail.models.signature import (
     ModelFile,
     check_inputs,
@@ -56,7 +56,7 @@ def with_version(entry: ModelEntry | None, number: int, info: VersionInfo, promo
     """Return the entry with another version. promote: that version becomes the current one."""
     if entry is None:
         return ModelEntry(number, None, {number: info})
-    grown = replace(entry, versions={**entry.versions, number: info})
+    grown = entry.with_version(number, info)
     return grown.with_current(number) if promote else grown
 
 
@@ -134,14 +134,15 @@ def deploy(
     if canary_percent is not None:
         check_percent(canary_percent, f"model '{name}': canary")
         check_canary(store.catalog, entry, info, next_version(entry))
+    vetted = info
     if entry.version().sha256 != file.sha256:
-        vet(store.catalog, info, next_version(entry), file.path)
+        vetted = vet(store.catalog, info, next_version(entry), file.path)
     with store.edit_catalog() as catalog:
         entry = catalog.model(name)
         number = entry.current
         if entry.version().sha256 != file.sha256:
             number = next_version(entry)
-            info = inspect(catalog, replace(entry.model, **changes), file)
+            info = with_findings(inspect(catalog, replace(entry.model, **changes), file), vetted)
             write_version(store.path, number, info, file)
             grown = with_version(entry, number, info, promote and canary_percent is None)
             if canary_percent is not None:
@@ -311,6 +312,7 @@ def list_versions(catalog: Catalog) -> list[dict[str, Any]]:
             "columns": [column_label(column) for column in info.model.columns],
             "outputs": [tensor.name for tensor in info.outputs],
             "sha256": info.sha256,
+            "batching": info.batching,
             **documentation(info.model),
         }
         for name, entry in catalog.models.items()
@@ -358,4 +360,6 @@ def describe(catalog: Catalog, name: str, version: int | None = None) -> dict[st
         "features": [reference for reference in info.model.references if not reference.startswith("request:")],
         "columns": {column: dtype.name for column, dtype in columns.items()},
         "missing": dict(info.model.missing),
+        "batching": info.batching,
+        "batching_why": info.batching_why,
     }
