@@ -43,6 +43,7 @@ from shorttail.errors import (
     DeadlineExceeded, Internal, InvalidArgument, NotFound, PermissionDenied, ResourceExhausted, ShorttailError,
     Unauthenticated,
 )
+from shorttail.models.request_runs import ANY_NUMBER, RequestRows
 from shorttail.protocol import unpack_ext
 
 cnp.import_array()
@@ -101,6 +102,7 @@ cdef class Router:
         self.forward = None
         self.access = ACCESS_ADMIN
         self.auth = None
+        self.suspects = {}
         self.peers = {}
         self.errors = {}
         self.traced = []
@@ -220,10 +222,12 @@ cdef class Router:
         for routes in (self.models, self.features):
             for route in routes.values():
                 _count_shed(self, route)
-                route.stale = True
-                route.spare_batch = None
-                if route.open is not None and route.open.n_requests == 0:
-                    route.open = None
+                while route is not None:
+                    route.stale = True
+                    route.spare_batch = None
+                    if route.open is not None and route.open.n_requests == 0:
+                        route.open = None
+                    route = route.suspects
             routes.clear()
         for connection in self.connections:
             connection.last_route = None

@@ -27,6 +27,9 @@ class Limits:
     batch_rows: int = 16_384  # a full batch runs and the next batch starts
     loop_stall_us: float = 2_000.0  # a model whose batch takes longer runs in a thread instead of the event loop
     model_threads: int = 4  # such models that run at the same time
+    run_timeout_s: float = 5.0  # of a run of a model, unless Model(run_timeout=) says otherwise
+    loop_run_s: float = 0.1  # of a run on the event loop, which is then repeated in a thread
+    example_run_s: float = 1.0  # a model whose example ran this recently is not tried again before blaming a request
     adaptive_poll_us: int = 100  # the loop polls instead of sleeping if most requests come sooner than this
 
     # Loading a model.
@@ -34,6 +37,11 @@ class Limits:
     warm_bytes: int = 64 << 20  # input bytes of the largest warm-up batch
     bucket_rows: int = 4096  # rows of the largest padded batch; a power of two
     versions_asked: int = 4  # versions that stay loaded only because requests named them
+
+    # Requests that make a model fail.
+    suspect_requests: int = 3  # from one sender lately; its next requests are batched apart from others
+    suspect_s: float = 30.0  # for how long
+    senders_blamed: int = 4096  # remembered per worker
 
     # Per connection.
     output_high_water_bytes: int = 4 << 20  # above this much unsent output, requests are no longer read
@@ -102,6 +110,8 @@ class Limits:
     start_timeout_s: float = 120.0
     hang_deadline_s: int = 10  # a worker whose event loop has been stuck this long is killed and replaced
     writer_start_wait_s: float = 2.0  # a worker starts to serve without the writer after this wait
+    model_deaths: int = 2  # workers that died in runs of a model version, which is then not run any more
+    model_deaths_s: float = 3600.0  # within this time
     restart_backoff_min_s: float = 0.1
     restart_backoff_max_s: float = 10.0
 

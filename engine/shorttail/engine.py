@@ -15,6 +15,7 @@ from shorttail.config import LIMITS
 from shorttail.errors import InvalidArgument, NotFound, Unavailable
 from shorttail.models.device import CPU, Device, check_cuda
 from shorttail.models.serving import Key, Versions, follow
+from shorttail.models.session import ModelFailed
 from shorttail.models.signature import request_columns
 from shorttail.pipeline import BatchResult, Plan, PlanOutdated, Shadow
 from shorttail.registry import versions as registry
@@ -146,15 +147,20 @@ class Engine:
     def run(self, route: Route, columns: Columns) -> BatchResult:
         """Run a batch. If the catalog changed since the route's plan was compiled, the plan's successor runs instead.
 
-        Raises Unavailable if the successor takes other columns.
+        Raises Unavailable if the successor takes other columns, InvalidArgument if the model refuses these rows.
         """
+        plan = route.plan
         try:
-            return pipeline.run_batch(route, self._store, columns)
-        except PlanOutdated:
-            plan, result = self.prepare(route, columns)
-            if plan.runner is not None:
-                pipeline.infer(plan.runner, result)
-            return result
+            try:
+                return pipeline.run_batch(route, self._store, columns)
+            except PlanOutdated:
+                plan, result = self.prepare(route, columns)
+                if plan.runner is not None:
+                    pipeline.infer(plan.runner, result)
+                return result
+        except ModelFailed as error:
+            assert plan.runner is not None
+            raise plan.runner.explain(error) from error
 
     def prepare(self, route: Route, columns: Columns) -> tuple[Plan, BatchResult]:
         """Do all of `run` except the model, and return the plan that was used with the result.
@@ -262,6 +268,11 @@ class Engine:
     def follow(self) -> None:
         """Load all versions that the catalog names, in the background if `load_in_background` was called."""
         follow(self._versions, self._store.catalog)
+
+    def ban(self, banned: frozenset[int]) -> None:
+        """Stop running these versions (models.serving.run_key): server processes died in their runs."""
+        with self._versions.lock:
+            self._versions.ban(banned)
 
     @property
     def is_loading(self) -> bool:

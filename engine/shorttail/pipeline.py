@@ -21,6 +21,7 @@ from shorttail._native.route import Route, Split
 from shorttail._native.transforms import TransformProgram
 from shorttail.define.dtypes import DType
 from shorttail.models.buffers import Buffer
+from shorttail.models.request_runs import PartRuns, RequestRows, run_in_parts
 from shorttail.results import Statuses
 
 if TYPE_CHECKING:
@@ -192,7 +193,21 @@ def prepare(route: Route, store: Store, columns: Columns) -> BatchResult:
 def infer(runner: Runner, result: BatchResult) -> None:
     """Run the model on the result of `prepare`. This touches nothing else, so it may run in any thread.
 
-    A batch of more than `runner.loop_rows_max` rows would hold up an event loop.
+    A batch of more than `runner.loop_rows_max` rows would hold up an event loop. Raises ModelFailed; the result then
+    still has the model's inputs.
     """
     result.values = runner.run(result.values)
     result.inferred_ns = time.perf_counter_ns()
+
+
+def infer_in_parts(
+    runner: Runner, result: BatchResult, rows: int, requests: Sequence[RequestRows], requests_per_run: float
+) -> PartRuns:
+    """Run the model on the result of `prepare`, a few requests at a time (models/request_runs.py).
+
+    rows: of the batch, with the rows of requests that are not asked for any more. The result keeps the model's inputs,
+    because the model may give arrays of other widths to some requests.
+    """
+    parts = run_in_parts(runner, result.values, rows, requests, requests_per_run)
+    result.inferred_ns = time.perf_counter_ns()
+    return parts

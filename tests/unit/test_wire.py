@@ -104,6 +104,9 @@ class FakeTransport:
     def set_write_buffer_limits(self, high, low):
         self.limits = (high, low)
 
+    def get_extra_info(self, name):
+        return ("10.0.0.1", 1)
+
     def write(self, data):
         assert not self.closed
         self.written.append(data)

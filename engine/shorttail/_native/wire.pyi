@@ -1,21 +1,25 @@
 from asyncio import AbstractEventLoop, BaseTransport
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Literal, Self
 
 from numpy.typing import NDArray
 
 from shorttail._native.columns import Columns
 from shorttail._native.route import Route
+from shorttail.models.request_runs import RequestRows
 
 class WireRoute(Route):
     def __init__(self, plan: Any, key: bytes, asked_version: int) -> None: ...
     stale: bool
     busy: bool
+    for_suspects: bool
+    requests_per_run: float
     threaded: bool
     batch_cost_ns: float
     row_cost_ns: float
     admitted_ns: float
     budget_cut_ns: float
+    def of_suspects(self) -> WireRoute: ...
 
 class Batch:
     protocol: int
@@ -32,6 +36,9 @@ class Batch:
     def start(self) -> None: ...
     def end(self, ran: bool) -> None: ...
     def drop_expired(self) -> int: ...
+    def requests(self) -> list[RequestRows]: ...
+    def refuse(self, number: int, code: str, message: str) -> Hashable: ...
+    def reply_to(self, numbers: Sequence[int], result: Any) -> None: ...
     def reply(self, result: Any) -> None: ...
     @property
     def n_rows(self) -> int: ...
@@ -44,6 +51,7 @@ class Router:
     loop: AbstractEventLoop
     engine: Any
     handlers: dict[str, Callable[[list[Any]], object]]
+    suspects: dict[Hashable, int]
     connections: set[Connection]
     run: Callable[[], object]
     fault: Callable[[Exception], object] | None
@@ -92,6 +100,7 @@ class Router:
     def take_errors(self) -> dict[tuple[str, str, str], list[Any]]: ...
 
 class Connection:
+    sender: tuple[int | None, Hashable]
     in_flight: int
     paused: bool
     access: int

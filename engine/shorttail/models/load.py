@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shorttail.config import LIMITS
-from shorttail.errors import InvalidArgument
-from shorttail.models.device import CPU, Device
+from shorttail.errors import DeadlineExceeded, InvalidArgument, ShorttailError
+from shorttail.models.device import CPU, Device, cuda_providers
 from shorttail.models.forest import NotAForest, RunnableModel, compile_forest
-from shorttail.models.session import FixedRows, Session
+from shorttail.models.session import ExactRows, FixedRows, ModelFailed, RunTimedOut, Session
 from shorttail.models.settings import DEFAULT, RunSettings
 
 log = logging.getLogger(__name__)
@@ -37,9 +37,18 @@ class Runner:
     executor: the only thread that may call `run`; None if every thread may.
     measured_us: rows of a batch -> microseconds, filled by `warm`.
     loop_rows_max: the most rows that may run on an event loop; a larger batch would stall it.
+    by_request: each request has a run of its own, because the answer for a row depends on the other rows of the run.
     """
 
-    def __init__(self, model: RunnableModel, kind: str, why: str = "", executor: Executor | None = None):
+    def __init__(
+        self,
+        model: RunnableModel,
+        kind: str,
+        why: str = "",
+        executor: Executor | None = None,
+        *,
+        by_request: bool = False,
+    ):
         self.inputs = model.inputs
         self.output_names = model.output_names
         self.run = model.run  # the model's own method, so that no call is added to the hot path
@@ -49,6 +58,27 @@ class Runner:
         self.measured_us: dict[int, float] = {}
         self.loop_rows_max = 0 if executor else LIMITS.batch_rows
         self.model = model
+        self.by_request = by_request
+        self._example: list[Array] | None = None  # one that the model has run
+        self._worked_ns = 0  # when the example ran last
+
+    def explain(self, error: ModelFailed, worked: bool = False) -> ShorttailError:
+        """Return the error for a request that made the model fail in a run of its own.
+
+        It is the request's fault if the model still runs its example, or has just run other requests (worked). Else
+        the model itself is broken, and the error is returned as it is.
+        """
+        if isinstance(error, RunTimedOut):
+            return DeadlineExceeded(error.message)
+        if not worked and time.monotonic_ns() - self._worked_ns > 1e9 * LIMITS.example_run_s:
+            if self._example is None:
+                return error
+            try:
+                self.run(self._example)
+            except ShorttailError:
+                return error
+            self._worked_ns = time.monotonic_ns()
+        return InvalidArgument(f"the model refuses this request: {error.reason}")
 
     @property
     def description(self) -> str:
@@ -65,6 +95,8 @@ class Runner:
         rows = 1
         while rows <= LIMITS.batch_rows:
             inputs = example(rows)
+            if self._example is None:
+                self._example = inputs
             if sum(array.nbytes for array in inputs) > LIMITS.warm_bytes:
                 break
             for name, array in zip(self.output_names, self.run(inputs), strict=True):
@@ -101,14 +133,26 @@ class Runner:
         return low
 
 
-def load_runner(path: Path, outputs: Sequence[str], settings: RunSettings = DEFAULT, device: Device = CPU) -> Runner:
+def load_runner(
+    path: Path,
+    outputs: Sequence[str],
+    settings: RunSettings = DEFAULT,
+    device: Device = CPU,
+    *,
+    by_request: bool = False,
+    run_key: int = 1,
+    run_timeout_s: float = LIMITS.run_timeout_s,
+) -> Runner:
     """Load an ONNX file into the fastest runner that gives ONNX Runtime's answers.
 
-    A forest is compared with ONNX Runtime before it may serve: on rows at its thresholds, just below and just above.
+    by_request: each request has a run of its own, which is never padded or split. run_key, run_timeout_s: of Session. A
+    forest is compared with ONNX Runtime before it may serve: on rows at its thresholds, just below and just above.
     Forests run on the CPU, also where `device` is a GPU. Raises InvalidArgument if ONNX Runtime cannot load the file.
     """
-    session = Session(path, outputs, settings.threads)
-    plain = FixedRows(session, session.fixed_rows) if session.fixed_rows else session
+    session = Session(path, outputs, settings.threads, run_key=run_key, run_timeout_s=run_timeout_s)
+    plain: RunnableModel = session
+    if session.fixed_rows:
+        plain = (ExactRows if by_request else FixedRows)(session, session.fixed_rows)
     if settings.runner == "onnxruntime":
         why = "measured faster here by `shorttail tune`"
     else:
@@ -119,12 +163,17 @@ def load_runner(path: Path, outputs: Sequence[str], settings: RunSettings = DEFA
         else:
             try:
                 forest.verify_against(plain)
-                return Runner(forest, "forest")
+                return Runner(forest, "forest", by_request=by_request)
             except NotAForest as no:
                 why = f"its compiled forest gives other answers than ONNX Runtime: {no.reason}"
                 log.warning("%s runs in ONNX Runtime: %s", path, why)
-    if device == CPU and not settings.padded:
-        return Runner(plain, "onnxruntime", why)
+    if device == CPU and (by_request or not settings.padded):
+        return Runner(plain, "onnxruntime", why, by_request=by_request)
+    if by_request:  # on a GPU, in batches of their own size
+        owner = ThreadPoolExecutor(1, f"{path.parent.parent.name} on {device}")
+        on_device = Session(path, outputs, settings.threads, cuda_providers(device, graphs=False), run_key=run_key)
+        exact = ExactRows(on_device, session.fixed_rows) if session.fixed_rows else on_device
+        return Runner(exact, device.kind, why, owner, by_request=True)
     if any(tensor.dtype == "string" for tensor in (*session.inputs, *session.outputs)):
         return Runner(plain, "onnxruntime", f"{why}; strings cannot be bound to buffers")
 

@@ -65,6 +65,16 @@ class Serving:
                 yield part[0]
 
 
+def run_key(model: str, version: int) -> int:
+    """Return the number by which native/runs.pyx and the supervisor know a version: 63 bits of a hash, never 0."""
+    digest = hashlib.blake2b(f"{model}\0{version}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1 or 1
+
+
+class Banned(Unavailable):
+    """Processes died while they ran this version, so it is not run any more."""
+
+
 def load_version(
     path: Path, info: VersionInfo, catalog: Catalog, number: int, settings: RunSettings, device: Device = CPU
 ) -> Runner:
@@ -78,7 +88,15 @@ def load_version(
             raise NotFound(f"its file {path} is gone")
         if hashlib.sha256(path.read_bytes()).hexdigest() != info.sha256:
             raise InvalidArgument(f"{path.name} is not the file that was registered: its SHA-256 differs")
-        runner = load_runner(path, [tensor.name for tensor in info.outputs], settings, device)
+        runner = load_runner(
+            path,
+            [tensor.name for tensor in info.outputs],
+            settings,
+            device,
+            by_request=info.batching == "request",
+            run_key=run_key(info.model.name, number),
+            run_timeout_s=(info.model.run_timeout_us or 1e6 * LIMITS.run_timeout_s) / 1e6,
+        )
         check_schema(runner, info)
         columns = info.model.inputs_by_name([tensor.name for tensor in info.inputs])
         buffers = [input_buffer(catalog, tensor, columns[tensor.name])[0] for tensor in info.inputs]
@@ -103,8 +121,9 @@ def vet(catalog: Catalog, info: VersionInfo, number: int, path: Path) -> Version
 
     Returns the version with what the examination found (`with_findings`). Raises the errors of `load_version`.
     """
+    info = replace(info, batching=info.model.batching or info.batching)
     load_version(path, info, catalog, number, tuned(info.tuning)[0])
-    return replace(info, batching=info.model.batching or "rows")
+    return info
 
 
 def with_findings(info: VersionInfo, vetted: VersionInfo) -> VersionInfo:
@@ -136,6 +155,7 @@ class Versions:
         self._asked: dict[Key, None] = {}  # versions that requests named; the most recent is last
         self._failed: dict[Key, tuple[int, ShorttailError]] = {}  # (version of the catalog at the attempt, error)
         self._loading: set[Key] = set()
+        self._banned: frozenset[int] = frozenset()  # run_key of versions in whose runs workers died
         self._threads: tuple[ThreadPoolExecutor, ThreadPoolExecutor] | None = None  # normal and low priority
         self._changed: Callable[[], object] = lambda: None
 
@@ -208,6 +228,15 @@ class Versions:
         """Return the versions that answered last, None if the model was never loaded. Loads nothing."""
         return self._serving.get(name)
 
+    def ban(self, banned: frozenset[int]) -> None:
+        """Stop running these versions (`run_key`), because processes died in their runs. Others are not affected."""
+        if banned != self._banned:
+            self._banned = banned
+            self._failed = {key: error for key, error in self._failed.items() if not isinstance(error[1], Banned)}
+            for key in [key for key in self.runners if run_key(key.model, key.version) in banned]:
+                del self.runners[key]
+            self.changes += 1
+
     def problem(self, name: str) -> str | None:
         """Return why versions that the catalog names for the model could not be loaded, None if all could."""
         entry = self._store.catalog.model(name)
@@ -255,6 +284,15 @@ class Versions:
 
     def _ensure_loaded(self, key: Key) -> None:
         """Load a version, here or in background, unless it is loaded, loading, or failed with the current catalog."""
+        if run_key(key.model, key.version) in self._banned:
+            self._failed[key] = (
+                self._store.catalog_version,
+                Banned(
+                    f"model '{key.model}' version {key.version} is not run any more: server processes died in its runs;"
+                    " deploy another version, or reload the server to try it again"
+                ),
+            )
+            return
         tried = self._failed.get(key)
         if key in self.runners or key in self._loading or (tried and tried[0] == self._store.catalog_version):
             return

@@ -9,17 +9,40 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from shorttail._native import runs
+from shorttail._native.runs import RunTooLong
+from shorttail.config import LIMITS
 from shorttail.define.catalog import TensorInfo
 from shorttail.errors import Internal, InvalidArgument
 
 Array = NDArray[Any]
+FAILED: Final = "the model failed: "
 ON_CPU: tuple[Any, ...] = ("CPUExecutionProvider",)
+
+
+class ModelFailed(Internal):
+    """The model raised an error while it ran. The message is "the model failed: " and ONNX Runtime's reason."""
+
+    @property
+    def reason(self) -> str:
+        return self.message.removeprefix(FAILED)
+
+
+class RunTimedOut(ModelFailed):
+    """The run took longer than it may (Model(run_timeout=)), and was ended."""
+
+
+def run_options() -> Any:
+    """Return the options of a run: without logging, because the error that a run raises says the same."""
+    options = onnxruntime.RunOptions()
+    options.log_severity_level = 4
+    return options
 
 
 class Session:
@@ -27,7 +50,8 @@ class Session:
 
     path: the .onnx file. outputs: names of the outputs to compute, None for all. threads: ONNX Runtime's intra-op
     threads; with 1 the calling thread runs the model and no thread pool is used. providers: execution providers.
-    fixed_rows: the batch size that the file was exported for, None if it takes any.
+    fixed_rows: the batch size that the file was exported for, None if it takes any. run_key: by which native/runs.pyx
+    knows the model; run_timeout_s: how long a run may take.
     Raises InvalidArgument if ONNX Runtime cannot load the file.
     """
 
@@ -37,6 +61,9 @@ class Session:
         outputs: Sequence[str] | None = None,
         threads: int = 1,
         providers: Sequence[Any] = ON_CPU,
+        *,
+        run_key: int = 1,
+        run_timeout_s: float = LIMITS.run_timeout_s,
     ):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
@@ -60,20 +87,43 @@ class Session:
         # InferenceSession.run first checks the names of inputs and outputs, which takes as long as a small model. Here
         # the names come from the model itself, so the method behind it is called directly.
         self._run = self.onnx._sess.run
+        self._run_key = run_key
+        self._run_timeout_ns = int(run_timeout_s * 1e9)
 
     def run(self, inputs: Sequence[Array], options: Any = None) -> list[Array]:
         """Run a batch. Drops the GIL.
 
-        inputs: an array for each of `self.inputs`, in order. options: an onnxruntime.RunOptions or None.
-        Returns an array for each of `output_names`, in order. Raises Internal if the model fails.
+        inputs: an array for each of `self.inputs`, in order. options: an onnxruntime.RunOptions, with which the run has
+        no time limit, or None. Returns an array for each of `output_names`, in order. Raises ModelFailed, RunTimedOut.
         """
+        feeds = dict(zip(self._input_names, inputs, strict=True))
         try:
-            result: list[Array] = self._run(
-                self.output_names, dict(zip(self._input_names, inputs, strict=True)), options
-            )
+            if options is None:
+                return runs.run(self._run, self.output_names, feeds, self._run_key, self._run_timeout_ns, run_options)
+            result: list[Array] = self._run(self.output_names, feeds, options)
+        except RunTooLong:
+            limit_s = self._run_timeout_ns / 1e9
+            raise RunTimedOut(f"{FAILED}it ran longer than its run_timeout of {limit_s:g} s") from None
         except Exception as error:
-            raise Internal(f"the model failed: {one_line(error)}") from error
+            raise ModelFailed(f"{FAILED}{one_line(error)}") from error
         return result
+
+
+class ExactRows:
+    """Runs batches of exactly the rows that the file was exported for, and refuses others: nothing is padded."""
+
+    def __init__(self, session: Session, rows: int):
+        self.inputs = session.inputs
+        self.output_names = session.output_names
+        self.description = f"{session.description}, exactly {rows} row{'s' * (rows != 1)} a request"
+        self._session = session
+        self._rows = rows
+
+    def run(self, inputs: Sequence[Array]) -> list[Array]:
+        """Run a batch. Raises InvalidArgument if it has another number of rows; else as Session.run."""
+        if len(inputs[0]) != self._rows:
+            raise InvalidArgument(f"the model takes exactly {self._rows} rows a request, not {len(inputs[0])}")
+        return self._session.run(inputs)
 
 
 class FixedRows:

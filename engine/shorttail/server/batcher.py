@@ -4,26 +4,32 @@
 the end of the same turn of the event loop. So a batch holds one request when the server is idle, with no waiting
 window, and hundreds under load. If a batch would hold up the loop for too long, the loop only looks its features up,
 and the model runs in another thread (model_threads.py). Requests that arrive for that model meanwhile form its next
-batch; other models are answered as before.
+batch; other models are answered as before. A batch whose model fails runs again in such a thread, in parts, until only
+the requests that make the model fail are left (models/request_runs.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 from shorttail import pipeline
 from shorttail._native.wire import Router
-from shorttail.errors import ShorttailError
+from shorttail.errors import Internal, ShorttailError
+from shorttail.models.request_runs import PartRuns
+from shorttail.models.session import ModelFailed
 from shorttail.pipeline import BatchResult, Plan
 from shorttail.server.errorlog import one_line
 from shorttail.server.model_threads import ModelThreads, PreparedBatch
 from shorttail.server.runnable import Runnable
+from shorttail.server.senders import Senders
 from shorttail.server.shadow import ShadowThread
 from shorttail.server.telemetry import FEATURES, PREDICT, RPC
 
 if TYPE_CHECKING:
     from shorttail.engine import Engine
+    from shorttail.models.load import Runner
     from shorttail.server.telemetry import Telemetry
 
 
@@ -60,6 +66,7 @@ class Batcher:
         self.plans_version = engine.plans_version
         self.model_threads = ModelThreads(router.loop, router)
         self.shadows = ShadowThread(engine.store)
+        self.senders = Senders(router.suspects)
         router.connect(run=self.run, fault=fault)
 
     def run(self) -> None:
@@ -79,21 +86,36 @@ class Batcher:
             self.model_threads.rest()
 
     def answer(self, batch: Runnable) -> None:
-        """Run a batch and reply. A batch that is too slow for the loop replies later, in `answered_in_thread`."""
+        """Run a batch and reply. A batch that cannot run in the loop replies later, in `answered_in_thread`."""
         try:
             plan, result = self.prepare(batch)
             shadowed = self.shadows.take(plan, batch, result) if plan.shadow is not None else None
-            if plan.runner is not None:
-                if batch.n_rows > plan.runner.loop_rows_max:
-                    self.model_threads.put(PreparedBatch(batch, plan.runner, result, shadowed, self.answered_in_thread))
-                    return
-                batch.stay_in_loop()
-                pipeline.infer(plan.runner, result)
+            if plan.runner is not None and not self.infer_in_loop(plan.runner, batch, result):
+                in_parts = batch.n_requests > batch.route.requests_per_run
+                prepared = PreparedBatch(batch, plan.runner, result, shadowed, self.answered_in_thread, in_parts)
+                self.model_threads.put(prepared)
+                return
             self.reply(batch, result)
             if shadowed is not None:
                 self.shadows.add(shadowed, result)
         except Exception as error:
             self.fail(batch, error)
+
+    def infer_in_loop(self, runner: Runner, batch: Runnable, result: BatchResult) -> bool:
+        """Run the model. Returns False if the batch has to run in a thread.
+
+        That is so if it is slow, if its requests must not all share a run, or if the model has just failed.
+        """
+        route = batch.route
+        if batch.n_rows > runner.loop_rows_max or batch.n_requests > route.requests_per_run:
+            return False
+        batch.stay_in_loop()
+        try:
+            pipeline.infer(runner, result)
+        except ModelFailed:
+            route.requests_per_run = min(route.requests_per_run, max(0.5, batch.n_requests / 2))
+            return False
+        return True
 
     def prepare(self, batch: Runnable) -> tuple[Plan, BatchResult]:
         """Look up the features and transform them. A request that brings the model's input tensors needs neither."""
@@ -107,11 +129,30 @@ class Batcher:
         try:
             if error is not None:
                 raise error
+            if prepared.parts is not None:
+                self.reply_in_parts(prepared.batch, prepared.result, prepared.parts)
+                return
             self.reply(prepared.batch, prepared.result)
             if prepared.shadowed is not None:
                 self.shadows.add(prepared.shadowed, prepared.result)
         except Exception as failure:
             self.fail(prepared.batch, failure)
+
+    def reply_in_parts(self, batch: Runnable, result: BatchResult, parts: PartRuns) -> None:
+        """Reply to a batch of which a few requests ran at a time, and remember who sent those that failed."""
+        batch.route.requests_per_run = parts.requests_per_run
+        for number, error in parts.failures.items():
+            sender = batch.refuse(number, error.code, error.message)
+            if isinstance(error, Internal):
+                self.fault(error)
+            else:
+                self.senders.blame(sender)
+        if not parts.answered:
+            batch.fail("INTERNAL", "all requests of the batch were refused")  # nobody gets this: all have their answer
+            return
+        for requests, outputs in parts.answered[:-1]:
+            batch.reply_to(requests, replace(result, values=outputs))
+        self.reply(batch, replace(result, values=parts.answered[-1].outputs))
 
     def reply(self, batch: Runnable, result: BatchResult) -> None:
         telemetry = self.telemetry

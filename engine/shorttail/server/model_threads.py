@@ -1,4 +1,4 @@
-"""Runs models that are too slow for the event loop, in threads.
+"""Runs batches in threads: models that are too slow for the event loop, and batches that have to run in parts.
 
 All methods are called in the loop's thread, except `end`, which the model's thread calls.
 """
@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final
@@ -18,6 +18,8 @@ from shorttail import pipeline
 from shorttail._native.wire import Router
 from shorttail.config import LIMITS
 from shorttail.models.load import Runner
+from shorttail.models.request_runs import PartRuns, RequestRows
+from shorttail.models.session import ModelFailed
 from shorttail.pipeline import BatchResult
 from shorttail.server.runnable import Runnable
 from shorttail.server.shadow import ShadowBatch
@@ -32,7 +34,9 @@ REST_MAX_S: Final = 0.001
 class PreparedBatch:
     """A batch whose features are looked up and transformed: only its model has not run.
 
-    answered: called in the loop's thread when the model has run, with the exception that it raised, or None.
+    in_parts: a few requests run at a time, because they must not share runs or because a run has failed. parts: what
+    these runs gave. answered: called in the loop's thread when the model has run, with the exception that it raised, or
+    None.
     """
 
     batch: Runnable
@@ -40,6 +44,27 @@ class PreparedBatch:
     result: BatchResult
     shadowed: ShadowBatch | None
     answered: Callable[[PreparedBatch, BaseException | None], object]
+    in_parts: bool = False
+    parts: PartRuns | None = None
+
+    @property
+    def lane(self) -> Hashable:
+        """Batches of one lane run one after the other. The requests of suspects hold up nobody else."""
+        return self.runner, self.batch.route.for_suspects
+
+    def split(self) -> None:
+        """Have the batch run in parts, because its model has failed."""
+        self.in_parts = True
+        route = self.batch.route
+        route.requests_per_run = min(route.requests_per_run, max(1.0, self.batch.n_requests / 2))
+
+    def run(self, requests: Sequence[RequestRows], requests_per_run: float) -> None:
+        """Run the model. Called in a thread."""
+        if self.in_parts:
+            rows = self.batch.n_rows
+            self.parts = pipeline.infer_in_parts(self.runner, self.result, rows, requests, requests_per_run)
+        else:
+            pipeline.infer(self.runner, self.result)
 
 
 class ModelThreads:
@@ -54,49 +79,54 @@ class ModelThreads:
         self.loop = loop
         self.router = router
         self.threads: ThreadPoolExecutor | None = None
-        self.lanes: dict[
-            Runner, deque[PreparedBatch]
-        ] = {}  # batches in order; the first of each runs or waits for a thread
+        # The batches of each lane in order; the first runs or waits for a thread.
+        self.lanes: dict[Hashable, deque[PreparedBatch]] = {}
         self.ended = threading.Event()  # a batch has run, and `finish` was not called for it yet
         self.closed = False
 
     def put(self, prepared: PreparedBatch) -> None:
         prepared.batch.leave_loop()
-        lane = self.lanes.setdefault(prepared.runner, deque())
+        lane = self.lanes.setdefault(prepared.lane, deque())
         lane.append(prepared)
         if len(lane) == 1:
-            self.start(prepared.runner, lane)
+            self.start(prepared.lane, lane)
 
-    def start(self, runner: Runner, lane: deque[PreparedBatch]) -> None:
+    def start(self, key: Hashable, lane: deque[PreparedBatch]) -> None:
         """Run the first batch that still has a waiting request; deadlines may have passed while the batch waited."""
         while lane:
             first = lane[0]
             if first.batch.drop_expired():
-                thread = runner.executor or self.shared()
-                done = thread.submit(pipeline.infer, runner, first.result)
-                done.add_done_callback(lambda future: self.end(runner, lane, future))
+                thread = first.runner.executor or self.shared()
+                requests = first.batch.requests() if first.in_parts else ()
+                done = thread.submit(first.run, requests, first.batch.route.requests_per_run)
+                done.add_done_callback(lambda future: self.end(key, lane, future))
                 return
             self.router.resume(lane.popleft().batch.route)
-        del self.lanes[runner]
+        del self.lanes[key]
 
     def shared(self) -> ThreadPoolExecutor:
         if self.threads is None:
             self.threads = ThreadPoolExecutor(LIMITS.model_threads, "model")
         return self.threads
 
-    def end(self, runner: Runner, lane: deque[PreparedBatch], done: Future[None]) -> None:
+    def end(self, key: Hashable, lane: deque[PreparedBatch], done: Future[None]) -> None:
         """Tell the loop that a batch has run. Called in the model's thread."""
         self.ended.set()
-        self.tell(self.finish, runner, lane, done)
+        self.tell(self.finish, key, lane, done)
 
-    def finish(self, runner: Runner, lane: deque[PreparedBatch], done: Future[None]) -> None:
+    def finish(self, key: Hashable, lane: deque[PreparedBatch], done: Future[None]) -> None:
         self.ended.clear()
         if self.closed:
             return  # every connection is closed
-        prepared = lane.popleft()
-        prepared.answered(prepared, done.exception())
+        prepared, error = lane.popleft(), done.exception()
+        if isinstance(error, ModelFailed) and not prepared.in_parts:
+            prepared.split()
+            lane.appendleft(prepared)
+            self.start(key, lane)
+            return
+        prepared.answered(prepared, error)
         self.router.resume(prepared.batch.route)
-        self.start(runner, lane)
+        self.start(key, lane)
 
     def rest(self) -> None:
         """Wait for a moment, or until a batch ends. Called after a turn that refused requests or answered none.

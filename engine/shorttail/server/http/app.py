@@ -54,9 +54,11 @@ class HttpCall:
 
     start_ns, deadline_ns: of time.perf_counter_ns; a deadline of 0 is none. method: index into metrics.METHODS. model:
     its name, once it is known that the model exists. id: the request id that the caller gave. rows: rows answered.
+    sender: the hash of the token (None without tokens) and the address, as server/senders.py knows the caller.
     """
 
     start_ns: int
+    sender: tuple[int | None, str | None] = (None, None)
     deadline_ns: int = 0
     method: int = OTHER
     model: str = ""
@@ -207,7 +209,8 @@ class HttpServer:
         """
 
         async def answer(request: web.Request) -> web.Response:
-            call = HttpCall(time.perf_counter_ns())
+            token = hash(request.headers.get("Authorization")) if self.access is not None else None
+            call = HttpCall(time.perf_counter_ns(), (token, request.remote))
             request.protocol.first_request_arrived()  # type: ignore[attr-defined]
             self.in_flight += 1
             try:

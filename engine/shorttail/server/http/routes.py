@@ -117,9 +117,11 @@ class OpenInference:
         call.note_id(asked.id)
         call.within(asked.timeout_us)
         if v2.is_raw(plan, asked.inputs):
-            answer = await server.batches.infer(plan, asked.inputs, call.deadline_ns)
+            answer = await server.batches.infer(plan, asked.inputs, call.deadline_ns, call.sender)
         else:
-            answer = await server.batches.predict(plan, v2.as_columns(plan, asked.inputs), call.deadline_ns)
+            answer = await server.batches.predict(
+                plan, v2.as_columns(plan, asked.inputs), call.deadline_ns, call.sender
+            )
         start_ns = time.perf_counter_ns()
         body, header_bytes = v2.response(asked, name, answer)
         response = web.Response(body=body, content_type=JSON)
@@ -167,7 +169,7 @@ class Platforms:
             columns = instances.csv_columns(body, plan.names, plan.dtypes)
         else:
             columns = instances.instance_columns(asked.rows, plan.names)
-        answer = await server.batches.predict(plan, columns, call.deadline_ns)
+        answer = await server.batches.predict(plan, columns, call.deadline_ns, call.sender)
         start_ns = time.perf_counter_ns()
         response = _predictions(request, asked, answer, as_csv)
         call.note_rows(len(answer.values[0]))
