@@ -140,7 +140,7 @@ cdef int _enqueue(Connection connection, WireRoute route, const uint8_t *columns
     if route.canary is not None and rows and route.split.takes(batch.columns, batch.columns.n_rows - rows):
         batch.columns.drop_last(rows)
         return _enqueue(connection, route.canary, columns, msgid, options)
-    if len(connection.router.suspects) and not route.for_suspects and _is_suspect(connection):
+    if len(connection.router.suspects) and not route.features and not route.for_suspects and _is_suspect(connection):
         batch.columns.drop_last(rows)
         return _enqueue(connection, route.suspects_route(), columns, msgid, options)
     batch.add(connection, msgid, options, rows)
