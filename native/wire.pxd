@@ -67,7 +67,8 @@ cdef class WireRoute(Route):
     cdef Batch spare_batch          # an empty batch, kept so that its memory is reused
     cdef public bint threaded       # its batches run in a thread, outside the event loop
     # Admission: wire_limits.pxi. Costs are in ns of CPU time.
-    cdef double expected_batch_ns, expected_row_ns      # cost of a batch and of a row, as warm-up measured them
+    cdef double expected_batch_ns, expected_row_ns      # cost of a batch and of a row, up to the factor `scale`
+    cdef double n_samples, rows_sum, rows_squares, ns_sum, ns_rows  # of batches lately, each weighted by its age
     cdef double scale               # measured cost / expected cost, a moving average; 0: not measured yet
     cdef readonly double batch_cost_ns, row_cost_ns     # expected cost times scale
     cdef readonly double admitted_ns    # cost of its requests that wait or run, if they run in a thread

@@ -22,6 +22,11 @@ cdef class WireRoute:
             self.suspects.for_suspects = True
         return self.suspects
 
+    def learn(self, double rows, double batch_ns, bint full=False):
+        """Update the cost estimate with a batch of so many rows. full: requests were refused because of the budget."""
+        self.full = full
+        _learn(self, rows, batch_ns)
+
     def of_suspects(self):
         """As suspects_route, for requests that came by another protocol."""
         return self.suspects_route()

@@ -19,6 +19,7 @@ class WireRoute(Route):
     row_cost_ns: float
     admitted_ns: float
     budget_cut_ns: float
+    def learn(self, rows: float, batch_ns: float, full: bool = False) -> None: ...
     def of_suspects(self) -> WireRoute: ...
 
 class Batch:

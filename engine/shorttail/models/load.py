@@ -89,7 +89,8 @@ class Runner:
         """Run a batch of 1, 2, 4, ... rows, so that no request pays for a first run, and record how long each takes.
 
         example: returns inputs with the given number of rows. Warming stops at LIMITS.batch_rows, before a batch whose
-        inputs exceed LIMITS.warm_bytes, and after a batch that takes more than LIMITS.warm_run_us.
+        inputs exceed LIMITS.warm_bytes, and after a batch that takes more than LIMITS.warm_run_us. Two sizes are always
+        measured, because one says nothing about what a further row costs.
         Raises InvalidArgument if an output does not have as many rows as the inputs.
         """
         rows = 1
@@ -106,23 +107,29 @@ class Runner:
                         " output must be the rows"
                     )
             self.measured_us[rows] = _shortest_us(self.run, inputs)
-            if self.measured_us[rows] > LIMITS.warm_run_us:
+            if self.measured_us[rows] <= LIMITS.warm_run_us:
+                rows *= 2
+            elif len(self.measured_us) == 1:
+                rows *= 4  # of a model that takes as long for each row, four rows are enough
+            else:
                 break
-            rows *= 2
         if self.executor is None:
             self.loop_rows_max = self._rows_within(LIMITS.loop_stall_us)
 
     def cost_us(self, rows: int) -> float:
-        """Estimate the microseconds of a batch: interpolated between measured sizes, in proportion beyond the largest.
+        """Estimate the microseconds of a batch, on lines through the measured sizes.
 
-        Returns 0.0 before `warm`.
+        Beyond the largest size the line through the last two goes on. Returns 0.0 before `warm`.
         """
         if not self.measured_us:
             return 0.0
-        last = max(self.measured_us)
-        if rows > last:
-            return self.measured_us[last] * rows / last
-        return float(np.interp(rows, list(self.measured_us), list(self.measured_us.values())))
+        sizes, times_us = list(self.measured_us), list(self.measured_us.values())
+        if rows <= sizes[-1]:
+            return float(np.interp(rows, sizes, times_us))
+        if len(sizes) == 1:
+            return times_us[0] * rows / sizes[0]
+        row_us = max(0.0, times_us[-1] - times_us[-2]) / (sizes[-1] - sizes[-2])
+        return times_us[-1] + row_us * (rows - sizes[-1])
 
     def _rows_within(self, limit_us: float) -> int:
         """Return the largest batch, in rows, whose estimated time is at most `limit_us`."""
