@@ -242,7 +242,7 @@ def test_stat_as_json_lists_the_views(loaded: Project) -> None:
     ("arguments", "message"),
     [
         (["apply", "gone.py", "--store", "store"], "gone.py: there is no such definitions file"),
-        (["predict", "delays", "tailnum=N1", "--store", "store"], "no model 'delays'; models: delay"),
+        (["predict", "delays", "tailnum=N1", "--store", "store"], "no model 'delays'; did you mean 'delay'"),
         (["predict", "delay", "tail=N1", "--store", "store"], "no column 'tail'; columns: tailnum String"),
         (["predict", "delay", "tailnum", "--store", "store"], "'tailnum' is not column=value"),
         (["predict", "delay", "tailnum=N1", "hour=five", "--store", "store"], "takes Float64; got 'five' (text)"),

@@ -5,6 +5,7 @@ Heavy modules are imported inside the commands, so that `shorttail --help` answe
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import time
@@ -17,12 +18,12 @@ from shorttail.cli.bench import bench
 from shorttail.cli.models import models
 from shorttail.cli.operate import backup, stat, verify
 from shorttail.cli.options import answerer, json_option, opened, progress_bar, source_options, store_option
-from shorttail.cli.output import print_json, print_table, rate, status_notes
+from shorttail.cli.output import echo_line, print_json, print_table, rate, status_notes
 from shorttail.cli.rows import delete, push
 from shorttail.cli.serve_options import settings_options
 from shorttail.cli.tune import tune
 from shorttail.config import DEFAULT_HOST, DEFAULT_PORT, LIMITS, VERSION
-from shorttail.errors import InvalidArgument, NotFound, ShorttailError
+from shorttail.errors import InvalidArgument, NotFound, ShorttailError, printable
 
 if TYPE_CHECKING:
     from shorttail.server.settings import ServerSettings
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """Run the command line. Exit code 0: done; 1: failed, with a line `error: ...` on stderr; 2: wrong usage."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal's encoding lacks must not fail
     try:
         code = cli.main(prog_name="shorttail", standalone_mode=False)
     except ShorttailError as error:
@@ -39,7 +42,8 @@ def main() -> None:
         sys.exit(2)
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx else "shorttail"
-        fail(f"{error.format_message()} (see `{command} --help`)", 2)
+        hint = "an argument that begins with - comes after --; " if isinstance(error, click.NoSuchOption) else ""
+        fail(f"{error.format_message()} ({hint}see `{command} --help`)", 2)
     except click.ClickException as error:
         fail(error.format_message(), 1)
     except (click.Abort, KeyboardInterrupt):
@@ -52,7 +56,8 @@ def main() -> None:
 
 
 def fail(message: str, code: int) -> None:
-    click.echo(f"error: {' '.join(message.split())}", err=True)
+    lines = (line.strip() for line in message.splitlines())
+    click.echo(f"error: {printable(' '.join(line for line in lines if line))}", err=True)
     sys.exit(code)
 
 
@@ -101,7 +106,7 @@ def apply(definitions: str, store: str, dry_run: bool, reset: bool, as_json: boo
         return print_json({"store": store, "dry_run": dry_run, "changes": listed})
     width = max(len(change.what) for change in changes)
     for change in changes:
-        click.echo(f"{change.kind} {change.what:<{width}}  {change.detail}".rstrip())
+        echo_line(f"{change.kind} {change.what:<{width}}  {change.detail}")
     count = sum(change.kind != "=" for change in changes)
     summary = f"{count} change{'' if count == 1 else 's'}" if count else "no changes"
     click.echo(f"{summary}; dry run, nothing written" if dry_run else f"{store}: {summary}")
@@ -221,19 +226,21 @@ def predict(
 ) -> None:
     """Run MODEL on keys and request columns.
 
-    COLUMN=a,b,c makes a batch of three rows. A column with a single value has it in all rows.
+    COLUMN=a,b,c makes a batch of three rows. A column with a single value has it in all rows. A COLUMN that
+    begins with - comes after --.
 
     \b
     Example:
       shorttail predict fraud user_id=1,2,3 amount=9.5 --store store
       shorttail predict fraud user_id=1 amount=9.5 --server 127.0.0.1:7711
     """
+    from shorttail.define.names import quoted, suggestion
     from shorttail.define.text import parse_columns
 
     with answerer(store, server) as source:
         by_name = {item["name"]: item for item in source.models()}
         if model not in by_name:
-            raise NotFound(f"no model '{model}'; models: {', '.join(by_name) or 'none'}")
+            raise NotFound(f"no model {quoted(model)}{suggestion(model, by_name, 'models')}")
         columns = parse_columns(values, by_name[model]["columns"], f"model '{model}'")
         options: dict[str, Any] = {"statuses": True} if store is None else {}
         result = source.predict(model, columns, version=version, **options)
@@ -261,8 +268,8 @@ def features(arguments: tuple[str, ...], store: str | None, server: str | None, 
     """
     from shorttail.define.text import parse_columns
 
-    references = [argument for argument in arguments if "=" not in argument]
-    values = [argument for argument in arguments if "=" in argument]
+    references = [argument for argument in arguments if is_reference(argument)]
+    values = [argument for argument in arguments if not is_reference(argument)]
     names = {reference.partition(":")[0] for reference in references}
     with answerer(store, server) as source:
         keys: dict[str, str] = {}
@@ -280,6 +287,12 @@ def features(arguments: tuple[str, ...], store: str | None, server: str | None, 
     print_table(*batch_table(columns, found, status_notes(result.statuses, result.feature_statuses)))
 
 
+def is_reference(argument: str) -> bool:
+    """Return whether an argument of `features` is VIEW:FEATURE, not KEY=VALUE. FEATURE may hold a =, KEY holds no :."""
+    name, equals, _ = argument.partition("=")
+    return ":" in name or not equals
+
+
 def batch_table(
     columns: dict[str, Any], results: dict[str, list[Any]], notes: list[str]
 ) -> tuple[list[str], list[list[Any]]]:
@@ -287,10 +300,9 @@ def batch_table(
     count = max((len(values) for values in results.values()), default=0)
     lists = {name: value if isinstance(value, list) else [value] for name, value in columns.items()}
     request = {name: values * count if len(values) == 1 else values for name, values in lists.items()}
-    shown: dict[str, list[Any]] = {**request, **results}
-    if any(notes):
-        shown["status"] = notes
-    return list(shown), [list(row) for row in zip(*shown.values(), strict=False)]
+    # Pairs, because a request column, an output and "status" may have the same name.
+    shown = [*request.items(), *results.items(), *([("status", notes)] if any(notes) else [])]
+    return [name for name, _ in shown], [list(row) for row in zip(*(values for _, values in shown), strict=False)]
 
 
 cli.add_command(backup)

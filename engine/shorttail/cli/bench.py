@@ -47,7 +47,7 @@ def options_of(*decorators: Decorator) -> Decorator:
 
 request_options = options_of(
     click.option("--predict", "--model", "predict", metavar="MODEL", help="Send predictions with this model."),
-    click.option("--features", metavar="REF,...", help="Send lookups of these features (view:feature)."),
+    click.option("--features", metavar="REF,...", help="Send lookups of these features (view:feature), a row of CSV."),
     click.option("--push", metavar="VIEW", help="Push rows to this view."),
     click.option("--mix", metavar="WEIGHTS", help="Weights of the kinds of requests: predict=8,features=1,push=1."),
     click.option("--rows", type=click.IntRange(1, LIMITS.rows_per_request), default=1, show_default=True,
@@ -260,6 +260,7 @@ def make_load(options: dict[str, Any], is_http: bool) -> Load:
 
 
 def make_workload(options: dict[str, Any], seed: int, is_http: bool) -> Workload:
+    from shorttail.define.text import csv_row
     from shorttail.loadtest.traffic import Workload
 
     only_rpc, only_http = ("predict", "features", "push", "mix", "shared", "deadline_ms"), ("body", "headers")
@@ -275,7 +276,7 @@ def make_workload(options: dict[str, Any], seed: int, is_http: bool) -> Workload
             raise NotFound(f"--body {options['body']}: cannot be read: {os.strerror(error.errno or 0)}") from None
     return Workload(
         predict=options["predict"],
-        features=[item.strip() for item in (options["features"] or "").split(",") if item.strip()],
+        features=[item.strip() for item in csv_row("--features", options["features"] or "") if item],
         push=options["push"],
         mix=parse_mix(options["mix"] or ""),
         rows=options["rows"],

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from shorttail.cli.options import json_option, opened
-from shorttail.cli.output import print_json, print_table
+from shorttail.cli.output import echo_line, print_json, print_table
 from shorttail.errors import ShorttailError
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def parse_metrics(items: tuple[str, ...]) -> dict[str, float]:
     """Return ("auc=0.91", ...) as {"auc": 0.91, ...}. Raises UsageError."""
     metrics = {}
     for item in items:
-        name, _, number = item.partition("=")
+        name, _, number = item.rpartition("=")
         try:
             metrics[name] = float(number)
         except ValueError:
@@ -180,7 +180,7 @@ def models_show(store: str | None, as_json: bool, name: str, version: int | None
     if as_json:
         return print_json(shown)
     for label, value in show_lines(shown):
-        click.echo(f"{label + ':' * bool(label):<13}{value}")
+        echo_line(f"{label + ':' * bool(label):<13}{value}")
     click.echo("")
     print_table(["rows", "us/batch", "us/row"], [[n, us, round(us / n, 3)] for n, us in shown["us"].items()])
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from shorttail.errors import printable
+
 
 def status_notes(by_view: Mapping[str, Any], by_feature: Mapping[str, Any] | None = None) -> list[str]:
     """Return for each row the views and features that are not PRESENT: "plane NOT_FOUND, weather:wind NULL"."""
@@ -27,14 +29,19 @@ def status_notes(by_view: Mapping[str, Any], by_feature: Mapping[str, Any] | Non
     return [", ".join(note) for note in notes]
 
 
+def echo_line(text: str) -> None:
+    """Print one line. Names in files and texts in rows may hold line breaks and terminal codes, which are escaped."""
+    click.echo(printable(text).rstrip())
+
+
 def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Print a table with aligned columns. Columns of numbers are aligned to the right."""
-    cells = [[show(value) for value in row] for row in rows]
+    header, cells = [printable(name) for name in header], [[show(value) for value in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
     right = [all(is_number(row[c]) for row in rows) and bool(rows) for c in range(len(header))]
-    for line in (list(header), *cells):
+    for line in (header, *cells):
         padded = [f"{cell:>{w}}" if r else f"{cell:<{w}}" for cell, w, r in zip(line, widths, right, strict=True)]
-        click.echo("  ".join(padded).rstrip())
+        echo_line("  ".join(padded))
 
 
 def is_number(value: Any) -> bool:
@@ -50,7 +57,7 @@ def show(value: Any) -> str:
     if isinstance(value, list):
         shown = [show(item) for item in value[:8]] + ["..."] * (len(value) > 8)
         return f"[{', '.join(shown)}]"
-    return str(value)
+    return printable(str(value))
 
 
 def print_json(document: Any) -> None:

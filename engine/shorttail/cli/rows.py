@@ -146,12 +146,13 @@ class ServerWriter:
         """Return a view with the fields that reading a file needs. Raises NotFound."""
         from shorttail.define.dtypes import parse_dtype
         from shorttail.define.entities import Entity
+        from shorttail.define.names import quoted, suggestion
         from shorttail.define.sources import ParquetSource
         from shorttail.define.views import Feature, FeatureView
 
         views = {view["name"]: view for view in self.client.views()}
         if name not in views:
-            raise NotFound(f"no feature view '{name}'; views: {', '.join(views) or 'none'}")
+            raise NotFound(f"no feature view {quoted(name)}{suggestion(name, views, 'views')}")
         view = views[name]
         keys = {key: parse_dtype(dtype) for key, dtype in view["keys"].items()}
         features = [Feature(feature, parse_dtype(dtype)) for feature, dtype in view["features"].items()]

@@ -13,7 +13,7 @@ from typing import Any
 from shorttail.define.dtypes import Bool, DType, Float32, Float64, Int32, Int64, String
 from shorttail.define.entities import Entity
 from shorttail.define.models import Model
-from shorttail.define.names import split_reference, suggestion
+from shorttail.define.names import quoted, split_reference, suggestion
 from shorttail.define.views import Feature, FeatureView
 from shorttail.errors import Internal, NotFound
 
@@ -196,13 +196,13 @@ class Catalog:
     def view(self, name: str) -> FeatureView:
         """Return a view. Raises NotFound that suggests a name."""
         if name not in self.views:
-            raise NotFound(f"no feature view '{name}'{suggestion(name, self.views, 'views')}")
+            raise NotFound(f"no feature view {quoted(name)}{suggestion(name, self.views, 'views')}")
         return self.views[name]
 
     def model(self, name: str) -> ModelEntry:
         """Return the entry of a model. Raises NotFound that suggests a name."""
         if name not in self.models:
-            raise NotFound(f"no model '{name}'{suggestion(name, self.models, 'models')}")
+            raise NotFound(f"no model {quoted(name)}{suggestion(name, self.models, 'models')}")
         return self.models[name]
 
     def feature(self, reference: str) -> tuple[FeatureView, Feature]:
@@ -214,7 +214,7 @@ class Catalog:
         view = self.view(view_name)
         if name not in view.feature_index:
             known = suggestion(name, view.feature_index, "features")
-            raise NotFound(f"feature view '{view_name}' has no feature '{name}'{known}")
+            raise NotFound(f"feature view '{view_name}' has no feature {quoted(name)}{known}")
         return view, view.features[view.feature_index[name]]
 
     def new_table(self, view_name: str) -> TableInfo:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from shorttail.define.durations import parse_duration
-from shorttail.define.names import check_name, check_text, split_reference
+from shorttail.define.names import check_path_name, check_text, split_reference
 from shorttail.define.ondemand import OnDemand, OnDemandFeature
 from shorttail.errors import InvalidArgument
 
@@ -55,7 +55,7 @@ class Model:
     examples: str | None = None
 
     def __post_init__(self) -> None:
-        check_name(self.name, "model")
+        check_path_name(self.name, "model")
         where = f"model '{self.name}'"
         if not isinstance(self.path, str | Path) or not str(self.path):
             raise InvalidArgument(f"{where}: path must be the path of an ONNX file")
@@ -74,7 +74,8 @@ class Model:
             checked = check_columns(self.inputs, f"{where}: inputs")
         object.__setattr__(self, "inputs", checked)
         if self.outputs is not None:
-            if isinstance(self.outputs, str) or not self.outputs or len(set(self.outputs)) != len(self.outputs):
+            names = [] if isinstance(self.outputs, str) else list(self.outputs)
+            if not names or not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
                 raise InvalidArgument(f"{where}: outputs must be a list of different output names")
             object.__setattr__(self, "outputs", tuple(self.outputs))
         check_text(self.description, f"{where}: description")
@@ -198,7 +199,7 @@ def check_missing(missing: object, references: Sequence[str], where: str) -> dic
     if not isinstance(missing, Mapping):
         raise InvalidArgument(f"{where}: missing must be {{request column: value}}, not {type(missing).__name__}")
     for name in missing:
-        if f"request:{name}" not in references:
+        if not isinstance(name, str) or f"request:{name}" not in references:
             known = ", ".join(item.removeprefix("request:") for item in references if item.startswith("request:"))
             raise InvalidArgument(f"{where}: missing names {name!r}, which is not one of its request columns: {known}")
     return dict(missing)

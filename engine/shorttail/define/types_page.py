@@ -96,6 +96,7 @@ text. The same grammar reads all of them:
 - The numbers of a vector are separated by commas, so in a file the field is in quotes (`"1,2.5"`). In a CSV body each
   number of a vector is a field of its own. On the command line `v=1,2;3,4` is two vectors. For `bench` the numbers are
   separated by `/`.
+- In `column=value` the column ends at the `=` after the longest known column that fits ([names.md](names.md)).
 - On the command line a value is a row of CSV: `tier=gold,tin` is two rows, `tier=` is a missing value, and `tier='""'`
   is the empty text.
 """

@@ -14,7 +14,7 @@ from typing import Any
 from shorttail.define.dtypes import DType, parse_dtype
 from shorttail.define.durations import parse_duration
 from shorttail.define.entities import Entity, check_dtype
-from shorttail.define.names import check_name, check_text
+from shorttail.define.names import check_name, check_path_name, check_text
 from shorttail.define.refusal import Refused
 from shorttail.define.scalar import as_value
 from shorttail.define.sources import ParquetSource
@@ -78,7 +78,7 @@ class FeatureView:
     feature_index: dict[str, int] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        check_name(self.name, "feature view")
+        check_path_name(self.name, "feature view")
         where = f"feature view '{self.name}'"
         if self.name == "request":
             raise InvalidArgument(f"{where}: the name 'request' is reserved for request columns; choose another name")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -15,7 +15,7 @@ import numpy as np
 from shorttail.config import LIMITS
 from shorttail.define.dtypes import Bool, DType, Float64, Timestamp, parse_dtype
 from shorttail.define.refusal import Refused
-from shorttail.define.text import csv_row, parse_field
+from shorttail.define.text import csv_row, parse_field, split_argument
 from shorttail.errors import InvalidArgument, NotFound
 from shorttail.loadtest.rates import parse_number
 
@@ -82,7 +82,7 @@ def parse_keys(
         elif spec.startswith("store:"):
             streams += store_streams(spec.removeprefix("store:"), draw, views, needed)
         else:
-            streams.append(range_stream(spec))
+            streams.append(range_stream(spec, dtypes))
     for stream in streams:
         if stream.lows and not needed & set(stream.lows):
             name = next(iter(stream.lows))
@@ -90,9 +90,9 @@ def parse_keys(
     return streams
 
 
-def range_stream(spec: str) -> Stream:
+def range_stream(spec: str, columns: Iterable[str]) -> Stream:
     """Parse "user_id=zipf:1:1M:0.99", or "user=uniform:1:1000:user-{}" for strings. Raises InvalidArgument."""
-    column, equals, rest = spec.partition("=")
+    column, equals, rest = split_argument(spec, columns)
     kind, *parts = rest.split(":")
     if not equals or kind not in DRAWS or len(parts) < 2:
         raise InvalidArgument(f"--keys '{spec}' is not understood; write {KEY_FORMS}")
@@ -210,11 +210,11 @@ class Values:
     real: tuple[float, float] | None = None
 
 
-def parse_values(specs: Sequence[str]) -> dict[str, str]:
-    """Return {column: text after the =} of --value options. Raises InvalidArgument."""
+def parse_values(specs: Sequence[str], columns: Iterable[str]) -> dict[str, str]:
+    """Return {column: text after the =} of --value options. columns: of the requests. Raises InvalidArgument."""
     found: dict[str, str] = {}
     for spec in specs:
-        column, equals, text = spec.partition("=")
+        column, equals, text = split_argument(spec, columns)
         if not equals or not column:
             raise InvalidArgument(
                 f"--value '{spec}' is not understood; write COLUMN=5, COLUMN=uniform:0:100 or COLUMN=choice:a,b"

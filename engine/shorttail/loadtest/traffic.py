@@ -89,7 +89,7 @@ class Builder:
         self.dtypes = dtypes
         draw = parse_draw(workload.draw)
         self.streams = parse_keys(workload.keys, draw, views, dtypes)
-        self.texts = parse_values(workload.values)
+        self.texts = parse_values(workload.values, dtypes)
         self.keys = {key for view in views for key in view["keys"]}
         self.traffic = Traffic([], groups=[Group(s.draw, s.n, s.exponent) for s in self.streams], streams=self.streams)
         self._numbers: dict[tuple[str, str], int] = {}
@@ -115,7 +115,7 @@ class Builder:
         dtype = self.dtypes[name]
         for group, stream in enumerate(self.streams):
             if name in stream.lows:
-                self.traffic.describes[name] = stream.text.partition("=")[2]
+                self.traffic.describes[name] = stream.text.removeprefix(f"{name}=")
                 check_range(name, stream, dtype)
                 return EncodedColumn("int", form, group, low=stream.lows[name])
             if name in stream.tables:

@@ -5,9 +5,10 @@ Views and models that the file does not mention stay as they are.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
+from unicodedata import normalize
 
 from shorttail.config import LIMITS
 from shorttail.define.catalog import Catalog, ModelEntry, VersionInfo
@@ -97,6 +98,7 @@ def plan_changes(catalog: Catalog, prepared: Prepared, count: Callable[[str], in
     count: returns the number of rows of a view's table. After an error the catalog is half changed: discard it.
     """
     definitions, plan = prepared.definitions, ChangePlan(catalog)
+    known = {*catalog.views}, {*catalog.models}
     for name, entity in definitions.entities.items():
         keys = ", ".join(f"{key} {dtype}" for key, dtype in entity.keys.items())
         old = catalog.entities.get(name)
@@ -108,8 +110,25 @@ def plan_changes(catalog: Catalog, prepared: Prepared, count: Callable[[str], in
         raise ResourceExhausted(f"a store holds at most {LIMITS.views} feature views, not {len(plan.catalog.views)}")
     for model in definitions.models.values():
         plan_model(plan, model, prepared.files[model.name])
+    check_folders("feature view", plan.catalog.views, known[0])
+    check_folders("model", plan.catalog.models, known[1])
     check_other_models(plan.catalog, definitions)
     return plan
+
+
+def check_folders(what: str, names: Iterable[str], known: set[str]) -> None:
+    """Check that no new name differs from another only in case: a file system may take both as one folder.
+
+    names: those in `known`, then the new ones. Raises InvalidArgument.
+    """
+    found: dict[str, str] = {}
+    for name in names:
+        first = found.setdefault(normalize("NFC", name.casefold()), name)
+        if first != name and name not in known:
+            raise InvalidArgument(
+                f"{what} '{name}' differs from '{first}' only in upper and lower case, and some file systems take both"
+                " as one folder; choose another name"
+            )
 
 
 def vet_new(plan: ChangePlan, prepared: Prepared) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shorttail.define.dtypes import DType, Timestamp
+from shorttail.define.names import decomposed, quoted
 from shorttail.define.values import Refused, as_column
 from shorttail.define.views import FeatureView
 from shorttail.errors import InvalidArgument
@@ -50,7 +51,8 @@ def column_batch(view: FeatureView, rows: Any) -> ColumnBatch:
     known = needed if timestamp is None or timestamp in needed else [*needed, timestamp]
     for name in given:
         if name not in known:
-            raise InvalidArgument(f"view '{view.name}' has no column '{name}'; columns: {', '.join(known)}")
+            named = f"{quoted(name)}{decomposed(name, known)}"
+            raise InvalidArgument(f"view '{view.name}' has no column {named}; columns: {', '.join(known)}")
     for name in needed:
         if name not in given:
             raise InvalidArgument(f"view '{view.name}': column '{name}' is missing from the rows; they need: {needed}")
@@ -75,7 +77,7 @@ def key_arrays(view: FeatureView, keys: Mapping[str, Any]) -> list[NDArray[Any]]
     given = as_columns(view, keys)
     for name in given:
         if name not in view.keys:
-            raise InvalidArgument(f"view '{view.name}' has no key '{name}'; keys: {', '.join(view.keys)}")
+            raise InvalidArgument(f"view '{view.name}' has no key {quoted(name)}; keys: {', '.join(view.keys)}")
     columns = _key_columns(view, given)
     align(view, columns)
     return [column.values for column in columns]
@@ -129,7 +131,7 @@ def align(view: FeatureView, columns: Sequence[PushedColumn]) -> int:
 def as_columns(view: FeatureView, rows: Any) -> Mapping[str, Any]:
     """Return {name: column} of rows, in the forms that `as_column` takes. Raises InvalidArgument."""
     if isinstance(rows, Mapping):
-        return rows
+        return by_name(view, ((str(name), column) for name, column in rows.items()))
     if hasattr(rows, "column_names"):  # pyarrow.Table, RecordBatch
         return by_name(view, zip(rows.column_names, rows.columns, strict=True))
     if hasattr(rows, "get_columns"):  # polars

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import unquote
 
 from aiohttp import web
 
@@ -180,7 +181,7 @@ class Platforms:
         """Return the model if the request names none: by header, by SHORTTAIL_MODEL, or the store's only model."""
         named = request.headers.get("X-Amzn-SageMaker-Target-Model") or os.environ.get("SHORTTAIL_MODEL")
         if named:
-            return named.strip("/")
+            return unquote(named.strip("/"))  # a header holds only ASCII for sure, and a name any letters
         names = list(self.server.engine.store.catalog.models)
         if len(names) == 1:
             return names[0]
