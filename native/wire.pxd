@@ -173,7 +173,7 @@ cdef class Router:
     cdef Py_ssize_t n_deferred, deferred_capacity
     cdef readonly Py_ssize_t deferred_bytes     # received bytes that the deferred requests keep in memory
     cdef uint32_t rotation          # which connection comes first among requests of the same age
-    cdef int wake(self) except -1
+    cpdef int wake(self) except -1
     cdef WireRoute model_route(self, const uint8_t *name, Py_ssize_t size, int64_t version)
     cdef WireRoute features_route(self, const uint8_t *refs, Py_ssize_t size)
 

@@ -138,7 +138,7 @@ cdef class Router:
                 raise AttributeError(f"a router has no limit {name!r}")
             setattr(self, name, value)
 
-    cdef int wake(self) except -1:
+    cpdef int wake(self) except -1:
         """Schedule `run` for this turn of the event loop, if it is not scheduled yet."""
         if not self.run_scheduled:
             self.run_scheduled = True

@@ -19,9 +19,10 @@ from shorttail._native.columns import Columns, CopyColumns
 from shorttail._native.pages import Lookup, lookup
 from shorttail._native.route import Route, Split
 from shorttail._native.transforms import TransformProgram
+from shorttail.config import LIMITS
 from shorttail.define.dtypes import DType
 from shorttail.models.buffers import Buffer
-from shorttail.models.request_runs import PartRuns, RequestRows, run_in_parts
+from shorttail.models.request_runs import PartRun, RequestRows
 from shorttail.results import Statuses
 
 if TYPE_CHECKING:
@@ -202,12 +203,10 @@ def infer(runner: Runner, result: BatchResult) -> None:
 
 def infer_in_parts(
     runner: Runner, result: BatchResult, rows: int, requests: Sequence[RequestRows], requests_per_run: float
-) -> PartRuns:
-    """Run the model on the result of `prepare`, a few requests at a time (models/request_runs.py).
+) -> PartRun:
+    """Return what runs the model on the result of `prepare`, a few requests at a time (models/request_runs.py).
 
     rows: of the batch, with the rows of requests that are not asked for any more. The result keeps the model's inputs,
     because the model may give arrays of other widths to some requests.
     """
-    parts = run_in_parts(runner, result.values, rows, requests, requests_per_run)
-    result.inferred_ns = time.perf_counter_ns()
-    return parts
+    return PartRun(runner, result.values, rows, requests, requests_per_run, runner.loop_rows_max or LIMITS.batch_rows)

@@ -11,11 +11,18 @@ from hypothesis import strategies as some
 
 from shorttail.config import LIMITS
 from shorttail.errors import Internal, InvalidArgument
-from shorttail.models.request_runs import RequestRows, run_in_parts
+from shorttail.models.request_runs import PartRun, RequestRows
 from shorttail.models.session import ModelFailed, RunTimedOut
 from shorttail.server.senders import Senders
 
 BAD, ENDLESS = 1e6, 2e6
+
+
+def run_in_parts(*arguments):
+    run = PartRun(*arguments)
+    while not run.is_done:
+        run.step()
+    return run.result()
 
 
 class FakeRunner:
@@ -83,7 +90,7 @@ def test_the_requests_of_a_run_shrink_while_runs_fail_and_grow_again():
         limit = run_in_parts(runner, [x], 100, [RequestRows(i, i, 1) for i in range(100)], limit).requests_per_run
     assert 1 <= limit < 20
     runner.runs.clear()
-    for _ in range(40):
+    for _ in range(60):
         limit = run_in_parts(runner, [np.zeros(100)], 100, [RequestRows(i, i, 1) for i in range(100)], limit)[2]
     assert limit == math.inf
     assert runner.runs[-1] == 100

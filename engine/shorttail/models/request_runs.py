@@ -8,6 +8,7 @@ no request fails for another's row.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -24,11 +25,11 @@ if TYPE_CHECKING:
 Array = NDArray[Any]
 ANY_NUMBER: Final = math.inf  # of requests may share a run
 
-# After a run that succeeds, the next may have GROWTH times as many requests; after one that fails, half as many. If a
-# share p of the requests is bad, that settles where (1 - p)^n is about 0.6: five requests for one bad in ten. Runs of
-# that size also need the fewest repetitions in all (Dorfman, "The Detection of Defective Members of Large Populations",
-# 1943).
-GROWTH: Final = 1.5
+# After a run that succeeds, the next may have GROWTH times as many requests; after one that fails, half as many, or one
+# if a failure takes longer than the requests do. So if many requests are bad, each soon has a run of its own, and if
+# few are, runs stay large: it is the search for defective members of a group (Dorfman, "The Detection of Defective
+# Members of Large Populations", 1943), with a group size that is learned.
+GROWTH: Final = 1.25
 
 
 class RequestRows(NamedTuple):
@@ -51,7 +52,7 @@ class Answered(NamedTuple):
 
 
 class PartRuns(NamedTuple):
-    """What `run_in_parts` returns.
+    """The result of a PartRun.
 
     answered: one item, or several if a model gives arrays of other widths to some requests; the largest is the last.
     failures: number of a request -> its error. requests_per_run: for the next batch.
@@ -69,72 +70,105 @@ class _Part(NamedTuple):
     outputs: list[Array]
 
 
-def run_in_parts(
-    runner: Runner, inputs: Sequence[Array], rows: int, requests: Sequence[RequestRows], requests_per_run: float
-) -> PartRuns:
-    """Run the requests of a batch with at most `requests_per_run` of them in a run.
+class PartRun:
+    """Runs the requests of a batch with at most `requests_per_run` of them in a run. `step` makes one run.
 
-    inputs: an array [rows, ...] for each input of the model; of any shape if there is only one request. Requests that
-    make the model fail are found by halving. Raises nothing that the model raises.
+    inputs: an array [rows, ...] for each input of the model; of any shape if there is only one request. run_rows_max:
+    the most rows of a run of several requests. Requests that make the model fail are found by halving.
     """
-    limit = 1.0 if runner.by_request else requests_per_run
-    failures: dict[int, ShorttailError] = {}
-    parts: list[_Part] = []
-    position = 0
-    while position < len(requests):
-        count = int(min(max(limit, 1.0), len(requests) - position))
-        part = requests[position : position + count]
-        position += count
-        before = len(failures)
-        _run_part(runner, inputs, rows, part, parts, failures)
-        if any(isinstance(failures.get(request.number), RunTimedOut) for request in part):
-            limit = 1.0  # each further try of a larger run would take as long
-        elif len(failures) > before:
-            limit = max(1.0, min(limit, count) / 2)
-        elif not runner.by_request:
-            limit *= GROWTH
-    for number, error in failures.items():
-        if isinstance(error, ModelFailed):
-            failures[number] = runner.explain(error, worked=bool(parts))
-    if not runner.by_request and not failures and limit > LIMITS.batch_rows:
-        limit = ANY_NUMBER
-    return PartRuns(_joined(parts, rows), failures, limit)
 
+    def __init__(
+        self,
+        runner: Runner,
+        inputs: Sequence[Array],
+        rows: int,
+        requests: Sequence[RequestRows],
+        requests_per_run: float,
+        run_rows_max: int = LIMITS.batch_rows,
+    ):
+        self.runner = runner
+        self.inputs = inputs
+        self.rows = rows
+        self.requests = requests
+        self.run_rows_max = run_rows_max
+        self.limit = 1.0 if runner.by_request else requests_per_run
+        self.position = 0  # of the first request that was in no run yet
+        self.halves: list[Sequence[RequestRows]] = []  # of runs that have failed
+        self.parts: list[_Part] = []
+        self.failures: dict[int, ShorttailError] = {}
+        self.request_ns = 0.0  # of a request in the last run that succeeded
 
-def _run_part(
-    runner: Runner,
-    inputs: Sequence[Array],
-    batch_rows: int,
-    requests: Sequence[RequestRows],
-    parts: list[_Part],
-    failures: dict[int, ShorttailError],
-) -> None:
-    """Run some requests together, and in halves if that fails."""
-    waiting = [requests]
-    while waiting:
-        part = waiting.pop()
-        first, rows = part[0].first, sum(request.rows for request in part)
-        if rows == batch_rows:
-            taken = list(inputs)
-        elif part[-1].first + part[-1].rows == first + rows:
-            taken = [array[first : first + rows] for array in inputs]
-        else:  # the callers of requests between them have gone
-            taken = [np.concatenate([array[r.first : r.first + r.rows] for r in part]) for array in inputs]
+    @property
+    def is_done(self) -> bool:
+        """Whether every request has an answer or an error."""
+        return not self.halves and self.position == len(self.requests)
+
+    def step(self) -> None:
+        """Make the next run. Raises nothing that the model raises."""
+        is_half = bool(self.halves)
+        part = self.halves.pop() if is_half else self._next_part()
+        start_ns = time.perf_counter_ns()
         try:
-            outputs = runner.run(taken)
-            for name, array in zip(runner.output_names, outputs, strict=True):
-                if array.shape[:1] != (rows,) and rows != batch_rows:
-                    raise Internal(f"output '{name}' has the shape {list(array.shape)} for {rows} rows")
+            self.parts.append(_Part(part, self._run(part)))
         except ShorttailError as error:
-            if len(part) == 1:
-                failures[part[0].number] = error
-            elif isinstance(error, RunTimedOut):
-                waiting += [[request] for request in reversed(part)]
-            else:
-                middle = len(part) // 2
-                waiting += [part[middle:], part[:middle]]
+            took_ns = time.perf_counter_ns() - start_ns
+            self._failed(part, error, is_half, took_ns)
         else:
-            parts.append(_Part(part, outputs))
+            self.request_ns = (time.perf_counter_ns() - start_ns) / len(part)
+            if not is_half and not self.runner.by_request:
+                self.limit *= GROWTH
+
+    def result(self) -> PartRuns:
+        """Return the answers and the errors, once all runs are made."""
+        failures = {
+            number: self.runner.explain(error, worked=bool(self.parts)) if isinstance(error, ModelFailed) else error
+            for number, error in self.failures.items()
+        }
+        limit = self.limit
+        if not self.runner.by_request and not failures and limit > LIMITS.batch_rows:
+            limit = ANY_NUMBER
+        return PartRuns(_joined(self.parts, self.rows), failures, limit)
+
+    def _next_part(self) -> Sequence[RequestRows]:
+        """Take as many of the next requests as may share a run, at least one."""
+        end, rows = self.position, 0
+        most = len(self.requests) if self.limit == ANY_NUMBER else max(1, int(self.limit))
+        while end < len(self.requests) and end - self.position < most:
+            rows += self.requests[end].rows
+            if rows > self.run_rows_max and end > self.position:
+                break
+            end += 1
+        part = self.requests[self.position : end]
+        self.position = end
+        return part
+
+    def _run(self, part: Sequence[RequestRows]) -> list[Array]:
+        first, rows = part[0].first, sum(request.rows for request in part)
+        if rows == self.rows:
+            return self.runner.run(self.inputs)
+        if part[-1].first + part[-1].rows == first + rows:
+            taken = [array[first : first + rows] for array in self.inputs]
+        else:  # the callers of requests between them have gone
+            taken = [np.concatenate([array[r.first : r.first + r.rows] for r in part]) for array in self.inputs]
+        outputs = self.runner.run(taken)
+        for name, array in zip(self.runner.output_names, outputs, strict=True):
+            if array.shape[:1] != (rows,):
+                raise Internal(f"output '{name}' has the shape {list(array.shape)} for {rows} rows")
+        return outputs
+
+    def _failed(self, part: Sequence[RequestRows], error: ShorttailError, is_half: bool, took_ns: int) -> None:
+        endless = isinstance(error, RunTimedOut)
+        if len(part) == 1:
+            self.failures[part[0].number] = error
+        elif endless:  # each further try of several requests could take as long
+            self.halves += [[request] for request in reversed(part)]
+        else:
+            middle = len(part) // 2
+            self.halves += [part[middle:], part[:middle]]
+        if endless or took_ns > len(part) * self.request_ns > 0:
+            self.limit = 1.0
+        elif not is_half:
+            self.limit = max(1.0, min(self.limit, len(part)) / 2)
 
 
 def _joined(parts: Sequence[_Part], rows: int) -> list[Answered]:

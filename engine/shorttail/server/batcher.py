@@ -4,12 +4,13 @@
 the end of the same turn of the event loop. So a batch holds one request when the server is idle, with no waiting
 window, and hundreds under load. If a batch would hold up the loop for too long, the loop only looks its features up,
 and the model runs in another thread (model_threads.py). Requests that arrive for that model meanwhile form its next
-batch; other models are answered as before. A batch whose model fails runs again in such a thread, in parts, until only
-the requests that make the model fail are left (models/request_runs.py).
+batch; other models are answered as before. A batch whose model fails runs again in parts, until only the requests that
+make the model fail are left (models/request_runs.py): in such a thread, or on the loop in slices of time (slices.py).
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
@@ -25,6 +26,7 @@ from shorttail.server.model_threads import ModelThreads, PreparedBatch
 from shorttail.server.runnable import Runnable
 from shorttail.server.senders import Senders
 from shorttail.server.shadow import ShadowThread
+from shorttail.server.slices import Slices
 from shorttail.server.telemetry import FEATURES, PREDICT, RPC
 
 if TYPE_CHECKING:
@@ -65,6 +67,7 @@ class Batcher:
         self.http = http
         self.plans_version = engine.plans_version
         self.model_threads = ModelThreads(router.loop, router)
+        self.slices = Slices(router)
         self.shadows = ShadowThread(engine.store)
         self.senders = Senders(router.suspects)
         router.connect(run=self.run, fault=fault)
@@ -72,40 +75,41 @@ class Batcher:
     def run(self) -> None:
         """Run one turn: answer every batch that waits, then write once to each connection."""
         batches: list[Runnable] = [*self.router.take()]
-        answered = bool(batches)
         if self.http is not None:
             batches += self.http.take()
+        ran, start_ns = False, time.perf_counter_ns() if self.slices.waiting else 0
         for batch in batches:
             if batch.drop_expired():
-                self.answer(batch)
+                ran |= self.answer(batch)
         self.router.flush()
+        if self.slices.waiting:
+            self.slices.run(time.perf_counter_ns() - start_ns if ran and start_ns else 0)
         if self.shadows.waiting:
             self.shadows.start()
         self.follow_catalog()
-        if self.router.overloaded or not answered:
+        if not ran:
             self.model_threads.rest()
 
-    def answer(self, batch: Runnable) -> None:
-        """Run a batch and reply. A batch that cannot run in the loop replies later, in `answered_in_thread`."""
+    def answer(self, batch: Runnable) -> bool:
+        """Run a batch and reply. Returns False if it cannot run now; it then replies later, in `answered_later`."""
         try:
             plan, result = self.prepare(batch)
             shadowed = self.shadows.take(plan, batch, result) if plan.shadow is not None else None
             if plan.runner is not None and not self.infer_in_loop(plan.runner, batch, result):
                 in_parts = batch.n_requests > batch.route.requests_per_run
-                prepared = PreparedBatch(batch, plan.runner, result, shadowed, self.answered_in_thread, in_parts)
-                self.model_threads.put(prepared)
-                return
+                in_slices = in_parts and batch.n_rows <= batch.n_requests * plan.runner.loop_rows_max
+                prepared = PreparedBatch(batch, plan.runner, result, shadowed, self.answered_later, in_parts)
+                (self.slices if in_slices else self.model_threads).put(prepared)
+                return False
             self.reply(batch, result)
             if shadowed is not None:
                 self.shadows.add(shadowed, result)
         except Exception as error:
             self.fail(batch, error)
+        return True
 
     def infer_in_loop(self, runner: Runner, batch: Runnable, result: BatchResult) -> bool:
-        """Run the model. Returns False if the batch has to run in a thread.
-
-        That is so if it is slow, if its requests must not all share a run, or if the model has just failed.
-        """
+        """Run the model. Returns False if it is too slow for the loop, must not run all requests at once, or fails."""
         route = batch.route
         if batch.n_rows > runner.loop_rows_max or batch.n_requests > route.requests_per_run:
             return False
@@ -113,6 +117,7 @@ class Batcher:
         try:
             pipeline.infer(runner, result)
         except ModelFailed:
+            # Below 1: a single request runs again too, where it is found out whose fault the failure is.
             route.requests_per_run = min(route.requests_per_run, max(0.5, batch.n_requests / 2))
             return False
         return True
@@ -124,13 +129,13 @@ class Batcher:
         plan = batch.route.plan
         return plan, BatchResult.of_inputs(plan, batch.inputs)
 
-    def answered_in_thread(self, prepared: PreparedBatch, error: BaseException | None) -> None:
-        """Reply to a batch that has run in another thread; `run` of this turn writes the replies to the connections."""
+    def answered_later(self, prepared: PreparedBatch, error: BaseException | None) -> None:
+        """Reply to a batch that ran in a thread or in slices. `run` then writes the replies to the connections."""
         try:
             if error is not None:
                 raise error
             if prepared.parts is not None:
-                self.reply_in_parts(prepared.batch, prepared.result, prepared.parts)
+                self.reply_in_parts(prepared.batch, prepared.result, prepared.parts.result())
                 return
             self.reply(prepared.batch, prepared.result)
             if prepared.shadowed is not None:

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import threading
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final
@@ -18,14 +18,14 @@ from shorttail import pipeline
 from shorttail._native.wire import Router
 from shorttail.config import LIMITS
 from shorttail.models.load import Runner
-from shorttail.models.request_runs import PartRuns, RequestRows
+from shorttail.models.request_runs import PartRun
 from shorttail.models.session import ModelFailed
 from shorttail.pipeline import BatchResult
 from shorttail.server.runnable import Runnable
 from shorttail.server.shadow import ShadowBatch
 
-# After a turn that answered nothing, the loop rests REST_TURNS times as long as that turn took, at most REST_MAX_S. It
-# then finds many requests in each socket, and the models have the CPU meanwhile.
+# After a turn in which no model ran in the loop, the loop rests REST_TURNS times as long as that turn took, at most
+# REST_MAX_S. It then finds many requests in each socket, and the models have the CPU meanwhile.
 REST_TURNS: Final = 4
 REST_MAX_S: Final = 0.001
 
@@ -34,9 +34,9 @@ REST_MAX_S: Final = 0.001
 class PreparedBatch:
     """A batch whose features are looked up and transformed: only its model has not run.
 
-    in_parts: a few requests run at a time, because they must not share runs or because a run has failed. parts: what
-    these runs gave. answered: called in the loop's thread when the model has run, with the exception that it raised, or
-    None.
+    answered: called in the loop's thread when the model has run, with the exception that it raised, or None.
+    in_parts: a few requests run at a time, because they must not share runs or because a run has failed.
+    parts: makes these runs, once the batch begins to run.
     """
 
     batch: Runnable
@@ -45,7 +45,7 @@ class PreparedBatch:
     shadowed: ShadowBatch | None
     answered: Callable[[PreparedBatch, BaseException | None], object]
     in_parts: bool = False
-    parts: PartRuns | None = None
+    parts: PartRun | None = None
 
     @property
     def lane(self) -> Hashable:
@@ -58,13 +58,23 @@ class PreparedBatch:
         route = self.batch.route
         route.requests_per_run = min(route.requests_per_run, max(1.0, self.batch.n_requests / 2))
 
-    def run(self, requests: Sequence[RequestRows], requests_per_run: float) -> None:
-        """Run the model. Called in a thread."""
+    def begin(self) -> bool:
+        """Drop the requests that are past their deadline. Returns False if none remains."""
+        batch = self.batch
+        if not batch.drop_expired():
+            return False
         if self.in_parts:
-            rows = self.batch.n_rows
-            self.parts = pipeline.infer_in_parts(self.runner, self.result, rows, requests, requests_per_run)
-        else:
+            per_run = batch.route.requests_per_run
+            self.parts = pipeline.infer_in_parts(self.runner, self.result, batch.n_rows, batch.requests(), per_run)
+        return True
+
+    def run(self) -> None:
+        """Run the model, in any thread."""
+        if self.parts is None:
             pipeline.infer(self.runner, self.result)
+            return
+        while not self.parts.is_done:
+            self.parts.step()
 
 
 class ModelThreads:
@@ -95,10 +105,9 @@ class ModelThreads:
         """Run the first batch that still has a waiting request; deadlines may have passed while the batch waited."""
         while lane:
             first = lane[0]
-            if first.batch.drop_expired():
+            if first.begin():
                 thread = first.runner.executor or self.shared()
-                requests = first.batch.requests() if first.in_parts else ()
-                done = thread.submit(first.run, requests, first.batch.route.requests_per_run)
+                done = thread.submit(first.run)
                 done.add_done_callback(lambda future: self.end(key, lane, future))
                 return
             self.router.resume(lane.popleft().batch.route)
@@ -119,7 +128,7 @@ class ModelThreads:
         if self.closed:
             return  # every connection is closed
         prepared, error = lane.popleft(), done.exception()
-        if isinstance(error, ModelFailed) and not prepared.in_parts:
+        if isinstance(error, ModelFailed):
             prepared.split()
             lane.appendleft(prepared)
             self.start(key, lane)
@@ -129,7 +138,7 @@ class ModelThreads:
         self.start(key, lane)
 
     def rest(self) -> None:
-        """Wait for a moment, or until a batch ends. Called after a turn that refused requests or answered none.
+        """Wait for a moment, or until a batch ends. Called after a turn in which no model ran in the loop.
 
         A turn has fixed costs: one read and one write per connection. While a batch runs in a thread and no other model
         is asked for, the loop would pay these costs for a few requests at a time, only to queue or to refuse them.
