@@ -28,6 +28,11 @@ Array = NDArray[Any]
 TIMED_RUNS: Final = 10
 TIMED_US: Final = 1000
 
+# After so many runs in a row that held up the event loop, a model runs in a thread; after so many quick ones, on the
+# loop again.
+SLOW_RUNS: Final = 3
+QUICK_RUNS: Final = 100
+
 
 class Runner:
     """A loaded model, as a plan runs it.
@@ -59,6 +64,8 @@ class Runner:
         self.loop_rows_max = 0 if executor else LIMITS.batch_rows
         self.model = model
         self.by_request = by_request
+        self._loop_rows_warm = self.loop_rows_max  # as warm-up measured it
+        self._slow_runs = self._quick_runs = 0  # in a row
         self._example: list[Array] | None = None  # one that the model has run
         self._worked_ns = 0  # when the example ran last
 
@@ -114,7 +121,25 @@ class Runner:
             else:
                 break
         if self.executor is None:
-            self.loop_rows_max = self._rows_within(LIMITS.loop_stall_us)
+            self.loop_rows_max = self._loop_rows_warm = self._rows_within(LIMITS.loop_stall_us)
+
+    def note_slow(self, ended: bool = False) -> None:
+        """Note a run that held up the event loop. After SLOW_RUNS in a row the model leaves the loop.
+
+        A single such run says little: other processes may have held up this one. ended: the run was ended for its
+        time, so the model leaves the loop at once.
+        """
+        self._slow_runs += 1
+        if ended or self._slow_runs >= SLOW_RUNS:
+            self.loop_rows_max = self._slow_runs = self._quick_runs = 0
+
+    def note_quick(self, in_thread: bool = False) -> None:
+        """Note a run that would not hold up the loop. A model that left the loop is back after QUICK_RUNS in a row."""
+        self._slow_runs = 0
+        if in_thread and self.loop_rows_max < self._loop_rows_warm:
+            self._quick_runs += 1
+            if self._quick_runs >= QUICK_RUNS:
+                self.loop_rows_max = self._loop_rows_warm
 
     def cost_us(self, rows: int) -> float:
         """Estimate the microseconds of a batch, on lines through the measured sizes.

@@ -103,14 +103,21 @@ class PartRun:
         """Whether every request has an answer or an error."""
         return not self.halves and self.position == len(self.requests)
 
-    def step(self) -> None:
-        """Make the next run. Raises nothing that the model raises."""
+    def step(self, *, on_loop: bool = False) -> None:
+        """Make the next run. Raises nothing that the model raises.
+
+        on_loop: the run has the short limit of the event loop. If it is ended for that, RunTimedOut is raised, and the
+        next step makes the same run again, which should be in a thread.
+        """
         is_half = bool(self.halves)
         part = self.halves.pop() if is_half else self._next_part()
         start_ns = time.perf_counter_ns()
         try:
             self.parts.append(_Part(part, self._run(part)))
         except ShorttailError as error:
+            if on_loop and isinstance(error, RunTimedOut):
+                self.halves.append(part)
+                raise
             took_ns = time.perf_counter_ns() - start_ns
             self._failed(part, error, is_half, took_ns)
         else:

@@ -13,13 +13,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from shorttail import pipeline
 from shorttail._native.wire import Router
+from shorttail.config import LIMITS
 from shorttail.errors import Internal, ShorttailError
 from shorttail.models.request_runs import PartRuns
-from shorttail.models.session import ModelFailed
+from shorttail.models.session import ModelFailed, RunTimedOut
 from shorttail.pipeline import BatchResult, Plan
 from shorttail.server.errorlog import one_line
 from shorttail.server.model_threads import ModelThreads, PreparedBatch
@@ -33,6 +34,10 @@ if TYPE_CHECKING:
     from shorttail.engine import Engine
     from shorttail.models.load import Runner
     from shorttail.server.telemetry import Telemetry
+
+
+# A run of this length has held up the loop, unless the machine did: it was expected to take LIMITS.loop_stall_us.
+HELD_UP_NS: Final = int(4e3 * LIMITS.loop_stall_us)
 
 
 class OtherBatches(Protocol):
@@ -67,7 +72,7 @@ class Batcher:
         self.http = http
         self.plans_version = engine.plans_version
         self.model_threads = ModelThreads(router.loop, router)
-        self.slices = Slices(router)
+        self.slices = Slices(router, self.model_threads)
         self.shadows = ShadowThread(engine.store)
         self.senders = Senders(router.suspects)
         router.connect(run=self.run, fault=fault)
@@ -116,10 +121,17 @@ class Batcher:
         batch.stay_in_loop()
         try:
             pipeline.infer(runner, result)
+        except RunTimedOut:
+            runner.note_slow(ended=True)
+            return False
         except ModelFailed:
             # Below 1: a single request runs again too, where it is found out whose fault the failure is.
             route.requests_per_run = min(route.requests_per_run, max(0.5, batch.n_requests / 2))
             return False
+        if result.inferred_ns - result.prepared_ns > HELD_UP_NS:
+            runner.note_slow()
+        else:
+            runner.note_quick()
         return True
 
     def prepare(self, batch: Runnable) -> tuple[Plan, BatchResult]:

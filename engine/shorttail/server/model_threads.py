@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -63,7 +64,7 @@ class PreparedBatch:
         batch = self.batch
         if not batch.drop_expired():
             return False
-        if self.in_parts:
+        if self.in_parts and self.parts is None:
             per_run = batch.route.requests_per_run
             self.parts = pipeline.infer_in_parts(self.runner, self.result, batch.n_rows, batch.requests(), per_run)
         return True
@@ -96,6 +97,10 @@ class ModelThreads:
 
     def put(self, prepared: PreparedBatch) -> None:
         prepared.batch.leave_loop()
+        self.go_on(prepared)
+
+    def go_on(self, prepared: PreparedBatch) -> None:
+        """Run a batch that has left the loop, or the rest of it."""
         lane = self.lanes.setdefault(prepared.lane, deque())
         lane.append(prepared)
         if len(lane) == 1:
@@ -128,6 +133,8 @@ class ModelThreads:
         if self.closed:
             return  # every connection is closed
         prepared, error = lane.popleft(), done.exception()
+        if time.perf_counter_ns() - prepared.batch.started_ns < 1e3 * LIMITS.loop_stall_us:
+            prepared.runner.note_quick(in_thread=True)
         if isinstance(error, ModelFailed):
             prepared.split()
             lane.appendleft(prepared)

@@ -12,7 +12,8 @@ from typing import Final
 
 from shorttail._native.wire import Router
 from shorttail.config import LIMITS
-from shorttail.server.model_threads import PreparedBatch
+from shorttail.models.session import RunTimedOut
+from shorttail.server.model_threads import ModelThreads, PreparedBatch
 
 SLICE_NS: Final = int(1e3 * LIMITS.loop_stall_us)
 # For each ns in which other batches have run, batches in parts may run so long: a fifth of the time in all.
@@ -20,10 +21,14 @@ SHARE: Final = 0.25
 
 
 class Slices:
-    """Batches that run in parts. Those of several models take turns, one run each."""
+    """Batches that run in parts. Those of several models take turns, one run each.
 
-    def __init__(self, router: Router):
+    threads: takes over a batch whose run turns out to be too long for the loop.
+    """
+
+    def __init__(self, router: Router, threads: ModelThreads):
         self.router = router
+        self.threads = threads
         self.waiting: deque[PreparedBatch] = deque()
         self.credit_ns = 0.0  # time to run in; below 0: others run first
 
@@ -44,19 +49,28 @@ class Slices:
         start_ns = time.perf_counter_ns()
         while self.waiting and self.credit_ns > 0:
             prepared = self.waiting.popleft()
-            error = None
-            assert prepared.parts is not None
-            try:
-                prepared.parts.step()
-            except Exception as failure:
-                error = failure
-            if error is not None or prepared.parts.is_done:
-                prepared.answered(prepared, error)
-                self.router.resume(prepared.batch.route)
-            else:
+            if not self.step(prepared):
                 self.waiting.append(prepared)
             now_ns = time.perf_counter_ns()
             self.credit_ns -= now_ns - start_ns
             start_ns = now_ns
         if self.waiting:
             self.router.wake()
+
+    def step(self, prepared: PreparedBatch) -> bool:
+        """Make one run of a batch. Returns True if it was the last run on the loop."""
+        parts, error = prepared.parts, None
+        assert parts is not None
+        try:
+            parts.step(on_loop=True)
+            if not parts.is_done:
+                return False
+        except RunTimedOut:
+            prepared.runner.note_slow(ended=True)
+            self.threads.go_on(prepared)
+            return True
+        except Exception as failure:
+            error = failure
+        prepared.answered(prepared, error)
+        self.router.resume(prepared.batch.route)
+        return True
