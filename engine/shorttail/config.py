@@ -38,6 +38,7 @@ class Limits:
     warm_run_us: float = 20_000.0  # warm-up tries no larger batch once a batch takes this long
     warm_bytes: int = 64 << 20  # input bytes of the largest warm-up batch
     bucket_rows: int = 4096  # rows of the largest padded batch; a power of two
+    row_check_s: float = 10.0  # how long `apply` compares answers for rows in different runs
     versions_asked: int = 4  # versions that stay loaded only because requests named them
 
     # Requests that make a model fail.

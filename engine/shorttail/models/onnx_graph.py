@@ -7,6 +7,7 @@ attributes: a thousand trees are about 5 MB of fields with a single number each.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -33,8 +34,9 @@ EMPTY = memoryview(b"")
 
 @dataclass
 class Node:
-    """An operator of a graph. An optional input or output that is left out has the name ""."""
+    """An operator of a graph. An optional input or output that is left out has the name ""; a name is optional too."""
 
+    name: str = ""
     op_type: str = ""
     domain: str = ""
     inputs: list[str] = field(default_factory=list)
@@ -72,8 +74,11 @@ class Graph:
     has_functions: bool = False
 
 
-def read_graph(data: bytes) -> Graph:
-    """Return the graph of an ONNX file's bytes. Raises ValueError or IndexError for bytes that are not an ONNX file."""
+def read_graph(data: bytes, lenient: bool = False) -> Graph:
+    """Return the graph of an ONNX file's bytes. lenient: leave out constants that cannot be read here.
+
+    Raises ValueError or IndexError for bytes that are not an ONNX file.
+    """
     graph = Graph()
     for number, value in fields(memoryview(data)):
         if number == 8 and isinstance(value, memoryview):
@@ -82,13 +87,13 @@ def read_graph(data: bytes) -> Graph:
         elif number == 25:
             graph.has_functions = True
         elif number == 7 and isinstance(value, memoryview):
-            read_body(value, graph)
+            read_body(value, graph, lenient)
     constant_names = graph.constants.keys()
     graph.inputs = [info for info in graph.inputs if info.name not in constant_names]
     return graph
 
 
-def read_body(data: memoryview, graph: Graph) -> None:
+def read_body(data: memoryview, graph: Graph, lenient: bool = False) -> None:
     """Add the nodes, constants, inputs and outputs of a GraphProto to `graph`."""
     for number, value in fields(data):
         if not isinstance(value, memoryview):
@@ -96,13 +101,14 @@ def read_body(data: memoryview, graph: Graph) -> None:
         if number == 1:
             graph.nodes.append(read_node(value))
         elif number == 5:
-            name, constant = tensor(value)
-            graph.constants[name] = constant
+            with suppress(ValueError) if lenient else nullcontext():
+                name, constant = tensor(value)
+                graph.constants[name] = constant
         elif number == 11:
             graph.inputs.append(value_info(value))
         elif number == 12:
             graph.outputs.append(value_info(value))
-        elif number == 15:
+        elif number == 15 and not lenient:
             raise ValueError("it has sparse constants")
 
 
@@ -115,6 +121,8 @@ def read_node(data: memoryview) -> Node:
             node.inputs.append(as_text(value))
         elif number == 2:
             node.outputs.append(as_text(value))
+        elif number == 3:
+            node.name = as_text(value)
         elif number == 4:
             node.op_type = as_text(value)
         elif number == 5:
