@@ -368,11 +368,13 @@ class Engine:
     # -- what there is ---------------------------------------------------------------------------------------
 
     def models(self) -> list[dict[str, Any]]:
-        """[{"name", "version", "columns": {column: type}, "outputs": [name], "runs": text, "canary", "shadow",
-        "problem"}] of the versions that serve.
+        """[{"name", "version", "columns": {column: type}, "outputs": [name], "runs": text, "batching",
+        "batching_why", "canary", "shadow", "problem"}] of the versions that serve.
 
-        runs: what runs the model and why; None until it is loaded. canary, shadow: {"version", "percent"} or None; a
-        server adds what its shadows were found to answer. problem: why what the catalog names does not serve, or None.
+        runs: what runs the model and why; None until it is loaded. batching: "rows" if requests share runs, "request"
+        if each has runs of its own; batching_why: the reason or a remark, or None. canary, shadow: {"version",
+        "percent"} or None; a server adds what its shadows were found to answer. problem: why what the catalog names
+        does not serve, or None.
         """
         self.refresh()
         return [self._describe(name, entry) for name, entry in self._store.catalog.models.items()]
@@ -393,6 +395,8 @@ class Engine:
             "columns": {column: dtype.name for column, dtype in columns.items()},
             "outputs": [tensor.name for tensor in info.outputs],
             "runs": runner.description if runner else None,
+            "batching": info.batching,
+            "batching_why": info.batching_why or None,
             "canary": {"version": canary[0].version, "percent": canary[1]} if canary else None,
             "shadow": {"version": shadow[0].version, "percent": shadow[1]} if shadow else None,
             "problem": self._versions.problem(name),

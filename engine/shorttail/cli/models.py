@@ -94,7 +94,8 @@ def models_list(store: str | None, as_json: bool) -> None:
 
     `*` marks the version that serves. A canary is shown with its percentage of the requests, a shadow with
     its percentage of the compared requests. `runs` shows how the serving version runs on this host, as a
-    compiled forest or in ONNX Runtime, and why.
+    compiled forest or in ONNX Runtime, and why. A model whose answer for a row depends on other rows runs one
+    request at a time, which is said below the table, with the reason.
 
     \b
     Example:
@@ -124,12 +125,23 @@ def models_list(store: str | None, as_json: bool) -> None:
         for v in versions
     ]
     print_table(header, rows)
+    for v in versions:
+        if v["batching_why"]:
+            click.echo(f"{v['name']} version {v['version']} {batching_text(v)}")
 
 
 def share_text(version: dict[str, Any]) -> str:
     """Return " canary 10%" for a canary, " shadow 100%" for a shadow, else ""."""
     shares = ((what, version[what]) for what in ("canary", "shadow"))
     return "".join(f" {what} {percent:g}%" for what, percent in shares if percent is not None)
+
+
+def batching_text(version: dict[str, Any]) -> str:
+    """Return how requests share the runs of a version, and why: "runs one request at a time: by its definition"."""
+    from shorttail.define.models import BATCHING
+
+    why = version["batching_why"]
+    return BATCHING[version["batching"]] + (f": {why}" if why else "")
 
 
 def runs_as(store: Store, name: str, version: int) -> str:
@@ -204,6 +216,7 @@ def show_lines(shown: dict[str, Any]) -> list[tuple[str, str]]:
         ("features", ", ".join(shown["features"]) or "none"),
         ("request", ", ".join(f"{column} {dtype}" for column, dtype in shown["columns"].items())),
         ("runs", shown["runs"]),
+        ("batching", batching_text(shown)),
         ("tuning", shown["tuning"] or "none; `shorttail tune` finds the fastest settings on this host"),
         ("event loop", f"runs batches of up to {shown['loop_rows_max']} rows; larger ones run in another thread"),
     ]

@@ -66,8 +66,9 @@ class VersionInfo:
     Each version has its own definition, because versions may differ in their columns; a rollback restores both.
     sha256: of the file, in hexadecimal. created_us: microseconds since 1970 UTC. outputs: those that the definition
     selects, in its order. tuning: host description -> settings (shorttail.models.settings).
-    batching: "rows" if requests share runs, "request" if each has runs of its own; batching_why: the reason for
-    "request", in one line. replacements: the value that replaces a missing one, by "request:column" or "view:feature".
+    batching: "rows" if requests share runs, "request" if each has runs of its own. batching_why: the reason, in one
+    line, "" if there is nothing to say, None if the version was never examined. replacements: the value that replaces a
+    missing one, by "request:column" or "view:feature".
     """
 
     model: Model
@@ -77,7 +78,7 @@ class VersionInfo:
     outputs: tuple[TensorInfo, ...]
     tuning: dict[str, Json] = field(default_factory=dict)
     batching: str = "rows"
-    batching_why: str = ""
+    batching_why: str | None = None
     replacements: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> Json:
@@ -103,7 +104,7 @@ class VersionInfo:
             tuple(TensorInfo.from_json(item) for item in data["outputs"]),
             data.get("tuning", {}),
             data.get("batching", "rows"),
-            data.get("batching_why", ""),
+            data.get("batching_why"),
             data.get("replacements", {}),
         )
 

@@ -18,8 +18,8 @@ from shorttail.errors import InvalidArgument
 Json = dict[str, Any]
 Column = str | OnDemandFeature
 """An entry of a model's inputs: "view:feature", "request:column" or an on-demand feature."""
-BATCHING = ("rows", "request")
-"""How requests share the runs of a model: rows of several requests in one run, or one request a run."""
+BATCHING = {"rows": "shares runs between requests", "request": "runs one request at a time"}
+"""How requests share the runs of a model, and what it is called."""
 
 
 @dataclass(frozen=True)

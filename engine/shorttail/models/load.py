@@ -88,6 +88,11 @@ class Runner:
         return InvalidArgument(f"the model refuses this request: {error.reason}")
 
     @property
+    def exact_rows(self) -> int | None:
+        """The number of rows that every run must have, None if any will do."""
+        return self.model.rows if isinstance(self.model, ExactRows) else None
+
+    @property
     def description(self) -> str:
         """For example "compiled forest, avx2, 300 trees" or "ONNX Runtime, 1 thread: it has a node of type Gemm"."""
         return f"{self.model.description}: {self.why}" if self.why else self.model.description
@@ -97,10 +102,11 @@ class Runner:
 
         example: returns inputs with the given number of rows. Warming stops at LIMITS.batch_rows, before a batch whose
         inputs exceed LIMITS.warm_bytes, and after a batch that takes more than LIMITS.warm_run_us. Two sizes are always
-        measured, because one says nothing about what a further row costs.
+        measured, because one says nothing about what a further row costs. A model that takes an exact number of rows
+        runs that many.
         Raises InvalidArgument if an output does not have as many rows as the inputs.
         """
-        rows = 1
+        rows = self.exact_rows or 1
         while rows <= LIMITS.batch_rows:
             inputs = example(rows)
             if self._example is None:
@@ -114,6 +120,8 @@ class Runner:
                         " output must be the rows"
                     )
             self.measured_us[rows] = _shortest_us(self.run, inputs)
+            if self.exact_rows:
+                break
             if self.measured_us[rows] <= LIMITS.warm_run_us:
                 rows *= 2
             elif len(self.measured_us) == 1:
@@ -182,9 +190,7 @@ def load_runner(
     Forests run on the CPU, also where `device` is a GPU. Raises InvalidArgument if ONNX Runtime cannot load the file.
     """
     session = Session(path, outputs, settings.threads, run_key=run_key, run_timeout_s=run_timeout_s)
-    plain: RunnableModel = session
-    if session.fixed_rows:
-        plain = (ExactRows if by_request else FixedRows)(session, session.fixed_rows)
+    plain: RunnableModel = FixedRows(session, session.fixed_rows) if session.fixed_rows else session
     if settings.runner == "onnxruntime":
         why = "measured faster here by `shorttail tune`"
     else:
@@ -199,6 +205,8 @@ def load_runner(
             except NotAForest as no:
                 why = f"its compiled forest gives other answers than ONNX Runtime: {no.reason}"
                 log.warning("%s runs in ONNX Runtime: %s", path, why)
+    if session.fixed_rows and by_request:
+        plain = ExactRows(session, session.fixed_rows)
     if device == CPU and (by_request or not settings.padded):
         return Runner(plain, "onnxruntime", why, by_request=by_request)
     if by_request:  # on a GPU, in batches of their own size

@@ -17,16 +17,19 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from shorttail.config import LIMITS
 from shorttail.define.catalog import TENSOR_TYPES, Catalog, ModelEntry, Share, VersionInfo
+from shorttail.define.models import BATCHING
 from shorttail.errors import Internal, InvalidArgument, NotFound, ShorttailError, Unavailable
 from shorttail.models.buffers import input_buffer
 from shorttail.models.device import CPU, Device
 from shorttail.models.load import Runner, load_runner
+from shorttail.models.row_check import examine_rows
 from shorttail.models.settings import RunSettings, tuned
 from shorttail.store import Store
 from shorttail.store.files import model_path
@@ -42,11 +45,14 @@ LOADING_NICE = 10  # the loading thread yields a CPU that an answering thread wa
 
 
 class Key(NamedTuple):
-    """Identifies a loaded model: its name, its version, and the settings that it runs with on this host."""
+    """Identifies a loaded model: its name, its version, the settings that it runs with on this host, and how requests
+    share its runs.
+    """
 
     model: str
     version: int
     settings: RunSettings
+    batching: str = "rows"
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,16 +104,13 @@ def load_version(
             run_timeout_s=(info.model.run_timeout_us or 1e6 * LIMITS.run_timeout_s) / 1e6,
         )
         check_schema(runner, info)
-        columns = info.model.inputs_by_name([tensor.name for tensor in info.inputs])
-        buffers = [input_buffer(catalog, tensor, columns[tensor.name])[0] for tensor in info.inputs]
-        random = np.random.default_rng(0)
-        example = [buffer.example(1, random) for buffer in buffers]
-        for tensor, array in zip(info.outputs, runner.run(example), strict=True):
+        example = examples(catalog, info)
+        for tensor, array in zip(info.outputs, runner.run(example(runner.exact_rows or 1)), strict=True):
             if np.asarray(array).dtype != np.dtype(TENSOR_TYPES[tensor.dtype].numpy):
                 raise InvalidArgument(
                     f"output '{tensor.name}' is {tensor.dtype} in the manifest but gives {array.dtype}"
                 )
-        runner.warm(lambda rows: [buffer.example(rows, random) for buffer in buffers])
+        runner.warm(example)
     except (InvalidArgument, Internal, NotFound) as error:
         known = "" if error.message.startswith("model '") else f"model '{info.model.name}' version {number}: "
         raise type(error)(f"{known}{error.message}") from error
@@ -116,14 +119,38 @@ def load_version(
     return runner
 
 
+def examples(catalog: Catalog, info: VersionInfo) -> Callable[[int], list[NDArray[Any]]]:
+    """Return a function that makes random inputs of a version with a given number of rows."""
+    columns = info.model.inputs_by_name([tensor.name for tensor in info.inputs])
+    buffers = [input_buffer(catalog, tensor, columns[tensor.name])[0] for tensor in info.inputs]
+    random = np.random.default_rng(0)
+    return lambda rows: [buffer.example(rows, random) for buffer in buffers]
+
+
 def vet(catalog: Catalog, info: VersionInfo, number: int, path: Path) -> VersionInfo:
     """Load, warm, check and examine a version before it is registered or promoted.
 
     Returns the version with what the examination found (`with_findings`). Raises the errors of `load_version`.
     """
     info = replace(info, batching=info.model.batching or info.batching)
-    load_version(path, info, catalog, number, tuned(info.tuning)[0])
-    return info
+    settings = tuned(info.tuning)[0]
+    runner = load_version(path, info, catalog, number, settings)
+    if info.batching_why is not None:
+        return info  # examined before: a version's file never changes
+    if info.batching == "request":
+        return replace(info, batching_why="by its definition")
+    if info.model.inputs is None:  # there are no rows to make examples of
+        return replace(info, batching=info.model.batching or "request", batching_why="it takes tensors as they are")
+    found = examine_rows(runner, path.read_bytes(), examples(catalog, info))
+    why = found.why
+    if found.depends and info.model.batching == "rows":
+        why = f"by its definition, though {why}"
+    elif found.depends:
+        info = replace(info, batching="request")
+        load_version(path, info, catalog, number, settings)  # as it will run
+    if why:
+        log.warning("model '%s' version %d %s: %s", info.model.name, number, BATCHING[info.batching], why)
+    return replace(info, batching_why=why)
 
 
 def with_findings(info: VersionInfo, vetted: VersionInfo) -> VersionInfo:
@@ -255,7 +282,8 @@ class Versions:
         return part if part is not None and part[0] in self.runners else None
 
     def _key(self, name: str, entry: ModelEntry, version: int) -> Key:
-        return Key(name, version, tuned(entry.version(version).tuning, str(self._device))[0])
+        info = entry.version(version)
+        return Key(name, version, tuned(info.tuning, str(self._device))[0], info.batching)
 
     def _release_unused(self) -> None:
         """Release the versions that neither the catalog nor recent requests name. A running batch keeps its version.

@@ -116,13 +116,13 @@ class ExactRows:
         self.inputs = session.inputs
         self.output_names = session.output_names
         self.description = f"{session.description}, exactly {rows} row{'s' * (rows != 1)} a request"
+        self.rows = rows
         self._session = session
-        self._rows = rows
 
     def run(self, inputs: Sequence[Array]) -> list[Array]:
         """Run a batch. Raises InvalidArgument if it has another number of rows; else as Session.run."""
-        if len(inputs[0]) != self._rows:
-            raise InvalidArgument(f"the model takes exactly {self._rows} rows a request, not {len(inputs[0])}")
+        if len(inputs[0]) != self.rows:
+            raise InvalidArgument(f"the model takes exactly {self.rows} rows a request, not {len(inputs[0])}")
         return self._session.run(inputs)
 
 

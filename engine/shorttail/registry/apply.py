@@ -17,7 +17,7 @@ from shorttail.define.models import Model
 from shorttail.define.ondemand import OnDemandFeature
 from shorttail.define.views import FeatureView
 from shorttail.errors import InvalidArgument, NotFound, ResourceExhausted
-from shorttail.models.serving import vet, with_findings
+from shorttail.models.serving import vet
 from shorttail.models.signature import ModelFile, check_inputs, column_width
 from shorttail.registry import versions as registry
 
@@ -52,7 +52,7 @@ class Prepared:
 
     definitions: Definitions
     files: dict[str, ModelFile]
-    vetted: dict[str, VersionInfo] = field(default_factory=dict)  # new versions that were loaded, run and examined
+    vetted: dict[str, VersionInfo] = field(default_factory=dict)  # versions that were loaded, run and examined
 
 
 def prepare(definitions: Any) -> Prepared:
@@ -78,16 +78,18 @@ def apply(store: Store, definitions: Any, dry_run: bool = False, reset: bool = F
     store.refresh()
     plan = plan_changes(store.catalog.copy(), prepared, store.count, reset)
     vet_new(plan, prepared)
-    if dry_run or plan.catalog == store.catalog:
+    if dry_run or (plan.catalog == store.catalog and not prepared.vetted):
         return plan.changes
     with store.edit_catalog() as latest:
         # The changes are planned again, because another process may have committed meanwhile. The files are in memory
         # and checked, so this is quick.
         plan = plan_changes(latest, prepared, store.count, reset)
+        vet_new(plan, prepared)
+        for name, vetted in prepared.vetted.items():
+            entry = latest.models[name]
+            latest.models[name] = registry.with_examined(entry, entry.current, vetted)
         for name, number in plan.new_versions.items():
-            info = with_findings(latest.models[name].version(number), prepared.vetted[name])
-            latest.models[name] = latest.models[name].with_version(number, info)
-            registry.write_version(store.path, number, info, prepared.files[name])
+            registry.write_version(store.path, number, latest.models[name].version(), prepared.files[name])
     store.refresh()
     return plan.changes
 
@@ -132,11 +134,14 @@ def check_folders(what: str, names: Iterable[str], known: set[str]) -> None:
 
 
 def vet_new(plan: ChangePlan, prepared: Prepared) -> None:
-    """Load, warm and check every new version. Raises InvalidArgument or Internal for one that cannot serve."""
-    for name, number in plan.new_versions.items():
-        if name not in prepared.vetted:
-            info = plan.catalog.models[name].version(number)
-            prepared.vetted[name] = vet(plan.catalog, info, number, prepared.files[name].path)
+    """Load, warm, check and examine every version that is new, or that an older release left unexamined.
+
+    Raises InvalidArgument or Internal for one that cannot serve.
+    """
+    for name, file in prepared.files.items():
+        entry = plan.catalog.models[name]
+        if name not in prepared.vetted and entry.version().batching_why is None:
+            prepared.vetted[name] = vet(plan.catalog, entry.version(), entry.current, file.path)
 
 
 def plan_view(
