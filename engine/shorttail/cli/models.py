@@ -146,14 +146,14 @@ def batching_text(version: dict[str, Any]) -> str:
 
 def runs_as(store: Store, name: str, version: int) -> str:
     """Return how a version runs on this host and why, or why it cannot run."""
-    from shorttail.models.load import load_runner
+    from shorttail.models.serving import open_version
     from shorttail.models.settings import tuned
     from shorttail.store.files import model_path
 
     info = store.catalog.model(name).version(version)
-    outputs = [tensor.name for tensor in info.outputs]
+    path = model_path(store.path, name, version)
     try:
-        return load_runner(model_path(store.path, name, version), outputs, tuned(info.tuning)[0]).description
+        return open_version(path, info, version, tuned(info.tuning)[0]).description
     except ShorttailError as error:
         return f"nothing: {error.message}"
 

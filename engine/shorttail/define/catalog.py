@@ -68,7 +68,8 @@ class VersionInfo:
     selects, in its order. tuning: host description -> settings (shorttail.models.settings).
     batching: "rows" if requests share runs, "request" if each has runs of its own. batching_why: the reason, in one
     line, "" if there is nothing to say, None if the version was never examined. replacements: the value that replaces a
-    missing one, by "request:column" or "view:feature".
+    missing one, by "request:column" or "view:feature". forest_differs: why its compiled forest may not answer, as `vet`
+    found, "" if it may.
     """
 
     model: Model
@@ -80,6 +81,7 @@ class VersionInfo:
     batching: str = "rows"
     batching_why: str | None = None
     replacements: dict[str, Any] = field(default_factory=dict)
+    forest_differs: str = ""
 
     def to_json(self) -> Json:
         return {
@@ -92,6 +94,7 @@ class VersionInfo:
             "batching": self.batching,
             "batching_why": self.batching_why,
             "replacements": self.replacements,
+            "forest_differs": self.forest_differs,
         }
 
     @classmethod
@@ -106,6 +109,7 @@ class VersionInfo:
             data.get("batching", "rows"),
             data.get("batching_why"),
             data.get("replacements", {}),
+            data.get("forest_differs", ""),
         )
 
 

@@ -27,6 +27,7 @@ Array = NDArray[Any]
 # `warm` times a batch size with at most TIMED_RUNS runs, and starts no further run after TIMED_US (but at least two).
 TIMED_RUNS: Final = 10
 TIMED_US: Final = 1000
+DIFFERS: Final = "its compiled forest gives other answers than ONNX Runtime"
 
 # After so many runs in a row that held up the event loop, a model runs in a thread; after so many quick ones, on the
 # loop again.
@@ -91,6 +92,11 @@ class Runner:
     def exact_rows(self) -> int | None:
         """The number of rows that every run must have, None if any will do."""
         return self.model.rows if isinstance(self.model, ExactRows) else None
+
+    @property
+    def forest_differs(self) -> str:
+        """`why`, if the model runs in ONNX Runtime because its compiled forest answered otherwise, else ""."""
+        return self.why if self.why.startswith(DIFFERS) else ""
 
     @property
     def description(self) -> str:
@@ -182,16 +188,21 @@ def load_runner(
     by_request: bool = False,
     run_key: int = 1,
     run_timeout_s: float = LIMITS.run_timeout_s,
+    forest_differs: str = "",
+    every_leaf: bool = False,
 ) -> Runner:
     """Load an ONNX file into the fastest runner that gives ONNX Runtime's answers.
 
     by_request: each request has a run of its own, which is never padded or split. run_key, run_timeout_s: of Session. A
-    forest is compared with ONNX Runtime before it may serve: on rows at its thresholds, just below and just above.
+    forest is compared with ONNX Runtime before it may serve, on rows for 512 of its leaves, or on rows that reach every
+    leaf (every_leaf). forest_differs: why an earlier comparison refused it, "" if none did; it is not compiled then.
     Forests run on the CPU, also where `device` is a GPU. Raises InvalidArgument if ONNX Runtime cannot load the file.
     """
     session = Session(path, outputs, settings.threads, run_key=run_key, run_timeout_s=run_timeout_s)
     plain: RunnableModel = FixedRows(session, session.fixed_rows) if session.fixed_rows else session
-    if settings.runner == "onnxruntime":
+    if forest_differs:
+        why = forest_differs
+    elif settings.runner == "onnxruntime":
         why = "measured faster here by `shorttail tune`"
     else:
         try:
@@ -200,10 +211,13 @@ def load_runner(
             why = no.reason
         else:
             try:
-                forest.verify_against(plain)
+                if every_leaf:
+                    forest.verify_every_leaf(plain, path)
+                else:
+                    forest.verify_against(plain)
                 return Runner(forest, "forest", by_request=by_request)
             except NotAForest as no:
-                why = f"its compiled forest gives other answers than ONNX Runtime: {no.reason}"
+                why = f"{DIFFERS}: {no.reason}"
                 log.warning("%s runs in ONNX Runtime: %s", path, why)
     if session.fixed_rows and by_request:
         plain = ExactRows(session, session.fixed_rows)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from shorttail._native.forest import read_attribute
 from shorttail.define.catalog import TensorInfo
-from shorttail.models.onnx_file import fields, varint
+from shorttail.models.onnx_file import encoded, fields, varint
 
 # TensorProto.DataType -> (ONNX's name of the element type, NumPy dtype).
 ELEMENTS: dict[int, tuple[str, str]] = {
@@ -30,6 +30,7 @@ ELEMENTS: dict[int, tuple[str, str]] = {
 }
 Array = NDArray[Any]
 EMPTY = memoryview(b"")
+IR_VERSION = 8  # of the files that are written here
 
 
 @dataclass
@@ -91,6 +92,21 @@ def read_graph(data: bytes, lenient: bool = False) -> Graph:
     constant_names = graph.constants.keys()
     graph.inputs = [info for info in graph.inputs if info.name not in constant_names]
     return graph
+
+
+def lone_model(node: Node, element: int, opsets: dict[str, int], without: str) -> bytes:
+    """Return an ONNX file with a single node, whose inputs and outputs are its own.
+
+    element: the TensorProto.DataType of its only input, a matrix. without: an attribute that is left out.
+    """
+    attributes = [(5, data) for data in node.packed if read_attribute(data)[0] != without]
+    names = [(1, node.inputs[0].encode()), *((2, name.encode()) for name in node.outputs)]
+    body = encoded([*names, (4, node.op_type.encode()), *attributes, (7, node.domain.encode())])
+    matrix = encoded([(1, encoded([(1, element), (2, encoded([(1, b""), (1, b"")]))]))])
+    infos = [(11, encoded([(1, node.inputs[0].encode()), (2, matrix)]))]
+    infos += [(12, encoded([(1, name.encode())])) for name in node.outputs if name]
+    imports = [(8, encoded([(1, domain.encode()), (2, version)])) for domain, version in opsets.items()]
+    return encoded([(1, IR_VERSION), (7, encoded([(1, body), (2, b"lone"), *infos])), *imports])
 
 
 def read_body(data: memoryview, graph: Graph, lenient: bool = False) -> None:

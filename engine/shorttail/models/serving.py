@@ -81,28 +81,52 @@ class Banned(Unavailable):
     """Processes died while they ran this version, so it is not run any more."""
 
 
+def open_version(
+    path: Path,
+    info: VersionInfo,
+    number: int,
+    settings: RunSettings,
+    device: Device = CPU,
+    *,
+    every_leaf: bool = False,
+) -> Runner:
+    """Load a version as it runs in a server, without running it. every_leaf: check each leaf of a forest.
+
+    Raises InvalidArgument if ONNX Runtime cannot load the file.
+    """
+    return load_runner(
+        path,
+        [tensor.name for tensor in info.outputs],
+        settings,
+        device,
+        by_request=info.batching == "request",
+        run_key=run_key(info.model.name, number),
+        run_timeout_s=(info.model.run_timeout_us or 1e6 * LIMITS.run_timeout_s) / 1e6,
+        forest_differs=info.forest_differs,
+        every_leaf=every_leaf,
+    )
+
+
 def load_version(
-    path: Path, info: VersionInfo, catalog: Catalog, number: int, settings: RunSettings, device: Device = CPU
+    path: Path,
+    info: VersionInfo,
+    catalog: Catalog,
+    number: int,
+    settings: RunSettings,
+    device: Device = CPU,
+    every_leaf: bool = False,
 ) -> Runner:
     """Load and warm a version, and check that its file is the registered one and has the manifest's inputs and outputs.
 
-    path: the ONNX file. catalog: holds the views that feed the model. number: the version, for errors.
-    Raises NotFound, InvalidArgument or Internal; the message names the model and the version.
+    path: the ONNX file. catalog: holds the views that feed the model. number: the version, for errors. every_leaf: see
+    `load_runner`. Raises NotFound, InvalidArgument or Internal; the message names the model and the version.
     """
     try:
         if not path.is_file():
             raise NotFound(f"its file {path} is gone")
         if hashlib.sha256(path.read_bytes()).hexdigest() != info.sha256:
             raise InvalidArgument(f"{path.name} is not the file that was registered: its SHA-256 differs")
-        runner = load_runner(
-            path,
-            [tensor.name for tensor in info.outputs],
-            settings,
-            device,
-            by_request=info.batching == "request",
-            run_key=run_key(info.model.name, number),
-            run_timeout_s=(info.model.run_timeout_us or 1e6 * LIMITS.run_timeout_s) / 1e6,
-        )
+        runner = open_version(path, info, number, settings, device, every_leaf=every_leaf)
         check_schema(runner, info)
         example = examples(catalog, info)
         for tensor, array in zip(info.outputs, runner.run(example(runner.exact_rows or 1)), strict=True):
@@ -128,13 +152,14 @@ def examples(catalog: Catalog, info: VersionInfo) -> Callable[[int], list[NDArra
 
 
 def vet(catalog: Catalog, info: VersionInfo, number: int, path: Path) -> VersionInfo:
-    """Load, warm, check and examine a version before it is registered or promoted.
+    """Load, warm, check and examine a version before it is registered or promoted, a forest at every leaf.
 
     Returns the version with what the examination found (`with_findings`). Raises the errors of `load_version`.
     """
     info = replace(info, batching=info.model.batching or info.batching)
     settings = tuned(info.tuning)[0]
-    runner = load_version(path, info, catalog, number, settings)
+    runner = load_version(path, info, catalog, number, settings, every_leaf=True)
+    info = replace(info, forest_differs=runner.forest_differs)
     if info.batching_why is not None:
         return info  # examined before: a version's file never changes
     if info.batching == "request":
@@ -155,7 +180,13 @@ def vet(catalog: Catalog, info: VersionInfo, number: int, path: Path) -> Version
 
 def with_findings(info: VersionInfo, vetted: VersionInfo) -> VersionInfo:
     """Return `info` with what `vet` found out about the same version's file."""
-    return replace(info, batching=vetted.batching, batching_why=vetted.batching_why, replacements=vetted.replacements)
+    return replace(
+        info,
+        batching=vetted.batching,
+        batching_why=vetted.batching_why,
+        replacements=vetted.replacements,
+        forest_differs=vetted.forest_differs,
+    )
 
 
 def check_schema(runner: Runner, info: VersionInfo) -> None:
@@ -283,7 +314,10 @@ class Versions:
 
     def _key(self, name: str, entry: ModelEntry, version: int) -> Key:
         info = entry.version(version)
-        return Key(name, version, tuned(info.tuning, str(self._device))[0], info.batching)
+        settings = tuned(info.tuning, str(self._device))[0]
+        if info.forest_differs:  # a key of its own, so that what was loaded before that was found is replaced
+            settings = replace(settings, runner="onnxruntime")
+        return Key(name, version, settings, info.batching)
 
     def _release_unused(self) -> None:
         """Release the versions that neither the catalog nor recent requests name. A running batch keeps its version.

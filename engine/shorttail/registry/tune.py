@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from shorttail import plan as planning
 from shorttail.models.device import CPU, Device
 from shorttail.models.forest import Forest
-from shorttail.models.load import Runner, load_runner
+from shorttail.models.load import Runner
+from shorttail.models.serving import open_version
 from shorttail.models.settings import DEFAULT, RunSettings, host
 from shorttail.store.files import model_path
 
@@ -71,16 +72,15 @@ def tune(store: Store, name: str, version: int | None = None, device: Device = C
     number = entry.current if version is None else version
     info = entry.version(number)
     path = model_path(store.path, name, number)
-    outputs = [tensor.name for tensor in info.outputs]
-    first = load_runner(path, outputs, DEFAULT, device)
+    first = open_version(path, info, number, DEFAULT, device)
     example = examples(store, name, number, first)
     candidates = [Candidate(DEFAULT, first)]
     for settings in others_to_try(first.kind == "forest", device):
-        runner = load_runner(path, outputs, settings, device)
+        runner = open_version(path, info, number, settings, device)
         # A model with strings is never padded, so its padded candidate would be the same runner again.
         if all(runner.model.description != known.runner.model.description for known in candidates):
             candidates.append(Candidate(settings, runner))
-    for rows in BATCHES:
+    for rows in (first.exact_rows,) if first.exact_rows else BATCHES:
         measure([(candidate.median_us, candidate.runner) for candidate in candidates], example, rows, seconds)
     return Tuning(name, number, host(str(device)), candidates)
 
@@ -105,7 +105,7 @@ def examples(store: Store, name: str, version: int, runner: Runner) -> Example:
     """
     model = runner.model
     if isinstance(model, Forest):
-        return model.example
+        return model.check_rows().example
     plan = planning.compile_model(store, name, version, runner, ("tune", name, version))
     buffers = plan.buffers[: len(runner.inputs)]
     return lambda rows, random: [buffer.example(rows, random) for buffer in buffers]
