@@ -38,12 +38,12 @@ QUICK_RUNS: Final = 100
 class Runner:
     """A loaded model, as a plan runs it.
 
-    run: takes an array for each of `inputs` and returns an array for each of `output_names`.
-    kind: "forest", "onnxruntime" or "cuda". why: the reason for that kind, in one line, "" for a forest.
-    executor: the only thread that may call `run`; None if every thread may.
-    measured_us: rows of a batch -> microseconds, filled by `warm`.
-    loop_rows_max: the most rows that may run on an event loop; a larger batch would stall it.
-    by_request: each request has a run of its own, because the answer for a row depends on the other rows of the run.
+    run: takes an array for each of `inputs` and returns an array for each of `output_names`. kind: "forest",
+    "onnxruntime" or "cuda". why: the reason for that kind, in one line, "" for a forest. executor: the only thread that
+    may call `run`; None if every thread may. measured_us: rows of a batch -> microseconds, filled by `warm`.
+    loop_rows_max: the most rows that may run on an event loop; a larger batch would stall it. slow_runs: how many runs
+    in a row have held up the event loop. by_request: each request has a run of its own, because the answer for a row
+    depends on the other rows of the run.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Runner:
         self.model = model
         self.by_request = by_request
         self._loop_rows_warm = self.loop_rows_max  # as warm-up measured it
-        self._slow_runs = self._quick_runs = 0  # in a row
+        self.slow_runs = self._quick_runs = 0  # in a row
         self._example: list[Array] | None = None  # one that the model has run
         self._worked_ns = 0  # when the example ran last
 
@@ -143,13 +143,13 @@ class Runner:
         A single such run says little: other processes may have held up this one. ended: the run was ended for its
         time, so the model leaves the loop at once.
         """
-        self._slow_runs += 1
-        if ended or self._slow_runs >= SLOW_RUNS:
-            self.loop_rows_max = self._slow_runs = self._quick_runs = 0
+        self.slow_runs += 1
+        if ended or self.slow_runs >= SLOW_RUNS:
+            self.loop_rows_max = self.slow_runs = self._quick_runs = 0
 
     def note_quick(self, in_thread: bool = False) -> None:
         """Note a run that would not hold up the loop. A model that left the loop is back after QUICK_RUNS in a row."""
-        self._slow_runs = 0
+        self.slow_runs = 0
         if in_thread and self.loop_rows_max < self._loop_rows_warm:
             self._quick_runs += 1
             if self._quick_runs >= QUICK_RUNS:
@@ -193,10 +193,11 @@ def load_runner(
 ) -> Runner:
     """Load an ONNX file into the fastest runner that gives ONNX Runtime's answers.
 
-    by_request: each request has a run of its own, which is never padded or split. run_key, run_timeout_s: of Session. A
-    forest is compared with ONNX Runtime before it may serve, on rows for 512 of its leaves, or on rows that reach every
-    leaf (every_leaf). forest_differs: why an earlier comparison refused it, "" if none did; it is not compiled then.
-    Forests run on the CPU, also where `device` is a GPU. Raises InvalidArgument if ONNX Runtime cannot load the file.
+    slow_runs: how many runs in a row have held up the event loop. by_request: each request has a run of its own, which
+    is never padded or split. run_key, run_timeout_s: of Session. A forest is compared with ONNX Runtime before it may
+    serve, on rows for 512 of its leaves, or on rows that reach every leaf (every_leaf). forest_differs: why an earlier
+    comparison refused it, "" if none did; it is not compiled then. Forests run on the CPU, also where `device` is a
+    GPU. Raises InvalidArgument if ONNX Runtime cannot load the file.
     """
     session = Session(path, outputs, settings.threads, run_key=run_key, run_timeout_s=run_timeout_s)
     plain: RunnableModel = FixedRows(session, session.fixed_rows) if session.fixed_rows else session

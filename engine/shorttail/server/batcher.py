@@ -130,7 +130,7 @@ class Batcher:
             return False
         if result.inferred_ns - result.prepared_ns > HELD_UP_NS:
             runner.note_slow()
-        else:
+        elif runner.slow_runs:
             runner.note_quick()
         return True
 
