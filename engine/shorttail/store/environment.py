@@ -444,18 +444,21 @@ def table_ids(txn: Transaction) -> list[int]:
 def drop_table(environment: Environment, table_id: int) -> None:
     """Delete all pages of a table that the catalog no longer names.
 
-    Each commit deletes LIMITS.drop_commit_pages, so that other writers do not wait until a large table is deleted.
+    Each commit deletes LIMITS.drop_commit_pages, so that other writers do not wait until a large table is deleted. The
+    last commit deletes nothing and enters the change log. LMDB uses a page again when every reader is at a later commit
+    than the one that deleted it, and a reader moves only to a commit in the change log.
     """
-    prefix, left = table_prefix(table_id), True
+    prefix, left, dropped = table_prefix(table_id), True, 0
     while left:
         with environment.write() as writer:
             cursor = writer.txn.cursor()
-            left = cursor.set_range(prefix)
-            for _ in range(LIMITS.drop_commit_pages):
-                left = left and bytes(cursor.key()).startswith(prefix)
-                if not left:
+            left = cursor.set_range(prefix) and bytes(cursor.key()).startswith(prefix)
+            for _ in range(LIMITS.drop_commit_pages if left else 0):
+                dropped += cursor.delete()
+                if not bytes(cursor.key()).startswith(prefix):
                     break
-                left = cursor.delete() and cursor.key() != b""
+            if dropped and not left:
+                writer.changed(_CATALOG_CHANGE)
 
 
 def _after_fork() -> None:
