@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from shorttail.errors import printable
+
+if TYPE_CHECKING:
+    from shorttail.results import RowCount
 
 
 def status_notes(by_view: Mapping[str, Any], by_feature: Mapping[str, Any] | None = None) -> list[str]:
@@ -80,3 +83,22 @@ def rate(rows: int, seconds: float) -> str:
     per_s = rows / max(seconds, 1e-9)
     rounded = round(per_s, 3 - len(str(int(per_s))))
     return f"{rows:,} row{'' if rows == 1 else 's'} in {seconds:.2f} s ({rounded:,.0f} rows/s)"
+
+
+def count_line(view: str, count: RowCount, seconds: float) -> str:
+    """Return the rate of a load or a push, and what became of all its rows."""
+    given, loaded, older, duplicate = (f"{n:,}" for n in (count.given, count.loaded, count.older, count.duplicate))
+    return f"{view}: {rate(count, seconds)}; given {given}, loaded {loaded}, older {older}, duplicate {duplicate}"
+
+
+def count_document(view: str, count: RowCount, seconds: float) -> dict[str, Any]:
+    """Return what `count_line` says, for --json."""
+    return {
+        "view": view,
+        "rows": int(count),
+        "given": count.given,
+        "loaded": count.loaded,
+        "older": count.older,
+        "duplicate": count.duplicate,
+        "seconds": round(seconds, 6),
+    }

@@ -16,7 +16,7 @@ from shorttail.client.pool import Connection, Pool
 from shorttail.client.retries import Retries
 from shorttail.config import LIMITS
 from shorttail.errors import InvalidArgument, Unavailable
-from shorttail.results import Features, Prediction
+from shorttail.results import Features, Prediction, RowCount
 
 
 class Client:
@@ -90,12 +90,15 @@ class Client:
         params = calls.features_params(features, columns, traceparent)
         return calls.read_features(self._call("get_online_features", params, deadline_ms))
 
-    def push(self, view: str, rows: Any, *, deadline_ms: float | None = None, traceparent: str | None = None) -> int:
-        """Insert or replace rows, and return their number when they are durable.
+    def push(
+        self, view: str, rows: Any, *, deadline_ms: float | None = None, traceparent: str | None = None
+    ) -> RowCount:
+        """Insert or replace rows. Returns the number of rows that were not older, when they are durable.
 
-        rows: a dict of columns, or a pandas, polars or pyarrow table. The view's timestamp column (or `event_time`)
-        holds the event times; without that column the event time is now. A row that is older than the stored row of its
-        key is dropped. All rows of a call are written, or none.
+        rows: a dict of columns, or a pandas, polars or pyarrow table. A feature with a `column` of its own is given
+        under that name. The view's timestamp column (or `event_time`) holds the event times; without that column the
+        event time is now. A row that is older than the stored row of its key is dropped. All rows of a call are
+        written, or none.
 
         deadline_ms: if it passes before the rows are committed, the server writes nothing. After Unavailable, or after
         a DeadlineExceeded that did not come from the server, the rows may or may not be written. The client itself
@@ -103,7 +106,7 @@ class Client:
         may have written the same rows in between.
         """
         params = calls.write_params(view, rows, traceparent)
-        return calls.read_rows("push", self._call("push", params, deadline_ms))
+        return calls.read_pushed(self._call("push", params, deadline_ms))
 
     def delete(self, view: str, keys: Any, *, deadline_ms: float | None = None, traceparent: str | None = None) -> int:
         """Delete the rows of keys, given as columns. Returns how many rows existed, when the deletion is durable."""

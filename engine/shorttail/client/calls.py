@@ -16,7 +16,7 @@ from shorttail import protocol
 from shorttail.client.columns import encode_columns, pack_request
 from shorttail.errors import DeadlineExceeded, Internal, InvalidArgument, Unavailable
 from shorttail.protocol import Address
-from shorttail.results import Features, Prediction
+from shorttail.results import Features, Prediction, RowCount
 
 # After a deadline the server answers DEADLINE_EXCEEDED. The client waits this much longer, for that answer to arrive.
 DEADLINE_GRACE_S = 0.1
@@ -58,6 +58,16 @@ def read_rows(method: str, result: Any) -> int:
         return int(result["rows"])
     except (KeyError, TypeError, ValueError) as error:
         raise Internal(f"{method}: the server's result is not understood: {error!r}") from None
+
+
+def read_pushed(result: Any) -> RowCount:
+    """Return the rows of a push, whose server may be older and answer `rows` alone."""
+    rows = read_rows("push", result)
+    try:
+        older, duplicate = int(result.get("older", 0)), int(result.get("duplicate", 0))
+    except (TypeError, ValueError) as error:
+        raise Internal(f"push: the server's result is not understood: {error!r}") from None
+    return RowCount.pushed(rows + older, older, duplicate)
 
 
 def read_prediction(model: str, result: Any) -> Prediction:

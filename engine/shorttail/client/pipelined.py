@@ -16,7 +16,7 @@ from shorttail.client.retries import Retries
 from shorttail.client.stream import Dialer, Line, PipelinedConnection
 from shorttail.config import LIMITS
 from shorttail.errors import InvalidArgument, Unavailable
-from shorttail.results import Features, Prediction
+from shorttail.results import Features, Prediction, RowCount
 
 
 class AsyncClient:
@@ -96,10 +96,10 @@ class AsyncClient:
 
     async def push(
         self, view: str, rows: Any, *, deadline_ms: float | None = None, traceparent: str | None = None
-    ) -> int:
+    ) -> RowCount:
         """As Client.push. Pushes that run at the same time share a commit."""
         params = calls.write_params(view, rows, traceparent)
-        return calls.read_rows("push", await self._call("push", params, deadline_ms))
+        return calls.read_pushed(await self._call("push", params, deadline_ms))
 
     async def delete(
         self, view: str, keys: Any, *, deadline_ms: float | None = None, traceparent: str | None = None
