@@ -19,7 +19,7 @@ from shorttail.models.session import ModelFailed
 from shorttail.models.signature import request_columns
 from shorttail.pipeline import BatchResult, Plan, PlanOutdated, Shadow
 from shorttail.registry import versions as registry
-from shorttail.results import Features, Prediction
+from shorttail.results import Features, Prediction, RowCount
 from shorttail.store import Store
 
 if TYPE_CHECKING:
@@ -297,49 +297,79 @@ class Engine:
 
         return apply(self._store, definitions, dry_run=dry_run, reset=reset)
 
-    def materialize(self, view: str, progress: Progress | None = None, *, memory_bytes: int | None = None) -> int:
+    def materialize(
+        self,
+        view: str,
+        progress: Progress | None = None,
+        *,
+        memory_bytes: int | None = None,
+        allow_shrink: bool = False,
+    ) -> RowCount:
         """Replace the rows of a view by the rows of its source. Readers see all of them at once.
 
-        Returns the rows stored.         progress, memory_bytes: see `load`. Raises NotFound, InvalidArgument,
-        ResourceExhausted (disk).
+        For the result and the arguments see `load`. Raises NotFound, InvalidArgument, ResourceExhausted (disk).
         """
         definition = self._store.catalog.view(view)
         if definition.source is None:
             raise InvalidArgument(
                 f"view '{view}' has no source; give it source=st.ParquetSource(...), or push its rows"
             )
-        return self.load(view, definition.source.path, progress, memory_bytes=memory_bytes)
+        path = definition.source.path
+        return self.load(view, path, progress, memory_bytes=memory_bytes, allow_shrink=allow_shrink)
 
-    def load(self, view: str, data: Any, progress: Progress | None = None, *, memory_bytes: int | None = None) -> int:
-        """Replace the rows of a view by the rows of a file or of Arrow data. Readers see all of them at once.
+    def load(
+        self,
+        view: str,
+        data: Any,
+        progress: Progress | None = None,
+        *,
+        memory_bytes: int | None = None,
+        allow_shrink: bool = False,
+    ) -> RowCount:
+        """Replace the rows of a view by the rows of files or of data in memory. Readers see all of them at once.
 
-        data: the path of a Parquet, Arrow or CSV file or of a folder of Parquet files; or a pyarrow Table, RecordBatch,
-        RecordBatchReader or iterable of RecordBatches. Both are read a batch at a time. Event times come from the
-        view's timestamp column, else from `event_time`; without either they are now. Of rows of equal keys that of the
-        latest event time stays. What is pushed to the view during the load is replaced too. memory_bytes: what the load
-        may take in memory (default LIMITS.load_memory_bytes); rows beyond it wait in a file in the store's directory.
-        Returns the rows stored. Raises NotFound, InvalidArgument, ResourceExhausted (disk).
+        data: the path of a Parquet, Arrow or CSV file, of a folder of such files, or a pattern ("rows/*.parquet"); a
+        list of paths; a pyarrow RecordBatchReader or iterable of RecordBatches; or rows as `push` takes them. Files and
+        Arrow data are read a batch at a time. Folders named `country=DE` give a column. The columns of all files are
+        checked before rows are read; where a file lacks a feature that others have, it is null. Other columns are
+        ignored. docs/loading.md has the rules.
+
+        Event times come from the view's timestamp column, else from `event_time`; without either they are now. Of rows
+        of equal keys that of the latest event time stays. What is pushed to the view during the load is replaced too.
+        memory_bytes: what the load may take in memory (default LIMITS.load_memory_bytes); rows beyond it wait in a file
+        in the store's directory. allow_shrink: also load if no row is left, or less than half of 1,000 or more rows.
+
+        Returns the rows stored, with the numbers of the other rows. A load that fails changes nothing. Raises NotFound,
+        InvalidArgument, ResourceExhausted (disk).
         """
-        from shorttail.sources.batches import open_source, row_batches
+        from shorttail.sources.rows import column_batch, may_hold_objects
 
         definition = self._store.catalog.view(view)
-        source = open_source(data, definition)
-        batches = row_batches(source, definition, definition.timestamp)
+        total: int | None  # unknown before CSV is read
+        if may_hold_objects(data):
+            batch = column_batch(definition, data, only=False)
+            batches, total = iter([batch]), len(batch)
+        else:
+            from shorttail.sources.batches import open_source, row_batches  # these need PyArrow
+
+            source = open_source(data, definition)
+            batches, total = row_batches(source, definition, definition.timestamp), source.rows
         done = 0
 
         def report(rows: int) -> None:
             nonlocal done
             done += rows
             if progress is not None:
-                progress(done, source.rows)
+                progress(done, total)
 
-        return self._store.load(view, batches, report, memory_bytes)
+        return self._store.load(view, batches, report, memory_bytes, allow_shrink)
 
-    def push(self, view: str, rows: Any) -> int:
-        """Upsert rows: a dict of columns, or a pandas, polars or pyarrow table. Returns the rows given, once durable.
+    def push(self, view: str, rows: Any) -> RowCount:
+        """Upsert rows: a dict of columns, or a pandas, polars or pyarrow table. They are durable when it returns.
 
         The view's timestamp column, else `event_time`, holds event times; without either they are now. A row that is
-        older than the stored row of its key is dropped. Raises NotFound, InvalidArgument, ResourceExhausted (disk).
+        older than the stored row of its key is dropped. Returns the number of the other rows given, with the numbers
+        of older and duplicate rows. Raises NotFound, InvalidArgument, ResourceExhausted (disk).
         """
         from shorttail.sources.rows import column_batch
 
@@ -403,13 +433,17 @@ class Engine:
         }
 
     def views(self) -> list[dict[str, Any]]:
-        """[{"name", "keys": {column: type}, "features": {feature: type}, "timestamp": column or None}]."""
+        """[{"name", "keys": {column: type}, "features": {feature: type}, "columns": {feature: column}, "timestamp"}].
+
+        columns: of the features that have another name in rows that are pushed. timestamp: a column, or None.
+        """
         self.refresh()
         return [
             {
                 "name": view.name,
                 "keys": {key: dtype.name for key, dtype in view.keys.items()},
                 "features": {feature.name: feature.dtype.name for feature in view.features},
+                "columns": {feature.name: feature.column for feature in view.features if feature.column},
                 "timestamp": view.timestamp,
             }
             for view in self._store.catalog.views.values()

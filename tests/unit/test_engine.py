@@ -311,5 +311,6 @@ def test_models_and_views_tell_what_a_request_needs(engine: st.Engine) -> None:
         "name": "shops",
         "keys": {"country": "String", "shop_id": "Int64"},
         "features": {"open": "Bool", "rent": "Float64"},
+        "columns": {},
         "timestamp": None,
     }

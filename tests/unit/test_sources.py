@@ -151,7 +151,7 @@ def test_slices_and_other_layouts_of_arrow() -> None:
 
 def test_other_data_is_refused() -> None:
     for data, message in [
-        (3, "rows for view 'v': got int; give a file's path, Arrow data, or record batches"),
+        (3, "rows for view 'v': got int; give a path, a list of paths, a dict"),
         ("rows", "got str"),
         ([{"id": 1}], "got dict"),
         (table().drop_columns("x"), "rows for view 'v': no column 'x'"),

@@ -17,9 +17,17 @@ import click
 from shorttail.cli.bench import bench
 from shorttail.cli.models import models
 from shorttail.cli.operate import backup, stat, verify
-from shorttail.cli.options import answerer, json_option, opened, progress_bar, source_options, store_option
-from shorttail.cli.output import echo_line, print_json, print_table, rate, status_notes
-from shorttail.cli.rows import delete, push
+from shorttail.cli.options import (
+    answerer,
+    json_option,
+    load_options,
+    opened,
+    progress_bar,
+    source_options,
+    store_option,
+)
+from shorttail.cli.output import count_document, count_line, echo_line, print_json, print_table, status_notes
+from shorttail.cli.rows import delete, load, push
 from shorttail.cli.serve_options import settings_options
 from shorttail.cli.tune import tune
 from shorttail.config import DEFAULT_HOST, DEFAULT_PORT, LIMITS, VERSION
@@ -115,20 +123,15 @@ def apply(definitions: str, store: str, dry_run: bool, reset: bool, as_json: boo
 @cli.command()
 @click.argument("views", nargs=-1, metavar="[VIEW]...")
 @store_option
-@click.option(
-    "--memory-mib",
-    metavar="N",
-    default=LIMITS.load_memory_bytes >> 20,
-    show_default=True,
-    type=click.IntRange(LIMITS.load_memory_bytes_min >> 20),
-    help="Memory in MiB for the rows of a view; the other rows wait in a temporary file in STORE.",
-)
+@load_options
 @json_option
-def materialize(views: tuple[str, ...], store: str, memory_mib: int, as_json: bool) -> None:
+def materialize(views: tuple[str, ...], store: str, memory_mib: int, allow_shrink: bool, as_json: bool) -> None:
     """Load views from their sources.
 
     VIEW is the name of a view; without it, every view that has a source is loaded. The new rows replace
-    all old rows of the view in a single commit, so no reader sees a mixture.
+    all old rows of the view in a single commit, so no reader sees a mixture. Of rows with the same key, the
+    one with the latest event time is loaded; the others are counted as older, or as duplicate if they have
+    the same event time.
 
     \b
     Example:
@@ -152,11 +155,11 @@ def materialize(views: tuple[str, ...], store: str, memory_mib: int, as_json: bo
         for name in chosen:
             with progress_bar(name) as progress:
                 start_s = time.perf_counter()
-                rows = engine.materialize(name, progress, memory_bytes=memory_mib << 20)
+                count = engine.materialize(name, progress, memory_bytes=memory_mib << 20, allow_shrink=allow_shrink)
                 seconds = time.perf_counter() - start_s
-            loaded.append({"view": name, "rows": rows, "seconds": round(seconds, 6)})
+            loaded.append(count_document(name, count, seconds))
             if not as_json:
-                click.echo(f"{name}: {rate(rows, seconds)}")
+                click.echo(count_line(name, count, seconds))
     if as_json:
         print_json(loaded)
 
@@ -308,6 +311,7 @@ def batch_table(
 cli.add_command(backup)
 cli.add_command(bench)
 cli.add_command(delete)
+cli.add_command(load)
 cli.add_command(models)
 cli.add_command(push)
 cli.add_command(tune)

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -125,24 +126,31 @@ def file_stream(path: str, draw: Draw, dtypes: Mapping[str, str]) -> Stream:
     if not Path(path).exists():
         raise NotFound(f"{what}: there is no such file")
     from shorttail.sources.batches import FileSource, first_line
+    from shorttail.sources.source import column_names
 
     source = FileSource(path, dtypes, "--keys")
-    schema = source.schema()
-    names = [name for name in schema.names if name in dtypes]
+    known = column_names(source)
+    columns: dict[str, list[Any]] = {name: [] for name in known if name in dtypes}
+    rows = 0
     try:
-        table = source.head(names, LIMITS.bench_key_rows)
+        for part in source.parts:
+            for batch in part.read([name for name in columns if name in part.names]):
+                taken = batch.slice(0, LIMITS.bench_key_rows - rows)
+                rows += taken.num_rows
+                for name, values in columns.items():
+                    if name in part.names:
+                        values += column_values(dtypes[name], taken.column(name), partial(part.convert, name))
+                    values += [None] * (rows - len(values))
+                if rows == LIMITS.bench_key_rows:
+                    break
     except (ValueError, OSError) as error:  # Arrow's errors are ValueErrors
         raise InvalidArgument(f"{what}: cannot be read: {first_line(error)}") from None
-    if not names or not table.num_rows:
-        found = f"its columns: {listed(schema.names)}" if not names else "it has no rows"
+    except Refused as error:
+        raise error.error(f"{what}: column '{name}'", parse_dtype(dtypes[name])) from None
+    if not columns or not rows:
+        found = f"its columns: {listed(known)}" if not columns else "it has no rows"
         raise InvalidArgument(f"{what}: no column of the requests ({listed(set(dtypes))}); {found}")
-    columns: dict[str, Sequence[Any]] = {}
-    for name in names:
-        try:
-            columns[name] = column_values(dtypes[name], table.column(name), source.convert)
-        except Refused as error:
-            raise error.error(f"{what}: column '{name}'", parse_dtype(dtypes[name])) from None
-    return Stream(draw.kind, draw.exponent, table.num_rows, columns, text=f"file:{path}")
+    return Stream(draw.kind, draw.exponent, rows, dict(columns), text=f"file:{path}")
 
 
 def column_values(dtype: str, column: Any, read: Callable[[DType, Any], tuple[Any, Any]]) -> list[Any]:

@@ -264,7 +264,8 @@ def plan_rpc(workload: Workload, models: Sequence[Mapping[str, Any]], views: Seq
         if workload.push not in by_view:
             raise NotFound(f"no feature view '{workload.push}'{suggestion(workload.push, by_view, 'views')}")
         view = by_view[workload.push]
-        columns = {**view["keys"], **view["features"]}
+        renamed = view.get("columns", {})  # older servers have none
+        columns = {**view["keys"], **{renamed.get(name, name): dtype for name, dtype in view["features"].items()}}
         asked.append(("push", "push", workload.push, columns, workload.push_rows))
     if not asked:
         known = f"; models: {listed(list(by_model))}" if by_model else ""

@@ -200,6 +200,7 @@ def setting_changes(old: FeatureView, new: FeatureView) -> list[str]:
     both = [(before[feature.name], feature) for feature in new.features if feature.name in before]
     # Defaults are compared as text, because a default that is NaN does not equal itself.
     found += [f"default of {b.name}" for a, b in both if repr(a.default) != repr(b.default) and a.dtype == b.dtype]
+    found += [f"column of {b.name}" for a, b in both if a.source_column != b.source_column]
     texts = [(a.description, b.description) for a, b in both]
     texts += [(old.description, new.description), (old.entity.description, new.entity.description)]
     if old.owner != new.owner or any(a != b for a, b in texts):
