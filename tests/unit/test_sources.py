@@ -291,6 +291,13 @@ def test_wrong_columns_and_values_are_named(read: Callable[..., list[ColumnBatch
     assert "\n" not in caught.value.message
 
 
+def test_a_number_out_of_range_is_named_as_the_text_of_the_file(tmp_path: Path) -> None:
+    view = st.FeatureView("v", entity=st.Entity("e", keys={"id": st.Int64}), features=[st.Feature("x", st.Int32)])
+    (tmp_path / "rows.csv").write_text("id,x\n1,2\n2,2200000000\n")
+    with pytest.raises(InvalidArgument, match=r"column 'x' takes Int32; got '2200000000' \(text\) at row 1"):
+        list(file_batches(tmp_path / "rows.csv", view)[1])
+
+
 def test_unreadable_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(NotFound, match="view 'v': there is no file"):
         file_batches(tmp_path / "gone.parquet", VIEW)
