@@ -249,7 +249,7 @@ cdef class GenerationWord:
 
     def poison(self):
         """Make load() return a value that no commit has. In a forked child, readers then look closer and are refused."""
-        self.poison_value = UINT64_MAX
+        self.poison_value = <uint64_t>INT64_MIN  # as a signed number not -1 or -2, which snapshots have
         self.word = &self.poison_value
 
     cpdef release(self):

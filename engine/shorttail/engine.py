@@ -191,8 +191,8 @@ class Engine:
         route = self._routes.get(key)
         if route is not None and self._is_current(route) and self._routes_of == self._versions.changes:
             return route
+        self.refresh()  # the model or view asked for may be newer than the snapshot
         with self._versions.lock:
-            self.refresh()  # the model or view asked for may be newer than the snapshot
             route = Route(self._compile(key))
             if self._routes_of != self._versions.changes:
                 self._routes_of = self._versions.changes

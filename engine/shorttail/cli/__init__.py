@@ -30,7 +30,7 @@ from shorttail.cli.output import count_document, count_line, echo_line, print_js
 from shorttail.cli.rows import delete, load, push
 from shorttail.cli.serve_options import settings_options
 from shorttail.cli.tune import tune
-from shorttail.config import DEFAULT_HOST, DEFAULT_PORT, LIMITS, VERSION
+from shorttail.config import DEFAULT_HOST, DEFAULT_PORT, VERSION
 from shorttail.errors import InvalidArgument, NotFound, ShorttailError, printable
 
 if TYPE_CHECKING:

@@ -74,7 +74,6 @@ class Environment:
         self.word = GenerationWord(word_map)
         self._word_map = word_map
         self._users = 1
-        self._pid = os.getpid()
         self._writing_thread: int | None = None
         self._checked_s = time.monotonic()  # time of the last clean-up of LMDB's reader table
         self._writer: WriteTransaction | None = None
@@ -112,7 +111,7 @@ class Environment:
         """Undo one open(). The last close() closes LMDB; no transaction may be open then."""
         with self._registry_lock:
             self._users -= 1
-            if self._users or os.getpid() != self._pid:
+            if self._users or os.getpid() != self.handle.pid:
                 return
             for name, environment in list(self._registry.items()):
                 if environment is self:
@@ -123,7 +122,7 @@ class Environment:
 
     def check_process(self) -> None:
         """Raise InvalidArgument in a child process that was forked after the store was opened."""
-        if os.getpid() != self._pid:
+        if os.getpid() != self.handle.pid:
             raise InvalidArgument(
                 f"store '{self.path}' was opened before this process forked; open it after the fork, or start "
                 "processes with multiprocessing's 'spawn' method"
@@ -160,6 +159,7 @@ class Environment:
     @contextmanager
     def read(self) -> Iterator[Transaction]:
         """Yield a read transaction that ends with the `with` block. Its values are memoryviews of the map."""
+        self.check_process()  # before recover(), which takes a lock that may be held for ever in a forked child
         if not self.is_writing():
             self.handle.recover()
         txn = self._begin_read()

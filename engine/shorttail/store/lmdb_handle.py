@@ -50,6 +50,7 @@ class LmdbHandle:
     def __init__(self, path: Path, create: bool) -> None:
         """Open LMDB. Raises what open_lmdb() raises."""
         self.path = path
+        self.pid = os.getpid()  # of the process that may use it
         self.env = open_lmdb(path, create)
         self.write_lock = threading.Lock()  # held by the one thread of this process that writes
         self._readers: weakref.WeakSet[Reader] = weakref.WeakSet()
@@ -98,6 +99,9 @@ class LmdbHandle:
         return [int(fields[2]) for fields in lines if len(fields) == 3 and fields[2].isdigit()]
 
     def end_read(self, txn: Transaction) -> None:
+        """End a read transaction. In a forked child, nothing: the transaction is its parent's, in shared memory."""
+        if os.getpid() != self.pid:
+            return
         txn.abort()
         with self._reads:
             self._n_reads -= 1

@@ -379,6 +379,7 @@ def _load_lock(environment: Environment) -> Iterator[None]:
         fcntl.flock(fd, fcntl.LOCK_EX)
         yield
     finally:
+        fcntl.flock(fd, fcntl.LOCK_UN)  # to close it is not enough: a child forked meanwhile has the descriptor too
         os.close(fd)
 
 
