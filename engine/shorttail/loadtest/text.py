@@ -116,6 +116,9 @@ def notes(document: Mapping[str, Any]) -> list[str]:
             lines.append(f"{name}interrupted after {step['duration_s']:.1f} s")
         if step["fatal"]:
             lines.append(f"{name}FAILED: {step['fatal']}")
+    if own := document["workload"].get("own_keys"):
+        end = f"rows may be left: {own['problem']}" if own["problem"] else f"{own['removed']:,} rows removed at the end"
+        lines.append(f"pushes to '{own['view']}' had {own['keys']:,} keys of their own; {end}")
     lines += warnings(steps)
     if metrics := document.get("metrics"):
         lines += filter(None, [metrics["finding"], metrics["note"]])
