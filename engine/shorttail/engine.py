@@ -33,7 +33,11 @@ Progress = Callable[[int, int | None], None]  # called with the rows done, and t
 
 
 class Engine:
-    """A store that is open in this process: `Engine.open(path)`. A context manager. Threads may share an engine."""
+    """A store that is open in this process: `Engine.open(path)`. A context manager. Threads may share an engine.
+
+    A forked child may only close the engine of its parent, and any other use there raises InvalidArgument. An engine
+    that was closed before the fork can be opened in the child.
+    """
 
     def __init__(self, store: Store, device: Device = CPU):
         self._store = store

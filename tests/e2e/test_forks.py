@@ -20,6 +20,7 @@ from serving import ROWS, TIMEOUT_S, make_store
 
 import shorttail as st
 from shorttail.client.calls import Call, Deadline
+from shorttail.client.retries import backoff_s
 from shorttail.store import Store
 
 TOKEN = "n" * 32
@@ -52,27 +53,23 @@ def in_child(act):
     return json.loads(said)
 
 
-@pytest.fixture
-def held():
-    """Return held(lock), which makes a thread hold a lock until the end of the test."""
-    release = threading.Event()
-    threads = []
+@contextlib.contextmanager
+def held(lock):
+    """Let another thread hold a lock during the block."""
+    taken, release = threading.Event(), threading.Event()
 
-    def hold(lock):
-        taken = threading.Event()
+    def run():
+        with lock:
+            taken.set()
+            release.wait(TIMEOUT_S)
 
-        def run():
-            with lock:
-                taken.set()
-                release.wait(TIMEOUT_S)
-
-        threads.append(threading.Thread(target=run))
-        threads[-1].start()
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
         assert taken.wait(TIMEOUT_S)
-
-    yield hold
-    release.set()
-    for thread in threads:
+        yield
+    finally:
+        release.set()
         thread.join()
 
 
@@ -201,12 +198,12 @@ def test_a_client_that_was_never_connected_works_in_a_child(served):
     assert asyncio.run(ask()) == [3000]
 
 
-def test_locks_that_are_held_at_a_fork_do_not_hang_the_child(start, users, held):
+def test_locks_that_are_held_at_a_fork_do_not_hang_the_child(start, users):
     host, port = start(of=users).address
     with st.Client(f"{host}:{port}", max_connections=1) as client:
         client.ping()
-        held(client._pool._lock)
-        assert in_child(lambda: visits(client, 5)) == [5000]
+        with held(client._pool._lock):
+            assert in_child(lambda: visits(client, 5)) == [5000]
 
 
 def test_a_connection_that_is_in_use_at_a_fork_is_free_in_the_child(start, users):
@@ -254,6 +251,12 @@ def test_the_server_sees_that_the_parent_closes_although_a_child_lives():
             os.close(go_on)
 
 
+def test_children_do_not_pause_for_the_same_times():
+    """The random pauses before retries keep clients apart that lost their server at the same moment."""
+    pauses = [in_child(lambda: [backoff_s(10) for _ in range(5)]) for _ in range(3)]
+    assert len({tuple(one) for one in pauses}) == 3
+
+
 # -- engines ---------------------------------------------------------------------------------------------------------
 
 ASKED = {"user_id": [1, 2], "amount": 0.5}
@@ -294,7 +297,7 @@ USES = {
     "open": lambda e: st.Engine.open(e.store.path),
 }
 LOCKS = {
-    "no lock": lambda e: None,
+    "no lock": lambda e: contextlib.nullcontext(),
     "versions": lambda e: e._versions.lock,
     "snapshot": lambda e: e.store._lock,
     "directories": lambda e: e.store._build_lock,
@@ -313,13 +316,14 @@ def refusal(act, engine):
 
 
 @pytest.mark.parametrize("lock", LOCKS)
-def test_an_engine_that_is_still_open_raises_one_clear_error_in_a_child(lock, tmp_path, held):
+def test_an_engine_that_is_still_open_raises_one_clear_error_in_a_child(lock, tmp_path):
     with st.Engine.open(make_store(tmp_path)) as engine:
         assert use(engine) == [11.5, 22.5]
         engine.push("stats", ROWS)  # the snapshot is released, as after every write
-        if (taken := LOCKS[lock](engine)) is not None:
-            held(taken)
-        said = in_child(lambda: {name: refusal(act, engine) for name, act in USES.items()} | {"close": engine.close()})
+        with held(LOCKS[lock](engine)):
+            said = in_child(
+                lambda: {name: refusal(act, engine) for name, act in USES.items()} | {"close": engine.close()}
+            )
         assert said.pop("close") is None
         assert said == dict.fromkeys(USES, said["predict"])
         assert said["predict"].startswith("InvalidArgument: store '")

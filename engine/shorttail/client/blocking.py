@@ -76,6 +76,9 @@ class Client:
         same length, the number of rows; a scalar is the same for all rows. version: None runs the current version.
         deadline_ms: the time limit of this call in milliseconds. statuses: also return a `Status` for each view and
         row. traceparent: W3C trace context, written to the server's log if the request fails or is slow.
+
+        More than 16,384 rows are sent in parts, which one version answers. Raises InvalidArgument if the model takes
+        the rows of a request together, because in parts they would have other answers.
         """
         params = calls.predict_params(model, columns, version, statuses, traceparent)
         if parts.is_long(params[1]):
@@ -90,7 +93,10 @@ class Client:
         deadline_ms: float | None = None,
         traceparent: str | None = None,
     ) -> Features:
-        """Look up features. features: "view:feature" references; columns: the keys of their views, as for predict."""
+        """Look up features. features: "view:feature" references; columns: the keys of their views, as for predict.
+
+        More than 16,384 rows are looked up in parts, each as of the moment in which it is answered.
+        """
         params = calls.features_params(features, columns, traceparent)
         if parts.is_long(params[1]):
             return self._in_parts(parts.features(params), deadline_ms)
@@ -103,8 +109,9 @@ class Client:
 
         rows: a dict of columns, or a pandas, polars or pyarrow table. A feature with a `column` of its own is given
         under that name. The view's timestamp column (or `event_time`) holds the event times; without that column the
-        event time is now. A row that is older than the stored row of its key is dropped. All rows of a call are
-        written, or none.
+        event time is now. A row that is older than the stored row of its key is dropped. Up to 16,384 rows are written
+        all, or none. More rows are sent in parts of which each is written completely or not at all: if one fails, those
+        before it are written, and its error says where it begins.
 
         deadline_ms: if it passes before the rows are committed, the server writes nothing. After Unavailable, or after
         a DeadlineExceeded that did not come from the server, the rows may or may not be written. The client itself
@@ -117,7 +124,10 @@ class Client:
         return calls.read_pushed(self._call("push", params, deadline_ms))
 
     def delete(self, view: str, keys: Any, *, deadline_ms: float | None = None, traceparent: str | None = None) -> int:
-        """Delete the rows of keys, given as columns. Returns how many rows existed, when the deletion is durable."""
+        """Delete the rows of keys, given as columns. Returns how many rows existed, when the deletion is durable.
+
+        More than 16,384 keys are sent in parts, as those of a push.
+        """
         params = calls.write_params(view, keys, traceparent)
         if parts.is_long(params[1]):
             return self._in_parts(parts.delete(params), deadline_ms)
