@@ -323,11 +323,23 @@ def test_a_wrong_push_gets_an_error_and_its_neighbours_are_written(server, peers
     assert commits(server.store) - before <= 5
 
 
-def test_a_message_that_is_too_large_ends_its_connection_only(server):
+def test_a_message_that_is_too_large_ends_its_connection_only(server, peers):
+    with server.connect() as large:
+        large.send(msgpack.packb([0, 1, "push", ["stats", {"tier": ["x" * 60_000] * 300}]]))
+        message = "a message of more than 16777216 bytes; send it in parts"
+        assert large.reply() == [1, None, {"code": "RESOURCE_EXHAUSTED", "message": message}, None]
+        assert large.reply() is None
+    assert peers[0].ask(0, 1, "push", ["stats", row(70_000)]) == [1, 1, None, {"rows": 1}]
+
+
+def test_a_client_refuses_a_message_that_is_too_large(server):
     with st.Client(f"unix:{server.uds}") as client:
-        with pytest.raises(st.ResourceExhausted, match="a message of more than 16777216 bytes; send it in parts"):
-            client.push("stats", row(np.arange(2_500_000)))
-        assert client.push("stats", row(70_000)) == 1  # on a new connection
+        client.ping()
+        mine = client._pool._idle[0]
+        with pytest.raises(st.ResourceExhausted, match="push: a message of more than 16777216 bytes; send it in parts"):
+            client.push("stats", row(70_001) | {"tier": ["x" * 60_000] * 300})
+        assert client.push("stats", row(70_001)) == 1
+        assert client._pool._idle[0] is mine
 
 
 def test_pushes_beyond_the_limit_of_a_connection_are_refused_at_once(server, peers):
