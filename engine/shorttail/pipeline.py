@@ -19,7 +19,6 @@ from shorttail._native.columns import Columns, CopyColumns
 from shorttail._native.pages import Lookup, lookup
 from shorttail._native.route import Route, Split
 from shorttail._native.transforms import TransformProgram
-from shorttail.config import LIMITS
 from shorttail.define.dtypes import DType
 from shorttail.models.buffers import Buffer
 from shorttail.models.request_runs import PartRun, RequestRows
@@ -209,4 +208,4 @@ def infer_in_parts(
     rows: of the batch, with the rows of requests that are not asked for any more. The result keeps the model's inputs,
     because the model may give arrays of other widths to some requests.
     """
-    return PartRun(runner, result.values, rows, requests, requests_per_run, runner.loop_rows_max or LIMITS.batch_rows)
+    return PartRun(runner, result.values, rows, requests, requests_per_run)
