@@ -13,6 +13,7 @@ from shorttail._native.columns import CopyColumns
 from shorttail._native.pages import Lookup
 from shorttail._native.route import Split
 from shorttail._native.transforms import TransformProgram
+from shorttail.define.catalog import TensorInfo
 from shorttail.define.dtypes import DType, String
 from shorttail.define.names import split_reference
 from shorttail.define.ondemand import OnDemandFeature
@@ -43,13 +44,15 @@ def compile_model(
     catalog = store.catalog
     entry = catalog.model(name)
     number = entry.current if version is None else version
-    model = entry.version(number).model
+    info = entry.version(number)
+    model = info.model
     given = request or request_columns(catalog, model, runner.inputs)
     required = required_columns(catalog, model, runner.inputs)
     builder = PlanBuilder(store, given, required, missing_values(model, given))
     by_name = model.inputs_by_name([tensor.name for tensor in runner.inputs])
     pending: list[tuple[OnDemandFeature, int, int]] = []
-    for tensor in runner.inputs:
+    tensors = info.inputs if model.is_raw else None
+    for tensor in runner.inputs if tensors is None else ():
         columns = by_name[tensor.name]
         array, widths = input_buffer(catalog, tensor, columns)
         buffer = len(builder.buffers)
@@ -65,7 +68,9 @@ def compile_model(
     uses = Counter(part for feature, _, _ in pending for part in set(feature.walk()))
     for feature, buffer, offset in pending:
         builder.transform(feature, buffer, offset, used_again=uses[feature] > 1)
-    return builder.finish("predict", key, model=name, version=number, runner=runner, split=split, shadow=shadow)
+    return builder.finish(
+        "predict", key, model=name, version=number, runner=runner, split=split, shadow=shadow, tensors=tensors
+    )
 
 
 def compile_features(store: Store, references: Sequence[str], key: tuple[Any, ...]) -> Plan:
@@ -174,6 +179,7 @@ class PlanBuilder:
         feature_places: tuple[tuple[int, int | None], ...] = (),
         split: Split | None = None,
         shadow: Shadow | None = None,
+        tensors: tuple[TensorInfo, ...] | None = None,
     ) -> Plan:
         lookups = []
         features = [self.catalog.feature(name)[1] for name in feature_names]
@@ -209,4 +215,5 @@ class PlanBuilder:
             has_default=tuple(feature.default is not None for feature in features),
             split=split,
             shadow=shadow,
+            tensors=tensors,
         )
