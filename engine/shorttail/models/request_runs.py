@@ -73,8 +73,9 @@ class _Part(NamedTuple):
 class PartRun:
     """Runs the requests of a batch with at most `requests_per_run` of them in a run. `step` makes one run.
 
-    inputs: an array [rows, ...] for each input of the model; of any shape if there is only one request. A run of several
-    requests has at most the rows that may run on the event loop, if the model may run there. Requests that make the model fail are found by halving.
+    inputs: an array [rows, ...] for each input of the model; of any shape if there is only one request. A run of
+    several requests has at most the rows that may run on the event loop, if the model may run there. Requests that make
+    the model fail are found by halving.
     """
 
     def __init__(
