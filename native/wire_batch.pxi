@@ -10,7 +10,7 @@ cdef class WireRoute:
         self.version = plan.version
         self.view_pieces = [msgpack.packb(name) for name in plan.view_names]
         self.defaults = bytes(plan.has_default)
-        self.requests_per_run = 1.0 if plan.runner is not None and plan.runner.by_request else ANY_NUMBER
+        self.bad = BadShare(plan.runner) if plan.runner is not None and plan.runner.by_request else None
         _init_cost(self)
         self.spare_batch = Batch(self, plan.new_columns())
         self.names = ColumnNames(self.spare_batch.columns)

@@ -21,7 +21,7 @@ from shorttail._native.route import Route, Split
 from shorttail._native.transforms import TransformProgram
 from shorttail.define.dtypes import DType
 from shorttail.models.buffers import Buffer
-from shorttail.models.request_runs import PartRun, RequestRows
+from shorttail.models.request_runs import BadShare, PartRun, RequestRows
 from shorttail.results import Statuses
 
 if TYPE_CHECKING:
@@ -205,11 +205,11 @@ def infer(runner: Runner, result: BatchResult) -> None:
 
 
 def infer_in_parts(
-    runner: Runner, result: BatchResult, rows: int, requests: Sequence[RequestRows], requests_per_run: float
+    runner: Runner, result: BatchResult, rows: int, requests: Sequence[RequestRows], bad: BadShare, most: int
 ) -> PartRun:
     """Return what runs the model on the result of `prepare`, a few requests at a time (models/request_runs.py).
 
-    rows: of the batch, with the rows of requests that are not asked for any more. The result keeps the model's inputs,
-    because the model may give arrays of other widths to some requests.
+    rows: of the batch, with the rows of requests that are not asked for any more. most: requests of a run. The result
+    keeps the model's inputs, because the model may give arrays of other widths to some requests.
     """
-    return PartRun(runner, result.values, rows, requests, requests_per_run)
+    return PartRun(runner, result.values, rows, requests, bad, most)

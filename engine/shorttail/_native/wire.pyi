@@ -6,14 +6,14 @@ from numpy.typing import NDArray
 
 from shorttail._native.columns import Columns
 from shorttail._native.route import Route
-from shorttail.models.request_runs import RequestRows
+from shorttail.models.request_runs import BadShare, RequestRows
 
 class WireRoute(Route):
     def __init__(self, plan: Any, key: bytes, asked_version: int) -> None: ...
     stale: bool
     busy: bool
     for_suspects: bool
-    requests_per_run: float
+    bad: BadShare | None
     threaded: bool
     batch_cost_ns: float
     row_cost_ns: float

@@ -34,6 +34,7 @@ DIFFERS: Final = "its compiled forest gives other answers than ONNX Runtime"
 # After so many runs in a row that held up the event loop, a model runs in a thread; after so many quick ones, on the
 # loop again.
 SLOW_RUNS: Final = 3
+FAILURE_US: Final = 50.0  # of a run that fails, before one is measured: most of it is the exception
 QUICK_RUNS: Final = 100
 
 
@@ -70,6 +71,7 @@ class Runner:
         self.by_request = by_request
         self._loop_rows_warm = self.loop_rows_max  # as warm-up measured it
         self.slow_runs = self._quick_runs = 0  # in a row
+        self.failure_us = FAILURE_US  # of a run that fails
         self._example: list[Array] | None = None  # one that the model has run
         self._worked_ns = 0  # when the example ran last
 
@@ -139,6 +141,10 @@ class Runner:
                 break
         if self.executor is None:
             self.loop_rows_max = self._loop_rows_warm = self._rows_within(LIMITS.loop_stall_us)
+
+    def note_failure(self, took_us: float) -> None:
+        """Note how long a run took that failed. A long one counts as at most twice the average."""
+        self.failure_us += 0.1 * (min(took_us, 2 * self.failure_us) - self.failure_us)
 
     def note_slow(self, ended: bool = False) -> None:
         """Note a run that held up the event loop. After SLOW_RUNS in a row the model leaves the loop.

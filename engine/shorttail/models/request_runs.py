@@ -25,11 +25,10 @@ if TYPE_CHECKING:
 Array = NDArray[Any]
 ANY_NUMBER: Final = math.inf  # of requests may share a run
 
-# After a run that succeeds, the next may have GROWTH times as many requests; after one that fails, half as many, or one
-# if a failure takes longer than the requests do. So if many requests are bad, each soon has a run of its own, and if
-# few are, runs stay large: it is the search for defective members of a group (Dorfman, "The Detection of Defective
-# Members of Large Populations", 1943), with a group size that is learned.
-GROWTH: Final = 1.25
+# A request changes the estimate of the share of bad requests by this part of the difference.
+SHARE_WEIGHT: Final = 0.005
+SLOPE_ROWS: Final = 256  # a row costs the slope of the model's time from 1 row to this many
+PART_US: Final = 10.0  # what a run costs besides the model: slices of arrays, calls in Python
 
 
 class RequestRows(NamedTuple):
@@ -55,12 +54,11 @@ class PartRuns(NamedTuple):
     """The result of a PartRun.
 
     answered: one item, or several if a model gives arrays of other widths to some requests; the largest is the last.
-    failures: number of a request -> its error. requests_per_run: for the next batch.
+    failures: number of a request -> its error.
     """
 
     answered: list[Answered]
     failures: dict[int, ShorttailError]
-    requests_per_run: float
 
 
 class _Part(NamedTuple):
@@ -70,8 +68,56 @@ class _Part(NamedTuple):
     outputs: list[Array]
 
 
+class BadShare:
+    """Estimates which share of a route's requests is bad, and how many requests should share a run because of it.
+
+    value: the share, 0 to 1. requests_per_run: the number with the least expected time a request, as `best_size` says.
+    """
+
+    def __init__(self, runner: Runner):
+        self.runner = runner
+        self.value = 0.0
+        self.requests_per_run = 1.0 if runner.by_request else ANY_NUMBER
+        self._value_then = 0.0  # when requests_per_run was computed
+
+    def learn(self, bad: int, requests: int, rows: int) -> None:
+        """Note how many of some requests were bad. rows: of these requests."""
+        if self.value == 0.0 and not bad:
+            return
+        weight = 1.0 - (1.0 - SHARE_WEIGHT) ** requests
+        self.value += weight * (bad / requests - self.value)
+        if self.value * LIMITS.batch_rows < 1.0:
+            self.value = 0.0
+        if not 0.8 * self._value_then <= self.value <= 1.25 * self._value_then and not self.runner.by_request:
+            self._value_then = self.value
+            self.requests_per_run = best_size(self.runner, self.value, rows / requests) if self.value else ANY_NUMBER
+
+
+def best_size(runner: Runner, bad: float, rows: float) -> float:
+    """Return how many requests of so many rows should share a run, if a share `bad` of them makes it fail.
+
+    Larger runs share their fixed cost, but fail more often; a failed one is repeated in halves, and each failure costs
+    an exception as well. It is the search for defective members of a group (Dorfman, "The Detection of Defective
+    Members of Large Populations", 1943), where a test has a fixed cost, a cost for each member and one for a failure.
+    """
+    one_us = runner.cost_us(1)
+    row_us = max(0.0, runner.cost_us(SLOPE_ROWS) - one_us) / (SLOPE_ROWS - 1)
+    run_us = one_us - row_us + PART_US
+    best, least_us = 1.0, float("inf")
+    size = 1
+    while size <= LIMITS.batch_rows:
+        levels = math.log2(size)
+        # For each bad request: a failure and a good half on each level, and the other requests of its run again.
+        repeated_us = runner.failure_us * (1 + levels) + run_us * levels + row_us * rows * (size - 1)
+        request_us = run_us / size + row_us * rows + bad * repeated_us
+        if request_us < least_us:
+            best, least_us = float(size), request_us
+        size *= 2
+    return best
+
+
 class PartRun:
-    """Runs the requests of a batch with at most `requests_per_run` of them in a run. `step` makes one run.
+    """Runs the requests of a batch, at most `most` and `bad.requests_per_run` of them in a run. `step` makes one run.
 
     inputs: an array [rows, ...] for each input of the model; of any shape if there is only one request. A run of
     several requests has at most the rows that may run on the event loop, if the model may run there. Requests that make
@@ -84,19 +130,20 @@ class PartRun:
         inputs: Sequence[Array],
         rows: int,
         requests: Sequence[RequestRows],
-        requests_per_run: float,
+        bad: BadShare,
+        most: int,
     ):
         self.runner = runner
         self.inputs = inputs
         self.rows = rows
         self.requests = requests
+        self.bad = bad
+        self.most = most
         self.run_rows_max = runner.loop_rows_max or LIMITS.batch_rows
-        self.limit = 1.0 if runner.by_request else requests_per_run
         self.position = 0  # of the first request that was in no run yet
         self.halves: list[Sequence[RequestRows]] = []  # of runs that have failed
         self.parts: list[_Part] = []
         self.failures: dict[int, ShorttailError] = {}
-        self.request_ns = 0.0  # of a request in the last run that succeeded
 
     @property
     def is_done(self) -> bool:
@@ -109,21 +156,19 @@ class PartRun:
         on_loop: the run has the short limit of the event loop. If it is ended for that, RunTimedOut is raised, and the
         next step makes the same run again, which should be in a thread.
         """
-        is_half = bool(self.halves)
-        part = self.halves.pop() if is_half else self._next_part()
+        part = self.halves.pop() if self.halves else self._next_part()
+        rows = sum(request.rows for request in part)
         start_ns = time.perf_counter_ns()
         try:
-            self.parts.append(_Part(part, self._run(part)))
+            self.parts.append(_Part(part, self._run(part, rows)))
         except ShorttailError as error:
             if on_loop and isinstance(error, RunTimedOut):
                 self.halves.append(part)
                 raise
-            took_ns = time.perf_counter_ns() - start_ns
-            self._failed(part, error, is_half, took_ns)
+            self.runner.note_failure((time.perf_counter_ns() - start_ns) / 1e3)
+            self._failed(part, error)
         else:
-            self.request_ns = (time.perf_counter_ns() - start_ns) / len(part)
-            if not is_half and not self.runner.by_request:
-                self.limit *= GROWTH
+            self.bad.learn(0, len(part), rows)
 
     def result(self) -> PartRuns:
         """Return the answers and the errors, once all runs are made."""
@@ -131,15 +176,12 @@ class PartRun:
             number: self.runner.explain(error, worked=bool(self.parts)) if isinstance(error, ModelFailed) else error
             for number, error in self.failures.items()
         }
-        limit = self.limit
-        if not self.runner.by_request and not failures and limit > LIMITS.batch_rows:
-            limit = ANY_NUMBER
-        return PartRuns(_joined(self.parts, self.rows), failures, limit)
+        return PartRuns(_joined(self.parts, self.rows), failures)
 
     def _next_part(self) -> Sequence[RequestRows]:
         """Take as many of the next requests as may share a run, at least one."""
         end, rows = self.position, 0
-        most = len(self.requests) if self.limit == ANY_NUMBER else max(1, int(self.limit))
+        most = min(self.most, self.bad.requests_per_run)
         while end < len(self.requests) and end - self.position < most:
             rows += self.requests[end].rows
             if rows > self.run_rows_max and end > self.position:
@@ -149,8 +191,8 @@ class PartRun:
         self.position = end
         return part
 
-    def _run(self, part: Sequence[RequestRows]) -> list[Array]:
-        first, rows = part[0].first, sum(request.rows for request in part)
+    def _run(self, part: Sequence[RequestRows], rows: int) -> list[Array]:
+        first = part[0].first
         if rows == self.rows:
             return self.runner.run(self.inputs)
         if part[-1].first + part[-1].rows == first + rows:
@@ -163,19 +205,15 @@ class PartRun:
                 raise Internal(f"output '{name}' has the shape {list(array.shape)} for {rows} rows")
         return outputs
 
-    def _failed(self, part: Sequence[RequestRows], error: ShorttailError, is_half: bool, took_ns: int) -> None:
-        endless = isinstance(error, RunTimedOut)
+    def _failed(self, part: Sequence[RequestRows], error: ShorttailError) -> None:
         if len(part) == 1:
             self.failures[part[0].number] = error
-        elif endless:  # each further try of several requests could take as long
+            self.bad.learn(1, 1, part[0].rows)
+        elif isinstance(error, RunTimedOut):  # each further try of several requests could take as long
             self.halves += [[request] for request in reversed(part)]
         else:
             middle = len(part) // 2
             self.halves += [part[middle:], part[:middle]]
-        if endless or took_ns > len(part) * self.request_ns > 0:
-            self.limit = 1.0
-        elif not is_half:
-            self.limit = max(1.0, min(self.limit, len(part)) / 2)
 
 
 def _joined(parts: Sequence[_Part], rows: int) -> list[Answered]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from enum import Enum
 from typing import TYPE_CHECKING, Final, Protocol
 
 from shorttail import pipeline
@@ -23,7 +24,7 @@ from shorttail.models.request_runs import PartRuns
 from shorttail.models.session import ModelFailed, RunTimedOut
 from shorttail.pipeline import BatchResult, Plan
 from shorttail.server.errorlog import one_line
-from shorttail.server.model_threads import ModelThreads, PreparedBatch
+from shorttail.server.model_threads import ModelThreads, PreparedBatch, blame
 from shorttail.server.runnable import Runnable
 from shorttail.server.senders import Senders
 from shorttail.server.shadow import ShadowThread
@@ -38,6 +39,15 @@ if TYPE_CHECKING:
 
 # A run of this length has held up the loop, unless the machine did: it was expected to take LIMITS.loop_stall_us.
 HELD_UP_NS: Final = int(4e3 * LIMITS.loop_stall_us)
+
+
+class Ran(Enum):
+    """What `Batcher.infer_in_loop` did with a batch."""
+
+    HERE = 1  # it has run
+    TOO_SLOW = 2  # it has to run in a thread
+    IN_PARTS = 3  # its requests must not all share a run
+    FAILED = 4  # the model has failed: it has to run in parts
 
 
 class OtherBatches(Protocol):
@@ -100,12 +110,16 @@ class Batcher:
         try:
             plan, result = self.prepare(batch)
             shadowed = self.shadows.take(plan, batch, result) if plan.shadow is not None else None
-            if plan.runner is not None and not self.infer_in_loop(plan.runner, batch, result):
-                in_parts = batch.n_requests > batch.route.requests_per_run
-                in_slices = in_parts and batch.n_rows <= batch.n_requests * plan.runner.loop_rows_max
-                prepared = PreparedBatch(batch, plan.runner, result, shadowed, self.answered_later, in_parts)
-                (self.slices if in_slices else self.model_threads).put(prepared)
-                return False
+            if plan.runner is not None:
+                ran = self.infer_in_loop(plan.runner, batch, result)
+                if ran is not Ran.HERE:
+                    in_parts, failed = ran is not Ran.TOO_SLOW, ran is Ran.FAILED
+                    prepared = PreparedBatch(
+                        batch, plan.runner, result, shadowed, self.answered_later, in_parts, failed
+                    )
+                    in_slices = in_parts and batch.n_rows <= batch.n_requests * plan.runner.loop_rows_max
+                    (self.slices if in_slices else self.model_threads).put(prepared)
+                    return False
             self.reply(batch, result)
             if shadowed is not None:
                 self.shadows.add(shadowed, result)
@@ -113,26 +127,29 @@ class Batcher:
             self.fail(batch, error)
         return True
 
-    def infer_in_loop(self, runner: Runner, batch: Runnable, result: BatchResult) -> bool:
-        """Run the model. Returns False if it is too slow for the loop, must not run all requests at once, or fails."""
-        route = batch.route
-        if batch.n_rows > runner.loop_rows_max or batch.n_requests > route.requests_per_run:
-            return False
+    def infer_in_loop(self, runner: Runner, batch: Runnable, result: BatchResult) -> Ran:
+        """Run the model, if it may run on the loop and for all requests at once."""
+        bad = batch.route.bad
+        if bad is not None and batch.n_requests > bad.requests_per_run:
+            return Ran.IN_PARTS
+        if batch.n_rows > runner.loop_rows_max:
+            return Ran.TOO_SLOW
         batch.stay_in_loop()
         try:
             pipeline.infer(runner, result)
         except RunTimedOut:
             runner.note_slow(ended=True)
-            return False
+            return Ran.TOO_SLOW
         except ModelFailed:
-            # Below 1: a single request runs again too, where it is found out whose fault the failure is.
-            route.requests_per_run = min(route.requests_per_run, max(0.5, batch.n_requests / 2))
-            return False
+            blame(batch, runner)
+            return Ran.FAILED
+        if bad is not None:
+            bad.learn(0, batch.n_requests, batch.n_rows)
         if result.inferred_ns - result.prepared_ns > HELD_UP_NS:
             runner.note_slow()
         elif runner.slow_runs:
             runner.note_quick()
-        return True
+        return Ran.HERE
 
     def prepare(self, batch: Runnable) -> tuple[Plan, BatchResult]:
         """Look up the features and transform them. A request that brings the model's input tensors needs neither."""
@@ -157,7 +174,6 @@ class Batcher:
 
     def reply_in_parts(self, batch: Runnable, result: BatchResult, parts: PartRuns) -> None:
         """Reply to a batch of which a few requests ran at a time, and remember who sent those that failed."""
-        batch.route.requests_per_run = parts.requests_per_run
         for number, error in parts.failures.items():
             sender = batch.refuse(number, error.code, error.message)
             if isinstance(error, Internal):

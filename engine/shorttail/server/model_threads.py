@@ -19,7 +19,7 @@ from shorttail import pipeline
 from shorttail._native.wire import Router
 from shorttail.config import LIMITS
 from shorttail.models.load import Runner
-from shorttail.models.request_runs import PartRun
+from shorttail.models.request_runs import BadShare, PartRun
 from shorttail.models.session import ModelFailed
 from shorttail.pipeline import BatchResult
 from shorttail.server.runnable import Runnable
@@ -31,13 +31,21 @@ REST_TURNS: Final = 4
 REST_MAX_S: Final = 0.001
 
 
+def blame(batch: Runnable, runner: Runner) -> None:
+    """Note that a run of the batch's requests has failed: at least one of them is bad."""
+    route = batch.route
+    if route.bad is None:
+        route.bad = BadShare(runner)
+    route.bad.learn(1, max(1, batch.n_requests), batch.n_rows)
+
+
 @dataclass(slots=True)
 class PreparedBatch:
     """A batch whose features are looked up and transformed: only its model has not run.
 
-    answered: called in the loop's thread when the model has run, with the exception that it raised, or None.
-    in_parts: a few requests run at a time, because they must not share runs or because a run has failed.
-    parts: makes these runs, once the batch begins to run.
+    answered: called in the loop's thread when the model has run, with the exception that it raised, or None. in_parts:
+    a few requests run at a time. failed: a run of all requests has failed. parts: makes the runs of a batch in parts,
+    once it begins to run.
     """
 
     batch: Runnable
@@ -46,6 +54,7 @@ class PreparedBatch:
     shadowed: ShadowBatch | None
     answered: Callable[[PreparedBatch, BaseException | None], object]
     in_parts: bool = False
+    failed: bool = False
     parts: PartRun | None = None
 
     @property
@@ -55,9 +64,8 @@ class PreparedBatch:
 
     def split(self) -> None:
         """Have the batch run in parts, because its model has failed."""
-        self.in_parts = True
-        route = self.batch.route
-        route.requests_per_run = min(route.requests_per_run, max(1.0, self.batch.n_requests / 2))
+        self.in_parts = self.failed = True
+        blame(self.batch, self.runner)
 
     def begin(self) -> bool:
         """Drop the requests that are past their deadline. Returns False if none remains."""
@@ -65,8 +73,9 @@ class PreparedBatch:
         if not batch.drop_expired():
             return False
         if self.in_parts and self.parts is None:
-            per_run = batch.route.requests_per_run
-            self.parts = pipeline.infer_in_parts(self.runner, self.result, batch.n_rows, batch.requests(), per_run)
+            bad = batch.route.bad or BadShare(self.runner)
+            most = max(1, batch.n_requests // 2) if self.failed else batch.n_requests
+            self.parts = pipeline.infer_in_parts(self.runner, self.result, batch.n_rows, batch.requests(), bad, most)
         return True
 
     def run(self) -> None:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from shorttail import pipeline
 from shorttail._native.route import Route
 from shorttail.errors import Internal
-from shorttail.models.request_runs import PartRun, RequestRows
+from shorttail.models.request_runs import BadShare, PartRun, RequestRows
 from shorttail.pipeline import BatchResult, Plan, PlanOutdated, Shadow
 from shorttail.server.runnable import Runnable
 
@@ -121,7 +121,7 @@ class ShadowBatch:
         """Run the shadow's model, one request at a time if its rows depend on each other. Raises its first error."""
         if not runner.by_request or len(self.requests) == 1:
             return runner.run(inputs)
-        run = PartRun(runner, inputs, self.rows, self.requests, 1.0)
+        run = PartRun(runner, inputs, self.rows, self.requests, BadShare(runner), 1)
         while not run.is_done:
             run.step()
         parts = run.result()
