@@ -1,4 +1,4 @@
-"""Describes the arrays that a batch is written into: dtype and width of each, and random examples of them."""
+"""Describes the arrays that a batch is written into: dtype and width of each, and arrays of made-up values."""
 
 from __future__ import annotations
 
@@ -20,15 +20,18 @@ class Buffer(NamedTuple):
     width: int | None  # None: the shape is [rows]; else [rows, width]
 
     def example(self, rows: int, random: np.random.Generator) -> NDArray[Any]:
-        """Return random values to warm up or measure a model.
+        """Return random values, for columns of which nothing is known (models/examples.py knows more of most).
 
-        The values are small, because a model may use them as indexes; strings are "0", because it may parse numbers.
+        Integers are small, because a model may use them as indexes, and not 0, because dividing an integer by 0 ends
+        the process. Strings are "0", because a model may parse numbers.
         """
         shape = rows if self.width is None else (rows, self.width)
         if self.dtype.hasobject:
             return np.full(shape, "0", self.dtype)
-        values = random.normal(size=shape) if self.dtype.kind == "f" else random.integers(0, 2, shape)
-        return values.astype(self.dtype)
+        if self.dtype.kind == "f":
+            return random.normal(size=shape).astype(self.dtype)
+        low = 0 if self.dtype.kind == "b" else 1
+        return random.integers(low, low + 2, shape).astype(self.dtype)
 
 
 def input_buffer(catalog: Catalog, tensor: TensorInfo, columns: Sequence[Column]) -> tuple[Buffer, list[int]]:

@@ -14,10 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shorttail.config import LIMITS
-from shorttail.errors import InvalidArgument
 from shorttail.models.device import CPU, Device
 from shorttail.models.forest import NotAForest, RunnableModel, compile_forest
-from shorttail.models.session import FixedRows, Session
+from shorttail.models.session import FixedRows, Session, check_rows
 from shorttail.models.settings import DEFAULT, RunSettings
 
 log = logging.getLogger(__name__)
@@ -36,6 +35,7 @@ class Runner:
     kind: "forest", "onnxruntime" or "cuda". why: the reason for that kind, in one line, "" for a forest.
     executor: the only thread that may call `run`; None if every thread may.
     measured_us: rows of a batch -> microseconds, filled by `warm`.
+    unwarmed: why no example row could run, in one line; "" once `warm` has run.
     loop_rows_max: the most rows that may run on an event loop; a larger batch would stall it.
     """
 
@@ -47,6 +47,7 @@ class Runner:
         self.why = why
         self.executor = executor
         self.measured_us: dict[int, float] = {}
+        self.unwarmed = ""
         self.loop_rows_max = 0 if executor else LIMITS.batch_rows
         self.model = model
 
@@ -67,18 +68,18 @@ class Runner:
             inputs = example(rows)
             if sum(array.nbytes for array in inputs) > LIMITS.warm_bytes:
                 break
-            for name, array in zip(self.output_names, self.run(inputs), strict=True):
-                if array.shape[:1] != (rows,):
-                    raise InvalidArgument(
-                        f"output '{name}' has the shape {list(array.shape)} for a batch of {rows}; the first axis of an"
-                        " output must be the rows"
-                    )
+            check_rows(self.output_names, self.run(inputs), rows)
             self.measured_us[rows] = _shortest_us(self.run, inputs)
             if self.measured_us[rows] > LIMITS.warm_run_us:
                 break
             rows *= 2
         if self.executor is None:
             self.loop_rows_max = self._rows_within(LIMITS.loop_stall_us)
+
+    def leave_unwarmed(self, reason: str) -> None:
+        """Serve without a warm-up. Nobody knows how long the model takes, so no batch of it runs on an event loop."""
+        self.unwarmed = reason
+        self.loop_rows_max = 0
 
     def cost_us(self, rows: int) -> float:
         """Estimate the microseconds of a batch: interpolated between measured sizes, in proportion beyond the largest.

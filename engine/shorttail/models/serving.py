@@ -24,8 +24,8 @@ import numpy as np
 from shorttail.config import LIMITS
 from shorttail.define.catalog import TENSOR_TYPES, Catalog, ModelEntry, Share, VersionInfo
 from shorttail.errors import Internal, InvalidArgument, NotFound, ShorttailError, Unavailable
-from shorttail.models.buffers import input_buffer
 from shorttail.models.device import CPU, Device
+from shorttail.models.examples import Examples, depends_on_values
 from shorttail.models.load import Runner, load_runner
 from shorttail.models.settings import RunSettings, tuned
 from shorttail.store import Store
@@ -76,20 +76,12 @@ def load_version(
     try:
         if not path.is_file():
             raise NotFound(f"its file {path} is gone")
-        if hashlib.sha256(path.read_bytes()).hexdigest() != info.sha256:
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != info.sha256:
             raise InvalidArgument(f"{path.name} is not the file that was registered: its SHA-256 differs")
         runner = load_runner(path, [tensor.name for tensor in info.outputs], settings, device)
         check_schema(runner, info)
-        columns = info.model.inputs_by_name([tensor.name for tensor in info.inputs])
-        buffers = [input_buffer(catalog, tensor, columns[tensor.name])[0] for tensor in info.inputs]
-        random = np.random.default_rng(0)
-        example = [buffer.example(1, random) for buffer in buffers]
-        for tensor, array in zip(info.outputs, runner.run(example), strict=True):
-            if np.asarray(array).dtype != np.dtype(TENSOR_TYPES[tensor.dtype].numpy):
-                raise InvalidArgument(
-                    f"output '{tensor.name}' is {tensor.dtype} in the manifest but gives {array.dtype}"
-                )
-        runner.warm(lambda rows: [buffer.example(rows, random) for buffer in buffers])
+        warm(runner, info, Examples.of(catalog, info, data), data)
     except (InvalidArgument, Internal, NotFound) as error:
         known = "" if error.message.startswith("model '") else f"model '{info.model.name}' version {number}: "
         raise type(error)(f"{known}{error.message}") from error
@@ -98,12 +90,42 @@ def load_version(
     return runner
 
 
-def vet(catalog: Catalog, info: VersionInfo, number: int, path: Path) -> VersionInfo:
+def warm(runner: Runner, info: VersionInfo, examples: Examples, data: bytes) -> None:
+    """Run a loaded version on example rows, so that no request pays for a first run, and check what it gives.
+
+    data: the version's file. If no example can run for a reason that lies in its values, `runner.unwarmed` says so.
+    Raises InvalidArgument if the outputs do not fit, Internal if no row could run.
+    """
+    random = np.random.default_rng(0)
+    try:
+        outputs = examples.keep_those_that_run(runner.run, random)
+        for tensor, array in zip(info.outputs, outputs, strict=True):
+            if np.asarray(array).dtype != np.dtype(TENSOR_TYPES[tensor.dtype].numpy):
+                raise InvalidArgument(
+                    f"output '{tensor.name}' is {tensor.dtype} in the manifest but gives {array.dtype}"
+                )
+        runner.warm(lambda rows: examples(rows, random))
+    except Internal as error:
+        if not depends_on_values(error, data):
+            raise
+        runner.leave_unwarmed(error.message)
+
+
+def vet(
+    catalog: Catalog, info: VersionInfo, number: int, path: Path, warn: Callable[[str], object] | None = None
+) -> VersionInfo:
     """Load, warm, check and examine a version before it is registered or promoted.
 
-    Returns the version with what the examination found (`with_findings`). Raises the errors of `load_version`.
+    warn: called with each warning, in one line; None logs them. Returns the version with what the examination found
+    (`with_findings`). Raises the errors of `load_version`.
     """
-    load_version(path, info, catalog, number, tuned(info.tuning)[0])
+    runner = load_version(path, info, catalog, number, tuned(info.tuning)[0])
+    if runner.unwarmed:
+        said = f"no example row of it could run ({runner.unwarmed}), so it was not tried; send it a request to try it"
+        if warn is not None:
+            warn(said)
+        else:
+            log.warning("model '%s' version %d: %s", info.model.name, number, said)
     return replace(info, batching=info.model.batching or "rows")
 
 
@@ -281,6 +303,13 @@ class Versions:
     def _record(self, key: Key, catalog_version: int, outcome: Runner | ShorttailError) -> None:
         """Keep the outcome of an attempt to load a version. catalog_version: of the catalog at the attempt."""
         if isinstance(outcome, Runner):
+            if outcome.unwarmed:
+                log.warning(
+                    "model '%s' version %d serves, but no example row of it could run: %s",
+                    key.model,
+                    key.version,
+                    outcome.unwarmed,
+                )
             self.runners[key] = outcome
             self._failed.pop(key, None)
             return

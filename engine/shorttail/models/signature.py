@@ -6,8 +6,10 @@ only fail because of its own content.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,19 +24,22 @@ from shorttail.define.values import Refused, as_value
 from shorttail.define.views import FeatureView
 from shorttail.errors import InvalidArgument, NotFound
 from shorttail.models.onnx_file import uses_external_data
+from shorttail.models.zipmap import without_zipmaps
 
 
 @dataclass(frozen=True)
 class ModelFile:
     """An ONNX file that is read once, so that exactly the checked bytes are copied into the store.
 
-    model_name: the model it is for, named in errors. sha256: of `data`, in hexadecimal.
+    model_name: the model it is for, named in errors. data: the file without ZipMap (models/zipmap.py). changed: whether
+    `data` differs from the file. sha256: of `data`, in hexadecimal.
     """
 
     model_name: str
     path: Path
     data: bytes
     sha256: str
+    changed: bool = False
 
     @classmethod
     def read(cls, path: str | Path, model_name: str) -> ModelFile:
@@ -54,7 +59,19 @@ class ModelFile:
                 f"{where}: {path.name} keeps weights in other files; save it as one file:"
                 " onnx.save_model(model, path, save_as_external_data=False)"
             )
-        return cls(model_name, path, data, hashlib.sha256(data).hexdigest())
+        cleaned = without_zipmaps(data)
+        return cls(model_name, path, cleaned, hashlib.sha256(cleaned).hexdigest(), cleaned is not data)
+
+    @contextlib.contextmanager
+    def on_disk(self) -> Iterator[Path]:
+        """Give the path of a file that holds `data`: the file itself, or a temporary copy with its name."""
+        if not self.changed:
+            yield self.path
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            copy = Path(folder, self.path.name)
+            copy.write_bytes(self.data)
+            yield copy
 
     @cached_property
     def tensors(self) -> tuple[list[TensorInfo], list[TensorInfo]]:
@@ -62,7 +79,8 @@ class ModelFile:
         from shorttail.models.session import Session
 
         try:
-            session = Session(self.path)
+            with self.on_disk() as path:
+                session = Session(path)
         except InvalidArgument as error:
             raise InvalidArgument(f"model '{self.model_name}': {error.message}") from None
         return session.inputs, session.outputs
@@ -80,14 +98,12 @@ def select_outputs(model: Model, outputs: Sequence[TensorInfo], label: str) -> t
             raise InvalidArgument(f"{where}: {label} has no output '{name}'; its outputs: {', '.join(by_name)}")
     selected = tuple(by_name[name] for name in model.outputs or by_name)
     for tensor in selected:
-        if tensor.dtype.startswith(("seq(", "map(", "optional(")):
-            raise InvalidArgument(
-                f"{where}: output '{tensor.name}' of {label} is {tensor.dtype}, not a tensor;"
-                " convert with options={'zipmap': False} (onnxmltools: zipmap=False)"
-            )
         if tensor.dtype not in TENSOR_TYPES:
+            others = [known.name for known in outputs if known.dtype in TENSOR_TYPES]
+            cure = f"; name the others: outputs={others}" if others else ""
             raise InvalidArgument(
-                f"{where}: output '{tensor.name}' of {label} is {tensor.dtype}; supported: {', '.join(TENSOR_TYPES)}"
+                f"{where}: output '{tensor.name}' of {label} is {tensor.dtype}; supported: tensors of"
+                f" {', '.join(TENSOR_TYPES)}{cure}"
             )
     return selected
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A line of the report of `apply`. kind: '+' new, '~' changed, '=' unchanged. what: for example "view plane"."""
+    """A line of the report of `apply`. kind: '+' new, '~' changed, '=' unchanged, '!' a warning. what: "view plane"."""
 
     kind: str
     what: str
@@ -52,6 +52,7 @@ class Prepared:
     definitions: Definitions
     files: dict[str, ModelFile]
     vetted: dict[str, VersionInfo] = field(default_factory=dict)  # new versions that were loaded, run and examined
+    warnings: list[Change] = field(default_factory=list)  # about these versions
 
 
 def prepare(definitions: Any) -> Prepared:
@@ -78,7 +79,7 @@ def apply(store: Store, definitions: Any, dry_run: bool = False, reset: bool = F
     plan = plan_changes(store.catalog.copy(), prepared, store.count, reset)
     vet_new(plan, prepared)
     if dry_run or plan.catalog == store.catalog:
-        return plan.changes
+        return plan.changes + prepared.warnings
     with store.edit_catalog() as latest:
         # The changes are planned again, because another process may have committed meanwhile. The files are in memory
         # and checked, so this is quick.
@@ -88,7 +89,7 @@ def apply(store: Store, definitions: Any, dry_run: bool = False, reset: bool = F
             latest.models[name] = latest.models[name].with_version(number, info)
             registry.write_version(store.path, number, info, prepared.files[name])
     store.refresh()
-    return plan.changes
+    return plan.changes + prepared.warnings
 
 
 def plan_changes(catalog: Catalog, prepared: Prepared, count: Callable[[str], int], reset: bool = False) -> ChangePlan:
@@ -117,7 +118,10 @@ def vet_new(plan: ChangePlan, prepared: Prepared) -> None:
     for name, number in plan.new_versions.items():
         if name not in prepared.vetted:
             info = plan.catalog.models[name].version(number)
-            prepared.vetted[name] = vet(plan.catalog, info, number, prepared.files[name].path)
+            said: list[str] = []
+            with prepared.files[name].on_disk() as path:
+                prepared.vetted[name] = vet(plan.catalog, info, number, path, said.append)
+            prepared.warnings.extend(Change("!", f"model {name}", text) for text in said)
 
 
 def plan_view(

@@ -136,7 +136,8 @@ def deploy(
         check_canary(store.catalog, entry, info, next_version(entry))
     vetted = info
     if entry.version().sha256 != file.sha256:
-        vetted = vet(store.catalog, info, next_version(entry), file.path)
+        with file.on_disk() as copy:
+            vetted = vet(store.catalog, info, next_version(entry), copy)
     with store.edit_catalog() as catalog:
         entry = catalog.model(name)
         number = entry.current
