@@ -68,6 +68,7 @@ class VersionInfo:
     selects, in its order. tuning: host description -> settings (shorttail.models.settings).
     batching: "rows" if requests share runs, "request" if each has runs of its own; batching_why: the reason for
     "request", in one line. replacements: the value that replaces a missing one, by "request:column" or "view:feature".
+    examples_sha256: of the file of the model's examples, "" if it has none.
     """
 
     model: Model
@@ -79,6 +80,7 @@ class VersionInfo:
     batching: str = "rows"
     batching_why: str = ""
     replacements: dict[str, Any] = field(default_factory=dict)
+    examples_sha256: str = ""
 
     def to_json(self) -> Json:
         return {
@@ -91,10 +93,12 @@ class VersionInfo:
             "batching": self.batching,
             "batching_why": self.batching_why,
             "replacements": self.replacements,
+            "examples_sha256": self.examples_sha256,
         }
 
     @classmethod
     def from_json(cls, data: Json) -> VersionInfo:
+        given = data["model"].get("missing", {})  # versions older than `replacements` have request columns there alone
         return cls(
             Model.from_json(data["model"]),
             data["sha256"],
@@ -104,7 +108,8 @@ class VersionInfo:
             data.get("tuning", {}),
             data.get("batching", "rows"),
             data.get("batching_why", ""),
-            data.get("replacements", {}),
+            data.get("replacements", {f"request:{name}": value for name, value in given.items()}),
+            data.get("examples_sha256", ""),
         )
 
 

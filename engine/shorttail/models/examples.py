@@ -54,11 +54,13 @@ class Examples:
         self._rows: list[Array] = []  # if not empty: the rows that the model is known to take, for each input
 
     @classmethod
-    def of(cls, catalog: Catalog, info: VersionInfo, data: bytes) -> Examples:
-        """Return examples for a version of a model. data: its ONNX file."""
+    def of(cls, catalog: Catalog, info: VersionInfo, data: bytes, known: list[Array] | None = None) -> Examples:
+        """Return examples for a version of a model. data: its ONNX file. known: rows on which the model has run."""
         columns = info.model.inputs_by_name([tensor.name for tensor in info.inputs])
         buffers = [input_buffer(catalog, tensor, columns[tensor.name])[0] for tensor in info.inputs]
-        return cls([tensor.name for tensor in info.inputs], buffers, data)
+        made = cls([tensor.name for tensor in info.inputs], buffers, data)
+        made._rows = known or []
+        return made
 
     def __call__(self, rows: int, random: np.random.Generator) -> list[Array]:
         """Return an array with that many rows for each input."""

@@ -76,6 +76,16 @@ class Runner:
         if self.executor is None:
             self.loop_rows_max = self._rows_within(LIMITS.loop_stall_us)
 
+    def refuse(self, check: Callable[[Sequence[Array]], None]) -> None:
+        """Call `check` with the inputs of every run. It raises InvalidArgument for rows that must not be run."""
+        run = self.run
+
+        def checked(inputs: Sequence[Array]) -> list[Array]:
+            check(inputs)
+            return run(inputs)
+
+        self.run = checked
+
     def leave_unwarmed(self, reason: str) -> None:
         """Serve without a warm-up. Nobody knows how long the model takes, so no batch of it runs on an event loop."""
         self.unwarmed = reason

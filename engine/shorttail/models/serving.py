@@ -23,9 +23,13 @@ import numpy as np
 
 from shorttail.config import LIMITS
 from shorttail.define.catalog import TENSOR_TYPES, Catalog, ModelEntry, Share, VersionInfo
+from shorttail.define.models import column_label
 from shorttail.errors import Internal, InvalidArgument, NotFound, ShorttailError, Unavailable
+from shorttail.models import missing
+from shorttail.models.buffers import input_buffer
 from shorttail.models.device import CPU, Device
 from shorttail.models.examples import Examples, depends_on_values
+from shorttail.models.golden import FILE, GoldenRows
 from shorttail.models.load import Runner, load_runner
 from shorttail.models.settings import RunSettings, tuned
 from shorttail.store import Store
@@ -66,11 +70,18 @@ class Serving:
 
 
 def load_version(
-    path: Path, info: VersionInfo, catalog: Catalog, number: int, settings: RunSettings, device: Device = CPU
+    path: Path,
+    info: VersionInfo,
+    catalog: Catalog,
+    number: int,
+    settings: RunSettings,
+    device: Device = CPU,
+    golden: GoldenRows | None = None,
 ) -> Runner:
     """Load and warm a version, and check that its file is the registered one and has the manifest's inputs and outputs.
 
-    path: the ONNX file. catalog: holds the views that feed the model. number: the version, for errors.
+    path: the ONNX file. catalog: holds the views that feed the model. number: the version, for errors. golden: rows
+    with expected outputs, None for those that are kept with the version.
     Raises NotFound, InvalidArgument or Internal; the message names the model and the version.
     """
     try:
@@ -81,7 +92,13 @@ def load_version(
             raise InvalidArgument(f"{path.name} is not the file that was registered: its SHA-256 differs")
         runner = load_runner(path, [tensor.name for tensor in info.outputs], settings, device)
         check_schema(runner, info)
-        warm(runner, info, Examples.of(catalog, info, data), data)
+        if golden is None and info.examples_sha256:
+            golden = GoldenRows.read(path.with_name(FILE))
+        if golden is not None:
+            golden.compare(runner.run, runner.output_names, input_labels(catalog, info))
+        warm(runner, info, Examples.of(catalog, info, data, golden.inputs if golden else None), data)
+        if (refuse := missing.refuser(catalog, info)) is not None:
+            runner.refuse(refuse)
     except (InvalidArgument, Internal, NotFound) as error:
         known = "" if error.message.startswith("model '") else f"model '{info.model.name}' version {number}: "
         raise type(error)(f"{known}{error.message}") from error
@@ -111,27 +128,52 @@ def warm(runner: Runner, info: VersionInfo, examples: Examples, data: bytes) -> 
         runner.leave_unwarmed(error.message)
 
 
+def input_labels(catalog: Catalog, info: VersionInfo) -> list[list[str]]:
+    """Return the name of each column of each input, as the definition has it. A vector gives its name to several."""
+    columns = info.model.inputs_by_name([tensor.name for tensor in info.inputs])
+    labels = []
+    for tensor in info.inputs:
+        widths = input_buffer(catalog, tensor, columns[tensor.name])[1]
+        labels.append([column_label(c) for c, n in zip(columns[tensor.name], widths, strict=True) for _ in range(n)])
+    return labels
+
+
 def vet(
-    catalog: Catalog, info: VersionInfo, number: int, path: Path, warn: Callable[[str], object] | None = None
+    catalog: Catalog,
+    info: VersionInfo,
+    number: int,
+    path: Path,
+    warn: Callable[[str], object] | None = None,
+    golden: GoldenRows | None = None,
 ) -> VersionInfo:
     """Load, warm, check and examine a version before it is registered or promoted.
 
-    warn: called with each warning, in one line; None logs them. Returns the version with what the examination found
-    (`with_findings`). Raises the errors of `load_version`.
+    warn: called with each warning, in one line; None logs them. golden: as for `load_version`.
+    Returns the version with what the examination found (`with_findings`). Raises the errors of `load_version`.
     """
-    runner = load_version(path, info, catalog, number, tuned(info.tuning)[0])
+    runner = load_version(path, info, catalog, number, tuned(info.tuning)[0], golden=golden)
+    said = [missing.warning(catalog, info)]
     if runner.unwarmed:
-        said = f"no example row of it could run ({runner.unwarmed}), so it was not tried; send it a request to try it"
+        said.append(
+            f"no example row of it could run ({runner.unwarmed}), so it was not tried; send it a request to try it"
+        )
+    for text in filter(None, said):
         if warn is not None:
-            warn(said)
+            warn(text)
         else:
-            log.warning("model '%s' version %d: %s", info.model.name, number, said)
+            log.warning("model '%s' version %d: %s", info.model.name, number, text)
     return replace(info, batching=info.model.batching or "rows")
 
 
 def with_findings(info: VersionInfo, vetted: VersionInfo) -> VersionInfo:
     """Return `info` with what `vet` found out about the same version's file."""
-    return replace(info, batching=vetted.batching, batching_why=vetted.batching_why, replacements=vetted.replacements)
+    return replace(
+        info,
+        batching=vetted.batching,
+        batching_why=vetted.batching_why,
+        replacements=vetted.replacements,
+        examples_sha256=vetted.examples_sha256,
+    )
 
 
 def check_schema(runner: Runner, info: VersionInfo) -> None:

@@ -16,8 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from shorttail.define.catalog import TENSOR_TYPES, Catalog, TensorInfo
-from shorttail.define.dtypes import Bool, DType, Float64, Int32, Int64, String, Timestamp, Vector
-from shorttail.define.models import Column, Model, column_label
+from shorttail.define.dtypes import (
+    WIDE_VECTOR_CODE,
+    Bool,
+    DType,
+    Float32,
+    Float64,
+    Int32,
+    Int64,
+    String,
+    Timestamp,
+    Vector,
+)
+from shorttail.define.models import Column, Model, column_label, missing_reference
 from shorttail.define.names import split_reference
 from shorttail.define.ondemand import OnDemandFeature
 from shorttail.define.values import Refused, as_value
@@ -133,7 +144,7 @@ def check_inputs(catalog: Catalog, model: Model, inputs: Sequence[TensorInfo], l
     for tensor in inputs:
         check_shape(f"{where}: input '{tensor.name}' of {label}", tensor)
         check_width(where, label, tensor, columns[tensor.name], catalog)
-    missing_values(model, request_columns(catalog, model, inputs))
+    missing_values(catalog, model, request_columns(catalog, model, inputs))
     for tensor in inputs:
         for column in columns[tensor.name]:
             check_types(f"{where}: {column_label(column)}", label, tensor, column, catalog)
@@ -242,6 +253,8 @@ class Use:
     where: str
 
     def takes(self, dtype: DType) -> bool:
+        if self.natural.code == WIDE_VECTOR_CODE and dtype != self.natural:
+            return False  # its elements would be rounded to float32 before they become doubles
         return fits(dtype, self.required) and dtype.width == self.natural.width
 
 
@@ -262,37 +275,34 @@ def request_columns(catalog: Catalog, model: Model, inputs: Sequence[TensorInfo]
         fitting = [dtype for dtype in candidates if all(use.takes(dtype) for use in uses)]
         if not fitting:
             key = f" is a key of type {columns[name]}, but" if name in columns else ""
+            if whole := next((use for use in uses if use.natural.is_vector and not use.required.is_float), None):
+                raise InvalidArgument(
+                    f"model '{model.name}': request:{name} feeds all {whole.natural.width} columns of {whole.where}, of"
+                    f" type {whole.required}, and a vector has floats; name the columns one by one:"
+                    f" ['request:{name}_0', 'request:{name}_1', ...]"
+                )
             needed = " and ".join(dict.fromkeys(f"{use.required} for {use.where}" for use in uses))
             raise InvalidArgument(f"model '{model.name}': request:{name}{key} must be {needed}")
         columns[name] = fitting[0]
     return columns
 
 
-def required_columns(catalog: Catalog, model: Model, inputs: Sequence[TensorInfo]) -> tuple[str, ...]:
-    """Return the request columns in which a missing value is refused.
-
-    These columns feed the model, their type has no NaN (integers, bools, strings, times), and the model's `missing`
-    gives no value for them. In floats and vectors a missing value is NaN, and a missing key matches no row.
-    """
-    columns = request_columns(catalog, model, inputs)
-    used = [name for name in request_uses(catalog, model, inputs) if name not in model.missing]
-    return tuple(name for name in used if not (columns[name].is_float or columns[name].is_vector))
-
-
-def missing_values(model: Model, columns: Mapping[str, DType]) -> dict[str, Any]:
-    """Return {request column: the value that replaces a missing value}, converted to the column's type.
+def missing_values(catalog: Catalog, model: Model, columns: Mapping[str, DType]) -> dict[str, Any]:
+    """Return the values of `Model.missing`, converted to the types of their columns, by reference.
 
     A vector is a list of floats. columns: the model's request columns, name -> type. Raises InvalidArgument.
     """
     found = {}
     for name, given in model.missing.items():
+        reference = missing_reference(name)
+        dtype = stored_dtype(catalog, reference) or columns[reference.removeprefix("request:")]
         try:
-            value = as_value(columns[name], given)
+            value = as_value(dtype, given)
         except Refused as error:
-            raise error.error(f"model '{model.name}': missing: column '{name}'", columns[name]) from None
+            raise error.error(f"model '{model.name}': missing: column '{name}'", dtype) from None
         if value is None:
             raise InvalidArgument(f"model '{model.name}': missing: column '{name}' needs a value, not {given!r}")
-        found[name] = list(value) if columns[name].is_vector else value
+        found[reference] = list(value) if dtype.is_vector else value
     return found
 
 
@@ -311,7 +321,8 @@ def request_uses(catalog: Catalog, model: Model, inputs: Sequence[TensorInfo]) -
                             add_use(uses, argument, use)
             else:
                 dtype, width = TENSOR_TYPES[tensor.dtype], column_width(catalog, column, tensor, len(entries))
-                natural = Vector(width) if width > 1 else Float64 if dtype.is_float else dtype
+                wide = Float64 if dtype == Float64 else Float32
+                natural = Vector(width, wide) if width > 1 else Float64 if dtype.is_float else dtype
                 add_use(uses, column, Use(dtype, natural, f"input '{tensor.name}'"))
     return uses
 

@@ -16,9 +16,11 @@ from shorttail.define.models import Model
 from shorttail.define.ondemand import OnDemandFeature
 from shorttail.define.views import FeatureView
 from shorttail.errors import InvalidArgument, NotFound, ResourceExhausted
+from shorttail.models.golden import GoldenRows
 from shorttail.models.serving import vet, with_findings
 from shorttail.models.signature import ModelFile, check_inputs, column_width
 from shorttail.registry import versions as registry
+from shorttail.registry.examples import read_examples
 
 if TYPE_CHECKING:
     from shorttail.store import Store
@@ -53,6 +55,7 @@ class Prepared:
     files: dict[str, ModelFile]
     vetted: dict[str, VersionInfo] = field(default_factory=dict)  # new versions that were loaded, run and examined
     warnings: list[Change] = field(default_factory=list)  # about these versions
+    golden: dict[str, GoldenRows | None] = field(default_factory=dict)  # their examples
 
 
 def prepare(definitions: Any) -> Prepared:
@@ -87,7 +90,7 @@ def apply(store: Store, definitions: Any, dry_run: bool = False, reset: bool = F
         for name, number in plan.new_versions.items():
             info = with_findings(latest.models[name].version(number), prepared.vetted[name])
             latest.models[name] = latest.models[name].with_version(number, info)
-            registry.write_version(store.path, number, info, prepared.files[name])
+            registry.write_version(store.path, number, info, prepared.files[name], prepared.golden[name])
     store.refresh()
     return plan.changes + prepared.warnings
 
@@ -119,8 +122,9 @@ def vet_new(plan: ChangePlan, prepared: Prepared) -> None:
         if name not in prepared.vetted:
             info = plan.catalog.models[name].version(number)
             said: list[str] = []
+            golden = prepared.golden[name] = read_examples(plan.catalog, info)
             with prepared.files[name].on_disk() as path:
-                prepared.vetted[name] = vet(plan.catalog, info, number, path, said.append)
+                prepared.vetted[name] = vet(plan.catalog, info, number, path, said.append, golden)
             prepared.warnings.extend(Change("!", f"model {name}", text) for text in said)
 
 
@@ -218,13 +222,13 @@ def version_reasons(old: VersionInfo, new: VersionInfo) -> list[str]:
         reasons.append("other inputs")
     if old.model.outputs != new.model.outputs:
         reasons.append("other outputs")
-    if old.model.missing != new.model.missing:
+    if old.replacements != new.replacements:
         reasons.append("other values for what is missing")
     if old.model.batching != new.model.batching:
         reasons.append("other batching")
     if old.model.run_timeout != new.model.run_timeout:
         reasons.append("other run_timeout")
-    if old.model.examples != new.model.examples:
+    if old.examples_sha256 != new.examples_sha256:
         reasons.append("other examples")
     return reasons
 
