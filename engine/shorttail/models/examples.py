@@ -42,6 +42,7 @@ class Examples:
     """Makes rows for the inputs of a model.
 
     names, buffers: the model's inputs. data: the ONNX file; it is read for the values that the model knows.
+    operators: the types of its nodes.
     """
 
     def __init__(self, names: Sequence[str], buffers: Sequence[Buffer], data: bytes):
@@ -50,7 +51,7 @@ class Examples:
         self._columns = [
             [Choice.of(feed, buffer.dtype) for feed in feeds[name]] for name, buffer in zip(names, buffers, strict=True)
         ]
-        self._data = data
+        self.operators = operators(data)
         self._rows: list[Array] = []  # if not empty: the rows that the model is known to take, for each input
 
     @classmethod
@@ -92,7 +93,7 @@ class Examples:
     def _plain(self) -> Iterable[list[Array]]:
         """Yield rows of ones, and of zeros unless the model might divide an integer by one: that ends the process."""
         yield [np.full(shape(buffer, 1), "1" if buffer.dtype.hasobject else 1, buffer.dtype) for buffer in self.buffers]
-        if operators(self._data).isdisjoint(("Div", "Mod")):
+        if self.operators.isdisjoint(("Div", "Mod")):
             yield [
                 np.full(shape(buffer, 1), "0" if buffer.dtype.hasobject else 0, buffer.dtype) for buffer in self.buffers
             ]
@@ -145,16 +146,16 @@ def usable(feed: Feed, dtype: np.dtype[Any]) -> Array:
     return np.array(numbers, np.float64 if dtype.kind == "f" else dtype)
 
 
-def depends_on_values(error: Internal, data: bytes) -> bool:
+def depends_on_values(error: Internal, operators: set[str]) -> bool:
     """Return whether a model that failed on its examples might run on other values.
 
     It cannot if ONNX Runtime refused the arrays before a node ran, or if a node failed that looks at shapes alone, in a
-    graph whose shapes do not come from values.
+    graph whose shapes do not come from values. operators: the types of the graph's nodes.
     """
     node = NODE.search(str(error.__cause__))
     if node is None:
         return False
-    return node[1] not in BY_SHAPE.split() or not operators(data).isdisjoint(SHAPED_BY_VALUES.split())
+    return node[1] not in BY_SHAPE.split() or not operators.isdisjoint(SHAPED_BY_VALUES.split())
 
 
 def operators(data: bytes) -> set[str]:

@@ -87,8 +87,7 @@ def load_version(
     try:
         if not path.is_file():
             raise NotFound(f"its file {path} is gone")
-        data = path.read_bytes()
-        if hashlib.sha256(data).hexdigest() != info.sha256:
+        if hashlib.sha256(path.read_bytes()).hexdigest() != info.sha256:
             raise InvalidArgument(f"{path.name} is not the file that was registered: its SHA-256 differs")
         runner = load_runner(path, [tensor.name for tensor in info.outputs], settings, device)
         check_schema(runner, info)
@@ -96,7 +95,7 @@ def load_version(
             golden = GoldenRows.read(path.with_name(FILE))
         if golden is not None:
             golden.compare(runner.run, runner.output_names, input_labels(catalog, info))
-        warm(runner, info, Examples.of(catalog, info, data, golden.inputs if golden else None), data)
+        warm(runner, info, Examples.of(catalog, info, path.read_bytes(), golden.inputs if golden else None))
         if (refuse := missing.refuser(catalog, info)) is not None:
             runner.refuse(refuse)
     except (InvalidArgument, Internal, NotFound) as error:
@@ -107,10 +106,10 @@ def load_version(
     return runner
 
 
-def warm(runner: Runner, info: VersionInfo, examples: Examples, data: bytes) -> None:
+def warm(runner: Runner, info: VersionInfo, examples: Examples) -> None:
     """Run a loaded version on example rows, so that no request pays for a first run, and check what it gives.
 
-    data: the version's file. If no example can run for a reason that lies in its values, `runner.unwarmed` says so.
+    If no example can run for a reason that may lie in its values, `runner.unwarmed` says so.
     Raises InvalidArgument if the outputs do not fit, Internal if no row could run.
     """
     random = np.random.default_rng(0)
@@ -123,7 +122,7 @@ def warm(runner: Runner, info: VersionInfo, examples: Examples, data: bytes) -> 
                 )
         runner.warm(lambda rows: examples(rows, random))
     except Internal as error:
-        if not depends_on_values(error, data):
+        if not depends_on_values(error, examples.operators):
             raise
         runner.leave_unwarmed(error.message)
 

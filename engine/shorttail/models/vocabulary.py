@@ -350,6 +350,8 @@ class Walk:
         tests = []
         for name, other in (node.inputs, node.inputs[::-1]):
             if name in self.followed:
+                if node.op_type != "Equal":
+                    self.opaque(self.followed[name])  # a limit: other numbers are as good
                 if other in self.constants:
                     tests += self.knows(self.followed[name], self.constants[other].ravel().tolist())
                 else:
@@ -371,10 +373,14 @@ class Walk:
             leaf = [i for i, mode in enumerate(modes[0]) if as_text(mode) == "LEAF"]
             inner = ~np.isin(np.asarray(modes[1]), leaf)
             features, thresholds = features[inner], thresholds[inner]
-        for column, places in enumerate(source.columns):
-            tested = np.unique(thresholds[features == column])
+        order = np.argsort(features, kind="stable")
+        features, thresholds = features[order], thresholds[order]
+        ends = np.searchsorted(features, np.arange(len(source.columns) + 1))
+        for places, begin, end in zip(source.columns, ends[:-1], ends[1:], strict=True):
+            tested = np.unique(thresholds[begin:end])
+            tested = tested[np.isfinite(tested)]
             if len(tested):
-                self.knows(Followed((places,), 1), tested[np.isfinite(tested)].tolist())
+                self.knows(Followed((places,), 1), spread(tested).tolist())
 
     def read_list(self, node: Node, values: Any, refuses: bool = False) -> list[tuple[Place, Vocabulary]]:
         source = self.source(node)
@@ -384,7 +390,7 @@ class Walk:
         return self.knows(source, listed, refuses)
 
 
-def spread(values: Sequence[Any]) -> Sequence[Any]:
+def spread(values: Any) -> Any:
     """Return at most EXAMPLES_MAX of the values, from all over the list."""
     return values[:: -(-len(values) // EXAMPLES_MAX) or 1]
 
