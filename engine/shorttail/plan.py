@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from shorttail._native.columns import CopyColumns
 from shorttail._native.pages import Lookup
@@ -122,6 +123,11 @@ class BufferBuilder:
     def add_buffer(self, dtype: DType, width: int | None) -> int:
         self.buffers.append(Buffer(np.dtype(dtype.numpy), width))
         return len(self.buffers) - 1
+
+    def run_transforms(self, arrays: Sequence[NDArray[Any]], rows: int) -> None:
+        """Run the functions on arrays for all buffers, whose other buffers are filled."""
+        if self.transforms:
+            TransformProgram(self.transforms).run(arrays, rows)
 
     def transform(self, feature: OnDemandFeature, buffer: int, offset: int, used_again: bool = False) -> None:
         """Fill a buffer with an on-demand feature. A feature that is used again gets its own buffer: computed once."""

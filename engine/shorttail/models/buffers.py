@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from shorttail.define.catalog import TENSOR_TYPES, Catalog, TensorInfo
 from shorttail.define.models import Column
+from shorttail.errors import Internal
 from shorttail.models.signature import column_width
 
 
@@ -38,3 +39,14 @@ def input_buffer(catalog: Catalog, tensor: TensorInfo, columns: Sequence[Column]
     """Return the buffer that feeds an input of a model, and how many of its columns each entry of `columns` fills."""
     widths = [column_width(catalog, column, tensor, len(columns)) for column in columns]
     return Buffer(np.dtype(TENSOR_TYPES[tensor.dtype].numpy), None if len(tensor.shape) == 1 else sum(widths)), widths
+
+
+def check_outputs(names: Sequence[str], values: Sequence[NDArray[Any]], rows: int) -> None:
+    """Check that every output of a batch has a row for each row of the inputs. Raises Internal.
+
+    Warm-up has checked it for the example rows, but the number may depend on their values. The encoder of MessagePack
+    makes the same check in a server.
+    """
+    for name, array in zip(names, values, strict=True):
+        if np.shape(array)[:1] != (rows,):
+            raise Internal(f"the model failed: output '{name}' has the shape {list(np.shape(array))} for {rows} rows")

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shorttail._native.transforms import TransformProgram
 from shorttail.config import LIMITS
 from shorttail.define.catalog import TENSOR_TYPES, Catalog, TensorInfo, VersionInfo
 from shorttail.define.dtypes import DType, Float64, Vector
@@ -178,6 +177,5 @@ class InputsOf(BufferBuilder):
                 else:
                     matrix = values.reshape(self.rows, -1)
                     array[:, offset : offset + matrix.shape[1]] = matrix
-        if self.transforms:
-            TransformProgram(self.transforms).run(made, self.rows)
+        self.run_transforms(made, self.rows)
         return made[: len(info.inputs)]

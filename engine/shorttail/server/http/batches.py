@@ -19,6 +19,7 @@ from shorttail._native.metrics import METHODS, PROTOCOLS
 from shorttail._native.wire import Batch, Router, WireRoute
 from shorttail.config import LIMITS
 from shorttail.errors import DeadlineExceeded, InvalidArgument, ResourceExhausted, from_code
+from shorttail.models.buffers import check_outputs
 from shorttail.pipeline import BatchResult, Plan
 from shorttail.server.runnable import Runnable
 
@@ -107,6 +108,8 @@ class HttpBatch:
         """Do nothing: columns of an HttpBatch are never reused."""
 
     def reply(self, result: BatchResult) -> None:
+        if self.inputs is None:
+            check_outputs(result.names, result.values, self.n_rows)  # else a request would get rows of another one
         self.batch.end(ran=True)
         values = list(result.values)
         for request in self.requests:
