@@ -203,6 +203,7 @@ def show_lines(shown: dict[str, Any]) -> list[tuple[str, str]]:
         ("outputs", ", ".join(shown["outputs"])),
         ("features", ", ".join(shown["features"]) or "none"),
         ("request", ", ".join(f"{column} {dtype}" for column, dtype in shown["columns"].items())),
+        ("missing", ", ".join(f"{name} {value!r}" for name, value in shown["replacements"].items())),
         ("runs", shown["runs"]),
         ("tuning", shown["tuning"] or "none; `shorttail tune` finds the fastest settings on this host"),
         ("event loop", f"runs batches of up to {shown['loop_rows_max']} rows; larger ones run in another thread"),

@@ -29,7 +29,8 @@ NODE: Final = re.compile(
 )
 # "/onnxruntime_src/.../reshape_helper.h:91 onnxruntime::ReshapeHelper::ReshapeHelper(...) a == b was false. "
 PLACE: Final = re.compile(
-    r"(?<!\S)\S+\.(?:h|cc|cpp|cu|cuh):\d+ (?:.*? was false\. |(?:\S+ )*?onnxruntime::[^()]*\([^()]*\)(?: const)? )?"
+    r"(?<!\S)\S+\.(?:h|cc|cpp|cu|cuh):\d+ (?:.*? was false\. |(?:\S+ )*?onnxruntime::[^()]*\([^()]*\)"
+    r"(?:::<lambda\([^()]*\)>)?(?: const)? )?"
 )
 REASON_MAX: Final = 300  # characters
 
