@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import commands
 import numpy as np
 import onnx
 import pandas as pd
@@ -186,6 +187,29 @@ def test_other_examples_make_a_new_version_and_a_deployed_one_brings_its_own(eng
     assert registry.deploy(engine.store, "m", new, examples=golden(tmp_path)) == 3
     assert model_path(engine.store.path, "m", 3).with_name(FILE).is_file()
     assert engine.predict("m", {"user_id": 1, "a": 1.0, "c": 2.0}).version == 3
+
+
+def test_the_commands_compare_too(tmp_path: Path) -> None:
+    forest(tmp_path)
+    golden(tmp_path)
+    (tmp_path / "definitions.py").write_text(
+        "import shorttail as st\n"
+        "columns = ['request:a', 'request:b', 'request:c']\n"
+        "m = st.Model('m', path='m.onnx', inputs=columns, examples='examples.csv')\n"
+    )
+    pd.DataFrame(X, columns=list("abc")).assign(output_label=FITTED.predict(X)).to_csv(
+        tmp_path / "examples.csv", index=False
+    )
+    apply = ("apply", "definitions.py", "--store", "store")
+    assert commands.run_well(*apply, folder=tmp_path).out.startswith("+ model m  version 1: ")
+    (tmp_path / "new.onnx").write_bytes(to_onnx(FITTED, X[:1], name="another").SerializeToString())
+    deploy = ("models", "deploy", "m", "new.onnx", "--store", "store")
+    commands.run_well(*deploy, "--examples", "examples.csv", folder=tmp_path)
+    pd.DataFrame(X, columns=list("cba")).assign(output_label=FITTED.predict(X)).to_csv(
+        tmp_path / "examples.csv", index=False
+    )
+    said = commands.error_of(*apply, folder=tmp_path)
+    assert "with request:a and request:c swapped all rows agree: are the columns in the order of training?" in said
 
 
 def test_rows_are_put_together_as_a_request_would(engine: st.Engine, tmp_path: Path) -> None:
