@@ -1,7 +1,7 @@
 # Lookup and lookup(). Part of pages.pyx.
 
 cdef dict _SOURCE_DTYPES = {1: np.bool_, 2: np.int32, 3: np.int64, 4: np.float32, 5: np.float64, 7: np.int64,
-                            8: np.float32}
+                            8: np.float32, 9: np.float64}
 
 
 cdef int _output_type(cnp.ndarray array) except -1:

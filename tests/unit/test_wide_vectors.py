@@ -1,4 +1,4 @@
-"""A vector of a request that feeds doubles keeps its 64 bits, however it comes."""
+"""Vectors of doubles keep their 64 bits: in requests, however they come, and in the store."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import onnx
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as some
@@ -21,6 +23,7 @@ from shorttail.client.columns import encode_columns, pack_request
 from shorttail.define.dtypes import Vector, parse_dtype
 from shorttail.define.values import as_column
 from shorttail.errors import InvalidArgument
+from shorttail.store.verify import verify
 
 EPOCHS = [1_700_000_123.456, -1e300, 2.0**53 - 1]
 WIDE = Vector(3, st.Float64)
@@ -124,9 +127,7 @@ def test_a_vector_for_integers_is_refused_with_what_to_write(engine: st.Engine, 
     assert answer.outputs["ids_out"].tolist() == [[large, 0, -large]]
 
 
-def test_stored_vectors_and_those_of_functions_have_float32_elements(engine: st.Engine, tmp_path: Path) -> None:
-    with pytest.raises(InvalidArgument, match=r"stored vectors have Float32 elements; write Vector\(3\)"):
-        st.Feature("v", WIDE)
+def test_vectors_of_functions_have_float32_elements() -> None:
     with pytest.raises(InvalidArgument, match="vectors of functions have Float32 elements"):
 
         @st.on_demand
@@ -135,12 +136,52 @@ def test_stored_vectors_and_those_of_functions_have_float32_elements(engine: st.
 
     with pytest.raises(InvalidArgument, match=r"Vector\(3, Int64\): the elements must be Float32 or Float64"):
         st.Vector(3, st.Int64)
-    view = st.FeatureView("v", entity=st.Entity("u", keys={"id": st.Int64}), features=[st.Feature("t", st.Vector(3))])
-    model = st.Model("m", identity(tmp_path / "m.onnx", d=TensorProto.DOUBLE), ["v:t"])
-    engine.apply([view, model])
-    engine.push("v", {"id": [1], "t": [[0.1, 2.0, 3.0]]})
-    got = engine.predict("m", {"id": 1}).outputs["d_out"]
-    assert got.tolist() == [[float(np.float32(0.1)), 2.0, 3.0]], "widened, and so exact"
+
+
+def stored(**default: Any) -> st.FeatureView:
+    """A view of both kinds of vectors, with scalars around them."""
+    return st.FeatureView(
+        "v",
+        entity=st.Entity("u", keys={"id": st.Int64}),
+        features=[
+            st.Feature("flag", st.Bool),
+            st.Feature("wide", WIDE, **default),
+            st.Feature("narrow", Vector(3), **default),
+            st.Feature("after", st.Int64),
+        ],
+    )
+
+
+def rows(ids: list[int], vectors: Any) -> dict[str, Any]:
+    return {"id": ids, "flag": [True] * len(ids), "wide": vectors, "narrow": vectors, "after": ids}
+
+
+def test_stored_vectors_of_doubles_stay_exact(engine: st.Engine, tmp_path: Path) -> None:
+    path = identity(tmp_path / "m.onnx", d=TensorProto.DOUBLE, e=TensorProto.DOUBLE, f=TensorProto.FLOAT)
+    inputs = {"d": ["v:wide"], "e": ["v:narrow"], "f": ["v:wide"]}
+    engine.apply([stored(), st.Model("m", path, inputs)])
+    engine.push("v", rows([1, 2], [EPOCHS, None]))
+    answer = engine.predict("m", {"id": [1, 2, 9]}).outputs
+    nothing = [math.nan] * 3
+    np.testing.assert_array_equal(answer["d_out"], [EPOCHS, nothing, nothing])
+    with np.errstate(over="ignore"):
+        narrow = np.array([EPOCHS, nothing, nothing]).astype(np.float32)
+    np.testing.assert_array_equal(answer["e_out"], narrow.astype(np.float64))
+    np.testing.assert_array_equal(answer["f_out"], narrow)
+    features = engine.get_online_features(["v:wide", "v:narrow", "v:after"], {"id": [1, 2]})
+    assert features.feature_types["v:wide"] == "Vector(3, Float64)"
+    assert features.to_arrow().column("v:wide").to_pylist() == [EPOCHS, None]
+    assert features.to_arrow().column("v:after").to_pylist() == [1, 2]
+    assert features.to_dict()["v:wide"] == [EPOCHS, None]
+
+
+def test_stored_vectors_of_doubles_are_loaded_and_have_defaults(engine: st.Engine, tmp_path: Path) -> None:
+    engine.apply([stored(default=[0.1, 1e300, 2.0**53 - 1])])
+    pa.parquet.write_table(pa.table(rows(list(range(1000)), [EPOCHS] * 999 + [None])), tmp_path / "rows.parquet")
+    assert engine.load("v", tmp_path / "rows.parquet") == 1000
+    features = engine.get_online_features(["v:wide"], {"id": [5, 999, 1000]})
+    np.testing.assert_array_equal(features.to_numpy()["v:wide"], [EPOCHS, *[[0.1, 1e300, 2.0**53 - 1]] * 2])
+    assert verify(engine.store.path).problems == []
 
 
 def test_the_name_of_the_type_is_read_back() -> None:

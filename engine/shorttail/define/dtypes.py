@@ -57,7 +57,7 @@ Timestamp = DType("Timestamp", 7, np.int64)  # microseconds since 1970-01-01 UTC
 def Vector(length: int, element: DType = Float32) -> DType:
     """Return the type of vectors of `length` elements, 1 to 65536. Raises InvalidArgument.
 
-    element: Float32, or Float64 for a request column that feeds an input of doubles; the store has no such vectors.
+    element: Float32 or Float64. A request column that is a vector and feeds an input of doubles has Float64.
     """
     if not isinstance(length, int) or isinstance(length, bool) or not 1 <= length <= 65_536:
         raise InvalidArgument(f"Vector({length!r}): the length must be an integer from 1 to 65536")

@@ -65,8 +65,8 @@ RULES: Final = (
 )
 
 NOTES: Final = """
-The elements of a vector are Float32. A request column that is a vector and feeds an input of doubles is
-`Vector(n, Float64)`: its elements keep their 64 bits. Stored vectors, and those of functions, have Float32 elements.
+The elements of a Vector(n) are Float32, and those of a `Vector(n, Float64)` are Float64. A request column that is a
+vector and feeds an input of doubles is the latter. Vectors of on-demand functions have Float32 elements.
 
 A **missing** value is None, NaN, NaT, pandas.NA, an Arrow or polars null, a masked element of a NumPy array, a
 MessagePack nil or a JSON null. A stored feature holds it as NULL. A missing number inside a vector is NaN. Event times

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
-from shorttail.define.dtypes import WIDE_VECTOR_CODE, DType, parse_dtype
+from shorttail.define.dtypes import DType, parse_dtype
 from shorttail.define.durations import parse_duration
 from shorttail.define.entities import Entity, check_dtype
 from shorttail.define.names import check_name, check_text
@@ -35,11 +35,6 @@ class Feature:
     def __post_init__(self) -> None:
         check_name(self.name, "feature")
         check_dtype(self.dtype, f"feature '{self.name}'")
-        if self.dtype.code == WIDE_VECTOR_CODE:
-            raise InvalidArgument(
-                f"feature '{self.name}': stored vectors have Float32 elements; write Vector({self.dtype.width}), or a"
-                " Float64 feature for each element"
-            )
         check_text(self.description, f"feature '{self.name}': description")
         object.__setattr__(self, "default", check_default(self.name, self.dtype, self.default))
 
