@@ -43,6 +43,7 @@ sources = {
     "pages": [f"native/{part}.c" for part in ("crc32c", "page", "lookup", "tree", "merge", "load", "writeback")],
     "forest": [f"native/forest_{part}.c" for part in ("run", "build", "pack", "plain", "avx2", "avx512")],
     "wire": [],
+    "runs": [],
     "metrics": [],
     "transforms": [],
     "loadtest": [f"native/loadtest_{part}.c" for part in ("run", "open", "connection", "answer", "http", "encode")],

@@ -89,7 +89,7 @@ def plan_of(run: compare.Run, address: str, share: float) -> Traffic:
     """Return the plan of a mix. share: pushes per prediction."""
     workload = replace(run.workload, predict=SCENARIO)
     if share:
-        workload = replace(workload, push=VIEW, mix={"predict": 1.0, "push": share})
+        workload = replace(workload, push=VIEW, overwrite=True, mix={"predict": 1.0, "push": share})
     with st.Client(address) as client:
         return plan_rpc(workload, client.models(), client.views())
 

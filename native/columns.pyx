@@ -21,6 +21,7 @@ import numpy as np
 cimport numpy as cnp
 
 from shorttail.config import LIMITS
+from shorttail.define.names import decomposed, quoted
 from shorttail.define.values import Refused, as_column, as_value
 from shorttail.errors import InvalidArgument, ResourceExhausted
 
@@ -387,8 +388,12 @@ cdef class Columns:
         try:
             for name, value in values.items():
                 c = self.index.get(name)
+                if c is None:   # frames may have numbers as names; clients send them as text too
+                    c = self.index.get(str(name))
                 if c is None:
                     raise unknown_column(self, name)
+                if self.col[<int>c].filled != self.n_rows:
+                    raise InvalidArgument(f"column {name!r} is given twice")
                 append_column(self, c, value)
             return self.end_request()
         except BaseException:

@@ -2,7 +2,8 @@
 
 
 def unknown_column(Columns columns, name):
-    return InvalidArgument(f"unknown column {str(name)!r}; columns: {', '.join(columns.names)}")
+    return InvalidArgument(f"unknown column {quoted(name)}{decomposed(name, columns.names)}; "
+                           f"columns: {', '.join(columns.names)}")
 
 
 def empty_column(Columns columns, int c):

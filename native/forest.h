@@ -108,6 +108,7 @@ typedef struct {
     uint32_t *vote_target;
     double *vote;
     uint8_t *voted;                    /* [n_targets] whether any tree votes for the target */
+    uint32_t *leaf_node;               /* [n_leaves] the node of st_forest_graph that each leaf is a copy of */
 } st_forest;
 
 /* Build a forest. Returns ST_OK or a code above. The caller calls st_forest_free in either case. */
@@ -130,10 +131,15 @@ const st_kernel *st_kernel_avx512(void);   /* likewise */
 /* Choose a kernel. level: "avx512", "avx2", "scalar", or NULL for the best one. NULL if this CPU or build lacks it. */
 const st_kernel *st_kernel_choose(const char *level);
 
-/* Run a forest over n rows. rows: [n, width] of float, or of double if forest->wide. label: [n] class numbers, written;
-   NULL for a regressor, or to leave them out. scores: [n, n_targets] of float, or of double if wide_scores, written.
-   Returns ST_OK or ST_NO_MEMORY. */
+/* Run a forest over n rows. rows: [n, width] of float, or of double if forest->wide. alone: the rows are evaluated one
+   by one, as in a batch of one row. label: [n] class numbers, written; NULL for a regressor, or to leave them out.
+   scores: [n, n_targets] of float, or of double if wide_scores, written. Returns ST_OK or ST_NO_MEMORY. */
 int st_forest_run(const st_forest *forest, const st_kernel *kernel, const void *rows, size_t n, size_t width,
-                  int64_t *label, void *scores);
+                  int alone, int64_t *label, void *scores);
+
+/* Set reached[node] to 1 for the leaf nodes of st_forest_graph that these rows reach, and met[row] to 1 for the rows that
+   reach the node wanted[row], -1 for none. Returns as st_forest_run. */
+int st_forest_reach(const st_forest *forest, const st_kernel *kernel, const void *rows, size_t n, size_t width,
+                    uint8_t *reached, const int64_t *wanted, uint8_t *met);
 
 #endif

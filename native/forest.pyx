@@ -48,7 +48,8 @@ cdef extern from "forest.h" nogil:
         const char *name
     int st_forest_build(st_forest *, const st_forest_graph *)
     void st_forest_free(st_forest *)
-    int st_forest_run(const st_forest *, const st_kernel *, const void *, size_t, size_t, int64_t *, void *)
+    int st_forest_run(const st_forest *, const st_kernel *, const void *, size_t, size_t, int, int64_t *, void *)
+    int st_forest_reach(const st_forest *, const st_kernel *, const void *, size_t, size_t, uint8_t *, const int64_t *, uint8_t *)
     const st_kernel *st_kernel_choose(const char *)
 
 REASONS = {
@@ -100,7 +101,7 @@ cdef class Trees:
 
     cdef st_forest forest
     cdef const st_kernel *kernel
-    cdef readonly int n_features, n_targets, n_trees, n_leaves
+    cdef readonly int n_features, n_targets, n_trees, n_leaves, n_nodes
     cdef readonly bint wide, classifier
 
     def __cinit__(
@@ -154,6 +155,7 @@ cdef class Trees:
         self.n_targets = self.forest.n_targets
         self.n_trees = self.forest.n_trees
         self.n_leaves = self.forest.n_leaves
+        self.n_nodes = n
         self.wide = wide
         self.classifier = classifier
 
@@ -179,12 +181,8 @@ cdef class Trees:
             n += self.forest.trees[t].words > 0
         return n
 
-    def run(self, rows):
-        """Evaluate the forest for rows: float32 (float64 if wide) [n, n_features or more]. Releases the GIL.
-
-        Returns (class numbers int64 [n], or None for a regressor; scores [n, n_targets]). Raises Internal for other
-        types or shapes.
-        """
+    cdef cnp.ndarray _matrix(self, rows):
+        """Return the rows as a C-contiguous matrix. Raises Internal for other types or shapes than `run` takes."""
         if not cnp.PyArray_Check(rows):
             raise Internal("the model failed: its input is not an array")
         cdef cnp.ndarray x = rows
@@ -194,8 +192,27 @@ cdef class Trees:
                 f"the model failed: its input must be a {'float64' if self.wide else 'float32'} matrix with at least "
                 f"{self.n_features} columns, not {x.dtype} {rows.shape}"
             )
-        if not cnp.PyArray_IS_C_CONTIGUOUS(x):
-            x = np.ascontiguousarray(x)
+        return x if cnp.PyArray_IS_C_CONTIGUOUS(x) else np.ascontiguousarray(x)
+
+    def run(self, rows):
+        """Evaluate the forest for rows: float32 (float64 if wide) [n, n_features or more]. Releases the GIL.
+
+        Returns (class numbers int64 [n], or None for a regressor; scores [n, n_targets]). Raises Internal for other
+        types or shapes.
+        """
+        return self._run(self._matrix(rows), &self.forest, False)
+
+    def run_alone(self, rows):
+        """Evaluate the rows as `run` does, but one by one, as in batches of one row."""
+        return self._run(self._matrix(rows), &self.forest, True)
+
+    def run_raw(self, rows):
+        """Evaluate the forest as `run` does, without its post-transform."""
+        cdef st_forest raw = self.forest  # a copy of the struct; the arrays stay this object's
+        raw.post_transform = 0
+        return self._run(self._matrix(rows), &raw, False)
+
+    cdef tuple _run(self, cnp.ndarray x, const st_forest *forest, bint alone):
         cdef cnp.npy_intp[2] shape
         shape[0], shape[1] = x.shape[0], self.n_targets
         cdef size_t n = x.shape[0], width = x.shape[1]
@@ -210,10 +227,31 @@ cdef class Trees:
         cdef void *target = cnp.PyArray_DATA(scores)
         cdef int code
         with nogil:
-            code = st_forest_run(&self.forest, self.kernel, source, n, width, labels, target)
+            code = st_forest_run(forest, self.kernel, source, n, width, alone, labels, target)
         if code != ST_OK:
             raise MemoryError
         return label, scores
+
+    def reach(self, rows, uint8_t[::1] reached, const int64_t[::1] wanted):
+        """Set reached[node] to 1 for each node that is a leaf which a row reaches. Takes the rows of `run`.
+
+        reached: uint8 [nodes], by the node numbers that the forest was made of. wanted: int64 [n], a node for each row,
+        or -1. Returns whether each row reaches the node that is wanted, uint8 [n]. Raises Internal as `run` does.
+        """
+        cdef cnp.ndarray x = self._matrix(rows)
+        cdef const void *source = cnp.PyArray_DATA(x)
+        cdef size_t n = x.shape[0], width = x.shape[1]
+        cdef int code
+        _check(reached.shape[0] >= self.n_nodes and wanted.shape[0] == x.shape[0], "its arrays differ in length")
+        cdef cnp.ndarray met = np.zeros(x.shape[0], np.uint8)
+        cdef uint8_t *met_at = <uint8_t *>cnp.PyArray_DATA(met)
+        if n:
+            with nogil:
+                code = st_forest_reach(
+                    &self.forest, self.kernel, source, n, width, &reached[0], &wanted[0], met_at)
+            if code != ST_OK:
+                raise MemoryError
+        return met
 
 
 cdef _check(bint holds, reason):

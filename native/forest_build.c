@@ -128,12 +128,16 @@ static int add_leaf(st_builder *b, int32_t node) {
     const uint32_t begin = s->weight_begin[node], end = s->weight_begin[node + 1];
     if (begin == end) return ST_NO_WEIGHT;
     const size_t count = f->n_targets == 1 ? 1 : end - begin; /* with one target, only a leaf's first weight counts */
-    if (st_grow(&f->vote_begin, &b->leaf_room, f->n_leaves + 2u, sizeof(uint32_t))) return ST_NO_MEMORY;
+    size_t leaf_room = b->leaf_room;
+    if (st_grow(&f->leaf_node, &leaf_room, f->n_leaves + 2u, sizeof(uint32_t)) ||
+        st_grow(&f->vote_begin, &b->leaf_room, f->n_leaves + 2u, sizeof(uint32_t)))
+        return ST_NO_MEMORY;
     if (b->n_votes + count > b->vote_room) {
         size_t room = b->vote_room;
         if (st_grow(&f->vote_target, &room, b->n_votes + count, sizeof(uint32_t))) return ST_NO_MEMORY;
         if (st_grow(&f->vote, &b->vote_room, b->n_votes + count, sizeof(double))) return ST_NO_MEMORY;
     }
+    f->leaf_node[f->n_leaves] = (uint32_t)node;
     f->vote_begin[f->n_leaves++] = (uint32_t)b->n_votes;
     for (size_t i = 0; i < count; i++) {
         const int32_t target = f->n_targets == 1 ? 0 : s->weight_target[begin + i];
@@ -257,7 +261,7 @@ int st_forest_build(st_forest *forest, const st_forest_graph *source) {
 void st_forest_free(st_forest *f) {
     void *owned[] = {f->base,  f->columns, f->set_values, f->set_bits,        f->ranks,      f->rank_begin,  f->trees,
                      f->steps, f->tests,   f->leaf_value, f->leaf_value_wide, f->vote_begin, f->vote_target, f->vote,
-                     f->voted};
+                     f->voted, f->leaf_node};
     for (size_t i = 0; i < sizeof owned / sizeof *owned; i++) free(owned[i]);
     memset(f, 0, sizeof *f);
 }

@@ -188,9 +188,9 @@ static size_t tile_blocks(const st_forest *f, size_t n) {
 }
 
 int st_forest_run(const st_forest *f, const st_kernel *kernel, const void *rows, size_t n, size_t width,
-                  int64_t *label, void *scores) {
+                  int alone, int64_t *label, void *scores) {
     if (!n) return ST_OK;
-    const int alone = n <= f->alone_rows;
+    alone = alone || n <= f->alone_rows;
     const size_t blocks = alone ? 1 : tile_blocks(f, n), stride = alone ? 1 : ST_BLOCK;
     const size_t column_floats = blocks * f->n_columns * stride, sum_count = blocks * f->n_targets * stride;
     /* The memory holds columns, sums as floats or doubles, one row's sums, and which targets have votes. */
@@ -222,6 +222,28 @@ int st_forest_run(const st_forest *f, const st_kernel *kernel, const void *rows,
         }
     }
     if (memory != (char *)small) free(memory);
+    return ST_OK;
+}
+
+int st_forest_reach(const st_forest *f, const st_kernel *kernel, const void *rows, size_t n, size_t width,
+                    uint8_t *reached, const int64_t *wanted, uint8_t *met) {
+    float *columns = malloc((size_t)f->n_columns * ST_BLOCK * sizeof(float));
+    uint32_t leaf[ST_BLOCK];
+    if (!columns) return ST_NO_MEMORY;
+    memset(columns, 0, (size_t)f->n_columns * ST_BLOCK * sizeof(float));
+    for (size_t first = 0; first < n; first += ST_BLOCK) {
+        const uint32_t here = n - first < ST_BLOCK ? (uint32_t)(n - first) : ST_BLOCK;
+        columns_of(f, rows, first, here, width, columns, ST_BLOCK);
+        for (uint32_t t = 0; t < f->n_trees; t++) {
+            kernel->leaves(f, f->trees + t, columns, here, leaf);
+            for (uint32_t i = 0; i < here; i++) {
+                const uint32_t node = f->leaf_node[leaf[i]];
+                reached[node] = 1;
+                met[first + i] |= node == wanted[first + i];
+            }
+        }
+    }
+    free(columns);
     return ST_OK;
 }
 

@@ -20,7 +20,7 @@ static void ST_TYPED(softmax)(ST_SCORE *s, uint32_t n, int skip_zeros) {
         if ((float)s[i] > highest) highest = (float)s[i];
     const float zero_scale = skip_zeros ? expf(-highest) : 0;
     for (uint32_t i = 0; i < n; i++) {
-        if (skip_zeros && fabsf((float)s[i]) <= 0.0000001f) {
+        if (skip_zeros && !(fabsf((float)s[i]) > 0.0000001f)) { /* also NaN, which then leaves the total alone */
             s[i] *= zero_scale;
         } else {
             s[i] = expf((float)s[i] - highest);
@@ -94,13 +94,18 @@ static int64_t ST_TYPED(finish_classes)(const st_forest *f, ST_SCORE *s, const u
     return best < 0 ? 0 : best;
 }
 
-static void ST_TYPED(finish_targets)(const st_forest *f, ST_SCORE *s) {
+static void ST_TYPED(finish_targets)(const st_forest *f, ST_SCORE *s, const uint8_t *voted) {
     if (f->aggregate == ST_AVERAGE)
         for (uint32_t k = 0; k < f->n_targets; k++) s[k] /= (ST_SCORE)f->n_trees;
     if (f->n_base == f->n_targets)
         for (uint32_t k = 0; k < f->n_targets; k++) s[k] += (ST_SCORE)f->base[k];
-    if (f->n_targets > 1) ST_TYPED(transform)(f, s, f->n_targets);
-    else if (f->post_transform == ST_PROBIT) s[0] = probit((float)s[0]);
+    if (f->n_targets > 1) {
+        for (uint32_t k = 0; k < f->n_targets; k++)
+            if (!voted[k]) s[k] = 0; /* a target without votes counts as zero, whatever its base value */
+        ST_TYPED(transform)(f, s, f->n_targets);
+    } else if (f->post_transform == ST_PROBIT) {
+        s[0] = probit((float)s[0]);
+    }
 }
 
 /* Finish one row. sum: [n_targets], overwritten. label: the class numbers of all rows, or NULL. */
@@ -110,7 +115,7 @@ static void ST_TYPED(finish)(const st_forest *f, ST_SCORE *sum, const uint8_t *h
         const int64_t best = ST_TYPED(finish_classes)(f, sum, has);
         if (label) label[row] = best;
     } else {
-        ST_TYPED(finish_targets)(f, sum);
+        ST_TYPED(finish_targets)(f, sum, has);
     }
     const size_t at = row * f->n_targets;
     if (f->wide_scores)

@@ -116,10 +116,15 @@ int st_merge(st_merger *m, st_fault *fault)
         if (n_stored) st_page_items(m->layout, found->page, stored);
         sort(stored, n_stored);
         size_t n_all = merge_sorted(stored, n_stored, m->rows + m->next, n_new, all);
-        n_all = st_dedupe(m->layout, all, n_all);
+        st_lost before = m->lost;
+        m->lost.stored = found->page;
+        n_all = st_dedupe(m->layout, all, n_all, &m->lost);
         int outcome = build(m, all, n_all, key, depth, &used);
         if (outcome < 0) return fail(fault, "it has more rows than a page image can hold", key);
-        if (outcome == ST_MERGE_ROOM) return m->n_images ? ST_MERGE_OK : ST_MERGE_ROOM;
+        if (outcome == ST_MERGE_ROOM) {
+            m->lost = before; /* the bucket is merged again */
+            return m->n_images ? ST_MERGE_OK : ST_MERGE_ROOM;
+        }
         m->next = stop;
     }
     return ST_MERGE_OK;

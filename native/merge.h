@@ -25,7 +25,7 @@ typedef struct {
     const st_layout *layout;
     uint32_t table_id;
     uint32_t depth_grow; /* see st_splitter */
-    const st_item *rows; /* sorted, one row per key */
+    const st_item *rows; /* sorted; of equal keys, in the order given */
     size_t n;
     size_t next; /* index of the first row that is not merged yet */
     uint8_t *arena;
@@ -37,6 +37,7 @@ typedef struct {
     size_t scratch_items;
     st_found ahead[ST_AHEAD];
     size_t looked; /* the buckets of all rows before this index have been found */
+    st_lost lost;  /* rows that were merged and not kept; the caller sets its rows and n_rows */
 } st_merger;
 
 enum { ST_MERGE_OK = 0, ST_MERGE_ROOM = 1 /* the arena is too small for the next bucket's images */ };

@@ -17,19 +17,19 @@ from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 cdef enum:
     C_HEADER = 64
     C_SLOTS = 256
-    C_SLOT = 192
+    C_SLOT = 216
     C_CODES = 9
-    C_NAME_BYTES = 64
+    C_NAME_BYTES = 256      # room for LIMITS.name_bytes
     C_BOUNDS = 22
     C_ROW_BOUNDS = 15
     C_STAGES = 6
     AT_METHOD = 1
     AT_LENGTH = 2
     AT_NAME = 3
-    AT_ROWS = 11
-    AT_REQUESTS = 12        # 2 protocols with 9 codes each
-    AT_BATCHES = 30         # buckets of up to 1, 2, 4 ... 16384 rows, and of more
-    AT_STAGES = 48
+    AT_ROWS = 35
+    AT_REQUESTS = 36        # 2 protocols with 9 codes each
+    AT_BATCHES = 54         # buckets of up to 1, 2, 4 ... 16384 rows, and of more
+    AT_STAGES = 72
     C_STAGE = 24            # 22 buckets, one for longer times, the sum
 
 HEADER_WORDS = C_HEADER
@@ -93,7 +93,7 @@ cdef class Recorder:
             slot = self._slot(self._used)
             if not slot[0]:
                 break
-            name = (<char *>&slot[AT_NAME])[:min(<Py_ssize_t>slot[AT_LENGTH], C_NAME_BYTES)].decode("ascii", "replace")
+            name = (<char *>&slot[AT_NAME])[:min(<Py_ssize_t>slot[AT_LENGTH], C_NAME_BYTES)].decode("utf-8", "replace")
             self._slots[<int>slot[AT_METHOD] % len(METHODS)][name] = self._used
             self._used += 1
 
@@ -115,7 +115,7 @@ cdef class Recorder:
         return self._new_slot(method, name) if found is None else <int>found
 
     cdef int _new_slot(self, int method, str name) except -1:
-        cdef bytes text = name.encode("ascii", "replace")[:C_NAME_BYTES]
+        cdef bytes text = name.encode("utf-8", "replace")[:C_NAME_BYTES]
         cdef uint64_t *slot
         if self._used >= C_SLOTS - 2 * len(METHODS) and name not in (UNKNOWN, ""):
             return self._find(method, UNKNOWN)   # the last slots are reserved for UNKNOWN and ""

@@ -92,17 +92,63 @@ static int64_t event_time(const st_layout *l, const st_item *item)
     return (int64_t)st_load64(item->row + l->time_offset);
 }
 
-size_t st_dedupe(const st_layout *l, st_item *items, size_t n)
+/* The push that gave an item: 0 .. n_pushes, or SIZE_MAX for a stored row. */
+static size_t push_of(const st_lost *lost, const st_item *item)
 {
-    size_t kept = 0, run = 0; /* run: index of the first kept item with the current hash */
-    for (size_t i = 0; i < n; i++) {
-        if (kept == 0 || items[kept - 1].hash != items[i].hash) run = kept;
-        size_t j = run;
-        while (j < kept && !same_key(l, &items[j], &items[i])) j++;
-        if (j == kept)
-            items[kept++] = items[i];
-        else if (event_time(l, &items[i]) >= event_time(l, &items[j]))
-            items[j] = items[i];
+    if (lost->stored && item->heap == lost->stored) return SIZE_MAX;
+    size_t low = 0, high = lost->n_pushes;
+    while (low < high) {
+        size_t middle = low + (high - low) / 2;
+        if (lost->pushes[middle] <= item->row) low = middle + 1; else high = middle;
+    }
+    return low;
+}
+
+/* Count the items start .. stop - 1 with the key of items[start], all of one push, that lost against the winner. */
+static void count_lost(const st_layout *l, const st_item *items, size_t start, size_t stop, size_t winner, st_lost *lost)
+{
+    if (push_of(lost, &items[start]) == SIZE_MAX) return;
+    for (size_t i = start; i < stop; i++) {
+        if (i == winner || !same_key(l, &items[start], &items[i])) continue;
+        int older = event_time(l, &items[i]) < event_time(l, &items[winner]);
+        if (lost->rows) lost->rows[older ? lost->n_older : lost->n_rows - 1 - lost->n_duplicate] = items[i].row;
+        if (older) lost->n_older++; else lost->n_duplicate++;
+    }
+}
+
+/* Of the items start .. stop - 1, which have one hash, put the winner among those with the key of items[start] first,
+ * and the items with other keys after it, in their order. Returns the new stop. */
+static size_t keep_one(const st_layout *l, st_item *items, size_t start, size_t stop, st_lost *lost)
+{
+    size_t winner = start, first = start, left = start + 1; /* first: the first item of the present push */
+    size_t push = push_of(lost, &items[start]);
+    for (size_t i = start + 1; i < stop; i++) {
+        if (!same_key(l, &items[start], &items[i])) continue;
+        size_t next = push_of(lost, &items[i]);
+        if (next != push) {
+            count_lost(l, items, first, i, winner, lost);
+            push = next;
+            first = i;
+        }
+        if (event_time(l, &items[i]) >= event_time(l, &items[winner])) winner = i;
+    }
+    count_lost(l, items, first, stop, winner, lost);
+    st_item kept = items[winner];
+    for (size_t i = start + 1; i < stop; i++)
+        if (!same_key(l, &kept, &items[i])) items[left++] = items[i];
+    items[start] = kept;
+    return left;
+}
+
+size_t st_dedupe(const st_layout *l, st_item *items, size_t n, st_lost *lost)
+{
+    size_t kept = 0;
+    for (size_t start = 0, next; start < n; start = next) {
+        for (next = start + 1; next < n && items[next].hash == items[start].hash;) next++;
+        for (size_t stop = next; start < stop; start++) {
+            if (stop - start > 1) stop = keep_one(l, items, start, stop, lost);
+            items[kept++] = items[start];
+        }
     }
     return kept;
 }

@@ -148,9 +148,21 @@ uint32_t st_output_bytes(uint32_t to);
  * has set them to zero. */
 void st_lookup(const st_view *views, size_t n_views, size_t n);
 
+/* Counts the rows given that st_dedupe did not keep. Items may come from several pushes, in their order: a row that a
+ * later push replaces was kept, and is not counted. */
+typedef struct {
+    const uint8_t *stored; /* a page: its rows were stored before, and are not counted; NULL: all rows are given */
+    const uint8_t **pushes; /* the address of the first row of each push, sorted; NULL: all rows are of one push */
+    size_t n_pushes;
+    const uint8_t **rows; /* NULL, or room for the rows that are counted: older ones at the front, others at the end */
+    size_t n_rows;        /* the length of rows */
+    uint64_t n_older;     /* the row that was kept has a later event time */
+    uint64_t n_duplicate; /* it has the same event time, and was given later */
+} st_lost;
+
 /* Remove duplicates from sorted items: per key, keep the item with the latest event time, or the last of those. Returns
  * the number of items kept. */
-size_t st_dedupe(const st_layout *layout, st_item *items, size_t n);
+size_t st_dedupe(const st_layout *layout, st_item *items, size_t n, st_lost *lost);
 
 uint32_t st_page_rows(const uint8_t *page);
 uint32_t st_page_depth(const uint8_t *page);

@@ -88,12 +88,19 @@ cdef extern from "page.h" nogil:
         uint32_t depth
         size_t start, stop
         uint64_t bytes
+    ctypedef struct st_lost:
+        const uint8_t *stored
+        const uint8_t **pushes
+        size_t n_pushes
+        const uint8_t **rows
+        size_t n_rows
+        uint64_t n_older, n_duplicate
     int st_layout_finish(st_layout *)
     uint64_t st_hash_row(const st_layout *, const uint8_t *, const uint8_t *)
     st_convert st_conversion(uint32_t, uint32_t)
     uint32_t st_output_bytes(uint32_t)
     void st_lookup(const st_view *, size_t, size_t)
-    size_t st_dedupe(const st_layout *, st_item *, size_t)
+    size_t st_dedupe(const st_layout *, st_item *, size_t, st_lost *)
     uint32_t st_page_rows(const uint8_t *)
     uint32_t st_page_depth(const uint8_t *)
     uint32_t st_page_bytes(const uint8_t *)
@@ -176,6 +183,7 @@ cdef extern from "merge.h" nogil:
         size_t arena_bytes
         st_image *images
         size_t images_max, n_images
+        st_lost lost
     int st_merge(st_merger *, st_fault *)
     void st_merge_free(st_merger *)
 
@@ -241,7 +249,7 @@ cdef class GenerationWord:
 
     def poison(self):
         """Make load() return a value that no commit has. In a forked child, readers then look closer and are refused."""
-        self.poison_value = UINT64_MAX
+        self.poison_value = <uint64_t>INT64_MIN  # as a signed number not -1 or -2, which snapshots have
         self.word = &self.poison_value
 
     cpdef release(self):

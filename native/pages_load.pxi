@@ -52,6 +52,7 @@ cdef class RowPartitions:
     """
     cdef readonly Layout layout
     cdef st_load c
+    cdef st_lost lost
 
     def __cinit__(self, Layout layout not None, uint32_t bits, uint32_t skip_bits, size_t chunk_bytes,
                   size_t memory_limit):
@@ -66,6 +67,15 @@ cdef class RowPartitions:
     def __len__(self):
         """Return the number of rows added, including rows with equal keys."""
         return self.c.n_rows
+
+    @property
+    def older(self):
+        """The rows that take() and move() dropped so far because the row they kept has a later event time.
+
+        move() drops rows before the last row of their key is known. So some older rows of a key that has more rows than
+        fit in the memory of a range are not counted here, but as duplicates.
+        """
+        return self.lost.n_older
 
     @property
     def memory_bytes(self):
@@ -246,7 +256,7 @@ cdef class RowRange:
             outcome = st_chunks_read(&self.owner.c, first, to, fd, self.buffer + buffer_at, self.unsorted)
             if outcome == 0:
                 st_sort(self.unsorted, self.items + self.n, n, self.counts)
-                self.n += st_dedupe(&self.owner.layout.c, self.items + self.n, n)
+                self.n += st_dedupe(&self.owner.layout.c, self.items + self.n, n, &self.owner.lost)
         return _load_outcome(outcome)
 
 

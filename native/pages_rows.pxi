@@ -1,12 +1,11 @@
 # SortedRows and join(), for upserts and deletes. Part of pages.pyx.
 
 cdef class SortedRows:
-    """SortedRows(layout, parts): rows to write or remove, sorted by hash, one row per key.
+    """SortedRows(layout, parts, pushes=()): rows to write or remove, sorted by hash.
 
-    Of rows with equal keys, the row with the latest event time is kept; at equal times, the last row. parts: pairs
-    (rows, arena) of buffers. rows: n * layout.row_bytes bytes in the row format; a string is a u32 offset into the
-    arena and a u32 length. The buffers are kept and read in place. Raises ValueError if a string lies outside its
-    arena.
+    parts: pairs (rows, arena) of buffers. rows: n * layout.row_bytes bytes in the row format; a string is a u32 offset
+    into the arena and a u32 length. The buffers are kept and read in place. pushes: the number of rows of each push, in
+    the order of the rows; a push does not extend over two parts. Raises ValueError if a string lies outside its arena.
     """
     cdef readonly Layout layout
     cdef st_item *items
@@ -16,7 +15,7 @@ cdef class SortedRows:
     cdef st_merger merger
     cdef bytearray arena  # memory for the images of merge_all()
 
-    def __cinit__(self, Layout layout not None, parts):
+    def __cinit__(self, Layout layout not None, parts, pushes=()):
         cdef size_t total = 0, at = 0, v
         cdef st_item *unsorted
         cdef size_t *counts
@@ -31,19 +30,43 @@ cdef class SortedRows:
                 self.n_views += 1
             total += self.views[self.n_views - 2].len // layout.c.row_bytes
         self.items = <st_item *>PyMem_Malloc((total + 1) * sizeof(st_item))
+        self.merger.lost.rows = <const uint8_t **>PyMem_Malloc((total + 1) * sizeof(uint8_t *))
         unsorted = <st_item *>PyMem_Malloc((total + 1) * sizeof(st_item))
         counts = <size_t *>PyMem_Malloc((st_sort_counts(total) + 1) * sizeof(size_t))
         try:
-            if self.items is NULL or unsorted is NULL or counts is NULL:
+            if self.items is NULL or self.merger.lost.rows is NULL or unsorted is NULL or counts is NULL:
                 raise MemoryError
             for v in range(0, self.n_views, 2):
                 at += self._read(&self.views[v], &self.views[v + 1], unsorted + at)
             with nogil:
                 st_sort(unsorted, self.items, total, counts)
-                self.n = st_dedupe(&self.layout.c, self.items, total)
+            self.n = total
+            self.merger.lost.n_rows = total
         finally:
             PyMem_Free(unsorted)
             PyMem_Free(counts)
+        if len(pushes) > 1:
+            self._mark(pushes)
+
+    cdef int _mark(self, pushes) except -1:
+        """Set the first row of each push."""
+        cdef st_lost *lost = &self.merger.lost
+        cdef size_t k, v = 0, at = 0
+        first = []
+        for rows in pushes:
+            while at == <size_t>self.views[v].len and v + 2 < self.n_views:
+                v, at = v + 2, 0
+            first.append(<size_t>self.views[v].buf + at)
+            at += rows * self.layout.c.row_bytes
+            if at > <size_t>self.views[v].len:
+                raise ValueError("a push has more rows than its part")
+        lost.pushes = <const uint8_t **>PyMem_Malloc(len(first) * sizeof(uint8_t *))
+        if lost.pushes is NULL:
+            raise MemoryError
+        for k, address in enumerate(sorted(first)):
+            lost.pushes[k] = <const uint8_t *><size_t>address
+        lost.n_pushes = len(first)
+        return 0
 
     def __dealloc__(self):
         cdef size_t v
@@ -51,6 +74,8 @@ cdef class SortedRows:
             PyBuffer_Release(&self.views[v])
         PyMem_Free(self.views)
         PyMem_Free(self.items)
+        PyMem_Free(self.merger.lost.rows)
+        PyMem_Free(self.merger.lost.pushes)
         PyMem_Free(self.merger.images)
         st_merge_free(&self.merger)
 
@@ -73,6 +98,31 @@ cdef class SortedRows:
                             raise ValueError("a row refers to a string outside its arena")
                 out[i].hash = st_hash_row(c, out[i].row, out[i].heap)
         return n
+
+    def lost(self):
+        """Return which rows were merged and not kept: a byte per row, in the order given; None if all were kept.
+
+        0: the row was kept, at least until a later push. 1, older: the row that was kept for its key, which may have
+        been stored before, has a later event time. 2, duplicate: it has the same event time, and was given later.
+        """
+        cdef const st_lost *c = &self.merger.lost
+        cdef size_t k
+        if c.n_older + c.n_duplicate == 0:
+            return None
+        found = bytearray(self.n)
+        for k in range(c.n_older):
+            found[self._number(c.rows[k])] = 1
+        for k in range(c.n_rows - c.n_duplicate, c.n_rows):
+            found[self._number(c.rows[k])] = 2
+        return found
+
+    cdef size_t _number(self, const uint8_t *row) noexcept:
+        """Return the number of a row in the order given."""
+        cdef size_t v = 0, before = 0
+        while not 0 <= row - <const uint8_t *>self.views[v].buf < self.views[v].len:
+            before += self.views[v].len // self.layout.c.row_bytes
+            v += 2
+        return before + (row - <const uint8_t *>self.views[v].buf) // self.layout.c.row_bytes
 
     def hash(self, size_t i):
         """Return the hash of row i as 8 bytes, big-endian, like a bucket key. Raises IndexError."""
@@ -167,12 +217,14 @@ cdef class SortedRows:
             if both is NULL or counts is NULL:
                 raise MemoryError
             # Stored rows come first, so that at equal event times the new row, being last, is kept.
+            self.merger.lost.stored = bucket.page
             if bucket.n:
                 memcpy(both, bucket.items, bucket.n * sizeof(st_item))
             memcpy(both + bucket.n, self.items + i, n_new * sizeof(st_item))
             st_sort(both, both + n_all, n_all, counts)
             buckets = _Buckets(self.layout, table_id, depth_grow)
-            buckets.start(both + n_all, st_dedupe(&self.layout.c, both + n_all, n_all), bucket.key, bucket.depth)
+            n_all = st_dedupe(&self.layout.c, both + (bucket.n + n_new), n_all, &self.merger.lost)
+            buckets.start(both + (bucket.n + n_new), n_all, bucket.key, bucket.depth)
             images.extend(buckets)
             return 0
         finally:
@@ -256,6 +308,7 @@ cdef class _Bucket:
     """A bucket to be edited: its rows sorted by hash, and the range of the edit's rows that belong to it."""
     cdef uint64_t key
     cdef uint32_t depth
+    cdef const uint8_t *page
     cdef st_item *items  # they point into the page, which must outlive this object
     cdef size_t n        # rows in the page
     cdef size_t stop     # index after the last of the edit's rows that belong to the bucket
@@ -265,7 +318,7 @@ cdef class _Bucket:
         cdef const char *wrong
         cdef size_t *counts
         cdef uint64_t last
-        self.key = key
+        self.key, self.page = key, page
         if page is not NULL:
             wrong = st_check_page(&rows.layout.c, page, n_bytes, table_id, key)
             if wrong is not NULL:

@@ -1,3 +1,4 @@
+cimport numpy as cnp
 from cpython.ref cimport PyObject
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
@@ -58,12 +59,16 @@ cdef class WireRoute(Route):
     cdef int64_t version
     cdef WireRoute canary           # answers the requests that `split` takes; None: no canary
     cdef Split split
+    cdef WireRoute suspects         # batches the requests of Router.suspects; None until there is one
+    cdef readonly bint for_suspects     # it is the `suspects` of another route
+    cdef public double requests_per_run     # how many may share a run (models/request_runs.py); inf: any number
     cdef readonly bint busy         # a batch runs in a thread; the next batch waits until it has run
     cdef Batch open                 # takes requests; None until a request comes
     cdef Batch spare_batch          # an empty batch, kept so that its memory is reused
     cdef public bint threaded       # its batches run in a thread, outside the event loop
     # Admission: wire_limits.pxi. Costs are in ns of CPU time.
-    cdef double expected_batch_ns, expected_row_ns      # cost of a batch and of a row, as warm-up measured them
+    cdef double expected_batch_ns, expected_row_ns      # cost of a batch and of a row, up to the factor `scale`
+    cdef double n_samples, rows_sum, rows_squares, ns_sum, ns_rows  # of batches lately, each weighted by its age
     cdef double scale               # measured cost / expected cost, a moving average; 0: not measured yet
     cdef readonly double batch_cost_ns, row_cost_ns     # expected cost times scale
     cdef readonly double admitted_ns    # cost of its requests that wait or run, if they run in a thread
@@ -79,6 +84,7 @@ cdef class WireRoute(Route):
     cdef list pieces                # constant bytes: before each output array, and after the last
     cdef list view_pieces           # encoded names of the views
     cdef bytes defaults             # 1 where a feature has a default
+    cdef WireRoute suspects_route(self)
     cdef bint matches_request(self, bint features, const uint8_t *key, Py_ssize_t size, int64_t version) noexcept
     cdef int make_reply_template(self, list output_names) except -1
 
@@ -103,6 +109,8 @@ cdef class Batch:
     cdef int add(self, Connection connection, uint32_t msgid, const options_t *options, Py_ssize_t rows) except -1
     cdef int release(self, request_t *request) except -1
     cdef int recycle(self) except -1
+    cdef cnp.ndarray check_result(self, result)
+    cdef int answer(self, Py_ssize_t number, cnp.ndarray statuses, int64_t version) except -1
     cdef int put_reply(self, mp_out *out, request_t *request, Encoder encoder, const uint8_t *statuses,
                        Py_ssize_t n_statuses, int64_t version) except -1
 
@@ -125,6 +133,7 @@ cdef class Router:
     cdef public object fault        # called with every exception that is not a ShorttailError
     cdef public object forward      # forwards a push or delete to the writer; None: no writer
     cdef readonly dict handlers
+    cdef public dict suspects       # sender -> until when, in ns of CLOCK_MONOTONIC: server/senders.py
     cdef readonly set connections
     cdef dict models                # name bytes, or (name bytes, version) -> WireRoute
     cdef dict features              # bytes of the array of references -> WireRoute
@@ -164,7 +173,7 @@ cdef class Router:
     cdef Py_ssize_t n_deferred, deferred_capacity
     cdef readonly Py_ssize_t deferred_bytes     # received bytes that the deferred requests keep in memory
     cdef uint32_t rotation          # which connection comes first among requests of the same age
-    cdef int wake(self) except -1
+    cpdef int wake(self) except -1
     cdef WireRoute model_route(self, const uint8_t *name, Py_ssize_t size, int64_t version)
     cdef WireRoute features_route(self, const uint8_t *refs, Py_ssize_t size)
 
@@ -187,6 +196,7 @@ cdef class Connection:
     cdef bint secure                # over TLS, which has no half-closed connections
     cdef readonly int access
     cdef Py_ssize_t requests_before_auth
+    cdef readonly object sender     # (token's digest or None, address or an object of its own): who is blamed
     cdef object peer                # the address under which it is counted in Router.peers
     # Timeouts; times are in seconds of the clock of Router.sweep, 0: not set.
     cdef bint received              # bytes came since the last sweep

@@ -43,6 +43,7 @@ from shorttail.errors import (
     DeadlineExceeded, Internal, InvalidArgument, NotFound, PermissionDenied, ResourceExhausted, ShorttailError,
     Unauthenticated,
 )
+from shorttail.models.request_runs import ANY_NUMBER, RequestRows
 from shorttail.protocol import unpack_ext
 
 cnp.import_array()
@@ -101,6 +102,7 @@ cdef class Router:
         self.forward = None
         self.access = ACCESS_ADMIN
         self.auth = None
+        self.suspects = {}
         self.peers = {}
         self.errors = {}
         self.traced = []
@@ -136,7 +138,7 @@ cdef class Router:
                 raise AttributeError(f"a router has no limit {name!r}")
             setattr(self, name, value)
 
-    cdef int wake(self) except -1:
+    cpdef int wake(self) except -1:
         """Schedule `run` for this turn of the event loop, if it is not scheduled yet."""
         if not self.run_scheduled:
             self.run_scheduled = True
@@ -220,10 +222,12 @@ cdef class Router:
         for routes in (self.models, self.features):
             for route in routes.values():
                 _count_shed(self, route)
-                route.stale = True
-                route.spare_batch = None
-                if route.open is not None and route.open.n_requests == 0:
-                    route.open = None
+                while route is not None:
+                    route.stale = True
+                    route.spare_batch = None
+                    if route.open is not None and route.open.n_requests == 0:
+                        route.open = None
+                    route = route.suspects
             routes.clear()
         for connection in self.connections:
             connection.last_route = None

@@ -10,9 +10,26 @@ cdef class WireRoute:
         self.version = plan.version
         self.view_pieces = [msgpack.packb(name) for name in plan.view_names]
         self.defaults = bytes(plan.has_default)
+        self.requests_per_run = 1.0 if plan.runner is not None and plan.runner.by_request else ANY_NUMBER
         _init_cost(self)
         self.spare_batch = Batch(self, plan.new_columns())
         self.names = ColumnNames(self.spare_batch.columns)
+
+    cdef WireRoute suspects_route(self):
+        """Return the route that batches the requests of suspects, and make it at the first one."""
+        if self.suspects is None:
+            self.suspects = WireRoute(self.plan, self.key, self.asked_version)
+            self.suspects.for_suspects = True
+        return self.suspects
+
+    def learn(self, double rows, double batch_ns, bint full=False):
+        """Update the cost estimate with a batch of so many rows. full: requests were refused because of the budget."""
+        self.full = full
+        _learn(self, rows, batch_ns)
+
+    def of_suspects(self):
+        """As suspects_route, for requests that came by another protocol."""
+        return self.suspects_route()
 
     cdef bint matches_request(self, bint features, const uint8_t *key, Py_ssize_t size, int64_t version) noexcept:
         """Whether a request goes to this route. key: encoded name or references; version: -1 for the current one."""
@@ -166,6 +183,31 @@ cdef class Batch:
     def n_rows(self):
         return self.columns.n_rows
 
+    def requests(self):
+        """Return (number, first row, rows) of each request that has no answer yet, in order of their rows."""
+        cdef Py_ssize_t i
+        cdef request_t *entry
+        found = []
+        for i in range(self.n_requests):
+            entry = &self.request[i]
+            if entry.connection is not NULL or entry.flags & SILENT:
+                found.append(RequestRows(i, entry.first, entry.rows))
+        return found
+
+    def refuse(self, Py_ssize_t number, str code, str message):
+        """Answer one request with an error. Returns its sender."""
+        cdef request_t *entry = &self.request[number]
+        cdef Connection connection
+        sender = None
+        if entry.connection is not NULL:
+            connection = <Connection>entry.connection
+            sender = connection.sender
+            connection.put_error(entry.msgid, code, message)
+            _count_unanswered(self, number, code, message)
+        self.release(entry)
+        self.waiting -= 1
+        return sender
+
     def leave_loop(self):
         """Run this batch in a thread: the route's next batch waits until it has run.
 
@@ -213,20 +255,32 @@ cdef class Batch:
                 self.release(entry)
         self.recycle()
 
+    def reply_to(self, numbers, result):
+        """Answer these requests with their rows of a pipeline.BatchResult. `reply` has to follow for the others."""
+        cdef cnp.ndarray statuses = self.check_result(result)
+        cdef Py_ssize_t number
+        for number in numbers:
+            self.answer(number, statuses, result.version)
+
     def reply(self, result):
-        """Answer each request with its rows of a pipeline.BatchResult.
+        """Answer each request that has no answer yet with its rows of a pipeline.BatchResult.
 
         Raises Internal if an output's first dimension or the statuses' shape is not that of the batch. Requests that
         have no answer then still have to be answered by `fail`.
         """
-        cdef Py_ssize_t i, n_statuses, n_rows = self.columns.n_rows
-        cdef cnp.ndarray statuses
+        cdef cnp.ndarray statuses = self.check_result(result)
+        cdef Py_ssize_t i
+        for i in range(self.n_requests):
+            self.answer(i, statuses, result.version)
+        _learn_cost(self)
+        self.recycle()
+
+    cdef cnp.ndarray check_result(self, result):
+        """Give the outputs of a result to the encoder, and return its statuses. Raises Internal for a wrong shape."""
+        cdef Py_ssize_t n_statuses, n_rows = self.columns.n_rows
         cdef Encoder encoder = self.route.encoder
+        cdef cnp.ndarray statuses
         cdef list outputs = result.outputs
-        cdef request_t *entry
-        cdef Connection connection
-        cdef size_t mark
-        cdef int64_t version = result.version
         if encoder is None or not encoder.set_arrays(outputs, n_rows):
             self.route.make_reply_template([name for name, _ in outputs])
             encoder = self.route.encoder
@@ -237,25 +291,31 @@ cdef class Batch:
                 or cnp.PyArray_DIM(statuses, 1) != n_rows or cnp.PyArray_TYPE(statuses) != cnp.NPY_UINT8
                 or self.route.features and PyBytes_GET_SIZE(self.route.defaults) != n_statuses):
             raise Internal("the statuses of a result must be uint8 [views or features, rows of the batch]")
-        if not cnp.PyArray_IS_C_CONTIGUOUS(statuses):
-            statuses = np.ascontiguousarray(statuses)
-        for i in range(self.n_requests):
-            entry = &self.request[i]
-            if entry.connection is NULL:
-                continue
-            connection = <Connection>entry.connection
-            if connection.state != GONE:
-                mark = connection.out.size
-                try:
-                    self.put_reply(&connection.out, entry, encoder,
-                                   <const uint8_t *>cnp.PyArray_DATA(statuses), n_statuses, version)
-                except BaseException:
-                    connection.out.size = mark
-                    raise
+        return statuses if cnp.PyArray_IS_C_CONTIGUOUS(statuses) else np.ascontiguousarray(statuses)
+
+    cdef int answer(self, Py_ssize_t number, cnp.ndarray statuses, int64_t version) except -1:
+        """Write the reply to a request, unless it has its answer. A request that cannot be encoded fails alone."""
+        cdef request_t *entry = &self.request[number]
+        cdef Connection connection
+        cdef size_t mark
+        if entry.connection is NULL:
+            entry.flags = 0
+            return 0
+        connection = <Connection>entry.connection
+        if connection.state != GONE:
+            mark = connection.out.size
+            try:
+                self.put_reply(&connection.out, entry, self.route.encoder,
+                               <const uint8_t *>cnp.PyArray_DATA(statuses), cnp.PyArray_DIM(statuses, 0), version)
                 connection.schedule_write()
-            self.release(entry)
-        _learn_cost(self)
-        self.recycle()
+            except Exception as error:
+                connection.out.size = mark
+                if connection.router.fault is not None:
+                    connection.router.fault(error)
+                self.refuse(number, "INTERNAL", f"the answer cannot be encoded: {type(error).__name__}")
+                return 0
+        self.release(entry)
+        return 0
 
     cdef int put_reply(self, mp_out *out, request_t *request, Encoder encoder, const uint8_t *statuses,
                        Py_ssize_t n_statuses, int64_t version) except -1:

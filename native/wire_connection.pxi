@@ -54,6 +54,9 @@ cdef class Connection:
         transport.set_write_buffer_limits(high=LIMITS.output_high_water_bytes, low=LIMITS.output_low_water_bytes)
         self.router.connections.add(self)
         self.router.accepted += 1
+        address = transport.get_extra_info("peername")
+        # A peer on a Unix socket has no address of its own: it is blamed for this connection alone.
+        self.sender = (None, address[0] if isinstance(address, tuple) else object())
         if self.router.max_connections or self.router.max_peer_connections:
             self.count_peer()
         if self.carried is not None:

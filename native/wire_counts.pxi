@@ -60,6 +60,8 @@ cdef int _count_shed(Router router, WireRoute route) except -1:
             _count_errors(router, _method_of(route), route.plan.model, "RESOURCE_EXHAUSTED", route.shed, -1,
                           "the server is overloaded")
             route.shed = 0
+        if route.suspects is not None:
+            _count_shed(router, route.suspects)
         route = route.canary
     return 0
 

@@ -34,6 +34,13 @@ cdef double LEAST_BATCHES = 8
 # ns that the budget grows for each ns without a full turn. With 0.2, a load of up to 1.2 times the capacity has mostly
 # long turns, because they fill slowly; a larger overload has short turns.
 cdef double REGAIN_RATE = 0.2
+# How much of the weight of earlier batches a batch leaves, and how many batches have to be known: _learn_ratio.
+cdef double SAMPLE_KEPT = 0.9
+cdef double LEAST_SAMPLES = 4.0
+cdef double LEAST_SPREAD = 0.04     # variance of the rows of batches / square of their mean
+cdef double RATIO_RATE = 0.1        # how far the ratio moves with a batch: towards the line, and without a line
+cdef double RATIO_DOUBT = 0.02
+cdef double LEAST_ROW_NS = 50.0
 cdef int SLOPE_ROWS = 256   # the expected cost of a row is the slope of the model's time from 1 row to this many
 
 cdef enum:  # the decision of _admit
@@ -219,10 +226,10 @@ cdef int _count_out(Batch batch) except -1:
 cdef int _init_cost(WireRoute route) except -1:
     """Set the expected cost of a batch and of a row, from the times that the model's warm-up measured.
 
-    The estimate for a batch of n rows is scale * (expected_batch_ns + n * expected_row_ns). The two terms are fixed
-    here, and give the ratio of fixed cost to cost per row; _learn_cost adjusts the scale to what batches really take. A
-    fixed cost is needed: one row takes nearly as long as ten, so from a batch of one row alone, 1000 rows would seem to
-    cost 1000 times as much, and would be refused.
+    The estimate for a batch of n rows is scale * (expected_batch_ns + n * expected_row_ns). _learn_cost adjusts the
+    scale and the ratio of the two terms to what batches really take. A fixed cost is needed: one row takes nearly as
+    long as ten, so from a batch of one row alone, 1000 rows would seem to cost 1000 times as much, and would be
+    refused. Of a model whose requests have runs of their own, each row is expected to cost a whole run.
 
     Without a runner (a fake plan in tests), the expected cost of a batch is 0 and that of a row 1 ns.
     """
@@ -231,6 +238,8 @@ cdef int _init_cost(WireRoute route) except -1:
     if runner is not None or route.features:
         one_us = runner.cost_us(1) if runner is not None else 0.0
         row_us = max(0.0, runner.cost_us(SLOPE_ROWS) - one_us) / (SLOPE_ROWS - 1) if runner is not None else 0.0
+        if runner is not None and runner.by_request:
+            row_us = one_us
         route.expected_batch_ns = BATCH_OVERHEAD_NS + 1e3 * max(0.0, one_us - row_us)
         route.expected_row_ns = ROW_OVERHEAD_NS + 1e3 * row_us
         _scale_cost(route, 1.0)
@@ -246,27 +255,67 @@ cdef int _scale_cost(WireRoute route, double scale) except -1:
 
 
 cdef int _learn_cost(Batch batch) except -1:
-    """Update the cost estimate of a route with the time that a batch took: a moving average of measured / expected.
+    """Update the cost estimate of a route with the time that a batch has taken."""
+    if batch.started_ns == 0 or batch.waiting_rows == 0:
+        return 0
+    return _learn(batch.route, batch.waiting_rows, <double>(_now_ns() - batch.started_ns))
+
+
+cdef int _learn(WireRoute route, double rows, double batch_ns) except -1:
+    """Update the cost estimate of a route with a batch: a moving average of measured / expected.
 
     A lower sample has the weight 0.5. A higher one has 0.125, and counts as at most twice the average: a single batch
     that the machine held up says little, and too high an estimate refuses requests for nothing. A route
     without an estimate takes its second sample as it is; its first batch pays for caches and memory that later batches
     find ready.
     """
-    cdef WireRoute route = batch.route
-    cdef double sample, expected_ns
-    if batch.started_ns == 0 or batch.waiting_rows == 0:
-        return 0
-    expected_ns = route.expected_batch_ns + batch.waiting_rows * route.expected_row_ns
-    sample = <double>(_now_ns() - batch.started_ns) / expected_ns
+    cdef double expected_ns = route.expected_batch_ns + rows * route.expected_row_ns
+    cdef double sample = batch_ns / expected_ns
     if sample < route.scale:
         _scale_cost(route, route.scale + 0.5 * (sample - route.scale))
     elif route.scale:
-        _scale_cost(route, route.scale + 0.125 * (min(sample, 2 * route.scale) - route.scale))
+        sample = min(sample, 2 * route.scale)
+        _scale_cost(route, route.scale + 0.125 * (sample - route.scale))
     elif route.measured:
         _scale_cost(route, sample)
     route.measured = True
+    if route.scale and route.expected_batch_ns:
+        _learn_ratio(route, rows, sample * expected_ns)
     return 0
+
+
+cdef int _learn_ratio(WireRoute route, double rows, double batch_ns) except -1:
+    """Move the ratio of a row's cost to the fixed cost towards the line through the batches of late (least squares).
+
+    batch_ns: what a batch of so many rows took. If all batches have the same size, they say nothing about the ratio.
+    Where this size comes from requests being refused, the cost may be a fixed one that more rows would share, so the
+    ratio falls slowly: then a few more requests are admitted, and batches of other sizes show what a row costs.
+    """
+    cdef double mean_rows, mean_ns, variance, slope, rate, row_ns
+    route.n_samples = SAMPLE_KEPT * route.n_samples + 1.0
+    route.rows_sum = SAMPLE_KEPT * route.rows_sum + rows
+    route.rows_squares = SAMPLE_KEPT * route.rows_squares + rows * rows
+    route.ns_sum = SAMPLE_KEPT * route.ns_sum + batch_ns
+    route.ns_rows = SAMPLE_KEPT * route.ns_rows + batch_ns * rows
+    if route.n_samples < LEAST_SAMPLES:
+        return 0
+    mean_rows = route.rows_sum / route.n_samples
+    mean_ns = route.ns_sum / route.n_samples
+    variance = route.rows_squares / route.n_samples - mean_rows * mean_rows
+    if variance > LEAST_SPREAD * mean_rows * mean_rows:
+        slope = (route.ns_rows / route.n_samples - mean_rows * mean_ns) / variance
+        slope = min(max(slope, 0.0), mean_ns / mean_rows)   # neither a row nor a batch costs less than nothing
+        rate = RATIO_RATE
+    elif route.full:
+        slope, rate = 0.0, RATIO_DOUBT
+    else:
+        return 0
+    row_ns = route.expected_row_ns + rate * (slope / route.scale - route.expected_row_ns)
+    row_ns = max(row_ns, LEAST_ROW_NS)
+    # The estimate of a batch of mean size stays.
+    route.expected_batch_ns = max(1.0, route.expected_batch_ns + mean_rows * (route.expected_row_ns - row_ns))
+    route.expected_row_ns = row_ns
+    return _scale_cost(route, route.scale)
 
 
 # -- timeouts of connections ---------------------------------------------------------------------------------------

@@ -42,8 +42,10 @@ cdef int _check_access(Connection connection, const mp_value *method) except -1:
 
 cdef int _authenticate(Connection connection, const uint8_t *params, uint32_t msgid, int flags) except -1:
     """Check the token of `auth` and reply true. Raises Unauthenticated."""
-    cdef int access = connection.router.auth(_as_python(params))
+    given = _as_python(params)
+    cdef int access = connection.router.auth(given)
     connection.access = max(connection.access, access)
+    connection.sender = (hash(given[0]), connection.sender[1])
     if flags & SILENT:
         return 0
     _reserve(&connection.out, 16)
@@ -138,6 +140,9 @@ cdef int _enqueue(Connection connection, WireRoute route, const uint8_t *columns
     if route.canary is not None and rows and route.split.takes(batch.columns, batch.columns.n_rows - rows):
         batch.columns.drop_last(rows)
         return _enqueue(connection, route.canary, columns, msgid, options)
+    if len(connection.router.suspects) and not route.features and not route.for_suspects and _is_suspect(connection):
+        batch.columns.drop_last(rows)
+        return _enqueue(connection, route.suspects_route(), columns, msgid, options)
     batch.add(connection, msgid, options, rows)
     _count_in(connection.router, batch, rows, connection.scan_bytes)
     if batch.n_requests == 1:
@@ -147,6 +152,12 @@ cdef int _enqueue(Connection connection, WireRoute route, const uint8_t *columns
     if batch.columns.n_rows >= BATCH_ROWS:
         route.open = None
     return 0
+
+
+cdef bint _is_suspect(Connection connection) except -1:
+    """Whether the sender of a request has sent several bad rows lately."""
+    until_ns = connection.router.suspects.get(connection.sender)
+    return until_ns is not None and <int64_t>until_ns > connection.router.turn_ns
 
 
 cdef int _forward(Connection connection, str method, const uint8_t *params, uint32_t msgid, int flags) except -1:

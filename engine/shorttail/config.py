@@ -22,11 +22,16 @@ class Limits:
     declared_elements: int = 4_000_000  # array items and map pairs that one message declares
     rows_per_request: int = 16_384
     string_bytes: int = 65_535  # one string value in a request or in a row
+    name_bytes: int = 255  # one name in UTF-8, which is also what file systems take as the name of a folder
+    suggestion_steps: int = 250_000  # compared characters in the search for a name that resembles an unknown name
 
     # Per turn of the event loop.
     batch_rows: int = 16_384  # a full batch runs and the next batch starts
     loop_stall_us: float = 2_000.0  # a model whose batch takes longer runs in a thread instead of the event loop
     model_threads: int = 4  # such models that run at the same time
+    run_timeout_s: float = 5.0  # of a run of a model, unless Model(run_timeout=) says otherwise
+    loop_run_s: float = 0.1  # of a run on the event loop, which is then repeated in a thread
+    example_run_s: float = 1.0  # a model whose example ran this recently is not tried again before blaming a request
     adaptive_poll_us: int = 100  # the loop polls instead of sleeping if most requests come sooner than this
 
     # Loading a model.
@@ -35,7 +40,13 @@ class Limits:
     bucket_rows: int = 4096  # rows of the largest padded batch; a power of two
     example_rows: int = 10_000  # rows with expected outputs, which every load of a model compares
     example_bytes: int = 64 << 20  # their inputs and outputs together
+    row_check_s: float = 10.0  # how long `apply` compares answers for rows in different runs
     versions_asked: int = 4  # versions that stay loaded only because requests named them
+
+    # Requests that make a model fail.
+    suspect_requests: int = 3  # from one sender lately; its next requests are batched apart from others
+    suspect_s: float = 30.0  # for how long
+    senders_blamed: int = 4096  # remembered per worker
 
     # Per connection.
     output_high_water_bytes: int = 4 << 20  # above this much unsent output, requests are no longer read
@@ -95,6 +106,7 @@ class Limits:
     load_commit_bytes: int = 32 << 20  # pages in one commit of a bulk load, for which other writers wait
     load_memory_bytes: int = 1 << 30  # default memory budget of a bulk load
     load_memory_bytes_min: int = 4 << 20  # smallest memory budget of a bulk load
+    shrink_rows_min: int = 1000  # a load of less than half of the rows of a view with at least so many is refused
     idle_rest_ms: int = 1000  # how often snapshots that are stale and not in use are released
     reader_check_ms: int = 1000  # shortest time between two clean-ups of dead readers by a writer
     idle_refresh_ms: int = 100  # how often an idle worker moves its snapshot forward
@@ -104,6 +116,8 @@ class Limits:
     start_timeout_s: float = 120.0
     hang_deadline_s: int = 10  # a worker whose event loop has been stuck this long is killed and replaced
     writer_start_wait_s: float = 2.0  # a worker starts to serve without the writer after this wait
+    model_deaths: int = 2  # workers that died in runs of a model version, which is then not run any more
+    model_deaths_s: float = 3600.0  # within this time
     restart_backoff_min_s: float = 0.1
     restart_backoff_max_s: float = 10.0
 

@@ -15,10 +15,11 @@ from shorttail.config import LIMITS
 from shorttail.errors import InvalidArgument, NotFound, Unavailable
 from shorttail.models.device import CPU, Device, check_cuda
 from shorttail.models.serving import Key, Versions, follow
+from shorttail.models.session import ModelFailed
 from shorttail.models.signature import request_columns
 from shorttail.pipeline import BatchResult, Plan, PlanOutdated, Shadow
 from shorttail.registry import versions as registry
-from shorttail.results import Features, Prediction
+from shorttail.results import Features, Prediction, RowCount
 from shorttail.store import Store
 
 if TYPE_CHECKING:
@@ -32,7 +33,11 @@ Progress = Callable[[int, int | None], None]  # called with the rows done, and t
 
 
 class Engine:
-    """A store that is open in this process: `Engine.open(path)`. A context manager. Threads may share an engine."""
+    """A store that is open in this process: `Engine.open(path)`. A context manager. Threads may share an engine.
+
+    A forked child may only close the engine of its parent, and any other use there raises InvalidArgument. An engine
+    that was closed before the fork can be opened in the child.
+    """
 
     def __init__(self, store: Store, device: Device = CPU):
         self._store = store
@@ -146,15 +151,20 @@ class Engine:
     def run(self, route: Route, columns: Columns) -> BatchResult:
         """Run a batch. If the catalog changed since the route's plan was compiled, the plan's successor runs instead.
 
-        Raises Unavailable if the successor takes other columns.
+        Raises Unavailable if the successor takes other columns, InvalidArgument if the model refuses these rows.
         """
+        plan = route.plan
         try:
-            return pipeline.run_batch(route, self._store, columns)
-        except PlanOutdated:
-            plan, result = self.prepare(route, columns)
-            if plan.runner is not None:
-                pipeline.infer(plan.runner, result)
-            return result
+            try:
+                return pipeline.run_batch(route, self._store, columns)
+            except PlanOutdated:
+                plan, result = self.prepare(route, columns)
+                if plan.runner is not None:
+                    pipeline.infer(plan.runner, result)
+                return result
+        except ModelFailed as error:
+            assert plan.runner is not None
+            raise plan.runner.explain(error) from error
 
     def prepare(self, route: Route, columns: Columns) -> tuple[Plan, BatchResult]:
         """Do all of `run` except the model, and return the plan that was used with the result.
@@ -185,8 +195,8 @@ class Engine:
         route = self._routes.get(key)
         if route is not None and self._is_current(route) and self._routes_of == self._versions.changes:
             return route
+        self.refresh()  # the model or view asked for may be newer than the snapshot
         with self._versions.lock:
-            self.refresh()  # the model or view asked for may be newer than the snapshot
             route = Route(self._compile(key))
             if self._routes_of != self._versions.changes:
                 self._routes_of = self._versions.changes
@@ -264,6 +274,11 @@ class Engine:
         """Load all versions that the catalog names, in the background if `load_in_background` was called."""
         follow(self._versions, self._store.catalog)
 
+    def ban(self, banned: frozenset[int]) -> None:
+        """Stop running these versions (models.serving.run_key): server processes died in their runs."""
+        with self._versions.lock:
+            self._versions.ban(banned)
+
     @property
     def is_loading(self) -> bool:
         """Whether a version is loading in the background."""
@@ -287,49 +302,79 @@ class Engine:
 
         return apply(self._store, definitions, dry_run=dry_run, reset=reset)
 
-    def materialize(self, view: str, progress: Progress | None = None, *, memory_bytes: int | None = None) -> int:
+    def materialize(
+        self,
+        view: str,
+        progress: Progress | None = None,
+        *,
+        memory_bytes: int | None = None,
+        allow_shrink: bool = False,
+    ) -> RowCount:
         """Replace the rows of a view by the rows of its source. Readers see all of them at once.
 
-        Returns the rows stored.         progress, memory_bytes: see `load`. Raises NotFound, InvalidArgument,
-        ResourceExhausted (disk).
+        For the result and the arguments see `load`. Raises NotFound, InvalidArgument, ResourceExhausted (disk).
         """
         definition = self._store.catalog.view(view)
         if definition.source is None:
             raise InvalidArgument(
                 f"view '{view}' has no source; give it source=st.ParquetSource(...), or push its rows"
             )
-        return self.load(view, definition.source.path, progress, memory_bytes=memory_bytes)
+        path = definition.source.path
+        return self.load(view, path, progress, memory_bytes=memory_bytes, allow_shrink=allow_shrink)
 
-    def load(self, view: str, data: Any, progress: Progress | None = None, *, memory_bytes: int | None = None) -> int:
-        """Replace the rows of a view by the rows of a file or of Arrow data. Readers see all of them at once.
+    def load(
+        self,
+        view: str,
+        data: Any,
+        progress: Progress | None = None,
+        *,
+        memory_bytes: int | None = None,
+        allow_shrink: bool = False,
+    ) -> RowCount:
+        """Replace the rows of a view by the rows of files or of data in memory. Readers see all of them at once.
 
-        data: the path of a Parquet, Arrow or CSV file or of a folder of Parquet files; or a pyarrow Table, RecordBatch,
-        RecordBatchReader or iterable of RecordBatches. Both are read a batch at a time. Event times come from the
-        view's timestamp column, else from `event_time`; without either they are now. Of rows of equal keys that of the
-        latest event time stays. What is pushed to the view during the load is replaced too. memory_bytes: what the load
-        may take in memory (default LIMITS.load_memory_bytes); rows beyond it wait in a file in the store's directory.
-        Returns the rows stored. Raises NotFound, InvalidArgument, ResourceExhausted (disk).
+        data: the path of a Parquet, Arrow or CSV file, of a folder of such files, or a pattern ("rows/*.parquet"); a
+        list of paths; a pyarrow RecordBatchReader or iterable of RecordBatches; or rows as `push` takes them. Files and
+        Arrow data are read a batch at a time. Folders named `country=DE` give a column. The columns of all files are
+        checked before rows are read; where a file lacks a feature that others have, it is null. Other columns are
+        ignored. docs/loading.md has the rules.
+
+        Event times come from the view's timestamp column, else from `event_time`; without either they are now. Of rows
+        of equal keys that of the latest event time stays. What is pushed to the view during the load is replaced too.
+        memory_bytes: what the load may take in memory (default LIMITS.load_memory_bytes); rows beyond it wait in a file
+        in the store's directory. allow_shrink: also load if no row is left, or less than half of 1,000 or more rows.
+
+        Returns the rows stored, with the numbers of the other rows. A load that fails changes nothing. Raises NotFound,
+        InvalidArgument, ResourceExhausted (disk).
         """
-        from shorttail.sources.batches import open_source, row_batches
+        from shorttail.sources.rows import column_batch, may_hold_objects
 
         definition = self._store.catalog.view(view)
-        source = open_source(data, definition)
-        batches = row_batches(source, definition, definition.timestamp)
+        total: int | None  # unknown before CSV is read
+        if may_hold_objects(data):
+            batch = column_batch(definition, data, only=False)
+            batches, total = iter([batch]), len(batch)
+        else:
+            from shorttail.sources.batches import open_source, row_batches  # these need PyArrow
+
+            source = open_source(data, definition)
+            batches, total = row_batches(source, definition, definition.timestamp), source.rows
         done = 0
 
         def report(rows: int) -> None:
             nonlocal done
             done += rows
             if progress is not None:
-                progress(done, source.rows)
+                progress(done, total)
 
-        return self._store.load(view, batches, report, memory_bytes)
+        return self._store.load(view, batches, report, memory_bytes, allow_shrink)
 
-    def push(self, view: str, rows: Any) -> int:
-        """Upsert rows: a dict of columns, or a pandas, polars or pyarrow table. Returns the rows given, once durable.
+    def push(self, view: str, rows: Any) -> RowCount:
+        """Upsert rows: a dict of columns, or a pandas, polars or pyarrow table. They are durable when it returns.
 
         The view's timestamp column, else `event_time`, holds event times; without either they are now. A row that is
-        older than the stored row of its key is dropped. Raises NotFound, InvalidArgument, ResourceExhausted (disk).
+        older than the stored row of its key is dropped. Returns the number of the other rows given, with the numbers
+        of older and duplicate rows. Raises NotFound, InvalidArgument, ResourceExhausted (disk).
         """
         from shorttail.sources.rows import column_batch
 
@@ -359,11 +404,13 @@ class Engine:
     # -- what there is ---------------------------------------------------------------------------------------
 
     def models(self) -> list[dict[str, Any]]:
-        """[{"name", "version", "columns": {column: type}, "outputs": [name], "runs": text, "canary", "shadow",
-        "problem"}] of the versions that serve.
+        """[{"name", "version", "columns": {column: type}, "outputs": [name], "runs": text, "batching",
+        "batching_why", "canary", "shadow", "problem"}] of the versions that serve.
 
-        runs: what runs the model and why; None until it is loaded. canary, shadow: {"version", "percent"} or None; a
-        server adds what its shadows were found to answer. problem: why what the catalog names does not serve, or None.
+        runs: what runs the model and why; None until it is loaded. batching: "rows" if requests share runs, "request"
+        if each has runs of its own; batching_why: the reason or a remark, or None. canary, shadow: {"version",
+        "percent"} or None; a server adds what its shadows were found to answer. problem: why what the catalog names
+        does not serve, or None.
         """
         self.refresh()
         return [self._describe(name, entry) for name, entry in self._store.catalog.models.items()]
@@ -384,19 +431,25 @@ class Engine:
             "columns": {column: dtype.name for column, dtype in columns.items()},
             "outputs": [tensor.name for tensor in info.outputs],
             "runs": runner.description if runner else None,
+            "batching": info.batching,
+            "batching_why": info.batching_why or None,
             "canary": {"version": canary[0].version, "percent": canary[1]} if canary else None,
             "shadow": {"version": shadow[0].version, "percent": shadow[1]} if shadow else None,
             "problem": self._versions.problem(name),
         }
 
     def views(self) -> list[dict[str, Any]]:
-        """[{"name", "keys": {column: type}, "features": {feature: type}, "timestamp": column or None}]."""
+        """[{"name", "keys": {column: type}, "features": {feature: type}, "columns": {feature: column}, "timestamp"}].
+
+        columns: of the features that have another name in rows that are pushed. timestamp: a column, or None.
+        """
         self.refresh()
         return [
             {
                 "name": view.name,
                 "keys": {key: dtype.name for key, dtype in view.keys.items()},
                 "features": {feature.name: feature.dtype.name for feature in view.features},
+                "columns": {feature.name: feature.column for feature in view.features if feature.column},
                 "timestamp": view.timestamp,
             }
             for view in self._store.catalog.views.values()

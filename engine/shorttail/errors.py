@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+MESSAGE_CHARS = 8192  # a longer message is cut: it may hold a name or a list of columns of any length
+
+
+def printable(text: str) -> str:
+    """Return the text with every character escaped that is not printable: line breaks, terminal control codes."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
 
 class ShorttailError(Exception):
     """The base class of every error that this package raises on purpose.
 
-    The message is one line: what is wrong, with the name that the user gave, and what to do about it. Names may hold
-    any character, so characters that are not printable (line breaks, terminal control codes) are escaped.
+    The message is one line: what is wrong, with the name that the user gave, and what to do about it. It is cut after
+    MESSAGE_CHARS characters. Names may hold any character, so those that are not printable are escaped.
     """
 
     code = "INTERNAL"
 
     def __init__(self, message: str = ""):
-        if not message.isprintable():
-            message = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
-        super().__init__(message)
+        if len(message) > MESSAGE_CHARS:
+            message = f"{message[:MESSAGE_CHARS]} ..."
+        super().__init__(printable(message))
 
     @property
     def message(self) -> str:

@@ -19,8 +19,10 @@ from shorttail._native.columns import Columns, CopyColumns
 from shorttail._native.pages import Lookup, lookup
 from shorttail._native.route import Route, Split
 from shorttail._native.transforms import TransformProgram
+from shorttail.config import LIMITS
 from shorttail.define.dtypes import DType
 from shorttail.models.buffers import Buffer, check_outputs
+from shorttail.models.request_runs import PartRun, RequestRows
 from shorttail.results import Statuses
 
 if TYPE_CHECKING:
@@ -193,7 +195,19 @@ def prepare(route: Route, store: Store, columns: Columns) -> BatchResult:
 def infer(runner: Runner, result: BatchResult) -> None:
     """Run the model on the result of `prepare`. This touches nothing else, so it may run in any thread.
 
-    A batch of more than `runner.loop_rows_max` rows would hold up an event loop.
+    A batch of more than `runner.loop_rows_max` rows would hold up an event loop. Raises ModelFailed; the result then
+    still has the model's inputs.
     """
     result.values = runner.run(result.values)
     result.inferred_ns = time.perf_counter_ns()
+
+
+def infer_in_parts(
+    runner: Runner, result: BatchResult, rows: int, requests: Sequence[RequestRows], requests_per_run: float
+) -> PartRun:
+    """Return what runs the model on the result of `prepare`, a few requests at a time (models/request_runs.py).
+
+    rows: of the batch, with the rows of requests that are not asked for any more. The result keeps the model's inputs,
+    because the model may give arrays of other widths to some requests.
+    """
+    return PartRun(runner, result.values, rows, requests, requests_per_run, runner.loop_rows_max or LIMITS.batch_rows)

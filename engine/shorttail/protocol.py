@@ -148,6 +148,25 @@ def unpack_tensor(payload: bytes | memoryview) -> Array:
     return np.frombuffer(payload, dtype, elements, start).reshape(shape).astype(dtype.newbyteorder("="), copy=True)
 
 
+def tensor_dims(tensor: msgpack.ExtType) -> int:
+    """Return the number of dimensions of a tensor that pack_tensor made."""
+    return int(tensor.data[1])
+
+
+def tensor_rows(tensor: msgpack.ExtType) -> int:
+    """Return the first dimension of a tensor that pack_tensor made, 0 if it has none."""
+    return int.from_bytes(tensor.data[2:6], "little") if tensor.data[1] else 0
+
+
+def cut_tensor(tensor: msgpack.ExtType, start: int, stop: int) -> msgpack.ExtType:
+    """Return the rows start to stop of a tensor that pack_tensor made, as a tensor."""
+    data = tensor.data
+    body = 2 + 4 * tensor_dims(tensor)
+    row_bytes = (len(data) - body) // tensor_rows(tensor)
+    head = data[:2] + struct.pack("<I", stop - start) + data[6:body]
+    return msgpack.ExtType(TENSOR_EXT, head + data[body + start * row_bytes : body + stop * row_bytes])
+
+
 def unpack_ext(code: int, data: bytes) -> Array:
     """Decode the tensor in an extension value; msgpack itself reads timestamps. Raises InvalidArgument."""
     if code != TENSOR_EXT:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from enum import IntEnum
 from importlib import import_module
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +37,43 @@ class Status(IntEnum):
     NULL = 1  # the row exists, its value is null
     NOT_FOUND = 2  # there is no row with that key
     STALE = 3  # the row's event time is older than the view's TTL
+
+
+class RowCount(int):
+    """The number of rows that a load or a push took; and, of all the rows it was given, what became of the others.
+
+    The number itself is: of a load, the rows loaded; of a push, the rows given that were not older. given: all rows.
+    older: rows that were dropped because a row of the same key has a later event time, in the store (push only) or
+    among the rows given. duplicate: rows whose key and event time were given again after them. loaded: the others.
+    """
+
+    given: int
+    older: int
+    duplicate: int
+
+    def __new__(cls, rows: int, given: int, older: int, duplicate: int) -> Self:
+        count = super().__new__(cls, rows)
+        count.given, count.older, count.duplicate = given, older, duplicate
+        return count
+
+    def __reduce__(self) -> tuple[Any, ...]:  # for copies and pickles
+        return type(self), (int(self), self.given, self.older, self.duplicate)
+
+    @classmethod
+    def pushed(cls, given: int, older: int, duplicate: int) -> Self:
+        return cls(given - older, given, older, duplicate)
+
+    @classmethod
+    def total(cls, pushes: Iterable[RowCount]) -> Self:
+        """Return the count of several pushes together."""
+        given = older = duplicate = 0
+        for push in pushes:
+            given, older, duplicate = given + push.given, older + push.older, duplicate + push.duplicate
+        return cls.pushed(given, older, duplicate)
+
+    @property
+    def loaded(self) -> int:
+        return self.given - self.older - self.duplicate
 
 
 class Prediction:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from serving import TIMEOUT_S, Server, stopped
 
+PUSHED = {"rows": 1, "older": 0}  # the answer to a push of one row that is not older than the stored one
+
 
 def row(user, **changed):
     """Return one row of view "stats" of the store of serving.py, as columns."""

@@ -212,9 +212,22 @@ def heed_sigint() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def test_ctrl_c_ends_the_run_and_still_reports() -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--rate", "500"],
+        ["--rate", "500,1k", "--threads", "2"],
+        ["--closed"],
+        ["--rate", "100..900"],
+        ["--find-capacity", "--slo", "p99=1s"],
+        ["--rate", "500", "--warmup", "10m"],
+    ],
+    ids=" ".join,
+)
+def test_ctrl_c_ends_the_run_and_still_reports(options: list[str], tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
     with rpc_server() as fake:
-        command = [*BENCH, fake.address, *QUICK[2:], "--rate", "500", "--duration", "10m", "--json"]
+        command = [*BENCH, fake.address, *QUICK[2:], *options, "--duration", "10m", "--json", "--report", str(page)]
         pipe = subprocess.PIPE
         with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, preexec_fn=heed_sigint) as process:
             try:
@@ -227,10 +240,19 @@ def test_ctrl_c_ends_the_run_and_still_reports() -> None:
             finally:
                 process.kill()
     assert process.returncode == 130, errors
-    (step,) = json.loads(output)["steps"]
+    step = json.loads(output)["steps"][-1]
     assert step["interrupted"]
-    assert step["good"] > 0
     assert step["error"] == 0
+    assert step["duration_s"] <= step["seconds"] < 600, "the time that passed, not the planned one"
+    if "--warmup" in options:
+        assert (step["requests"], step["offered_per_s"], step["duration_s"]) == (0, 0, 0)
+    else:
+        assert step["good"] > 0
+        assert step["offered_per_s"] * step["duration_s"] == pytest.approx(step["requests"], abs=0.5)
+        assert step["good_per_s"] * step["seconds"] == pytest.approx(step["good"], abs=0.5)
+        last = step["over_time"][-1]
+        assert last["start_s"] + last["length_s"] == pytest.approx(step["duration_s"], abs=0.2)
+    assert "</html>" in page.read_text()
     # The command waits for requests in flight, but not for long.
     assert step["good"] + step["timeout"] + step["lost"] == step["requests"]
 
@@ -254,6 +276,11 @@ def test_ctrl_c_ends_the_run_and_still_reports() -> None:
             1,
             "--report /none/out.html: there is no folder /none",
         ),
+        (["{}", "--predict", "m", "--report", "/tmp"], 1, "--report /tmp: this is a folder; give the name of a file"),
+        (["{}", "--predict", "m", "--hdr", "/tmp"], 1, "--hdr /tmp: this is a folder; give the name of a file"),
+        (["{}", "--predict", "m", "--report", "/proc/out.html"], 1, "--report /proc/out.html: cannot be written: "),
+        (["compare", "none.json", "--report", "/tmp"], 1, "--report /tmp: this is a folder"),
+        (["{}", "--predict", "m", "--overwrite-live-rows"], 1, "--overwrite-live-rows says what --push does"),
         (["{}", "--threads", "9", "--connections", "2"], 1, "--threads 9: more than --connections 2"),
         (["{}", "--duration", "10 parsecs"], 1, "--duration '10 parsecs' is not a duration"),
         (["{}", "again"], 2, "unexpected extra argument (again)"),
@@ -266,6 +293,7 @@ def test_wrong_options_are_an_error_of_one_line(arguments: list[str], code: int,
     with rpc_server() as fake:
         words = [argument.replace("{}", fake.address) for argument in arguments]
         assert message in commands.error_of("bench", *words, code=code)
+        assert fake.requests == []
 
 
 # -- the page ----------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from commands import run_well
-from pushing import Pushing, row, tiers, until
+from pushing import PUSHED, Pushing, row, tiers, until
 from serving import Server, environment_after, hang_up, make_store
 
 import shorttail as st
@@ -46,7 +46,7 @@ def peers(shared):
 def server(shared, peers):
     yield shared
     for peer in peers:  # after any test, other requests are served
-        assert peer.ask(0, 1, "push", ["stats", row(1)]) == [1, 1, None, {"rows": 1}]
+        assert peer.ask(0, 1, "push", ["stats", row(1)]) == [1, 1, None, PUSHED]
         assert tiers(peer, 1) == ["new"]
 
 
@@ -64,10 +64,10 @@ def test_a_server_takes_pushes_as_soon_as_it_is_announced(tmp_path):
     late = Server(make_store(tmp_path), log=tmp_path / "log", env=environment_after(tmp_path, LATE))
     try:
         with late.connect() as peer:
-            assert peer.ask(0, 1, "push", ["stats", row(1)]) == [1, 1, None, {"rows": 1}]
+            assert peer.ask(0, 1, "push", ["stats", row(1)]) == [1, 1, None, PUSHED]
             assert "reloaded" in hang_up(late)
             with late.connect() as another:
-                assert another.ask(0, 2, "push", ["stats", row(1)]) == [1, 2, None, {"rows": 1}]
+                assert another.ask(0, 2, "push", ["stats", row(1)]) == [1, 2, None, PUSHED]
     finally:
         late.kill()
 
@@ -105,7 +105,8 @@ def push_by_command(server, view, columns):
     table = pa.table({name: np.asarray(values).tolist() for name, values in columns.items()})
     pyarrow.parquet.write_table(table, path)
     done = run_well("push", view, str(path), "--server", server.tcp).out
-    assert re.fullmatch(r"stats: [\d,]+ rows? in \d+\.\d+ s \([\d,]+ rows/s\)\n", done)
+    end = f"given {len(table):,}, loaded {len(table):,}, older 0, duplicate 0"
+    assert re.fullmatch(rf"stats: [\d,]+ rows? in \d+\.\d+ s \([\d,]+ rows/s\); {end}\n", done)
     return int(done.split()[1].replace(",", ""))
 
 
@@ -180,7 +181,7 @@ def test_pushes_that_wait_together_share_commits(server, peers):
                 # When a later request is answered, the worker has forwarded the push.
                 assert pusher.ask(0, 1000, "ping", []) == [1, 1000, None, "pong"]
             assert commits(server.store) == before
-        assert [pusher.reply() for pusher in pushers] == [[1, n, None, {"rows": 1}] for n in range(50)]
+        assert [pusher.reply() for pusher in pushers] == [[1, n, None, PUSHED] for n in range(50)]
     assert 1 <= commits(server.store) - before <= 5
     for peer in peers:
         assert tiers(peer, *range(40_000, 40_050)) == [str(n) for n in range(50)]
@@ -193,20 +194,77 @@ def test_the_latest_event_time_wins_within_a_group_and_between_groups(server, pe
     with server.held():
         for msgid, columns in enumerate((late, early, row(50_001, tier="first", event_time=1_000), other)):
             peer.send(msgpack.packb([0, msgid, "push", ["stats", columns]]))
-    assert sorted(peer.reply()[:3] for _ in range(4)) == [[1, msgid, None] for msgid in range(4)]
+    rows = [PUSHED, {"rows": 0, "older": 1}, PUSHED, PUSHED]  # a row that a later push replaces was stored first
+    assert sorted(peer.reply() for _ in range(4)) == [[1, msgid, None, rows[msgid]] for msgid in range(4)]
     assert [tiers(each, 50_000, 50_001) for each in peers] == [["late", "late"]] * 2
-    assert peer.ask(0, 5, "push", ["stats", early])[3] == {"rows": 1}
+    assert peer.ask(0, 5, "push", ["stats", early])[3] == {"rows": 0, "older": 1}
     assert [tiers(each, 50_000) for each in peers] == [["late"]] * 2
     both = {name: [late[name], early[name]] for name in late} | {"user_id": [50_002, 50_002]}
-    assert peer.ask(0, 6, "push", ["stats", both])[3] == {"rows": 2}
+    assert peer.ask(0, 6, "push", ["stats", both])[3] == {"rows": 1, "older": 1}
     assert [tiers(each, 50_002) for each in peers] == [["late"]] * 2
     # Without an event time the time is now, which is later; a delete of the same group is applied in order.
     with server.held():
         peer.send(msgpack.packb([0, 7, "push", ["stats", row(50_000, tier="now")]]))
         peer.send(msgpack.packb([0, 8, "delete", ["stats", {"user_id": 50_001}]]))
         peer.send(msgpack.packb([0, 9, "push", ["stats", row(50_001, tier="again")]]))
-    assert sorted(peer.reply() for _ in range(3)) == [[1, n, None, {"rows": 1}] for n in (7, 8, 9)]
+    assert sorted(peer.reply() for _ in range(3)) == [
+        [1, 7, None, PUSHED],
+        [1, 8, None, {"rows": 1}],
+        [1, 9, None, PUSHED],
+    ]
     assert [tiers(each, 50_000, 50_001) for each in peers] == [["now", "again"]] * 2
+
+
+def test_a_push_says_what_became_of_its_rows_in_every_way(server, peers, tmp_path):
+    """Ten keys, of which three are stored with a later time; a key is given twice, and another with two times."""
+    users, times = [*range(10), 9, 8], [5] * 10 + [5, 4]
+    columns = {name: [value] * 12 for name, value in row(0, tier="given").items()}
+    for at, push in enumerate(("client", "async", "bytes", "command", "store")):
+        given = columns | {"user_id": [70_000 + 100 * at + user for user in users], "event_time": times}
+        stored = {name: values[:3] for name, values in (given | {"event_time": [6] * 12}).items()}
+        with st.Client(server.tcp) as client:
+            assert client.push("stats", stored) == 3
+        pyarrow.parquet.write_table(pa.table(given), tmp_path / "rows.parquet")
+        if push == "bytes":
+            with server.connect() as peer:
+                assert peer.ask(0, 1, "push", ["stats", given])[3] == {"rows": 8, "older": 4, "duplicate": 1}
+            continue
+        if push in ("command", "store"):
+            where = ("--server", server.tcp) if push == "command" else ("--store", str(server.store))
+            said = run_well("push", "stats", str(tmp_path / "rows.parquet"), *where, "--json").json
+            assert said.pop("seconds") > 0
+            assert said == {"view": "stats", "rows": 8, "given": 12, "loaded": 7, "older": 4, "duplicate": 1}
+            continue
+        pushing = push_by_client if push == "client" else push_by_async_client
+        count = pushing(server, "stats", given)
+        assert (count, count.given, count.loaded, count.older, count.duplicate) == (8, 12, 7, 4, 1)
+
+
+def test_a_feature_is_pushed_under_the_name_of_its_column(server, peers, tmp_path):
+    user = st.Entity("user", keys={"user_id": st.Int64})
+    spend = st.FeatureView("spend", entity=user, features=[
+        st.Feature("avg_7d", st.Float32, column="7d_avg"), st.Feature("largest", st.Int64, column="max (USD)"),
+        st.Feature("tier", st.String),
+    ])  # fmt: skip
+    with st.Engine.open(server.store) as engine:
+        engine.apply([spend])
+    rows = {"user_id": [1, 2], "7d_avg": [0.5, None], "max (USD)": [7, 8], "tier": ["a", "b"]}
+    served = {"spend:avg_7d": [0.5, None], "spend:largest": [7, 8], "spend:tier": ["a", "b"]}
+    with st.Client(server.tcp) as client:
+        assert client.push("spend", rows) == 2
+        ask = list(served), {"user_id": [1, 2]}
+        assert client.get_online_features(*ask).to_dict() == served
+        [view] = [view for view in client.views() if view["name"] == "spend"]
+        assert view["columns"] == {"avg_7d": "7d_avg", "largest": "max (USD)"}
+        with pytest.raises(st.InvalidArgument, match="'spend' has no column 'avg_7d'; feature 'avg_7d' is read from"):
+            client.push("spend", {"user_id": 1, "avg_7d": 1.0, "max (USD)": 1, "tier": "a"})
+        pyarrow.parquet.write_table(pa.table(rows | {"user_id": [3, 4], "more": [1, 2]}), tmp_path / "rows.parquet")
+        run_well("push", "spend", str(tmp_path / "rows.parquet"), "--server", server.tcp)
+        assert client.get_online_features(ask[0], {"user_id": [3, 4]}).to_dict() == served
+        keys = ("--keys", "user_id=uniform:5:9", "--rate", "50", "--duration", "1", "--warmup", "0")
+        run_well("bench", server.tcp, "--push", "spend", *keys, "--json")
+        statuses = client.get_online_features(ask[0], {"user_id": [5, 6, 7, 8, 9]}).statuses["spend"]
+        assert 0 in statuses.tolist()
 
 
 WRONG = [
@@ -255,7 +313,7 @@ def test_a_wrong_push_gets_an_error_and_its_neighbours_are_written(server, peers
         peer.send(b"\x94\x00\xcd\x01\x01\xa4push\x92\xa5stats\x82" + twice + twice)
     replies = {reply[1]: reply[2:] for reply in (peer.reply() for _ in range(2 * len(WRONG) + 2))}
     for n, (method, params, code, message) in enumerate(WRONG):
-        assert replies[2 * n] == [None, {"rows": 1}]
+        assert replies[2 * n] == [None, PUSHED]
         error, result = replies[2 * n + 1]
         assert (error["code"], result) == (code, None), (method, params)
         assert error["message"].startswith(message), error
@@ -265,11 +323,23 @@ def test_a_wrong_push_gets_an_error_and_its_neighbours_are_written(server, peers
     assert commits(server.store) - before <= 5
 
 
-def test_a_message_that_is_too_large_ends_its_connection_only(server):
+def test_a_message_that_is_too_large_ends_its_connection_only(server, peers):
+    with server.connect() as large:
+        large.send(msgpack.packb([0, 1, "push", ["stats", {"tier": ["x" * 60_000] * 300}]]))
+        message = "a message of more than 16777216 bytes; send it in parts"
+        assert large.reply() == [1, None, {"code": "RESOURCE_EXHAUSTED", "message": message}, None]
+        assert large.reply() is None
+    assert peers[0].ask(0, 1, "push", ["stats", row(70_000)]) == [1, 1, None, {"rows": 1}]
+
+
+def test_a_client_refuses_a_message_that_is_too_large(server):
     with st.Client(f"unix:{server.uds}") as client:
-        with pytest.raises(st.ResourceExhausted, match="a message of more than 16777216 bytes; send it in parts"):
-            client.push("stats", row(np.arange(2_500_000)))
-        assert client.push("stats", row(70_000)) == 1  # on a new connection
+        client.ping()
+        mine = client._pool._idle[0]
+        with pytest.raises(st.ResourceExhausted, match="push: a message of more than 16777216 bytes; send it in parts"):
+            client.push("stats", row(70_001) | {"tier": ["x" * 60_000] * 300})
+        assert client.push("stats", row(70_001)) == 1
+        assert client._pool._idle[0] is mine
 
 
 def test_pushes_beyond_the_limit_of_a_connection_are_refused_at_once(server, peers):
@@ -302,7 +372,7 @@ def test_bytes_beyond_the_limit_of_the_writer_are_refused_at_once(server, peers)
         assert re.fullmatch(message, error["message"])
         peer.send(msgpack.packb([0, 101, "push", ["stats", row(81_000)]]))  # this much fits
     replies = {reply[1]: reply[2:] for reply in (peer.reply() for _ in range(most + 1))}
-    assert replies.pop(101) == [None, {"rows": 1}]
+    assert replies.pop(101) == [None, PUSHED]
     assert sorted(replies) == list(range(most))
     assert {error["code"] for error, _ in replies.values()} == {"INVALID_ARGUMENT"}
 
@@ -317,7 +387,7 @@ def test_a_push_whose_deadline_passes_before_its_commit_is_not_written(server, p
     late, good = sorted((peer.reply() for _ in range(2)), key=lambda reply: reply[1])
     message = "the deadline passed while the request waited; nothing was written"
     assert late == [1, 1, {"code": "DEADLINE_EXCEEDED", "message": message}, None]
-    assert good == [1, 2, None, {"rows": 1}]
+    assert good == [1, 2, None, PUSHED]
     assert tiers(peer, 80_000, 80_001) == [None, "new"]
 
 
@@ -331,6 +401,6 @@ def test_a_push_of_a_closed_connection_does_no_harm_and_a_half_closed_one_is_ans
         ending.send(msgpack.packb([0, 1, "push", ["stats", row(90_010)]]))
         ending.socket.shutdown(1)
     with ending:
-        assert ending.reply() == [1, 1, None, {"rows": 1}]
+        assert ending.reply() == [1, 1, None, PUSHED]
         assert ending.reply() is None
     until(lambda: tiers(peers[0], *range(90_000, 90_011)) == ["new"] * 11, "all is written")

@@ -100,7 +100,7 @@ def test_the_serve_token_reads_and_the_admin_token_writes(guarded):
         peer.send(msgpack.packb([2, "push", ["stats", push]]))  # nor as a notification
         assert peer.ask(0, 4, "get_online_features", [["stats:age"], {"user_id": 7}])[3]["statuses"] == [[2]]
         assert peer.ask(0, 5, "auth", [ADMIN_TOKEN]) == [1, 5, None, True]
-        assert peer.ask(0, 6, "push", ["stats", push]) == [1, 6, None, {"rows": 1}]
+        assert peer.ask(0, 6, "push", ["stats", push]) == [1, 6, None, {"rows": 1, "older": 0}]
         assert peer.ask(0, 7, "auth", [SERVE_TOKEN]) == [1, 7, None, True]
         assert peer.ask(0, 8, "delete", ["stats", {"user_id": [7]}]) == [1, 8, None, {"rows": 1}]
 

@@ -122,7 +122,7 @@ def test_pushes_in_flight_at_sigterm_are_answered(start):
             assert peer.ask(0, 99, "ping", []) == [1, 99, None, "pong"]
             server.process.send_signal(signal.SIGTERM)
             until(lambda: refuses(server.address), "it listens no more")
-        assert sorted(peer.reply() for _ in range(20)) == [[1, n, None, {"rows": 1}] for n in range(20)]
+        assert sorted(peer.reply() for _ in range(20)) == [[1, n, None, {"rows": 1, "older": 0}] for n in range(20)]
         assert peer.reply() is None
     assert server.wait() == 0
     assert server.log.read_text() == ""
@@ -157,7 +157,7 @@ def test_the_writer_follows_writes_of_other_processes(start):
     with st.Engine.open(server.store) as engine, server.connect() as peer:
         assert peer.ask(0, 1, "push", ["more", {"user_id": 1, "x": True}])[2]["code"] == "NOT_FOUND"
         engine.apply([user, more])
-        assert peer.ask(0, 2, "push", ["more", {"user_id": 1, "x": True}]) == [1, 2, None, {"rows": 1}]
+        assert peer.ask(0, 2, "push", ["more", {"user_id": 1, "x": True}]) == [1, 2, None, {"rows": 1, "older": 0}]
         assert engine.get_online_features(["more:x"], {"user_id": 1}).to_dict() == {"more:x": [True]}
         assert engine.push("more", {"user_id": 1, "x": False}) == 1
         assert peer.ask(0, 3, "get_online_features", [["more:x"], {"user_id": 1}])[3]["values"] == [[False]]

@@ -107,7 +107,7 @@ def fresh(tmp_path: Path) -> Project:
     return write_project(tmp_path)
 
 
-COMMANDS = ["apply", "materialize", "push", "delete", "models", "serve", "predict", "features", "stat"]
+COMMANDS = ["apply", "materialize", "load", "push", "delete", "models", "serve", "predict", "features", "stat"]
 COMMANDS += ["verify", "backup"]
 COMMANDS += ["models list", "models deploy", "models promote", "models rollback"]
 
@@ -176,14 +176,53 @@ def test_wrong_definitions_create_no_store(fresh: Project) -> None:
 def test_materialize_reports_rows_and_rate(fresh: Project) -> None:
     fresh.ok("apply", "definitions.py", "--store", "store")
     assert re.fullmatch(
-        r"plane: 3 rows in \d+\.\d\d s \([\d,]+ rows/s\)\n", fresh.ok("materialize", "--store", "store").out
+        r"plane: 3 rows in \d+\.\d\d s \([\d,]+ rows/s\); given 3, loaded 3, older 0, duplicate 0\n",
+        fresh.ok("materialize", "--store", "store").out,
     )
+    planes = pyarrow.parquet.read_table(fresh.folder / "planes.parquet")
+    later = planes.set_column(planes.column_names.index("at"), "at", pa.array([2, 1, 1], pa.timestamp("us")))
+    pyarrow.parquet.write_table(pa.concat_tables([later.slice(0, 1), planes, planes]), fresh.folder / "planes.parquet")
+    assert fresh.ok("materialize", "--store", "store").out.endswith("; given 7, loaded 3, older 2, duplicate 2\n")
     (entry,) = fresh.ok("materialize", "plane", "--store", "store", "--json").json
-    assert (entry["view"], entry["rows"]) == ("plane", 3)
+    assert entry.pop("seconds") > 0
+    assert entry == {"view": "plane", "rows": 3, "given": 7, "loaded": 3, "older": 2, "duplicate": 2}
     assert "'route' has no source" in fresh.fails("materialize", "route", "--store", "store")
     assert "no feature view 'plain'; did you mean 'plane'" in fresh.fails("materialize", "plain", "--store", "store")
     (fresh.folder / "planes.parquet").unlink()
     assert "there is no file" in fresh.fails("materialize", "--store", "store")
+
+
+def test_materialize_refuses_to_lose_rows_unless_told(fresh: Project) -> None:
+    fresh.ok("apply", "definitions.py", "--store", "store")
+    fresh.ok("materialize", "--store", "store")
+    planes = pyarrow.parquet.read_table(fresh.folder / "planes.parquet")
+    pyarrow.parquet.write_table(planes.slice(0, 0), fresh.folder / "planes.parquet")
+    assert fresh.fails("materialize", "--store", "store") == (
+        "error: view 'plane': the load has 0 rows, and 3 are served; nothing was changed; if so few are right, give"
+        " allow_shrink=True (--allow-shrink)\n"
+    )
+    assert fresh.ok("stat", "--store", "store", "--json").json["views"][0]["rows"] == 3
+    out = fresh.ok("materialize", "--store", "store", "--allow-shrink").out
+    assert out.endswith("; given 0, loaded 0, older 0, duplicate 0\n")
+
+
+def test_load_replaces_the_rows_of_a_view_by_files(fresh: Project) -> None:
+    fresh.ok("apply", "definitions.py", "--store", "store")
+    (fresh.folder / "days").mkdir()
+    for day in (1, 2, 3):
+        rows = f"origin,dest_id,late,event_time\nEWR,7,{day}.5,{day}\nJFK,{day},,1\n"
+        (fresh.folder / "days" / f"{day}.csv").write_text(rows)
+    said = fresh.ok("load", "route", "days/[12].csv", "days/3.csv", "--store", "store").out
+    assert re.fullmatch(r"route: 4 rows in .* s \(.* rows/s\); given 6, loaded 4, older 2, duplicate 0\n", said)
+    found = fresh.ok("features", "route:late", "origin=EWR", "dest_id=7", "--store", "store", "--json").json
+    assert found["features"] == {"route:late": [3.5]}
+    said = fresh.ok("load", "route", "days/1.csv", "--store", "store", "--json").json
+    assert said.pop("seconds") > 0
+    assert said == {"view": "route", "rows": 2, "given": 2, "loaded": 2, "older": 0, "duplicate": 0}
+    (fresh.folder / "days" / "1.csv").write_text("origin,dest_id,late\n")
+    assert "the load has 0 rows, and 2 are served" in fresh.fails("load", "route", "days/1.csv", "--store", "store")
+    assert fresh.ok("load", "route", "days/1.csv", "--store", "store", "--allow-shrink").out.startswith("route: 0 rows")
+    assert "no file matches days/*.parquet" in fresh.fails("load", "route", "days/*.parquet", "--store", "store")
 
 
 def test_a_schema_change_needs_reset(fresh: Project) -> None:
@@ -242,7 +281,7 @@ def test_stat_as_json_lists_the_views(loaded: Project) -> None:
     ("arguments", "message"),
     [
         (["apply", "gone.py", "--store", "store"], "gone.py: there is no such definitions file"),
-        (["predict", "delays", "tailnum=N1", "--store", "store"], "no model 'delays'; models: delay"),
+        (["predict", "delays", "tailnum=N1", "--store", "store"], "no model 'delays'; did you mean 'delay'"),
         (["predict", "delay", "tail=N1", "--store", "store"], "no column 'tail'; columns: tailnum String"),
         (["predict", "delay", "tailnum", "--store", "store"], "'tailnum' is not column=value"),
         (["predict", "delay", "tailnum=N1", "hour=five", "--store", "store"], "takes Float64; got 'five' (text)"),

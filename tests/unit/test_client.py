@@ -18,6 +18,7 @@ import pytest
 
 from shorttail import errors, protocol
 from shorttail.client import AsyncClient, Client
+from shorttail.config import LIMITS
 
 
 class Peer:
@@ -438,7 +439,8 @@ def test_every_call_in_flight_fails_when_the_connection_is_lost_and_the_next_con
 
 
 def test_large_requests_wait_for_a_peer_that_reads_late() -> None:
-    rows = 400_000
+    rows = LIMITS.rows_per_request
+    columns = {"x": np.zeros((rows, 25))}
 
     def script(peer: Peer) -> None:
         time.sleep(0.1)
@@ -448,9 +450,9 @@ def test_large_requests_wait_for_a_peer_that_reads_late() -> None:
 
     async def run(address: str) -> list[Any]:
         async with await AsyncClient.connect(address) as client:
-            first = [asyncio.create_task(client.predict("m", {"x": np.zeros(rows)})) for _ in range(4)]
+            first = [asyncio.create_task(client.predict("m", columns)) for _ in range(4)]
             await asyncio.sleep(0.05)  # writing is paused now
-            return await asyncio.gather(*first, *(client.predict("m", {"x": np.zeros(rows)}) for _ in range(4)))
+            return await asyncio.gather(*first, *(client.predict("m", columns) for _ in range(4)))
 
     with serving(script) as address:
         assert [p.outputs["n"].tolist() for p in asyncio.run(run(address))] == [[rows]] * 8

@@ -73,7 +73,7 @@ def test_columns_are_encoded_without_a_python_loop_over_rows() -> None:
 
     def send(given: dict[str, Any]) -> bytes:
         params = calls.predict_params("m", given, None, False)
-        return Call(address, 1, "predict", params, 5.0).message()
+        return Call(address, 1, "predict", params, calls.Deadline(5.0)).message()
 
     few, many = columns(FEW), columns(MANY)
     send(few)  # which imports what reads Arrow

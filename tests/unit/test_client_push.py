@@ -1,6 +1,7 @@
 """push and delete of both clients: the bytes that they send, and the results and errors that they return."""
 
 import asyncio
+import pickle
 from typing import Any
 
 import msgpack
@@ -78,7 +79,24 @@ def test_delete_and_push_send_what_is_left_of_the_deadline(run: Any) -> None:
 
 
 @each
-@pytest.mark.parametrize("result", ["7", {}, {"rows": None}, [7]])
+@pytest.mark.parametrize(
+    ("result", "counts"),
+    [
+        ({"rows": 7}, (7, 7, 7, 0, 0)),  # of an older server
+        ({"rows": 7, "older": 2}, (7, 9, 7, 2, 0)),
+        ({"rows": 7, "older": 2, "duplicate": 3, "later": "?"}, (7, 9, 4, 2, 3)),
+    ],
+)
+def test_a_push_returns_a_number_with_what_became_of_the_other_rows(run: Any, result: Any, counts: Any) -> None:
+    with serving(Recorder(result)) as address:
+        count = run(address, lambda c: c.push("stats", {"user_id": 1}))
+    assert (count, count.given, count.loaded, count.older, count.duplicate) == counts
+    again = pickle.loads(pickle.dumps(count))
+    assert (again, again.given, again.older, again.duplicate, f"{again:,}") == (7, *counts[1:2], *counts[3:], "7")
+
+
+@each
+@pytest.mark.parametrize("result", ["7", {}, {"rows": None}, [7], {"rows": 1, "older": None}])
 def test_a_result_of_a_wrong_form_is_an_internal_error(run: Any, result: Any) -> None:
     with serving(Recorder(result)) as address, pytest.raises(errors.Internal, match="push: the server's result"):
         run(address, lambda c: c.push("stats", {"user_id": 1}))

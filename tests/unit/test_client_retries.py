@@ -15,7 +15,7 @@ from test_client import Peer, both, call_async, call_blocking, serving
 
 from shorttail import errors
 from shorttail.client import AsyncClient, Client, retries
-from shorttail.client.calls import Call
+from shorttail.client.calls import Call, Deadline
 from shorttail.config import LIMITS
 from shorttail.protocol import parse_address
 
@@ -232,7 +232,7 @@ def test_the_budget_holds_for_any_order_of_calls() -> None:
         for begun in range(1, 3001):
             policy.earn()
             in_flight = rng.choice((0, 1, 50))
-            call = Call(address, 0, "ping", [], 3600.0)
+            call = Call(address, 0, "ping", [], Deadline(3600.0))
             while rng.random() < failing:
                 try:
                     policy.pause_s(call, errors.Unavailable("lost"), in_flight)

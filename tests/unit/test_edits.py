@@ -7,11 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_key_hash import fold, key_hash
 
 from shorttail.define import dtypes
 from shorttail.define.entities import Entity
 from shorttail.define.views import Feature, FeatureView
 from shorttail.errors import Internal, InvalidArgument, NotFound
+from shorttail.results import RowCount
 from shorttail.store import ColumnBatch, Delete, Store, Upsert
 from shorttail.store.environment import page_key
 
@@ -92,7 +94,7 @@ def test_a_wrong_edit_does_not_affect_the_others(store: Store) -> None:
             Upsert("b", rows([2], 2)),
         ]
     )
-    assert [type(outcome) for outcome in outcomes] == [NotFound, int, InvalidArgument, InvalidArgument, int]
+    assert [type(outcome) for outcome in outcomes] == [NotFound, RowCount, InvalidArgument, InvalidArgument, RowCount]
     assert (content(store, "a"), content(store, "b")) == ({1: 1.0}, {2: 2.0})
     before = commits(store)
     assert store.commit([]) == []
@@ -196,3 +198,67 @@ def test_only_edits_of_a_damaged_page_fail(store: Store) -> None:
     outcomes = store.commit([*(Upsert("a", rows([i], 2)) for i in range(3000, 3200)), Upsert("b", rows([1], 1))])
     assert [i for i, outcome in enumerate(outcomes, 3000) if isinstance(outcome, Internal)] == bad
     assert content(store, "b") == {1: 1.0}
+
+
+SEED = 0x1234_5678_9ABC_DEF0
+PAIR = FeatureView(
+    "pair",
+    entity=Entity("pair", keys={"a": dtypes.Int64, "b": dtypes.Int64}),
+    features=[Feature("x", dtypes.Float64)],
+)
+
+
+def keys_of_one_hash(count: int) -> list[tuple[int, int]]:
+    """Return pairs whose hashes are equal: b undoes what a has done. Only who knows the seed can find such keys."""
+    second = fold(SEED ^ 0x2545F4914F6CDD1D, 0xD6E8FEB86659FD93) | 1
+    after_a = [fold(a ^ SEED, second ^ 0x9E3779B97F4A7C15) for a in range(count)]
+    found = [(a, int(np.uint64(h ^ 12345).astype(np.int64))) for a, h in enumerate(after_a)]
+    assert len({key_hash(SEED, [a, b]) for a, b in found}) == 1
+    return found
+
+
+def test_keys_of_one_hash_are_told_apart_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pushes of several commits, several pushes in a commit, and a load, compared with a dict."""
+    monkeypatch.setattr("secrets.randbits", lambda bits: SEED)
+    seed = int(np.random.SeedSequence().entropy or 0) % 2**32
+    print(f"seed {seed}")
+    random, pool, stored = np.random.default_rng(seed), keys_of_one_hash(7), dict[tuple[int, int], tuple[int, float]]()
+
+    def draw(n: int) -> tuple[ColumnBatch, tuple[int, int, int]]:
+        """Return n rows and the (given, older, duplicate) of a push of them, and put them into `stored`."""
+        chosen, times = random.integers(0, len(pool), n), random.integers(0, 4, n)
+        columns = [np.array([pool[k][c] for k in chosen], np.int64) for c in (0, 1)]
+        values, kept = random.normal(size=n), dict[tuple[int, int], int]()
+        for i in range(n):
+            key = pool[chosen[i]]
+            if key not in stored or times[i] >= stored[key][0]:
+                stored[key], kept[key] = (int(times[i]), float(values[i])), i
+        lost = [i for i in range(n) if kept.get(pool[chosen[i]]) != i]
+        older = sum(int(times[i]) < stored[pool[chosen[i]]][0] for i in lost)
+        return ColumnBatch(columns, times, [(values, None)]), (n, older, len(lost) - older)
+
+    def found() -> dict[tuple[int, int], tuple[int, float]]:
+        return {
+            (a, b): (time_us, value)
+            for batch in store.scan("pair")
+            for a, b, time_us, value in zip(
+                batch.keys[0].tolist(), batch.keys[1].tolist(), batch.event_time_us.tolist(),
+                batch.features[0][0].tolist(), strict=True,
+            )
+        }  # fmt: skip
+
+    with Store.open(tmp_path / "store", create=True) as store:
+        with store.edit_catalog() as catalog:
+            catalog.entities["pair"], catalog.views["pair"] = PAIR.entity, PAIR
+            catalog.new_table("pair")
+        for _ in range(20):
+            drawn = [draw(int(random.integers(1, 30))) for _ in range(random.integers(1, 5))]
+            outcomes = store.commit([Upsert("pair", batch) for batch, _ in drawn])
+            told = [(o.given, o.older, o.duplicate) for o in outcomes if isinstance(o, RowCount)]
+            assert told == [wanted for _, wanted in drawn]
+            assert found() == stored
+        stored.clear()
+        batch, wanted = draw(500)
+        count = store.load("pair", [batch])
+        assert (count, (count.given, count.older, count.duplicate)) == (len(stored), wanted)
+        assert found() == stored

@@ -300,6 +300,8 @@ def test_models_and_views_tell_what_a_request_needs(engine: st.Engine) -> None:
             "columns": {"user_id": "Int64", "country": "String", "shop_id": "Int64", "amount": "Float64"},
             "outputs": ["y"],
             "runs": None,  # nobody has asked it yet
+            "batching": "rows",
+            "batching_why": None,
             "canary": None,
             "shadow": None,
             "problem": None,
@@ -309,5 +311,6 @@ def test_models_and_views_tell_what_a_request_needs(engine: st.Engine) -> None:
         "name": "shops",
         "keys": {"country": "String", "shop_id": "Int64"},
         "features": {"open": "Bool", "rent": "Float64"},
+        "columns": {},
         "timestamp": None,
     }

@@ -127,6 +127,7 @@ def check(model, x, seed, folder, batches=BATCHES):
     assert forest.inputs == session.inputs
     assert forest.outputs == session.outputs
     forest.verify_against(session, rows=600, seed=seed)
+    forest.verify_every_leaf(session, folder / "model.onnx", seed)
     random = np.random.default_rng([SEED, seed, 1])
     dtype = np.float64 if session.inputs[0].dtype == "double" else np.float32
     for n in batches:

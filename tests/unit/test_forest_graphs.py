@@ -1,9 +1,6 @@
-"""Compiled forests compared with ONNX Runtime: hand-made graphs with features that no converter emits.
+"""Compiled forests compared with ONNX Runtime: hand-made graphs with features that no converter emits."""
 
-Trees are random; their thresholds and the rows' values come from one small set, so that they meet often.
-"""
-
-import os
+import re
 
 import numpy as np
 import pytest
@@ -14,117 +11,21 @@ from shorttail.models.session import Session
 
 onnx = pytest.importorskip("onnx")
 from onnx import TensorProto, helper  # noqa: E402
+from random_trees import (  # noqa: E402
+    MODES,
+    SEED,
+    TRANSFORMS,
+    WIDTH,
+    RandomTrees,
+    model_of,
+    random_ensemble,
+    rows_of,
+)
 
-SEED = int(os.environ.get("SHORTTAIL_SEED", "0"))
-WIDTH = 4
-VALUES = np.array([-2.5, -1, -0.0, 0, 0.1, 1, 1.5, 3, 7, 30.5, 31.5, 40, 1e30], np.float32)
-MEMBERS = np.array(
-    [-1, 0, 1, 2, 3, 7, 30, 31, 32, 33, 40, 64, 65, 1000, 4095, 4096]
-)  # ONNX Runtime requires whole numbers
-MODES = ["BRANCH_LEQ", "BRANCH_LT", "BRANCH_GTE", "BRANCH_GT", "BRANCH_EQ", "BRANCH_NEQ"]
-TRANSFORMS = ["NONE", "LOGISTIC", "SOFTMAX", "SOFTMAX_ZERO", "PROBIT"]
 BATCHES = (1, 2, 4, 7, 16, 40, 130)
 
 
-class RandomTrees:
-    """Nodes and leaves of random trees, in the formats of both generations of the operators."""
-
-    def __init__(self, random, modes, n_trees, leaves_max, extremes=False):
-        self.random, self.modes, self.extremes = random, modes, extremes
-        self.nodes, self.leaves = [], []  # nodes: dicts with children ("leaf" | "node", index)
-        self.roots = []
-        self.left = 0
-        for _ in range(n_trees):
-            self.left = int(random.integers(2, leaves_max + 1)) - 1
-            self.roots.append(len(self.nodes))
-            self.tree = len(self.roots) - 1
-            self.branch()
-
-    def branch(self):
-        number = len(self.nodes)
-        value = self.random.choice(VALUES)
-        if self.extremes and self.random.random() < 0.2:
-            value = self.random.choice(np.array([np.inf, -np.inf, np.nan], np.float32))
-        mode = str(self.random.choice(self.modes))
-        members = sorted(set(self.random.choice(MEMBERS, self.random.integers(1, 6)).tolist()))
-        node = {"mode": mode, "value": float(value), "feature": int(self.random.integers(WIDTH)), "tree": self.tree}
-        self.nodes.append(node | {"missing": int(self.random.random() < 0.4), "members": members})
-        self.left -= 1
-        for side in ("yes", "no"):
-            self.nodes[number][side] = self.child()
-        return number
-
-    def child(self):
-        if self.left > 0 and self.random.random() < 0.6:
-            return ("node", self.branch())
-        self.leaves.append(self.tree)
-        return ("leaf", len(self.leaves) - 1)
-
-    def old(self):
-        """Return nodes_* attributes for ai.onnx.ml 1 to 3, with shuffled node ids, and (tree, node) of each leaf."""
-        a = {f"nodes_{name}": [] for name in ("treeids", "nodeids", "modes", "featureids", "values")}
-        a |= {f"nodes_{name}": [] for name in ("truenodeids", "falsenodeids", "missing_value_tracks_true")}
-        places = {}
-        for tree in range(len(self.roots)):
-            nodes = [i for i, node in enumerate(self.nodes) if node["tree"] == tree]
-            leaves = [i for i, owner in enumerate(self.leaves) if owner == tree]
-            keys = [("node", i) for i in nodes] + [("leaf", i) for i in leaves]
-            ids = [0, *(1 + self.random.permutation(len(keys) - 1))]
-            places |= {key: (tree, int(number)) for key, number in zip(keys, ids, strict=True)}
-            for key in keys:
-                node = self.nodes[key[1]] if key[0] == "node" else None
-                a["nodes_treeids"].append(tree)
-                a["nodes_nodeids"].append(places[key][1])
-                a["nodes_modes"].append(node["mode"] if node else "LEAF")
-                a["nodes_featureids"].append(node["feature"] if node else 0)
-                a["nodes_values"].append(node["value"] if node else 0.0)
-                a["nodes_missing_value_tracks_true"].append(node["missing"] if node else 0)
-                a["nodes_truenodeids"].append(places[node["yes"]][1] if node else 0)
-                a["nodes_falsenodeids"].append(places[node["no"]][1] if node else 0)
-        return a, [places[("leaf", i)] for i in range(len(self.leaves))]
-
-    def new(self, dtype):
-        """Return nodes_* attributes for ai.onnx.ml 5."""
-        kind = TensorProto.DOUBLE if dtype == np.float64 else TensorProto.FLOAT
-        codes = [[*MODES, "BRANCH_MEMBER"].index(node["mode"]) for node in self.nodes]
-        members = [m for node in self.nodes if node["mode"] == "BRANCH_MEMBER" for m in (*node["members"], np.nan)]
-        a = {
-            "tree_roots": self.roots,
-            "nodes_modes": helper.make_tensor("m", TensorProto.UINT8, [len(codes)], codes),
-            "nodes_splits": helper.make_tensor("s", kind, [len(codes)], [node["value"] for node in self.nodes]),
-            "nodes_featureids": [node["feature"] for node in self.nodes],
-            "nodes_missing_value_tracks_true": [node["missing"] for node in self.nodes],
-        }
-        for side, name in (("yes", "true"), ("no", "false")):
-            a[f"nodes_{name}nodeids"] = [node[side][1] for node in self.nodes]
-            a[f"nodes_{name}leafs"] = [int(node[side][0] == "leaf") for node in self.nodes]
-        if members:
-            a["membership_values"] = helper.make_tensor("b", kind, [len(members)], members)
-        return a
-
-
-def rows_of(random, n, dtype):
-    rows = random.choice(np.concatenate([VALUES, MEMBERS]), (n, WIDTH)).astype(dtype)
-    for value in (np.nan, np.inf, -np.inf, 2.0, 1e-40):
-        rows[random.random(rows.shape) < 0.06] = value
-    if dtype == np.float64:
-        rows[random.random(rows.shape) < 0.1] += 1e-12  # next to a threshold, by less than float32 can represent
-    return rows
-
-
-def model_of(nodes, outputs, element=TensorProto.FLOAT, ml=3, constants=(), inputs=None):
-    graph = helper.make_graph(
-        nodes,
-        "g",
-        inputs or [helper.make_tensor_value_info("X", element, [None, WIDTH])],
-        [helper.make_tensor_value_info(name, kind, None) for name, kind in outputs],
-        [onnx.numpy_helper.from_array(value, name) for name, value in constants],
-    )
-    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("ai.onnx.ml", ml)]
-    return helper.make_model(graph, opset_imports=opsets, ir_version=9)
-
-
-def check(model, random, folder, dtype=np.float32, batches=BATCHES):
+def check(model, random, folder, dtype=np.float32, batches=BATCHES, tolerance=1e-5):
     """Check that the forest equals ONNX Runtime. Return the forest, or None if ONNX Runtime refuses the model."""
     path = folder / "model.onnx"
     path.write_bytes(model.SerializeToString())
@@ -140,7 +41,7 @@ def check(model, random, folder, dtype=np.float32, batches=BATCHES):
             theirs = np.asarray(theirs)
             assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
             if ours.dtype.kind == "f":
-                np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+                np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance / 10)
             else:
                 np.testing.assert_array_equal(ours, theirs)
     return forest
@@ -184,6 +85,23 @@ def test_regressors(transform, aggregate, seed, tmp_path):
         a["base_values"] = [0.125, 0.25, 0.05][:n_targets]
     node = helper.make_node("TreeEnsembleRegressor", ["X"], ["Y"], domain="ai.onnx.ml", **a)
     assert check(model_of([node], [("Y", TensorProto.FLOAT)]), random, tmp_path)
+
+
+@pytest.mark.parametrize("first", range(0, 400, 50))
+def test_random_ensembles(first, tmp_path):
+    """Every combination of targets, votes, base values, aggregates and post-transforms gives ONNX Runtime's scores."""
+    compared = 0
+    for seed in range(first, first + 50):
+        model, dtype = random_ensemble(seed)
+        try:
+            forest = check(model, np.random.default_rng([SEED, seed]), tmp_path, dtype, (1, 3, 60), tolerance=1e-6)
+        except NotAForest as no:
+            assert re.search("one class|two classes|one leaf|single score", no.reason), no.reason  # noqa: PT017
+        except AssertionError as wrong:
+            raise AssertionError(f"SHORTTAIL_SEED={SEED}, random_ensemble({seed})") from wrong
+        else:
+            compared += forest is not None
+    assert compared > 20
 
 
 @pytest.mark.parametrize("style", ["positive", "mixed"])
@@ -293,6 +211,7 @@ def test_nodes_that_share_a_child(name, tmp_path):
     model = model_of([chain(flags, shared, values)], [("Y", TensorProto.FLOAT)])
     forest = check(model, np.random.default_rng(SEED), tmp_path)
     assert forest
+    forest.verify_every_leaf(Session(tmp_path / "model.onnx"), tmp_path / "model.onnx")
     if shared:
         assert forest.ensembles[0].trees.n_leaves == 2  # one set instead of a copy of the leaf per value
 
@@ -347,7 +266,55 @@ def test_operators_around_a_forest(name, tmp_path):
     nodes, kind, constants = AROUND[name]
     forest = check(model_of(nodes, [("Y", kind)], constants=constants), np.random.default_rng(SEED), tmp_path)
     assert forest
-    forest.verify_against(Session(tmp_path / "model.onnx"))
+    forest.verify_every_leaf(Session(tmp_path / "model.onnx"), tmp_path / "model.onnx")
+
+
+EXTREME = [0.0, 1e-30, 1.0, 1.0000001, 18.5, 30.0, 88.5, 110.0, 3e9, 1e19, 1e30, np.inf]
+EXTREME = [*EXTREME, *(-value for value in EXTREME), np.nan]
+BOTH = op("Concat", ["a", "b"], ["c"], axis=1)
+AFTER = {
+    "sigmoid": ([op("Sigmoid", ["a"], ["Y"])], FLOAT),
+    "exp": ([op("Exp", ["a"], ["Y"])], FLOAT),
+    "softmax": ([BOTH, op("Softmax", ["c"], ["Y"], axis=1)], FLOAT),
+    "argmax": ([BOTH, op("ArgMax", ["c"], ["Y"], axis=1)], INT64),
+    "argmax of probabilities": (
+        [BOTH, op("Softmax", ["c"], ["p"], axis=1), op("ArgMax", ["p"], ["Y"], axis=1, keepdims=0)],
+        INT64,
+    ),
+    "cast": ([op("Cast", ["a"], ["Y"], to=DOUBLE)], DOUBLE),
+    "arithmetic": (
+        [op("Mul", ["a", "b"], ["m"]), op("Sub", ["m", "a"], ["d"]), op("Div", ["d", "b"], ["Y"])],
+        FLOAT,
+    ),
+}
+
+
+def steps(output, column, values):
+    """Return a tree that gives values[i] where the column is above i - 1 and at most i."""
+    n = len(values)
+    inner, leaves = list(range(n - 1)), list(range(n - 1, 2 * n - 1))
+    return helper.make_node(
+        "TreeEnsembleRegressor", ["X"], [output], domain="ai.onnx.ml", n_targets=1,
+        nodes_treeids=[0] * (2 * n - 1), nodes_nodeids=[*inner, *leaves], nodes_values=[*map(float, inner), *[0.0] * n],
+        nodes_modes=["BRANCH_LEQ"] * (n - 1) + ["LEAF"] * n, nodes_featureids=[column] * (2 * n - 1),
+        nodes_truenodeids=leaves[:-1] + [0] * n, nodes_falsenodeids=[*inner[1:], leaves[-1], *[0] * n],
+        target_treeids=[0] * n, target_nodeids=leaves, target_ids=[0] * n, target_weights=values,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", AFTER)
+def test_operators_after_trees_with_extreme_scores(name, tmp_path):
+    """Every pair of scores: zeros, ties, numbers that overflow, infinities and NaN."""
+    after, kind = AFTER[name]
+    nodes = [steps("a", 0, EXTREME), steps("b", 1, EXTREME), *after]
+    (tmp_path / "m.onnx").write_bytes(model_of(nodes, [("Y", kind)]).SerializeToString())
+    session = Session(tmp_path / "m.onnx")
+    forest = compile_forest(tmp_path / "m.onnx", ["Y"])
+    rows = np.zeros((len(EXTREME) ** 2, WIDTH), np.float32)
+    rows[:, 0], rows[:, 1] = (grid.ravel() for grid in np.mgrid[: len(EXTREME), : len(EXTREME)])
+    with np.errstate(all="ignore"):
+        [ours], [theirs] = forest.run([rows]), session.run([rows])
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("element", [INT64, TensorProto.INT32])
@@ -364,6 +331,7 @@ def test_integer_inputs(element, tmp_path):
     session = Session(tmp_path / "model.onnx")
     forest = compile_forest(tmp_path / "model.onnx", session.output_names)
     forest.verify_against(session, rows=2000)
+    forest.verify_every_leaf(session, tmp_path / "model.onnx")
 
 
 def test_one_input_per_column(tmp_path):
@@ -373,7 +341,7 @@ def test_one_input_per_column(tmp_path):
     model = model_of([op("Concat", names, ["x"], axis=1), regressor("Y", "x")], [("Y", FLOAT)], inputs=inputs)
     (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
     session = Session(tmp_path / "model.onnx")
-    compile_forest(tmp_path / "model.onnx", ["Y"]).verify_against(session)
+    compile_forest(tmp_path / "model.onnx", ["Y"]).verify_every_leaf(session, tmp_path / "model.onnx")
 
 
 def changed(**attributes):

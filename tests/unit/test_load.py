@@ -17,7 +17,7 @@ from shorttail.define import dtypes
 from shorttail.define.catalog import TableInfo
 from shorttail.define.entities import Entity
 from shorttail.define.views import Feature, FeatureView
-from shorttail.errors import InvalidArgument
+from shorttail.errors import Internal, InvalidArgument
 from shorttail.store import ColumnBatch, Store
 from shorttail.store import load as load_module
 from shorttail.store.environment import table_ids
@@ -368,3 +368,65 @@ def test_sources_are_not_copied() -> None:
         np.shares_memory(column[0], given)
         for column, given in zip(columns, [batch.keys[0], batch.event_time_us, batch.features[0][0]], strict=True)
     ] == [True] * 3
+
+
+def test_a_load_counts_the_rows_that_it_does_not_store(store: Store, small_memory: Callable[..., Seen]) -> None:
+    """Also the rows that wait in the file: each key has three rows with two times, and one row twice."""
+    for memory_kib in (64 << 10, 512):
+        seen = small_memory(memory_kib)
+        parts = [small(range(10_000), float(i)) for i in range(4)]
+        for part, time_us in zip(parts, (3, 1, 3, 2), strict=True):
+            part.event_time_us = np.full(10_000, time_us)
+        count = store.load("small", [*parts, small([-1]), small([-1])])
+        assert (seen.spills > 0) == (memory_kib == 512)
+        assert (count, count.given, count.loaded) == (10_001, 40_002, 10_001)
+        assert (count.older, count.duplicate) == (20_000, 10_001)
+        assert held(store) == dict.fromkeys(range(10_000), 2.0) | {-1: 0.0}
+
+
+@pytest.mark.parametrize(
+    ("served", "rows", "refused"),
+    [
+        (1000, 500, False),
+        (1000, 499, True),
+        (1001, 500, True),
+        (2000, 1000, False),
+        (999, 1, False),
+        (999, 0, True),
+        (1, 0, True),
+        (0, 0, False),
+        (5, 5000, False),
+    ],
+)
+def test_a_load_of_much_fewer_rows_is_refused(store: Store, served: int, rows: int, refused: bool) -> None:
+    """Half of 1,000 rows or more, or any row at all; the rows are counted before and after equal keys are found."""
+    many = [small([i % rows for i in range(3 * rows)])] if rows else []
+    for batches in ([small(range(rows))], many):
+        if served:
+            store.load("small", [small(range(served), 1.0)], allow_shrink=True)
+        if not refused:
+            assert store.load("small", batches) == rows
+            continue
+        number = f"{rows:,} row{'' if rows == 1 else 's'}"
+        with pytest.raises(InvalidArgument) as caught:
+            store.load("small", batches)
+        assert caught.value.message == (
+            f"view 'small': the load has {number}, and {served:,} are served; nothing was changed; "
+            "if so few are right, give allow_shrink=True (--allow-shrink)"
+        )
+        assert held(store) == dict.fromkeys(range(served), 1.0)
+        assert store.load("small", batches, allow_shrink=True) == rows
+        assert store.count("small") == rows
+
+
+def test_a_damaged_table_is_replaced_by_any_load(store: Store) -> None:
+    store.load("small", [small(range(2000))])
+    store.refresh()
+    with store.environment.write() as writer:
+        table = store.catalog.tables["small"].id
+        key, page = writer.find_bucket(table, bytes(8))
+        assert page is not None
+        writer.put_page(table, key, bytes(len(page)))
+    with pytest.raises(Internal, match="is damaged"):
+        store.count("small")
+    assert store.load("small", [small([7])]) == 1

@@ -8,12 +8,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from test_load import SMALL, Seen, held, small, small_memory, store, tables
 
 from shorttail._native.pages import PageImages
+from shorttail.config import LIMITS
 from shorttail.define.views import FeatureView
 from shorttail.errors import InvalidArgument, ResourceExhausted
 from shorttail.store import ColumnBatch, Store
@@ -196,3 +198,80 @@ def test_a_file_system_without_unnamed_files(
     assert store.load("small", [small(range(50_000))]) == 50_000
     assert seen.spills > 0
     assert not (Path(store.path) / "load.rows").exists()
+
+
+def file_pages(store: Store) -> int:
+    return (Path(store.path) / "data.mdb").stat().st_size // 4096
+
+
+READER = """
+import sys
+from shorttail.store import Store
+with Store.open(sys.argv[1]) as store:
+    print(store.count("small"), flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("reader", ["none", "of this process", "of another process"])
+def test_loads_that_fail_again_and_again_do_not_grow_the_file(
+    store: Store, monkeypatch: pytest.MonkeyPatch, reader: str
+) -> None:
+    """They fail before the first page, in the middle, and at the end. A reader holds a snapshot before each of them."""
+    monkeypatch.setattr(load_module, "LIMITS", replace(LIMITS, load_commit_bytes=256 << 10))
+    good = [small(range(60_000))]
+    put, is_current = load_module.PageWriter._put, load_module.is_current
+    calls: list[int] = []
+
+    def broken() -> Iterator[ColumnBatch]:
+        yield from good
+        raise OSError("the source went away")
+
+    def failing(writer: load_module.PageWriter, images: PageImages) -> None:
+        calls.append(len(images))
+        if len(calls) == 5:
+            raise OSError("the disk went away")
+        put(writer, images)
+
+    def fail(how: str) -> None:
+        calls.clear()
+        monkeypatch.setattr(load_module.PageWriter, "_put", failing if how == "middle" else put)
+        monkeypatch.setattr(load_module, "is_current", (lambda *_: False) if how == "end" else is_current)
+        with pytest.raises((OSError, InvalidArgument)):
+            store.load("small", broken() if how == "source" else good)
+        assert len(calls) == (5 if how == "middle" else 0)
+        monkeypatch.setattr(load_module.PageWriter, "_put", put)
+        monkeypatch.setattr(load_module, "is_current", is_current)
+
+    assert store.load("small", good) == 60_000
+    other = None
+    if reader == "of another process":
+        command = [sys.executable, "-c", READER, store.path]
+        other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"60000\n"
+    try:
+        table = file_pages(store)
+        sizes = []
+        for how in ("end", "source", "middle", "end", "middle", "end"):
+            if reader == "of this process":
+                assert store.count("small") == 60_000  # moves the snapshot to the last commit
+            fail(how)
+            sizes.append(file_pages(store))
+        assert sizes[0] < 2.2 * table, "the old table and the new one"
+        assert sizes[-1] - sizes[0] < table / 20, sizes
+        assert store.load("small", good) == 60_000
+        assert file_pages(store) - sizes[0] < table / 20
+    finally:
+        if other is not None:
+            other.communicate()
+
+
+def test_refused_loads_do_not_grow_the_file(store: Store) -> None:
+    store.load("small", [small(range(40_000))])
+    sizes = []
+    for _ in range(4):
+        with pytest.raises(InvalidArgument, match="the load has 10,000 rows, and 40,000 are served"):
+            store.load("small", [small(range(10_000))] * 5)  # known when equal keys have been found
+        sizes.append(file_pages(store))
+    assert sizes[-1] - sizes[0] < sizes[0] / 20, sizes

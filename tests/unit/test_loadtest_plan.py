@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +207,41 @@ def test_a_mix_is_sent_by_its_weights() -> None:
     assert [len(column) for column in push[3][1].values()] == [2, 2, 2]
     assert list(step.by_kind) == ["predict", "features", "push"]
     assert sum(histogram.total for histogram in step.by_kind.values()) == step.latency.total == step.outcomes["good"]
+
+
+@pytest.mark.parametrize("encoding", ["tensor", "list"])
+def test_pushes_have_keys_of_their_own(encoding: str) -> None:
+    """The parts of a composite key fit together, and lookups use the keys that the user gives."""
+    views = [{"name": "v", "keys": {"user_id": "Int64", "shop": "String"}, "features": {"age": "Float32"}}]
+    sent: dict[int, set[tuple[int, str]]] = {}
+    for seed in (1, 2):
+        work = predict(features=["v:age"], push="v", push_rows=3, seed=seed, encoding=encoding)
+        work = replace(work, keys=["user_id=uniform:1:9", "shop=uniform:1:9:shop-{}"])
+        with rpc_server(lambda request: reply(request[1], {})) as fake:
+            plan = plan_rpc(work, MODELS, views)
+            load_on(fake.address, plan=plan)
+        asked = [columns for _, _, method, (_, columns, *_) in fake.requests if method != "push"]
+        assert {int(columns["user_id"]) for columns in asked} == set(range(1, 10))
+        pushed = [columns for _, _, method, (_, columns, *_) in fake.requests if method == "push"]
+        assert {tuple(columns) for columns in pushed} == {("user_id", "shop", "age")}
+        sent[seed] = {
+            (int(user), shop)
+            for columns in pushed
+            for user, shop in zip(columns["user_id"], columns["shop"], strict=True)
+        }
+        assert len(sent[seed]) > 50
+        assert all(shop == f"shorttail-bench-{user}" for user, shop in sent[seed])
+        assert all(-(2**62) <= user < -(2**61) for user, _ in sent[seed])
+        assert plan.describes["user_id"] == "uniform:1:9"
+        assert plan.describes["user_id of pushes"] == "keys that no row had"
+    assert sent[1].isdisjoint(sent[2])
+
+
+def test_pushes_overwrite_rows_if_they_are_told_to() -> None:
+    work = Workload(push="v", keys=["user_id=uniform:1:9"], overwrite=True)
+    with rpc_server(lambda request: reply(request[1], {})) as fake:
+        load_on(fake.address, plan=plan_rpc(work, MODELS, VIEWS))
+    assert {int(user) for *_, (_, columns, *_) in fake.requests for user in columns["user_id"]} == set(range(1, 10))
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])

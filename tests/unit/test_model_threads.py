@@ -32,7 +32,9 @@ def test_batches_that_run_or_wait_when_it_is_closed_end_in_silence():
         for _ in range(LIMITS.model_threads + 2):
             runner = FakeRunner(may_end)
             for _ in range(2):
-                batch = SimpleNamespace(route=object(), leave_loop=lambda: None, drop_expired=lambda: 1)
+                batch = SimpleNamespace(
+                    route=SimpleNamespace(for_suspects=False), leave_loop=lambda: None, drop_expired=lambda: 1
+                )
                 result = SimpleNamespace(values=[], inferred_ns=0)
                 ended = lambda prepared, error: answered.append(error)  # noqa: E731
                 threads.put(PreparedBatch(batch, runner, result, None, ended))

@@ -401,20 +401,21 @@ def test_warm_runs_every_power_of_two_and_records_its_time(tmp_path: Path) -> No
 
 
 class Slow:
-    """A model that takes 100 us and 10 us per row, by a clock that it sets itself."""
+    """A model that takes 100 us and 10 us per row, or other times, by a clock that it sets itself."""
 
     description = "a slow model"
 
-    def __init__(self) -> None:
+    def __init__(self, run_ns: int = 100_000, row_ns: int = 10_000) -> None:
         self.inputs: list[Any] = []
         self.output_names = ["y"]
         self.now_ns = 0
+        self.run_ns, self.row_ns = run_ns, row_ns
 
     def clock(self) -> int:
         return self.now_ns
 
     def run(self, inputs: Sequence[Any]) -> list[Any]:
-        self.now_ns += 100_000 + 10_000 * len(inputs[0])
+        self.now_ns += self.run_ns + self.row_ns * len(inputs[0])
         return [inputs[0]]
 
 
@@ -434,7 +435,15 @@ def test_the_largest_batch_for_the_loop_follows_from_measured_times() -> None:
     assert runner.cost_us(runner.loop_rows_max) <= LIMITS.loop_stall_us < runner.cost_us(runner.loop_rows_max + 1)
     last = max(runner.measured_us)
     assert last == 2048  # the first that took more than LIMITS.warm_run_us
-    assert runner.cost_us(8 * last) == pytest.approx(8 * runner.cost_us(last))
+    assert runner.cost_us(8 * last) == pytest.approx(100 + 10 * 8 * last)
+
+
+def test_the_fixed_cost_of_a_slow_model_is_known_after_two_sizes() -> None:
+    """A model that takes 75 ms for a batch of any size: a thousand rows are not a thousand times as slow."""
+    slow = Slow(75_000_000, 1_000)
+    runner = warmed(slow)
+    assert list(runner.measured_us) == [1, 4]
+    assert runner.cost_us(1000) == pytest.approx(75_000 + 1000)
 
 
 def test_a_model_with_a_thread_of_its_own_never_runs_on_the_loop(tmp_path: Path) -> None:

@@ -151,7 +151,7 @@ def test_slices_and_other_layouts_of_arrow() -> None:
 
 def test_other_data_is_refused() -> None:
     for data, message in [
-        (3, "rows for view 'v': got int; give a file's path, Arrow data, or record batches"),
+        (3, "rows for view 'v': got int; give a path, a list of paths, a dict"),
         ("rows", "got str"),
         ([{"id": 1}], "got dict"),
         (table().drop_columns("x"), "rows for view 'v': no column 'x'"),
@@ -289,6 +289,13 @@ def test_wrong_columns_and_values_are_named(read: Callable[..., list[ColumnBatch
         read(rows())
     assert message in caught.value.message
     assert "\n" not in caught.value.message
+
+
+def test_a_number_out_of_range_is_named_as_the_text_of_the_file(tmp_path: Path) -> None:
+    view = st.FeatureView("v", entity=st.Entity("e", keys={"id": st.Int64}), features=[st.Feature("x", st.Int32)])
+    (tmp_path / "rows.csv").write_text("id,x\n1,2\n2,2200000000\n")
+    with pytest.raises(InvalidArgument, match=r"column 'x' takes Int32; got '2200000000' \(text\) at row 1"):
+        list(file_batches(tmp_path / "rows.csv", view)[1])
 
 
 def test_unreadable_files_are_refused(tmp_path: Path) -> None:

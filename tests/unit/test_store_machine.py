@@ -38,7 +38,7 @@ from shorttail.define.catalog import TableInfo
 from shorttail.define.entities import Entity
 from shorttail.define.views import Feature, FeatureView
 from shorttail.errors import InvalidArgument, NotFound
-from shorttail.results import Status
+from shorttail.results import RowCount, Status
 from shorttail.store import ColumnBatch, Delete, Store, Upsert, environment
 from shorttail.store import load as load_module
 from shorttail.store.table import encode_keys, make_layout
@@ -81,6 +81,7 @@ VIEWS = {
 TTL_US = 1_000_000
 NAMES = sorted(VIEWS)
 
+Counts = tuple[int, ...]  # (the number itself, given, older, duplicate)
 Key = tuple[int | str, ...]
 Row = tuple[int, int, int]  # event time, a number from which the values are computed, nulls (bit f: feature f)
 
@@ -216,6 +217,14 @@ some = st.one_of(st.integers(0, 4), st.integers(0, 70))
 which = st.integers(0, 1)
 
 
+def counts(outcome: int) -> int | Counts:
+    """Return (the number itself, given, older, duplicate) of a RowCount; another number as it is."""
+    if not isinstance(outcome, RowCount):
+        return outcome
+    assert outcome.given == outcome.loaded + outcome.older + outcome.duplicate
+    return int(outcome), outcome.given, outcome.older, outcome.duplicate
+
+
 class StoreMachine(RuleBasedStateMachine):
     """Applies each step to two stores on one path, and to self.rows: view -> key -> row of the existing views."""
 
@@ -264,11 +273,15 @@ class StoreMachine(RuleBasedStateMachine):
         nulls = [0, 255, rng.randrange(256)]
         return [(key, (rng.randrange(4), rng.randrange(1000), rng.choice(nulls))) for key in keys]
 
-    def put(self, name: str, given: list[tuple[Key, Row]]) -> None:
-        rows = self.rows[name]
-        for key, row in given:
+    def put(self, name: str, given: list[tuple[Key, Row]]) -> Counts:
+        """Put rows into the dict of a view. Return the counts of a push of these rows."""
+        rows, kept = self.rows[name], dict[Key, int]()
+        for i, (key, row) in enumerate(given):
             if key not in rows or row[0] >= rows[key][0]:
-                rows[key] = row
+                rows[key], kept[key] = row, i
+        lost = [(key, row) for i, (key, row) in enumerate(given) if kept.get(key) != i]
+        older = sum(row[0] < rows[key][0] for key, row in lost)
+        return len(given) - older, len(given), older, len(lost) - older
 
     def remove(self, name: str, keys: list[Key]) -> int:
         return sum(self.rows[name].pop(key, None) is not None for key in dict.fromkeys(keys))
@@ -282,9 +295,13 @@ class StoreMachine(RuleBasedStateMachine):
             with pytest.raises(NotFound):
                 self.stores[writer].load(name, parts)
             return
+        if self.rows[name] and not given:
+            with pytest.raises(InvalidArgument, match="the load has 0 rows"):
+                self.stores[writer].load(name, parts)
         self.rows[name] = {}
-        self.put(name, given)
-        assert self.stores[writer].load(name, parts) == len(self.rows[name])
+        _, *lost = self.put(name, given)
+        count = self.stores[writer].load(name, parts, allow_shrink=True)
+        assert counts(count) == (len(self.rows[name]), *lost)
 
     @rule(writer=which, name=names, draw=draws, n=some)
     def push(self, writer: int, name: str, draw: int, n: int) -> None:
@@ -293,8 +310,8 @@ class StoreMachine(RuleBasedStateMachine):
             with pytest.raises(NotFound):
                 self.stores[writer].upsert(name, batch_of(name, given))
             return
-        self.put(name, given)
-        assert self.stores[writer].upsert(name, batch_of(name, given)) == n
+        pushed = self.put(name, given)
+        assert counts(self.stores[writer].upsert(name, batch_of(name, given))) == pushed
 
     @rule(writer=which, name=names, draw=draws, n=some)
     def delete(self, writer: int, name: str, draw: int, n: int) -> None:
@@ -325,12 +342,11 @@ class StoreMachine(RuleBasedStateMachine):
             elif kind == "wrong":
                 wanted.append(InvalidArgument)
             elif kind == "put":
-                self.put(name, rows)
-                wanted.append(n)
+                wanted.append(self.put(name, rows))
             else:
                 wanted.append(self.remove(name, [key for key, _ in rows]))
         outcomes = self.stores[writer].commit(given)
-        assert [type(o) if isinstance(o, Exception) else o for o in outcomes] == wanted
+        assert [type(o) if isinstance(o, Exception) else counts(o) for o in outcomes] == wanted
 
     @rule(reader=which, name=names, draw=draws, n=some, now_us=st.sampled_from([0, TTL_US, TTL_US + 2]))
     def look_up(self, reader: int, name: str, draw: int, n: int, now_us: int) -> None:

@@ -403,7 +403,7 @@ def test_a_shadow_with_other_features_looks_up_its_own(engine: st.Engine, tmp_pa
     result = engine.run(Route(plan), columns)  # [[10, 10], [20, 5]]; the shadow gives [[1, 10], [2, 20]]
     shadows = ShadowThread(engine.store)
     state = shadows.state("m", 1, 2)
-    ShadowBatch(plan.shadow, state, columns, [], result.names, result.values).run(engine.store)
+    ShadowBatch(plan.shadow, state, columns, [], result.names, 2, (), result.values).run(engine.store)
     counts = shadows.describe(engine.models())[0]["shadow"]
     assert (counts["batches"], counts["rows"], counts["rows_differing"]) == (1, 2, 2)
     assert counts["largest_difference"] == 18.0
@@ -413,7 +413,7 @@ def test_a_shadow_with_other_features_looks_up_its_own(engine: st.Engine, tmp_pa
 
     assert plan.shadow.plan.runner is not None
     plan.shadow.plan.runner.run = fail  # type: ignore[method-assign]
-    ShadowBatch(plan.shadow, state, columns, [], result.names, result.values).run(engine.store)
+    ShadowBatch(plan.shadow, state, columns, [], result.names, 2, (), result.values).run(engine.store)
     counts = shadows.describe(engine.models())[0]["shadow"]
     assert (counts["errors"], counts["batches"]) == (1, 1)
     assert "the model failed" in counts["last_error"]

@@ -98,11 +98,15 @@ class FakeLoop:
 
 
 class FakeTransport:
-    def __init__(self):
+    def __init__(self, peer=("10.0.0.1", 1)):
+        self.peer = peer
         self.written, self.closed, self.eof, self.reading = [], False, False, True
 
     def set_write_buffer_limits(self, high, low):
         self.limits = (high, low)
+
+    def get_extra_info(self, name):
+        return self.peer
 
     def write(self, data):
         assert not self.closed
@@ -137,9 +141,9 @@ class Served:
         )
         Batcher(self.router, self.engine, self.faults.append)
 
-    def connect(self):
+    def connect(self, peer=("10.0.0.1", 1)):
         connection = wire.Connection(self.router)
-        self.transport_of[connection] = FakeTransport()
+        self.transport_of[connection] = FakeTransport(peer)
         connection.connection_made(self.transport_of[connection])
         return connection
 
@@ -169,6 +173,44 @@ FEATURED = [1, 8, None, {
     "feature_names": ["v:a", "v:given"], "types": ["Float64", "Float64"], "values": [[4.0, None], [4.0, -1.0]],
     "has_default": [False, True], "statuses": [[0, 2], [0, 2]],
 }]  # fmt: skip
+
+
+def test_the_requests_of_a_suspect_have_a_batch_of_their_own(served):
+    """They are answered all the same, and so are its requests for features, which no model can refuse."""
+    good, bad = served.connect(), served.connect(("10.0.0.2", 1))
+    served.router.suspects[bad.sender] = 1 << 62
+    taken = []
+
+    def run():
+        taken.extend((batch.route.for_suspects, batch.n_requests) for batch in served.router.take())
+        served.router.flush()
+
+    served.router.connect(run=run)
+    for connection in (bad, good, bad):
+        connection.data_received(msgpack.packb(PREDICT))
+    bad.data_received(msgpack.packb(FEATURES))
+    served.loop.turn()
+    assert taken == [(True, 2), (False, 1), (False, 1)]
+    taken.clear()
+    served.router.suspects[bad.sender] = 1  # its time is over
+    bad.data_received(msgpack.packb(PREDICT))
+    served.loop.turn()
+    assert taken == [(False, 1)]
+
+
+def test_an_answer_that_cannot_be_encoded_fails_alone(served, monkeypatch):
+    run = served.engine.run
+
+    def with_texts(route, columns):
+        result = run(route, columns)
+        result.outputs[0] = ("label", np.array(["a", 1.5, "c"], object))
+        return result
+
+    monkeypatch.setattr(served.engine, "run", with_texts)
+    replies = served.ask(*[[0, i, "predict", ["double", {"key": i, "amount": 1.0}]] for i in range(3)])
+    assert [reply[3] and reply[3]["outputs"]["label"] for reply in replies] == [["a"], None, ["c"]]
+    assert replies[1][:3] == [1, 1, {"code": "INTERNAL", "message": "the answer cannot be encoded: Internal"}]
+    assert len(served.faults) == 1
 
 
 def test_predict_and_features(served):

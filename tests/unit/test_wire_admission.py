@@ -1,10 +1,12 @@
 """Admission: the budget of a turn, the requests it refuses, and the cost estimate of a route."""
 
+import random
 import time
+from types import SimpleNamespace
 
 import msgpack
 import pytest
-from test_wire import PREDICT
+from test_wire import PREDICT, FakeEngine
 from test_wire_limits import Guarded
 
 from shorttail._native import wire
@@ -231,3 +233,50 @@ def test_refused_notifications_get_no_reply(measured):
     measured.loop.turn()
     assert measured.replies(connection) == []
     assert measured.router.shed == 7
+
+
+# -- learning what a batch and a row cost ----------------------------------------------------------------------------
+
+
+def route_expecting(one_us, row_us):
+    """A route of a model whose warm-up measured these costs of one row and of each further row."""
+    plan = FakeEngine().plan_for_model("double")
+    plan.runner = SimpleNamespace(by_request=False, cost_us=lambda rows: one_us + (rows - 1) * row_us)
+    return wire.WireRoute(plan, b"", -1)
+
+
+@pytest.mark.parametrize(("batch_us", "row_us"), [(75_000, 1), (100, 900), (20_000, 200), (60, 2)])
+@pytest.mark.parametrize("expected", [(75_000, 75_000), (1_000, 1), (100, 10)])
+def test_the_cost_of_a_batch_and_of_a_row_are_learned_from_batches(batch_us, row_us, expected):
+    """Whatever the warm-up measured, batches of several sizes show the true line, noise of 10% or not."""
+    route = route_expecting(*expected)
+    dice = random.Random(1)
+    for _ in range(400):
+        rows = dice.randint(1, 60)
+        route.learn(rows, 1000 * (batch_us + row_us * rows) * dice.uniform(0.9, 1.1))
+    for rows in (1, 20, 60):
+        assert route.batch_cost_ns + rows * route.row_cost_ns == pytest.approx(
+            1000 * (batch_us + row_us * rows), rel=0.3
+        )
+
+
+def test_a_fixed_cost_is_found_although_every_batch_has_one_request():
+    """As long as requests are refused, rows are tried at a lower price. Else nothing is changed on a guess."""
+    route = route_expecting(75_000, 75_000)
+    for _ in range(100):
+        route.learn(1, 75e6)
+    assert route.row_cost_ns == pytest.approx(75e6, rel=0.01)
+    for _ in range(200):
+        route.learn(1, 75e6, full=True)
+    assert route.row_cost_ns < 0.05 * 75e6
+    assert route.batch_cost_ns + route.row_cost_ns == pytest.approx(75e6, rel=0.05)
+
+
+def test_a_price_that_was_tried_too_low_is_corrected_by_the_next_batches():
+    route = route_expecting(1_000, 1_000)
+    for _ in range(200):
+        route.learn(1, 1e6, full=True)
+    assert route.row_cost_ns < 0.1e6
+    for rows in (2, 3, 5, 8, 7, 9, 6, 8, 10, 9) * 5:
+        route.learn(rows, 1e6 * rows)
+    assert route.row_cost_ns == pytest.approx(1e6, rel=0.2)

@@ -1,6 +1,6 @@
 from typing import Any, Self
 
-from numpy import float64, int32, uint8, uint32
+from numpy import float64, int32, int64, uint8, uint32
 from numpy.typing import NDArray
 
 _Value = float | int | bytes | NDArray[Any] | tuple[str, bytes] | tuple[str, list[bytes], NDArray[uint32]] | None
@@ -13,6 +13,7 @@ class Trees:
     n_targets: int
     n_trees: int
     n_leaves: int
+    n_nodes: int
     wide: bool
     classifier: bool
     def __new__(
@@ -47,3 +48,6 @@ class Trees:
     @property
     def n_bitvector_trees(self) -> int: ...
     def run(self, rows: NDArray[Any]) -> tuple[NDArray[Any] | None, NDArray[Any]]: ...
+    def run_alone(self, rows: NDArray[Any]) -> tuple[NDArray[Any] | None, NDArray[Any]]: ...
+    def run_raw(self, rows: NDArray[Any]) -> tuple[NDArray[Any] | None, NDArray[Any]]: ...
+    def reach(self, rows: NDArray[Any], reached: NDArray[uint8], wanted: NDArray[int64]) -> NDArray[uint8]: ...

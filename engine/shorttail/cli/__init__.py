@@ -5,6 +5,7 @@ Heavy modules are imported inside the commands, so that `shorttail --help` answe
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import time
@@ -16,13 +17,21 @@ import click
 from shorttail.cli.bench import bench
 from shorttail.cli.models import models
 from shorttail.cli.operate import backup, stat, verify
-from shorttail.cli.options import answerer, json_option, opened, progress_bar, source_options, store_option
-from shorttail.cli.output import print_json, print_table, rate, status_notes
-from shorttail.cli.rows import delete, push
+from shorttail.cli.options import (
+    answerer,
+    json_option,
+    load_options,
+    opened,
+    progress_bar,
+    source_options,
+    store_option,
+)
+from shorttail.cli.output import count_document, count_line, echo_line, print_json, print_table, status_notes
+from shorttail.cli.rows import delete, load, push
 from shorttail.cli.serve_options import settings_options
 from shorttail.cli.tune import tune
-from shorttail.config import DEFAULT_HOST, DEFAULT_PORT, LIMITS, VERSION
-from shorttail.errors import InvalidArgument, NotFound, ShorttailError
+from shorttail.config import DEFAULT_HOST, DEFAULT_PORT, VERSION
+from shorttail.errors import InvalidArgument, NotFound, ShorttailError, printable
 
 if TYPE_CHECKING:
     from shorttail.server.settings import ServerSettings
@@ -30,6 +39,8 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """Run the command line. Exit code 0: done; 1: failed, with a line `error: ...` on stderr; 2: wrong usage."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal's encoding lacks must not fail
     try:
         code = cli.main(prog_name="shorttail", standalone_mode=False)
     except ShorttailError as error:
@@ -39,7 +50,8 @@ def main() -> None:
         sys.exit(2)
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx else "shorttail"
-        fail(f"{error.format_message()} (see `{command} --help`)", 2)
+        hint = "an argument that begins with - comes after --; " if isinstance(error, click.NoSuchOption) else ""
+        fail(f"{error.format_message()} ({hint}see `{command} --help`)", 2)
     except click.ClickException as error:
         fail(error.format_message(), 1)
     except (click.Abort, KeyboardInterrupt):
@@ -52,7 +64,8 @@ def main() -> None:
 
 
 def fail(message: str, code: int) -> None:
-    click.echo(f"error: {' '.join(message.split())}", err=True)
+    lines = (line.strip() for line in message.splitlines())
+    click.echo(f"error: {printable(' '.join(line for line in lines if line))}", err=True)
     sys.exit(code)
 
 
@@ -101,7 +114,7 @@ def apply(definitions: str, store: str, dry_run: bool, reset: bool, as_json: boo
         return print_json({"store": store, "dry_run": dry_run, "changes": listed})
     width = max(len(change.what) for change in changes)
     for change in changes:
-        click.echo(f"{change.kind} {change.what:<{width}}  {change.detail}".rstrip())
+        echo_line(f"{change.kind} {change.what:<{width}}  {change.detail}")
     count = sum(change.kind in "+~" for change in changes)
     summary = f"{count} change{'' if count == 1 else 's'}" if count else "no changes"
     click.echo(f"{summary}; dry run, nothing written" if dry_run else f"{store}: {summary}")
@@ -110,20 +123,15 @@ def apply(definitions: str, store: str, dry_run: bool, reset: bool, as_json: boo
 @cli.command()
 @click.argument("views", nargs=-1, metavar="[VIEW]...")
 @store_option
-@click.option(
-    "--memory-mib",
-    metavar="N",
-    default=LIMITS.load_memory_bytes >> 20,
-    show_default=True,
-    type=click.IntRange(LIMITS.load_memory_bytes_min >> 20),
-    help="Memory in MiB for the rows of a view; the other rows wait in a temporary file in STORE.",
-)
+@load_options
 @json_option
-def materialize(views: tuple[str, ...], store: str, memory_mib: int, as_json: bool) -> None:
+def materialize(views: tuple[str, ...], store: str, memory_mib: int, allow_shrink: bool, as_json: bool) -> None:
     """Load views from their sources.
 
     VIEW is the name of a view; without it, every view that has a source is loaded. The new rows replace
-    all old rows of the view in a single commit, so no reader sees a mixture.
+    all old rows of the view in a single commit, so no reader sees a mixture. Of rows with the same key, the
+    one with the latest event time is loaded; the others are counted as older, or as duplicate if they have
+    the same event time.
 
     \b
     Example:
@@ -147,11 +155,11 @@ def materialize(views: tuple[str, ...], store: str, memory_mib: int, as_json: bo
         for name in chosen:
             with progress_bar(name) as progress:
                 start_s = time.perf_counter()
-                rows = engine.materialize(name, progress, memory_bytes=memory_mib << 20)
+                count = engine.materialize(name, progress, memory_bytes=memory_mib << 20, allow_shrink=allow_shrink)
                 seconds = time.perf_counter() - start_s
-            loaded.append({"view": name, "rows": rows, "seconds": round(seconds, 6)})
+            loaded.append(count_document(name, count, seconds))
             if not as_json:
-                click.echo(f"{name}: {rate(rows, seconds)}")
+                click.echo(count_line(name, count, seconds))
     if as_json:
         print_json(loaded)
 
@@ -221,19 +229,21 @@ def predict(
 ) -> None:
     """Run MODEL on keys and request columns.
 
-    COLUMN=a,b,c makes a batch of three rows. A column with a single value has it in all rows.
+    COLUMN=a,b,c makes a batch of three rows. A column with a single value has it in all rows. A COLUMN that
+    begins with - comes after --.
 
     \b
     Example:
       shorttail predict fraud user_id=1,2,3 amount=9.5 --store store
       shorttail predict fraud user_id=1 amount=9.5 --server 127.0.0.1:7711
     """
+    from shorttail.define.names import quoted, suggestion
     from shorttail.define.text import parse_columns
 
     with answerer(store, server) as source:
         by_name = {item["name"]: item for item in source.models()}
         if model not in by_name:
-            raise NotFound(f"no model '{model}'; models: {', '.join(by_name) or 'none'}")
+            raise NotFound(f"no model {quoted(model)}{suggestion(model, by_name, 'models')}")
         columns = parse_columns(values, by_name[model]["columns"], f"model '{model}'")
         options: dict[str, Any] = {"statuses": True} if store is None else {}
         result = source.predict(model, columns, version=version, **options)
@@ -261,8 +271,8 @@ def features(arguments: tuple[str, ...], store: str | None, server: str | None, 
     """
     from shorttail.define.text import parse_columns
 
-    references = [argument for argument in arguments if "=" not in argument]
-    values = [argument for argument in arguments if "=" in argument]
+    references = [argument for argument in arguments if is_reference(argument)]
+    values = [argument for argument in arguments if not is_reference(argument)]
     names = {reference.partition(":")[0] for reference in references}
     with answerer(store, server) as source:
         keys: dict[str, str] = {}
@@ -280,6 +290,12 @@ def features(arguments: tuple[str, ...], store: str | None, server: str | None, 
     print_table(*batch_table(columns, found, status_notes(result.statuses, result.feature_statuses)))
 
 
+def is_reference(argument: str) -> bool:
+    """Return whether an argument of `features` is VIEW:FEATURE, not KEY=VALUE. FEATURE may hold a =, KEY holds no :."""
+    name, equals, _ = argument.partition("=")
+    return ":" in name or not equals
+
+
 def batch_table(
     columns: dict[str, Any], results: dict[str, list[Any]], notes: list[str]
 ) -> tuple[list[str], list[list[Any]]]:
@@ -287,15 +303,15 @@ def batch_table(
     count = max((len(values) for values in results.values()), default=0)
     lists = {name: value if isinstance(value, list) else [value] for name, value in columns.items()}
     request = {name: values * count if len(values) == 1 else values for name, values in lists.items()}
-    shown: dict[str, list[Any]] = {**request, **results}
-    if any(notes):
-        shown["status"] = notes
-    return list(shown), [list(row) for row in zip(*shown.values(), strict=False)]
+    # Pairs, because a request column, an output and "status" may have the same name.
+    shown = [*request.items(), *results.items(), *([("status", notes)] if any(notes) else [])]
+    return [name for name, _ in shown], [list(row) for row in zip(*(values for _, values in shown), strict=False)]
 
 
 cli.add_command(backup)
 cli.add_command(bench)
 cli.add_command(delete)
+cli.add_command(load)
 cli.add_command(models)
 cli.add_command(push)
 cli.add_command(tune)

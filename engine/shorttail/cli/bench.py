@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,13 +21,13 @@ from shorttail.errors import InvalidArgument, NotFound, ShorttailError
 if TYPE_CHECKING:
     from shorttail.loadtest.rates import Objective, Rate
     from shorttail.loadtest.result import Step
-    from shorttail.loadtest.runner import Capacity, LiveLine, Load
+    from shorttail.loadtest.runner import Capacity, Interrupts, LiveLine, Load
     from shorttail.loadtest.stages import StageWatch
     from shorttail.loadtest.target import Target
     from shorttail.loadtest.traffic import Traffic, Workload
 
 MIXED = ("predict", "features", "push")
-FLAGS = {"headers": "header", "deadline_ms": "deadline-ms"}  # flags that differ from the option's Python name
+FLAGS = {"headers": "header"}  # flags that differ from the option's Python name
 HTTP_CONNECTIONS = 64  # more than CONNECTIONS, because each has only one request in flight
 CONNECTIONS = 16
 STEP_OF_SEARCH_S = 3.0
@@ -47,8 +48,11 @@ def options_of(*decorators: Decorator) -> Decorator:
 
 request_options = options_of(
     click.option("--predict", "--model", "predict", metavar="MODEL", help="Send predictions with this model."),
-    click.option("--features", metavar="REF,...", help="Send lookups of these features (view:feature)."),
-    click.option("--push", metavar="VIEW", help="Push rows to this view."),
+    click.option("--features", metavar="REF,...", help="Send lookups of these features (view:feature), a row of CSV."),
+    click.option("--push", metavar="VIEW", help="Push rows to this view, to keys that no row has; they are deleted at"
+                 " the end."),
+    click.option("--overwrite-live-rows", is_flag=True, help="Push to the keys of --keys, and so overwrite rows with"
+                 " made-up values."),
     click.option("--mix", metavar="WEIGHTS", help="Weights of the kinds of requests: predict=8,features=1,push=1."),
     click.option("--rows", type=click.IntRange(1, LIMITS.rows_per_request), default=1, show_default=True,
                  help="Rows per request."),
@@ -141,13 +145,35 @@ def bench(words: tuple[str, ...], **options: Any) -> int:
 
     histogram.require_library()
     for name in ("report", "hdr"):
-        if options[name] and not Path(options[name]).absolute().parent.is_dir():
-            raise NotFound(f"--{name} {options[name]}: there is no folder {Path(options[name]).parent}")
+        if options[name]:
+            check_writable(f"--{name} {options[name]}", Path(options[name]))
     if words[0] == "compare":
         return compare(words[1:], options)
     if len(words) > 1:
         raise click.UsageError(f"Got unexpected extra argument ({words[1]})", click.get_current_context())
     return run(words[0], options)
+
+
+def check_writable(what: str, path: Path) -> None:
+    """Raise NotFound or InvalidArgument if a file cannot be written. what: the option, for errors."""
+    if not path.absolute().parent.is_dir():
+        raise NotFound(f"{what}: there is no folder {path.parent}")
+    if path.is_dir():
+        raise InvalidArgument(f"{what}: this is a folder; give the name of a file")
+    is_new = not path.exists()
+    with writing(what):
+        path.open("ab").close()
+        if is_new:
+            path.unlink()
+
+
+@contextlib.contextmanager
+def writing(what: str) -> Iterator[None]:
+    """Translate the system's errors of a `with` block that writes a file to InvalidArgument."""
+    try:
+        yield
+    except OSError as error:
+        raise InvalidArgument(f"{what}: cannot be written: {os.strerror(error.errno or 0)}") from None
 
 
 def compare(paths: tuple[str, ...], options: dict[str, Any]) -> int:
@@ -160,7 +186,8 @@ def compare(paths: tuple[str, ...], options: dict[str, Any]) -> int:
         raise click.UsageError("compare needs results of `shorttail bench --json`", click.get_current_context())
     documents = [read_document(path) for path in paths]
     if options["report"]:
-        write_report(options["report"], documents)
+        with writing(f"--report {options['report']}"):
+            write_report(options["report"], documents)
     if options["as_json"]:
         print_json(documents)
         return 0
@@ -172,7 +199,7 @@ def compare(paths: tuple[str, ...], options: dict[str, Any]) -> int:
 
 def run(address: str, options: dict[str, Any]) -> int:
     """Run a load test and print its result. Returns the exit code."""
-    from shorttail.loadtest import stages, text
+    from shorttail.loadtest import runner, stages, text
     from shorttail.loadtest import target as targets
     from shorttail.loadtest.document import make_document
 
@@ -184,8 +211,15 @@ def run(address: str, options: dict[str, Any]) -> int:
     load.check(found.protocol)
     watch = stages.find(options["metrics"], found)
     plan = make_plan(workload, found)
-    started_s = time.time()
-    steps, capacity = run_steps(plan, found, load, rates, objective, watch)
+    if plan.own_keys is not None:
+        plan.own_keys.check_unused(found.text)
+    started_s, removed = time.time(), None
+    with runner.Interrupts() as interrupts:
+        try:
+            steps, capacity = run_steps(plan, found, load, rates, objective, watch, interrupts)
+        finally:
+            if plan.own_keys is not None:
+                removed = plan.own_keys.remove(found.text)
     verified = check_answers(found, load, steps)
     document = make_document(
         label=options["label"],
@@ -199,15 +233,18 @@ def run(address: str, options: dict[str, Any]) -> int:
         capacity=capacity,
         verified=verified,
         watch=watch,
+        own_keys=removed,
     )
-    write_files(options, document, steps, started_s)
-    if options["as_json"]:
-        print_json(document)
-    else:
-        for line in text.summary(document):
-            click.echo(line)
+    try:
+        write_files(options, document, steps, started_s)
+    finally:
+        if options["as_json"]:
+            print_json(document)
+        else:
+            for line in text.summary(document):
+                click.echo(line)
     failed = any(step.fatal for step in steps) or (verified is not None and verified.different > 0)
-    return 1 if failed else 130 if any(step.interrupted for step in steps) else 0
+    return 1 if failed else 130 if interrupts.count else 0
 
 
 def parse_rates(options: dict[str, Any]) -> tuple[list[Rate | None], Objective | None]:
@@ -260,13 +297,17 @@ def make_load(options: dict[str, Any], is_http: bool) -> Load:
 
 
 def make_workload(options: dict[str, Any], seed: int, is_http: bool) -> Workload:
+    from shorttail.define.text import csv_row
     from shorttail.loadtest.traffic import Workload
 
-    only_rpc, only_http = ("predict", "features", "push", "mix", "shared", "deadline_ms"), ("body", "headers")
+    only_rpc = ("predict", "features", "push", "overwrite_live_rows", "mix", "shared", "deadline_ms")
+    only_http = ("body", "headers")
     for name in only_rpc if is_http else only_http:
         if options[name]:
             other = "a shorttail server, host:port" if is_http else "HTTP servers, http://host:port/path"
-            raise InvalidArgument(f"--{FLAGS.get(name, name)} is only for {other}")
+            raise InvalidArgument(f"--{FLAGS.get(name, name.replace('_', '-'))} is only for {other}")
+    if options["overwrite_live_rows"] and not options["push"]:
+        raise InvalidArgument("--overwrite-live-rows says what --push does; give --push VIEW too")
     body = None
     if options["body"]:
         try:
@@ -275,8 +316,9 @@ def make_workload(options: dict[str, Any], seed: int, is_http: bool) -> Workload
             raise NotFound(f"--body {options['body']}: cannot be read: {os.strerror(error.errno or 0)}") from None
     return Workload(
         predict=options["predict"],
-        features=[item.strip() for item in (options["features"] or "").split(",") if item.strip()],
+        features=[item.strip() for item in csv_row("--features", options["features"] or "") if item],
         push=options["push"],
+        overwrite=options["overwrite_live_rows"],
         mix=parse_mix(options["mix"] or ""),
         rows=options["rows"],
         push_rows=options["push_rows"],
@@ -324,6 +366,7 @@ def run_steps(
     rates: list[Rate | None],
     objective: Objective | None,
     watch: StageWatch | None,
+    interrupts: Interrupts,
 ) -> tuple[list[Step], Capacity | None]:
     from shorttail.loadtest import runner
 
@@ -331,13 +374,13 @@ def run_steps(
 
     def run_one(load: Load, rate: Rate | None) -> Step:
         def run() -> Step:
-            return runner.run_step(plan, target, load, rate, line)
+            return runner.run_step(plan, target, load, rate, line, interrupts)
 
         return watch.around(run) if watch else run()
 
     try:
         if objective is None:
-            return [*each_rate(run_one, load, rates, line)], None
+            return each_rate(run_one, load, rates, line, interrupts), None
 
         def try_rate(rate: Rate, seconds: float) -> Step:
             line.begin(f"{rate}/s  ")
@@ -355,7 +398,11 @@ def search_step_s(load: Load) -> float:
 
 
 def each_rate(
-    run_one: Callable[[Load, Rate | None], Step], load: Load, rates: list[Rate | None], line: LiveLine
+    run_one: Callable[[Load, Rate | None], Step],
+    load: Load,
+    rates: list[Rate | None],
+    line: LiveLine,
+    interrupts: Interrupts,
 ) -> list[Step]:
     """Run a step for each rate, until a step fails or is interrupted."""
     steps: list[Step] = []
@@ -369,7 +416,7 @@ def each_rate(
             if not steps:
                 raise
             break  # the server stopped between two steps: report the steps before
-        if steps[-1].fatal or steps[-1].interrupted:
+        if steps[-1].fatal or interrupts.count:
             break
     return steps
 
@@ -387,10 +434,12 @@ def write_files(options: dict[str, Any], document: dict[str, Any], steps: list[S
     from shorttail.loadtest.report import write_report
 
     if options["report"]:
-        write_report(options["report"], [document])
+        with writing(f"--report {options['report']}"):
+            write_report(options["report"], [document])
     if options["hdr"]:
         slices = []
         for number, step in enumerate(steps):
             tag = f"step{number + 1}" if len(steps) > 1 else ""
             slices += [(tag, part.start_s, part.length_s, part.latency) for part in step.slices]
-        write_log(options["hdr"], started_s, slices)
+        with writing(f"--hdr {options['hdr']}"):
+            write_log(options["hdr"], started_s, slices)

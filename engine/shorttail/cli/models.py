@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from shorttail.cli.options import json_option, opened
-from shorttail.cli.output import print_json, print_table
+from shorttail.cli.output import echo_line, print_json, print_table
 from shorttail.errors import ShorttailError
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def parse_metrics(items: tuple[str, ...]) -> dict[str, float]:
     """Return ("auc=0.91", ...) as {"auc": 0.91, ...}. Raises UsageError."""
     metrics = {}
     for item in items:
-        name, _, number = item.partition("=")
+        name, _, number = item.rpartition("=")
         try:
             metrics[name] = float(number)
         except ValueError:
@@ -94,7 +94,8 @@ def models_list(store: str | None, as_json: bool) -> None:
 
     `*` marks the version that serves. A canary is shown with its percentage of the requests, a shadow with
     its percentage of the compared requests. `runs` shows how the serving version runs on this host, as a
-    compiled forest or in ONNX Runtime, and why.
+    compiled forest or in ONNX Runtime, and why. A model whose answer for a row depends on other rows runs one
+    request at a time, which is said below the table, with the reason.
 
     \b
     Example:
@@ -124,6 +125,9 @@ def models_list(store: str | None, as_json: bool) -> None:
         for v in versions
     ]
     print_table(header, rows)
+    for v in versions:
+        if v["batching_why"]:
+            click.echo(f"{v['name']} version {v['version']} {batching_text(v)}")
 
 
 def share_text(version: dict[str, Any]) -> str:
@@ -132,16 +136,24 @@ def share_text(version: dict[str, Any]) -> str:
     return "".join(f" {what} {percent:g}%" for what, percent in shares if percent is not None)
 
 
+def batching_text(version: dict[str, Any]) -> str:
+    """Return how requests share the runs of a version, and why: "runs one request at a time: by its definition"."""
+    from shorttail.define.models import BATCHING
+
+    why = version["batching_why"]
+    return BATCHING[version["batching"]] + (f": {why}" if why else "")
+
+
 def runs_as(store: Store, name: str, version: int) -> str:
     """Return how a version runs on this host and why, or why it cannot run."""
-    from shorttail.models.load import load_runner
+    from shorttail.models.serving import open_version
     from shorttail.models.settings import tuned
     from shorttail.store.files import model_path
 
     info = store.catalog.model(name).version(version)
-    outputs = [tensor.name for tensor in info.outputs]
+    path = model_path(store.path, name, version)
     try:
-        return load_runner(model_path(store.path, name, version), outputs, tuned(info.tuning)[0]).description
+        return open_version(path, info, version, tuned(info.tuning)[0]).description
     except ShorttailError as error:
         return f"nothing: {error.message}"
 
@@ -180,7 +192,7 @@ def models_show(store: str | None, as_json: bool, name: str, version: int | None
     if as_json:
         return print_json(shown)
     for label, value in show_lines(shown):
-        click.echo(f"{label + ':' * bool(label):<13}{value}")
+        echo_line(f"{label + ':' * bool(label):<13}{value}")
     click.echo("")
     print_table(["rows", "us/batch", "us/row"], [[n, us, round(us / n, 3)] for n, us in shown["us"].items()])
 
@@ -205,6 +217,7 @@ def show_lines(shown: dict[str, Any]) -> list[tuple[str, str]]:
         ("request", ", ".join(f"{column} {dtype}" for column, dtype in shown["columns"].items())),
         ("missing", ", ".join(f"{name} {value!r}" for name, value in shown["replacements"].items())),
         ("runs", shown["runs"]),
+        ("batching", batching_text(shown)),
         ("tuning", shown["tuning"] or "none; `shorttail tune` finds the fastest settings on this host"),
         ("event loop", f"runs batches of up to {shown['loop_rows_max']} rows; larger ones run in another thread"),
     ]

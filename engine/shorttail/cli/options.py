@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from shorttail.config import LIMITS
+
 if TYPE_CHECKING:
     from shorttail.client import Client
     from shorttail.engine import Engine
@@ -24,6 +26,23 @@ def store_option(command: F) -> F:
 def json_option(command: F) -> F:
     """Add the option --json."""
     return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
+
+
+def load_options(command: F) -> F:
+    """Add --memory-mib and --allow-shrink, of commands that replace the rows of a view."""
+    command = click.option(
+        "--allow-shrink",
+        is_flag=True,
+        help="Also load if no row is left, or less than half of 1,000 or more rows; without it, refuse.",
+    )(command)
+    return click.option(
+        "--memory-mib",
+        metavar="N",
+        default=LIMITS.load_memory_bytes >> 20,
+        show_default=True,
+        type=click.IntRange(LIMITS.load_memory_bytes_min >> 20),
+        help="Memory in MiB for the rows of a view; the other rows wait in a temporary file in STORE.",
+    )(command)
 
 
 def source_options(command: F) -> F:

@@ -5,9 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+from shorttail.errors import printable
+
+if TYPE_CHECKING:
+    from shorttail.results import RowCount
 
 
 def status_notes(by_view: Mapping[str, Any], by_feature: Mapping[str, Any] | None = None) -> list[str]:
@@ -27,14 +32,19 @@ def status_notes(by_view: Mapping[str, Any], by_feature: Mapping[str, Any] | Non
     return [", ".join(note) for note in notes]
 
 
+def echo_line(text: str) -> None:
+    """Print one line. Names in files and texts in rows may hold line breaks and terminal codes, which are escaped."""
+    click.echo(printable(text).rstrip())
+
+
 def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Print a table with aligned columns. Columns of numbers are aligned to the right."""
-    cells = [[show(value) for value in row] for row in rows]
+    header, cells = [printable(name) for name in header], [[show(value) for value in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
     right = [all(is_number(row[c]) for row in rows) and bool(rows) for c in range(len(header))]
-    for line in (list(header), *cells):
+    for line in (header, *cells):
         padded = [f"{cell:>{w}}" if r else f"{cell:<{w}}" for cell, w, r in zip(line, widths, right, strict=True)]
-        click.echo("  ".join(padded).rstrip())
+        echo_line("  ".join(padded))
 
 
 def is_number(value: Any) -> bool:
@@ -50,7 +60,7 @@ def show(value: Any) -> str:
     if isinstance(value, list):
         shown = [show(item) for item in value[:8]] + ["..."] * (len(value) > 8)
         return f"[{', '.join(shown)}]"
-    return str(value)
+    return printable(str(value))
 
 
 def print_json(document: Any) -> None:
@@ -73,3 +83,22 @@ def rate(rows: int, seconds: float) -> str:
     per_s = rows / max(seconds, 1e-9)
     rounded = round(per_s, 3 - len(str(int(per_s))))
     return f"{rows:,} row{'' if rows == 1 else 's'} in {seconds:.2f} s ({rounded:,.0f} rows/s)"
+
+
+def count_line(view: str, count: RowCount, seconds: float) -> str:
+    """Return the rate of a load or a push, and what became of all its rows."""
+    given, loaded, older, duplicate = (f"{n:,}" for n in (count.given, count.loaded, count.older, count.duplicate))
+    return f"{view}: {rate(count, seconds)}; given {given}, loaded {loaded}, older {older}, duplicate {duplicate}"
+
+
+def count_document(view: str, count: RowCount, seconds: float) -> dict[str, Any]:
+    """Return what `count_line` says, for --json."""
+    return {
+        "view": view,
+        "rows": int(count),
+        "given": count.given,
+        "loaded": count.loaded,
+        "older": count.older,
+        "duplicate": count.duplicate,
+        "seconds": round(seconds, 6),
+    }

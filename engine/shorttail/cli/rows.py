@@ -1,4 +1,4 @@
-"""`shorttail push` and `shorttail delete`: commands that change rows, in a store or through a server."""
+"""`shorttail load`, `push` and `delete`: commands that change rows, in a store or, except a load, through a server."""
 
 from __future__ import annotations
 
@@ -9,19 +9,59 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from shorttail.cli.options import connect, json_option, opened, progress_bar, source_options
-from shorttail.cli.output import print_json, rate
+from shorttail.cli.options import (
+    connect,
+    json_option,
+    load_options,
+    opened,
+    progress_bar,
+    source_options,
+    store_option,
+)
+from shorttail.cli.output import count_document, count_line, print_json
 from shorttail.config import LIMITS
 from shorttail.errors import InvalidArgument, NotFound, ShorttailError
 
 if TYPE_CHECKING:
     from shorttail.client import Client
     from shorttail.define.views import FeatureView
+    from shorttail.results import RowCount
     from shorttail.store import ColumnBatch, Store
 
 REQUEST_ROWS = 4096  # most rows in a request to a server
 REQUEST_BYTES = LIMITS.frame_bytes // 4
 TIMEOUT_S = 60.0  # long, because a server may be busy with other writes
+
+
+@click.command()
+@click.argument("view")
+@click.argument("files", nargs=-1, required=True, metavar="FILE...")
+@store_option
+@load_options
+@json_option
+def load(view: str, files: tuple[str, ...], store: str, memory_mib: int, allow_shrink: bool, as_json: bool) -> None:
+    """Replace all rows of VIEW by the rows of files.
+
+    FILE is a Parquet, Arrow (.arrow, .feather) or CSV (.csv) file, a folder of such files, or a pattern such
+    as 'day/*.parquet'. Their columns are matched by name. The new rows replace all old rows in a single
+    commit. Of rows with the same key, the one with the latest event time is loaded.
+
+    \b
+    Example:
+      shorttail load user_stats today.parquet --store store
+      shorttail load user_stats 'stats/country=*/*.parquet' --store store
+    """
+    from shorttail.engine import Engine
+    from shorttail.sources import batches  # noqa: F401  imported before the time is measured
+
+    with Engine.open(store) as engine, progress_bar(view) as progress:
+        engine.refresh()
+        start_s = time.perf_counter()
+        count = engine.load(view, list(files), progress, memory_bytes=memory_mib << 20, allow_shrink=allow_shrink)
+        seconds = time.perf_counter() - start_s
+    if as_json:
+        return print_json(count_document(view, count, seconds))
+    click.echo(count_line(view, count, seconds))
 
 
 @click.command()
@@ -32,34 +72,35 @@ TIMEOUT_S = 60.0  # long, because a server may be busy with other writes
 def push(view: str, file: str, store: str | None, server: str | None, as_json: bool) -> None:
     """Insert or replace rows of VIEW from a file.
 
-    FILE is a Parquet, Arrow (.arrow, .feather) or CSV (.csv) file. Its columns are matched by name. A row
-    whose event time is older than that of the stored row is ignored. With --server, at most 4,096 rows are
-    sent in a request.
+    FILE is a Parquet, Arrow (.arrow, .feather) or CSV (.csv) file, a folder of such files, or a pattern such
+    as 'day/*.parquet'. Its columns are matched by name. A row whose event time is older than that of the
+    stored row is ignored. With --server, at most 4,096 rows are sent in a request.
 
     \b
     Example:
       shorttail push user_stats today.parquet --store store
       shorttail push user_stats today.parquet --server 127.0.0.1:7711
     """
+    from shorttail.results import RowCount
     from shorttail.sources.batches import open_source, row_batches
 
     with open_writer(store, server) as writer:
         definition = writer.view(view)
         source = open_source(file, definition)
         batches = row_batches(source, definition, definition.timestamp)
-        rows, start_s = 0, time.perf_counter()
+        pushed, start_s = RowCount.total([]), time.perf_counter()
         try:
             with progress_bar(view) as progress:
                 for batch in batches:
-                    for pushed in writer.push(definition, batch):
-                        rows += pushed
-                        progress(rows, source.rows)
+                    for count in writer.push(definition, batch):
+                        pushed = RowCount.total([pushed, count])
+                        progress(pushed.given, source.rows)
         except ShorttailError as error:
-            raise with_progress(error, rows, "pushed") from None
+            raise with_progress(error, pushed.given, "pushed") from None
         seconds = time.perf_counter() - start_s
     if as_json:
-        return print_json({"view": view, "rows": rows, "seconds": round(seconds, 6)})
-    click.echo(f"{view}: {rate(rows, seconds)}")
+        return print_json(count_document(view, pushed, seconds))
+    click.echo(count_line(view, pushed, seconds))
 
 
 @click.command()
@@ -127,7 +168,7 @@ class StoreWriter:
     def view(self, name: str) -> FeatureView:
         return self.store.catalog.view(name)
 
-    def push(self, view: FeatureView, batch: ColumnBatch) -> Iterator[int]:
+    def push(self, view: FeatureView, batch: ColumnBatch) -> Iterator[RowCount]:
         yield self.store.upsert(view.name, batch)
 
     def delete(self, view: FeatureView, columns: dict[str, Any]) -> int:
@@ -146,20 +187,25 @@ class ServerWriter:
         """Return a view with the fields that reading a file needs. Raises NotFound."""
         from shorttail.define.dtypes import parse_dtype
         from shorttail.define.entities import Entity
+        from shorttail.define.names import quoted, suggestion
         from shorttail.define.sources import ParquetSource
         from shorttail.define.views import Feature, FeatureView
 
         views = {view["name"]: view for view in self.client.views()}
         if name not in views:
-            raise NotFound(f"no feature view '{name}'; views: {', '.join(views) or 'none'}")
+            raise NotFound(f"no feature view {quoted(name)}{suggestion(name, views, 'views')}")
         view = views[name]
         keys = {key: parse_dtype(dtype) for key, dtype in view["keys"].items()}
-        features = [Feature(feature, parse_dtype(dtype)) for feature, dtype in view["features"].items()]
+        renamed = view.get("columns", {})  # older servers have none
+        features = [
+            Feature(feature, parse_dtype(dtype), column=renamed.get(feature))
+            for feature, dtype in view["features"].items()
+        ]
         source = ParquetSource("-", view["timestamp"]) if view["timestamp"] else None
         return FeatureView(name, Entity("entity", keys), features, source=source)
 
-    def push(self, view: FeatureView, batch: ColumnBatch) -> Iterator[int]:
-        """Send the batch, and yield the number of rows of each request."""
+    def push(self, view: FeatureView, batch: ColumnBatch) -> Iterator[RowCount]:
+        """Send the batch, and yield the count of each request."""
         for start in range(0, len(batch), REQUEST_ROWS):
             for part in split_batch(batch.slice(start, start + REQUEST_ROWS)):
                 yield self.client.push(view.name, wire_columns(view, part))
@@ -200,7 +246,7 @@ def wire_columns(view: FeatureView, batch: ColumnBatch) -> dict[str, Any]:
     given: list[tuple[str, Any, Any]] = [
         (name, values, None) for name, values in zip(view.keys, batch.keys, strict=True)
     ]
-    given += [(feature.name, *column) for feature, column in zip(view.features, batch.features, strict=True)]
+    given += [(feature.source_column, *column) for feature, column in zip(view.features, batch.features, strict=True)]
     columns = {}
     for name, values, nulls in given:
         try:

@@ -56,7 +56,7 @@ def tune(
         )
     click.echo(f"{model} version {result.version} on {result.host}: median microseconds per batch")
     rows = [[c.runner.model.description, *(round(us, 1) for us in c.median_us.values())] for c in result.candidates]
-    print_table(["runs as", *(f"{n} row{'s' * (n != 1)}" for n in tuning.BATCHES)], rows)
+    print_table(["runs as", *(f"{n} row{'s' * (n != 1)}" for n in result.candidates[0].median_us)], rows)
     if result.candidates[0].runner.kind != "forest":
         click.echo(f"no compiled forest: {result.candidates[0].runner.why}")
     note = "dry run, nothing written" if dry_run else f"written to {store}"

@@ -9,18 +9,20 @@ from types import TracebackType
 from typing import Any, Self
 
 from shorttail import protocol
-from shorttail.client import calls, credentials
-from shorttail.client.calls import Call
+from shorttail.client import calls, credentials, parts
+from shorttail.client.calls import Call, Deadline
 from shorttail.client.credentials import TLS
+from shorttail.client.parts import Steps, T
 from shorttail.client.pool import Connection, Pool
 from shorttail.client.retries import Retries
 from shorttail.config import LIMITS
-from shorttail.errors import InvalidArgument, Unavailable
-from shorttail.results import Features, Prediction
+from shorttail.errors import InvalidArgument, ShorttailError, Unavailable
+from shorttail.results import Features, Prediction, RowCount
 
 
 class Client:
-    """A blocking client. Threads may share it: calls that run at the same time use a connection each.
+    """A blocking client. Threads may share it: calls that run at the same time use a connection each. A forked child
+    may use it too, and has connections of its own.
 
     address: "host:port", ":port" or "unix:/path". The client connects at the first call, and again after a failure.
     timeout_s: the time limit of each call in seconds, with connecting, retries and waiting for a connection. The
@@ -74,8 +76,13 @@ class Client:
         same length, the number of rows; a scalar is the same for all rows. version: None runs the current version.
         deadline_ms: the time limit of this call in milliseconds. statuses: also return a `Status` for each view and
         row. traceparent: W3C trace context, written to the server's log if the request fails or is slow.
+
+        More than 16,384 rows are sent in parts, which one version answers. Raises InvalidArgument if the model takes
+        the rows of a request together, because in parts they would have other answers.
         """
         params = calls.predict_params(model, columns, version, statuses, traceparent)
+        if parts.is_long(params[1]):
+            return self._in_parts(parts.predict(model, params), deadline_ms)
         return calls.read_prediction(model, self._call("predict", params, deadline_ms))
 
     def get_online_features(
@@ -86,16 +93,25 @@ class Client:
         deadline_ms: float | None = None,
         traceparent: str | None = None,
     ) -> Features:
-        """Look up features. features: "view:feature" references; columns: the keys of their views, as for predict."""
+        """Look up features. features: "view:feature" references; columns: the keys of their views, as for predict.
+
+        More than 16,384 rows are looked up in parts, each as of the moment in which it is answered.
+        """
         params = calls.features_params(features, columns, traceparent)
+        if parts.is_long(params[1]):
+            return self._in_parts(parts.features(params), deadline_ms)
         return calls.read_features(self._call("get_online_features", params, deadline_ms))
 
-    def push(self, view: str, rows: Any, *, deadline_ms: float | None = None, traceparent: str | None = None) -> int:
-        """Insert or replace rows, and return their number when they are durable.
+    def push(
+        self, view: str, rows: Any, *, deadline_ms: float | None = None, traceparent: str | None = None
+    ) -> RowCount:
+        """Insert or replace rows. Returns the number of rows that were not older, when they are durable.
 
-        rows: a dict of columns, or a pandas, polars or pyarrow table. The view's timestamp column (or `event_time`)
-        holds the event times; without that column the event time is now. A row that is older than the stored row of its
-        key is dropped. All rows of a call are written, or none.
+        rows: a dict of columns, or a pandas, polars or pyarrow table. A feature with a `column` of its own is given
+        under that name. The view's timestamp column (or `event_time`) holds the event times; without that column the
+        event time is now. A row that is older than the stored row of its key is dropped. Up to 16,384 rows are written
+        all, or none. More rows are sent in parts of which each is written completely or not at all: if one fails, those
+        before it are written, and its error says where it begins.
 
         deadline_ms: if it passes before the rows are committed, the server writes nothing. After Unavailable, or after
         a DeadlineExceeded that did not come from the server, the rows may or may not be written. The client itself
@@ -103,11 +119,18 @@ class Client:
         may have written the same rows in between.
         """
         params = calls.write_params(view, rows, traceparent)
-        return calls.read_rows("push", self._call("push", params, deadline_ms))
+        if parts.is_long(params[1]):
+            return self._in_parts(parts.push(params), deadline_ms)
+        return calls.read_pushed(self._call("push", params, deadline_ms))
 
     def delete(self, view: str, keys: Any, *, deadline_ms: float | None = None, traceparent: str | None = None) -> int:
-        """Delete the rows of keys, given as columns. Returns how many rows existed, when the deletion is durable."""
+        """Delete the rows of keys, given as columns. Returns how many rows existed, when the deletion is durable.
+
+        More than 16,384 keys are sent in parts, as those of a push.
+        """
         params = calls.write_params(view, keys, traceparent)
+        if parts.is_long(params[1]):
+            return self._in_parts(parts.delete(params), deadline_ms)
         return calls.read_rows("delete", self._call("delete", params, deadline_ms))
 
     def models(self) -> list[dict[str, Any]]:
@@ -133,7 +156,26 @@ class Client:
         self.close()
 
     def _call(self, method: str, params: list[Any], deadline_ms: float | None = None) -> Any:
-        call = Call(self.address, self._msgid(), method, params, self.timeout_s, deadline_ms)
+        return self._send(Call(self.address, self._msgid(), method, params, Deadline(self.timeout_s, deadline_ms)))
+
+    def _in_parts(self, steps: Steps[T], deadline_ms: float | None) -> T:
+        """Run a call that has several requests: see client/parts.py."""
+        deadline, results = Deadline(self.timeout_s, deadline_ms), None
+        while True:
+            try:
+                requests = next(steps) if results is None else steps.send(results)
+            except StopIteration as end:
+                result: T = end.value
+                return result
+            made = [Call(self.address, self._msgid(), part.method, part.params, deadline) for part in requests]
+            results = []
+            for part, call in zip(requests, made, strict=True):
+                try:
+                    results.append(self._send(call))
+                except ShorttailError as error:
+                    raise parts.in_part(part, error) from None
+
+    def _send(self, call: Call) -> Any:
         self._retries.earn()
         while True:
             try:
@@ -159,7 +201,7 @@ class Client:
         connection = Connection.open(self.address, self._tls, call)
         if self._token is not None:
             try:
-                auth = Call(self.address, self._msgid(), "auth", [self._token], call.left_s())
+                auth = Call(self.address, self._msgid(), "auth", [self._token], Deadline(call.left_s()))
                 refusal, _ = connection.ask(auth)
                 if refusal is not None:
                     raise refusal

@@ -13,10 +13,11 @@ from typing import Any, NoReturn
 import numpy as np
 
 from shorttail import protocol
+from shorttail._native.wire import scan
 from shorttail.client.columns import encode_columns, pack_request
-from shorttail.errors import DeadlineExceeded, Internal, InvalidArgument, Unavailable
+from shorttail.errors import DeadlineExceeded, Internal, InvalidArgument, ResourceExhausted, Unavailable
 from shorttail.protocol import Address
-from shorttail.results import Features, Prediction
+from shorttail.results import Features, Prediction, RowCount
 
 # After a deadline the server answers DEADLINE_EXCEEDED. The client waits this much longer, for that answer to arrive.
 DEADLINE_GRACE_S = 0.1
@@ -53,30 +54,46 @@ def traced(options: dict[str, Any], traceparent: str | None) -> dict[str, Any]:
     return options
 
 
-def read_rows(method: str, result: Any) -> int:
+def read_rows(method: str, *results: Any) -> int:
+    """Return the number of rows of a push or delete. results: of its parts."""
     try:
-        return int(result["rows"])
+        return sum(int(result["rows"]) for result in results)
     except (KeyError, TypeError, ValueError) as error:
         raise Internal(f"{method}: the server's result is not understood: {error!r}") from None
 
 
-def read_prediction(model: str, result: Any) -> Prediction:
+def read_pushed(*results: Any) -> RowCount:
+    """Return the rows of a push. results: of its parts, whose server may be older and answer `rows` alone."""
+    rows = read_rows("push", *results)
     try:
-        outputs = {name: _to_array(values) for name, values in result["outputs"].items()}
-        statuses = {view: np.asarray(codes, np.uint8) for view, codes in result.get("statuses", {}).items()}
-        return Prediction(model, int(result["version"]), outputs, statuses)
+        older, duplicate = (sum(int(result.get(name, 0)) for result in results) for name in ("older", "duplicate"))
+    except (TypeError, ValueError) as error:
+        raise Internal(f"push: the server's result is not understood: {error!r}") from None
+    return RowCount.pushed(rows + older, older, duplicate)
+
+
+def read_prediction(model: str, *results: Any) -> Prediction:
+    """Return the prediction in the results of all parts, which one version answered."""
+    try:
+        first = results[0]
+        outputs = {name: _joined([result["outputs"][name] for result in results]) for name in first["outputs"]}
+        views = first.get("statuses", {})
+        statuses = {view: _joined_codes([result["statuses"][view] for result in results]) for view in views}
+        return Prediction(model, int(first["version"]), outputs, statuses)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise Internal(f"predict: the server's result is not understood: {error!r}") from None
 
 
-def read_features(result: Any) -> Features:
+def read_features(*results: Any) -> Features:
+    """Return the features in the results of all parts."""
     try:
-        values = [_to_array(column) for column in result["values"]]
-        statuses = [np.asarray(codes, np.uint8) for codes in result["statuses"]]
-        types = result.get("types")  # older servers do not send types
+        first = results[0]
+        values = [_joined(columns) for columns in zip(*(result["values"] for result in results), strict=True)]
+        statuses = [_joined_codes(codes) for codes in zip(*(result["statuses"] for result in results), strict=True)]
+        types = first.get("types")  # older servers do not send types
         if types is not None and len(types) != len(values):
             raise ValueError(f"{len(types)} types for {len(values)} columns")
-        return Features(result["feature_names"], values, statuses, result.get("has_default"), types)
+        return Features(first["feature_names"], values, statuses, first.get("has_default"), types)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise Internal(f"get_online_features: the server's result is not understood: {error!r}") from None
 
@@ -85,6 +102,16 @@ def read_list(method: str, result: Any) -> list[dict[str, Any]]:
     if not isinstance(result, list):
         raise Internal(f"{method}: the server's result is not a list")
     return result
+
+
+def _joined(parts: Sequence[Any]) -> protocol.Array:
+    """Return an output or a feature column as an array. parts: its rows in each result."""
+    return _to_array(parts[0]) if len(parts) == 1 else np.concatenate([_to_array(part) for part in parts])
+
+
+def _joined_codes(parts: Sequence[Any]) -> protocol.Array:
+    arrays = [np.asarray(part, np.uint8) for part in parts]
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
 def _to_array(values: Any) -> protocol.Array:
@@ -104,27 +131,27 @@ def check_timeout(timeout_s: float) -> float:
     return float(timeout_s)
 
 
-class Call:
-    """One call of a client: its encoded request, and the time that all its attempts have together.
+def check_message(method: str, request: bytes) -> None:
+    """Raise ResourceExhausted for a message of too many bytes or elements, or one that is nested too deep.
 
-    address: of the server, for error messages. timeout_s: of the client. deadline_ms: of this call, or None. Raises
-    InvalidArgument for params that cannot be encoded, and DeadlineExceeded if deadline_ms is not above 0.
+    The server closes the connection after such a message, and the other calls on it would fail too.
+    """
+    try:
+        scan(request)
+    except ResourceExhausted as error:
+        raise ResourceExhausted(f"{method}: {error.message}") from None
+
+
+class Deadline:
+    """The time that a caller gives a call, for all its parts and attempts.
+
+    wait_s: how long it waits for answers. timeout_s: of the client. deadline_ms: of the call, or None. Raises
+    DeadlineExceeded if deadline_ms is not above 0.
     """
 
-    __slots__ = (
-        *("_deadline_s", "_end_s", "_has_options", "_request"),
-        *("address", "method", "msgid", "retries", "sent", "wait_s"),
-    )
+    __slots__ = ("budget_end_s", "end_s", "wait_s")
 
-    def __init__(
-        self,
-        address: Address,
-        msgid: int,
-        method: str,
-        params: list[Any],
-        timeout_s: float,
-        deadline_ms: float | None = None,
-    ):
+    def __init__(self, timeout_s: float, deadline_ms: float | None = None):
         start_s = time.monotonic()
         if deadline_ms is None:
             self.wait_s = budget_s = timeout_s
@@ -133,13 +160,27 @@ class Call:
             self.wait_s = min(timeout_s, deadline_ms / 1000 + DEADLINE_GRACE_S)
         else:
             raise DeadlineExceeded(f"deadline_ms {deadline_ms:g}: the deadline has passed already")
-        self._end_s = start_s + self.wait_s
-        self._deadline_s = start_s + budget_s
+        self.end_s = start_s + self.wait_s
+        self.budget_end_s = start_s + budget_s
+
+
+class Call:
+    """A request of a client, encoded. All its attempts end at the deadline.
+
+    address: of the server, for error messages. Raises InvalidArgument for params that cannot be encoded, and
+    ResourceExhausted for a message that the server would refuse together with its connection.
+    """
+
+    __slots__ = ("_has_options", "_request", "address", "deadline", "method", "msgid", "retries", "sent")
+
+    def __init__(self, address: Address, msgid: int, method: str, params: list[Any], deadline: Deadline):
         self._has_options = bool(params) and type(params[-1]) is dict
         if self._has_options:
             params[-1]["deadline_ms"] = 0.0  # a float64: the last eight bytes of the request, which message() replaces
         self._request = pack_request(msgid, method, params)
+        check_message(method, self._request)
         self.address = address
+        self.deadline = deadline
         self.method = method
         self.msgid = msgid
         self.retries = 0
@@ -163,25 +204,25 @@ class Call:
 
         Raises DeadlineExceeded if no time is left.
         """
-        left_s = self._deadline_s - time.monotonic()
+        left_s = self.deadline.budget_end_s - time.monotonic()
         if left_s <= 0:
             raise DeadlineExceeded(f"{self.method}: the deadline passed before the request was sent")
         return self._request[:-8] + _pack_float64(left_s * 1000) if self._has_options else self._request
 
     def budget_s(self) -> float:
         """Return the seconds until the deadline; 0 or less if it has passed."""
-        return self._deadline_s - time.monotonic()
+        return self.deadline.budget_end_s - time.monotonic()
 
     def left_s(self) -> float:
         """Return for how many seconds the call still waits for an answer. Raises DeadlineExceeded if there are none."""
-        seconds = self._end_s - time.monotonic()
+        seconds = self.deadline.end_s - time.monotonic()
         if seconds <= 0:
             raise self.no_answer()
         return seconds
 
     def no_answer(self) -> DeadlineExceeded:
         """Make the error for a call that got no answer in time."""
-        return DeadlineExceeded(f"{self.method}: no answer from {self.address} within {self.wait_s:g} s")
+        return DeadlineExceeded(f"{self.method}: no answer from {self.address} within {self.deadline.wait_s:g} s")
 
 
 def reason(error: OSError) -> str:

@@ -61,7 +61,13 @@ def encode_columns(columns: Mapping[str, Any]) -> dict[str, Any]:
     columns: a dict, or a table of pandas, polars or pyarrow. A column is a scalar, a list or tuple, a NumPy array, or a
     column of pandas, pyarrow or polars. Raises InvalidArgument.
     """
-    return {str(name): encode_column(str(name), value) for name, value in _items(columns)}
+    encoded: dict[str, Any] = {}
+    for given, value in _items(columns):
+        name = given if type(given) is str else str(given)
+        if name in encoded:
+            raise InvalidArgument(f"column {name!r} is given twice")
+        encoded[name] = encode_column(name, value)
+    return encoded
 
 
 def _items(columns: Any) -> Iterable[tuple[str, Any]]:

@@ -9,14 +9,15 @@ from types import TracebackType
 from typing import Any, Self
 
 from shorttail import protocol
-from shorttail.client import calls, credentials
-from shorttail.client.calls import Call
+from shorttail.client import calls, credentials, forks, parts
+from shorttail.client.calls import Call, Deadline
 from shorttail.client.credentials import TLS
+from shorttail.client.parts import Steps, T
 from shorttail.client.retries import Retries
 from shorttail.client.stream import Dialer, Line, PipelinedConnection
 from shorttail.config import LIMITS
-from shorttail.errors import InvalidArgument, Unavailable
-from shorttail.results import Features, Prediction
+from shorttail.errors import InvalidArgument, ShorttailError, Unavailable
+from shorttail.results import Features, Prediction, RowCount
 
 
 class AsyncClient:
@@ -27,8 +28,8 @@ class AsyncClient:
 
     connections: the number of connections. A call uses the connection with the fewest calls in flight. A server with
     several workers spreads the connections over its workers. A lost connection is made again at the next call. Use the
-    client only in the event loop in which it was connected. timeout_s, token, tls, retries and errors are as for
-    Client.
+    client only in the event loop in which it was connected; a forked child uses it in a loop of its own, in which it
+    connects again. timeout_s, token, tls, retries and errors are as for Client.
     """
 
     def __init__(
@@ -46,11 +47,18 @@ class AsyncClient:
         if not 1 <= connections <= LIMITS.client_connections:
             raise InvalidArgument(f"connections={connections!r}: give a number from 1 to {LIMITS.client_connections}")
         self._msgids = itertools.count()
-        dialer = Dialer(self.address, self.timeout_s, token, credentials.client_context(tls), self._msgids)
-        self._lines = [Line(dialer) for _ in range(connections)]
+        self._dialer = Dialer(self.address, self.timeout_s, token, credentials.client_context(tls), self._msgids)
+        self._connections = connections
         self._retries = Retries(retries)
-        self._in_flight = 0
         self._closed = False
+        self.disown()
+        forks.watch(self)
+
+    def disown(self) -> list[int]:
+        """Begin without connections and calls. Also for forks.Owner."""
+        self._lines = [Line(self._dialer) for _ in range(self._connections)]
+        self._in_flight = 0
+        return []
 
     @classmethod
     async def connect(
@@ -80,6 +88,8 @@ class AsyncClient:
     ) -> Prediction:
         """As Client.predict."""
         params = calls.predict_params(model, columns, version, statuses, traceparent)
+        if parts.is_long(params[1]):
+            return await self._in_parts(parts.predict(model, params), deadline_ms)
         return calls.read_prediction(model, await self._call("predict", params, deadline_ms))
 
     async def get_online_features(
@@ -92,20 +102,26 @@ class AsyncClient:
     ) -> Features:
         """As Client.get_online_features."""
         params = calls.features_params(features, columns, traceparent)
+        if parts.is_long(params[1]):
+            return await self._in_parts(parts.features(params), deadline_ms)
         return calls.read_features(await self._call("get_online_features", params, deadline_ms))
 
     async def push(
         self, view: str, rows: Any, *, deadline_ms: float | None = None, traceparent: str | None = None
-    ) -> int:
+    ) -> RowCount:
         """As Client.push. Pushes that run at the same time share a commit."""
         params = calls.write_params(view, rows, traceparent)
-        return calls.read_rows("push", await self._call("push", params, deadline_ms))
+        if parts.is_long(params[1]):
+            return await self._in_parts(parts.push(params), deadline_ms)
+        return calls.read_pushed(await self._call("push", params, deadline_ms))
 
     async def delete(
         self, view: str, keys: Any, *, deadline_ms: float | None = None, traceparent: str | None = None
     ) -> int:
         """As Client.delete."""
         params = calls.write_params(view, keys, traceparent)
+        if parts.is_long(params[1]):
+            return await self._in_parts(parts.delete(params), deadline_ms)
         return calls.read_rows("delete", await self._call("delete", params, deadline_ms))
 
     async def models(self) -> list[dict[str, Any]]:
@@ -134,8 +150,31 @@ class AsyncClient:
         await self.close()
 
     async def _call(self, method: str, params: list[Any], deadline_ms: float | None = None) -> Any:
-        msgid = next(self._msgids) % protocol.MSGID_LIMIT
-        call = Call(self.address, msgid, method, params, self.timeout_s, deadline_ms)
+        return await self._send(
+            Call(self.address, self._msgid(), method, params, Deadline(self.timeout_s, deadline_ms))
+        )
+
+    async def _in_parts(self, steps: Steps[T], deadline_ms: float | None) -> T:
+        """Run a call that has several requests: see client/parts.py."""
+        deadline, results = Deadline(self.timeout_s, deadline_ms), None
+        while True:
+            try:
+                requests = next(steps) if results is None else steps.send(results)
+            except StopIteration as end:
+                result: T = end.value
+                return result
+            made = [Call(self.address, self._msgid(), part.method, part.params, deadline) for part in requests]
+            results = []
+            for part, call in zip(requests, made, strict=True):
+                try:
+                    results.append(await self._send(call))
+                except ShorttailError as error:
+                    raise parts.in_part(part, error) from None
+
+    def _msgid(self) -> int:
+        return next(self._msgids) % protocol.MSGID_LIMIT
+
+    async def _send(self, call: Call) -> Any:
         self._retries.earn()
         self._in_flight += 1
         try:
@@ -178,7 +217,7 @@ class AsyncClient:
 
     async def _connect_all(self) -> None:
         """Connect all connections, and succeed if one succeeds. Raises Unavailable, and the errors of Dialer.dial."""
-        call = Call(self.address, 0, "connect", [], self.timeout_s)
+        call = Call(self.address, 0, "connect", [], Deadline(self.timeout_s))
         try:
             while True:
                 tried = await asyncio.gather(*(line.connected(call) for line in self._lines), return_exceptions=True)

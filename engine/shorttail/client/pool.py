@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from shorttail import protocol
-from shorttail.client import calls, credentials
+from shorttail.client import calls, credentials, forks
 from shorttail.client.calls import Call
 from shorttail.errors import DeadlineExceeded, Internal, ShorttailError, Unavailable
 from shorttail.protocol import Address
@@ -29,6 +29,7 @@ class Connection:
         self._unpacker = protocol.new_unpacker()
         self._poll = select.poll()  # select.select refuses file descriptors above 1023
         self._poll.register(connected, select.POLLIN)
+        forks.watch(self)
 
     @classmethod
     def open(cls, address: Address, tls: ssl.SSLContext | None, call: Call) -> Connection:
@@ -101,6 +102,11 @@ class Connection:
     def close(self) -> None:
         self.socket.close()
 
+    def disown(self) -> list[int]:
+        """For forks.Owner."""
+        descriptor = self.socket.fileno()
+        return [] if descriptor < 0 else [descriptor]
+
 
 class Pool:
     """A pool of at most `limit` connections. The connection used last is taken next, so that surplus ones stay idle.
@@ -111,12 +117,19 @@ class Pool:
     def __init__(self, limit: int, open_one: Callable[[Call], Connection]):
         self.limit = limit
         self._open_one = open_one
+        self._generation = 0
+        self.disown()
+        forks.watch(self)
+
+    def disown(self) -> list[int]:
+        """Begin with no connections. Also for forks.Owner."""
         self._lock = threading.Lock()
         self._freed = threading.Condition(self._lock)
         self._n_waiting = 0
         self._n_open = 0
         self._idle: list[Connection] = []
-        self._generation = 0
+        self._generation += 1  # a call that forked, in a signal handler, gives its connection back: it is dropped
+        return []
 
     def take(self, call: Call) -> Connection:
         """Return an idle connection or a new one, and wait for one if `limit` are in use.
@@ -183,5 +196,5 @@ class Pool:
         if not freed:
             raise DeadlineExceeded(
                 f"{call.method}: other calls held all {self.limit} connections to {call.address} "
-                f"for {call.wait_s:g} s; give a larger max_connections"
+                f"for {call.deadline.wait_s:g} s; give a larger max_connections"
             )

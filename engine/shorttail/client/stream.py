@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from shorttail import protocol
-from shorttail.client import calls
-from shorttail.client.calls import Call
+from shorttail.client import calls, forks
+from shorttail.client.calls import Call, Deadline
 from shorttail.client.retries import backoff_s
 from shorttail.errors import Internal, ShorttailError, Unavailable
 from shorttail.protocol import Address
@@ -55,6 +55,7 @@ class PipelinedConnection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's transports are not subclasses of asyncio's
         self._transport.set_write_buffer_limits(high=WRITE_HIGH_WATER_BYTES, low=WRITE_HIGH_WATER_BYTES // 4)
+        forks.watch(self)
 
     def data_received(self, data: bytes) -> None:
         try:
@@ -91,6 +92,12 @@ class PipelinedConnection(asyncio.Protocol):
                 reply.set_exception(kind(message))
         if self._transport is not None:
             self._transport.abort()
+
+    def disown(self) -> list[int]:
+        """For forks.Owner."""
+        if self._transport is None or self.is_lost:
+            return []  # the number of a closed descriptor may be that of another file by now
+        return [self._transport.get_extra_info("socket").fileno()]
 
     def pause_writing(self) -> None:
         self._paused = True
@@ -136,7 +143,7 @@ class Dialer:
         if self.token is not None:
             msgid = next(self.msgids) % protocol.MSGID_LIMIT
             try:
-                await stream.ask(Call(self.address, msgid, "auth", [self.token], self.timeout_s))
+                await stream.ask(Call(self.address, msgid, "auth", [self.token], Deadline(self.timeout_s)))
             except BaseException:
                 stream.lose("the server did not accept the token")
                 raise

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from shorttail.define.dtypes import DType, String, Timestamp
 from shorttail.define.refusal import Refused
 
 Array = NDArray[Any]
@@ -79,6 +80,23 @@ def is_column(value: Any) -> bool:
 
 def is_decimal(kind: Any) -> bool:
     return bool(pa.types.is_decimal(kind))
+
+
+def may_take(dtype: DType, kind: Any) -> bool:
+    """Return whether a column of an Arrow type can hold values that the dtype takes; if not, only nulls fit."""
+    types = pa.types
+    while types.is_dictionary(kind) or types.is_run_end_encoded(kind):
+        kind = kind.value_type
+    number = types.is_integer(kind) or types.is_floating(kind) or is_decimal(kind)
+    if types.is_null(kind):
+        return True
+    if dtype.is_vector:
+        return is_list(kind)
+    if dtype == String:
+        return is_text(kind)
+    if dtype == Timestamp:
+        return number or is_text(kind) or bool(types.is_timestamp(kind) or types.is_date(kind))
+    return number or (bool(types.is_boolean(kind)) and not dtype.is_integer)
 
 
 def as_string(column: Any) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 from shorttail.define.dtypes import Bool, DType, Float32, Float64, Int32, Int64, String
 from shorttail.define.entities import Entity
 from shorttail.define.models import Model
-from shorttail.define.names import split_reference, suggestion
+from shorttail.define.names import quoted, split_reference, suggestion
 from shorttail.define.views import Feature, FeatureView
 from shorttail.errors import Internal, NotFound
 
@@ -66,9 +66,10 @@ class VersionInfo:
     Each version has its own definition, because versions may differ in their columns; a rollback restores both.
     sha256: of the file, in hexadecimal. created_us: microseconds since 1970 UTC. outputs: those that the definition
     selects, in its order. tuning: host description -> settings (shorttail.models.settings).
-    batching: "rows" if requests share runs, "request" if each has runs of its own; batching_why: the reason for
-    "request", in one line. replacements: the value that replaces a missing one, by "request:column" or "view:feature".
-    examples_sha256: of the file of the model's examples, "" if it has none.
+    batching: "rows" if requests share runs, "request" if each has runs of its own. batching_why: the reason, in one
+    line, "" if there is nothing to say, None if the version was never examined. replacements: the value that replaces a
+    missing one, by "request:column" or "view:feature". forest_differs: why its compiled forest may not answer, as `vet`
+    found, "" if it may. examples_sha256: of the file of the model's examples, "" if it has none.
     """
 
     model: Model
@@ -78,8 +79,9 @@ class VersionInfo:
     outputs: tuple[TensorInfo, ...]
     tuning: dict[str, Json] = field(default_factory=dict)
     batching: str = "rows"
-    batching_why: str = ""
+    batching_why: str | None = None
     replacements: dict[str, Any] = field(default_factory=dict)
+    forest_differs: str = ""
     examples_sha256: str = ""
 
     def to_json(self) -> Json:
@@ -93,6 +95,7 @@ class VersionInfo:
             "batching": self.batching,
             "batching_why": self.batching_why,
             "replacements": self.replacements,
+            "forest_differs": self.forest_differs,
             "examples_sha256": self.examples_sha256,
         }
 
@@ -107,8 +110,9 @@ class VersionInfo:
             tuple(TensorInfo.from_json(item) for item in data["outputs"]),
             data.get("tuning", {}),
             data.get("batching", "rows"),
-            data.get("batching_why", ""),
+            data.get("batching_why"),
             data.get("replacements", {f"request:{name}": value for name, value in given.items()}),
+            data.get("forest_differs", ""),
             data.get("examples_sha256", ""),
         )
 
@@ -201,13 +205,13 @@ class Catalog:
     def view(self, name: str) -> FeatureView:
         """Return a view. Raises NotFound that suggests a name."""
         if name not in self.views:
-            raise NotFound(f"no feature view '{name}'{suggestion(name, self.views, 'views')}")
+            raise NotFound(f"no feature view {quoted(name)}{suggestion(name, self.views, 'views')}")
         return self.views[name]
 
     def model(self, name: str) -> ModelEntry:
         """Return the entry of a model. Raises NotFound that suggests a name."""
         if name not in self.models:
-            raise NotFound(f"no model '{name}'{suggestion(name, self.models, 'models')}")
+            raise NotFound(f"no model {quoted(name)}{suggestion(name, self.models, 'models')}")
         return self.models[name]
 
     def feature(self, reference: str) -> tuple[FeatureView, Feature]:
@@ -219,7 +223,7 @@ class Catalog:
         view = self.view(view_name)
         if name not in view.feature_index:
             known = suggestion(name, view.feature_index, "features")
-            raise NotFound(f"feature view '{view_name}' has no feature '{name}'{known}")
+            raise NotFound(f"feature view '{view_name}' has no feature {quoted(name)}{known}")
         return view, view.features[view.feature_index[name]]
 
     def new_table(self, view_name: str) -> TableInfo:

@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from shorttail.define.durations import parse_duration
-from shorttail.define.names import check_name, check_text, split_reference
+from shorttail.define.names import check_path_name, check_text, split_reference
 from shorttail.define.ondemand import OnDemand, OnDemandFeature
 from shorttail.errors import InvalidArgument
 
 Json = dict[str, Any]
 Column = str | OnDemandFeature
 """An entry of a model's inputs: "view:feature", "request:column" or an on-demand feature."""
-BATCHING = ("rows", "request")
-"""How requests share the runs of a model: rows of several requests in one run, or one request a run."""
+BATCHING = {"rows": "shares runs between requests", "request": "runs one request at a time"}
+"""How requests share the runs of a model, and what it is called."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Model:
     examples: str | None = None
 
     def __post_init__(self) -> None:
-        check_name(self.name, "model")
+        check_path_name(self.name, "model")
         where = f"model '{self.name}'"
         if not isinstance(self.path, str | Path) or not str(self.path):
             raise InvalidArgument(f"{where}: path must be the path of an ONNX file")
@@ -76,7 +76,8 @@ class Model:
             checked = check_columns(self.inputs, f"{where}: inputs")
         object.__setattr__(self, "inputs", checked)
         if self.outputs is not None:
-            if isinstance(self.outputs, str) or not self.outputs or len(set(self.outputs)) != len(self.outputs):
+            names = [] if isinstance(self.outputs, str) else list(self.outputs)
+            if not names or not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
                 raise InvalidArgument(f"{where}: outputs must be a list of different output names")
             object.__setattr__(self, "outputs", tuple(self.outputs))
         check_text(self.description, f"{where}: description")

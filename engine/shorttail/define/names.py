@@ -1,49 +1,137 @@
-"""The rules for names and references in definitions and requests."""
+"""The rules for names and references in definitions and requests. docs/names.md gives them to users.
+
+A name is printable text in Unicode's form NFC: equal names have equal bytes, and a name fits into a line of a log. The
+names of views and models are also those of folders, so their characters are fewer.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+import unicodedata
+from collections.abc import Callable, Collection, Iterable
 from difflib import get_close_matches
 
+from shorttail.config import LIMITS
+from shorttail.define.refusal import short_repr
 from shorttail.errors import InvalidArgument
 
-NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
+# Characters that Unicode counts as letters or marks, and that are not seen: fillers of Hangul and Khmer, variation
+# selectors, the grapheme joiner (those of Default_Ignorable_Code_Point that str.isprintable accepts).
+UNSEEN = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]")
 
 
 def check_name(name: object, what: str) -> str:
-    """Return the name if it is valid. Names become paths, keys and references, so other characters are refused.
+    """Return the name of an entity, a feature or a column if it is valid. Raises InvalidArgument.
 
-    what: the beginning of the message. Raises InvalidArgument.
+    what: the beginning of the message.
     """
-    if not isinstance(name, str) or not NAME.fullmatch(name):
-        raise InvalidArgument(
-            f"{what} {name!r}: a name is a letter or _ followed by up to 63 letters, digits or _ (no spaces, - or .)"
-        )
-    return name
+    return _checked(name, what, _fault)
+
+
+def check_path_name(name: object, what: str) -> str:
+    """Return the name of a view or a model if it is valid. It is safe as the name of a folder. Raises InvalidArgument.
+
+    what: the beginning of the message.
+    """
+    return _checked(name, what, _path_fault)
+
+
+def check_function_name(name: object, what: str) -> str:
+    """Return the name of an on-demand function if it is valid: a Python identifier. Raises InvalidArgument.
+
+    what: the beginning of the message.
+    """
+    if isinstance(name, str) and not name.isidentifier():
+        raise InvalidArgument(f"{what} {quoted(name)} is not a Python identifier; use `def name(...)`")
+    return check_name(name, what)
 
 
 def check_text(value: object, what: str) -> None:
     """Raise InvalidArgument unless `value` is a string."""
     if not isinstance(value, str):
-        raise InvalidArgument(f"{what} must be a string, not {value!r}")
+        raise InvalidArgument(f"{what} must be a string, not {short_repr(value)}")
+
+
+def _checked(name: object, what: str, fault_of: Callable[[str], str]) -> str:
+    if not isinstance(name, str):
+        raise InvalidArgument(f"{what} {quoted(name)}: a name is a string")
+    if fault := fault_of(name):
+        raise InvalidArgument(f"{what} {quoted(name)}: {fault}")
+    return name
+
+
+def _fault(name: str) -> str:
+    """Return what is wrong with the name of an entity, a feature or a column, "" if nothing is."""
+    if not name:
+        return "a name has at least one character"
+    if len(name) > LIMITS.name_bytes:
+        return f"a name has at most {LIMITS.name_bytes} bytes of UTF-8, not {len(name)} characters"
+    if name != name.strip():
+        return "a name has no white space at its ends"
+    if not name.isprintable():
+        bad = next(character for character in name if not character.isprintable())
+        return f"a name has printable characters only; U+{ord(bad):04X} is none"
+    if ":" in name or "/" in name:
+        return "a name has no : and no /, because they separate names in references and paths"
+    if not unicodedata.is_normalized("NFC", name):
+        composed = unicodedata.normalize("NFC", name)
+        return f"a name is in Unicode's composed form (NFC); write {composed!a}, not {name!a}"
+    if (size := len(name.encode())) > LIMITS.name_bytes:
+        return f"a name has at most {LIMITS.name_bytes} bytes of UTF-8, not {size}"
+    return ""
+
+
+def _path_fault(name: str) -> str:
+    """Return what is wrong with the name of a view or a model, "" if nothing is."""
+    if fault := _fault(name):
+        return fault
+    # Python's identifiers are those of Unicode: letters, marks and digits of any script, and _.
+    if not f"_{re.sub('[.-]', '_', name)}".isidentifier() or UNSEEN.search(name):
+        return "the name of a view or a model has letters and digits of any script, _, - and . (it becomes a folder)"
+    if not (name[0].isalnum() or name[0] == "_") or name[-1] == ".":
+        return "the name of a view or a model begins with a letter, a digit or _, and does not end with a ."
+    return ""
 
 
 def split_reference(reference: object) -> tuple[str, str]:
     """Split "user_stats:age" into ("user_stats", "age"). Raises InvalidArgument unless both parts are valid names."""
-    if isinstance(reference, str):
-        view, colon, feature = reference.partition(":")
-        if colon and NAME.fullmatch(view) and NAME.fullmatch(feature):
-            return view, feature
-    raise InvalidArgument(f"{reference!r} is not a feature reference; write 'view:feature' or 'request:column'")
+    view, colon, feature = reference.partition(":") if isinstance(reference, str) else ("", "", "")
+    fault = (_path_fault(view) or _fault(feature)) if colon else ""
+    if colon and not fault:
+        return view, feature
+    why = f" ({fault})" if fault else ""
+    raise InvalidArgument(
+        f"{quoted(reference)} is not a feature reference{why}; write 'view:feature' or 'request:column'"
+    )
 
 
-def suggestion(name: str, known: Iterable[str], what: str) -> str:
+def quoted(name: object) -> str:
+    """Return a name that is not known to be valid for a message: in quotes, and cut if it is longer than a name is."""
+    if not isinstance(name, str):
+        return short_repr(name)
+    return repr(name) if len(name) <= LIMITS.name_bytes else f"{name[:60]!r}... ({len(name)} characters)"
+
+
+def decomposed(name: object, known: Collection[str]) -> str:
+    """Return the end of a message about an unknown name that is known in Unicode's composed form, else ""."""
+    if not isinstance(name, str) or len(name) > LIMITS.name_bytes:
+        return ""
+    composed = unicodedata.normalize("NFC", name)
+    if composed == name or composed not in known:
+        return ""
+    return f"; write it in Unicode's composed form (NFC): {composed!a}, not {name!a}"
+
+
+def suggestion(name: object, known: Iterable[str], what: str) -> str:
     """Return the end of a message about an unknown name: "; did you mean 'x'?" or "; views: a, b, c"."""
     names = list(known)
-    if close := get_close_matches(name, names, n=1):
-        return f"; did you mean '{close[0]}'?"
     if not names:
         return f"; there are no {what} yet"
+    # A server calls this for strangers. The time grows with the product of the lengths, so the product is bounded.
+    if isinstance(name, str) and len(name) * sum(map(len, names)) <= LIMITS.suggestion_steps:
+        if hint := decomposed(name, names):
+            return hint
+        if close := get_close_matches(name, names, n=1):
+            return f"; did you mean '{close[0]}'?"
     shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
     return f"; {what}: {shown}"

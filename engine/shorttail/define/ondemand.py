@@ -14,7 +14,7 @@ from typing import Any, Union
 from shorttail.config import LIMITS
 from shorttail.define.capture import Origin, capture
 from shorttail.define.dtypes import WIDE_VECTOR_CODE, DType, String, parse_dtype
-from shorttail.define.names import check_name, split_reference
+from shorttail.define.names import check_function_name, split_reference
 from shorttail.errors import InvalidArgument
 
 Json = dict[str, Any]
@@ -121,7 +121,7 @@ def on_demand(function: Callable[..., Any]) -> OnDemand:
     """
     if not inspect.isfunction(function):
         raise InvalidArgument(f"@on_demand: {function!r} is not a function")
-    name = check_name(function.__name__, "on-demand function")
+    name = check_function_name(function.__name__, "on-demand function")
     where = f"on-demand function '{name}'"
     try:
         annotations = inspect.get_annotations(function, eval_str=True)

@@ -13,7 +13,9 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class ParquetSource:
-    """A Parquet file or folder that a view's rows are loaded from. `path` is relative to the definitions file.
+    """The Parquet files that a view's rows are loaded from: `path` is a file, a folder or a pattern ("day/*.parquet").
+
+    A relative path starts at the definitions file. Arrow and CSV files (.arrow, .feather, .csv) are read too.
 
     `timestamp` names the column of event times (timestamps, or integers in microseconds since 1970 UTC). Without it,
     the event time of a row is the time at which it is loaded. Raises InvalidArgument.

@@ -6,10 +6,11 @@ This module turns a field of text into a value; define/scalar.py decides whether
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from shorttail.define.dtypes import Bool, DType, Float64, String, Timestamp, parse_dtype
+from shorttail.define.names import quoted
 from shorttail.define.refusal import Refused, short_repr
 from shorttail.define.times import TIME, parse_time
 from shorttail.define.values import as_value
@@ -90,16 +91,25 @@ def parse_columns(arguments: Sequence[str], dtypes: Mapping[str, str], owner: st
     """
     columns: dict[str, Any] = {}
     for argument in arguments:
-        name, equals, text = argument.partition("=")
+        name, equals, text = split_argument(argument, dtypes)
         known = ", ".join(f"{column} {dtype}" for column, dtype in dtypes.items())
         if not equals:
-            raise InvalidArgument(f"'{argument}' is not column=value; columns of {owner}: {known}")
+            raise InvalidArgument(f"{quoted(argument)} is not column=value; columns of {owner}: {known}")
         if name not in dtypes:
-            raise InvalidArgument(f"{owner} takes no column '{name}'; columns: {known}")
+            raise InvalidArgument(f"{owner} takes no column {quoted(name)}; columns: {known}")
         if name in columns:
             raise InvalidArgument(f"'{name}' is given twice; write {name}=a,b for a batch")
         columns[name] = parse_values(name, text, parse_dtype(dtypes[name]))
     return columns
+
+
+def split_argument(argument: str, columns: Iterable[str]) -> tuple[str, str, str]:
+    """Split "column=text" as str.partition does, at the = after a known column: the longest one that fits.
+
+    A column's name may hold a = itself. Without a known column the first = counts.
+    """
+    name = max((column for column in columns if argument.startswith(f"{column}=")), key=len, default=None)
+    return argument.partition("=") if name is None else (name, "=", argument[len(name) + 1 :])
 
 
 def parse_values(name: str, text: str, dtype: DType) -> Any:

@@ -100,12 +100,16 @@ text. The same grammar reads all of them:
 - The numbers of a vector are separated by commas, so in a file the field is in quotes (`"1,2.5"`). In a CSV body each
   number of a vector is a field of its own. On the command line `v=1,2;3,4` is two vectors. For `bench` the numbers are
   separated by `/`.
+- In `column=value` the column ends at the `=` after the longest known column that fits ([names.md](names.md)).
 - On the command line a value is a row of CSV: `tier=gold,tin` is two rows, `tier=` is a missing value, and `tier='""'`
   is the empty text.
 """
 
 NOT_EXPRESSIBLE: Final = (
-    ("`Engine.predict`, `get_online_features`, `push`, `delete`", "These express every value."),
+    (
+        "`Engine.predict`, `get_online_features`, `push`, `delete`; `load` of a dict or pandas",
+        "These express every value.",
+    ),
     (
         "`Client` and `AsyncClient`",
         """Integers of more than 64 bits are sent as floats, whole Decimals of up to 64 bits as integers, and other
@@ -113,12 +117,12 @@ NOT_EXPRESSIBLE: Final = (
         sets); it does not know the column's type, so its error does not name it.""",
     ),
     (
-        "`load`, `materialize`, `shorttail push FILE`: Parquet and Arrow",
+        "`load`, `materialize`, `shorttail push FILE`: Parquet, Arrow and polars",
         """A column has a single type: no mixed values, no integers of more than 64 bits. A column has rows: no single
         values. Arrow has no lone surrogates, only the machine's byte order, and only the time units s, ms, us and
         ns.""",
     ),
-    ("`load`, `materialize`, `shorttail push FILE`: CSV", "Every value is text, see above."),
+    ("The same: CSV, and names of folders (`country=DE`)", "Every value is text, see above."),
     (
         "Open Inference v2, JSON",
         """A tensor has a single datatype: no mixed values. No NaN and no infinity (null is a missing value), no missing

@@ -14,7 +14,7 @@ from typing import Any
 from shorttail.define.dtypes import DType, parse_dtype
 from shorttail.define.durations import parse_duration
 from shorttail.define.entities import Entity, check_dtype
-from shorttail.define.names import check_name, check_text
+from shorttail.define.names import check_name, check_path_name, check_text
 from shorttail.define.refusal import Refused
 from shorttail.define.scalar import as_value
 from shorttail.define.sources import ParquetSource
@@ -25,18 +25,30 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Feature:
-    """A column of a view. `default` is the value where the row or its value is missing. Raises InvalidArgument."""
+    """A column of a view. `default` is the value where the row or its value is missing.
+
+    `column` is its column in rows that are loaded or pushed, any text; without it, `name`. References and answers use
+    `name`. Raises InvalidArgument.
+    """
 
     name: str
     dtype: DType
     default: Any = None
     description: str = ""
+    column: str | None = None
 
     def __post_init__(self) -> None:
         check_name(self.name, "feature")
         check_dtype(self.dtype, f"feature '{self.name}'")
         check_text(self.description, f"feature '{self.name}': description")
         object.__setattr__(self, "default", check_default(self.name, self.dtype, self.default))
+        if self.column is not None and not is_column(self.column):
+            raise InvalidArgument(f"feature '{self.name}': column must be the name of a column, not {self.column!r}")
+
+    @property
+    def source_column(self) -> str:
+        """The column that the feature is read from."""
+        return self.column or self.name
 
     def to_json(self) -> Json:
         return {
@@ -44,11 +56,18 @@ class Feature:
             "dtype": self.dtype.name,
             "default": list(self.default) if isinstance(self.default, tuple) else self.default,
             "description": self.description,
+            "column": self.column,
         }
 
     @classmethod
     def from_json(cls, data: Json) -> Feature:
-        return cls(data["name"], parse_dtype(data["dtype"]), data["default"], data["description"])
+        column = data.get("column")  # stores of older versions have none
+        return cls(data["name"], parse_dtype(data["dtype"]), data["default"], data["description"], column)
+
+
+def is_column(name: object) -> bool:
+    """Return whether a value is a text that UTF-8 can encode, and not empty."""
+    return isinstance(name, str) and name != "" and name == name.encode(errors="ignore").decode()
 
 
 def check_default(name: str, dtype: DType, value: Any) -> Any:
@@ -76,9 +95,10 @@ class FeatureView:
     owner: str = ""
     ttl_us: int = field(init=False)
     feature_index: dict[str, int] = field(init=False, compare=False, repr=False)
+    source_columns: list[str] = field(init=False, compare=False, repr=False)  # of the features; some may share one
 
     def __post_init__(self) -> None:
-        check_name(self.name, "feature view")
+        check_path_name(self.name, "feature view")
         where = f"feature view '{self.name}'"
         if self.name == "request":
             raise InvalidArgument(f"{where}: the name 'request' is reserved for request columns; choose another name")
@@ -104,6 +124,7 @@ class FeatureView:
         object.__setattr__(self, "features", tuple(self.features))
         object.__setattr__(self, "ttl_us", parse_ttl(self.ttl, where))
         object.__setattr__(self, "feature_index", index)
+        object.__setattr__(self, "source_columns", [feature.source_column for feature in self.features])
 
     __hash__ = None  # type: ignore[assignment]  # it holds dicts
 

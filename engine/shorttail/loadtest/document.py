@@ -55,8 +55,12 @@ def make_document(
     capacity: Capacity | None,
     verified: Verified | None,
     watch: StageWatch | None = None,
+    own_keys: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Return the JSON object of a run. command: as the user typed it. started_s: seconds since 1970 UTC."""
+    """Return the JSON object of a run. command: as the user typed it. started_s: seconds since 1970 UTC.
+
+    own_keys: what OwnKeys.remove() returned, None if no pushes had keys of their own.
+    """
     document: dict[str, Any] = {
         "tool": "shorttail bench",
         "format": FORMAT,
@@ -71,6 +75,7 @@ def make_document(
             "model": workload.predict,
             "features": list(workload.features),
             "push": workload.push,
+            "own_keys": own_keys,
             "rows": workload.rows,
             "columns": plan.describes,
         },

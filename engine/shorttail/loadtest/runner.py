@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import secrets
+import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from types import FrameType, TracebackType
+from typing import Final, Self
 
 from shorttail._native.loadtest import Generator, Hiccups
 from shorttail.config import LIMITS
@@ -98,29 +100,72 @@ def make_generators(plan: Traffic, target: Target, load: Load, rate: Rate | None
     ]
 
 
-def run_step(plan: Traffic, target: Target, load: Load, rate: Rate | None, show_line: ShowLine | None = None) -> Step:
+def run_generator(generator: Generator, ended: threading.Event) -> None:
+    try:
+        generator.run()
+    finally:
+        ended.set()
+
+
+class Interrupts:
+    """Counts each Ctrl-C of a `with` block, instead of a KeyboardInterrupt, which would lose the results of the steps.
+
+    Only where Ctrl-C would raise KeyboardInterrupt: in the main thread, with Python's own handler.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._counts = False
+
+    def __enter__(self) -> Self:
+        main = threading.current_thread() is threading.main_thread()
+        self._counts = main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        if self._counts:
+            signal.signal(signal.SIGINT, self._take)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._counts:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        self.count += 1
+
+
+def run_step(
+    plan: Traffic,
+    target: Target,
+    load: Load,
+    rate: Rate | None,
+    show_line: ShowLine | None = None,
+    interrupts: Interrupts | None = None,
+) -> Step:
     """Send a load at a rate (None: closed loop) until its end.
 
     Ctrl-C stops sending and waits for the answers; a second Ctrl-C ends the step at once. show_line: called several
-    times per second with the live line. Raises Unavailable if the server accepts no connections.
+    times per second with the live line. interrupts: of all steps together, entered. Raises Unavailable if the server
+    accepts no connections.
     """
+    if interrupts is None:
+        with Interrupts() as interrupts:
+            return run_step(plan, target, load, rate, show_line, interrupts)
     generators = make_generators(plan, target, load, rate)
     planned_s = load.warmup_s + load.duration_s + load.timeout_s + 10
     hiccups = Hiccups(slice_ns=HICCUP_SLICE_NS, slices=int(planned_s * 1e9 / HICCUP_SLICE_NS))
-    threads = [threading.Thread(target=generator.run, daemon=True) for generator in generators]
+    ended = [threading.Event() for _ in generators]
+    threads = [
+        threading.Thread(target=run_generator, args=pair, daemon=True) for pair in zip(generators, ended, strict=True)
+    ]
     sampler = threading.Thread(target=hiccups.run, daemon=True)
     for thread in (sampler, *threads):
         thread.start()
-    interrupts = 0
-    while any(thread.is_alive() for thread in threads):
-        try:
-            threads[0].join(POLL_S) if threads[0].is_alive() else time.sleep(POLL_S / 10)
-            if show_line is not None:
-                show_line(live_line(generators, load))
-        except KeyboardInterrupt:
-            interrupts += 1
+    while running := [event for event in ended if not event.is_set()]:
+        running[0].wait(POLL_S)
+        if show_line is not None:
+            show_line(live_line(generators, load))
+        if interrupts.count:
             for generator in generators:
-                generator.stop(interrupts > 1)
+                generator.stop(interrupts.count > 1)
         if any(generator.progress()["failed"] for generator in generators):
             for generator in generators:
                 generator.stop(True)
@@ -128,7 +173,7 @@ def run_step(plan: Traffic, target: Target, load: Load, rate: Rate | None, show_
     sampler.join()
     if fatal := next((r["fatal"] for g in generators if not (r := g.results())["start_ns"] and r["fatal"]), ""):
         raise Unavailable(f"{target.text}: {fatal}")
-    return collect(rate, generators, [template.name for template in plan.templates], hiccups, interrupts > 0)
+    return collect(rate, generators, [template.name for template in plan.templates], hiccups, interrupts.count > 0)
 
 
 def live_line(generators: Sequence[Generator], load: Load) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,7 +16,7 @@ import numpy as np
 from shorttail.config import LIMITS
 from shorttail.define.dtypes import Bool, DType, Float64, Timestamp, parse_dtype
 from shorttail.define.refusal import Refused
-from shorttail.define.text import csv_row, parse_field
+from shorttail.define.text import csv_row, parse_field, split_argument
 from shorttail.errors import InvalidArgument, NotFound
 from shorttail.loadtest.rates import parse_number
 
@@ -82,7 +83,7 @@ def parse_keys(
         elif spec.startswith("store:"):
             streams += store_streams(spec.removeprefix("store:"), draw, views, needed)
         else:
-            streams.append(range_stream(spec))
+            streams.append(range_stream(spec, dtypes))
     for stream in streams:
         if stream.lows and not needed & set(stream.lows):
             name = next(iter(stream.lows))
@@ -90,9 +91,9 @@ def parse_keys(
     return streams
 
 
-def range_stream(spec: str) -> Stream:
+def range_stream(spec: str, columns: Iterable[str]) -> Stream:
     """Parse "user_id=zipf:1:1M:0.99", or "user=uniform:1:1000:user-{}" for strings. Raises InvalidArgument."""
-    column, equals, rest = spec.partition("=")
+    column, equals, rest = split_argument(spec, columns)
     kind, *parts = rest.split(":")
     if not equals or kind not in DRAWS or len(parts) < 2:
         raise InvalidArgument(f"--keys '{spec}' is not understood; write {KEY_FORMS}")
@@ -125,24 +126,31 @@ def file_stream(path: str, draw: Draw, dtypes: Mapping[str, str]) -> Stream:
     if not Path(path).exists():
         raise NotFound(f"{what}: there is no such file")
     from shorttail.sources.batches import FileSource, first_line
+    from shorttail.sources.source import column_names
 
     source = FileSource(path, dtypes, "--keys")
-    schema = source.schema()
-    names = [name for name in schema.names if name in dtypes]
+    known = column_names(source)
+    columns: dict[str, list[Any]] = {name: [] for name in known if name in dtypes}
+    rows = 0
     try:
-        table = source.head(names, LIMITS.bench_key_rows)
+        for part in source.parts:
+            for batch in part.read([name for name in columns if name in part.names]):
+                taken = batch.slice(0, LIMITS.bench_key_rows - rows)
+                rows += taken.num_rows
+                for name, values in columns.items():
+                    if name in part.names:
+                        values += column_values(dtypes[name], taken.column(name), partial(part.convert, name))
+                    values += [None] * (rows - len(values))
+                if rows == LIMITS.bench_key_rows:
+                    break
     except (ValueError, OSError) as error:  # Arrow's errors are ValueErrors
         raise InvalidArgument(f"{what}: cannot be read: {first_line(error)}") from None
-    if not names or not table.num_rows:
-        found = f"its columns: {listed(schema.names)}" if not names else "it has no rows"
+    except Refused as error:
+        raise error.error(f"{what}: column '{name}'", parse_dtype(dtypes[name])) from None
+    if not columns or not rows:
+        found = f"its columns: {listed(known)}" if not columns else "it has no rows"
         raise InvalidArgument(f"{what}: no column of the requests ({listed(set(dtypes))}); {found}")
-    columns: dict[str, Sequence[Any]] = {}
-    for name in names:
-        try:
-            columns[name] = column_values(dtypes[name], table.column(name), source.convert)
-        except Refused as error:
-            raise error.error(f"{what}: column '{name}'", parse_dtype(dtypes[name])) from None
-    return Stream(draw.kind, draw.exponent, table.num_rows, columns, text=f"file:{path}")
+    return Stream(draw.kind, draw.exponent, rows, dict(columns), text=f"file:{path}")
 
 
 def column_values(dtype: str, column: Any, read: Callable[[DType, Any], tuple[Any, Any]]) -> list[Any]:
@@ -210,11 +218,11 @@ class Values:
     real: tuple[float, float] | None = None
 
 
-def parse_values(specs: Sequence[str]) -> dict[str, str]:
-    """Return {column: text after the =} of --value options. Raises InvalidArgument."""
+def parse_values(specs: Sequence[str], columns: Iterable[str]) -> dict[str, str]:
+    """Return {column: text after the =} of --value options. columns: of the requests. Raises InvalidArgument."""
     found: dict[str, str] = {}
     for spec in specs:
-        column, equals, text = spec.partition("=")
+        column, equals, text = split_argument(spec, columns)
         if not equals or not column:
             raise InvalidArgument(
                 f"--value '{spec}' is not understood; write COLUMN=5, COLUMN=uniform:0:100 or COLUMN=choice:a,b"

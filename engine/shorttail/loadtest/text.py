@@ -116,6 +116,8 @@ def notes(document: Mapping[str, Any]) -> list[str]:
             lines.append(f"{name}interrupted after {step['duration_s']:.1f} s")
         if step["fatal"]:
             lines.append(f"{name}FAILED: {step['fatal']}")
+    if own := document["workload"].get("own_keys"):
+        lines.append(own_keys_line(own))
     lines += warnings(steps)
     if metrics := document.get("metrics"):
         lines += filter(None, [metrics["finding"], metrics["note"]])
@@ -132,6 +134,12 @@ def notes(document: Mapping[str, Any]) -> list[str]:
         )
         lines.append(f"{checked['compared']:,} sampled requests sent again, answers compared: {differ}")
     return lines
+
+
+def own_keys_line(own: Mapping[str, Any]) -> str:
+    """Return what became of the rows that were pushed. own: what OwnKeys.remove() returned."""
+    end = f"rows may be left: {own['problem']}" if own["problem"] else f"{own['removed']:,} rows removed at the end"
+    return f"pushes to '{own['view']}' had {own['keys']:,} keys of their own; {end}"
 
 
 def warnings(steps: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -16,6 +16,7 @@ from shorttail.define.dtypes import Int32, Int64, Timestamp, parse_dtype
 from shorttail.define.names import suggestion
 from shorttail.define.values import Refused, as_value
 from shorttail.errors import InvalidArgument, NotFound
+from shorttail.loadtest.own_keys import OwnKeys
 from shorttail.loadtest.streams import (
     Stream,
     Values,
@@ -47,14 +48,16 @@ CONTENT_TYPE = "application/json"
 class Workload:
     """The options of a load test.
 
-    predict: a model; features: references; push: a view. mix: weights of "predict", "features" and "push". rows,
-    push_rows: rows per request. shared: columns that have a single value per request. keys, values: the texts of --keys
-    and --value. body: the template of an HTTP body.
+    predict: a model; features: references; push: a view. overwrite: pushes use `keys`, and so overwrite rows; else they
+    have keys of their own. mix: weights of "predict", "features" and "push". rows, push_rows: rows per request. shared:
+    columns that have a single value per request. keys, values: the texts of --keys and --value. body: the template of
+    an HTTP body.
     """
 
     predict: str | None = None
     features: Sequence[str] = ()
     push: str | None = None
+    overwrite: bool = False
     mix: Mapping[str, float] = field(default_factory=dict)
     rows: int = 1
     push_rows: int = 1
@@ -79,19 +82,31 @@ class Traffic:
     groups: list[Group] = field(default_factory=list)
     streams: list[Stream] = field(default_factory=list)
     describes: dict[str, str] = field(default_factory=dict)  # column -> the source of its values, for the report
+    own_keys: OwnKeys | None = None  # of the pushes
 
 
 class Builder:
     """Adds columns to a Traffic when a request first needs them. dtypes: column -> type, or "" if it is unknown."""
 
-    def __init__(self, workload: Workload, dtypes: Mapping[str, str], views: Sequence[Mapping[str, Any]]):
+    def __init__(
+        self,
+        workload: Workload,
+        dtypes: Mapping[str, str],
+        views: Sequence[Mapping[str, Any]],
+        own_keys: OwnKeys | None = None,
+    ):
         self.workload = workload
-        self.dtypes = dtypes
+        self.own_keys = own_keys
+        self.dtypes = dict(dtypes)
         draw = parse_draw(workload.draw)
         self.streams = parse_keys(workload.keys, draw, views, dtypes)
-        self.texts = parse_values(workload.values)
+        if own_keys is not None:
+            self.dtypes |= {own_keys.name(column): dtype for column, dtype in own_keys.types.items()}
+            self.streams.append(own_keys.stream())
+        self.texts = parse_values(workload.values, dtypes)
         self.keys = {key for view in views for key in view["keys"]}
-        self.traffic = Traffic([], groups=[Group(s.draw, s.n, s.exponent) for s in self.streams], streams=self.streams)
+        groups = [Group(stream.draw, stream.n, stream.exponent) for stream in self.streams]
+        self.traffic = Traffic([], groups=groups, streams=self.streams, own_keys=own_keys)
         self._numbers: dict[tuple[str, str], int] = {}
         self._check_names()
 
@@ -104,6 +119,10 @@ class Builder:
             if any(column in stream for stream in self.streams):
                 raise InvalidArgument(f"'{column}' has values from --keys and from --value; keep one")
 
+    def pushed(self, name: str) -> str:
+        """Return the column of the plan that pushes send as `name`."""
+        return self.own_keys.name(name) if self.own_keys is not None and name in self.own_keys.types else name
+
     def column(self, name: str, form: str) -> int:
         """Return the number of a column in an encoding: "msgpack", "raw" or "json"."""
         if (name, form) not in self._numbers:
@@ -115,7 +134,7 @@ class Builder:
         dtype = self.dtypes[name]
         for group, stream in enumerate(self.streams):
             if name in stream.lows:
-                self.traffic.describes[name] = stream.text.partition("=")[2]
+                self.traffic.describes[name] = stream.text.removeprefix(f"{name}=")
                 check_range(name, stream, dtype)
                 return EncodedColumn("int", form, group, low=stream.lows[name])
             if name in stream.tables:
@@ -212,8 +231,9 @@ def put_columns(builder: Builder, template: Template, columns: Mapping[str, str]
     tables: write every column as an array, as push needs it. Else a column with a single value is a scalar.
     """
     template.literal(bytes(msgpack.Packer().pack_map_header(len(columns))))
-    for name, dtype in columns.items():
-        template.literal(bytes(msgpack.packb(name)))
+    for wire_name, dtype in columns.items():
+        template.literal(bytes(msgpack.packb(wire_name)))
+        name = builder.pushed(wire_name) if tables else wire_name
         vector = dtype.startswith("Vector(")
         is_scalar = not tables and not vector and (rows == 1 or name in builder.workload.shared)
         count = 1 if is_scalar else rows
@@ -264,7 +284,8 @@ def plan_rpc(workload: Workload, models: Sequence[Mapping[str, Any]], views: Seq
         if workload.push not in by_view:
             raise NotFound(f"no feature view '{workload.push}'{suggestion(workload.push, by_view, 'views')}")
         view = by_view[workload.push]
-        columns = {**view["keys"], **view["features"]}
+        renamed = view.get("columns", {})  # older servers have none
+        columns = {**view["keys"], **{renamed.get(name, name): dtype for name, dtype in view["features"].items()}}
         asked.append(("push", "push", workload.push, columns, workload.push_rows))
     if not asked:
         known = f"; models: {listed(list(by_model))}" if by_model else ""
@@ -275,7 +296,11 @@ def plan_rpc(workload: Workload, models: Sequence[Mapping[str, Any]], views: Seq
         if kind not in [item[0] for item in asked]:
             raise InvalidArgument(f"--mix {kind}: give --{kind} too")
     dtypes = {name: dtype for item in asked for name, dtype in item[3].items()}
-    builder = Builder(workload, dtypes, views)
+    own_keys = None
+    if workload.push is not None and not workload.overwrite:
+        view = by_view[workload.push]
+        own_keys = OwnKeys(workload.push, dict(view["keys"]), next(iter(view["features"])), workload.seed)
+    builder = Builder(workload, dtypes, views, own_keys)
     traffic = builder.traffic
     traffic.templates = [rpc_template(builder, *item) for item in asked if workload.mix.get(item[0], 1.0) > 0]
     return traffic

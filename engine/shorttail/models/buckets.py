@@ -22,7 +22,16 @@ from onnxruntime import OrtValue
 from shorttail.config import LIMITS
 from shorttail.errors import Internal, InvalidArgument, ShorttailError
 from shorttail.models.device import CPU, CudaMemory, Device, cuda_providers
-from shorttail.models.session import ON_CPU, Session, check_rows, one_line, padded, run_in_pieces
+from shorttail.models.session import (
+    FAILED,
+    ON_CPU,
+    ModelFailed,
+    Session,
+    check_rows,
+    one_line,
+    padded,
+    run_in_pieces,
+)
 
 Array = NDArray[Any]
 RUNS_BEFORE_REPLAY = 3  # two runs that ONNX Runtime needs before it captures a graph, and the first replay
@@ -119,7 +128,7 @@ class BucketSession:
         except ShorttailError:
             raise
         except Exception as error:  # ONNX Runtime's exceptions share no base class
-            raise Internal(f"the model failed: {one_line(error)}") from error
+            raise ModelFailed(f"{FAILED}{one_line(error)}") from error
 
     def _new_bucket(self, size: int, inputs: Sequence[Array]) -> Bucket:
         try:

@@ -6,7 +6,7 @@ ONNX Runtime's behaviour is followed, also where it departs from the ONNX specif
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -66,18 +66,31 @@ class NotAForest(Exception):
         self.reason = reason
 
 
+@dataclass(frozen=True)
+class Nodes:
+    """The nodes of an ensemble as `Trees` takes them, which says what the arrays are."""
+
+    feature: NDArray[np.int32]
+    yes: NDArray[np.int32]
+    no: NDArray[np.int32]
+    mode: NDArray[np.uint8]
+    missing_yes: NDArray[np.uint8]
+    threshold: NDArray[np.float64]
+    root: NDArray[np.uint32]
+    set_begin: NDArray[np.uint32]
+    set_value: NDArray[np.float64]
+
+
 @dataclass
 class Ensemble:
     """A compiled ensemble operator.
 
     labels: the label of each class number (int64, or an object array of str); None if numbers are the labels.
-    feature, threshold: for each test of the trees, the column and the number that it is compared with.
     """
 
     trees: Trees
     labels: Array | None
-    feature: NDArray[np.int32]
-    threshold: NDArray[np.float64]
+    nodes: Nodes
 
     def run(self, rows: Array) -> tuple[Array | None, Array]:
         """Run a batch, [rows, features]. Returns (labels [rows], None for a regressor; scores [rows, targets])."""
@@ -126,7 +139,7 @@ def compile_3(node: Node, attributes: dict[str, Any], wide: bool) -> Ensemble:
     base = float_list(attributes, "base_values", wide)
     order = np.argsort(owner, kind="stable")
     single = classifier and n_targets == 2 and len(np.unique(targets)) == 1
-    trees = make_trees(
+    trees, nodes = make_trees(
         feature=of_length(int_list(attributes, "nodes_featureids"), n),
         yes=yes,
         no=no,
@@ -155,11 +168,7 @@ def compile_3(node: Node, attributes: dict[str, Any], wide: bool) -> Ensemble:
         numbered = labels.dtype == np.int64 and np.array_equal(labels, np.arange(n_targets))
         if numbered or (labels.dtype == np.int64 and n_targets == 2 and not single):
             labels = None
-    features, thresholds = (
-        int_list(attributes, "nodes_featureids")[inner],
-        float_list(attributes, "nodes_values", wide)[inner],
-    )
-    return Ensemble(trees, labels, features.astype(np.int32), thresholds)
+    return Ensemble(trees, labels, nodes)
 
 
 def check_classes(trees: Trees, attributes: dict[str, Any], base: Array, targets: set[int]) -> None:
@@ -199,7 +208,7 @@ def compile_5(node: Node, attributes: dict[str, Any], wide: bool) -> Ensemble:
         of_length(int_list(attributes, "nodes_featureids"), n),
         of_length(float_list(attributes, "nodes_splits", wide, suffix=False), n),
     )
-    trees = make_trees(
+    trees, nodes = make_trees(
         feature=np.concatenate([features, fill]),
         yes=np.concatenate([yes, fill]),
         no=np.concatenate([no, fill]),
@@ -222,8 +231,7 @@ def compile_5(node: Node, attributes: dict[str, Any], wide: bool) -> Ensemble:
         one_class_votes=False,
         all_positive=False,
     )
-    tested = np.concatenate([features, np.repeat(np.concatenate([features, fill]), np.diff(sets))])
-    return Ensemble(trees, None, tested.astype(np.int32), np.concatenate([splits, values]))
+    return Ensemble(trees, None, nodes)
 
 
 def member_sets(modes: Array, values: Array, n: int) -> tuple[Array, Array, Array]:
@@ -287,8 +295,10 @@ class NodeFinder:
         return self._order[at]
 
 
-def make_trees(**arrays: Any) -> Trees:
-    """Convert the arrays to the dtypes that native code takes. Raises NotAForest for a number out of range."""
+def make_trees(**arrays: Any) -> tuple[Trees, Nodes]:
+    """Convert the arrays to the dtypes that native code takes, and build the trees. Raises NotAForest for a number out
+    of range.
+    """
     require(0 < arrays["n_targets"] <= TARGETS_MAX, f"{arrays['n_targets']} targets or classes")
     types = {
         **dict.fromkeys(("feature", "yes", "no", "weight_target"), np.int32),
@@ -301,7 +311,7 @@ def make_trees(**arrays: Any) -> Trees:
         if given.dtype.kind in "iu" and len(given):
             require(int(given.min()) >= -(1 << 31) and int(given.max()) < 1 << 31, f"a {name} out of range")
         arrays[name] = np.ascontiguousarray(given, dtype)
-    return Trees(**arrays)
+    return Trees(**arrays), Nodes(**{field.name: arrays[field.name] for field in fields(Nodes)})
 
 
 def class_labels(attributes: dict[str, Any]) -> tuple[Array, int]:

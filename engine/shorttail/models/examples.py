@@ -72,30 +72,33 @@ class Examples:
             filled(buffer, choices, rows, random) for buffer, choices in zip(self.buffers, self._columns, strict=True)
         ]
 
-    def keep_those_that_run(self, run: Run, random: np.random.Generator) -> list[Array]:
+    def keep_those_that_run(self, run: Run, random: np.random.Generator, rows: int = 1) -> list[Array]:
         """Find out on which of the examples the model runs, make only such rows from now on, and return the outputs for
-        one of them.
+        one of them. rows: of each run.
 
         Raises Internal, with the reason of the first failure, if the model runs on none.
         """
-        probes = [self(1, random) for _ in range(PROBES)]
+        probes = [self(rows, random) for _ in range(PROBES)]
         passed, error = _passing(run, probes)
         if len(passed) == len(probes):
             return passed[0][1]
         if not passed:
-            passed, _ = _passing(run, self._plain())
+            passed, _ = _passing(run, self._plain(rows))
         if not passed:
             assert error is not None
             raise error
         self._rows = [np.concatenate(parts) for parts in zip(*(inputs for inputs, _ in passed), strict=True)]
         return passed[0][1]
 
-    def _plain(self) -> Iterable[list[Array]]:
+    def _plain(self, rows: int) -> Iterable[list[Array]]:
         """Yield rows of ones, and of zeros unless the model might divide an integer by one: that ends the process."""
-        yield [np.full(shape(buffer, 1), "1" if buffer.dtype.hasobject else 1, buffer.dtype) for buffer in self.buffers]
+        yield [
+            np.full(shape(buffer, rows), "1" if buffer.dtype.hasobject else 1, buffer.dtype) for buffer in self.buffers
+        ]
         if self.operators.isdisjoint(("Div", "Mod")):
             yield [
-                np.full(shape(buffer, 1), "0" if buffer.dtype.hasobject else 0, buffer.dtype) for buffer in self.buffers
+                np.full(shape(buffer, rows), "0" if buffer.dtype.hasobject else 0, buffer.dtype)
+                for buffer in self.buffers
             ]
 
 

@@ -8,27 +8,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shorttail.define.catalog import TensorInfo
-from shorttail.errors import Internal
+from shorttail.errors import Internal, InvalidArgument
+from shorttail.models.check_rows import ROWS, Batch, CheckRows
 from shorttail.models.ensemble import Ensemble, NotAForest, compile_ensemble
-from shorttail.models.graph_ops import OPERATORS, Operation, keeps_value, result_dtype
-from shorttail.models.onnx_graph import ELEMENTS, Graph, Node, read_graph
+from shorttail.models.graph_ops import OPERATORS, Operation, keeps_value, result_dtype, selected_columns
+from shorttail.models.leaf_paths import Columns
+from shorttail.models.onnx_graph import ELEMENTS, Graph, Node, lone_model, read_graph
+from shorttail.models.session import Session
 
 __all__ = ["Forest", "NotAForest", "compile_forest"]
 
 Array = NDArray[Any]
 ENSEMBLES = {"TreeEnsembleClassifier": 3, "TreeEnsembleRegressor": 3, "TreeEnsemble": 5}
 ML_VERSION_MAX = 5
+FLOAT, DOUBLE = 1, 11  # TensorProto.DataType
+COLUMNS_MAX = 1_000_000
 NODES_MAX = 200  # a graph with more nodes is not a forest with a few operators around it
 DTYPES = {name: np.dtype(code) for name, code in ELEMENTS.values()}
-CHECK_ROWS = 512
 SCORES = [1]  # an ensemble returns (labels, scores); here only the scores are asked for, and labels are not made
 TOLERANCE = 1e-5
+ALONE = 4  # rows that are also compared in batches of one row
 
 
 class RunnableModel(Protocol):
@@ -60,6 +66,9 @@ class Forest:
         self._alias: dict[str, str] = {}
         self._dtypes = {name: _name_of(value.dtype) for name, value in graph.constants.items()}
         self._dtypes |= {info.name: info.dtype for info in graph.inputs}
+        self._columns: dict[str, Columns | None] = {}
+        self._sources: list[Columns] = []  # which input columns the features of each ensemble are
+        self._widths = self._name_columns(_features(graph))
         for node in _needed(graph, self.output_names):
             self._add(node)
         if not self.ensembles:
@@ -76,6 +85,20 @@ class Forest:
         trees = sum(ensemble.trees.n_trees for ensemble in self.ensembles)
         return f"compiled forest, {self.ensembles[0].trees.simd}, {trees} tree{'s' * (trees != 1)}"
 
+    def _name_columns(self, features: int) -> list[int]:
+        """Number the columns of the inputs, one input after the other, and return the number of each input's columns.
+
+        features: taken for an input whose width the file leaves open.
+        """
+        widths = [features if info.shape[1] is None else info.shape[1] for info in self.inputs]
+        if sum(widths) > COLUMNS_MAX:
+            raise NotAForest(f"it has {sum(widths)} columns")
+        first = 0
+        for info, width in zip(self.inputs, widths, strict=True):
+            self._columns[info.name] = Columns(np.arange(first, first + width), np.zeros(width, bool))
+            first += width
+        return widths
+
     def _add(self, node: Node) -> None:
         """Append the node to the steps, or record it as an alias or a constant. Raises NotAForest."""
         for name in node.inputs:
@@ -83,6 +106,7 @@ class Forest:
                 raise NotAForest(f"a {node.op_type} whose input {name!r} is not known")
         inputs = [self._alias.get(name, name) for name in node.inputs]
         dtypes = [self._dtypes[name] for name in inputs]
+        self._columns |= dict.fromkeys(node.outputs)
         if node.op_type in ENSEMBLES and node.domain == "ai.onnx.ml":
             self._add_ensemble(node, inputs, dtypes)
             return
@@ -96,11 +120,14 @@ class Forest:
         if passed_on is not None:
             self._alias[node.outputs[0]] = self._alias.get(passed_on, passed_on)
             return
+        self._columns[node.outputs[0]] = selected_columns(node, [self._columns.get(n) for n in inputs], self._constants)
         self._dtypes[node.outputs[0]] = result_dtype(node.op_type, node, dtypes)
         self._steps.append((OPERATORS[node.op_type](node), inputs, node.outputs[:1]))
 
     def _add_ensemble(self, node: Node, inputs: list[str], dtypes: list[str]) -> None:
-        source, element = inputs[0], dtypes[0]
+        source, element, columns = inputs[0], dtypes[0], self._columns.get(inputs[0])
+        if columns is None:
+            raise NotAForest(f"its trees test numbers that it computes: {source!r}")
         if element in ("int64", "int32") and node.op_type == "TreeEnsembleClassifier":
             # ONNX Runtime converts integers to float before it compares them with the thresholds.
             inputs, element = [f"{source} as floats"], "float"
@@ -108,7 +135,10 @@ class Forest:
         if element not in ("float", "double"):
             raise NotAForest(f"a {node.op_type} of {element or 'something that is not a tensor'}")
         ensemble = compile_ensemble(node, element)
+        if ensemble.trees.n_features > len(columns.column):
+            raise NotAForest(f"its trees test column {ensemble.trees.n_features - 1} of {source!r}, which has fewer")
         self.ensembles.append(ensemble)
+        self._sources.append(columns)
         names = list(node.outputs)
         if ensemble.trees.classifier:
             texts = ensemble.labels is not None and ensemble.labels.dtype == object
@@ -159,41 +189,53 @@ class Forest:
                 values[names[0]] = operation(*arguments)
         return [values[name] for name in self._results]
 
-    def verify_against(self, session: RunnableModel, rows: int = CHECK_ROWS, seed: int = 0) -> None:
-        """Compare with ONNX Runtime on rows of thresholds, the numbers just below and above them, NaN and infinities.
+    def verify_against(self, session: RunnableModel, rows: int = ROWS, seed: int = 0) -> None:
+        """Compare with ONNX Runtime on rows made for leaves (shorttail.models.check_rows).
 
-        Raises NotAForest that names the difference if labels differ, or numbers differ by more than 1e-5.
+        rows: for how many leaves, which are spread over the trees. Raises NotAForest that names the difference if
+        labels differ, or numbers differ by more than 1e-5.
         """
-        random = np.random.default_rng(seed)
-        inputs = self.example(rows, random)
-        for batch in (inputs, [array[:1] for array in inputs]):
-            expected = session.run(batch)
-            try:
-                got = self.run(batch)
-            except (ValueError, IndexError, TypeError) as error:
-                raise NotAForest(f"an operator around its trees fails: {error}") from error
-            for name, ours, theirs in zip(self.output_names, got, expected, strict=True):
-                _compare(name, ours, np.asarray(theirs))
+        for number, batch in enumerate(self.check_rows(seed).batches(rows)):
+            self._compare_with(session, batch.inputs)
+            self._compare_ways(batch)
+            for i in range(ALONE if number == 0 else 0):
+                self._compare_with(session, [array[i : i + 1] for array in batch.inputs])
 
-    def example(self, rows: int, random: np.random.Generator) -> list[Array]:
-        """Return random rows for each input. A feature that the trees test gets values at and beside its thresholds."""
-        result = []
-        feature = np.concatenate([ensemble.feature for ensemble in self.ensembles])
-        threshold = np.concatenate([ensemble.threshold for ensemble in self.ensembles])
-        order = np.argsort(feature, kind="stable")
-        feature, threshold = feature[order], threshold[order]
-        first = 0
-        for info in self.inputs:
-            width = info.shape[1] if len(info.shape) == 2 else None
-            if width is None:
-                width = max(ensemble.trees.n_features for ensemble in self.ensembles)
-            array = random.normal(size=(rows, width)).astype(DTYPES[info.dtype])
-            for column in range(width):
-                begin, end = np.searchsorted(feature, [first + column, first + column + 1])
-                _mix(array[:, column], threshold[begin:end], random)
-            first += width
-            result.append(array)
-        return result
+    def verify_every_leaf(self, session: RunnableModel, path: Path, seed: int = 0) -> None:
+        """Compare as `verify_against` does, on rows that reach every leaf, and compare the sums of the trees as well.
+
+        The sums, without post-transform, show a wrong leaf also where the outputs are labels or probabilities near 1.
+        path: the ONNX file. Raises NotAForest.
+        """
+        lone = lone_ensembles(path, self.output_names, self.ensembles)
+        for batch in self.check_rows(seed).batches_to_every_leaf():
+            self._compare_with(session, batch.inputs)
+            self._compare_ways(batch)
+            for ensemble, alone, rows in zip(self.ensembles, lone, batch.matrices, strict=True):
+                _compare(alone.output_names[0], ensemble.trees.run_raw(rows)[1], alone.run([rows])[0])
+
+    def check_rows(self, seed: int = 0) -> CheckRows:
+        """Return the rows that `verify_against` checks."""
+        inputs = [(DTYPES[info.dtype], width) for info, width in zip(self.inputs, self._widths, strict=True)]
+        return CheckRows(list(zip(self.ensembles, self._sources, strict=True)), inputs, seed)
+
+    def _compare_with(self, session: RunnableModel, batch: list[Array]) -> None:
+        """Raise NotAForest if a batch gives other outputs than in ONNX Runtime."""
+        expected = session.run(batch)
+        try:
+            with np.errstate(all="ignore"):  # infinite and missing numbers are tried on purpose
+                got = self.run(batch)
+        except (ValueError, IndexError, TypeError) as error:
+            raise NotAForest(f"an operator around its trees fails: {error}") from error
+        for name, ours, theirs in zip(self.output_names, got, expected, strict=True):
+            _compare(name, ours, np.asarray(theirs))
+
+    def _compare_ways(self, batch: Batch) -> None:
+        """Raise NotAForest if rows give other scores one by one than together: small batches take another way."""
+        for ensemble, rows in zip(self.ensembles, batch.matrices, strict=True):
+            together, alone = ensemble.trees.run(rows)[1], ensemble.trees.run_alone(rows)[1]
+            if not np.array_equal(together, alone, equal_nan=True):
+                raise NotAForest("a row gives other scores alone than in a batch")
 
 
 def compile_forest(model_path: Path, output_names: Sequence[str]) -> Forest:
@@ -204,6 +246,25 @@ def compile_forest(model_path: Path, output_names: Sequence[str]) -> Forest:
         return Forest(graph, output_names)
     except (ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
         raise NotAForest(f"its graph cannot be read: {error}") from error
+
+
+def lone_ensembles(path: Path, output_names: Sequence[str], ensembles: Sequence[Ensemble]) -> list[Session]:
+    """Return each ensemble of an ONNX file as a model of its own, without its post-transform, in ONNX Runtime.
+
+    Its only output are the scores. Raises NotAForest if ONNX Runtime does not run one of them alone.
+    """
+    graph = read_graph(path.read_bytes())
+    nodes = [node for node in _needed(graph, output_names) if node.op_type in ENSEMBLES]
+    result = []
+    with TemporaryDirectory() as folder:
+        for node, ensemble in zip(nodes, ensembles, strict=True):
+            lone = Path(folder) / "lone.onnx"
+            lone.write_bytes(lone_model(node, DOUBLE if ensemble.trees.wide else FLOAT, graph.opsets, "post_transform"))
+            try:
+                result.append(Session(lone, [node.outputs[-1]]))
+            except InvalidArgument as error:
+                raise NotAForest(f"one of its ensembles does not run alone: {error.message}") from error
+    return result
 
 
 def _check_graph(graph: Graph) -> None:
@@ -219,6 +280,13 @@ def _check_graph(graph: Graph) -> None:
             raise NotAForest(f"its input {info.name!r} is not a matrix of numbers")
 
 
+def _features(graph: Graph) -> int:
+    """Return how many columns the trees of a graph test: the highest number of a feature plus 1, 0 without trees."""
+    attributes = [node.attributes for node in graph.nodes if node.op_type in ENSEMBLES]
+    lists = [np.asarray(a.get("nodes_featureids", ())) for a in attributes]
+    return max((int(numbers.max()) + 1 for numbers in lists if numbers.size), default=0)
+
+
 def _needed(graph: Graph, output_names: Sequence[str]) -> list[Node]:
     """Return the nodes that those outputs depend on, in the file's order, which ONNX requires to be topological."""
     names = set(output_names)
@@ -228,25 +296,6 @@ def _needed(graph: Graph, output_names: Sequence[str]) -> list[Node]:
             kept.append(node)
             names.update(node.inputs)
     return kept[::-1]
-
-
-def _mix(column: Array, thresholds: NDArray[np.float64], random: np.random.Generator) -> None:
-    """Overwrite most of a column with values where errors show: a threshold, its neighbours, NaN, infinities, zero."""
-    if column.dtype.kind != "f":
-        column[:] = random.integers(-100, 100, len(column))
-        if len(thresholds):
-            known = np.clip(np.nan_to_num(thresholds), -1e9, 1e9)
-            column[::2] = random.choice(known, len(column[::2])).astype(column.dtype)
-        return
-    if len(thresholds):
-        at = random.choice(thresholds, len(column)).astype(column.dtype)
-        side = random.integers(0, 4, len(column))
-        with np.errstate(over="ignore"):  # the neighbour of the largest number is infinity, which is tried as well
-            up, down = np.nextafter(at, np.inf, dtype=column.dtype), np.nextafter(at, -np.inf, dtype=column.dtype)
-            column[:] = np.select([side == 0, side == 1, side == 2], [at, up, down], column * np.abs(at).mean())
-    special = random.random(len(column))
-    for i, value in enumerate((np.nan, np.inf, -np.inf, 0.0)):
-        column[(special >= i * 0.02) & (special < (i + 1) * 0.02)] = value
 
 
 def _compare(name: str, ours: Array, theirs: Array) -> None:

@@ -63,12 +63,21 @@ class GoldenRows:
         outputs = {name.removeprefix("output:"): a for name, a in named.items() if name.startswith("output:")}
         return cls(inputs, outputs)
 
-    def compare(self, run: Run, names: Sequence[str], labels: Sequence[Sequence[str]]) -> None:
+    def compare(
+        self, run: Run, names: Sequence[str], labels: Sequence[Sequence[str]], exact_rows: int | None = None
+    ) -> None:
         """Run the model on all rows, and compare. names: of its outputs. labels: of the columns of each input.
+
+        exact_rows: how many rows each run must have; rows that do not fill the last run are left out then.
 
         A model whose rows depend on each other may pass row by row. Raises InvalidArgument that names the first row and
         output that differ, and the errors of the model.
         """
+        if exact_rows is not None:
+            found = self._difference(run, names, exact_rows, rows=self.rows // exact_rows * exact_rows)
+            if found is not None:
+                raise InvalidArgument(found)
+            return
         found = self._difference(run, names, PIECE_ROWS)
         if found is not None and self._difference(run, names, 1) is not None:
             raise InvalidArgument(found + self._guess(run, names, labels))
@@ -81,7 +90,7 @@ class GoldenRows:
         piece: rows in a run. rows: how many are compared, None for all.
         """
         inputs = inputs or self.inputs
-        last = min(rows or self.rows, self.rows)
+        last = self.rows if rows is None else min(rows, self.rows)
         for first in range(0, last, piece):
             got = dict(zip(names, run([array[first : min(first + piece, last)] for array in inputs]), strict=True))
             for name, known in self.expected.items():

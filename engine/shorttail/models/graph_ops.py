@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shorttail.models.ensemble import NotAForest
+from shorttail.models.leaf_paths import Columns
 from shorttail.models.onnx_graph import ELEMENTS, Node
 
 Array = NDArray[Any]
@@ -79,7 +80,15 @@ def argmax(node: Node) -> Operation:
     axis, keep = int(node.attributes.get("axis", 0)), bool(node.attributes.get("keepdims", 1))
     if node.attributes.get("select_last_index", 0):
         raise NotAForest("an ArgMax that selects the last index")
-    return lambda x: np.argmax(x, axis=axis, keepdims=keep)
+
+    def run(x: Array) -> Array:
+        found: Array = np.argmax(x, axis=axis, keepdims=True)
+        if x.dtype.kind == "f" and np.isnan(x).any():  # ONNX Runtime goes on past NaN, but not if it comes first
+            known = np.argmax(np.where(np.isnan(x), -np.inf, x), axis=axis, keepdims=True)
+            found = np.where(np.isnan(np.take(x, [0], axis=axis)), 0, known)
+        return found if keep else np.squeeze(found, axis)
+
+    return run
 
 
 def feature_extractor(node: Node) -> Operation:
@@ -139,3 +148,24 @@ def result_dtype(op_type: str, node: Node, dtypes: Sequence[str]) -> str:
     if op_type == "Cast":
         return ELEMENTS[int(node.attributes["to"])][0]
     return "int64" if op_type == "ArgMax" else dtypes[0]
+
+
+def selected_columns(node: Node, inputs: Sequence[Columns | None], constants: dict[str, Array]) -> Columns | None:
+    """Return which input columns of the graph the columns of a node's result are, None if they are computed ones.
+
+    inputs: the same for each input of the node.
+    """
+    first = inputs[0] if inputs else None
+    if node.op_type == "Identity":
+        return first
+    if node.op_type == "Cast" and first is not None:
+        to_int = ELEMENTS.get(int(node.attributes.get("to", 0)), ("", ""))[0].startswith("int")
+        return Columns(first.column, first.whole | to_int)
+    if node.op_type == "Concat" and node.attributes.get("axis") in (1, -1):
+        parts = [part for part in inputs if part is not None]
+        if len(parts) == len(inputs):
+            return Columns(np.concatenate([p.column for p in parts]), np.concatenate([p.whole for p in parts]))
+    if node.op_type == "ArrayFeatureExtractor" and first is not None and node.inputs[1] in constants:
+        which = constants[node.inputs[1]].reshape(-1)
+        return Columns(first.column[which], first.whole[which])
+    return None

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shorttail.config import LIMITS
-from shorttail.models.device import CPU, Device
+from shorttail.errors import DeadlineExceeded, InvalidArgument, ShorttailError
+from shorttail.models.device import CPU, Device, cuda_providers
 from shorttail.models.forest import NotAForest, RunnableModel, compile_forest
-from shorttail.models.session import FixedRows, Session, check_rows
+from shorttail.models.session import ExactRows, FixedRows, ModelFailed, RowsRefused, RunTimedOut, Session, check_rows
 from shorttail.models.settings import DEFAULT, RunSettings
 
 log = logging.getLogger(__name__)
@@ -26,20 +27,34 @@ Array = NDArray[Any]
 # `warm` times a batch size with at most TIMED_RUNS runs, and starts no further run after TIMED_US (but at least two).
 TIMED_RUNS: Final = 10
 TIMED_US: Final = 1000
+DIFFERS: Final = "its compiled forest gives other answers than ONNX Runtime"
+
+# After so many runs in a row that held up the event loop, a model runs in a thread; after so many quick ones, on the
+# loop again.
+SLOW_RUNS: Final = 3
+QUICK_RUNS: Final = 100
 
 
 class Runner:
     """A loaded model, as a plan runs it.
 
-    run: takes an array for each of `inputs` and returns an array for each of `output_names`.
-    kind: "forest", "onnxruntime" or "cuda". why: the reason for that kind, in one line, "" for a forest.
-    executor: the only thread that may call `run`; None if every thread may.
-    measured_us: rows of a batch -> microseconds, filled by `warm`.
-    unwarmed: why no example row could run, in one line; "" once `warm` has run.
-    loop_rows_max: the most rows that may run on an event loop; a larger batch would stall it.
+    run: takes an array for each of `inputs` and returns an array for each of `output_names`. kind: "forest",
+    "onnxruntime" or "cuda". why: the reason for that kind, in one line, "" for a forest. executor: the only thread that
+    may call `run`; None if every thread may. measured_us: rows of a batch -> microseconds, filled by `warm`.
+    loop_rows_max: the most rows that may run on an event loop; a larger batch would stall it. slow_runs: how many runs
+    in a row have held up the event loop. by_request: each request has a run of its own, because the answer for a row
+    depends on the other rows of the run. unwarmed: why no example row could run, in one line; "" once `warm` has run.
     """
 
-    def __init__(self, model: RunnableModel, kind: str, why: str = "", executor: Executor | None = None):
+    def __init__(
+        self,
+        model: RunnableModel,
+        kind: str,
+        why: str = "",
+        executor: Executor | None = None,
+        *,
+        by_request: bool = False,
+    ):
         self.inputs = model.inputs
         self.output_names = model.output_names
         self.run = model.run  # the model's own method, so that no call is added to the hot path
@@ -50,6 +65,41 @@ class Runner:
         self.unwarmed = ""
         self.loop_rows_max = 0 if executor else LIMITS.batch_rows
         self.model = model
+        self.by_request = by_request
+        self._loop_rows_warm = self.loop_rows_max  # as warm-up measured it
+        self.slow_runs = self._quick_runs = 0  # in a row
+        self._example: list[Array] | None = None  # one that the model has run
+        self._worked_ns = 0  # when the example ran last
+
+    def explain(self, error: ModelFailed, worked: bool = False) -> ShorttailError:
+        """Return the error for a request that made the model fail in a run of its own.
+
+        It is the request's fault if the model still runs its example, or has just run other requests (worked). Else
+        the model itself is broken, and the error is returned as it is.
+        """
+        if isinstance(error, RunTimedOut):
+            return DeadlineExceeded(error.message)
+        if isinstance(error, RowsRefused):
+            return InvalidArgument(error.message)
+        if not worked and time.monotonic_ns() - self._worked_ns > 1e9 * LIMITS.example_run_s:
+            if self._example is None:
+                return error
+            try:
+                self.run(self._example)
+            except ShorttailError:
+                return error
+            self._worked_ns = time.monotonic_ns()
+        return InvalidArgument(f"the model refuses this request: {error.reason}")
+
+    @property
+    def exact_rows(self) -> int | None:
+        """The number of rows that every run must have, None if any will do."""
+        return self.model.rows if isinstance(self.model, ExactRows) else None
+
+    @property
+    def forest_differs(self) -> str:
+        """`why`, if the model runs in ONNX Runtime because its compiled forest answered otherwise, else ""."""
+        return self.why if self.why.startswith(DIFFERS) else ""
 
     @property
     def description(self) -> str:
@@ -60,24 +110,51 @@ class Runner:
         """Run a batch of 1, 2, 4, ... rows, so that no request pays for a first run, and record how long each takes.
 
         example: returns inputs with the given number of rows. Warming stops at LIMITS.batch_rows, before a batch whose
-        inputs exceed LIMITS.warm_bytes, and after a batch that takes more than LIMITS.warm_run_us.
+        inputs exceed LIMITS.warm_bytes, and after a batch that takes more than LIMITS.warm_run_us. Two sizes are always
+        measured, because one says nothing about what a further row costs. A model that takes an exact number of rows
+        runs that many.
         Raises InvalidArgument if an output does not have as many rows as the inputs.
         """
-        rows = 1
+        rows = self.exact_rows or 1
         while rows <= LIMITS.batch_rows:
             inputs = example(rows)
+            if self._example is None:
+                self._example = inputs
             if sum(array.nbytes for array in inputs) > LIMITS.warm_bytes:
                 break
             check_rows(self.output_names, self.run(inputs), rows)
             self.measured_us[rows] = _shortest_us(self.run, inputs)
-            if self.measured_us[rows] > LIMITS.warm_run_us:
+            if self.exact_rows:
                 break
-            rows *= 2
+            if self.measured_us[rows] <= LIMITS.warm_run_us:
+                rows *= 2
+            elif len(self.measured_us) == 1:
+                rows *= 4  # of a model that takes as long for each row, four rows are enough
+            else:
+                break
         if self.executor is None:
-            self.loop_rows_max = self._rows_within(LIMITS.loop_stall_us)
+            self.loop_rows_max = self._loop_rows_warm = self._rows_within(LIMITS.loop_stall_us)
+
+    def note_slow(self, ended: bool = False) -> None:
+        """Note a run that held up the event loop. After SLOW_RUNS in a row the model leaves the loop.
+
+        A single such run says little: other processes may have held up this one. ended: the run was ended for its
+        time, so the model leaves the loop at once.
+        """
+        self.slow_runs += 1
+        if ended or self.slow_runs >= SLOW_RUNS:
+            self.loop_rows_max = self.slow_runs = self._quick_runs = 0
+
+    def note_quick(self, in_thread: bool = False) -> None:
+        """Note a run that would not hold up the loop. A model that left the loop is back after QUICK_RUNS in a row."""
+        self.slow_runs = 0
+        if in_thread and self.loop_rows_max < self._loop_rows_warm:
+            self._quick_runs += 1
+            if self._quick_runs >= QUICK_RUNS:
+                self.loop_rows_max = self._loop_rows_warm
 
     def refuse(self, check: Callable[[Sequence[Array]], None]) -> None:
-        """Call `check` with the inputs of every run. It raises InvalidArgument for rows that must not be run."""
+        """Call `check` with the inputs of every run. It raises RowsRefused for rows that must not be run."""
         run = self.run
 
         def checked(inputs: Sequence[Array]) -> list[Array]:
@@ -92,16 +169,19 @@ class Runner:
         self.loop_rows_max = 0
 
     def cost_us(self, rows: int) -> float:
-        """Estimate the microseconds of a batch: interpolated between measured sizes, in proportion beyond the largest.
+        """Estimate the microseconds of a batch, on lines through the measured sizes.
 
-        Returns 0.0 before `warm`.
+        Beyond the largest size the line through the last two goes on. Returns 0.0 before `warm`.
         """
         if not self.measured_us:
             return 0.0
-        last = max(self.measured_us)
-        if rows > last:
-            return self.measured_us[last] * rows / last
-        return float(np.interp(rows, list(self.measured_us), list(self.measured_us.values())))
+        sizes, times_us = list(self.measured_us), list(self.measured_us.values())
+        if rows <= sizes[-1]:
+            return float(np.interp(rows, sizes, times_us))
+        if len(sizes) == 1:
+            return times_us[0] * rows / sizes[0]
+        row_us = max(0.0, times_us[-1] - times_us[-2]) / (sizes[-1] - sizes[-2])
+        return times_us[-1] + row_us * (rows - sizes[-1])
 
     def _rows_within(self, limit_us: float) -> int:
         """Return the largest batch, in rows, whose estimated time is at most `limit_us`."""
@@ -112,15 +192,31 @@ class Runner:
         return low
 
 
-def load_runner(path: Path, outputs: Sequence[str], settings: RunSettings = DEFAULT, device: Device = CPU) -> Runner:
+def load_runner(
+    path: Path,
+    outputs: Sequence[str],
+    settings: RunSettings = DEFAULT,
+    device: Device = CPU,
+    *,
+    by_request: bool = False,
+    run_key: int = 1,
+    run_timeout_s: float = LIMITS.run_timeout_s,
+    forest_differs: str = "",
+    every_leaf: bool = False,
+) -> Runner:
     """Load an ONNX file into the fastest runner that gives ONNX Runtime's answers.
 
-    A forest is compared with ONNX Runtime before it may serve: on rows at its thresholds, just below and just above.
-    Forests run on the CPU, also where `device` is a GPU. Raises InvalidArgument if ONNX Runtime cannot load the file.
+    slow_runs: how many runs in a row have held up the event loop. by_request: each request has a run of its own, which
+    is never padded or split. run_key, run_timeout_s: of Session. A forest is compared with ONNX Runtime before it may
+    serve, on rows for 512 of its leaves, or on rows that reach every leaf (every_leaf). forest_differs: why an earlier
+    comparison refused it, "" if none did; it is not compiled then. Forests run on the CPU, also where `device` is a
+    GPU. Raises InvalidArgument if ONNX Runtime cannot load the file.
     """
-    session = Session(path, outputs, settings.threads)
-    plain = FixedRows(session, session.fixed_rows) if session.fixed_rows else session
-    if settings.runner == "onnxruntime":
+    session = Session(path, outputs, settings.threads, run_key=run_key, run_timeout_s=run_timeout_s)
+    plain: RunnableModel = FixedRows(session, session.fixed_rows) if session.fixed_rows else session
+    if forest_differs:
+        why = forest_differs
+    elif settings.runner == "onnxruntime":
         why = "measured faster here by `shorttail tune`"
     else:
         try:
@@ -129,13 +225,23 @@ def load_runner(path: Path, outputs: Sequence[str], settings: RunSettings = DEFA
             why = no.reason
         else:
             try:
-                forest.verify_against(plain)
-                return Runner(forest, "forest")
+                if every_leaf:
+                    forest.verify_every_leaf(plain, path)
+                else:
+                    forest.verify_against(plain)
+                return Runner(forest, "forest", by_request=by_request)
             except NotAForest as no:
-                why = f"its compiled forest gives other answers than ONNX Runtime: {no.reason}"
+                why = f"{DIFFERS}: {no.reason}"
                 log.warning("%s runs in ONNX Runtime: %s", path, why)
-    if device == CPU and not settings.padded:
-        return Runner(plain, "onnxruntime", why)
+    if session.fixed_rows and by_request:
+        plain = ExactRows(session, session.fixed_rows)
+    if device == CPU and (by_request or not settings.padded):
+        return Runner(plain, "onnxruntime", why, by_request=by_request)
+    if by_request:  # on a GPU, in batches of their own size
+        owner = ThreadPoolExecutor(1, f"{path.parent.parent.name} on {device}")
+        on_device = Session(path, outputs, settings.threads, cuda_providers(device, graphs=False), run_key=run_key)
+        exact = ExactRows(on_device, session.fixed_rows) if session.fixed_rows else on_device
+        return Runner(exact, device.kind, why, owner, by_request=True)
     if any(tensor.dtype == "string" for tensor in (*session.inputs, *session.outputs)):
         return Runner(plain, "onnxruntime", f"{why}; strings cannot be bound to buffers")
 

@@ -18,6 +18,7 @@ from shorttail.define.dtypes import String
 from shorttail.define.models import Model
 from shorttail.errors import InvalidArgument
 from shorttail.models.buffers import input_buffer
+from shorttail.models.session import RowsRefused
 from shorttail.models.signature import missing_values, request_columns, request_uses, stored_dtype
 from shorttail.models.vocabulary import Feed, read_feeds
 
@@ -149,7 +150,7 @@ def unreplaced(catalog: Catalog, info: VersionInfo) -> list[Fed]:
 
 
 def refuser(catalog: Catalog, info: VersionInfo) -> Callable[[Sequence[Array]], None] | None:
-    """Return a function that raises InvalidArgument for inputs in which a stored value is missing and not replaced.
+    """Return a function that raises RowsRefused for inputs in which a stored value is missing and not replaced.
 
     None: the version needs no such function. A column with a default is looked at too, because the default may be
     dropped while the version is loaded.
@@ -169,7 +170,7 @@ def refuser(catalog: Catalog, info: VersionInfo) -> Callable[[Sequence[Array]], 
                 missing = values == np.iinfo(values.dtype).min
                 row = int(missing.argmax()) if missing.any() else -1
             if row >= 0:
-                raise InvalidArgument(
+                raise RowsRefused(
                     f"model '{info.model.name}': {reference} has no value at row {row} (it is null, stale or not found)"
                     f" and nothing that replaces it; {cure([reference])}"
                 )

@@ -6,7 +6,7 @@ model is checked before ONNX Runtime opens it. Serving does not need the onnx pa
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 # Message types of onnx.proto: field number -> type of the message in it, for fields through which a tensor is reached.
 CHILDREN: dict[str, dict[int, str]] = {
@@ -88,3 +88,23 @@ def varint(message: memoryview, at: int) -> tuple[int, int]:
         shift += 7
         if shift > 63:
             raise ValueError("a varint longer than 10 bytes")
+
+
+def encoded(message: Iterable[tuple[int, int | bytes | memoryview]]) -> bytes:
+    """Return the bytes of a message, from what `fields` yields: (field number, value), the value an int or bytes."""
+    result = bytearray()
+    for number, value in message:
+        if isinstance(value, int):
+            result += encoded_varint(number << 3) + encoded_varint(value)
+        else:
+            result += encoded_varint(number << 3 | 2) + encoded_varint(len(value)) + value
+    return bytes(result)
+
+
+def encoded_varint(value: int) -> bytes:
+    """Return the varint of a number that is not negative."""
+    result = bytearray()
+    while value > 0x7F:
+        result.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*result, value])

@@ -7,6 +7,7 @@ attributes: a thousand trees are about 5 MB of fields with a single number each.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from shorttail._native.forest import read_attribute
 from shorttail.define.catalog import TensorInfo
-from shorttail.models.onnx_file import fields, varint
+from shorttail.models.onnx_file import encoded, fields, varint
 
 # TensorProto.DataType -> (ONNX's name of the element type, NumPy dtype).
 ELEMENTS: dict[int, tuple[str, str]] = {
@@ -29,12 +30,14 @@ ELEMENTS: dict[int, tuple[str, str]] = {
 }
 Array = NDArray[Any]
 EMPTY = memoryview(b"")
+IR_VERSION = 8  # of the files that are written here
 
 
 @dataclass
 class Node:
-    """An operator of a graph. An optional input or output that is left out has the name ""."""
+    """An operator of a graph. An optional input or output that is left out has the name ""; a name is optional too."""
 
+    name: str = ""
     op_type: str = ""
     domain: str = ""
     inputs: list[str] = field(default_factory=list)
@@ -72,8 +75,11 @@ class Graph:
     has_functions: bool = False
 
 
-def read_graph(data: bytes) -> Graph:
-    """Return the graph of an ONNX file's bytes. Raises ValueError or IndexError for bytes that are not an ONNX file."""
+def read_graph(data: bytes, lenient: bool = False) -> Graph:
+    """Return the graph of an ONNX file's bytes. lenient: leave out constants that cannot be read here.
+
+    Raises ValueError or IndexError for bytes that are not an ONNX file.
+    """
     graph = Graph()
     for number, value in fields(memoryview(data)):
         if number == 8 and isinstance(value, memoryview):
@@ -82,13 +88,28 @@ def read_graph(data: bytes) -> Graph:
         elif number == 25:
             graph.has_functions = True
         elif number == 7 and isinstance(value, memoryview):
-            read_body(value, graph)
+            read_body(value, graph, lenient)
     constant_names = graph.constants.keys()
     graph.inputs = [info for info in graph.inputs if info.name not in constant_names]
     return graph
 
 
-def read_body(data: memoryview, graph: Graph) -> None:
+def lone_model(node: Node, element: int, opsets: dict[str, int], without: str) -> bytes:
+    """Return an ONNX file with a single node, whose inputs and outputs are its own.
+
+    element: the TensorProto.DataType of its only input, a matrix. without: an attribute that is left out.
+    """
+    attributes = [(5, data) for data in node.packed if read_attribute(data)[0] != without]
+    names = [(1, node.inputs[0].encode()), *((2, name.encode()) for name in node.outputs)]
+    body = encoded([*names, (4, node.op_type.encode()), *attributes, (7, node.domain.encode())])
+    matrix = encoded([(1, encoded([(1, element), (2, encoded([(1, b""), (1, b"")]))]))])
+    infos = [(11, encoded([(1, node.inputs[0].encode()), (2, matrix)]))]
+    infos += [(12, encoded([(1, name.encode())])) for name in node.outputs if name]
+    imports = [(8, encoded([(1, domain.encode()), (2, version)])) for domain, version in opsets.items()]
+    return encoded([(1, IR_VERSION), (7, encoded([(1, body), (2, b"lone"), *infos])), *imports])
+
+
+def read_body(data: memoryview, graph: Graph, lenient: bool = False) -> None:
     """Add the nodes, constants, inputs and outputs of a GraphProto to `graph`."""
     for number, value in fields(data):
         if not isinstance(value, memoryview):
@@ -96,13 +117,14 @@ def read_body(data: memoryview, graph: Graph) -> None:
         if number == 1:
             graph.nodes.append(read_node(value))
         elif number == 5:
-            name, constant = tensor(value)
-            graph.constants[name] = constant
+            with suppress(ValueError) if lenient else nullcontext():
+                name, constant = tensor(value)
+                graph.constants[name] = constant
         elif number == 11:
             graph.inputs.append(value_info(value))
         elif number == 12:
             graph.outputs.append(value_info(value))
-        elif number == 15:
+        elif number == 15 and not lenient:
             raise ValueError("it has sparse constants")
 
 
@@ -115,6 +137,8 @@ def read_node(data: memoryview) -> Node:
             node.inputs.append(as_text(value))
         elif number == 2:
             node.outputs.append(as_text(value))
+        elif number == 3:
+            node.name = as_text(value)
         elif number == 4:
             node.op_type = as_text(value)
         elif number == 5:

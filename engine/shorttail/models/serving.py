@@ -23,7 +23,7 @@ import numpy as np
 
 from shorttail.config import LIMITS
 from shorttail.define.catalog import TENSOR_TYPES, Catalog, ModelEntry, Share, VersionInfo
-from shorttail.define.models import column_label
+from shorttail.define.models import BATCHING, column_label
 from shorttail.errors import Internal, InvalidArgument, NotFound, ShorttailError, Unavailable
 from shorttail.models import missing
 from shorttail.models.buffers import input_buffer
@@ -31,6 +31,7 @@ from shorttail.models.device import CPU, Device
 from shorttail.models.examples import Examples, depends_on_values
 from shorttail.models.golden import FILE, GoldenRows
 from shorttail.models.load import Runner, load_runner
+from shorttail.models.row_check import examine_rows
 from shorttail.models.settings import RunSettings, tuned
 from shorttail.store import Store
 from shorttail.store.files import model_path
@@ -46,11 +47,14 @@ LOADING_NICE = 10  # the loading thread yields a CPU that an answering thread wa
 
 
 class Key(NamedTuple):
-    """Identifies a loaded model: its name, its version, and the settings that it runs with on this host."""
+    """Identifies a loaded model: its name, its version, the settings that it runs with on this host, and how requests
+    share its runs.
+    """
 
     model: str
     version: int
     settings: RunSettings
+    batching: str = "rows"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +73,42 @@ class Serving:
                 yield part[0]
 
 
+def run_key(model: str, version: int) -> int:
+    """Return the number by which native/runs.pyx and the supervisor know a version: 63 bits of a hash, never 0."""
+    digest = hashlib.blake2b(f"{model}\0{version}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1 or 1
+
+
+class Banned(Unavailable):
+    """Processes died while they ran this version, so it is not run any more."""
+
+
+def open_version(
+    path: Path,
+    info: VersionInfo,
+    number: int,
+    settings: RunSettings,
+    device: Device = CPU,
+    *,
+    every_leaf: bool = False,
+) -> Runner:
+    """Load a version as it runs in a server, without running it. every_leaf: check each leaf of a forest.
+
+    Raises InvalidArgument if ONNX Runtime cannot load the file.
+    """
+    return load_runner(
+        path,
+        [tensor.name for tensor in info.outputs],
+        settings,
+        device,
+        by_request=info.batching == "request",
+        run_key=run_key(info.model.name, number),
+        run_timeout_s=(info.model.run_timeout_us or 1e6 * LIMITS.run_timeout_s) / 1e6,
+        forest_differs=info.forest_differs,
+        every_leaf=every_leaf,
+    )
+
+
 def load_version(
     path: Path,
     info: VersionInfo,
@@ -76,12 +116,13 @@ def load_version(
     number: int,
     settings: RunSettings,
     device: Device = CPU,
+    every_leaf: bool = False,
     golden: GoldenRows | None = None,
 ) -> Runner:
     """Load and warm a version, and check that its file is the registered one and has the manifest's inputs and outputs.
 
-    path: the ONNX file. catalog: holds the views that feed the model. number: the version, for errors. golden: rows
-    with expected outputs, None for those that are kept with the version.
+    path: the ONNX file. catalog: holds the views that feed the model. number: the version, for errors. every_leaf: see
+    `load_runner`. golden: rows with expected outputs, None for those that are kept with the version.
     Raises NotFound, InvalidArgument or Internal; the message names the model and the version.
     """
     try:
@@ -89,12 +130,12 @@ def load_version(
             raise NotFound(f"its file {path} is gone")
         if hashlib.sha256(path.read_bytes()).hexdigest() != info.sha256:
             raise InvalidArgument(f"{path.name} is not the file that was registered: its SHA-256 differs")
-        runner = load_runner(path, [tensor.name for tensor in info.outputs], settings, device)
+        runner = open_version(path, info, number, settings, device, every_leaf=every_leaf)
         check_schema(runner, info)
         if golden is None and info.examples_sha256:
             golden = GoldenRows.read(path.with_name(FILE))
         if golden is not None:
-            golden.compare(runner.run, runner.output_names, input_labels(catalog, info))
+            golden.compare(runner.run, runner.output_names, input_labels(catalog, info), runner.exact_rows)
         warm(runner, info, Examples.of(catalog, info, path.read_bytes(), golden.inputs if golden else None))
         if (refuse := missing.refuser(catalog, info)) is not None:
             runner.refuse(refuse)
@@ -114,7 +155,7 @@ def warm(runner: Runner, info: VersionInfo, examples: Examples) -> None:
     """
     random = np.random.default_rng(0)
     try:
-        outputs = examples.keep_those_that_run(runner.run, random)
+        outputs = examples.keep_those_that_run(runner.run, random, runner.exact_rows or 1)
         for tensor, array in zip(info.outputs, outputs, strict=True):
             if np.asarray(array).dtype != np.dtype(TENSOR_TYPES[tensor.dtype].numpy):
                 raise InvalidArgument(
@@ -145,12 +186,14 @@ def vet(
     warn: Callable[[str], object] | None = None,
     golden: GoldenRows | None = None,
 ) -> VersionInfo:
-    """Load, warm, check and examine a version before it is registered or promoted.
+    """Load, warm, check and examine a version before it is registered or promoted, a forest at every leaf.
 
     warn: called with each warning, in one line; None logs them. golden: as for `load_version`.
     Returns the version with what the examination found (`with_findings`). Raises the errors of `load_version`.
     """
-    runner = load_version(path, info, catalog, number, tuned(info.tuning)[0], golden=golden)
+    info = replace(info, batching=info.model.batching or info.batching)
+    settings = tuned(info.tuning)[0]
+    runner = load_version(path, info, catalog, number, settings, every_leaf=True, golden=golden)
     said = [missing.warning(catalog, info)]
     if runner.unwarmed:
         said.append(
@@ -161,7 +204,27 @@ def vet(
             warn(text)
         else:
             log.warning("model '%s' version %d: %s", info.model.name, number, text)
-    return replace(info, batching=info.model.batching or "rows")
+    info = replace(info, forest_differs=runner.forest_differs)
+    if info.batching_why is not None:
+        return info  # examined before: a version's file never changes
+    if info.batching == "request":
+        return replace(info, batching_why="by its definition")
+    if info.model.inputs is None:  # there are no rows to make examples of
+        return replace(info, batching=info.model.batching or "request", batching_why="it takes tensors as they are")
+    data, random = path.read_bytes(), np.random.default_rng(0)
+    examples = Examples.of(catalog, info, data)
+    with suppress(Internal):  # without examples that run, the scan of the graph decides alone
+        examples.keep_those_that_run(runner.run, random, runner.exact_rows or 1)
+    found = examine_rows(runner, data, lambda rows: examples(rows, random))
+    why = found.why
+    if found.depends and info.model.batching == "rows":
+        why = f"by its definition, though {why}"
+    elif found.depends:
+        info = replace(info, batching="request")
+        load_version(path, info, catalog, number, settings, golden=golden)  # as it will run
+    if why:
+        log.warning("model '%s' version %d %s: %s", info.model.name, number, BATCHING[info.batching], why)
+    return replace(info, batching_why=why)
 
 
 def with_findings(info: VersionInfo, vetted: VersionInfo) -> VersionInfo:
@@ -171,6 +234,7 @@ def with_findings(info: VersionInfo, vetted: VersionInfo) -> VersionInfo:
         batching=vetted.batching,
         batching_why=vetted.batching_why,
         replacements=vetted.replacements,
+        forest_differs=vetted.forest_differs,
         examples_sha256=vetted.examples_sha256,
     )
 
@@ -199,6 +263,7 @@ class Versions:
         self._asked: dict[Key, None] = {}  # versions that requests named; the most recent is last
         self._failed: dict[Key, tuple[int, ShorttailError]] = {}  # (version of the catalog at the attempt, error)
         self._loading: set[Key] = set()
+        self._banned: frozenset[int] = frozenset()  # run_key of versions in whose runs workers died
         self._threads: tuple[ThreadPoolExecutor, ThreadPoolExecutor] | None = None  # normal and low priority
         self._changed: Callable[[], object] = lambda: None
 
@@ -271,6 +336,15 @@ class Versions:
         """Return the versions that answered last, None if the model was never loaded. Loads nothing."""
         return self._serving.get(name)
 
+    def ban(self, banned: frozenset[int]) -> None:
+        """Stop running these versions (`run_key`), because processes died in their runs. Others are not affected."""
+        if banned != self._banned:
+            self._banned = banned
+            self._failed = {key: error for key, error in self._failed.items() if not isinstance(error[1], Banned)}
+            for key in [key for key in self.runners if run_key(key.model, key.version) in banned]:
+                del self.runners[key]
+            self.changes += 1
+
     def problem(self, name: str) -> str | None:
         """Return why versions that the catalog names for the model could not be loaded, None if all could."""
         entry = self._store.catalog.model(name)
@@ -289,7 +363,11 @@ class Versions:
         return part if part is not None and part[0] in self.runners else None
 
     def _key(self, name: str, entry: ModelEntry, version: int) -> Key:
-        return Key(name, version, tuned(entry.version(version).tuning, str(self._device))[0])
+        info = entry.version(version)
+        settings = tuned(info.tuning, str(self._device))[0]
+        if info.forest_differs:  # a key of its own, so that what was loaded before that was found is replaced
+            settings = replace(settings, runner="onnxruntime")
+        return Key(name, version, settings, info.batching)
 
     def _release_unused(self) -> None:
         """Release the versions that neither the catalog nor recent requests name. A running batch keeps its version.
@@ -318,6 +396,15 @@ class Versions:
 
     def _ensure_loaded(self, key: Key) -> None:
         """Load a version, here or in background, unless it is loaded, loading, or failed with the current catalog."""
+        if run_key(key.model, key.version) in self._banned:
+            self._failed[key] = (
+                self._store.catalog_version,
+                Banned(
+                    f"model '{key.model}' version {key.version} is not run any more: server processes died in its runs;"
+                    " deploy another version, or reload the server to try it again"
+                ),
+            )
+            return
         tried = self._failed.get(key)
         if key in self.runners or key in self._loading or (tried and tried[0] == self._store.catalog_version):
             return

@@ -16,10 +16,14 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from shorttail._native import runs
+from shorttail._native.runs import RunTooLong
+from shorttail.config import LIMITS
 from shorttail.define.catalog import TensorInfo
 from shorttail.errors import Internal, InvalidArgument
 
 Array = NDArray[Any]
+FAILED: Final = "the model failed: "
 ON_CPU: tuple[Any, ...] = ("CPUExecutionProvider",)
 
 # What ONNX Runtime writes before the reason of an error.
@@ -35,12 +39,36 @@ PLACE: Final = re.compile(
 REASON_MAX: Final = 300  # characters
 
 
+class ModelFailed(Internal):
+    """The model raised an error while it ran. The message is "the model failed: " and ONNX Runtime's reason."""
+
+    @property
+    def reason(self) -> str:
+        return self.message.removeprefix(FAILED)
+
+
+class RowsRefused(ModelFailed):
+    """The model was not run, because it must not get one of the rows (models/missing.py)."""
+
+
+class RunTimedOut(ModelFailed):
+    """The run took longer than it may (Model(run_timeout=)), and was ended."""
+
+
+def run_options() -> Any:
+    """Return the options of a run: without logging, because the error that a run raises says the same."""
+    options = onnxruntime.RunOptions()
+    options.log_severity_level = 4
+    return options
+
+
 class Session:
     """An ONNX file loaded into ONNX Runtime.
 
     path: the .onnx file. outputs: names of the outputs to compute, None for all. threads: ONNX Runtime's intra-op
     threads; with 1 the calling thread runs the model and no thread pool is used. providers: execution providers.
-    fixed_rows: the batch size that the file was exported for, None if it takes any.
+    fixed_rows: the batch size that the file was exported for, None if it takes any. run_key: by which native/runs.pyx
+    knows the model; run_timeout_s: how long a run may take.
     Raises InvalidArgument if ONNX Runtime cannot load the file.
     """
 
@@ -50,6 +78,9 @@ class Session:
         outputs: Sequence[str] | None = None,
         threads: int = 1,
         providers: Sequence[Any] = ON_CPU,
+        *,
+        run_key: int = 1,
+        run_timeout_s: float = LIMITS.run_timeout_s,
     ):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
@@ -73,20 +104,43 @@ class Session:
         # InferenceSession.run first checks the names of inputs and outputs, which takes as long as a small model. Here
         # the names come from the model itself, so the method behind it is called directly.
         self._run = self.onnx._sess.run
+        self._run_key = run_key
+        self._run_timeout_ns = int(run_timeout_s * 1e9)
 
     def run(self, inputs: Sequence[Array], options: Any = None) -> list[Array]:
         """Run a batch. Drops the GIL.
 
-        inputs: an array for each of `self.inputs`, in order. options: an onnxruntime.RunOptions or None.
-        Returns an array for each of `output_names`, in order. Raises Internal if the model fails.
+        inputs: an array for each of `self.inputs`, in order. options: an onnxruntime.RunOptions, with which the run has
+        no time limit, or None. Returns an array for each of `output_names`, in order. Raises ModelFailed, RunTimedOut.
         """
+        feeds = dict(zip(self._input_names, inputs, strict=True))
         try:
-            result: list[Array] = self._run(
-                self.output_names, dict(zip(self._input_names, inputs, strict=True)), options
-            )
+            if options is None:
+                return runs.run(self._run, self.output_names, feeds, self._run_key, self._run_timeout_ns, run_options)
+            result: list[Array] = self._run(self.output_names, feeds, options)
+        except RunTooLong:
+            limit_s = self._run_timeout_ns / 1e9
+            raise RunTimedOut(f"{FAILED}it ran longer than its run_timeout of {limit_s:g} s") from None
         except Exception as error:
-            raise Internal(f"the model failed: {one_line(error)}") from error
+            raise ModelFailed(f"{FAILED}{one_line(error)}") from error
         return result
+
+
+class ExactRows:
+    """Runs batches of exactly the rows that the file was exported for, and refuses others: nothing is padded."""
+
+    def __init__(self, session: Session, rows: int):
+        self.inputs = session.inputs
+        self.output_names = session.output_names
+        self.description = f"{session.description}, exactly {rows} row{'s' * (rows != 1)} a request"
+        self.rows = rows
+        self._session = session
+
+    def run(self, inputs: Sequence[Array]) -> list[Array]:
+        """Run a batch. Raises InvalidArgument if it has another number of rows; else as Session.run."""
+        if len(inputs[0]) != self.rows:
+            raise InvalidArgument(f"the model takes exactly {self.rows} rows a request, not {len(inputs[0])}")
+        return self._session.run(inputs)
 
 
 class FixedRows:
@@ -115,7 +169,7 @@ class FixedRows:
 def run_in_pieces(run: Callable[[Sequence[Array]], list[Array]], inputs: Sequence[Array], rows_max: int) -> list[Array]:
     """Call `run` with at most `rows_max` rows at a time, and return the concatenated results.
 
-    Raises Internal if results of the pieces do not fit together.
+    Raises ModelFailed if results of the pieces do not fit together.
     """
     rows = len(inputs[0])
     if rows <= rows_max:
@@ -124,7 +178,7 @@ def run_in_pieces(run: Callable[[Sequence[Array]], list[Array]], inputs: Sequenc
     try:
         return [np.concatenate(parts) for parts in zip(*pieces, strict=True)]
     except ValueError:
-        raise Internal("the model failed: the width of an output depends on the values of the rows") from None
+        raise ModelFailed(f"{FAILED}the width of an output depends on the values of the rows") from None
 
 
 def check_rows(names: Sequence[str], results: Sequence[Array], rows: int) -> None:
@@ -139,10 +193,15 @@ def check_rows(names: Sequence[str], results: Sequence[Array], rows: int) -> Non
             )
 
 
+def blank_rows(array: Array, rows: int) -> Array:
+    """Return `rows` rows of zeros, or of empty strings, with the array's width and dtype."""
+    return np.full((rows, *array.shape[1:]), "" if array.dtype.hasobject else 0, array.dtype)
+
+
 def padded(array: Array, rows: int) -> Array:
     """Return the array with its last row repeated, up to `rows` rows. A model may refuse a row of zeros or of ""."""
     if not len(array):
-        return np.full((rows, *array.shape[1:]), "" if array.dtype.hasobject else 0, array.dtype)
+        return blank_rows(array, rows)
     return array[np.minimum(np.arange(rows), len(array) - 1)]
 
 

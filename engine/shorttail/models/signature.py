@@ -29,7 +29,7 @@ from shorttail.define.dtypes import (
     Vector,
 )
 from shorttail.define.models import Column, Model, column_label, missing_reference
-from shorttail.define.names import split_reference
+from shorttail.define.names import quoted, split_reference
 from shorttail.define.ondemand import OnDemandFeature
 from shorttail.define.values import Refused, as_value
 from shorttail.define.views import FeatureView
@@ -106,7 +106,7 @@ def select_outputs(model: Model, outputs: Sequence[TensorInfo], label: str) -> t
     by_name = {tensor.name: tensor for tensor in outputs}
     for name in model.outputs or ():
         if name not in by_name:
-            raise InvalidArgument(f"{where}: {label} has no output '{name}'; its outputs: {', '.join(by_name)}")
+            raise InvalidArgument(f"{where}: {label} has no output {quoted(name)}; its outputs: {', '.join(by_name)}")
     selected = tuple(by_name[name] for name in model.outputs or by_name)
     for tensor in selected:
         if tensor.dtype not in TENSOR_TYPES:

@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from typing import Any, Final, Literal, TextIO
 
 from shorttail.config import LIMITS
+from shorttail.errors import printable
 
 Format = Literal["text", "json"]
 TRACEBACK_CHARS: Final = 4000  # a JSON line holds at most this much of the end of a traceback
@@ -37,7 +38,7 @@ def format_line(form: Format, level: str, message: str, fields: Mapping[str, Any
     """Return one line of the log, without a newline. time_s: seconds since 1970 UTC; None is now."""
     if form == "text":
         more = " ".join(f"{name}={_plain(value)}" for name, value in fields.items())
-        return f"{level}: {message}" + (f" ({more})" if more else "")
+        return f"{level}: {printable(message)}" + (f" ({more})" if more else "")
     when = datetime.fromtimestamp(time.time() if time_s is None else time_s, UTC)
     document = {"time": when.isoformat(timespec="milliseconds").replace("+00:00", "Z"), "level": level}
     return json.dumps(document | {"message": message} | dict(fields), default=str)

@@ -145,6 +145,6 @@ class MetricsMemory:
                     break
                 words = self.words[slot : slot + native.SLOT_WORDS].tolist()
                 name = b"".join(word.to_bytes(8, "little") for word in words[3 : 3 + native.NAME_BYTES // 8])
-                key = (native.METHODS[words[1]], name[: words[2]].decode("ascii"))
+                key = (native.METHODS[words[1]], name[: words[2]].decode("utf-8", "replace"))
                 merged.setdefault(key, SlotCounts()).add(words)
         return merged

@@ -5,9 +5,10 @@ Views and models that the file does not mention stay as they are.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
+from unicodedata import normalize
 
 from shorttail.config import LIMITS
 from shorttail.define.catalog import Catalog, ModelEntry, VersionInfo
@@ -17,7 +18,7 @@ from shorttail.define.ondemand import OnDemandFeature
 from shorttail.define.views import FeatureView
 from shorttail.errors import InvalidArgument, NotFound, ResourceExhausted
 from shorttail.models.golden import GoldenRows
-from shorttail.models.serving import vet, with_findings
+from shorttail.models.serving import vet
 from shorttail.models.signature import ModelFile, check_inputs, column_width
 from shorttail.registry import versions as registry
 from shorttail.registry.examples import read_examples
@@ -53,7 +54,7 @@ class Prepared:
 
     definitions: Definitions
     files: dict[str, ModelFile]
-    vetted: dict[str, VersionInfo] = field(default_factory=dict)  # new versions that were loaded, run and examined
+    vetted: dict[str, VersionInfo] = field(default_factory=dict)  # versions that were loaded, run and examined
     warnings: list[Change] = field(default_factory=list)  # about these versions
     golden: dict[str, GoldenRows | None] = field(default_factory=dict)  # their examples
 
@@ -81,15 +82,18 @@ def apply(store: Store, definitions: Any, dry_run: bool = False, reset: bool = F
     store.refresh()
     plan = plan_changes(store.catalog.copy(), prepared, store.count, reset)
     vet_new(plan, prepared)
-    if dry_run or plan.catalog == store.catalog:
+    if dry_run or (plan.catalog == store.catalog and not prepared.vetted):
         return plan.changes + prepared.warnings
     with store.edit_catalog() as latest:
         # The changes are planned again, because another process may have committed meanwhile. The files are in memory
         # and checked, so this is quick.
         plan = plan_changes(latest, prepared, store.count, reset)
+        vet_new(plan, prepared)
+        for name, vetted in prepared.vetted.items():
+            entry = latest.models[name]
+            latest.models[name] = registry.with_examined(entry, entry.current, vetted)
         for name, number in plan.new_versions.items():
-            info = with_findings(latest.models[name].version(number), prepared.vetted[name])
-            latest.models[name] = latest.models[name].with_version(number, info)
+            info = latest.models[name].version()
             registry.write_version(store.path, number, info, prepared.files[name], prepared.golden[name])
     store.refresh()
     return plan.changes + prepared.warnings
@@ -101,6 +105,7 @@ def plan_changes(catalog: Catalog, prepared: Prepared, count: Callable[[str], in
     count: returns the number of rows of a view's table. After an error the catalog is half changed: discard it.
     """
     definitions, plan = prepared.definitions, ChangePlan(catalog)
+    known = {*catalog.views}, {*catalog.models}
     for name, entity in definitions.entities.items():
         keys = ", ".join(f"{key} {dtype}" for key, dtype in entity.keys.items())
         old = catalog.entities.get(name)
@@ -112,19 +117,39 @@ def plan_changes(catalog: Catalog, prepared: Prepared, count: Callable[[str], in
         raise ResourceExhausted(f"a store holds at most {LIMITS.views} feature views, not {len(plan.catalog.views)}")
     for model in definitions.models.values():
         plan_model(plan, model, prepared.files[model.name])
+    check_folders("feature view", plan.catalog.views, known[0])
+    check_folders("model", plan.catalog.models, known[1])
     check_other_models(plan.catalog, definitions)
     return plan
 
 
+def check_folders(what: str, names: Iterable[str], known: set[str]) -> None:
+    """Check that no new name differs from another only in case: a file system may take both as one folder.
+
+    names: those in `known`, then the new ones. Raises InvalidArgument.
+    """
+    found: dict[str, str] = {}
+    for name in names:
+        first = found.setdefault(normalize("NFC", name.casefold()), name)
+        if first != name and name not in known:
+            raise InvalidArgument(
+                f"{what} '{name}' differs from '{first}' only in upper and lower case, and some file systems take both"
+                " as one folder; choose another name"
+            )
+
+
 def vet_new(plan: ChangePlan, prepared: Prepared) -> None:
-    """Load, warm and check every new version. Raises InvalidArgument or Internal for one that cannot serve."""
-    for name, number in plan.new_versions.items():
-        if name not in prepared.vetted:
-            info = plan.catalog.models[name].version(number)
+    """Load, warm, check and examine every version that is new, or that an older release left unexamined.
+
+    Raises InvalidArgument or Internal for one that cannot serve.
+    """
+    for name, file in prepared.files.items():
+        entry = plan.catalog.models[name]
+        if name not in prepared.vetted and entry.version().batching_why is None:
             said: list[str] = []
-            golden = prepared.golden[name] = read_examples(plan.catalog, info)
-            with prepared.files[name].on_disk() as path:
-                prepared.vetted[name] = vet(plan.catalog, info, number, path, said.append, golden)
+            golden = prepared.golden[name] = read_examples(plan.catalog, entry.version())
+            with file.on_disk() as path:
+                prepared.vetted[name] = vet(plan.catalog, entry.version(), entry.current, path, said.append, golden)
             prepared.warnings.extend(Change("!", f"model {name}", text) for text in said)
 
 
@@ -184,6 +209,7 @@ def setting_changes(old: FeatureView, new: FeatureView) -> list[str]:
     both = [(before[feature.name], feature) for feature in new.features if feature.name in before]
     # Defaults are compared as text, because a default that is NaN does not equal itself.
     found += [f"default of {b.name}" for a, b in both if repr(a.default) != repr(b.default) and a.dtype == b.dtype]
+    found += [f"column of {b.name}" for a, b in both if a.source_column != b.source_column]
     texts = [(a.description, b.description) for a, b in both]
     texts += [(old.description, new.description), (old.entity.description, new.entity.description)]
     if old.owner != new.owner or any(a != b for a, b in texts):

@@ -75,22 +75,25 @@ class ExampleTable:
         except ImportError:
             raise InvalidArgument(f"{where}: reading files needs PyArrow: pip install 'shorttail[arrow]'") from None
         self.path, self.where = Path(path), where
-        self.source = FileSource(path, header(path), where)
-        self.names = list(self.source.schema().names)
-        batches = list(self.source.read(self.names))
-        self.table = pa.Table.from_batches(batches, self.source.schema())
-        self.rows = self.table.num_rows
+        parts = FileSource(path, header(path), where).parts
+        if len(parts) != 1:
+            raise InvalidArgument(f"{where}: {path} must be one file, not {len(parts)}")
+        self.part = parts[0]
+        self.names = list(self.part.names)
+        batches = list(self.part.read(self.names))
+        self.rows = sum(batch.num_rows for batch in batches)
         if not 1 <= self.rows <= LIMITS.example_rows:
             raise InvalidArgument(
                 f"{where}: {self.path.name} has {self.rows:,} rows; give 1 to {LIMITS.example_rows:,}"
             )
+        self.table = pa.Table.from_batches(batches)
 
     def column(self, name: str, dtype: DType) -> tuple[Array, Any]:
         """Return (values, nulls or None) of a column, or of the columns NAME_0, NAME_1, ... of a vector."""
         try:
             if name in self.names:
                 column = self.table.column(name).combine_chunks()
-                values, nulls = self.source.convert(dtype, column)
+                values, nulls = self.part.convert(name, dtype, column)
                 return (values if isinstance(values, np.ndarray) else np.array(values.to_pylist(), object)), nulls
             parts = [self.column(f"{name}_{i}", Float64)[0] for i in range(dtype.width)]
             return np.stack(parts, axis=1).astype(dtype.numpy), None

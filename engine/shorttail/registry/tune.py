@@ -17,7 +17,8 @@ from shorttail.define.catalog import VersionInfo
 from shorttail.models.device import CPU, Device
 from shorttail.models.examples import Examples
 from shorttail.models.forest import Forest
-from shorttail.models.load import Runner, load_runner
+from shorttail.models.load import Runner
+from shorttail.models.serving import open_version
 from shorttail.models.settings import DEFAULT, RunSettings, host
 from shorttail.store.files import model_path
 
@@ -73,16 +74,15 @@ def tune(store: Store, name: str, version: int | None = None, device: Device = C
     number = entry.current if version is None else version
     info = entry.version(number)
     path = model_path(store.path, name, number)
-    outputs = [tensor.name for tensor in info.outputs]
-    first = load_runner(path, outputs, DEFAULT, device)
+    first = open_version(path, info, number, DEFAULT, device)
     example = examples(store, info, path, first)
     candidates = [Candidate(DEFAULT, first)]
     for settings in others_to_try(first.kind == "forest", device):
-        runner = load_runner(path, outputs, settings, device)
+        runner = open_version(path, info, number, settings, device)
         # A model with strings is never padded, so its padded candidate would be the same runner again.
         if all(runner.model.description != known.runner.model.description for known in candidates):
             candidates.append(Candidate(settings, runner))
-    for rows in BATCHES:
+    for rows in (first.exact_rows,) if first.exact_rows else BATCHES:
         measure([(candidate.median_us, candidate.runner) for candidate in candidates], example, rows, seconds)
     return Tuning(name, number, host(str(device)), candidates)
 
@@ -107,9 +107,9 @@ def examples(store: Store, info: VersionInfo, path: Path, runner: Runner) -> Exa
     """
     model = runner.model
     if isinstance(model, Forest):
-        return model.example
+        return model.check_rows().example
     found = Examples.of(store.catalog, info, path.read_bytes())
-    found.keep_those_that_run(runner.run, np.random.default_rng(0))
+    found.keep_those_that_run(runner.run, np.random.default_rng(0), runner.exact_rows or 1)
     return found
 
 

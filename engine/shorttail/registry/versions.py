@@ -180,9 +180,9 @@ def promote(store: Store, name: str, version: int | None = None) -> int:
     """
     store.refresh()
     number = version if version is not None else candidate(store.catalog.model(name))
-    vet_stored(store, name, number)
+    vetted = vet_stored(store, name, number)
     with store.edit_catalog() as catalog:
-        entry = catalog.model(name)
+        entry = with_examined(catalog.model(name), number, vetted)
         check_version(store, catalog, entry, number)
         catalog.models[name] = entry.with_current(number)
     store.refresh()
@@ -225,9 +225,9 @@ def set_canary(store: Store, name: str, percent: float, version: int | None = No
         return None
     check_percent(percent, f"model '{name}': canary")
     number = version if version is not None else candidate(store.catalog.model(name))
-    vet_stored(store, name, number)
+    vetted = vet_stored(store, name, number)
     with store.edit_catalog() as catalog:
-        entry = catalog.model(name)
+        entry = with_examined(catalog.model(name), number, vetted)
         check_version(store, catalog, entry, number)
         check_canary(catalog, entry, entry.version(number), number)
         share = Share(number, percent)
@@ -248,9 +248,9 @@ def set_shadow(store: Store, name: str, version: int | None, percent: float = 10
         store.refresh()
         return None
     check_percent(percent, f"model '{name}': shadow")
-    vet_stored(store, name, version)
+    vetted = vet_stored(store, name, version)
     with store.edit_catalog() as catalog:
-        entry = catalog.model(name)
+        entry = with_examined(catalog.model(name), version, vetted)
         check_version(store, catalog, entry, version)
         check_shadow(catalog, entry, entry.version(version), version)
         share = Share(version, percent)
@@ -314,11 +314,16 @@ def columns_of_both(
     return request_columns(catalog, current.model, current.inputs), request_columns(catalog, info.model, info.inputs)
 
 
-def vet_stored(store: Store, name: str, number: int) -> None:
-    """Load, warm and check a version of the store. Raises the errors of `vet`."""
+def vet_stored(store: Store, name: str, number: int) -> VersionInfo:
+    """Load, warm, check and examine a version of the store. Returns what `vet` returns, and raises its errors."""
     info = store.catalog.model(name).version(number)
     check_inputs(store.catalog, info.model, info.inputs, f"version {number}")
-    vet(store.catalog, info, number, model_path(store.path, name, number))
+    return vet(store.catalog, info, number, model_path(store.path, name, number))
+
+
+def with_examined(entry: ModelEntry, number: int, vetted: VersionInfo) -> ModelEntry:
+    """Return the entry with what `vet` found out about a version of it."""
+    return entry.with_version(number, with_findings(entry.version(number), vetted))
 
 
 def list_versions(catalog: Catalog) -> list[dict[str, Any]]:
@@ -333,6 +338,7 @@ def list_versions(catalog: Catalog) -> list[dict[str, Any]]:
             "outputs": [tensor.name for tensor in info.outputs],
             "sha256": info.sha256,
             "batching": info.batching,
+            "batching_why": info.batching_why or None,
             **documentation(info.model),
         }
         for name, entry in catalog.models.items()
@@ -382,5 +388,5 @@ def describe(catalog: Catalog, name: str, version: int | None = None) -> dict[st
         "missing": dict(info.model.missing),
         "replacements": dict(info.replacements),
         "batching": info.batching,
-        "batching_why": info.batching_why,
+        "batching_why": info.batching_why or None,
     }

@@ -4,27 +4,40 @@
 the end of the same turn of the event loop. So a batch holds one request when the server is idle, with no waiting
 window, and hundreds under load. If a batch would hold up the loop for too long, the loop only looks its features up,
 and the model runs in another thread (model_threads.py). Requests that arrive for that model meanwhile form its next
-batch; other models are answered as before.
+batch; other models are answered as before. A batch whose model fails runs again in parts, until only the requests that
+make the model fail are left (models/request_runs.py): in such a thread, or on the loop in slices of time (slices.py).
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final, Protocol
 
 from shorttail import pipeline
 from shorttail._native.wire import Router
-from shorttail.errors import ShorttailError
+from shorttail.config import LIMITS
+from shorttail.errors import Internal, ShorttailError
+from shorttail.models.request_runs import PartRuns
+from shorttail.models.session import ModelFailed, RunTimedOut
 from shorttail.pipeline import BatchResult, Plan
 from shorttail.server.errorlog import one_line
 from shorttail.server.model_threads import ModelThreads, PreparedBatch
 from shorttail.server.runnable import Runnable
+from shorttail.server.senders import Senders
 from shorttail.server.shadow import ShadowThread
+from shorttail.server.slices import Slices
 from shorttail.server.telemetry import FEATURES, PREDICT, RPC
 
 if TYPE_CHECKING:
     from shorttail.engine import Engine
+    from shorttail.models.load import Runner
     from shorttail.server.telemetry import Telemetry
+
+
+# A run of this length has held up the loop, unless the machine did: it was expected to take LIMITS.loop_stall_us.
+HELD_UP_NS: Final = int(4e3 * LIMITS.loop_stall_us)
 
 
 class OtherBatches(Protocol):
@@ -59,41 +72,67 @@ class Batcher:
         self.http = http
         self.plans_version = engine.plans_version
         self.model_threads = ModelThreads(router.loop, router)
+        self.slices = Slices(router, self.model_threads)
         self.shadows = ShadowThread(engine.store)
+        self.senders = Senders(router.suspects)
         router.connect(run=self.run, fault=fault)
 
     def run(self) -> None:
         """Run one turn: answer every batch that waits, then write once to each connection."""
         batches: list[Runnable] = [*self.router.take()]
-        answered = bool(batches)
         if self.http is not None:
             batches += self.http.take()
+        ran, start_ns = False, time.perf_counter_ns() if self.slices.waiting else 0
         for batch in batches:
             if batch.drop_expired():
-                self.answer(batch)
+                ran |= self.answer(batch)
         self.router.flush()
+        if self.slices.waiting:
+            self.slices.run(time.perf_counter_ns() - start_ns if ran and start_ns else 0)
         if self.shadows.waiting:
             self.shadows.start()
         self.follow_catalog()
-        if self.router.overloaded or not answered:
+        if not ran:
             self.model_threads.rest()
 
-    def answer(self, batch: Runnable) -> None:
-        """Run a batch and reply. A batch that is too slow for the loop replies later, in `answered_in_thread`."""
+    def answer(self, batch: Runnable) -> bool:
+        """Run a batch and reply. Returns False if it cannot run now; it then replies later, in `answered_later`."""
         try:
             plan, result = self.prepare(batch)
             shadowed = self.shadows.take(plan, batch, result) if plan.shadow is not None else None
-            if plan.runner is not None:
-                if batch.n_rows > plan.runner.loop_rows_max:
-                    self.model_threads.put(PreparedBatch(batch, plan.runner, result, shadowed, self.answered_in_thread))
-                    return
-                batch.stay_in_loop()
-                pipeline.infer(plan.runner, result)
+            if plan.runner is not None and not self.infer_in_loop(plan.runner, batch, result):
+                in_parts = batch.n_requests > batch.route.requests_per_run
+                in_slices = in_parts and batch.n_rows <= batch.n_requests * plan.runner.loop_rows_max
+                prepared = PreparedBatch(batch, plan.runner, result, shadowed, self.answered_later, in_parts)
+                (self.slices if in_slices else self.model_threads).put(prepared)
+                return False
             self.reply(batch, result)
             if shadowed is not None:
                 self.shadows.add(shadowed, result)
         except Exception as error:
             self.fail(batch, error)
+        return True
+
+    def infer_in_loop(self, runner: Runner, batch: Runnable, result: BatchResult) -> bool:
+        """Run the model. Returns False if it is too slow for the loop, must not run all requests at once, or fails."""
+        route = batch.route
+        if batch.n_rows > runner.loop_rows_max or batch.n_requests > route.requests_per_run:
+            return False
+        batch.stay_in_loop()
+        try:
+            pipeline.infer(runner, result)
+        except RunTimedOut:
+            runner.note_slow(ended=True)
+            return False
+        except ModelFailed:
+            # Below 1: a single request runs again too, where it is found out whose fault the failure is.
+            route.requests_per_run = min(route.requests_per_run, max(0.5, batch.n_requests / 2))
+            return False
+        if result.inferred_ns - result.prepared_ns > HELD_UP_NS:
+            runner.note_slow()
+        elif runner.slow_runs:
+            runner.note_quick()
+        return True
 
     def prepare(self, batch: Runnable) -> tuple[Plan, BatchResult]:
         """Look up the features and transform them. A request that brings the model's input tensors needs neither."""
@@ -102,16 +141,35 @@ class Batcher:
         plan = batch.route.plan
         return plan, BatchResult.of_inputs(plan, batch.inputs)
 
-    def answered_in_thread(self, prepared: PreparedBatch, error: BaseException | None) -> None:
-        """Reply to a batch that has run in another thread; `run` of this turn writes the replies to the connections."""
+    def answered_later(self, prepared: PreparedBatch, error: BaseException | None) -> None:
+        """Reply to a batch that ran in a thread or in slices. `run` then writes the replies to the connections."""
         try:
             if error is not None:
                 raise error
+            if prepared.parts is not None:
+                self.reply_in_parts(prepared.batch, prepared.result, prepared.parts.result())
+                return
             self.reply(prepared.batch, prepared.result)
             if prepared.shadowed is not None:
                 self.shadows.add(prepared.shadowed, prepared.result)
         except Exception as failure:
             self.fail(prepared.batch, failure)
+
+    def reply_in_parts(self, batch: Runnable, result: BatchResult, parts: PartRuns) -> None:
+        """Reply to a batch of which a few requests ran at a time, and remember who sent those that failed."""
+        batch.route.requests_per_run = parts.requests_per_run
+        for number, error in parts.failures.items():
+            sender = batch.refuse(number, error.code, error.message)
+            if isinstance(error, Internal):
+                self.fault(error)
+            else:
+                self.senders.blame(sender)
+        if not parts.answered:
+            batch.fail("INTERNAL", "all requests of the batch were refused")  # nobody gets this: all have their answer
+            return
+        for requests, outputs in parts.answered[:-1]:
+            batch.reply_to(requests, replace(result, values=outputs))
+        self.reply(batch, replace(result, values=parts.answered[-1].outputs))
 
     def reply(self, batch: Runnable, result: BatchResult) -> None:
         telemetry = self.telemetry

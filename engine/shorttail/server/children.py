@@ -19,6 +19,7 @@ from typing import Any, Final
 from shorttail.config import LIMITS
 from shorttail.observe import stderr
 from shorttail.server.acceptor import WorkerShare
+from shorttail.server.deaths import Deaths, RunsPage
 from shorttail.server.inherited import Inherited
 from shorttail.server.listen import Listeners, WriterSocket
 from shorttail.server.settings import ServerSettings
@@ -34,14 +35,15 @@ class Child:
 
     control: a socket on which the child sends one line of JSON when it is ready; it closes when the child ends. share:
     a worker's connections; None for the writer. said: the line: what is served, or {"error": why} from a writer that
-    cannot open the store. killed_for: why the supervisor killed it. is_successor: it will replace a worker, and is not
-    ready yet. retires: another worker has replaced it.
+    cannot open the store. killed_for: why the supervisor killed it. runs: what a worker runs now. is_successor: it will
+    replace a worker, and is not ready yet. retires: another worker has replaced it.
     """
 
     number: int
     process: subprocess.Popen[bytes]
     control: socket.socket
     share: WorkerShare | None
+    runs: RunsPage | None
     started_s: float = field(default_factory=time.monotonic)
     said: dict[str, Any] | None = None
     received: bytes = b""
@@ -92,7 +94,10 @@ class Child:
         self.control.close()
         if self.share is not None:
             self.share.close()
-        return self.process.wait()
+        code = self.process.wait()
+        if self.runs is not None:
+            self.runs.close()
+        return code
 
 
 class Launcher:
@@ -119,6 +124,7 @@ class Launcher:
         self.device = device
         self.options = options
         self.accepts = accepts
+        self.deaths = Deaths()
         self._relays: list[threading.Thread] = []
 
     def start(self, number: int, *, check: bool = False) -> Child:
@@ -128,7 +134,7 @@ class Launcher:
             ours.callback(control.close)
             theirs.callback(control_end.close)
             control.setblocking(False)
-            share = None
+            share = runs = None
             fds = [control_end.fileno()]
             options = ["--control-fd", str(control_end.fileno())]
             if number == WRITER:
@@ -137,16 +143,20 @@ class Launcher:
             else:
                 share = WorkerShare()
                 ours.callback(share.close)
+                runs = RunsPage()
+                ours.callback(runs.close)
+                runs.ban(self.deaths.banned)
                 listening = [listener.fileno() for listener in self.listeners.sockets] if self.accepts else []
-                fds += [share.worker_end.fileno(), *self.inherited.fds]
-                options += ["--channel-fd", str(share.worker_end.fileno()), *self._worker_options(number, check)]
+                fds += [share.worker_end.fileno(), runs.fd, *self.inherited.fds]
+                options += ["--channel-fd", str(share.worker_end.fileno()), "--runs-fd", str(runs.fd)]
+                options += self._worker_options(number, check)
             options += [f"--listen-fd={fd}" for fd in listening]
             process = self._spawn("writer" if number == WRITER else "worker", options, [*fds, *listening])
             ours.pop_all()
         if process.stderr is not None:
             self._relays = [relay for relay in self._relays if relay.is_alive()]
             self._relays.append(stderr.relay(process.stderr, name_of(number)))
-        return Child(number, process, control, share)
+        return Child(number, process, control, share, runs)
 
     def _worker_options(self, number: int, check: bool) -> list[str]:
         options = ["--settings", self.settings.to_json(), "--writer", self.writer_socket.path]

@@ -1,4 +1,4 @@
-"""Runs models that are too slow for the event loop, in threads.
+"""Runs batches in threads: models that are too slow for the event loop, and batches that have to run in parts.
 
 All methods are called in the loop's thread, except `end`, which the model's thread calls.
 """
@@ -8,8 +8,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final
@@ -18,12 +19,14 @@ from shorttail import pipeline
 from shorttail._native.wire import Router
 from shorttail.config import LIMITS
 from shorttail.models.load import Runner
+from shorttail.models.request_runs import PartRun
+from shorttail.models.session import ModelFailed
 from shorttail.pipeline import BatchResult
 from shorttail.server.runnable import Runnable
 from shorttail.server.shadow import ShadowBatch
 
-# After a turn that answered nothing, the loop rests REST_TURNS times as long as that turn took, at most REST_MAX_S. It
-# then finds many requests in each socket, and the models have the CPU meanwhile.
+# After a turn in which no model ran in the loop, the loop rests REST_TURNS times as long as that turn took, at most
+# REST_MAX_S. It then finds many requests in each socket, and the models have the CPU meanwhile.
 REST_TURNS: Final = 4
 REST_MAX_S: Final = 0.001
 
@@ -33,6 +36,8 @@ class PreparedBatch:
     """A batch whose features are looked up and transformed: only its model has not run.
 
     answered: called in the loop's thread when the model has run, with the exception that it raised, or None.
+    in_parts: a few requests run at a time, because they must not share runs or because a run has failed.
+    parts: makes these runs, once the batch begins to run.
     """
 
     batch: Runnable
@@ -40,6 +45,37 @@ class PreparedBatch:
     result: BatchResult
     shadowed: ShadowBatch | None
     answered: Callable[[PreparedBatch, BaseException | None], object]
+    in_parts: bool = False
+    parts: PartRun | None = None
+
+    @property
+    def lane(self) -> Hashable:
+        """Batches of one lane run one after the other. The requests of suspects hold up nobody else."""
+        return self.runner, self.batch.route.for_suspects
+
+    def split(self) -> None:
+        """Have the batch run in parts, because its model has failed."""
+        self.in_parts = True
+        route = self.batch.route
+        route.requests_per_run = min(route.requests_per_run, max(1.0, self.batch.n_requests / 2))
+
+    def begin(self) -> bool:
+        """Drop the requests that are past their deadline. Returns False if none remains."""
+        batch = self.batch
+        if not batch.drop_expired():
+            return False
+        if self.in_parts and self.parts is None:
+            per_run = batch.route.requests_per_run
+            self.parts = pipeline.infer_in_parts(self.runner, self.result, batch.n_rows, batch.requests(), per_run)
+        return True
+
+    def run(self) -> None:
+        """Run the model, in any thread."""
+        if self.parts is None:
+            pipeline.infer(self.runner, self.result)
+            return
+        while not self.parts.is_done:
+            self.parts.step()
 
 
 class ModelThreads:
@@ -54,52 +90,62 @@ class ModelThreads:
         self.loop = loop
         self.router = router
         self.threads: ThreadPoolExecutor | None = None
-        self.lanes: dict[
-            Runner, deque[PreparedBatch]
-        ] = {}  # batches in order; the first of each runs or waits for a thread
+        # The batches of each lane in order; the first runs or waits for a thread.
+        self.lanes: dict[Hashable, deque[PreparedBatch]] = {}
         self.ended = threading.Event()  # a batch has run, and `finish` was not called for it yet
         self.closed = False
 
     def put(self, prepared: PreparedBatch) -> None:
         prepared.batch.leave_loop()
-        lane = self.lanes.setdefault(prepared.runner, deque())
+        self.go_on(prepared)
+
+    def go_on(self, prepared: PreparedBatch) -> None:
+        """Run a batch that has left the loop, or the rest of it."""
+        lane = self.lanes.setdefault(prepared.lane, deque())
         lane.append(prepared)
         if len(lane) == 1:
-            self.start(prepared.runner, lane)
+            self.start(prepared.lane, lane)
 
-    def start(self, runner: Runner, lane: deque[PreparedBatch]) -> None:
+    def start(self, key: Hashable, lane: deque[PreparedBatch]) -> None:
         """Run the first batch that still has a waiting request; deadlines may have passed while the batch waited."""
         while lane:
             first = lane[0]
-            if first.batch.drop_expired():
-                thread = runner.executor or self.shared()
-                done = thread.submit(pipeline.infer, runner, first.result)
-                done.add_done_callback(lambda future: self.end(runner, lane, future))
+            if first.begin():
+                thread = first.runner.executor or self.shared()
+                done = thread.submit(first.run)
+                done.add_done_callback(lambda future: self.end(key, lane, future))
                 return
             self.router.resume(lane.popleft().batch.route)
-        del self.lanes[runner]
+        del self.lanes[key]
 
     def shared(self) -> ThreadPoolExecutor:
         if self.threads is None:
             self.threads = ThreadPoolExecutor(LIMITS.model_threads, "model")
         return self.threads
 
-    def end(self, runner: Runner, lane: deque[PreparedBatch], done: Future[None]) -> None:
+    def end(self, key: Hashable, lane: deque[PreparedBatch], done: Future[None]) -> None:
         """Tell the loop that a batch has run. Called in the model's thread."""
         self.ended.set()
-        self.tell(self.finish, runner, lane, done)
+        self.tell(self.finish, key, lane, done)
 
-    def finish(self, runner: Runner, lane: deque[PreparedBatch], done: Future[None]) -> None:
+    def finish(self, key: Hashable, lane: deque[PreparedBatch], done: Future[None]) -> None:
         self.ended.clear()
         if self.closed:
             return  # every connection is closed
-        prepared = lane.popleft()
-        prepared.answered(prepared, done.exception())
+        prepared, error = lane.popleft(), done.exception()
+        if time.perf_counter_ns() - prepared.batch.started_ns < 1e3 * LIMITS.loop_stall_us:
+            prepared.runner.note_quick(in_thread=True)
+        if isinstance(error, ModelFailed):
+            prepared.split()
+            lane.appendleft(prepared)
+            self.start(key, lane)
+            return
+        prepared.answered(prepared, error)
         self.router.resume(prepared.batch.route)
-        self.start(runner, lane)
+        self.start(key, lane)
 
     def rest(self) -> None:
-        """Wait for a moment, or until a batch ends. Called after a turn that refused requests or answered none.
+        """Wait for a moment, or until a batch ends. Called after a turn in which no model ran in the loop.
 
         A turn has fixed costs: one read and one write per connection. While a batch runs in a thread and no other model
         is asked for, the loop would pay these costs for a few requests at a time, only to queue or to refuse them.

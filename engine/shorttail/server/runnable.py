@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
 from shorttail._native.columns import Columns
 from shorttail._native.wire import WireRoute
+from shorttail.models.request_runs import RequestRows
 from shorttail.pipeline import BatchResult
 
 
@@ -16,9 +17,9 @@ class Runnable(Protocol):
     """Requests of one route that run together: a Batch of native/wire, or an HttpBatch.
 
     protocol: index into metrics.PROTOCOLS. columns: the request columns of all requests. inputs: the model's own input
-    tensors, if a request brings them instead of columns. waiting: requests to be counted when the batch is answered.
-    opened_ns, started_ns: when its first request was read, and when it began to run (CLOCK_MONOTONIC). traces: index of
-    a request in the batch -> (message id, traceparent).
+    tensors, if a request brings them instead of columns. n_requests: all that were added. waiting: requests to be
+    counted when the batch is answered. opened_ns, started_ns: when its first request was read, and when it began to run
+    (CLOCK_MONOTONIC). traces: index of a request in the batch -> (message id, traceparent).
     """
 
     @property
@@ -32,6 +33,8 @@ class Runnable(Protocol):
     @property
     def n_rows(self) -> int: ...
     @property
+    def n_requests(self) -> int: ...
+    @property
     def waiting(self) -> int: ...
     @property
     def opened_ns(self) -> int: ...
@@ -43,6 +46,12 @@ class Runnable(Protocol):
     def drop_expired(self) -> int:
         """Answer the requests that are past their deadline, and return how many still wait. Called before a run."""
 
+    def requests(self) -> list[RequestRows]:
+        """Return the requests that have no answer yet, in order of their rows."""
+
+    def refuse(self, number: int, code: str, message: str) -> Hashable:
+        """Answer one request with an error. Returns its sender, None if the sender is not known."""
+
     def leave_loop(self) -> None:
         """The batch runs in a thread. The next batch of its route waits until it has run."""
 
@@ -52,8 +61,11 @@ class Runnable(Protocol):
     def keep_columns(self) -> None:
         """Do not reuse the columns after the reply: a shadow still reads them."""
 
+    def reply_to(self, numbers: Sequence[int], result: BatchResult) -> None:
+        """Answer some requests with their rows of the result. `reply` or `fail` has to follow for the others."""
+
     def reply(self, result: BatchResult) -> None:
-        """Answer each request with its rows of the result."""
+        """Answer each request that has no answer yet with its rows of the result."""
 
     def fail(self, code: str, message: str) -> None:
         """Answer each request that has no answer yet with this error."""

@@ -15,11 +15,14 @@ from numpy.typing import NDArray
 
 from shorttail import pipeline
 from shorttail._native.route import Route
+from shorttail.errors import Internal
+from shorttail.models.request_runs import PartRun, RequestRows
 from shorttail.pipeline import BatchResult, Plan, PlanOutdated, Shadow
 from shorttail.server.runnable import Runnable
 
 if TYPE_CHECKING:
     from shorttail._native.columns import Columns
+    from shorttail.models.load import Runner
     from shorttail.store import Store
 
 Array = NDArray[Any]
@@ -78,6 +81,7 @@ class ShadowBatch:
     """A batch that the current version answers, kept for the shadow.
 
     columns: the request columns, or None if the shadow takes the same input arrays (`inputs`) as the current version.
+    rows, requests: of the batch.
     """
 
     shadow: Shadow
@@ -85,6 +89,8 @@ class ShadowBatch:
     columns: Columns | None
     inputs: Sequence[Array]
     names: Sequence[str]
+    rows: int
+    requests: Sequence[RequestRows]
     answered: Sequence[Array] = ()
 
     def run(self, store: Store) -> None:
@@ -94,10 +100,9 @@ class ShadowBatch:
         assert runner is not None
         try:
             if self.columns is None:
-                values = runner.run(self.inputs)
+                values = self.infer(runner, self.inputs)
             else:
-                result = pipeline.run_batch(Route(self.shadow.plan), store, self.columns)
-                values = list(result.values)
+                values = self.infer(runner, pipeline.prepare(Route(self.shadow.plan), store, self.columns).values)
             answered = dict(zip(self.names, self.answered, strict=True))
             differing, largest = compare(answered, dict(zip(runner.output_names, values, strict=True)))
         except PlanOutdated:
@@ -111,6 +116,20 @@ class ShadowBatch:
             counts.largest_difference = max(counts.largest_difference, largest)
         finally:
             self.state.running = False
+
+    def infer(self, runner: Runner, inputs: Sequence[Array]) -> Sequence[Array]:
+        """Run the shadow's model, one request at a time if its rows depend on each other. Raises its first error."""
+        if not runner.by_request or len(self.requests) == 1:
+            return runner.run(inputs)
+        run = PartRun(runner, inputs, self.rows, self.requests, 1.0)
+        while not run.is_done:
+            run.step()
+        parts = run.result()
+        for error in parts.failures.values():
+            raise error
+        if len(parts.answered) > 1:
+            raise Internal("its outputs have other widths for some requests of a batch than for others")
+        return parts.answered[0].outputs
 
 
 class ShadowThread:
@@ -145,7 +164,9 @@ class ShadowThread:
         if not shadow.same_inputs:
             columns = batch.columns
             batch.keep_columns()
-        return ShadowBatch(shadow, state, columns, result.values, result.names)
+        runner = shadow.plan.runner
+        requests = batch.requests() if runner is not None and runner.by_request else ()
+        return ShadowBatch(shadow, state, columns, result.values, result.names, batch.n_rows, requests)
 
     def add(self, shadowed: ShadowBatch, result: BatchResult) -> None:
         """Queue a batch for the shadow, with the answers that the current version gave."""

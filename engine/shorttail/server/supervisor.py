@@ -38,6 +38,8 @@ WAIT_MAX_S: Final = 0.25
 # If the supervisor looks at its workers this long after the last time, it did not run itself, so perhaps no process
 # did.
 STOOD_STILL_S: Final = 0.75
+# Exit codes of a worker that says nothing against the models that it ran: it ended by itself, or somebody ended it.
+CALM_ENDS: Final = (0, 1, -signal.SIGTERM, -signal.SIGINT)
 
 
 def serve(
@@ -124,6 +126,7 @@ class Supervisor:
             while True:
                 if self.reload_wanted:
                     self.reload_wanted = False
+                    self.launcher.deaths.forget()
                     rolling.reload(self)
                 self.wait()
         except StartFailed:
@@ -253,7 +256,17 @@ class Supervisor:
             child.share.hear(self.acceptor.give)  # the last connections that it gave away
             self.selector.unregister(child.share.channel)
             self.acceptor.remove(child.share)
+        self._note_death(child)
         return child.close()
+
+    def _note_death(self, child: Child) -> None:
+        """Note the models in whose runs a worker died, and ban a model that has killed several."""
+        deaths = self.launcher.deaths
+        hung_s = self.settings.hang_deadline_s if child.killed_for else 0.0
+        if child.runs is not None and child.process.wait() not in CALM_ENDS and deaths.note(child.runs.died_in(hung_s)):
+            for other in [*self.children.values(), *self.others]:
+                if other.runs is not None:
+                    other.runs.ban(deaths.banned)
 
     def _plan_restart(self, child: Child, code: int, *, silent: bool = False) -> None:
         wait_s = self.restarts.plan(child.number, time.monotonic() - child.started_s)

@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import gc
 import json
+import logging
 import math
 import signal
 import socket
@@ -24,10 +25,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import uvloop
 
+from shorttail._native import runs
 from shorttail._native.wire import Connection, Router
 from shorttail.config import LIMITS
 from shorttail.engine import Engine
 from shorttail.errors import InvalidArgument, ShorttailError
+from shorttail.models.serving import Banned
 from shorttail.observe import logs, stderr
 from shorttail.server import handover, limits, security
 from shorttail.server.batcher import Batcher
@@ -38,6 +41,8 @@ from shorttail.server.writer_link import WriterLink
 
 if TYPE_CHECKING:
     from shorttail.server.http.app import HttpServer
+
+log = logging.getLogger(__name__)
 
 # A worker that stops reads from each connection for this long, so that requests that were sent before are answered.
 LAST_READS_S: Final = 0.1
@@ -79,9 +84,13 @@ def load(store: str, device: str, pretouch: bool = False, lock_memory: bool = Fa
     Returns the engine, and what it serves: {"models": [{"name", "version"}], "views": [name]}.
     """
     engine = Engine.open(store, device=device, pretouch=pretouch, lock_memory=lock_memory)
+    engine.ban(runs.banned())
     models = engine.models()
     for model in models:
-        engine.plan_for_model(model["name"])
+        try:
+            engine.plan_for_model(model["name"])
+        except Banned as error:
+            log.warning("%s", error.message)
     served = {
         "models": [{"name": model["name"], "version": model["version"]} for model in models],
         "views": [view["name"] for view in engine.views()],
@@ -106,6 +115,7 @@ async def serve(
     served: what `load` returned. writer: path of the writer's socket.
     """
     loop = asyncio.get_running_loop()
+    runs.limit_thread(LIMITS.loop_run_s)
     faults = ErrorLog(telemetry.log.form)
     router = Router(loop, engine, handlers(engine, lambda: batcher.shadows.describe(engine.models())))
     http = http_server(engine, router, telemetry, faults, settings) if http_listeners else None
@@ -130,6 +140,7 @@ async def serve(
         while True:
             await asyncio.sleep(LIMITS.idle_refresh_ms / 1000)
             try:
+                engine.ban(runs.banned())
                 engine.refresh(
                     force=True
                 )  # sees also the commit of a writer that was killed before it could count the commit
@@ -242,6 +253,7 @@ def main() -> int:
     parser.add_argument("--lock-memory", action="store_true", help="and keep it in memory")
     parser.add_argument("--check", action="store_true", help="load, report, exit")
     parser.add_argument("--channel-fd", type=int, required=True)
+    parser.add_argument("--runs-fd", type=int, default=-1, help="the page in which each model run is noted")
     parser.add_argument("--metrics-fd", type=int, default=-1, help="the memory for counters that all processes share")
     parser.add_argument("--http-fd", type=int, action="append", default=[])
     parser.add_argument("--settings", metavar="JSON", required=True)
@@ -253,6 +265,8 @@ def main() -> int:
         limits.pin(args.cpu)
     limits.allow_files(settings.max_connections)
     limits.return_memory()
+    if args.runs_fd >= 0:
+        runs.share(args.runs_fd)
     control = socket.socket(fileno=args.control_fd)
     try:
         engine, served = load(args.store, args.device, args.pretouch, args.lock_memory)

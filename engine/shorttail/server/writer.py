@@ -41,6 +41,7 @@ from shorttail.errors import (
 )
 from shorttail.observe import stderr
 from shorttail.observe.logs import Format
+from shorttail.results import RowCount
 from shorttail.server.errorlog import ErrorLog, one_line
 from shorttail.server.writer_link import NIL, READY, REQUEST_BYTES, failed
 from shorttail.sources.rows import column_batch, key_arrays
@@ -212,6 +213,13 @@ def make_edit(store: Store, method: str, name: str, columns: dict[Any, Any]) -> 
     return Delete(name, key_arrays(view, columns))
 
 
+def rows_answer(rows: int) -> dict[str, int]:
+    """Return the result of a push (whose rows are a RowCount) or a delete, as docs/protocol.md describes it."""
+    if not isinstance(rows, RowCount):
+        return {"rows": rows}
+    return {"rows": int(rows), "older": rows.older} | ({"duplicate": rows.duplicate} if rows.duplicate else {})
+
+
 class WorkerConnection(asyncio.Protocol):
     """The writer's end of the connection of one worker."""
 
@@ -246,7 +254,7 @@ class WorkerConnection(asyncio.Protocol):
     def answer(self, number: int, outcome: Outcome) -> None:
         if self.transport is None:
             return  # the worker has died
-        result = failed(outcome) if isinstance(outcome, ShorttailError) else NIL + msgpack.packb({"rows": outcome})
+        result = failed(outcome) if isinstance(outcome, ShorttailError) else NIL + msgpack.packb(rows_answer(outcome))
         self.transport.write(b"\x94\x01" + msgpack.packb(number) + result)
 
 

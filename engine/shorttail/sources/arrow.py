@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
-from typing import Any, Final
+from typing import Any
 
 import pyarrow as pa
 
@@ -20,11 +20,10 @@ class ArrowSource:
     It can be read once. origin: its name in errors. Raises InvalidArgument for data of another kind.
     """
 
-    kind: Final = "arrow"
-
     def __init__(self, data: Any, origin: str):
         self.origin = origin
         self.rows: int | None = getattr(data, "num_rows", None)
+        self.names: list[str] = []
         if isinstance(data, pa.Table):
             self._batches: Iterable[Any] = data.to_batches(BATCH_ROWS)
             self._schema = data.schema
@@ -34,18 +33,26 @@ class ArrowSource:
             reader = pa.RecordBatchReader.from_stream(data)
             self._batches, self._schema = reader, reader.schema
         else:
-            batches = iter(data if isinstance(data, Iterable) and not isinstance(data, str | bytes) else [data])
+            batches = iter(data if isinstance(data, Iterable) and not isinstance(data, bytes) else [data])
             first = next(batches, None)
             if first is None:
                 self.rows, self._batches, self._schema = 0, [], None
                 return
             if not isinstance(first, pa.RecordBatch):
-                got = type(first).__name__
-                raise InvalidArgument(f"{origin}: got {got}; give a file's path, Arrow data, or record batches")
+                raise InvalidArgument(
+                    f"{origin}: got {type(first).__name__}; give a path, a list of paths, a dict of columns, pandas, "
+                    "polars or pyarrow data, or record batches"
+                )
             self._batches, self._schema = chain([first], batches), first.schema
+        self.names = self._schema.names
 
-    def schema(self) -> Any:
-        return self._schema
+    @property
+    def parts(self) -> Sequence[ArrowSource]:
+        """The data itself; nothing if there is no record batch that could tell its columns."""
+        return [] if self._schema is None else [self]
+
+    def type_of(self, name: str) -> Any:
+        return None
 
     def read(self, columns: Sequence[str], batch_rows: int = BATCH_ROWS) -> Iterator[Any]:
         for batch in self._batches:
@@ -53,5 +60,5 @@ class ArrowSource:
                 raise InvalidArgument(f"{self.origin}: the batches are not all record batches of one schema")
             yield batch.select(list(columns))
 
-    def convert(self, dtype: DType, column: Any) -> tuple[Any, Any]:
+    def convert(self, name: str, dtype: DType, column: Any) -> tuple[Any, Any]:
         return from_arrow(dtype, column)

@@ -1,14 +1,15 @@
 """Turns what a source reads into what the store takes: batches of rows, and batches of keys.
 
-Missing columns are found before the first row is read.
+The columns of all parts of a source are checked before the first row is read.
 """
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,13 +22,15 @@ from shorttail.define.refusal import described_text
 from shorttail.define.values import Refused
 from shorttail.define.views import FeatureView
 from shorttail.errors import InvalidArgument
-from shorttail.sources.source import BATCH_ROWS, EVENT_TIME, Source, first_line
+from shorttail.sources.rows import time_column
+from shorttail.sources.source import BATCH_ROWS, Part, Source, column_names, first_line
 from shorttail.store import ColumnBatch
 from shorttail.store.table import Texts
 
 try:
     import pyarrow as pa
 
+    from shorttail.define.arrow import may_take, null_texts
     from shorttail.sources.arrow import ArrowSource
     from shorttail.sources.files import FileSource
 except ImportError:
@@ -39,13 +42,15 @@ Nulls = NDArray[np.bool_]
 
 
 def open_source(data: Any, view: FeatureView) -> Source:
-    """Return the source of a view's rows: a file, a folder, or Arrow data. Raises NotFound, InvalidArgument.
+    """Return the source of a view's rows: files, or Arrow data. Raises NotFound, InvalidArgument.
 
-    data: a path; or a Table, a RecordBatch, a RecordBatchReader, RecordBatches of the same schema, or any object with
-    `__arrow_c_stream__`, such as a polars or pandas frame.
+    data: the path of a file or a folder, or a pattern such as "rows/*.parquet", or a list of these; or a Table, a
+    RecordBatch, a RecordBatchReader, RecordBatches of the same schema, or any object with `__arrow_c_stream__`.
     """
-    if isinstance(data, str | Path):
-        return FileSource(data, [*view.keys, *view.feature_index, view.timestamp or EVENT_TIME], f"view '{view.name}'")
+    listed = data if isinstance(data, list | tuple) else [data]
+    if listed and all(isinstance(item, str | os.PathLike) for item in listed):
+        times = time_column(view)
+        return FileSource(data, [*view.keys, *view.source_columns, *([times] if times else [])], f"view '{view.name}'")
     return ArrowSource(data, f"rows for view '{view.name}'")
 
 
@@ -53,20 +58,24 @@ def row_batches(source: Source, view: FeatureView, timestamp: str | None = None)
     """Return the rows of a source for a view, batch by batch.
 
     timestamp: the column of event times, of any type that a Timestamp takes. With None, the event times come from
-    `event_time` if the source has it, else they are now. Other columns are ignored. NaN is null.
-    Raises InvalidArgument, at once for a missing or repeated column, and while iterating for a wrong value.
+    `event_time` if the source has it, else they are now. Other columns are ignored. NaN is null. Where a part lacks a
+    feature that other parts have, it is null. Raises InvalidArgument, at once for a missing or repeated column and for
+    a type that cannot fit, and while iterating for a wrong value.
     """
-    schema = source.schema()
-    if schema is None:
+    if not source.parts:
         return iter(())
-    timestamp = timestamp_column(view, timestamp, schema)
-    roles = dict.fromkeys(view.keys, f"key of view '{view.name}'")
-    roles |= {feature.name: f"feature of view '{view.name}'" for feature in view.features}
+    if timestamp is None and (found := time_column(view)) in column_names(source):
+        timestamp = found
+    needed = key_columns(view)
+    for feature in view.features:
+        role = f"feature '{feature.name}'" if feature.column else "feature"
+        needed.append(NeededColumn(feature.source_column, feature.dtype, f"{role} of view '{view.name}'", False))
     if timestamp is not None:
-        roles.setdefault(timestamp, f"timestamp of view '{view.name}'")
-    check_columns(source.origin, roles, schema)
+        needed.append(NeededColumn(timestamp, Timestamp, f"timestamp of view '{view.name}'", True))
+    check_columns(source, needed)
     now_us = time.time_ns() // 1000
-    return (column_batch(rows, view, timestamp, now_us) for rows in read_batches(source, list(roles), BATCH_ROWS))
+    columns = [column.name for column in needed]
+    return (column_batch(rows, view, timestamp, now_us) for rows in read_batches(source, columns, BATCH_ROWS))
 
 
 def key_batches(source: Source, view: FeatureView, batch_rows: int) -> Iterator[list[list[Any]]]:
@@ -74,39 +83,76 @@ def key_batches(source: Source, view: FeatureView, batch_rows: int) -> Iterator[
 
     Other columns are ignored. Raises InvalidArgument as `row_batches` does.
     """
-    check_columns(source.origin, dict.fromkeys(view.keys, f"key of view '{view.name}'"), source.schema())
+    check_columns(source, key_columns(view))
     return (
         [rows.required(name, dtype, "key").tolist() for name, dtype in view.keys.items()]
         for rows in read_batches(source, list(view.keys), batch_rows)
     )
 
 
-def timestamp_column(view: FeatureView, timestamp: str | None, schema: Any) -> str | None:
-    """Return the column of event times, or None if event times are now."""
-    if timestamp is None and EVENT_TIME in schema.names and EVENT_TIME not in view.feature_index:
-        return EVENT_TIME
-    return timestamp
+@dataclass(frozen=True, slots=True)
+class NeededColumn:
+    """A column that is read. role: for errors. everywhere: every part must have it; else it is null in some parts."""
+
+    name: str
+    dtype: DType
+    role: str
+    everywhere: bool
 
 
-def check_columns(origin: str, roles: dict[str, str], schema: Any) -> None:
-    """Check that each column is there once. roles: column -> what it is for. Raises InvalidArgument."""
-    for name, role in roles.items():
-        if name not in schema.names:
-            raise InvalidArgument(f"{origin}: no column '{name}' ({role}); its columns: {', '.join(schema.names)}")
-        if schema.names.count(name) > 1:
-            raise InvalidArgument(f"{origin}: column '{name}' ({role}) is there twice")
+def key_columns(view: FeatureView) -> list[NeededColumn]:
+    return [NeededColumn(name, dtype, f"key of view '{view.name}'", True) for name, dtype in view.keys.items()]
 
 
-def read_batches(source: Source, columns: list[str], batch_rows: int) -> Iterator[BatchReader]:
-    """Yield each record batch of a source that holds rows. Raises InvalidArgument if the source cannot be read."""
-    first = 0
+def check_columns(source: Source, needed: Sequence[NeededColumn]) -> None:
+    """Check the columns of all parts, before rows are read. Raises InvalidArgument that names the part and column."""
+    known = set(column_names(source))
+    for part in source.parts:
+        counts = Counter(part.names)
+        for column in needed:
+            if counts[column.name]:
+                check_present(part, column, counts[column.name])
+            else:
+                check_absent(part, column, column.name in known, set(counts) - {column.name for column in needed})
+
+
+def check_present(part: Part, column: NeededColumn, count: int) -> None:
+    """Raise InvalidArgument if the column is there twice, or has values that do not fit."""
+    if count > 1:
+        raise InvalidArgument(f"{part.origin}: column '{column.name}' ({column.role}) is there twice")
+    kind = part.type_of(column.name)
+    if kind is not None and not may_take(column.dtype, kind):
+        for rows in read_part(part, [column.name], BATCH_ROWS):
+            rows.column(column.name, column.dtype)  # raises with the first value; a column of nulls fits
+
+
+def check_absent(part: Part, column: NeededColumn, elsewhere: bool, others: set[str]) -> None:
+    """Raise InvalidArgument if the part must have the column. others: the columns of the part that nothing needs."""
+    name = column.name
+    if similar := sorted(other for other in others if other.casefold() == name.casefold()):
+        hint = f"there is '{similar[0]}', and case matters"
+    elif elsewhere and not column.everywhere:
+        return
+    else:
+        hint = f"its columns: {', '.join(part.names)}"
+    raise InvalidArgument(f"{part.origin}: no column '{name}' ({column.role}); {hint}")
+
+
+def read_batches(source: Source, columns: Sequence[str], batch_rows: int) -> Iterator[BatchReader]:
+    """Yield each batch of a source that holds rows. Raises InvalidArgument if the source cannot be read."""
+    for part in source.parts:
+        yield from read_part(part, columns, batch_rows)
+
+
+def read_part(part: Part, columns: Sequence[str], batch_rows: int) -> Iterator[BatchReader]:
+    first, own = 0, [name for name in dict.fromkeys(columns) if name in part.names]
     try:
-        for batch in source.read(columns, batch_rows):
+        for batch in part.read(own, batch_rows):
             if batch.num_rows:
-                yield BatchReader(source, batch, first)
+                yield BatchReader(part, batch, first)
             first += batch.num_rows
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise InvalidArgument(f"{source.origin}: cannot be read: {first_line(error)}") from None
+        raise InvalidArgument(f"{part.origin}: cannot be read: {first_line(error)}") from None
 
 
 def column_batch(rows: BatchReader, view: FeatureView, timestamp: str | None, now_us: int) -> ColumnBatch:
@@ -115,31 +161,34 @@ def column_batch(rows: BatchReader, view: FeatureView, timestamp: str | None, no
         times = np.full(rows.batch.num_rows, now_us, np.int64)
     else:
         times = rows.required(timestamp, Timestamp, "timestamp")
-    features = [rows.column(feature.name, feature.dtype) for feature in view.features]
+    features = [rows.column(feature.source_column, feature.dtype) for feature in view.features]
     return ColumnBatch(keys=keys, event_time_us=times, features=features)
 
 
 @dataclass(frozen=True, slots=True)
 class BatchReader:
-    """Converts the columns of a record batch. first: the row number, in the whole source, of its first row."""
+    """Converts the columns of a record batch. first: the row number, in the whole part, of its first row."""
 
-    source: Source
+    part: Part
     batch: Any
     first: int
 
     def column(self, name: str, dtype: DType) -> tuple[Any, Nulls | None]:
         """Return a column in the form the store takes for the type, and nulls. Raises InvalidArgument.
 
-        The result shares Arrow's memory where both types have the same layout.
+        A column that the batch lacks is null. The result shares Arrow's memory where both types have the same layout.
         """
         try:
-            values, nulls = self.source.convert(dtype, self.batch.column(name))
+            if name in self.batch.schema.names:
+                values, nulls = self.part.convert(name, dtype, self.batch.column(name))
+            else:
+                values, nulls = all_null(dtype, self.batch.num_rows)
             if dtype == String:
                 values = text_buffers(values)
                 check_texts(values, nulls)
         except Refused as error:
             row = None if error.row is None else self.first + error.row
-            raise Refused(error.got, row).error(f"{self.source.origin}: column '{name}'", dtype) from None
+            raise Refused(error.got, row).error(f"{self.part.origin}: column '{name}'", dtype) from None
         return values, nulls
 
     def required(self, name: str, dtype: DType, role: str) -> Any:
@@ -147,10 +196,16 @@ class BatchReader:
         values, nulls = self.column(name, dtype)
         if nulls is not None:
             row = self.first + int(np.argmax(nulls))
-            raise InvalidArgument(
-                f"{self.source.origin}: column '{name}' is null at row {row}; every row needs a {role}"
-            )
+            raise InvalidArgument(f"{self.part.origin}: column '{name}' is null at row {row}; every row needs a {role}")
         return values
+
+
+def all_null(dtype: DType, count: int) -> tuple[Any, Nulls]:
+    """Return a column of nulls in the form of from_arrow of define.values."""
+    if dtype == String:
+        return null_texts(count), np.ones(count, np.bool_)
+    shape = (count, dtype.width) if dtype.is_vector else count
+    return np.zeros(shape, dtype.numpy), np.ones(count, np.bool_)
 
 
 def text_buffers(column: Any) -> Texts:

@@ -45,7 +45,7 @@ def from_texts(dtype: DType, column: Any) -> tuple[Any, Any]:
         if pc.all(pc.match_substring_regex(column, pattern)).as_py() is not False:  # None: every text is null
             try:
                 return from_arrow(dtype, column.cast(kind))
-            except pa.ArrowInvalid:  # such as February 30
+            except (pa.ArrowInvalid, Refused):  # such as February 30, or 3000000000 for Int32; the text is named below
                 break
     found = []
     for row, text in enumerate(column.to_pylist()):

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shorttail.define.dtypes import DType, Timestamp
+from shorttail.define.names import decomposed, quoted
 from shorttail.define.values import Refused, as_column
 from shorttail.define.views import FeatureView
 from shorttail.errors import InvalidArgument
@@ -33,36 +34,42 @@ class PushedColumn:
 def time_column(view: FeatureView) -> str | None:
     """Return the column that may hold event times: the view's timestamp column, else `event_time`.
 
-    None if the view has no timestamp column, and a feature is called `event_time`.
+    None if the view has no timestamp column, and a feature is read from `event_time`.
     """
-    return view.timestamp or (None if EVENT_TIME in view.feature_index else EVENT_TIME)
+    return view.timestamp or (None if EVENT_TIME in view.source_columns else EVENT_TIME)
 
 
-def column_batch(view: FeatureView, rows: Any) -> ColumnBatch:
+def column_batch(view: FeatureView, rows: Any, only: bool = True) -> ColumnBatch:
     """Convert the rows of a push: every key and feature of the view, and event times if the rows have them.
 
-    Event times come from the view's timestamp column, else from `event_time`; without either column they are now. None
-    and NaN are null. A scalar beside longer columns is repeated. Raises InvalidArgument naming the view and column.
+    A feature comes from its source column. Event times come from the view's timestamp column, else from `event_time`;
+    without either column they are now. None and NaN are null. A scalar beside longer columns is repeated. only: refuse
+    other columns, and no rows at all; a load ignores other columns. Raises InvalidArgument naming the view and column.
     """
     given = as_columns(view, rows)
     timestamp = time_column(view)
-    needed = [*view.keys, *(feature.name for feature in view.features)]
+    needed = [*view.keys, *view.source_columns]
     known = needed if timestamp is None or timestamp in needed else [*needed, timestamp]
+    missing = {name.casefold() for name in needed if name not in given}
     for name in given:
-        if name not in known:
-            raise InvalidArgument(f"view '{view.name}' has no column '{name}'; columns: {', '.join(known)}")
+        if name not in known and (only or str(name).casefold() in missing):
+            named = f"{quoted(name)}{decomposed(name, known)}"
+            raise InvalidArgument(f"view '{view.name}' has no column {named}{_hint(view, str(name), known)}")
     for name in needed:
         if name not in given:
             raise InvalidArgument(f"view '{view.name}': column '{name}' is missing from the rows; they need: {needed}")
     columns = _key_columns(view, given)
     for feature in view.features:
-        columns.append(read_column(f"view '{view.name}': column", feature.name, feature.dtype, given[feature.name]))
+        name = feature.source_column
+        columns.append(read_column(f"view '{view.name}': column", name, feature.dtype, given[name]))
     if timestamp is not None and timestamp in given:
         columns.append(_times(view, timestamp, given[timestamp]))
     if not isinstance(rows, Mapping):
         check_rows(view, columns)
     count = align(view, columns)
-    keys, features = columns[: len(view.keys)], columns[len(view.keys) : len(needed)]
+    if only and not count:
+        raise InvalidArgument(f"view '{view.name}': no rows; send at least one")
+    keys, features = columns[: len(view.keys)], columns[len(view.keys) : len(view.keys) + len(view.features)]
     return ColumnBatch(
         keys=[column.values for column in keys],
         event_time_us=columns[-1].values if timestamp in given else np.full(count, time.time_ns() // 1000, np.int64),
@@ -70,14 +77,26 @@ def column_batch(view: FeatureView, rows: Any) -> ColumnBatch:
     )
 
 
+def _hint(view: FeatureView, name: str, known: Sequence[str]) -> str:
+    """Return the end of the message about a column that a view does not take."""
+    if name in view.feature_index:
+        column = view.features[view.feature_index[name]].source_column
+        return f"; feature '{name}' is read from column '{column}'"
+    for other in known:
+        if other.casefold() == name.casefold():
+            return f"; there is '{other}', and case matters"
+    return f"; columns: {', '.join(known)}"
+
+
 def key_arrays(view: FeatureView, keys: Mapping[str, Any]) -> list[NDArray[Any]]:
     """Return an array [n] for each key column of the view: int64, or objects (str). Raises InvalidArgument."""
     given = as_columns(view, keys)
     for name in given:
         if name not in view.keys:
-            raise InvalidArgument(f"view '{view.name}' has no key '{name}'; keys: {', '.join(view.keys)}")
+            raise InvalidArgument(f"view '{view.name}' has no key {quoted(name)}; keys: {', '.join(view.keys)}")
     columns = _key_columns(view, given)
-    align(view, columns)
+    if not align(view, columns):
+        raise InvalidArgument(f"view '{view.name}': no rows; send at least one")
     return [column.values for column in columns]
 
 
@@ -121,24 +140,36 @@ def align(view: FeatureView, columns: Sequence[PushedColumn]) -> int:
             raise InvalidArgument(
                 f"view '{view.name}': column '{column.name}' has {len(column.values)} values where others have {count}"
             )
-    if count == 0:
-        raise InvalidArgument(f"view '{view.name}': no rows; send at least one")
     return count
 
 
 def as_columns(view: FeatureView, rows: Any) -> Mapping[str, Any]:
     """Return {name: column} of rows, in the forms that `as_column` takes. Raises InvalidArgument."""
     if isinstance(rows, Mapping):
-        return rows
+        return by_name(view, ((str(name), column) for name, column in rows.items()))
     if hasattr(rows, "column_names"):  # pyarrow.Table, RecordBatch
         return by_name(view, zip(rows.column_names, rows.columns, strict=True))
     if hasattr(rows, "get_columns"):  # polars
         return by_name(view, ((column.name, column) for column in rows.get_columns()))
-    if hasattr(rows, "columns") and hasattr(rows, "iloc"):  # pandas
-        return by_name(view, ((str(name), rows.iloc[:, i]) for i, name in enumerate(rows.columns)))
+    if is_pandas(rows):
+        columns = {str(name) for name in rows.columns}
+        levels = [name for name in rows.index.names if name in view.keys and name not in columns]
+        frame = ((str(name), rows.iloc[:, i]) for i, name in enumerate(rows.columns))
+        return by_name(view, [*((name, rows.index.get_level_values(name)) for name in levels), *frame])
     raise InvalidArgument(
         f"view '{view.name}': rows of type {type(rows).__name__}; give a dict of columns, pandas, polars or pyarrow"
     )
+
+
+def is_pandas(rows: Any) -> bool:
+    return hasattr(rows, "iloc") and hasattr(rows, "columns")
+
+
+def may_hold_objects(rows: Any) -> bool:
+    """Return whether rows are a dict or a frame whose columns may hold any Python objects, which Arrow cannot take."""
+    if isinstance(rows, Mapping) or is_pandas(rows):
+        return True
+    return hasattr(rows, "get_columns") and any(str(kind) == "Object" for kind in rows.dtypes)
 
 
 def by_name(view: FeatureView, columns: Iterable[tuple[str, Any]]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -11,6 +11,7 @@ from shorttail._native.pages import Layout, SortedRows, join
 from shorttail.define.catalog import TableInfo
 from shorttail.define.views import FeatureView
 from shorttail.errors import Internal, InvalidArgument, ShorttailError
+from shorttail.results import RowCount
 from shorttail.store.environment import WriteTransaction
 from shorttail.store.table import Array, ColumnBatch, depth_to_grow, encode_keys, encode_rows, join_batches, make_layout
 
@@ -52,6 +53,7 @@ class EditRun:
 
     upsert: bool
     numbers: list[int]
+    sizes: list[int]  # rows of each edit
     parts: list[tuple[Any, bytes]]  # (rows, string arena) of one or more edits
 
 
@@ -81,7 +83,8 @@ class TableEdits:
                 continue
             for number, edit in run:
                 try:
-                    self._add(isinstance(edit, Upsert), [number], self._encode(edit), separately)
+                    part = self._encode(edit)
+                    self._add(isinstance(edit, Upsert), [number], [len(part[0])], part, separately)
                 except ShorttailError as error:
                     errors[number] = error
         return errors
@@ -96,7 +99,7 @@ class TableEdits:
             part = encode_rows(self.layout, self.view, joined)
         except InvalidArgument:
             return False  # the caller encodes each edit on its own and so finds the wrong one
-        self._add(True, [number for number, _ in run], part, False)
+        self._add(True, [number for number, _ in run], list(map(len, batches)), part, False)
         return True
 
     def _encode(self, edit: Edit) -> tuple[Any, bytes]:
@@ -104,32 +107,40 @@ class TableEdits:
             return encode_rows(self.layout, self.view, edit.batch)
         return _encode_keys(self.layout, self.view, edit.keys)
 
-    def _add(self, upsert: bool, numbers: list[int], part: tuple[Any, bytes], separately: bool) -> None:
+    def _add(
+        self, upsert: bool, numbers: list[int], sizes: list[int], part: tuple[Any, bytes], separately: bool
+    ) -> None:
         if upsert and not separately and self.steps and self.steps[-1].upsert:
             self.steps[-1].numbers += numbers
+            self.steps[-1].sizes += sizes
             self.steps[-1].parts.append(part)
         else:
-            self.steps.append(EditRun(upsert, numbers, [part]))
+            self.steps.append(EditRun(upsert, numbers, sizes, [part]))
 
     @property
     def numbers(self) -> Iterable[int]:
         return (number for step in self.steps for number in step.numbers)
 
     def apply(self, writer: WriteTransaction) -> dict[int, int]:
-        """Apply all steps to the table. Return the number of rows that each Delete removed. Raises TableDamaged."""
-        removed = {}
+        """Apply all steps to the table. Raises TableDamaged.
+
+        Returns for each edit, by number, what became of the rows of an Upsert, or how many rows a Delete removed.
+        """
+        outcomes: dict[int, int] = {}
         for i, step in enumerate(self.steps):
-            rows = SortedRows(self.layout, step.parts)
+            rows = SortedRows(self.layout, step.parts, step.sizes)
             try:
                 if not step.upsert:
-                    removed[step.numbers[0]] = self._remove(writer, rows)
-                elif i == 0:
+                    outcomes[step.numbers[0]] = self._remove(writer, rows)
+                    continue
+                if i == 0:
                     self._merge_into_committed(writer, rows)
                 else:
                     self._merge(writer, rows)
             except ValueError as error:
                 raise TableDamaged(step.numbers, damaged_table(writer.path, self.view.name, error)) from None
-        return removed
+            outcomes |= _row_counts(step, rows.lost())
+        return outcomes
 
     def _merge_into_committed(self, writer: WriteTransaction, rows: SortedRows) -> None:
         """Merge the rows of the first step, reading buckets from the committed tree without a call to LMDB per bucket.
@@ -187,6 +198,15 @@ class TableEdits:
             writer.delete_page(table_id, last)
             writer.put_page(table_id, first, joined)
             key, page = first, joined
+
+
+def _row_counts(step: EditRun, lost: bytearray | None) -> Iterator[tuple[int, RowCount]]:
+    """Yield (number, count of rows) of each edit of a step. lost: see SortedRows.lost()."""
+    at = 0
+    for number, size in zip(step.numbers, step.sizes, strict=True):
+        part = lost[at : at + size] if lost else b""
+        yield number, RowCount.pushed(size, part.count(1), part.count(2))
+        at += size
 
 
 def _is_small(edit: Edit) -> bool:

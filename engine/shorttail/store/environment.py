@@ -74,7 +74,6 @@ class Environment:
         self.word = GenerationWord(word_map)
         self._word_map = word_map
         self._users = 1
-        self._pid = os.getpid()
         self._writing_thread: int | None = None
         self._checked_s = time.monotonic()  # time of the last clean-up of LMDB's reader table
         self._writer: WriteTransaction | None = None
@@ -112,7 +111,7 @@ class Environment:
         """Undo one open(). The last close() closes LMDB; no transaction may be open then."""
         with self._registry_lock:
             self._users -= 1
-            if self._users or os.getpid() != self._pid:
+            if self._users or os.getpid() != self.handle.pid:
                 return
             for name, environment in list(self._registry.items()):
                 if environment is self:
@@ -123,7 +122,7 @@ class Environment:
 
     def check_process(self) -> None:
         """Raise InvalidArgument in a child process that was forked after the store was opened."""
-        if os.getpid() != self._pid:
+        if os.getpid() != self.handle.pid:
             raise InvalidArgument(
                 f"store '{self.path}' was opened before this process forked; open it after the fork, or start "
                 "processes with multiprocessing's 'spawn' method"
@@ -160,6 +159,7 @@ class Environment:
     @contextmanager
     def read(self) -> Iterator[Transaction]:
         """Yield a read transaction that ends with the `with` block. Its values are memoryviews of the map."""
+        self.check_process()  # before recover(), which takes a lock that may be held for ever in a forked child
         if not self.is_writing():
             self.handle.recover()
         txn = self._begin_read()
@@ -444,18 +444,21 @@ def table_ids(txn: Transaction) -> list[int]:
 def drop_table(environment: Environment, table_id: int) -> None:
     """Delete all pages of a table that the catalog no longer names.
 
-    Each commit deletes LIMITS.drop_commit_pages, so that other writers do not wait until a large table is deleted.
+    Each commit deletes LIMITS.drop_commit_pages, so that other writers do not wait until a large table is deleted. The
+    last commit deletes nothing and enters the change log. LMDB uses a page again when every reader is at a later commit
+    than the one that deleted it, and a reader moves only to a commit in the change log.
     """
-    prefix, left = table_prefix(table_id), True
+    prefix, left, dropped = table_prefix(table_id), True, 0
     while left:
         with environment.write() as writer:
             cursor = writer.txn.cursor()
-            left = cursor.set_range(prefix)
-            for _ in range(LIMITS.drop_commit_pages):
-                left = left and bytes(cursor.key()).startswith(prefix)
-                if not left:
+            left = cursor.set_range(prefix) and bytes(cursor.key()).startswith(prefix)
+            for _ in range(LIMITS.drop_commit_pages if left else 0):
+                dropped += cursor.delete()
+                if not bytes(cursor.key()).startswith(prefix):
                     break
-                left = cursor.delete() and cursor.key() != b""
+            if dropped and not left:
+                writer.changed(_CATALOG_CHANGE)
 
 
 def _after_fork() -> None:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from shorttail.define.names import check_path_name
+
 
 def model_path(store_path: str | Path, name: str, version: int) -> Path:
-    """Return the path of the ONNX file of a model version."""
+    """Return the path of the ONNX file of a model version. Raises InvalidArgument for a name that is not a model's."""
+    check_path_name(name, "model")  # no path is made of a name that could lead elsewhere, whatever the caller checked
     return Path(store_path) / "models" / name / str(version) / "model.onnx"
 
 

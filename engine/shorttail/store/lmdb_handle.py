@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 import weakref
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from pathlib import Path
@@ -20,6 +21,7 @@ from shorttail.errors import ResourceExhausted, ShorttailError, Unavailable
 from shorttail.store.opening import open_lmdb, translate_errors
 
 EARLY_PAGES = 128  # a commit with at least this many pages uses a Writeback thread, which starts disk writes early
+POLL_S = 0.005
 REOPEN_WAIT_S = 0.1  # wait for active reads: they take milliseconds, except a scan that its caller left open
 
 Transaction = Any  # lmdb.Transaction: py-lmdb's stubs are not used
@@ -38,6 +40,9 @@ class Reader(Protocol):
     def release(self) -> None:
         """End the transaction and forget every address from it. Call it inside exclusive()."""
 
+    def release_if_stale(self) -> None:
+        """End the transaction if there is a later commit and no thread uses memory of it."""
+
 
 class LmdbHandle:
     """An LMDB environment and its open read transactions. `env` is the lmdb.Environment. Thread-safe."""
@@ -45,6 +50,7 @@ class LmdbHandle:
     def __init__(self, path: Path, create: bool) -> None:
         """Open LMDB. Raises what open_lmdb() raises."""
         self.path = path
+        self.pid = os.getpid()  # of the process that may use it
         self.env = open_lmdb(path, create)
         self.write_lock = threading.Lock()  # held by the one thread of this process that writes
         self._readers: weakref.WeakSet[Reader] = weakref.WeakSet()
@@ -69,7 +75,33 @@ class LmdbHandle:
             self._n_reads += 1
             return txn
 
+    def wait_for_readers(self, wait_s: float) -> None:
+        """Wait until no reader of any process is at an earlier commit than the last, or until wait_s have passed.
+
+        This process's own readers are moved. Then LMDB can use the pages again that earlier commits freed.
+        """
+        end_s = time.monotonic() + wait_s
+        with translate_errors(self.path):
+            last = self.env.info()["last_txnid"]
+            while True:
+                with self._reads:
+                    readers = list(self._readers)
+                for reader in readers:
+                    reader.release_if_stale()
+                if min(self._snapshots(), default=last) >= last or time.monotonic() >= end_s:
+                    return
+                time.sleep(POLL_S)
+
+    def _snapshots(self) -> list[int]:
+        """Return the number of the LMDB commit that each reader of any process is at."""
+        with self._reads:
+            lines = [line.split() for line in self.env.readers().splitlines()]
+        return [int(fields[2]) for fields in lines if len(fields) == 3 and fields[2].isdigit()]
+
     def end_read(self, txn: Transaction) -> None:
+        """End a read transaction. In a forked child, nothing: the transaction is its parent's, in shared memory."""
+        if os.getpid() != self.pid:
+            return
         txn.abort()
         with self._reads:
             self._n_reads -= 1

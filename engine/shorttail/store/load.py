@@ -20,11 +20,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from shorttail._native.pages import Layout, PageImages, RowPartitions, RowRange
+from shorttail._native.pages import Directory, Layout, PageImages, RowPartitions, RowRange
 from shorttail.config import LIMITS
 from shorttail.define.catalog import Catalog, TableInfo
 from shorttail.define.views import FeatureView
 from shorttail.errors import Internal, InvalidArgument, ResourceExhausted, ShorttailError
+from shorttail.results import RowCount
 from shorttail.store.commits import edit_catalog, is_current
 from shorttail.store.environment import Environment, drop_table, table_ids
 from shorttail.store.lmdb_file import PAGE_BYTES
@@ -49,8 +50,9 @@ def load(
     batches: Iterable[ColumnBatch],
     progress: Progress | None = None,
     memory_bytes: int | None = None,
-) -> int:
-    """Replace all rows of a view by the rows in batches. Returns the number of rows stored.
+    allow_shrink: bool = False,
+) -> RowCount:
+    """Replace all rows of a view by the rows in batches. Returns the number of rows stored, with the other counts.
 
     Of several rows with equal keys, the row with the latest event time is stored; if the event times are equal too, the
     row that was given last. The rows go into a new table, which replaces the old table in one commit at the end:
@@ -70,14 +72,17 @@ def load(
         _drop_leftovers(environment)
         catalog = _committed_catalog(environment)
         view, old = catalog.view(view_name), catalog.tables[view_name]
+        shrinking = Shrinking(view_name, 0 if allow_shrink else _count_rows(environment, view, old))
         table = _new_table(environment)
         try:
             with ExitStack() as files:
                 counter = _ProgressCounter(progress)
                 parts = Partitions(make_layout(view, table), budget, environment.path, view_name, files)
                 _partition_rows(parts, view, batches, counter)
+                shrinking.check(counter.read)  # before anything is written; equal keys are not known yet
                 table = _with_page_size(table, parts.rows)
                 n_rows = _write_table(environment, view, table, parts, counter)
+                shrinking.check(n_rows)
             _replace_table(environment, view, old, table)
         except BaseException:
             with suppress(ShorttailError):  # on failure the next load deletes the leftovers
@@ -85,7 +90,40 @@ def load(
             raise
         with suppress(ResourceExhausted):
             drop_table(environment, old.id)
-        return n_rows
+        return RowCount(n_rows, counter.read, parts.older, counter.read - n_rows - parts.older)
+
+
+@dataclass(frozen=True, slots=True)
+class Shrinking:
+    """Refuses a load that would leave a view with much fewer rows: such loads often read a file that was cut off.
+
+    A load without rows is refused if any rows are served. A load of less than half of the rows that are served is
+    refused if these are LIMITS.shrink_rows_min or more: entities come and go by a few percent from load to load, while
+    small tables are edited by hand.
+    """
+
+    view_name: str
+    served: int
+
+    def check(self, rows: int) -> None:
+        """Raise InvalidArgument if a load of so many rows is refused."""
+        if (self.served and not rows) or (self.served >= LIMITS.shrink_rows_min and 2 * rows < self.served):
+            raise InvalidArgument(
+                f"view '{self.view_name}': the load has {rows:,} row{'' if rows == 1 else 's'}, and {self.served:,} "
+                "are served; nothing was changed; if so few are right, give allow_shrink=True (--allow-shrink)"
+            )
+
+
+def _count_rows(environment: Environment, view: FeatureView, table: TableInfo) -> int:
+    """Return the number of rows of a table; 0 if it is damaged, so that a load can replace it."""
+    txn, tree = environment.read_tree()
+    try:
+        directory = Directory(make_layout(view, table), table.id)
+        return directory.count_rows() if directory.build(tree) else 0
+    except ValueError:
+        return 0
+    finally:
+        environment.handle.end_read(txn)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +173,12 @@ class Partitions:
         self.rows = RowPartitions(layout, self.bits, skip_bits, chunk_bytes, rows_bytes)
         self.fd = -1
         self._files = files
+        self._older_below = 0  # in partitions of partitions
+
+    @property
+    def older(self) -> int:
+        """The rows dropped so far because a row of the same key has a later event time."""
+        return self.rows.older + self._older_below
 
     def spill(self) -> None:
         """Move all rows from memory to the file. Raises ResourceExhausted (the disk)."""
@@ -178,6 +222,7 @@ class Partitions:
                     if parts.rows.memory_bytes >= parts.rows_bytes:
                         parts.spill()
             yield from parts.ranges(page_bytes)
+            self._older_below += parts.older
 
     def _hash(self, p: int) -> int:
         """Return the first hash of a partition."""
@@ -334,19 +379,25 @@ def _load_lock(environment: Environment) -> Iterator[None]:
         fcntl.flock(fd, fcntl.LOCK_EX)
         yield
     finally:
+        fcntl.flock(fd, fcntl.LOCK_UN)  # to close it is not enough: a child forked meanwhile has the descriptor too
         os.close(fd)
 
 
 def _drop_leftovers(environment: Environment) -> None:
-    """Delete the tables that the catalog does not name: they are left from killed loads or from removed views."""
+    """Delete the tables that the catalog does not name: they are left from killed loads or from removed views.
+
+    Waits until the next load can use their pages again, so that loads that fail again and again do not grow the file.
+    """
     # A write transaction, although nothing is written: if a writer dies right after its commit, readers miss that
     # commit until the next write transaction starts. A reader could then take the newest table for a leftover.
     with environment.write() as writer:
         present = table_ids(writer.txn)
         used = {table.id for table in Catalog.from_json(writer.get_catalog()).tables.values()}
-    for table_id in present:
-        if table_id not in used:
-            drop_table(environment, table_id)
+    leftovers = [table_id for table_id in present if table_id not in used]
+    for table_id in leftovers:
+        drop_table(environment, table_id)
+    if leftovers:
+        environment.handle.wait_for_readers(2 * LIMITS.idle_rest_ms / 1000)
 
 
 def _committed_catalog(environment: Environment) -> Catalog:

@@ -41,9 +41,7 @@ class Snapshot:
         # The directory of each view, None for an empty table. Entries are only added. Dropping a view replaces the dict
         # and never mutates it, so a holder of directories compares the dict's identity to know whether they are valid.
         self.directories: dict[str, Directory | None] = {}
-        self._lock = threading.Lock()  # held briefly, and while the snapshot moves
-        self._empty = threading.Condition(self._lock)  # notified when no thread is inside, or fewer wait for that
-        self._build_lock = threading.Lock()
+        self._make_locks()
         self.catalog = Catalog()
         self.catalog_version = 0  # grows with every change of the catalog, which makes plans stale
         self._parsed: tuple[bytes | None, Catalog] = (b"", self.catalog)  # the catalog with its JSON
@@ -53,6 +51,11 @@ class Snapshot:
         self._tree: Any = None  # Tree
         self._page_lock = PageLock(environment.path)
         self._layouts: dict[str, Layout] = {}
+
+    def _make_locks(self) -> None:
+        self._lock = threading.Lock()  # held briefly, and while the snapshot moves
+        self._empty = threading.Condition(self._lock)  # notified when no thread is inside, or fewer wait for that
+        self._build_lock = threading.Lock()
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], create: bool = False) -> Self:
@@ -74,7 +77,7 @@ class Snapshot:
                 return
             self.gate.generation = _CLOSED
             self.directories = {}
-            if self._txn is not None and self._same_process():
+            if self._txn is not None:
                 self.environment.handle.end_read(self._txn)
             self._txn = self._tree = None
             self.environment.close()
@@ -103,12 +106,13 @@ class Snapshot:
     def path(self) -> str:
         return str(self.environment.path)
 
-    def _same_process(self) -> bool:
-        try:
-            self.environment.check_process()
-        except InvalidArgument:
-            return False
-        return True
+    def disown(self) -> None:
+        """Free all locks, in a forked child: no thread that held one, or was inside, exists there.
+
+        The environment refuses every use of the store; without this, a use could wait for ever instead.
+        """
+        self._make_locks()
+        self.gate.inside = self.gate.waiting = self.gate.sleeping = 0
 
     # -- the snapshot ----------------------------------------------------------------------------------------------
 
@@ -375,6 +379,7 @@ class Snapshot:
             layout = make_layout(view, table)
             dtype = row_dtype(layout)
             for key, page in table_pages(txn, table.id):
+                self.environment.check_process()
                 with self._name_table_in_errors(view_name):
                     layout.check(page, key, table.id)
                 batch = decode_page(layout, dtype, page)
@@ -397,11 +402,15 @@ class _IdleThread:
                 self._thread = threading.Thread(target=self._run, name="shorttail-idle", daemon=True)
                 self._thread.start()
 
+    def snapshots(self) -> list[Snapshot]:
+        """Return the open snapshots."""
+        return [snapshot for snapshot in self._snapshots if snapshot.is_open]
+
     def _run(self) -> None:
         while True:
             time.sleep(LIMITS.idle_rest_ms / 1000)
             with self._lock:
-                snapshots = [snapshot for snapshot in self._snapshots if snapshot.is_open]
+                snapshots = self.snapshots()
                 if not snapshots:
                     self._thread = None
                     return
@@ -415,6 +424,8 @@ _idle = _IdleThread()
 
 
 def _after_fork() -> None:
+    for snapshot in _idle.snapshots():
+        snapshot.disown()
     _idle.__init__()  # type: ignore[misc]  # its thread does not exist in the child, and its lock may be held
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 from shorttail.define.catalog import Catalog
 from shorttail.errors import ShorttailError
+from shorttail.results import RowCount
 from shorttail.store import commits
 from shorttail.store.edits import Delete, Edit, TableDamaged, TableEdits, Upsert
 from shorttail.store.load import Progress, load
@@ -27,18 +29,17 @@ class Store(Snapshot):
     lookups see Snapshot.enter(). A write does not move the snapshot: the next enter() or refresh() shows its rows.
     """
 
-    def upsert(self, view_name: str, batch: ColumnBatch) -> int:
-        """Insert rows. A stored row with an equal key is replaced unless its event time is later.
+    def upsert(self, view_name: str, batch: ColumnBatch) -> RowCount:
+        """Insert rows. A stored row with an equal key is replaced unless its event time is later. Returns their count.
 
-        Returns the number of rows given. Up to COMMIT_ROWS rows are written atomically; a longer batch takes several
+        Up to COMMIT_ROWS rows are written atomically; a longer batch takes several
         commits of COMMIT_ROWS. Raises NotFound (view), InvalidArgument (columns), ResourceExhausted (disk) and Internal
         (damaged table).
         """
         if not len(batch):
             self._committed_catalog().view(view_name)  # an unknown view is an error even without rows
-        for piece in split_batches([batch], COMMIT_ROWS):
-            self._commit_one(Upsert(view_name, piece))
-        return len(batch)
+        pieces = split_batches([batch], COMMIT_ROWS)
+        return RowCount.total([self._commit_one(Upsert(view_name, piece)) for piece in pieces])
 
     def delete(self, view_name: str, keys: Sequence[Array]) -> int:
         """Remove the rows with the given keys. Returns the number of rows removed.
@@ -53,7 +54,7 @@ class Store(Snapshot):
             removed += self._commit_one(Delete(view_name, [column[start : start + COMMIT_ROWS] for column in keys]))
         return removed
 
-    def _commit_one(self, edit: Edit) -> int:
+    def _commit_one(self, edit: Edit) -> Any:
         (outcome,) = self.commit([edit])
         if isinstance(outcome, ShorttailError):
             raise outcome
@@ -62,9 +63,10 @@ class Store(Snapshot):
     def commit(self, edits: Sequence[Edit]) -> list[int | ShorttailError]:
         """Apply all edits, in the order given, in one durable commit.
 
-        Returns per edit the number of rows given (Upsert) or removed (Delete), or its error: an edit that cannot be
-        applied (unknown view, wrong columns, damaged table) is left out and does not affect the others. Raises errors
-        that concern all edits, such as ResourceExhausted; then nothing was written.
+        Returns per edit the RowCount of an Upsert or the number of rows that a Delete removed, or its error: an edit
+        that cannot be applied (unknown view, wrong columns, damaged table) is left out and does not affect the others.
+        Counts are those of edits applied one after the other. Raises errors that concern all edits, such as
+        ResourceExhausted; then nothing was written.
         """
         outcomes: dict[int, int | ShorttailError] = {}
         waiting, separately = list(range(len(edits))), False
@@ -75,8 +77,7 @@ class Store(Snapshot):
                 with self.environment.write() as writer:
                     for table in tables:
                         if commits.is_current(self._parse(writer.get_catalog()), table.view, table.table):
-                            given = {i: len(e.batch) for i in table.numbers if isinstance(e := edits[i], Upsert)}
-                            outcomes |= given | table.apply(writer)
+                            outcomes |= table.apply(writer)
                         else:
                             waiting += table.numbers  # a load has replaced the table: encode for the new one
             except TableDamaged as fault:
@@ -127,9 +128,10 @@ class Store(Snapshot):
         batches: Iterable[ColumnBatch],
         progress: Progress | None = None,
         memory_bytes: int | None = None,
-    ) -> int:
+        allow_shrink: bool = False,
+    ) -> RowCount:
         """Replace all rows of a view by the rows in batches, at once for every reader. Returns the rows stored.
 
-        load.load() describes equal keys, concurrent upserts, memory_bytes, progress and errors.
+        load.load() describes equal keys, concurrent upserts, memory_bytes, allow_shrink, progress and errors.
         """
-        return load(self.environment, view_name, batches, progress, memory_bytes)
+        return load(self.environment, view_name, batches, progress, memory_bytes, allow_shrink)

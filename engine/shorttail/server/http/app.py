@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from shorttail._native.metrics import METHODS, STAGES, UNKNOWN, Recorder
 from shorttail.config import LIMITS
@@ -54,9 +55,11 @@ class HttpCall:
 
     start_ns, deadline_ns: of time.perf_counter_ns; a deadline of 0 is none. method: index into metrics.METHODS. model:
     its name, once it is known that the model exists. id: the request id that the caller gave. rows: rows answered.
+    sender: the hash of the token (None without tokens) and the address, as server/senders.py knows the caller.
     """
 
     start_ns: int
+    sender: tuple[int | None, str | None] = (None, None)
     deadline_ns: int = 0
     method: int = OTHER
     model: str = ""
@@ -118,6 +121,16 @@ class HttpConnection(web.RequestHandler):  # type: ignore[misc,unused-ignore]
     def data_received(self, data: bytes) -> None:
         self._owner.received_bytes += len(data)
         super().data_received(data)
+
+    def log_exception(self, *args: Any, exc_info: Any = None, **more: Any) -> None:
+        """Log an error outside of the handlers in one line: a request that is not HTTP, or a fault of ours.
+
+        aiohttp itself would write a traceback for each line of garbage that a stranger sends.
+        """
+        if isinstance(exc_info, HttpProcessingError):
+            self._owner.note_garbage(" ".join(exc_info.message.split()))
+        elif isinstance(exc_info, Exception):
+            self._owner.fault(exc_info)
 
     def first_request_arrived(self) -> None:
         """End the wait for the first request, because it has arrived."""
@@ -207,7 +220,8 @@ class HttpServer:
         """
 
         async def answer(request: web.Request) -> web.Response:
-            call = HttpCall(time.perf_counter_ns())
+            token = hash(request.headers.get("Authorization")) if self.access is not None else None
+            call = HttpCall(time.perf_counter_ns(), (token, request.remote))
             request.protocol.first_request_arrived()  # type: ignore[attr-defined]
             self.in_flight += 1
             try:
@@ -275,6 +289,12 @@ class HttpServer:
             request_id=(call.id or request.headers.get("X-Request-Id", ""))[:128],
             **trace_ids(request.headers.get("traceparent")),
         )
+
+    def note_garbage(self, error: str) -> None:
+        """Log a request that is not HTTP."""
+        if self.log.failed:
+            code = InvalidArgument.code
+            self.log.note("warning", "request failed", protocol="http", code=code, error=error[:500])
 
     async def body(self, request: web.Request) -> bytes:
         """Read the body of a request.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -20,6 +20,7 @@ from shorttail._native.wire import Batch, Router, WireRoute
 from shorttail.config import LIMITS
 from shorttail.errors import DeadlineExceeded, InvalidArgument, ResourceExhausted, from_code
 from shorttail.models.buffers import check_outputs
+from shorttail.models.request_runs import RequestRows
 from shorttail.pipeline import BatchResult, Plan
 from shorttail.server.runnable import Runnable
 
@@ -43,11 +44,15 @@ class Answer:
 
 @dataclass(slots=True)
 class Waiting:
-    """A request in a batch: its first row, its rows, its future. deadline_ns: of time.perf_counter_ns; 0: none."""
+    """A request in a batch: its first row, its rows, its future. deadline_ns: of time.perf_counter_ns; 0: none.
+
+    sender: as server/senders.py knows it.
+    """
 
     first: int
     rows: int
     deadline_ns: int
+    sender: Hashable
     answer: asyncio.Future[Answer]
 
 
@@ -66,7 +71,7 @@ class HttpBatch:
         self.route = route
         self.inputs = inputs
         self.opened_ns = time.perf_counter_ns()
-        self.requests: list[Waiting] = []
+        self.taken: list[Waiting] = []
 
     @property
     def columns(self) -> Columns:
@@ -80,20 +85,24 @@ class HttpBatch:
     def started_ns(self) -> int:
         return self.batch.started_ns
 
-    def add(self, router: Router, rows: int, deadline_ns: int) -> asyncio.Future[Answer]:
+    @property
+    def n_requests(self) -> int:
+        return len(self.taken)
+
+    def add(self, router: Router, rows: int, deadline_ns: int, sender: Hashable) -> asyncio.Future[Answer]:
         """Add a request; its rows are the last `rows` rows of the batch. Returns a future of its answer."""
         answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        self.requests.append(Waiting(self.n_rows - rows, rows, deadline_ns, answer))
+        self.taken.append(Waiting(self.n_rows - rows, rows, deadline_ns, sender, answer))
         self.batch.count(router, rows, 0)  # 0 bytes: HttpServer.body limits the bytes of bodies
         return answer
 
     def drop_expired(self) -> int:
         self.batch.start()
         now_ns = time.perf_counter_ns()
-        for request in self.requests:
+        for request in self.taken:
             if request.deadline_ns and request.deadline_ns <= now_ns and not request.answer.done():
                 request.answer.set_exception(DeadlineExceeded("the deadline passed while the request waited"))
-        remain = sum(not request.answer.done() for request in self.requests)
+        remain = sum(not request.answer.done() for request in self.taken)
         if not remain:
             self.batch.end(ran=False)
         return remain
@@ -107,21 +116,38 @@ class HttpBatch:
     def keep_columns(self) -> None:
         """Do nothing: columns of an HttpBatch are never reused."""
 
-    def reply(self, result: BatchResult) -> None:
+    def requests(self) -> list[RequestRows]:
+        return [
+            RequestRows(number, request.first, request.rows)
+            for number, request in enumerate(self.taken)
+            if not request.answer.done()
+        ]
+
+    def refuse(self, number: int, code: str, message: str) -> Hashable:
+        request = self.taken[number]
+        if not request.answer.done():
+            request.answer.set_exception(from_code(code, message))
+        return request.sender
+
+    def reply_to(self, numbers: Sequence[int], result: BatchResult) -> None:
         if self.inputs is None:
             check_outputs(result.names, result.values, self.n_rows)  # else a request would get rows of another one
-        self.batch.end(ran=True)
         values = list(result.values)
-        for request in self.requests:
+        for number in numbers:
+            request = self.taken[number]
             if request.answer.done():  # the caller has gone, or the deadline has passed
                 continue
             part = slice(request.first, request.first + request.rows)
             statuses = dict(zip(self.route.plan.view_names, result.view_statuses[:, part], strict=False))
             request.answer.set_result(Answer(result.names, [array[part] for array in values], statuses, result.version))
 
+    def reply(self, result: BatchResult) -> None:
+        self.batch.end(ran=True)
+        self.reply_to(range(len(self.taken)), result)
+
     def fail(self, code: str, message: str) -> None:
         self.batch.end(ran=False)
-        for request in self.requests:
+        for request in self.taken:
             if not request.answer.done():
                 request.answer.set_exception(from_code(code, message))
 
@@ -137,25 +163,29 @@ class HttpBatches:
         self.pending: list[Runnable] = []
         self.in_flight = 0
 
-    async def predict(self, plan: Plan, values: Mapping[str, Any], deadline_ns: int = 0) -> Answer:
+    async def predict(
+        self, plan: Plan, values: Mapping[str, Any], deadline_ns: int = 0, sender: Hashable = None
+    ) -> Answer:
         """Run a plan on {column: value or values}.
 
-        deadline_ns: of time.perf_counter_ns; 0: none. Raises the errors of Engine.predict, DeadlineExceeded, and
-        ResourceExhausted under overload.
+        deadline_ns: of time.perf_counter_ns; 0: none. sender: as server/senders.py knows it. Raises the errors of
+        Engine.predict, DeadlineExceeded, and ResourceExhausted under overload.
         """
         self._check_in_flight()
-        route = self._admitted(self.engine.plan_for_request(plan, values), deadline_ns)
+        route = self._admitted(self.engine.plan_for_request(plan, values), deadline_ns, sender)
         batch = self.open.get(route) or HttpBatch(route)
         rows = batch.columns.append(values)
-        if not batch.requests:
+        if not batch.taken:
             self.pending.append(batch)
             self.open[route] = batch
-        answer = batch.add(self.router, rows, deadline_ns)
+        answer = batch.add(self.router, rows, deadline_ns, sender)
         if batch.n_rows >= LIMITS.batch_rows:
             del self.open[route]
         return await self._counted(answer)
 
-    async def infer(self, plan: Plan, inputs: Mapping[str, Array], deadline_ns: int = 0) -> Answer:
+    async def infer(
+        self, plan: Plan, inputs: Mapping[str, Array], deadline_ns: int = 0, sender: Hashable = None
+    ) -> Answer:
         """Run a plan's model on its input tensors, without columns and lookups.
 
         inputs: arrays by the names in the model file, with its dtypes and widths. Raises InvalidArgument, Internal, and
@@ -163,19 +193,21 @@ class HttpBatches:
         """
         self._check_in_flight()
         rows, arrays = check_tensors(plan, inputs)
-        batch = HttpBatch(self._admitted(plan, deadline_ns), arrays)
+        batch = HttpBatch(self._admitted(plan, deadline_ns, sender), arrays)
         self.pending.append(batch)
-        return await self._counted(batch.add(self.router, rows, deadline_ns))
+        return await self._counted(batch.add(self.router, rows, deadline_ns, sender))
 
     def _check_in_flight(self) -> None:
         if self.in_flight >= LIMITS.http_requests:
             raise ResourceExhausted(f"{self.in_flight} HTTP requests are in flight; send it again later")
 
-    def _admitted(self, plan: Plan, deadline_ns: int) -> WireRoute:
+    def _admitted(self, plan: Plan, deadline_ns: int, sender: Hashable) -> WireRoute:
         """Admit a request and return its plan's route. Raises ResourceExhausted, DeadlineExceeded."""
         route = self.routes.get(id(plan))
         if route is None:
             route = self.routes[id(plan)] = WireRoute(plan, b"", plan.version)  # it keeps the plan
+        if self.router.suspects.get(sender, 0) > time.monotonic_ns():
+            route = route.of_suspects()
         self.router.admit(route, deadline_ns)
         return route
 

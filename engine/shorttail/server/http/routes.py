@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import unquote
 
 from aiohttp import web
 
@@ -117,9 +118,11 @@ class OpenInference:
         call.note_id(asked.id)
         call.within(asked.timeout_us)
         if v2.is_raw(plan, asked.inputs):
-            answer = await server.batches.infer(plan, asked.inputs, call.deadline_ns)
+            answer = await server.batches.infer(plan, asked.inputs, call.deadline_ns, call.sender)
         else:
-            answer = await server.batches.predict(plan, v2.as_columns(plan, asked.inputs), call.deadline_ns)
+            answer = await server.batches.predict(
+                plan, v2.as_columns(plan, asked.inputs), call.deadline_ns, call.sender
+            )
         start_ns = time.perf_counter_ns()
         body, header_bytes = v2.response(asked, name, answer)
         response = web.Response(body=body, content_type=JSON)
@@ -167,7 +170,7 @@ class Platforms:
             columns = instances.csv_columns(body, plan.names, plan.dtypes)
         else:
             columns = instances.instance_columns(asked.rows, plan.names)
-        answer = await server.batches.predict(plan, columns, call.deadline_ns)
+        answer = await server.batches.predict(plan, columns, call.deadline_ns, call.sender)
         start_ns = time.perf_counter_ns()
         response = _predictions(request, asked, answer, as_csv)
         call.note_rows(len(answer.values[0]))
@@ -178,7 +181,7 @@ class Platforms:
         """Return the model if the request names none: by header, by SHORTTAIL_MODEL, or the store's only model."""
         named = request.headers.get("X-Amzn-SageMaker-Target-Model") or os.environ.get("SHORTTAIL_MODEL")
         if named:
-            return named.strip("/")
+            return unquote(named.strip("/"))  # a header holds only ASCII for sure, and a name any letters
         names = list(self.server.engine.store.catalog.models)
         if len(names) == 1:
             return names[0]

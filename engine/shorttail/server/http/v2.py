@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from shorttail._native.metrics import STAGES
 from shorttail.config import LIMITS
 from shorttail.define.catalog import TENSOR_TYPES
+from shorttail.define.names import quoted
 from shorttail.errors import InvalidArgument
 from shorttail.models.signature import request_columns
 from shorttail.server.http.batches import Answer
@@ -156,7 +157,7 @@ def as_columns(plan: Plan, inputs: Mapping[str, Array]) -> dict[str, Any]:
         if name not in dtypes:
             tensors = ", ".join(tensor.name for tensor in plan.runner.inputs)
             takes = f"its columns: {', '.join(dtypes)}; or its tensors: {tensors}"
-            raise InvalidArgument(f"model '{plan.model}' has no input '{name}'; {takes}")
+            raise InvalidArgument(f"model '{plan.model}' has no input {quoted(name)}; {takes}")
         values[name] = column_values(name, dtypes[name], array)
     return values
 
@@ -179,7 +180,7 @@ def response(request: InferRequest, model: str, answer: Answer) -> tuple[bytes, 
     tail: list[bytes] = []
     for name, binary in wanted.items():
         if name not in found:
-            raise InvalidArgument(f"model '{model}' has no output '{name}'; its outputs: {', '.join(found)}")
+            raise InvalidArgument(f"model '{model}' has no output {quoted(name)}; its outputs: {', '.join(found)}")
         if binary:
             described, raw = binary_output(name, found[name])
             tail.append(raw)
