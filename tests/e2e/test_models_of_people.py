@@ -1,5 +1,7 @@
 """Served models: what is fed for missing texts over every protocol, vectors of doubles, outputs that lose rows."""
 
+import asyncio
+
 import numpy as np
 import onnx
 import pandas as pd
@@ -55,20 +57,22 @@ def server(tmp_path_factory, trained):
         helper.make_node("Compress", ["x", "kept"], ["y"], axis=0),
     ]
     constants = {"one": np.float32(1), "limit": np.float32(1e9), "flat": np.array([-1])}
-    view = st.FeatureView("v", entity=st.Entity("u", keys={"id": st.Int64}), features=[st.Feature("tier", st.String)])
+    features = [st.Feature("tier", st.String), st.Feature("count", st.Int64)]
+    view = st.FeatureView("v", entity=st.Entity("u", keys={"id": st.Int64}), features=features)
     with st.Engine.open(home / "store", create=True) as engine:
         engine.apply(
             [
                 view,
                 st.Model("stored", str(home / "tiers.onnx"), {"tier": ["v:tier"], "amount": ["request:amount"]}),
                 st.Model("sent", str(home / "tiers.onnx"), {"tier": ["request:tier"], "amount": ["request:amount"]}),
+                st.Model("counts", write(home / "counts.onnx", same, TensorProto.INT64, 1), ["v:count"]),
                 st.Model("times", write(home / "times.onnx", same, TensorProto.DOUBLE, 2), ["request:t"]),
                 st.Model(
                     "losing", write(home / "losing.onnx", losing, TensorProto.FLOAT, 1, **constants), ["request:a"]
                 ),
             ]
         )
-        engine.push("v", {"id": [1, 2], "tier": ["gold", None]})
+        engine.push("v", {"id": [1, 2], "tier": ["gold", None], "count": [4, None]})
     started = Server(home / "store", "--port", "0", "--http-port", "0", log=home / "log")
     yield started
     started.stop()
@@ -93,6 +97,22 @@ def test_missing_texts_over_every_protocol(server, trained):
     assert status == 200, answer
     data = {output["name"]: output["data"] for output in answer["outputs"]}["output_probability"]
     np.testing.assert_allclose(np.reshape(data, (3, 2)), expected, atol=1e-5)
+
+
+def test_a_missing_value_that_nothing_replaces_fails_its_own_request_alone(server):
+    async def ask():
+        client = await st.AsyncClient.connect("{}:{}".format(*server.address), timeout_s=TIMEOUT_S)
+        asked = [client.predict("counts", {"id": 3 if n % 10 == 7 else 1}) for n in range(60)]
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        await client.close()
+        return answers
+
+    for number, answer in enumerate(asyncio.run(ask())):
+        if number % 10 == 7:
+            assert isinstance(answer, st.InvalidArgument)
+            assert "v:count has no value at row 0 (it is null, stale or not found)" in str(answer)
+        else:
+            assert answer.outputs["y"].tolist() == [[4]]
 
 
 def test_a_vector_of_doubles_keeps_its_bits(server):
