@@ -24,6 +24,7 @@ class Limits:
     string_bytes: int = 65_535  # one string value in a request or in a row
     name_bytes: int = 255  # one name in UTF-8, which is also what file systems take as the name of a folder
     suggestion_steps: int = 250_000  # compared characters in the search for a name that resembles an unknown name
+    raw_output_bytes: int = 64 << 20  # all outputs of one request of tensors; a graph may make them of any size
 
     # Per turn of the event loop.
     batch_rows: int = 16_384  # a full batch runs and the next batch starts

@@ -14,6 +14,7 @@ from shorttail._native.route import Route, Split
 from shorttail.config import LIMITS
 from shorttail.errors import InvalidArgument, NotFound, Unavailable
 from shorttail.models.device import CPU, Device, check_cuda
+from shorttail.models.raw import take_tensors
 from shorttail.models.serving import Key, Versions, follow
 from shorttail.models.session import ModelFailed
 from shorttail.models.signature import request_columns
@@ -103,14 +104,27 @@ class Engine:
 
         A scalar beside arrays is repeated. version: the version to ask; None is the current one. While the model has a
         canary, the keys of the first row decide whether the canary answers. docs/types.md says what a column takes.
+        A model without `inputs` takes {input of its file: NumPy array}, and gives its outputs in their own shapes.
         Raises NotFound, InvalidArgument, Internal.
         """
         route = self._route(("predict", model, version))
+        if route.plan.tensors is not None:
+            return self._predict_raw(route.plan, columns)
         if route.plan.split is not None:
             route = self._route(self.plan_for_request(route.plan, columns).key)
         result, plan = self._ask(route, columns), route.plan
         statuses = dict(zip(plan.view_names, result.view_statuses, strict=True))
         return Prediction(model, result.version, dict(zip(result.names, result.values, strict=True)), statuses)
+
+    def _predict_raw(self, plan: Plan, given: Mapping[str, Any]) -> Prediction:
+        assert plan.runner is not None
+        assert plan.tensors is not None
+        result = BatchResult.of_inputs(plan, take_tensors(plan.model, plan.tensors, given))
+        try:
+            pipeline.infer(plan.runner, result)
+        except ModelFailed as error:
+            raise plan.runner.explain(error) from error
+        return Prediction(plan.model, plan.version, dict(result.outputs), {})
 
     def get_online_features(self, features: Sequence[str], columns: Mapping[str, Any]) -> Features:
         """Look up "view:feature" references for {key column: value or values}. Raises NotFound, InvalidArgument."""
@@ -410,7 +424,8 @@ class Engine:
         runs: what runs the model and why; None until it is loaded. batching: "rows" if requests share runs, "request"
         if each has runs of its own; batching_why: the reason or a remark, or None. canary, shadow: {"version",
         "percent"} or None; a server adds what its shadows were found to answer. problem: why what the catalog names
-        does not serve, or None.
+        does not serve, or None. A model that takes tensors has "tensors" too: {input: type and shape}; its columns are
+        {}.
         """
         self.refresh()
         return [self._describe(name, entry) for name, entry in self._store.catalog.models.items()]
@@ -425,10 +440,13 @@ class Engine:
             columns = request_columns(self._store.catalog, info.model, info.inputs)
         except (NotFound, InvalidArgument):  # it served until the views changed, and what comes next is being loaded
             columns = {}
+        takes: dict[str, Any] = {"columns": {column: dtype.name for column, dtype in columns.items()}}
+        if info.model.is_raw:
+            takes["tensors"] = {tensor.name: tensor.text for tensor in info.inputs}
         return {
             "name": name,
             "version": number,
-            "columns": {column: dtype.name for column, dtype in columns.items()},
+            **takes,
             "outputs": [tensor.name for tensor in info.outputs],
             "runs": runner.description if runner else None,
             "batching": info.batching,

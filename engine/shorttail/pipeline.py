@@ -19,17 +19,18 @@ from shorttail._native.columns import Columns, CopyColumns
 from shorttail._native.pages import Lookup, lookup
 from shorttail._native.route import Route, Split
 from shorttail._native.transforms import TransformProgram
-from shorttail.config import LIMITS
 from shorttail.define.dtypes import DType
 from shorttail.models.buffers import Buffer, check_outputs
 from shorttail.models.request_runs import PartRun, RequestRows
 from shorttail.results import Statuses
 
 if TYPE_CHECKING:
+    from shorttail.define.catalog import TensorInfo
     from shorttail.models.load import Runner
     from shorttail.store import Store
 
 STATUS = np.dtype(np.uint8)
+NO_STATUSES = np.empty((0, 0), STATUS)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,6 +59,7 @@ class Plan:
     status_rows: list[int] | None  # for each feature the row of its statuses in the lookup's output; None: in order
     split: Split | None = None  # the requests that a canary answers
     shadow: Shadow | None = None  # another version that runs on what was answered
+    tensors: tuple[TensorInfo, ...] | None = None  # the inputs of a model that takes tensors; it has no columns
 
     def new_columns(self) -> Columns:
         """Make empty request columns for this plan."""
@@ -88,7 +90,7 @@ class Shadow:
 
 @dataclass(slots=True)
 class BatchResult:
-    """The result of a batch of n rows; the first axis of every array is n.
+    """The result of a batch of n rows; the first axis of every array is n, except in a request of a model's tensors.
 
     names, values: names and arrays of the outputs. Before `infer`, values are the model's input arrays.
     view_statuses: uint8 [views, n]; feature_statuses: uint8 [features, n], or None for a model.
@@ -108,8 +110,9 @@ class BatchResult:
     def of_inputs(cls, plan: Plan, inputs: Sequence[NDArray[Any]]) -> BatchResult:
         """The result of `prepare` for a request that brings the model's input tensors: nothing is looked up."""
         assert plan.runner is not None
-        nothing = np.empty((0, len(inputs[0])), STATUS)
-        return cls(plan.runner.output_names, inputs, nothing, None, plan.version, prepared_ns=time.perf_counter_ns())
+        return cls(
+            plan.runner.output_names, inputs, NO_STATUSES, None, plan.version, prepared_ns=time.perf_counter_ns()
+        )
 
     @property
     def outputs(self) -> list[tuple[str, NDArray[Any]]]:
@@ -210,4 +213,4 @@ def infer_in_parts(
     rows: of the batch, with the rows of requests that are not asked for any more. The result keeps the model's inputs,
     because the model may give arrays of other widths to some requests.
     """
-    return PartRun(runner, result.values, rows, requests, requests_per_run, runner.loop_rows_max or LIMITS.batch_rows)
+    return PartRun(runner, result.values, rows, requests, requests_per_run)

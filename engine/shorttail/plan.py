@@ -51,8 +51,12 @@ def compile_model(
     model = info.model
     given = request or request_columns(catalog, model, runner.inputs)
     builder = PlanBuilder(store, given, required_columns(catalog, info), replaced_in_requests(info), info.replacements)
-    builder.fill_inputs(catalog, model, runner.inputs)
-    return builder.finish("predict", key, model=name, version=number, runner=runner, split=split, shadow=shadow)
+    tensors = info.inputs if model.is_raw else None
+    if tensors is None:
+        builder.fill_inputs(catalog, model, runner.inputs)
+    return builder.finish(
+        "predict", key, model=name, version=number, runner=runner, split=split, shadow=shadow, tensors=tensors
+    )
 
 
 def compile_features(store: Store, references: Sequence[str], key: tuple[Any, ...]) -> Plan:
@@ -205,6 +209,7 @@ class PlanBuilder(BufferBuilder):
         feature_places: tuple[tuple[int, int | None], ...] = (),
         split: Split | None = None,
         shadow: Shadow | None = None,
+        tensors: tuple[TensorInfo, ...] | None = None,
     ) -> Plan:
         lookups = []
         features = [self.catalog.feature(name)[1] for name in feature_names]
@@ -240,4 +245,5 @@ class PlanBuilder(BufferBuilder):
             has_default=tuple(feature.default is not None for feature in features),
             split=split,
             shadow=shadow,
+            tensors=tensors,
         )

@@ -80,7 +80,8 @@ class Prediction:
     """The outputs of one model for the rows of one request.
 
     outputs: name -> array, whose first axis is the rows; version: of the model that answered; statuses: view -> uint8
-    [rows] of `Status`, empty if the request to a server did not ask for statuses.
+    [rows] of `Status`, empty if the request to a server did not ask for statuses. The outputs of a model that takes
+    tensors have the shapes that the model gave them.
     """
 
     __slots__ = ("model", "outputs", "statuses", "version")
@@ -101,13 +102,15 @@ class Prediction:
         }
 
     def to_pandas(self) -> pandas.DataFrame:
-        """Return the outputs as a DataFrame, with a row for each row of the request. Raises ImportError without pandas.
+        """Return the outputs as a DataFrame, with a row for each row of the request. Raises ImportError without pandas,
+        and ValueError if the outputs of a model that takes tensors have no common rows.
 
         An output [rows] or [rows, 1] is a column with the output's name. An output [rows, n] is n columns:
         name_0, name_1, ... An output with more dimensions is an object column of arrays. Column types are those of
         `Features.to_pandas`.
         """
         pandas = _import("pandas", "to_pandas")
+        _check_rows(self.outputs, "to_pandas")
         names: list[str] = []
         columns: list[Any] = []
         for name, array in self.outputs.items():
@@ -121,18 +124,21 @@ class Prediction:
         return frame
 
     def to_arrow(self) -> pyarrow.Table:
-        """Return the outputs as an Arrow table, with a column for each output. Raises ImportError without pyarrow.
+        """Return the outputs as an Arrow table, with a column for each output. Raises ImportError without pyarrow, and
+        ValueError as `to_pandas` does.
 
         A column has the type of its array, such as float or int64. An output [rows, 1] is a column of single values, an
         output [rows, n] a column of fixed_size_list[n]. Numbers may share memory with `outputs`.
         """
         pyarrow = _import("pyarrow", "to_arrow")
+        _check_rows(self.outputs, "to_arrow")
         arrays = [array[:, 0] if array.shape[1:] == (1,) else array for array in self.outputs.values()]
         return pyarrow.table([_arrow_column(array) for array in arrays], names=list(self.outputs))
 
     def __repr__(self) -> str:
-        rows = len(next(iter(self.outputs.values()), ()))
-        lines = [(name, f"{a.dtype}{list(a.shape[1:]) or ''}", _first_values(a)) for name, a in self.outputs.items()]
+        arrays = {name: np.atleast_1d(array) for name, array in self.outputs.items()}
+        rows = len(next(iter(arrays.values()), ()))
+        lines = [(name, f"{a.dtype}{list(a.shape[1:]) or ''}", _first_values(a)) for name, a in arrays.items()]
         notes = [f"{view} {note}" for view, codes in self.statuses.items() if (note := _status_counts(codes))]
         head = f"Prediction({self.model!r}, version={self.version}, {_count(rows, 'row')})"
         return "\n".join([head, *_aligned(lines), *([f"  statuses: {'; '.join(notes)}"] if notes else [])])
@@ -257,6 +263,14 @@ class Features:
         left = len(self._names) - len(lines)
         more = [f"  … and {_count(left, 'more feature')}"] if left else []
         return "\n".join([f"Features({_count(len(self), 'row')})", *_aligned(lines), *more])
+
+
+def _check_rows(outputs: dict[str, NDArray[Any]], method: str) -> None:
+    """Raise ValueError unless all outputs have the same number of rows."""
+    rows = {array.shape[:1] for array in outputs.values()}
+    if len(rows) > 1 or () in rows:
+        shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in outputs.items())
+        raise ValueError(f"{method}: the outputs have no common rows ({shapes}); read `outputs`")
 
 
 def _type_of(values: NDArray[Any]) -> str:

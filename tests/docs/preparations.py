@@ -8,6 +8,7 @@ demo after `make demo`.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import shutil
@@ -26,7 +27,7 @@ import onnx
 import pyarrow as pa
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from story import ROOT, Story
+from story import ROOT, Story, blocks
 
 import shorttail as st
 
@@ -85,6 +86,14 @@ class Shared:
 def quick_start(story: Story, shared: Shared) -> None:
     """The quick start's data, model, definitions and store."""
     shutil.copytree(shared.quick_start, story.folder, dirs_exist_ok=True)
+
+
+def http(story: Story, shared: Shared) -> None:
+    """What the quick start made, and the store that models.md makes for its raw tensors."""
+    quick_start(story, shared)
+    (source,) = (block.source for block in blocks(ROOT / "docs" / "models.md") if '"products.onnx"' in block.source)
+    with contextlib.redirect_stdout(io.StringIO()):
+        exec(source, {})
 
 
 def demo(story: Story, shared: Shared) -> None:
@@ -240,7 +249,7 @@ PREPARATIONS: dict[str, Callable[[Story, Shared], None]] = {
     "README.md": demo,
     "clients.md": demo,
     "forests.md": forests,
-    "http.md": quick_start,
+    "http.md": http,
     "load-testing.md": load_testing,
     "metrics.md": quick_start,
     "models.md": models,

@@ -29,6 +29,7 @@ class FakeRunner:
     """Returns each row's double, and the number of rows of its run. Rows of BAD and ENDLESS make a run fail."""
 
     output_names = ("double", "rows")
+    loop_rows_max = 0
 
     def __init__(self, by_request=False):
         self.by_request = by_request
@@ -98,7 +99,11 @@ def test_the_requests_of_a_run_shrink_while_runs_fail_and_grow_again():
 
 def test_a_model_that_gives_other_rows_than_it_got_is_said_to_fail():
     runner = SimpleNamespace(
-        by_request=True, output_names=["y"], run=lambda inputs: [np.zeros(1)], explain=lambda error, worked: error
+        by_request=True,
+        loop_rows_max=0,
+        output_names=["y"],
+        run=lambda inputs: [np.zeros(1)],
+        explain=lambda error, worked: error,
     )
     parts = run_in_parts(runner, [np.zeros(4)], 4, [RequestRows(0, 0, 2), RequestRows(1, 2, 2)], 1.0)
     assert parts.answered == []
@@ -132,6 +137,6 @@ def test_the_senders_that_are_remembered_are_bounded():
 
 
 def test_an_unknown_failure_is_not_blamed_on_a_request():
-    runner = SimpleNamespace(by_request=False, output_names=["y"], run=lambda inputs: 1 // 0)
+    runner = SimpleNamespace(by_request=False, loop_rows_max=0, output_names=["y"], run=lambda inputs: 1 // 0)
     with pytest.raises(ZeroDivisionError):
         run_in_parts(runner, [np.zeros(2)], 2, [RequestRows(0, 0, 1), RequestRows(1, 1, 1)], math.inf)

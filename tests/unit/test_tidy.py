@@ -37,7 +37,7 @@ HOT = ["pipeline.py", "plan.py", "server/batcher.py"]
 BESIDE = {"sources", "offline", "registry", "web", "replicate"}
 OBSERVED_BY_THE_HOT_PATH = {"shorttail.observe.memory", "shorttail.observe.tap"}
 
-LINES_MAX, NODES_MAX, ARROWS_MAX = 500, 22, 100
+LINES_MAX, NODES_MAX, ARROWS_MAX = 500, 22, 102
 
 
 class Tree:

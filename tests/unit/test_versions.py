@@ -375,13 +375,24 @@ def test_rows_that_count_as_different() -> None:
     nan, inf = math.nan, math.inf
     a = np.array([[1.0, 2.0], [nan, inf], [nan, 1.0], [100.0, 0.0], [100.0, 0.0], [inf, 0.0]], np.float32)
     b = np.array([[1.0, 2.0], [nan, inf], [0.0, 1.0], [100.0 + 50 * TOLERANCE, 0.0], [100.5, 0.0], [1.0, 0.0]])
-    differing, largest = compare({"p": a, "only": a}, {"p": b.astype(np.float32)})
+    differing, largest = compare({"p": a, "only": a}, {"p": b.astype(np.float32)}, 6)
     assert differing.tolist() == [False, False, True, False, True, True]
     assert largest == pytest.approx(0.5, abs=1e-3)
     labels = np.array(["a", "b"], object)
-    differing, largest = compare({"p": np.ones(2), "label": labels}, {"p": np.ones(2), "label": labels[::-1].copy()})
+    differing, largest = compare({"p": np.ones(2), "label": labels}, {"p": np.ones(2), "label": labels[::-1].copy()}, 2)
     assert (differing.tolist(), largest) == ([True, True], 0.0)
-    assert compare({"p": np.ones((2, 3))}, {"p": np.ones((2, 2))})[0].tolist() == [True, True]
+    assert compare({"p": np.ones((2, 3))}, {"p": np.ones((2, 2))}, 2)[0].tolist() == [True, True]
+
+
+def test_outputs_without_rows_are_compared_as_a_whole() -> None:
+    ours = {"one": np.array(1.0, np.float16), "none": np.empty((0, 3)), "text": np.array("a", object)}
+    assert compare(ours, dict(ours), 1)[0].tolist() == [False]
+    for name, other in (
+        ("one", np.array(2.0, np.float16)),
+        ("none", np.empty((3, 0))),
+        ("text", np.array("b", object)),
+    ):
+        assert compare(ours, ours | {name: other}, 1)[0].tolist() == [True], name
 
 
 @pytest.mark.parametrize("share", [1.0, 0.3, 0.01])

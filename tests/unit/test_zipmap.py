@@ -169,7 +169,7 @@ def test_an_output_that_is_no_tensor_is_refused_with_the_names_of_the_others(eng
     with pytest.raises(InvalidArgument) as caught:
         engine.apply([st.Model("m", str(path), columns)])
     assert caught.value.message == (
-        "model 'm': output 'parts' of m.onnx is seq(tensor(float)); supported: tensors of float, double, int64, int32,"
+        "model 'm': output 'parts' of m.onnx is seq(tensor(float)); supported: float, double, int64, int32,"
         " bool, string; name the others: outputs=['p']"
     )
     engine.apply([st.Model("m", str(path), columns, outputs=["p"])])

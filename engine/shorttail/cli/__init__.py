@@ -239,11 +239,14 @@ def predict(
     """
     from shorttail.define.names import quoted, suggestion
     from shorttail.define.text import parse_columns
+    from shorttail.models.raw import refusal
 
     with answerer(store, server) as source:
         by_name = {item["name"]: item for item in source.models()}
         if model not in by_name:
             raise NotFound(f"no model {quoted(model)}{suggestion(model, by_name, 'models')}")
+        if "tensors" in by_name[model]:
+            raise InvalidArgument(refusal(model))
         columns = parse_columns(values, by_name[model]["columns"], f"model '{model}'")
         options: dict[str, Any] = {"statuses": True} if store is None else {}
         result = source.predict(model, columns, version=version, **options)

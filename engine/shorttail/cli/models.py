@@ -118,7 +118,7 @@ def models_list(store: str | None, as_json: bool) -> None:
             v["name"],
             f"{v['version']}{'*' * v['serving']}{share_text(v)}",
             v["created"],
-            len(v["columns"]),
+            len(v["columns"]) or "tensors",
             ", ".join(v["outputs"]),
             v["runs"],
         ]

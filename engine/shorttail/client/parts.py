@@ -25,7 +25,7 @@ ROWS = LIMITS.rows_per_request
 _WRITTEN = {"push": "; the rows before it are pushed", "delete": "; the rows before it are deleted"}
 
 
-class Part(NamedTuple):
+class CallPart(NamedTuple):
     """A request of a part. start: its first row in the call."""
 
     method: str
@@ -34,7 +34,7 @@ class Part(NamedTuple):
 
 
 T = TypeVar("T")
-Steps = Generator[list[Part], list[Any], T]
+Steps = Generator[list[CallPart], list[Any], T]
 
 
 def is_long(columns: Mapping[str, Any]) -> bool:
@@ -52,7 +52,7 @@ def predict(model: str, params: list[Any]) -> Steps[Prediction]:
     Raises InvalidArgument if the model takes the rows of a request together: in parts they would have other answers.
     """
     _, columns, options = params
-    entry = _named(model, calls.read_list("models", (yield [Part("models", [])])[0]))
+    entry = _named(model, calls.read_list("models", (yield [CallPart("models", [])])[0]))
     if entry.get("batching") == "request":
         raise InvalidArgument(
             f"model '{model}' answers the rows of a request together, and a request has at most {ROWS:,}; send fewer"
@@ -78,7 +78,7 @@ def features(params: list[Any]) -> Steps[Features]:
 def push(params: list[Any]) -> Steps[RowCount]:
     """Push in parts. Each is written completely or not at all."""
     view, columns, options = params
-    entry = _named(view, calls.read_list("views", (yield [Part("views", [])])[0]))
+    entry = _named(view, calls.read_list("views", (yield [CallPart("views", [])])[0]))
     named = entry.get("columns", {})  # feature -> the column that it is pushed in
     types = {named.get(name, name): dtype for name, dtype in entry.get("features", {}).items()}
     return calls.read_pushed(*(yield list(_requests("push", view, columns, options, types))))
@@ -90,7 +90,7 @@ def delete(params: list[Any]) -> Steps[int]:
     return calls.read_rows("delete", *(yield list(_requests("delete", view, columns, options))))
 
 
-def in_part(part: Part, error: ShorttailError) -> ShorttailError:
+def in_part(part: CallPart, error: ShorttailError) -> ShorttailError:
     """Return the error of a part, which says where in the call it begins, and what is written."""
     if not part.start:
         return error
@@ -108,7 +108,7 @@ def _named(name: str, entries: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _requests(
     method: str, target: Any, columns: dict[str, Any], options: dict[str, Any], types: Mapping[str, str] | None = None
-) -> Iterator[Part]:
+) -> Iterator[CallPart]:
     """Yield the requests of a call. target: a model, a view, or references. types: column -> type of its values.
 
     Raises InvalidArgument for columns of different lengths and for values that cannot be sent.
@@ -124,18 +124,18 @@ def _requests(
             )
 
     if rows <= ROWS:  # the long column is a single vector
-        yield Part(method, [target, columns, options])
+        yield CallPart(method, [target, columns, options])
         return
 
-    def request(start: int, stop: int) -> Part:
+    def request(start: int, stop: int) -> CallPart:
         part = {name: _cut(value, start, stop) if lengths[name] == rows else value for name, value in columns.items()}
-        return Part(method, [target, part, dict(options)], start)
+        return CallPart(method, [target, part, dict(options)], start)
 
     for start in range(0, rows, ROWS):
         yield from _fitting(request, start, min(start + ROWS, rows))
 
 
-def _fitting(request: Callable[[int, int], Part], start: int, stop: int) -> Iterator[Part]:
+def _fitting(request: Callable[[int, int], CallPart], start: int, stop: int) -> Iterator[CallPart]:
     """Yield the request of these rows, or those of its halves if it does not fit into a message."""
     made = request(start, stop)
     try:

@@ -45,18 +45,28 @@ class TableInfo:
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """An input or output of an ONNX file. dtype: a key of TENSOR_TYPES, or ONNX Runtime's name of another type."""
+    """An input or output of an ONNX file. dtype: a key of TENSOR_TYPES, or ONNX Runtime's name of another type.
+
+    any_rank: the file declares no shape at all. `shape` is () then, as for a single value.
+    """
 
     name: str
     dtype: str
     shape: tuple[int | None, ...]  # None: any length
+    any_rank: bool = False
+
+    @property
+    def text(self) -> str:
+        """The type and the shape, for people: "float16 [-1, 3]", in which -1 is any size; "float" of any rank."""
+        return self.dtype if self.any_rank else f"{self.dtype} {[-1 if size is None else size for size in self.shape]}"
 
     def to_json(self) -> Json:
-        return {"name": self.name, "dtype": self.dtype, "shape": list(self.shape)}
+        any_rank = {"any_rank": True} if self.any_rank else {}
+        return {"name": self.name, "dtype": self.dtype, "shape": list(self.shape), **any_rank}
 
     @classmethod
     def from_json(cls, data: Json) -> TensorInfo:
-        return cls(data["name"], data["dtype"], tuple(data["shape"]))
+        return cls(data["name"], data["dtype"], tuple(data["shape"]), data.get("any_rank", False))
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,8 @@ class Model:
     vector feature fills as many columns as it has elements. For several inputs it is a dict: input name -> such a list.
     `outputs` names the model's outputs to return; None returns all. `path` is relative to the definitions file.
     `run` is a link to the training run ("mlflow:..." or any URL). `metrics` holds measured figures: {name: number}.
-    `inputs=None` makes a model of raw tensors: each request brings the arrays of the file's inputs, by HTTP.
+    `inputs=None` makes a model of raw tensors: each request brings the arrays of the file's inputs, over HTTP or in
+    `Engine.predict`, and runs by itself.
     `missing` gives the value that stands in where a request, or the store, has none: {column: value}. A column is the
     name of a request column, or "view:feature", or the name of a feature if no other column has it. docs/models.md says
     what the model gets without it.
@@ -87,14 +88,25 @@ class Model:
         object.__setattr__(self, "missing", check_missing(self.missing, self.references, where))
         if self.batching not in (None, *BATCHING):
             raise InvalidArgument(f"{where}: batching must be 'rows' or 'request', not {self.batching!r}")
+        if self.inputs is None and self.batching == "rows":
+            raise InvalidArgument(
+                f"{where}: batching='rows' needs inputs=: a request of tensors may have any shape, and runs by itself"
+            )
         if self.run_timeout is not None:
             parse_duration(self.run_timeout, f"{where}: run_timeout", "'200ms', '2s' or '1m'")
         if self.examples is not None:
             if not isinstance(self.examples, str | Path) or not str(self.examples):
                 raise InvalidArgument(f"{where}: examples must be the path of a file of rows with expected outputs")
+            if self.inputs is None:
+                raise InvalidArgument(f"{where}: examples are rows of columns, so they need inputs=")
             object.__setattr__(self, "examples", str(self.examples))
 
     __hash__ = None  # type: ignore[assignment]  # it may hold a dict
+
+    @property
+    def is_raw(self) -> bool:
+        """Whether requests bring the tensors of the file, and no columns."""
+        return self.inputs is None
 
     @property
     def columns(self) -> list[Column]:

@@ -275,6 +275,8 @@ def plan_rpc(workload: Workload, models: Sequence[Mapping[str, Any]], views: Seq
     if workload.predict is not None:
         if workload.predict not in by_model:
             raise NotFound(f"no model '{workload.predict}'{suggestion(workload.predict, by_model, 'models')}")
+        if "tensors" in by_model[workload.predict]:
+            raise InvalidArgument(f"model '{workload.predict}' takes tensors, and a load test sends columns")
         columns = dict(by_model[workload.predict]["columns"])
         asked.append(("predict", "predict", workload.predict, columns, workload.rows))
     if workload.features:

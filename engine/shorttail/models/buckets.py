@@ -94,15 +94,10 @@ class BucketSession:
         return self.executor.submit(function, *arguments).result()
 
     def _open(self, graphs: bool) -> Session:
-        providers = ON_CPU if self.device == CPU else cuda_providers(self.device, graphs)
-        session = Session(self._path, self._outputs, self._threads, providers)
+        session = open_session(self._path, self._outputs, self._threads, self.device, graphs)
         if any(tensor.dtype == "string" for tensor in (*session.inputs, *session.outputs)):
             raise InvalidArgument(f"{self._path.name}: strings cannot be bound to buffers")
         if self.device.kind == "cuda":
-            if "CUDAExecutionProvider" not in session.onnx.get_providers():
-                raise InvalidArgument(f"device '{self.device}': ONNX Runtime found no usable GPU with that number")
-            # If a run fails on the GPU, ONNX Runtime must not repeat it in a CPU session.
-            session.onnx.disable_fallback()
             # Without page-locked memory copies are slower; the answers stay the same.
             with contextlib.suppress(OSError, AttributeError):
                 self._memory = self._memory or CudaMemory(self.device)
@@ -142,6 +137,20 @@ class BucketSession:
         self._buckets.clear()
         self._session = self._open(graphs=False)
         return Bucket(self, size, inputs)
+
+
+def open_session(
+    path: Path, outputs: Sequence[str] | None, threads: int, device: Device, graphs: bool = False, **options: Any
+) -> Session:
+    """Load a file on a device. graphs: for runs that are captured. options: of Session. Raises InvalidArgument."""
+    providers = ON_CPU if device == CPU else cuda_providers(device, graphs)
+    session = Session(path, outputs, threads, providers, **options)
+    if device.kind == "cuda":
+        if "CUDAExecutionProvider" not in session.onnx.get_providers():
+            raise InvalidArgument(f"device '{device}': ONNX Runtime found no usable GPU with that number")
+        # If a run fails on the GPU, ONNX Runtime must not repeat it in a CPU session.
+        session.onnx.disable_fallback()
+    return session
 
 
 class Bucket:

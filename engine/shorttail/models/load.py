@@ -14,10 +14,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shorttail.config import LIMITS
+from shorttail.define.catalog import TensorInfo
 from shorttail.errors import DeadlineExceeded, InvalidArgument, ShorttailError
-from shorttail.models.device import CPU, Device, cuda_providers
+from shorttail.models.device import CPU, Device
 from shorttail.models.forest import NotAForest, RunnableModel, compile_forest
-from shorttail.models.session import ExactRows, FixedRows, ModelFailed, RowsRefused, RunTimedOut, Session, check_rows
+from shorttail.models.raw import are_all_fixed, example_tensors
+from shorttail.models.session import (
+    ExactRows,
+    FixedRows,
+    ModelFailed,
+    RawSession,
+    RowsRefused,
+    RunTimedOut,
+    Session,
+    check_rows,
+)
 from shorttail.models.settings import DEFAULT, RunSettings
 
 log = logging.getLogger(__name__)
@@ -44,6 +55,7 @@ class Runner:
     loop_rows_max: the most rows that may run on an event loop; a larger batch would stall it. slow_runs: how many runs
     in a row have held up the event loop. by_request: each request has a run of its own, because the answer for a row
     depends on the other rows of the run. unwarmed: why no example row could run, in one line; "" once `warm` has run.
+    example_error: why the example of `warm_raw` failed, "" if it did not.
     """
 
     def __init__(
@@ -61,6 +73,7 @@ class Runner:
         self.kind = kind
         self.why = why
         self.executor = executor
+        self.example_error = ""
         self.measured_us: dict[int, float] = {}
         self.unwarmed = ""
         self.loop_rows_max = 0 if executor else LIMITS.batch_rows
@@ -168,6 +181,24 @@ class Runner:
         self.unwarmed = reason
         self.loop_rows_max = 0
 
+    def warm_raw(self, tensors: Sequence[TensorInfo]) -> None:
+        """Run a made-up request of tensors. If it fails, `example_error` says why: a graph may want other values.
+
+        Requests run in the event loop only if the example shows how long each of them takes.
+        """
+        self.loop_rows_max = self._loop_rows_warm = 0
+        inputs = example_tensors(tensors)
+        if inputs is None:
+            return
+        try:
+            self.run(inputs)
+        except ShorttailError as error:
+            self.example_error = error.message
+            return
+        self.measured_us[1] = _shortest_us(self.run, inputs)
+        if self.executor is None and are_all_fixed(tensors) and self.measured_us[1] <= LIMITS.loop_stall_us:
+            self.loop_rows_max = self._loop_rows_warm = 1
+
     def cost_us(self, rows: int) -> float:
         """Estimate the microseconds of a batch, on lines through the measured sizes.
 
@@ -199,6 +230,7 @@ def load_runner(
     device: Device = CPU,
     *,
     by_request: bool = False,
+    raw: bool = False,
     run_key: int = 1,
     run_timeout_s: float = LIMITS.run_timeout_s,
     forest_differs: str = "",
@@ -207,10 +239,11 @@ def load_runner(
     """Load an ONNX file into the fastest runner that gives ONNX Runtime's answers.
 
     slow_runs: how many runs in a row have held up the event loop. by_request: each request has a run of its own, which
-    is never padded or split. run_key, run_timeout_s: of Session. A forest is compared with ONNX Runtime before it may
-    serve, on rows for 512 of its leaves, or on rows that reach every leaf (every_leaf). forest_differs: why an earlier
-    comparison refused it, "" if none did; it is not compiled then. Forests run on the CPU, also where `device` is a
-    GPU. Raises InvalidArgument if ONNX Runtime cannot load the file.
+    is never padded or split. raw: requests bring tensors of any shape, each by itself. run_key, run_timeout_s: of
+    Session. A forest is compared with ONNX Runtime before it may serve, on rows for 512 of its leaves, or on rows that
+    reach every leaf (every_leaf). forest_differs: why an earlier comparison refused it, "" if none did; it is not
+    compiled then. Forests run on the CPU, also where `device` is a GPU. Raises InvalidArgument if ONNX Runtime cannot
+    load the file.
     """
     session = Session(path, outputs, settings.threads, run_key=run_key, run_timeout_s=run_timeout_s)
     plain: RunnableModel = FixedRows(session, session.fixed_rows) if session.fixed_rows else session
@@ -218,6 +251,8 @@ def load_runner(
         why = forest_differs
     elif settings.runner == "onnxruntime":
         why = "measured faster here by `shorttail tune`"
+    elif raw and any(None in tensor.shape[1:] for tensor in session.inputs):
+        why = "its requests may have any number of columns"
     else:
         try:
             forest = compile_forest(path, session.output_names)
@@ -233,15 +268,21 @@ def load_runner(
             except NotAForest as no:
                 why = f"{DIFFERS}: {no.reason}"
                 log.warning("%s runs in ONNX Runtime: %s", path, why)
-    if session.fixed_rows and by_request:
-        plain = ExactRows(session, session.fixed_rows)
-    if device == CPU and (by_request or not settings.padded):
-        return Runner(plain, "onnxruntime", why, by_request=by_request)
-    if by_request:  # on a GPU, in batches of their own size
-        owner = ThreadPoolExecutor(1, f"{path.parent.parent.name} on {device}")
-        on_device = Session(path, outputs, settings.threads, cuda_providers(device, graphs=False), run_key=run_key)
-        exact = ExactRows(on_device, session.fixed_rows) if session.fixed_rows else on_device
-        return Runner(exact, device.kind, why, owner, by_request=True)
+    if by_request or raw:
+        executor = None
+        if device != CPU:
+            from shorttail.models.buckets import open_session
+
+            executor = ThreadPoolExecutor(1, f"{path.parent.parent.name} on {device}")
+            session = open_session(
+                path, outputs, settings.threads, device, run_key=run_key, run_timeout_s=run_timeout_s
+            )
+        rows = session.fixed_rows
+        model = RawSession(session) if raw else ExactRows(session, rows) if rows else session
+        kind = "onnxruntime" if device == CPU else device.kind
+        return Runner(model, kind, why, executor, by_request=True)
+    if device == CPU and not settings.padded:
+        return Runner(plain, "onnxruntime", why)
     if any(tensor.dtype == "string" for tensor in (*session.inputs, *session.outputs)):
         return Runner(plain, "onnxruntime", f"{why}; strings cannot be bound to buffers")
 

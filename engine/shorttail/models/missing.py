@@ -40,6 +40,8 @@ class Fed(NamedTuple):
 
 def direct_columns(catalog: Catalog, model: Model, inputs: Sequence[TensorInfo]) -> Iterator[Fed]:
     """Yield every "view:feature" and "request:column" that feeds an input directly, in order."""
+    if model.is_raw:
+        return
     by_input = model.inputs_by_name([tensor.name for tensor in inputs])
     for number, tensor in enumerate(inputs):
         first = 0
@@ -57,6 +59,8 @@ def find_replacements(catalog: Catalog, model: Model, inputs: Sequence[TensorInf
     data: the model's file. Raises InvalidArgument if a value of `Model.missing` is not of its column's type, and if the
     file has several texts that could stand for a missing one.
     """
+    if model.is_raw:
+        return {}
     columns = request_columns(catalog, model, inputs)
     found = missing_values(catalog, model, columns)
     for reference, feed in feeds_of(catalog, model, inputs, data).items():

@@ -1,4 +1,5 @@
-"""Reads just enough of an ONNX file (a protocol buffer) to know whether it refers to other files.
+"""Reads just enough of an ONNX file (a protocol buffer) to know whether it refers to other files, and which inputs and
+outputs have no shape.
 
 ONNX Runtime opens such files by itself, from paths that the model chooses (CVE-2024-27318 and similar ones), so every
 model is checked before ONNX Runtime opens it. Serving does not need the onnx package.
@@ -47,6 +48,30 @@ def any_external(message: memoryview, kind: str, depth: int) -> bool:
         elif number in children and isinstance(value, memoryview) and any_external(value, children[number], depth + 1):
             return True
     return False
+
+
+def names_without_shape(data: bytes) -> set[str]:
+    """Return the inputs and outputs for which a model declares no shape. ONNX Runtime shows them with the shape [].
+
+    Returns nothing for bytes that are not a protocol buffer, such as ONNX Runtime's own format.
+    """
+    try:
+        graphs = [part for number, part in fields(memoryview(data)) if number == 7 and isinstance(part, memoryview)]
+        return {
+            bytes(info[1]).decode("utf-8", "replace")
+            for graph in graphs
+            for number, part in fields(graph)
+            if number in (11, 12) and isinstance(part, memoryview)
+            for info in [messages(part)]
+            if 1 in info and 2 not in messages(messages(info.get(2, b"")).get(1, b""))
+        }
+    except (IndexError, ValueError):
+        return set()
+
+
+def messages(message: memoryview | bytes) -> dict[int, memoryview]:
+    """Return {field number: bytes} of the fields of a message that hold bytes; of a repeated field the last."""
+    return {number: value for number, value in fields(memoryview(message)) if isinstance(value, memoryview)}
 
 
 def fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:

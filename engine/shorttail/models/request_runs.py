@@ -73,8 +73,9 @@ class _Part(NamedTuple):
 class PartRun:
     """Runs the requests of a batch with at most `requests_per_run` of them in a run. `step` makes one run.
 
-    inputs: an array [rows, ...] for each input of the model; of any shape if there is only one request. run_rows_max:
-    the most rows of a run of several requests. Requests that make the model fail are found by halving.
+    inputs: an array [rows, ...] for each input of the model; of any shape if there is only one request. A run of
+    several requests has at most the rows that may run on the event loop, if the model may run there. Requests that make
+    the model fail are found by halving.
     """
 
     def __init__(
@@ -84,13 +85,12 @@ class PartRun:
         rows: int,
         requests: Sequence[RequestRows],
         requests_per_run: float,
-        run_rows_max: int = LIMITS.batch_rows,
     ):
         self.runner = runner
         self.inputs = inputs
         self.rows = rows
         self.requests = requests
-        self.run_rows_max = run_rows_max
+        self.run_rows_max = runner.loop_rows_max or LIMITS.batch_rows
         self.limit = 1.0 if runner.by_request else requests_per_run
         self.position = 0  # of the first request that was in no run yet
         self.halves: list[Sequence[RequestRows]] = []  # of runs that have failed

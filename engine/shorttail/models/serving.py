@@ -31,6 +31,7 @@ from shorttail.models.device import CPU, Device
 from shorttail.models.examples import Examples, depends_on_values
 from shorttail.models.golden import FILE, GoldenRows
 from shorttail.models.load import Runner, load_runner
+from shorttail.models.raw import WHY_BY_ITSELF
 from shorttail.models.row_check import examine_rows
 from shorttail.models.settings import RunSettings, tuned
 from shorttail.store import Store
@@ -102,6 +103,7 @@ def open_version(
         settings,
         device,
         by_request=info.batching == "request",
+        raw=info.model.is_raw,
         run_key=run_key(info.model.name, number),
         run_timeout_s=(info.model.run_timeout_us or 1e6 * LIMITS.run_timeout_s) / 1e6,
         forest_differs=info.forest_differs,
@@ -132,6 +134,9 @@ def load_version(
             raise InvalidArgument(f"{path.name} is not the file that was registered: its SHA-256 differs")
         runner = open_version(path, info, number, settings, device, every_leaf=every_leaf)
         check_schema(runner, info)
+        if info.model.is_raw:
+            runner.warm_raw(info.inputs)
+            return runner
         if golden is None and info.examples_sha256:
             golden = GoldenRows.read(path.with_name(FILE))
         if golden is not None:
@@ -191,7 +196,7 @@ def vet(
     warn: called with each warning, in one line; None logs them. golden: as for `load_version`.
     Returns the version with what the examination found (`with_findings`). Raises the errors of `load_version`.
     """
-    info = replace(info, batching=info.model.batching or info.batching)
+    info = replace(info, batching="request" if info.model.is_raw else info.model.batching or info.batching)
     settings = tuned(info.tuning)[0]
     runner = load_version(path, info, catalog, number, settings, every_leaf=True, golden=golden)
     said = [missing.warning(catalog, info)]
@@ -207,10 +212,14 @@ def vet(
     info = replace(info, forest_differs=runner.forest_differs)
     if info.batching_why is not None:
         return info  # examined before: a version's file never changes
+    if runner.example_error:
+        log.warning(
+            "model '%s' is not warmed up, because a request of ones fails: %s", info.model.name, runner.example_error
+        )
+    if info.model.is_raw:  # there are no rows to make examples of
+        return replace(info, batching_why=WHY_BY_ITSELF)
     if info.batching == "request":
         return replace(info, batching_why="by its definition")
-    if info.model.inputs is None:  # there are no rows to make examples of
-        return replace(info, batching=info.model.batching or "request", batching_why="it takes tensors as they are")
     data, random = path.read_bytes(), np.random.default_rng(0)
     examples = Examples.of(catalog, info, data)
     with suppress(Internal):  # without examples that run, the scan of the graph decides alone
@@ -305,9 +314,9 @@ class Versions:
             raise Unavailable(f"model '{name}' version {current.version} is being loaded; send it again")
         if now != before:
             self._serving[name] = now
-            if before is not None:
+            if before is not None:  # a first version replaces none, and a store may have thousands of models
                 self.changes += 1
-            self._release_unused()
+                self._release_unused()
         return now
 
     def asked(self, name: str, version: int) -> Key:

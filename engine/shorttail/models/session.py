@@ -20,7 +20,7 @@ from shorttail._native import runs
 from shorttail._native.runs import RunTooLong
 from shorttail.config import LIMITS
 from shorttail.define.catalog import TensorInfo
-from shorttail.errors import Internal, InvalidArgument
+from shorttail.errors import Internal, InvalidArgument, ResourceExhausted
 
 Array = NDArray[Any]
 FAILED: Final = "the model failed: "
@@ -164,6 +164,35 @@ class FixedRows:
         results = self._session.run([padded(array, self._rows) for array in inputs])
         check_rows(self.output_names, results, self._rows)
         return [array[:rows] for array in results]
+
+
+class RawSession:
+    """Runs requests that bring the model's tensors, one at a time."""
+
+    def __init__(self, session: Session):
+        self.inputs = session.inputs
+        self.output_names = session.output_names
+        self.description = session.description
+        self._session = session
+
+    def run(self, inputs: Sequence[Array]) -> list[Array]:
+        """Run a request. Inputs and results are those of Session.run, of any shapes.
+
+        Raises RunTimedOut; InvalidArgument if the model fails, because only ONNX Runtime knows which shapes and values
+        a graph takes; and ResourceExhausted for outputs of more than LIMITS.raw_output_bytes.
+        """
+        try:
+            outputs = self._session.run(inputs)
+        except RunTimedOut:
+            raise
+        except ModelFailed as error:
+            raise InvalidArgument(f"the model refuses this request: {error.reason}") from None
+        size_bytes = sum(array.nbytes for array in outputs)
+        if size_bytes > LIMITS.raw_output_bytes:
+            raise ResourceExhausted(
+                f"the outputs have {size_bytes} bytes; at most {LIMITS.raw_output_bytes} are sent: ask in parts"
+            )
+        return outputs
 
 
 def run_in_pieces(run: Callable[[Sequence[Array]], list[Array]], inputs: Sequence[Array], rows_max: int) -> list[Array]:

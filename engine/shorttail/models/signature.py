@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,8 @@ from shorttail.define.ondemand import OnDemandFeature
 from shorttail.define.values import Refused, as_value
 from shorttail.define.views import FeatureView
 from shorttail.errors import InvalidArgument, NotFound
-from shorttail.models.onnx_file import uses_external_data
+from shorttail.models.onnx_file import names_without_shape, uses_external_data
+from shorttail.models.raw import check_carried
 from shorttail.models.zipmap import without_zipmaps
 
 
@@ -94,7 +95,12 @@ class ModelFile:
                 session = Session(path)
         except InvalidArgument as error:
             raise InvalidArgument(f"model '{self.model_name}': {error.message}") from None
-        return session.inputs, session.outputs
+        shapeless = names_without_shape(self.data)
+        inputs, outputs = (
+            [replace(tensor, any_rank=tensor.name in shapeless) for tensor in tensors]
+            for tensors in (session.inputs, session.outputs)
+        )
+        return inputs, outputs
 
 
 def select_outputs(model: Model, outputs: Sequence[TensorInfo], label: str) -> tuple[TensorInfo, ...]:
@@ -108,12 +114,15 @@ def select_outputs(model: Model, outputs: Sequence[TensorInfo], label: str) -> t
         if name not in by_name:
             raise InvalidArgument(f"{where}: {label} has no output {quoted(name)}; its outputs: {', '.join(by_name)}")
     selected = tuple(by_name[name] for name in model.outputs or by_name)
+    if model.is_raw:
+        check_carried(model.name, "output", selected, label)
+        return selected
     for tensor in selected:
         if tensor.dtype not in TENSOR_TYPES:
             others = [known.name for known in outputs if known.dtype in TENSOR_TYPES]
             cure = f"; name the others: outputs={others}" if others else ""
             raise InvalidArgument(
-                f"{where}: output '{tensor.name}' of {label} is {tensor.dtype}; supported: tensors of"
+                f"{where}: output '{tensor.name}' of {label} is {tensor.dtype}; supported:"
                 f" {', '.join(TENSOR_TYPES)}{cure}"
             )
     return selected
@@ -125,6 +134,9 @@ def check_inputs(catalog: Catalog, model: Model, inputs: Sequence[TensorInfo], l
     Raises NotFound for a view or feature that does not exist, InvalidArgument for any other mismatch.
     """
     where = f"model '{model.name}'"
+    if model.is_raw:
+        check_carried(model.name, "input", inputs, label)
+        return
     names = [tensor.name for tensor in inputs]
     if isinstance(model.inputs, Mapping):
         if set(model.inputs) != set(names):
@@ -153,9 +165,15 @@ def check_inputs(catalog: Catalog, model: Model, inputs: Sequence[TensorInfo], l
 def check_shape(where: str, tensor: TensorInfo) -> None:
     """Check that an input is a matrix or a column of a supported type. Raises InvalidArgument."""
     if tensor.dtype not in TENSOR_TYPES:
-        raise InvalidArgument(f"{where} is {tensor.dtype}; supported: {', '.join(TENSOR_TYPES)}")
+        raise InvalidArgument(
+            f"{where} is {tensor.dtype}; supported: {', '.join(TENSOR_TYPES)}; without inputs= the model takes tensors,"
+            " of more types and of any shape"
+        )
     if len(tensor.shape) not in (1, 2):
-        raise InvalidArgument(f"{where} has {len(tensor.shape)} axes; it must be [rows, columns] or [rows]")
+        raise InvalidArgument(
+            f"{where} has {len(tensor.shape)} axes; it must be [rows, columns] or [rows]; without inputs= the model"
+            " takes tensors of any shape"
+        )
 
 
 def check_width(where: str, label: str, tensor: TensorInfo, columns: Sequence[Column], catalog: Catalog) -> None:

@@ -236,7 +236,7 @@ def plan_model(plan: ChangePlan, model: Model, file: ModelFile) -> None:
     plan.new_versions[model.name] = number
     outputs = ", ".join(tensor.name for tensor in info.outputs)
     if entry is None:
-        plan.note("+", what, f"version {number}: {plural(total_width(plan.catalog, info), 'column')} -> {outputs}")
+        plan.note("+", what, f"version {number}: {takes(plan.catalog, info)} -> {outputs}")
     else:
         plan.note("~", what, f"version {entry.current} -> {number}: {', '.join(reasons)}")
 
@@ -257,6 +257,13 @@ def version_reasons(old: VersionInfo, new: VersionInfo) -> list[str]:
     if old.examples_sha256 != new.examples_sha256:
         reasons.append("other examples")
     return reasons
+
+
+def takes(catalog: Catalog, info: VersionInfo) -> str:
+    """Describe what feeds a version: "3 columns", or "tensors x, y" of a model without columns."""
+    if info.model.is_raw:
+        return f"tensors {', '.join(tensor.name for tensor in info.inputs)}" if info.inputs else "no inputs"
+    return plural(total_width(catalog, info), "column")
 
 
 def total_width(catalog: Catalog, info: VersionInfo) -> int:

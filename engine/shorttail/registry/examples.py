@@ -42,6 +42,8 @@ def read_examples(catalog: Catalog, info: VersionInfo) -> GoldenRows | None:
     if info.model.examples is None:
         return None
     where = f"model '{info.model.name}': examples"
+    if info.model.is_raw:
+        raise InvalidArgument(f"{where}: they have the columns of inputs=, and a model of raw tensors has none")
     table = ExampleTable(info.model.examples, where)
     types = request_columns(catalog, info.model, info.inputs)
     columns = {}

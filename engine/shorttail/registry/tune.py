@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shorttail.define.catalog import VersionInfo
+from shorttail.errors import InvalidArgument
 from shorttail.models.device import CPU, Device
 from shorttail.models.examples import Examples
 from shorttail.models.forest import Forest
@@ -68,12 +69,14 @@ class Tuning:
 def tune(store: Store, name: str, version: int | None = None, device: Device = CPU, seconds: float = 1.0) -> Tuning:
     """Measure a version of a model (None: the current one). Each batch size takes `seconds`.
 
-    Raises NotFound if there is no such model or version, InvalidArgument if it cannot be loaded.
+    Raises NotFound if there is no such model or version, InvalidArgument if it cannot be loaded or takes tensors.
     """
     entry = store.catalog.model(name)
     number = entry.current if version is None else version
     info = entry.version(number)
     path = model_path(store.path, name, number)
+    if info.model.is_raw:
+        raise InvalidArgument(f"model '{name}' takes tensors of any shape, so there is no batch of rows to measure")
     first = open_version(path, info, number, DEFAULT, device)
     example = examples(store, info, path, first)
     candidates = [Candidate(DEFAULT, first)]

@@ -40,7 +40,9 @@ def inspect(catalog: Catalog, model: Model, file: ModelFile, known: VersionInfo 
     known: a version of the same model. If it has the same file and outputs, its inputs and outputs are reused, and
     ONNX Runtime does not load the file again. Raises NotFound, InvalidArgument.
     """
-    if known is not None and known.sha256 == file.sha256 and known.model.outputs == model.outputs:
+    # A model that takes tensors may have outputs of types that one with columns may not.
+    same_kind = known is not None and known.model.is_raw == model.is_raw
+    if known is not None and same_kind and known.sha256 == file.sha256 and known.model.outputs == model.outputs:
         inputs, outputs = known.inputs, known.outputs
     else:
         all_inputs, all_outputs = file.tensors
@@ -274,6 +276,11 @@ def check_version(store: Store, catalog: Catalog, entry: ModelEntry, number: int
 
 def check_canary(catalog: Catalog, entry: ModelEntry, info: VersionInfo, number: int) -> None:
     """Check that this version takes the same request columns as the current one. Raises InvalidArgument."""
+    if info.model.is_raw:
+        raise InvalidArgument(
+            f"model '{entry.model.name}' takes tensors, and has no keys by which a canary gets its share of requests;"
+            " try the version as a shadow, or promote it"
+        )
     current, other = columns_of_both(catalog, entry, info, number, "canary")
     if current != other:
         names = ", ".join(sorted(name for name in {*current, *other} if current.get(name) != other.get(name)))
@@ -296,10 +303,18 @@ def check_shadow(catalog: Catalog, entry: ModelEntry, info: VersionInfo, number:
     """
     current, other = columns_of_both(catalog, entry, info, number, "shadow")
     where = f"model '{entry.model.name}': version {number}"
+    serving = entry.version()
+    if (info.model.is_raw or serving.model.is_raw) and not same_tensors(info, serving):
+        raise InvalidArgument(f"{where} and version {entry.current} must take the same tensors, or both columns")
     if lacking := [name for name, dtype in other.items() if current.get(name) != dtype]:
         raise InvalidArgument(f"{where} needs {', '.join(lacking)}, which requests for version {entry.current} lack")
-    if not {tensor.name for tensor in info.outputs} & {tensor.name for tensor in entry.version().outputs}:
+    if not {tensor.name for tensor in info.outputs} & {tensor.name for tensor in serving.outputs}:
         raise InvalidArgument(f"{where} and version {entry.current} have no output in common to compare")
+
+
+def same_tensors(a: VersionInfo, b: VersionInfo) -> bool:
+    """Return whether two versions take tensors, and the same: by name, type and shape."""
+    return a.model.is_raw and b.model.is_raw and a.inputs == b.inputs
 
 
 def columns_of_both(
@@ -372,6 +387,9 @@ def describe(catalog: Catalog, name: str, version: int | None = None) -> dict[st
     number = entry.current if version is None else version
     info = entry.version(number)
     by_name = info.model.inputs_by_name([tensor.name for tensor in info.inputs])
+    inputs = {tensor: [column_label(column) for column in entries] for tensor, entries in by_name.items()}
+    if info.model.is_raw:
+        inputs = {tensor.name: [f"tensor {tensor.text}"] for tensor in info.inputs}
     columns = request_columns(catalog, info.model, info.inputs)
     return {
         "name": name,
@@ -381,7 +399,7 @@ def describe(catalog: Catalog, name: str, version: int | None = None) -> dict[st
         "created": iso_time(info.created_us),
         "sha256": info.sha256,
         **documentation(info.model),
-        "inputs": {tensor: [column_label(column) for column in entries] for tensor, entries in by_name.items()},
+        "inputs": inputs,
         "outputs": {tensor.name: tensor.dtype for tensor in info.outputs},
         "features": [reference for reference in info.model.references if not reference.startswith("request:")],
         "columns": {column: dtype.name for column, dtype in columns.items()},

@@ -104,7 +104,7 @@ class ShadowBatch:
             else:
                 values = self.infer(runner, pipeline.prepare(Route(self.shadow.plan), store, self.columns).values)
             answered = dict(zip(self.names, self.answered, strict=True))
-            differing, largest = compare(answered, dict(zip(runner.output_names, values, strict=True)))
+            differing, largest = compare(answered, dict(zip(runner.output_names, values, strict=True)), self.rows)
         except PlanOutdated:
             counts.skipped += 1  # the catalog changed; the next batch comes with a new plan
         except Exception as error:
@@ -201,13 +201,13 @@ class ShadowThread:
             self.thread.shutdown(wait=False, cancel_futures=True)
 
 
-def compare(answered: Mapping[str, Array], shadowed: Mapping[str, Array]) -> tuple[NDArray[np.bool_], float]:
+def compare(answered: Mapping[str, Array], shadowed: Mapping[str, Array], rows: int) -> tuple[NDArray[np.bool_], float]:
     """Compare two versions' outputs, as far as both have an output of that name.
 
+    rows: the first axis of every output; 1 for outputs of any shapes, which are compared as a whole.
     Returns (bool [rows], True where a row differs; the largest difference of two numbers). NaN equals NaN and differs
     from every number. Outputs of different shapes differ in every row.
     """
-    rows = len(next(iter(answered.values())))
     differing = np.zeros(rows, np.bool_)
     largest = 0.0
     for name, ours in answered.items():
@@ -218,7 +218,7 @@ def compare(answered: Mapping[str, Array], shadowed: Mapping[str, Array]) -> tup
             differing[:] = True
             continue
         if ours.dtype.kind == "f" and theirs.dtype.kind == "f":
-            a, b = ours.astype(np.float64).reshape(rows, -1), theirs.astype(np.float64).reshape(rows, -1)
+            a, b = by_rows(ours.astype(np.float64), rows), by_rows(theirs.astype(np.float64), rows)
             with np.errstate(invalid="ignore"):
                 distance = np.where(a == b, 0.0, np.abs(a - b))  # of equal infinities too
                 unlike = (distance > TOLERANCE * np.maximum(1.0, np.abs(a))) | np.isinf(distance)
@@ -226,6 +226,11 @@ def compare(answered: Mapping[str, Array], shadowed: Mapping[str, Array]) -> tup
             finite = distance[np.isfinite(distance)]
             largest = max(largest, float(finite.max(initial=0.0)))
         else:
-            unlike = (ours != theirs).reshape(rows, -1)
+            unlike = by_rows(np.asarray(ours != theirs), rows)
         differing |= unlike.any(axis=1)
     return differing, largest
+
+
+def by_rows(array: Array, rows: int) -> Array:
+    """Return an array as a matrix [rows, ...], also if it has no elements."""
+    return array.reshape(rows, array.size // rows if rows else 0)

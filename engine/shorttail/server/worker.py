@@ -30,6 +30,7 @@ from shorttail._native.wire import Connection, Router
 from shorttail.config import LIMITS
 from shorttail.engine import Engine
 from shorttail.errors import InvalidArgument, ShorttailError
+from shorttail.models.raw import refusal
 from shorttail.models.serving import Banned
 from shorttail.observe import logs, stderr
 from shorttail.server import handover, limits, security
@@ -40,6 +41,7 @@ from shorttail.server.telemetry import Telemetry
 from shorttail.server.writer_link import WriterLink
 
 if TYPE_CHECKING:
+    from shorttail.pipeline import Plan
     from shorttail.server.http.app import HttpServer
 
 log = logging.getLogger(__name__)
@@ -49,6 +51,21 @@ LAST_READS_S: Final = 0.1
 # The supervisor waits this much longer for a worker than the worker waits for its connections.
 STOP_MARGIN_S: Final = 1.0
 BACKLOG: Final = 1024
+
+
+class RpcPlans:
+    """The plans that MessagePack-RPC asks for. Its requests carry columns, so models that take tensors are refused."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self.plan_for_features = engine.plan_for_features
+
+    def plan_for_model(self, name: str, version: int | None = None) -> Plan:
+        """The plan of a model. Raises NotFound, and InvalidArgument for a model that takes tensors."""
+        plan = self.engine.plan_for_model(name, version)
+        if plan.tensors is not None:
+            raise InvalidArgument(refusal(name))
+        return plan
 
 
 def handlers(engine: Engine, describe: Callable[[], list[dict[str, Any]]]) -> dict[str, Any]:
@@ -117,7 +134,7 @@ async def serve(
     loop = asyncio.get_running_loop()
     runs.limit_thread(LIMITS.loop_run_s)
     faults = ErrorLog(telemetry.log.form)
-    router = Router(loop, engine, handlers(engine, lambda: batcher.shadows.describe(engine.models())))
+    router = Router(loop, RpcPlans(engine), handlers(engine, lambda: batcher.shadows.describe(engine.models())))
     http = http_server(engine, router, telemetry, faults, settings) if http_listeners else None
     batcher = Batcher(router, engine, faults, telemetry, http.batches if http is not None else None)
     engine.load_in_background(lambda: batcher.model_threads.tell(batcher.follow_catalog))

@@ -20,6 +20,7 @@ from shorttail._native.wire import Batch, Router, WireRoute
 from shorttail.config import LIMITS
 from shorttail.errors import DeadlineExceeded, InvalidArgument, ResourceExhausted, from_code
 from shorttail.models.buffers import check_outputs
+from shorttail.models.raw import refusal, take_tensors
 from shorttail.models.request_runs import RequestRows
 from shorttail.pipeline import BatchResult, Plan
 from shorttail.server.runnable import Runnable
@@ -34,12 +35,16 @@ Array = NDArray[Any]
 
 @dataclass(slots=True)
 class Answer:
-    """The answer to one request. values: an array [rows, ...] for each name; statuses: view -> uint8 [rows]."""
+    """The answer to one request. values: an array for each name; statuses: view -> uint8 [rows].
+
+    The first axis of an array is the rows. Arrays of a model that takes tensors have any shape, and `rows` is 1.
+    """
 
     names: Sequence[str]
     values: Sequence[Array]
     statuses: Mapping[str, Array]
     version: int
+    rows: int
 
 
 @dataclass(slots=True)
@@ -59,17 +64,19 @@ class Waiting:
 class HttpBatch:
     """HTTP requests for one plan that run together: a Runnable. Its native Batch holds the columns, and its counts.
 
-    inputs: the model's input tensors, if the request brings them instead of columns; such a batch has one request.
+    inputs: the model's input tensors, if the request brings them instead of columns; such a batch has one request, of
+    `rows` rows.
     """
 
     protocol: Final = HTTP
     waiting: Final = 0  # HTTP requests are counted where their responses are made (HttpServer)
     traces: Final = None
 
-    def __init__(self, route: WireRoute, inputs: Sequence[Array] | None = None):
+    def __init__(self, route: WireRoute, inputs: Sequence[Array] | None = None, rows: int = 0):
         self.batch = Batch(route, route.plan.new_columns())
         self.route = route
         self.inputs = inputs
+        self._rows = rows
         self.opened_ns = time.perf_counter_ns()
         self.taken: list[Waiting] = []
 
@@ -79,7 +86,7 @@ class HttpBatch:
 
     @property
     def n_rows(self) -> int:
-        return self.batch.columns.n_rows if self.inputs is None else len(self.inputs[0])
+        return self.batch.columns.n_rows if self.inputs is None else self._rows
 
     @property
     def started_ns(self) -> int:
@@ -137,9 +144,13 @@ class HttpBatch:
             request = self.taken[number]
             if request.answer.done():  # the caller has gone, or the deadline has passed
                 continue
-            part = slice(request.first, request.first + request.rows)
-            statuses = dict(zip(self.route.plan.view_names, result.view_statuses[:, part], strict=False))
-            request.answer.set_result(Answer(result.names, [array[part] for array in values], statuses, result.version))
+            statuses: Mapping[str, Array] = {}
+            parts = values
+            if self.inputs is None:
+                part = slice(request.first, request.first + request.rows)
+                statuses = dict(zip(self.route.plan.view_names, result.view_statuses[:, part], strict=True))
+                parts = [array[part] for array in values]
+            request.answer.set_result(Answer(result.names, parts, statuses, result.version, request.rows))
 
     def reply(self, result: BatchResult) -> None:
         self.batch.end(ran=True)
@@ -171,6 +182,8 @@ class HttpBatches:
         deadline_ns: of time.perf_counter_ns; 0: none. sender: as server/senders.py knows it. Raises the errors of
         Engine.predict, DeadlineExceeded, and ResourceExhausted under overload.
         """
+        if plan.tensors is not None:
+            raise InvalidArgument(refusal(plan.model))
         self._check_in_flight()
         route = self._admitted(self.engine.plan_for_request(plan, values), deadline_ns, sender)
         batch = self.open.get(route) or HttpBatch(route)
@@ -188,12 +201,16 @@ class HttpBatches:
     ) -> Answer:
         """Run a plan's model on its input tensors, without columns and lookups.
 
-        inputs: arrays by the names in the model file, with its dtypes and widths. Raises InvalidArgument, Internal, and
-        the errors of `predict` under overload and after a deadline.
+        inputs: arrays by the names in the model file, with its dtypes and widths. For admission, a request for a model
+        that takes tensors is one row. Raises InvalidArgument, Internal, and the errors of `predict` under overload and
+        after a deadline.
         """
         self._check_in_flight()
-        rows, arrays = check_tensors(plan, inputs)
-        batch = HttpBatch(self._admitted(plan, deadline_ns, sender), arrays)
+        if plan.tensors is None:
+            rows, arrays = check_tensors(plan, inputs)
+        else:
+            rows, arrays = 1, take_tensors(plan.model, plan.tensors, inputs)
+        batch = HttpBatch(self._admitted(plan, deadline_ns, sender), arrays, rows)
         self.pending.append(batch)
         return await self._counted(batch.add(self.router, rows, deadline_ns, sender))
 

@@ -129,7 +129,7 @@ class OpenInference:
         if header_bytes is not None:
             response.content_type = "application/octet-stream"
             response.headers[HEADER_BYTES] = str(header_bytes)
-        call.note_rows(len(answer.values[0]) if answer.values else 0)
+        call.note_rows(answer.rows)
         server.encoded(call, start_ns)
         return response
 
@@ -173,7 +173,7 @@ class Platforms:
         answer = await server.batches.predict(plan, columns, call.deadline_ns, call.sender)
         start_ns = time.perf_counter_ns()
         response = _predictions(request, asked, answer, as_csv)
-        call.note_rows(len(answer.values[0]))
+        call.note_rows(answer.rows)
         server.encoded(call, start_ns)
         return response
 

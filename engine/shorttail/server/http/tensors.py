@@ -35,7 +35,7 @@ DATATYPES: Final[dict[str, np.dtype[Any]]] = {
 }
 NAMES: Final = {dtype: name for name, dtype in DATATYPES.items()}
 BYTES: Final = "BYTES"
-AXES_MAX: Final = 8
+AXES_MAX: Final = 64  # of a NumPy array
 LENGTH: Final = struct.Struct("<I")
 
 
@@ -63,7 +63,8 @@ def read_tensor(name: str, tensor: dict[str, Any], raw: memoryview | None) -> Ar
     if raw is None:
         if "data" not in tensor:
             raise InvalidArgument(f"{where} has neither data nor the parameter binary_data_size")
-        flat = _texts(where, tensor["data"]) if kind == BYTES else _numbers(where, tensor["data"], DATATYPES[kind])
+        data = _flat(where, tensor["data"], shape, kind)
+        flat = _texts(where, data) if kind == BYTES else _numbers(where, data, DATATYPES[kind])
     elif kind == BYTES:
         flat = _raw_texts(where, raw)
     else:
@@ -78,15 +79,17 @@ def read_tensor(name: str, tensor: dict[str, Any], raw: memoryview | None) -> Ar
             flat = flat.view(np.uint8) != 0  # compiled code expects a bool to be the byte 0 or 1
     if flat.size != count:
         raise InvalidArgument(f"{where}: {flat.size} elements of data, where the shape {shape} has {count}")
-    return flat.reshape(shape)
+    try:
+        return flat.reshape(shape)
+    except ValueError:  # a size of 0 beside one that no array may have
+        raise InvalidArgument(f"{where}: the shape {shape!r:.60} is too large") from None
 
 
-def _numbers(where: str, data: Any, dtype: np.dtype[Any]) -> Array:
-    """Return JSON numbers, nested or flat, as a flat array. null becomes NaN in floats.
+def _numbers(where: str, flat: list[Any], dtype: np.dtype[Any]) -> Array:
+    """Return JSON numbers as an array. null becomes NaN in floats.
 
     If numbers of another type have a null, the array holds objects, with None for a null.
     """
-    flat = _flat(where, data, NAMES[dtype])
     if dtype == np.uint64 and all(type(value) is int and 0 <= value < 1 << 64 for value in flat):
         return np.array(flat, dtype)
     of_64_bits = {"b": Bool, "f": Float64}.get(dtype.kind, Int64)
@@ -109,19 +112,25 @@ def _numbers(where: str, data: Any, dtype: np.dtype[Any]) -> Array:
     return objects
 
 
-def _flat(where: str, data: Any, name: str) -> list[Any]:
-    """Return the elements of nested lists in row-major order. Raises InvalidArgument for lists of unequal length."""
+def _flat(where: str, data: Any, shape: list[int], kind: str) -> list[Any]:
+    """Return the elements of data that is nested as its shape, or flat, in row-major order. Raises InvalidArgument."""
+    if not shape and not isinstance(data, list):
+        return [data]
+    sizes = [len(data)] if isinstance(data, list) else []
     while isinstance(data, list) and data and isinstance(data[0], list):
-        same_length = all(isinstance(row, list) and len(row) == len(data[0]) for row in data)
+        sizes.append(len(data[0]))
+        same_length = all(isinstance(row, list) and len(row) == sizes[-1] for row in data)
         data = list(chain.from_iterable(data)) if same_length else None
     if not isinstance(data, list):
-        raise InvalidArgument(f"{where}: data must be an array of {name}, nested as its shape or flat")
+        raise InvalidArgument(f"{where}: data must be an array of {kind}, nested as its shape or flat")
+    nested = shape[: len(sizes)] if not data else shape  # within an empty list there are no further sizes to see
+    if len(sizes) > 1 and sizes != nested:
+        raise InvalidArgument(f"{where}: data is nested as {sizes!r:.60}, where the shape is {shape!r:.60}")
     return data
 
 
-def _texts(where: str, data: Any) -> Array:
-    """Return JSON texts, nested or flat, as a flat array of objects; null becomes None."""
-    flat = _flat(where, data, BYTES)
+def _texts(where: str, flat: list[Any]) -> Array:
+    """Return JSON texts as an array of objects; null becomes None."""
     for value in flat:
         if value is not None and not isinstance(value, str):
             raise InvalidArgument(f"{where}: data of BYTES must be an array of strings; got {value!r:.40}")

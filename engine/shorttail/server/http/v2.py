@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from shorttail._native.metrics import STAGES
 from shorttail.config import LIMITS
-from shorttail.define.catalog import TENSOR_TYPES
 from shorttail.define.names import quoted
 from shorttail.errors import InvalidArgument
+from shorttail.models.raw import RAW_TYPES
 from shorttail.models.signature import request_columns
 from shorttail.server.http.batches import Answer
 from shorttail.server.http.json import parse_json, write_json
@@ -142,6 +142,8 @@ def is_raw(plan: Plan, inputs: Mapping[str, Array]) -> bool:
     Where the columns and the tensors have the same names, the inputs are columns.
     """
     assert plan.runner is not None
+    if plan.tensors is not None:
+        return True
     return inputs.keys() != set(plan.names) and inputs.keys() == {tensor.name for tensor in plan.runner.inputs}
 
 
@@ -203,45 +205,57 @@ def server_metadata(version: str) -> dict[str, Any]:
 
 
 def model_metadata(catalog: Catalog, name: str, version: int | None) -> dict[str, Any]:
-    """Describe a model. inputs: the request columns; tensors: the inputs of its file, which may be sent instead."""
+    """Describe a model. inputs: the request columns; tensors: the inputs of its file, which may be sent instead.
+
+    The inputs of a model that takes tensors are those of its file.
+    """
     entry = catalog.model(name)
     info = entry.version(version)
+    is_raw = info.model.is_raw
     columns = request_columns(catalog, info.model, info.inputs)
+    tensors = [_tensor(tensor, is_raw) for tensor in info.inputs]
     return {
         "name": name,
         "versions": [str(number) for number in sorted(entry.versions)],
         "platform": "onnx",
-        "inputs": [
+        "inputs": tensors
+        if is_raw
+        else [
             {"name": column, "datatype": datatype(dtype), "shape": [-1, dtype.width] if dtype.is_vector else [-1]}
             for column, dtype in columns.items()
         ],
-        "outputs": [_tensor(tensor) for tensor in info.outputs],
-        "tensors": [_tensor(tensor) for tensor in info.inputs],
+        "outputs": [_tensor(tensor, is_raw) for tensor in info.outputs],
+        "tensors": tensors,
     }
 
 
-def _tensor(tensor: TensorInfo) -> dict[str, Any]:
-    return {
-        "name": tensor.name,
-        "datatype": datatype(TENSOR_TYPES[tensor.dtype]),
-        "shape": [-1, *(-1 if size is None else size for size in tensor.shape[1:])],
-    }
+def _tensor(tensor: TensorInfo, is_raw: bool) -> dict[str, Any]:
+    """Describe an input or output of a file. is_raw: the first axis need not be the rows. No shape is shown as [-1]."""
+    shape = [-1 if size is None else size for size in tensor.shape]
+    if tensor.any_rank or not is_raw:
+        shape = [-1, *shape[1:]]
+    return {"name": tensor.name, "datatype": datatype(RAW_TYPES[tensor.dtype]), "shape": shape}
 
 
 def model_config(catalog: Catalog, name: str, version: int | None) -> dict[str, Any]:
-    """Return the configuration of a model in Triton's form: `dims` leaves out the first axis."""
+    """Return the configuration of a model in Triton's form: `dims` leaves out the first axis.
+
+    A model that takes tensors has the max_batch_size 0, and `dims` has all axes.
+    """
     document = model_metadata(catalog, name, version)
+    is_raw = catalog.model(name).version(version).model.is_raw
 
     def described(tensor: dict[str, Any]) -> dict[str, Any]:
         kind = "STRING" if tensor["datatype"] == "BYTES" else tensor["datatype"]
-        return {"name": tensor["name"], "data_type": f"TYPE_{kind}", "dims": tensor["shape"][1:] or [1]}
+        dims = tensor["shape"] if is_raw else tensor["shape"][1:] or [1]
+        return {"name": tensor["name"], "data_type": f"TYPE_{kind}", "dims": dims}
 
     return {
         "name": name,
         "platform": "onnxruntime_onnx",
         "backend": "shorttail",
         "version_policy": {"latest": {"num_versions": 1}},
-        "max_batch_size": LIMITS.rows_per_request,
+        "max_batch_size": 0 if is_raw else LIMITS.rows_per_request,
         "input": [described(tensor) for tensor in document["inputs"]],
         "output": [described(tensor) for tensor in document["outputs"]],
     }
