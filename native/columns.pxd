@@ -10,6 +10,7 @@ cdef enum:                  # types that are stored as KIND_I64; codes of shortt
     TYPE_BOOL = 1
     TYPE_INT32 = 2
     TYPE_TIME = 7
+    TYPE_VECTOR = 8         # of floats; the vectors of doubles have another code
 
 cdef enum finish_t:
     FINISHED
@@ -20,11 +21,12 @@ cdef enum finish_t:
 cdef struct column_t:
     int kind
     int type            # code of the column's dtype
-    int width           # floats per row for KIND_VEC, else 1
+    int width           # elements per row for KIND_VEC, else 1
+    int item            # bytes of an element: 4 for a vector of floats, else 8
     int required        # 1: a missing value is refused
     const char *instead # the value that replaces a missing one, in the layout of data; NULL: a missing value is a null
     Py_ssize_t instead_bytes
-    char *data          # I64: int64_t[]; F64: double[]; VEC: float[rows * width]; STR: arena of bytes
+    char *data          # I64: int64_t[]; F64: double[]; VEC: float or double[rows * width]; STR: arena of bytes
     uint32_t *ends      # STR: end offset of each row in data; a row starts where the one before ends
     uint8_t *nulls      # a byte per row, 1 = null
     int has_nulls       # 1: a row since reset() is null
@@ -51,7 +53,8 @@ cdef class Columns:
     cdef int push_i64(self, int c, int64_t value) noexcept nogil
     cdef int push_f64(self, int c, double value) noexcept nogil
     cdef int push_str(self, int c, const char *bytes, Py_ssize_t length) noexcept nogil
-    cdef int push_vec(self, int c, const float *values) noexcept nogil
+    # values: `width` elements, which become floats where the column has floats.
+    cdef int push_vec(self, int c, const double *values) noexcept nogil
     cdef int push_null(self, int c) noexcept nogil
     # Ends a request: repeats columns of a single value to the length of the longest column. rows: receives the number
     # of rows added. If the outcome is not FINISHED, the caller must call rollback().

@@ -42,6 +42,11 @@ cdef int _kind_of(dtype) except -1:
     return KIND_VEC
 
 
+cdef object _numpy_of(const column_t *col):
+    """Return the NumPy type of a column that is not of strings."""
+    return np.int64 if col.kind == KIND_I64 else np.float32 if col.item == 4 else np.float64
+
+
 cdef uint64_t _mixed(uint64_t x) noexcept nogil:
     """Return x with every bit mixed into all bits: the finalizer of SplitMix64 (Steele, Lea, Flood 2014)."""
     x += <uint64_t>0x9E3779B97F4A7C15ULL
@@ -73,6 +78,7 @@ cdef class Columns:
             self.col[c].kind = _kind_of(self.dtypes[c])
             self.col[c].type = self.dtypes[c].code
             self.col[c].width = self.dtypes[c].width
+            self.col[c].item = 4 if self.dtypes[c].code == TYPE_VECTOR else 8
             if self.reserve(c, 64) < 0:
                 raise MemoryError
         for name in self.required:
@@ -86,7 +92,7 @@ cdef class Columns:
         """
         cdef column_t *col = &self.col[c]
         append_value(self, c, value, -1)
-        held = col.data[:col.data_bytes if col.kind == KIND_STR else 4 * col.width if col.kind == KIND_VEC else 8]
+        held = col.data[:col.data_bytes if col.kind == KIND_STR else col.item * col.width]
         self.forget_column(c)
         col.instead = PyBytes_AS_STRING(held)
         col.instead_bytes = PyBytes_GET_SIZE(held)
@@ -130,7 +136,7 @@ cdef class Columns:
                 return -1
             col.ends = <uint32_t *>grown
         else:
-            grown = realloc(col.data, cap * (4 * col.width if col.kind == KIND_VEC else 8))
+            grown = realloc(col.data, cap * col.item * col.width)
             if grown is NULL:
                 return -1
             col.data = <char *>grown
@@ -185,11 +191,16 @@ cdef class Columns:
         col.filled += 1
         return 0
 
-    cdef int push_vec(self, int c, const float *values) noexcept nogil:
+    cdef int push_vec(self, int c, const double *values) noexcept nogil:
         cdef column_t *col = &self.col[c]
+        cdef int k
         if col.filled == col.row_cap and self.reserve(c, 1) < 0:
             return -1
-        memcpy(col.data + col.filled * col.width * 4, values, col.width * 4)
+        if col.item == 8:
+            memcpy(col.data + col.filled * col.width * 8, values, col.width * 8)
+        else:
+            for k in range(col.width):
+                (<float *>col.data)[col.filled * col.width + k] = <float>values[k]
         col.nulls[col.filled] = 0
         col.filled += 1
         return 0
@@ -197,8 +208,7 @@ cdef class Columns:
     cdef int push_null(self, int c) noexcept nogil:
         # A null also has a valid value, so that a kernel may read the value before it checks the null flag.
         cdef column_t *col = &self.col[c]
-        cdef float *vector
-        cdef int k
+        cdef Py_ssize_t k
         cdef int failed
         if col.instead is not NULL:
             return self._push_instead(c)
@@ -211,9 +221,11 @@ cdef class Columns:
         else:
             if col.filled == col.row_cap and self.reserve(c, 1) < 0:
                 return -1
-            vector = <float *>col.data + col.filled * col.width
-            for k in range(col.width):
-                vector[k] = NAN
+            for k in range(col.filled * col.width, (col.filled + 1) * col.width):
+                if col.item == 8:
+                    (<double *>col.data)[k] = NAN
+                else:
+                    (<float *>col.data)[k] = NAN
             col.filled += 1
             failed = 0
         if failed:
@@ -230,7 +242,12 @@ cdef class Columns:
             return self.push_f64(c, (<const double *>col.instead)[0])
         if col.kind == KIND_STR:
             return self.push_str(c, col.instead, col.instead_bytes)
-        return self.push_vec(c, <const float *>col.instead)
+        if col.filled == col.row_cap and self.reserve(c, 1) < 0:
+            return -1
+        memcpy(col.data + col.filled * col.instead_bytes, col.instead, col.instead_bytes)
+        col.nulls[col.filled] = 0
+        col.filled += 1
+        return 0
 
     cdef int push_missing(self, int c, Py_ssize_t row) except -1:
         if self.col[c].required:
@@ -241,7 +258,7 @@ cdef class Columns:
         """Append `times` copies of the last row of column c."""
         cdef column_t *col = &self.col[c]
         cdef Py_ssize_t last = col.filled - 1
-        cdef Py_ssize_t i, start, length
+        cdef Py_ssize_t i, start, length, size = col.width * col.item
         if self.reserve(c, times) < 0:
             return -1
         memset(col.nulls + col.filled, col.nulls[last], times)
@@ -257,7 +274,7 @@ cdef class Columns:
                 col.ends[col.filled + i] = <uint32_t>col.data_bytes
         elif col.kind == KIND_VEC:
             for i in range(times):
-                memcpy(col.data + (col.filled + i) * col.width * 4, col.data + last * col.width * 4, col.width * 4)
+                memcpy(col.data + (col.filled + i) * size, col.data + last * size, size)
         else:
             for i in range(times):
                 (<int64_t *>col.data)[col.filled + i] = (<int64_t *>col.data)[last]
@@ -345,7 +362,7 @@ cdef class Columns:
                 start = col.ends[row - 1] if row else 0
                 size = col.ends[row] - start
             else:
-                size = 4 * col.width if col.kind == KIND_VEC else 8
+                size = col.item * col.width
                 start = row * size
             hash ^= <uint64_t>size << 1
             for i in range(0, size, 8):
@@ -392,7 +409,7 @@ cdef class Columns:
         return 0
 
     def column(self, name):
-        """Return the values of a column as a new array: float64, int64, float32 [n, width], or objects (str).
+        """Return the values of a column as a new array: float64, int64, a matrix [n, width], or objects (str).
 
         A null is NaN, 0, a row of NaN, or None.
         """
@@ -406,11 +423,13 @@ cdef class Columns:
                 start = col.ends[i]
             return texts
         if self.n_rows == 0:
-            return np.empty(0, dtype=(np.int64, np.float64, None, np.float32)[col.kind])
+            return np.empty(0, dtype=_numpy_of(col))
         if col.kind == KIND_I64:
             return np.array(<int64_t[:self.n_rows]><int64_t *>col.data)
         if col.kind == KIND_F64:
             return np.array(<double[:self.n_rows]><double *>col.data)
+        if col.item == 8:
+            return np.array(<double[:self.n_rows, :col.width]><double *>col.data)
         return np.array(<float[:self.n_rows, :col.width]><float *>col.data)
 
 

@@ -104,7 +104,10 @@ cdef int append_value(Columns columns, int c, value, Py_ssize_t row) except -1:
         return columns._checked(columns.push_str(c, text, length))
     columns._checked(columns.reserve(c, 1))
     for k in range(col.width):
-        (<float *>col.data)[col.filled * col.width + k] = <float><double>value[k]
+        if col.item == 8:
+            (<double *>col.data)[col.filled * col.width + k] = value[k]
+        else:
+            (<float *>col.data)[col.filled * col.width + k] = <float><double>value[k]
     col.nulls[col.filled] = 0
     col.filled += 1
     return 0
@@ -156,13 +159,13 @@ cdef bint _append_matrix(Columns columns, int c, array) except -1:
         return False
     if array.ndim not in (1, 2) or array.shape[array.ndim - 1] != col.width:
         return False
-    floats = np.ascontiguousarray(array, dtype=np.float32 if array.dtype.itemsize == 4 else np.float64)
+    floats = np.ascontiguousarray(array, dtype=np.float32 if array.dtype.itemsize == col.item == 4 else np.float64)
     n = array.size
     columns._checked(columns.reserve(c, n // col.width))
-    to = <float *>col.data + col.filled * col.width
-    if floats.dtype.itemsize == 4:
-        memcpy(to, cnp.PyArray_DATA(floats), 4 * n)
+    if floats.dtype.itemsize == col.item:
+        memcpy(col.data + col.filled * col.width * col.item, cnp.PyArray_DATA(floats), col.item * n)
     else:
+        to = <float *>col.data + col.filled * col.width
         for i in range(n):
             to[i] = <float>(<double *>cnp.PyArray_DATA(floats))[i]
     memset(col.nulls + col.filled, 0, n // col.width)
@@ -172,10 +175,10 @@ cdef bint _append_matrix(Columns columns, int c, array) except -1:
 
 cdef bint _append_vectors(Columns columns, int c, values) except -1:
     """Append a list of numbers (a single vector), or a list of such lists. Returns False for other lists."""
-    cdef float *room
+    cdef double *room
     if len(values) == 0:
         return True
-    room = <float *>malloc(columns.col[c].width * sizeof(float))
+    room = <double *>malloc(columns.col[c].width * sizeof(double))
     if room is NULL:
         raise MemoryError
     try:
@@ -191,11 +194,11 @@ cdef bint _append_vectors(Columns columns, int c, values) except -1:
         free(room)
 
 
-cdef bint _append_vector(Columns columns, int c, values, float *room) except -1:
+cdef bint _append_vector(Columns columns, int c, values, double *room) except -1:
     """Append a vector of floats and ints. Returns False for other values, and if all its numbers are NaN.
 
     A vector of NaN alone is left to shorttail.define.values, which decides between a vector and missing rows. room: a
-    buffer for `width` floats.
+    buffer for `width` doubles.
     """
     cdef Py_ssize_t k = 0
     cdef int overflow = 0
@@ -213,7 +216,7 @@ cdef bint _append_vector(Columns columns, int c, values, float *room) except -1:
         else:
             return False
         any_number |= number == number
-        room[k] = <float>number
+        room[k] = number
         k += 1
     if any_number:
         columns._checked(columns.push_vec(c, room))
@@ -235,8 +238,8 @@ cdef int append_any_column(Columns columns, int c, values) except -1:
     if n > REQUEST_ROWS:
         raise too_many_rows(n)
     if nulls is None and col.kind != KIND_STR:
-        numbers = np.ascontiguousarray(found, dtype=(np.int64, np.float64, None, np.float32)[col.kind])
-        bytes = 4 * col.width if col.kind == KIND_VEC else 8
+        numbers = np.ascontiguousarray(found, dtype=_numpy_of(col))
+        bytes = col.item * col.width
         columns._checked(columns.reserve(c, n))
         memcpy(col.data + bytes * col.filled, cnp.PyArray_DATA(numbers), bytes * n)
         memset(col.nulls + col.filled, 0, n)

@@ -71,7 +71,10 @@ cdef inline void _copy(column_t *col, Py_ssize_t n, target_t *out, Py_ssize_t st
     for i in range(n):
         if col.kind == KIND_VEC:
             for k in range(col.width):
-                out[i * stride + k] = <target_t>(<float *>col.data)[i * col.width + k]
+                if col.item == 8:
+                    out[i * stride + k] = <target_t>(<double *>col.data)[i * col.width + k]
+                else:
+                    out[i * stride + k] = <target_t>(<float *>col.data)[i * col.width + k]
         elif col.kind == KIND_F64:
             out[i * stride] = <target_t>(<double *>col.data)[i]
         elif to_float and col.nulls[i]:

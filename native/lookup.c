@@ -73,7 +73,7 @@ st_convert st_conversion(uint32_t from, uint32_t to)
     case ST_BOOL: return of_bool[to];
     case ST_INT32: return of_i32[to];
     case ST_FLOAT32: case ST_VECTOR: return of_f32[to];
-    case ST_FLOAT64: return of_f64[to];
+    case ST_FLOAT64: case ST_WIDE_VECTOR: return of_f64[to];
     default: return of_i64[to];
     }
 }

@@ -11,6 +11,7 @@ static uint32_t field_bytes(const st_field *f)
     case ST_BOOL: return 1;
     case ST_INT32: case ST_FLOAT32: return 4;
     case ST_VECTOR: return 4 * f->width;
+    case ST_WIDE_VECTOR: return 8 * f->width;
     default: return 8;
     }
 }

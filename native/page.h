@@ -24,7 +24,7 @@ enum {
 };
 
 /* Type codes, as in shorttail.define.dtypes. */
-enum { ST_BOOL = 1, ST_INT32, ST_INT64, ST_FLOAT32, ST_FLOAT64, ST_STRING, ST_TIMESTAMP, ST_VECTOR };
+enum { ST_BOOL = 1, ST_INT32, ST_INT64, ST_FLOAT32, ST_FLOAT64, ST_STRING, ST_TIMESTAMP, ST_VECTOR, ST_WIDE_VECTOR };
 
 /* Element types of output columns. */
 enum { ST_OUT_FLOAT32, ST_OUT_FLOAT64, ST_OUT_INT64, ST_OUT_INT32, ST_OUT_BOOL, ST_OUT_OBJECT };
@@ -33,7 +33,7 @@ enum { ST_OUT_FLOAT32, ST_OUT_FLOAT64, ST_OUT_INT64, ST_OUT_INT32, ST_OUT_BOOL, 
 enum { ST_PRESENT = 0, ST_NULL = 1, ST_NOT_FOUND = 2, ST_STALE = 3 };
 
 typedef struct {
-    uint32_t code;   /* ST_BOOL .. ST_VECTOR */
+    uint32_t code;   /* ST_BOOL .. ST_WIDE_VECTOR, which has doubles */
     uint32_t width;  /* elements */
     uint32_t offset; /* in the row */
     uint32_t bytes;

@@ -1,7 +1,7 @@
 # Lookup and lookup(). Part of pages.pyx.
 
 cdef dict _SOURCE_DTYPES = {1: np.bool_, 2: np.int32, 3: np.int64, 4: np.float32, 5: np.float64, 7: np.int64,
-                            8: np.float32}
+                            8: np.float32, 9: np.float64}
 
 
 cdef int _output_type(cnp.ndarray array) except -1:
@@ -26,7 +26,7 @@ cdef class Lookup:
     """Lookup(layout, key_columns, ops, ttl_us): which features of one view a batch copies, and where to.
 
     key_columns: per key of the view, the index of its column in the request. ops: per feature to copy, (feature index,
-    output index, column in the output, default or None). ttl_us: a row older than this many microseconds is STALE; 0
+    output index, column in the output, default or None; a default in bytes is in the output's type). ttl_us: a row older than this many microseconds is STALE; 0
     means no limit. Not thread-safe: it caches a plan for the types of the last outputs. Raises ValueError for indices
     that do not exist.
     """
@@ -152,7 +152,7 @@ cdef class Lookup:
         return 0
 
     cdef bytes _fill_of(self, o, uint32_t kind):
-        """Return the default of an op in the bytes of its output; without a default NaN or 0."""
+        """Return the default of an op in the bytes of its output (it may be such bytes); without one NaN or 0."""
         f, _, _, default = self.ops[o]
         cdef st_field *field = &self.layout.c.features[f]
         cdef st_convert convert = st_conversion(field.code, kind)
@@ -161,6 +161,10 @@ cdef class Lookup:
             if kind == ST_OUT_FLOAT32 or kind == ST_OUT_FLOAT64:
                 return np.full(field.width, np.nan, np.float32 if kind == ST_OUT_FLOAT32 else np.float64).tobytes()
             return to
+        if isinstance(default, bytes):
+            if len(default) != len(to):
+                raise ValueError(f"a default of {len(default)} bytes for an output of {len(to)}")
+            return default
         values = np.empty(field.width, _SOURCE_DTYPES[field.code])
         values[:] = default
         cdef bytes source = values.tobytes()

@@ -85,10 +85,10 @@ cdef inline bint _is_whole(double number) noexcept:
     return -EXACT <= number <= EXACT and <double><int64_t>number == number
 
 
-cdef const uint8_t *_read_vector(Columns columns, int c, float *room, const uint8_t *p, Py_ssize_t row) except? NULL:
+cdef const uint8_t *_read_vector(Columns columns, int c, double *room, const uint8_t *p, Py_ssize_t row) except? NULL:
     """Read a vector, or nil. Returns its end, or NULL for other values and for a vector of NaN and nil alone.
 
-    room: a buffer for as many floats as the column is wide.
+    room: a buffer for as many doubles as the column is wide.
     """
     cdef mp_value v, item
     cdef const uint8_t *at = mp_read(p, &v)
@@ -101,9 +101,9 @@ cdef const uint8_t *_read_vector(Columns columns, int c, float *room, const uint
     for k in range(v.size):
         at = mp_read(at, &item)
         if item.kind == MP_FLOAT:
-            room[k] = <float>item.number.f
+            room[k] = item.number.f
         elif item.kind == MP_INT or item.kind == MP_BOOL:
-            room[k] = <float><double>item.number.i
+            room[k] = <double>item.number.i
         elif item.kind == MP_NIL:
             room[k] = NAN
         else:
@@ -121,7 +121,7 @@ cdef const uint8_t *_read_vectors(Columns columns, int c, const uint8_t *p) exce
     cdef const uint8_t *at = mp_read(p, &v)
     cdef Py_ssize_t i
     cdef bint many = False
-    cdef float *room
+    cdef double *room
     if v.kind == MP_ARRAY:
         if v.size == 0:
             raise empty_column(columns, c)
@@ -134,7 +134,7 @@ cdef const uint8_t *_read_vectors(Columns columns, int c, const uint8_t *p) exce
         mp_read(p, &v)
     if many and v.size > REQUEST_ROWS:
         raise too_many_rows(v.size)
-    room = <float *>malloc(columns.col[c].width * sizeof(float))
+    room = <double *>malloc(columns.col[c].width * sizeof(double))
     if room is NULL:
         raise MemoryError
     try:
@@ -175,7 +175,10 @@ cdef bint _read_tensor(Columns columns, int c, const mp_value *v) except -1:
         if t.dims[t.n_dims - 1] != <uint32_t>col.width:
             return False
         for i in range(<Py_ssize_t>t.elements):
-            (<float *>col.data)[col.filled * col.width + i] = <float>tensor_f64(&t, i)
+            if col.item == 8:
+                (<double *>col.data)[col.filled * col.width + i] = tensor_f64(&t, i)
+            else:
+                (<float *>col.data)[col.filled * col.width + i] = <float>tensor_f64(&t, i)
     elif col.kind == KIND_F64:
         for i in range(<Py_ssize_t>t.elements):
             (<double *>col.data)[col.filled + i] = tensor_f64(&t, i)

@@ -39,6 +39,8 @@ class Limits:
     warm_run_us: float = 20_000.0  # warm-up tries no larger batch once a batch takes this long
     warm_bytes: int = 64 << 20  # input bytes of the largest warm-up batch
     bucket_rows: int = 4096  # rows of the largest padded batch; a power of two
+    example_rows: int = 10_000  # rows with expected outputs, which every load of a model compares
+    example_bytes: int = 64 << 20  # their inputs and outputs together
     row_check_s: float = 10.0  # how long `apply` compares answers for rows in different runs
     versions_asked: int = 4  # versions that stay loaded only because requests named them
 

@@ -271,8 +271,9 @@ class Engine:
             plan = planning.compile_model(self._store, shadow.model, shadow.version, runner, key, asked)
         except (NotFound, InvalidArgument):
             return None
-        same_model = entry.version(shadow.version).model.inputs == entry.version(current.version).model.inputs
-        return Shadow(plan, percent / 100, same_model and runner.inputs == runners[current].inputs)
+        ours, other = entry.version(current.version), entry.version(shadow.version)
+        same_values = ours.model.inputs == other.model.inputs and ours.replacements == other.replacements
+        return Shadow(plan, percent / 100, same_values and runner.inputs == runners[current].inputs)
 
     # -- versions ----------------------------------------------------------------------------------------------
 
@@ -402,7 +403,8 @@ class Engine:
     def deploy(self, model: str, path: str | Path, **options: Any) -> int:
         """Register an ONNX file as the next version of `model` and make it current. Returns the version.
 
-        options: of `shorttail.registry.versions.deploy`: promote, owner, description, run, metrics, canary_percent.
+        options: of `shorttail.registry.versions.deploy`: promote, owner, description, run, metrics, examples,
+        canary_percent.
         """
         return registry.deploy(self._store, model, Path(path), **options)
 

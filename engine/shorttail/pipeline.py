@@ -20,7 +20,7 @@ from shorttail._native.pages import Lookup, lookup
 from shorttail._native.route import Route, Split
 from shorttail._native.transforms import TransformProgram
 from shorttail.define.dtypes import DType
-from shorttail.models.buffers import Buffer
+from shorttail.models.buffers import Buffer, check_outputs
 from shorttail.models.request_runs import BadShare, PartRun, RequestRows
 from shorttail.results import Statuses
 
@@ -149,6 +149,7 @@ def run_batch(route: Route, store: Store, columns: Columns) -> BatchResult:
     runner = route.plan.runner
     if runner is not None:
         infer(runner, result)
+        check_outputs(result.names, result.values, columns.n_rows)
     return result
 
 

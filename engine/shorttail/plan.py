@@ -8,19 +8,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from shorttail._native.columns import CopyColumns
 from shorttail._native.pages import Lookup
 from shorttail._native.route import Split
 from shorttail._native.transforms import TransformProgram
-from shorttail.define.catalog import TensorInfo
-from shorttail.define.dtypes import DType, String
+from shorttail.define.catalog import Catalog, TensorInfo
+from shorttail.define.dtypes import DType
+from shorttail.define.models import Model
 from shorttail.define.names import split_reference
 from shorttail.define.ondemand import OnDemandFeature
 from shorttail.errors import InvalidArgument
 from shorttail.models.buffers import Buffer, input_buffer
 from shorttail.models.load import Runner
-from shorttail.models.signature import key_columns, missing_values, request_columns, required_columns
+from shorttail.models.missing import marker, replaced_in_requests, required_columns
+from shorttail.models.signature import key_columns, request_columns
 from shorttail.ondemand.compile import compile_on_demand, copy_function
 from shorttail.pipeline import Plan, Shadow
 from shorttail.store import Store
@@ -47,27 +50,10 @@ def compile_model(
     info = entry.version(number)
     model = info.model
     given = request or request_columns(catalog, model, runner.inputs)
-    required = required_columns(catalog, model, runner.inputs)
-    builder = PlanBuilder(store, given, required, missing_values(model, given))
-    by_name = model.inputs_by_name([tensor.name for tensor in runner.inputs])
-    pending: list[tuple[OnDemandFeature, int, int]] = []
+    builder = PlanBuilder(store, given, required_columns(catalog, info), replaced_in_requests(info), info.replacements)
     tensors = info.inputs if model.is_raw else None
-    for tensor in runner.inputs if tensors is None else ():
-        columns = by_name[tensor.name]
-        array, widths = input_buffer(catalog, tensor, columns)
-        buffer = len(builder.buffers)
-        builder.buffers.append(array)
-        offset = 0
-        for column, width in zip(columns, widths, strict=True):
-            if isinstance(column, OnDemandFeature):
-                pending.append((column, buffer, offset))
-            else:
-                builder.fill(column, buffer, offset, null_string="")
-            offset += width
-    # Arguments get buffers after the inputs, because the model's inputs must come first.
-    uses = Counter(part for feature, _, _ in pending for part in set(feature.walk()))
-    for feature, buffer, offset in pending:
-        builder.transform(feature, buffer, offset, used_again=uses[feature] > 1)
+    if tensors is None:
+        builder.fill_inputs(catalog, model, runner.inputs)
     return builder.finish(
         "predict", key, model=name, version=number, runner=runner, split=split, shadow=shadow, tensors=tensors
     )
@@ -94,49 +80,58 @@ def compile_features(store: Store, references: Sequence[str], key: tuple[Any, ..
                 shared[dtype.name] = builder.add_buffer(dtype, widths[dtype.name]), itertools.count()
             buffer, columns = shared[dtype.name]
             places.append((buffer, next(columns)))
-        builder.fill(reference, places[-1][0], places[-1][1] or 0, null_string=None)
+        builder.fill(reference, places[-1][0], places[-1][1] or 0)
     return builder.finish("features", key, feature_names=tuple(references), feature_places=tuple(places))
 
 
-class PlanBuilder:
-    """Collects the buffers of a plan and the operations that fill them."""
+class BufferBuilder:
+    """Collects the buffers of a model's inputs and functions, and the functions that fill some of them.
 
-    def __init__(
-        self,
-        store: Store,
-        columns: dict[str, DType],
-        required: tuple[str, ...] = (),
-        instead: Mapping[str, Any] | None = None,
-    ):
-        self.store = store
-        # Read the version before the catalog: if a writer commits between the two, the plan counts as outdated, not as
-        # new.
-        self.catalog_version = store.catalog_version
-        self.catalog = store.catalog
-        self.columns = columns
-        self.required, self.instead = required, instead or {}
-        self.column_number = {name: number for number, name in enumerate(columns)}
+    Subclasses fill the others, with features and request columns.
+    """
+
+    def __init__(self) -> None:
         self.buffers: list[Buffer] = []
-        self.copies: list[tuple[int, int, int]] = []
-        self.gathers: dict[str, list[tuple[int, int, int, Any]]] = {}  # view -> operations of its lookup
         self.transforms: list[tuple[int, list[tuple[int, Any, int]], tuple[int, Any, int, int]]] = []
         self.arguments: dict[tuple[str | OnDemandFeature, str], int] = {}  # (argument, type) -> buffer
+
+    def fill(self, reference: str, buffer: int, offset: int, marker: bytes | None = None) -> None:
+        """Fill a buffer with a feature or a request column.
+
+        marker: what stands for a missing value of a feature that has neither a replacement nor a default, in the bytes
+        of the buffer's type; None: NaN, 0, False or None.
+        """
+        raise NotImplementedError
+
+    def fill_inputs(self, catalog: Catalog, model: Model, inputs: Sequence[TensorInfo]) -> None:
+        """Add the buffers of a model's inputs, in order, and fill them."""
+        by_name = model.inputs_by_name([tensor.name for tensor in inputs])
+        pending: list[tuple[OnDemandFeature, int, int]] = []
+        for tensor in inputs:
+            columns = by_name[tensor.name]
+            array, widths = input_buffer(catalog, tensor, columns)
+            buffer = len(self.buffers)
+            self.buffers.append(array)
+            offset = 0
+            for column, width in zip(columns, widths, strict=True):
+                if isinstance(column, OnDemandFeature):
+                    pending.append((column, buffer, offset))
+                else:
+                    self.fill(column, buffer, offset, marker(array.dtype))
+                offset += width
+        # Arguments get buffers after the inputs, because the model's inputs must come first.
+        uses = Counter(part for feature, _, _ in pending for part in set(feature.walk()))
+        for feature, buffer, offset in pending:
+            self.transform(feature, buffer, offset, used_again=uses[feature] > 1)
 
     def add_buffer(self, dtype: DType, width: int | None) -> int:
         self.buffers.append(Buffer(np.dtype(dtype.numpy), width))
         return len(self.buffers) - 1
 
-    def fill(self, reference: str, buffer: int, offset: int, null_string: str | None) -> None:
-        """Fill a buffer with a feature or a request column."""
-        view_name, name = split_reference(reference)
-        if view_name == "request":
-            self.copies.append((self.column_number[name], buffer, offset))
-            return
-        view, feature = self.catalog.feature(reference)
-        default = feature.default
-        if default is None and feature.dtype == String:
-            default = null_string
-        self.gathers.setdefault(view_name, []).append((view.feature_index[name], buffer, offset, default))
+    def run_transforms(self, arrays: Sequence[NDArray[Any]], rows: int) -> None:
+        """Run the functions on arrays for all buffers, whose other buffers are filled."""
+        if self.transforms:
+            TransformProgram(self.transforms).run(arrays, rows)
 
     def transform(self, feature: OnDemandFeature, buffer: int, offset: int, used_again: bool = False) -> None:
         """Fill a buffer with an on-demand feature. A feature that is used again gets its own buffer: computed once."""
@@ -157,7 +152,7 @@ class PlanBuilder:
         if key not in self.arguments:
             buffer = self.add_buffer(dtype, dtype.width if dtype.is_vector else None)
             if isinstance(argument, str):
-                self.fill(argument, buffer, 0, null_string=None)
+                self.fill(argument, buffer, 0)
             elif argument.function.returns != dtype:
                 self.transform(
                     argument, buffer, 0, used_again=True
@@ -166,6 +161,41 @@ class PlanBuilder:
                 self.transform(argument, buffer, 0)
             self.arguments[key] = buffer
         return self.arguments[key]
+
+
+class PlanBuilder(BufferBuilder):
+    """Collects the buffers of a plan and the operations that fill them."""
+
+    def __init__(
+        self,
+        store: Store,
+        columns: dict[str, DType],
+        required: tuple[str, ...] = (),
+        instead: Mapping[str, Any] | None = None,
+        replacements: Mapping[str, Any] | None = None,
+    ):
+        super().__init__()
+        self.store = store
+        # Read the version before the catalog: if a writer commits between the two, the plan counts as outdated, not as
+        # new.
+        self.catalog_version = store.catalog_version
+        self.catalog = store.catalog
+        self.columns = columns
+        self.required, self.instead, self.replacements = required, instead or {}, replacements or {}
+        self.column_number = {name: number for number, name in enumerate(columns)}
+        self.copies: list[tuple[int, int, int]] = []
+        self.gathers: dict[str, list[tuple[int, int, int, Any]]] = {}  # view -> operations of its lookup
+
+    def fill(self, reference: str, buffer: int, offset: int, marker: bytes | None = None) -> None:
+        view_name, name = split_reference(reference)
+        if view_name == "request":
+            self.copies.append((self.column_number[name], buffer, offset))
+            return
+        view, feature = self.catalog.feature(reference)
+        default = self.replacements.get(reference, feature.default)
+        if default is None:
+            default = marker
+        self.gathers.setdefault(view_name, []).append((view.feature_index[name], buffer, offset, default))
 
     def finish(
         self,

@@ -226,8 +226,8 @@ class Features:
         A column's type depends only on the feature's type, and not on whether there are nulls, so code that works for
         one result works for the next, and integers next to a null stay exact. Int32, Int64 and Bool are pandas'
         nullable Int32, Int64 and boolean. String is string. Timestamp is datetime64[us, UTC]. Float32 and Float64 are
-        float32 and float64, with NaN for null. Vector(n) is an object column of float32 arrays [n] or None. Raises
-        ImportError without pandas.
+        float32 and float64, with NaN for null. Vector(n) is an object column of float32 arrays [n] or None, Vector(n,
+        Float64) of float64 arrays. Raises ImportError without pandas.
         """
         pandas = _import("pandas", "to_pandas")
         columns = self._columns()
@@ -237,8 +237,8 @@ class Features:
         """Return an Arrow table with a column for each feature; null where there is neither a value nor a default.
 
         Types are those of the features: bool, int32, int64, float (32 bits), double, string, timestamp[us, tz=UTC], and
-        fixed_size_list<float>[n] for Vector(n). Numbers may share memory with the arrays of `to_numpy`. Raises
-        ImportError without pyarrow.
+        fixed_size_list<float>[n] for Vector(n), of double for Vector(n, Float64). Numbers may share memory with the
+        arrays of `to_numpy`. Raises ImportError without pyarrow.
         """
         pyarrow = _import("pyarrow", "to_arrow")
         columns = self._columns()
@@ -276,7 +276,7 @@ def _check_rows(outputs: dict[str, NDArray[Any]], method: str) -> None:
 def _type_of(values: NDArray[Any]) -> str:
     """Return the type name that fits an array."""
     if values.ndim > 1:
-        return f"Vector({values.shape[1]})"
+        return f"Vector({values.shape[1]}{', Float64' * (values.dtype == np.float64)})"
     return _TYPES_BY_DTYPE.get(values.dtype.name, values.dtype.name)
 
 

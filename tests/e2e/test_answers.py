@@ -24,6 +24,7 @@ TYPES = {
     "text": (st.String, "none", pa.string(), "string"),
     "time": (st.Timestamp, 1, pa.timestamp("us", "UTC"), "datetime64[us, UTC]"),
     "taste": (st.Vector(3), [1, 2, 3], pa.list_(pa.float32(), 3), "object"),
+    "wide": (st.Vector(2, st.Float64), [0.1, 1e300], pa.list_(pa.float64(), 2), "object"),
 }
 REFERENCES = [f"{view}:{name}" for view in ("plain", "given") for name in TYPES]  # without defaults, and with
 ROW = {
@@ -35,6 +36,7 @@ ROW = {
     "text": "é\0",
     "time": TIME,
     "taste": [0.5, -1.5, 2.0],
+    "wide": [1 / 3, -1e300],
 }
 # Key 1 has values, key 2 has nulls, key 3 has no row, and the row of key 4 is older than the TTL.
 KEYS = {"user_id": [1, 2, 3, 4, 1]}

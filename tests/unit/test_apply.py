@@ -262,16 +262,6 @@ def test_weights_in_other_files_are_refused(store: Store, tmp_path: Path, matrix
     assert not uses_external_data(model.SerializeToString())
 
 
-def test_a_zipmap_output_is_refused_with_advice(store: Store, tmp_path: Path) -> None:
-    linear_model = pytest.importorskip("sklearn.linear_model")
-    skl2onnx = pytest.importorskip("skl2onnx")
-    fitted = linear_model.LogisticRegression().fit([[0.0], [1.0]], [0, 1])
-    path = tmp_path / "zipmap.onnx"
-    path.write_bytes(skl2onnx.to_onnx(fitted, np.zeros((1, 1), np.float32)).SerializeToString())
-    assert "convert with options={'zipmap': False}" in width_message(store, path, ["stats:age"])
-    apply(store, [stats(), st.Model("fraud", str(path), ["stats:age"], outputs=["output_label"])])
-
-
 def test_a_function_that_does_not_compile_is_refused(store: Store, matrix: Callable[..., Path]) -> None:
     pytest.importorskip("numba")
 

@@ -141,10 +141,10 @@ def test_a_default_of_another_type_is_refused(dtype: Any, default: Any) -> None:
         (lambda: Model("m", "m.onnx", []), "model 'm': inputs must be a list"),
         (lambda: Model("m", "m.onnx", [ratio]), "call ratio with its arguments"),
         (lambda: Model("../m", "m.onnx", ["stats:age"]), "model '../m': a name has no : and no /"),
-        (lambda: Model("m", "m.onnx", ["request:a"], missing=["a"]), "missing must be {request column: value}"),
+        (lambda: Model("m", "m.onnx", ["request:a"], missing=["a"]), "missing must be {column: value}"),
         (
-            lambda: Model("m", "m.onnx", ["request:a", "v:f"], missing={"f": 1}),
-            "model 'm': missing names 'f', which is not one of its request columns: a",
+            lambda: Model("m", "m.onnx", ["request:a", "v:f"], missing={"g": 1}),
+            "model 'm': missing names 'g', which is not one of its columns: a, v:f",
         ),
         (lambda: Model("m", "m.onnx", ["stats:age"], outputs=["p", "p"]), "outputs must be a list of different"),
         (lambda: ratio("request:a"), r"ratio\(...\) takes 2 arguments \(amount, average\), not 1"),

@@ -141,7 +141,7 @@ def test_an_older_catalog_without_replacements_is_read(engine: st.Engine) -> Non
         ({"amount": "0"}, "model 'm': missing: column 'amount' takes Float64; got '0' (str)"),
         ({"amount": None}, "model 'm': missing: column 'amount' needs a value, not None"),
         ({"taste": [1, 2]}, "model 'm': missing: column 'taste' takes Vector(3); got 2 numbers"),
-        ({"user_id": 1}, "model 'm': missing names 'user_id', which is not one of its request columns: "),
+        ({"user_id": 1}, "model 'm': missing names 'user_id', which is not one of its columns: "),
     ],
 )
 def test_a_replacement_of_another_type_is_refused(

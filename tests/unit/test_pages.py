@@ -24,7 +24,7 @@ from shorttail.store.environment import page_key
 from shorttail.store.table import ColumnBatch, encode_rows, make_layout
 
 PRESENT, NULL, NOT_FOUND, STALE = 0, 1, 2, 3
-ALL_TYPES = [*dtypes.SCALARS.values(), dtypes.Vector(5)]
+ALL_TYPES = [*dtypes.SCALARS.values(), dtypes.Vector(5), dtypes.Vector(3, dtypes.Float64)]
 INT64 = np.iinfo(np.int64)
 
 
@@ -185,6 +185,7 @@ VALUES: dict[int, Any] = {
     6: st.text(st.characters(codec="utf-8"), max_size=20),
     7: st.integers(INT64.min, INT64.max),
     8: st.lists(float32s, min_size=5, max_size=5),
+    9: st.lists(st.floats(), min_size=3, max_size=3),
 }
 # Few distinct keys, so that batches contain duplicates and hits. Some keys are edge cases.
 KEYS: dict[int, Any] = {

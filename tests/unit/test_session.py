@@ -27,7 +27,7 @@ from shorttail.models import device as devices
 from shorttail.models.buckets import BucketSession
 from shorttail.models.device import Device, check_cuda
 from shorttail.models.load import Runner, load_runner
-from shorttail.models.session import Session
+from shorttail.models.session import FixedRows, Session, one_line
 from shorttail.models.settings import DEFAULT, RunSettings
 
 Shape = Sequence[int | str | None]
@@ -234,11 +234,95 @@ def test_buffers_of_a_device_are_filled_and_read_by_copies(tmp_path: Path, graph
     session = BucketSession(scaled(tmp_path / "m.onnx"))
     memory = SeparateMemory()
     session._memory, session.graphs = memory, graphs  # type: ignore[assignment]
-    for rows in (3, 1, 4, 3):
+    for rows, first in ((3, True), (1, True), (4, False), (3, False)):
         memory.copied_bytes.clear()
         check_scaled(session.run, rows)
         size = {3: 4, 1: 1, 4: 4}[rows]
-        assert memory.copied_bytes == [size * 16, rows * 16, rows * 4]  # all that is run, but only answers asked for
+        made = [size * 16] if first else []  # the rows on which new buffers are tried
+        assert memory.copied_bytes == [
+            *made,
+            size * 16,
+            rows * 16,
+            rows * 4,
+        ]  # all that is run, but only answers asked for
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (
+            "[ONNXRuntimeError] : 1 : FAIL : Non-zero status code returned while running OneHotEncoder node."
+            " Name:'tier' Status Message: Unknown Category and zeros = 0.",
+            "OneHotEncoder node 'tier': Unknown Category and zeros = 0.",
+        ),
+        (
+            "[ONNXRuntimeError] : 1 : FAIL : Non-zero status code returned while running Reshape node. Name:'' Status"
+            " Message: /src/onnxruntime/core/reshape_helper.h:91 onnxruntime::ReshapeHelper::ReshapeHelper(const"
+            " onnxruntime::TensorShape&, bool) size == requested was false. The tensor cannot be reshaped.\n",
+            "Reshape node: The tensor cannot be reshaped.",
+        ),
+        (
+            "[ONNXRuntimeError] : 2 : INVALID_ARGUMENT : Unexpected input data type. Actual: (tensor(float))",
+            "Unexpected input data type. Actual: (tensor(float))",
+        ),
+        (
+            "[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Exception during initialization: /src/normalizer.cc:235"
+            " onnxruntime::StringNormalizer::Locale::Locale(const std::string&)::<lambda()> Failed to construct locale",
+            "Exception during initialization: Failed to construct locale",
+        ),
+        ("x" * 400 + " because of y", "... " + "x" * 287 + " because of y"),
+        (
+            "[ONNXRuntimeError] : 1 : FAIL : Non-zero status code returned while running Gather node. Name:'"
+            + "layer/" * 90
+            + "' Status Message: idx=5 must be within the inclusive range [-1,0]",
+            f"Gather node '{'layer/' * 90}': idx=5 must be within the inclusive range [-1,0]",
+        ),
+    ],
+)
+def test_an_error_of_onnx_runtime_keeps_its_reason(text: str, reason: str) -> None:
+    assert one_line(RuntimeError(text)) == reason
+
+
+@pytest.mark.parametrize(
+    ("nodes", "outputs", "message"),
+    [
+        (
+            [helper.make_node("ReduceSum", ["x"], ["y"], keepdims=0), helper.make_node("Neg", ["x"], ["z"])],
+            {"y": (FLOAT, []), "z": (FLOAT, ["N", 2])},
+            r"output 'y' has the shape \[\] for a batch of \d; .*; name the others: outputs=\['z'\]",
+        ),
+        (
+            [helper.make_node("ReduceSum", ["x"], ["y"], keepdims=0)],
+            {"y": (FLOAT, [])},
+            r"output 'y' has the shape \[\] for a batch of \d; the first axis of an output must be the rows$",
+        ),
+    ],
+)
+@pytest.mark.parametrize("rows", [2, "N"])
+def test_outputs_that_are_not_rows_are_refused_in_one_line(
+    tmp_path: Path, nodes: Any, outputs: Any, message: str, rows: Any
+) -> None:
+    path = save(tmp_path / "m.onnx", nodes, {"x": (FLOAT, [rows, 2])}, outputs)
+    for settings in (RunSettings(), RunSettings(padded=True)):
+        runner = load_runner(path, list(outputs), settings)
+        with pytest.raises(InvalidArgument, match=message):
+            runner.warm(lambda count: [np.ones((count, 2), np.float32)])
+
+
+def test_a_width_that_depends_on_the_values_is_an_error_of_one_line(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("NonZero", ["x"], ["at"]),
+        helper.make_node("Shape", ["at"], ["size"], start=1),
+        helper.make_node("Concat", ["one", "size"], ["shape"], axis=0),
+        helper.make_node("Expand", ["x", "shape"], ["y"]),
+    ]
+    path = save(
+        tmp_path / "m.onnx", nodes, {"x": (FLOAT, [1, 1])}, {"y": (FLOAT, [1, "W"])}, one=np.array([1], np.int64)
+    )
+    session = FixedRows(Session(path), 1)
+    assert session.run([np.ones((3, 1), np.float32)])[0].tolist() == [[1], [1], [1]]
+    with pytest.raises(Internal, match="the width of an output depends on the values of the rows"):
+        session.run([np.array([[1], [0]], np.float32)])
 
 
 def test_a_model_that_cannot_be_captured_runs_without_graphs(tmp_path: Path) -> None:
@@ -262,7 +346,7 @@ def test_a_model_that_fails_raises_internal(tmp_path: Path, opened: Callable[[Pa
 GROWTH = """
 import sys, numpy as np
 from pathlib import Path
-from shorttail.models.session import Session
+from shorttail.models.session import FixedRows, Session, one_line
 session = Session(Path(sys.argv[1]))
 random = np.random.default_rng(int(sys.argv[2]))
 def rss_mb():

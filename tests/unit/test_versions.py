@@ -214,7 +214,7 @@ def gate(engine: st.Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     version(engine)
     load = serving.load_version
     monkeypatch.setattr(serving, "load_version", load_version)
-    monkeypatch.setattr(registry, "vet", lambda catalog, info, *args: info)  # it would wait too
+    monkeypatch.setattr(registry, "vet", lambda catalog, info, *args, **options: info)  # it would wait too
     engine.load_in_background(Gate.changed.set)
     yield Gate
     Gate.open.set()

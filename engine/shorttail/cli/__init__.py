@@ -105,7 +105,7 @@ def apply(definitions: str, store: str, dry_run: bool, reset: bool, as_json: boo
         # The definitions are checked against an empty catalog first, so that wrong ones create no folder.
         plan = applying.plan_changes(Catalog(), prepared, lambda view: 0)
         applying.vet_new(plan, prepared)
-        changes = plan.changes
+        changes = plan.changes + prepared.warnings
     if Path(store).exists() or not dry_run:
         with opened(store, create=not dry_run) as target:
             changes = applying.apply(target, prepared, dry_run=dry_run, reset=reset)
@@ -115,7 +115,7 @@ def apply(definitions: str, store: str, dry_run: bool, reset: bool, as_json: boo
     width = max(len(change.what) for change in changes)
     for change in changes:
         echo_line(f"{change.kind} {change.what:<{width}}  {change.detail}")
-    count = sum(change.kind != "=" for change in changes)
+    count = sum(change.kind in "+~" for change in changes)
     summary = f"{count} change{'' if count == 1 else 's'}" if count else "no changes"
     click.echo(f"{summary}; dry run, nothing written" if dry_run else f"{store}: {summary}")
 

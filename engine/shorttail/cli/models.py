@@ -215,6 +215,7 @@ def show_lines(shown: dict[str, Any]) -> list[tuple[str, str]]:
         ("outputs", ", ".join(shown["outputs"])),
         ("features", ", ".join(shown["features"]) or "none"),
         ("request", ", ".join(f"{column} {dtype}" for column, dtype in shown["columns"].items())),
+        ("missing", ", ".join(f"{name} {value!r}" for name, value in shown["replacements"].items())),
         ("runs", shown["runs"]),
         ("batching", batching_text(shown)),
         ("tuning", shown["tuning"] or "none; `shorttail tune` finds the fastest settings on this host"),
@@ -243,6 +244,7 @@ def show_lines(shown: dict[str, Any]) -> list[tuple[str, str]]:
     metavar="NAME=NUMBER",
     help="Measured figure of the version, such as auc=0.91; may be repeated.",
 )
+@click.option("--examples", metavar="FILE", help="Rows with the outputs expected of this version, to compare.")
 def models_deploy(
     store: str | None,
     as_json: bool,
@@ -254,6 +256,7 @@ def models_deploy(
     description: str | None,
     run: str,
     metrics: tuple[str, ...],
+    examples: str | None,
 ) -> None:
     """Register an ONNX file as the next version of a model.
 
@@ -274,6 +277,7 @@ def models_deploy(
             "--canary 0%: to register a version that answers nothing, use --no-promote", click.get_current_context()
         )
     about: dict[str, Any] = {"owner": owner, "description": description, "run": run, "metrics": parse_metrics(metrics)}
+    about["examples"] = examples
     with opened(required_store(store)) as target:
         before = target.catalog.model(name).current
         # A server may run on this host, and checking a model keeps a CPU busy for a while.

@@ -79,7 +79,7 @@ class VersionInfo:
     batching: "rows" if requests share runs, "request" if each has runs of its own. batching_why: the reason, in one
     line, "" if there is nothing to say, None if the version was never examined. replacements: the value that replaces a
     missing one, by "request:column" or "view:feature". forest_differs: why its compiled forest may not answer, as `vet`
-    found, "" if it may.
+    found, "" if it may. examples_sha256: of the file of the model's examples, "" if it has none.
     """
 
     model: Model
@@ -92,6 +92,7 @@ class VersionInfo:
     batching_why: str | None = None
     replacements: dict[str, Any] = field(default_factory=dict)
     forest_differs: str = ""
+    examples_sha256: str = ""
 
     def to_json(self) -> Json:
         return {
@@ -105,10 +106,12 @@ class VersionInfo:
             "batching_why": self.batching_why,
             "replacements": self.replacements,
             "forest_differs": self.forest_differs,
+            "examples_sha256": self.examples_sha256,
         }
 
     @classmethod
     def from_json(cls, data: Json) -> VersionInfo:
+        given = data["model"].get("missing", {})  # versions older than `replacements` have request columns there alone
         return cls(
             Model.from_json(data["model"]),
             data["sha256"],
@@ -118,8 +121,9 @@ class VersionInfo:
             data.get("tuning", {}),
             data.get("batching", "rows"),
             data.get("batching_why"),
-            data.get("replacements", {}),
+            data.get("replacements", {f"request:{name}": value for name, value in given.items()}),
             data.get("forest_differs", ""),
+            data.get("examples_sha256", ""),
         )
 
 

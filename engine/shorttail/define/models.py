@@ -32,13 +32,15 @@ class Model:
     `run` is a link to the training run ("mlflow:..." or any URL). `metrics` holds measured figures: {name: number}.
     `inputs=None` makes a model of raw tensors: each request brings the arrays of the file's inputs, over HTTP or in
     `Engine.predict`, and runs by itself.
-    `missing` gives the value that stands in where a request has none: {request column: value}. Without it, int, bool,
-    string and timestamp columns refuse a missing value, and float and vector columns take it as NaN.
+    `missing` gives the value that stands in where a request, or the store, has none: {column: value}. A column is the
+    name of a request column, or "view:feature", or the name of a feature if no other column has it. docs/models.md says
+    what the model gets without it.
     `batching` says how requests share runs: "rows" puts the rows of several requests into one run, "request" runs each
     request by itself; None lets `apply` find out whether the answer for a row depends on the other rows.
     `run_timeout` ends a run of the model that takes longer: "200ms", "2s"; None is LIMITS.run_timeout_s.
     `examples` is the path of a Parquet, Arrow or CSV file of rows with the outputs that are expected for them; `apply`
-    and every load of the model compare. It is relative to the definitions file.
+    and every load of the model compare. It is relative to the definitions file. Its columns are request columns,
+    features ("view:feature") and outputs (docs/models.md).
     Raises InvalidArgument.
     """
 
@@ -207,14 +209,34 @@ def check_metrics(metrics: object, where: str) -> dict[str, float]:
 
 
 def check_missing(missing: object, references: Sequence[str], where: str) -> dict[str, Any]:
-    """Check the names of `missing`. models/signature.py checks the values, where the types of columns are known."""
+    """Check the names of `missing`, and return it with request columns by their names and features as "view:feature".
+
+    models/signature.py checks the values, where the types of columns are known. Raises InvalidArgument.
+    """
     if not isinstance(missing, Mapping):
-        raise InvalidArgument(f"{where}: missing must be {{request column: value}}, not {type(missing).__name__}")
-    for name in missing:
-        if not isinstance(name, str) or f"request:{name}" not in references:
-            known = ", ".join(item.removeprefix("request:") for item in references if item.startswith("request:"))
-            raise InvalidArgument(f"{where}: missing names {name!r}, which is not one of its request columns: {known}")
-    return dict(missing)
+        raise InvalidArgument(f"{where}: missing must be {{column: value}}, not {type(missing).__name__}")
+    found: dict[str, Any] = {}
+    for name, value in missing.items():
+        named = [item for item in references if name in (item, item.partition(":")[2])]
+        if not named:
+            known = ", ".join(item.removeprefix("request:") for item in references)
+            raise InvalidArgument(f"{where}: missing names {name!r}, which is not one of its columns: {known}")
+        if len(named) > 1:
+            raise InvalidArgument(
+                f"{where}: missing names {name!r}, which is {' and '.join(named)}; write one of these"
+            )
+        bare = named[0].removeprefix("request:")
+        is_plain = sum(bare in (item, item.partition(":")[2]) for item in references) == 1
+        kept = bare if is_plain else named[0]
+        if kept in found:
+            raise InvalidArgument(f"{where}: missing names {named[0]} twice")
+        found[kept] = value
+    return found
+
+
+def missing_reference(name: str) -> str:
+    """Return the reference of a name in `Model.missing`, which has request columns by their names."""
+    return name if ":" in name else f"request:{name}"
 
 
 def check_columns(columns: object, where: str) -> tuple[Column, ...]:

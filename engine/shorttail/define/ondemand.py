@@ -13,7 +13,7 @@ from typing import Any, Union
 
 from shorttail.config import LIMITS
 from shorttail.define.capture import Origin, capture
-from shorttail.define.dtypes import DType, String, parse_dtype
+from shorttail.define.dtypes import WIDE_VECTOR_CODE, DType, String, parse_dtype
 from shorttail.define.names import check_function_name, split_reference
 from shorttail.errors import InvalidArgument
 
@@ -149,4 +149,6 @@ def numeric(dtype: object, what: str) -> DType:
             f"{what} is String; on-demand functions take and return numbers and vectors: store a number for the string,"
             " or give the string to the model directly"
         )
+    if dtype.code == WIDE_VECTOR_CODE:
+        raise InvalidArgument(f"{what} is {dtype}; vectors of functions have Float32 elements: Vector({dtype.width})")
     return dtype

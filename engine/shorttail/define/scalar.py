@@ -10,7 +10,18 @@ from typing import Any, Final
 import numpy as np
 
 from shorttail.config import LIMITS
-from shorttail.define.dtypes import VECTOR_CODE, Bool, DType, Float32, Float64, Int32, Int64, String, Timestamp
+from shorttail.define.dtypes import (
+    VECTOR_CODE,
+    WIDE_VECTOR_CODE,
+    Bool,
+    DType,
+    Float32,
+    Float64,
+    Int32,
+    Int64,
+    String,
+    Timestamp,
+)
 from shorttail.define.refusal import Refused, described, described_length, described_text
 from shorttail.define.times import MIDNIGHT, datetime_us, parse_time, times_us
 
@@ -181,4 +192,5 @@ _READERS: Final[dict[int, Callable[[DType, Any], Any]]] = {
     String.code: _as_text,
     Timestamp.code: _as_time,
     VECTOR_CODE: _as_vector,
+    WIDE_VECTOR_CODE: _as_vector,
 }

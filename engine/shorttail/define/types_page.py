@@ -65,11 +65,15 @@ RULES: Final = (
 )
 
 NOTES: Final = """
+The elements of a Vector(n) are Float32, and those of a `Vector(n, Float64)` are Float64. A request column that is a
+vector and feeds an input of doubles is the latter. Vectors of on-demand functions have Float32 elements.
+
 A **missing** value is None, NaN, NaT, pandas.NA, an Arrow or polars null, a masked element of a NumPy array, a
 MessagePack nil or a JSON null. A stored feature holds it as NULL. A missing number inside a vector is NaN. Event times
 and the keys of rows that are pushed, loaded or deleted refuse a missing value. In a key column of a request it matches
 no row. In another request column of a model, Float and Vector columns take it as NaN, and every other type refuses it,
-unless the model gives a value to use instead: `st.Model(..., missing={"tier": "nan"})`.
+unless the model gives a value to use instead, `st.Model(..., missing={"tier": "nan"})`, or its file has one text for it
+([models.md](models.md#missing-values); also for stored values that are missing).
 
 **Times** are rounded to microseconds towards the past, also before 1970. A time is never a number: Float and Int
 columns refuse a datetime. Every column refuses a timedelta (a duration).

@@ -409,6 +409,6 @@ def _vectors_from_arrow(dtype: DType, flat: Any, lengths: Array, nulls: Nulls | 
     matrix, _ = from_matrix(dtype, found.reshape(-1, dtype.width))
     if nulls is None:
         return matrix, None
-    out = np.full((len(nulls), dtype.width), np.nan, np.float32)
+    out = np.full((len(nulls), dtype.width), np.nan, dtype.numpy)
     out[rows] = matrix
     return out, nulls

@@ -182,7 +182,7 @@ class Builder:
     def tensor_dtype(self, name: str) -> str:
         dtype = self.dtypes[name]
         if dtype.startswith("Vector("):
-            return "<f4"
+            return "<f8" if dtype.endswith("Float64)") else "<f4"
         if self.is_range(name):
             return "<f8" if dtype.startswith("Float") else "<i8"
         return NUMPY[dtype]
@@ -241,7 +241,7 @@ def put_columns(builder: Builder, template: Template, columns: Mapping[str, str]
         if is_scalar:
             template.values(builder.column(name, "msgpack"), 1)
         elif builder.workload.encoding == "tensor" and numeric:
-            shape = [count, int(dtype.removeprefix("Vector(").rstrip(")"))] if vector else [count]
+            shape = [count, parse_dtype(dtype).width] if vector else [count]
             template.literal(tensor_header(builder.tensor_dtype(name), shape))
             template.values(builder.column(name, "raw"), count)
         else:

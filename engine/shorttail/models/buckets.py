@@ -20,9 +20,18 @@ from numpy.typing import NDArray
 from onnxruntime import OrtValue
 
 from shorttail.config import LIMITS
-from shorttail.errors import Internal, InvalidArgument
+from shorttail.errors import Internal, InvalidArgument, ShorttailError
 from shorttail.models.device import CPU, CudaMemory, Device, cuda_providers
-from shorttail.models.session import FAILED, ON_CPU, ModelFailed, Session, blank_rows, one_line, run_in_pieces
+from shorttail.models.session import (
+    FAILED,
+    ON_CPU,
+    ModelFailed,
+    Session,
+    check_rows,
+    one_line,
+    padded,
+    run_in_pieces,
+)
 
 Array = NDArray[Any]
 RUNS_BEFORE_REPLAY = 3  # two runs that ONNX Runtime needs before it captures a graph, and the first replay
@@ -111,7 +120,7 @@ class BucketSession:
             if bucket is None or not bucket.takes(inputs):
                 bucket = self._buckets[size] = self._new_bucket(size, inputs)
             return bucket.run(inputs)
-        except Internal:
+        except ShorttailError:
             raise
         except Exception as error:  # ONNX Runtime's exceptions share no base class
             raise ModelFailed(f"{FAILED}{one_line(error)}") from error
@@ -119,8 +128,8 @@ class BucketSession:
     def _new_bucket(self, size: int, inputs: Sequence[Array]) -> Bucket:
         try:
             return Bucket(self, size, inputs)
-        except Exception:
-            if not self.graphs:
+        except Exception as error:
+            if not self.graphs or isinstance(error, InvalidArgument):
                 raise
         # Some models load with graphs and still cannot be captured: an operator waits for the GPU, or the file declares
         # an output with a wrong shape.
@@ -147,7 +156,7 @@ def open_session(
 class Bucket:
     """The bound input and output buffers of one padded batch size.
 
-    rows: the padded size. like: input arrays whose widths and dtypes the buffers take.
+    rows: the padded size. like: the inputs of the first batch, whose widths and dtypes the buffers take.
     """
 
     def __init__(self, owner: BucketSession, rows: int, like: Sequence[Array]):
@@ -160,9 +169,12 @@ class Bucket:
             self._options, uncaptured = onnxruntime.RunOptions(), onnxruntime.RunOptions()
             self._options.add_run_config_entry("gpu_graph_id", str(rows))
             uncaptured.add_run_config_entry("gpu_graph_id", "-1")
-        inputs = [blank_rows(array, rows) for array in like]
+        inputs = [padded(array, rows) for array in like]
         outputs = session.run(inputs, uncaptured)
+        check_rows(session.output_names, outputs, rows)
         self._inputs = [self._buffer(array, device) for array in inputs]
+        for host, value in self._inputs:
+            self._upload(host, value)  # the first runs are on these rows: a model may refuse rows of zeros
         self._outputs = [self._buffer(array, device) for array in outputs]
         for tensor, (_, value) in zip(session.inputs, self._inputs, strict=True):
             self._binding.bind_ortvalue_input(tensor.name, value)
@@ -191,13 +203,14 @@ class Bucket:
         self._onnx.run_with_iobinding(self._binding, self._options)
 
     def _buffer(self, array: Array, device: Device) -> tuple[Array, OrtValue]:
-        """Return a host array shaped like `array`, and the value to bind: the same memory on a CPU, GPU memory else."""
+        """Return a copy of `array`, and the value to bind: the same memory on a CPU, GPU memory else."""
         if self._shared:
             # `array` itself may belong to ONNX Runtime, and every run writes into a bound output.
-            host = np.zeros(array.shape, array.dtype)
+            host = np.array(array)
             return host, OrtValue.ortvalue_from_numpy(host)
         value = OrtValue.ortvalue_from_shape_and_type(list(array.shape), array.dtype, device.kind, device.index)
         host = np.empty_like(array) if self._memory is None else self._memory.empty(array.shape, array.dtype)
+        host[...] = array
         return host, value
 
     def takes(self, inputs: Sequence[Array]) -> bool:
@@ -212,7 +225,7 @@ class Bucket:
         rows = len(inputs[0])
         for (host, value), array in zip(self._inputs, inputs, strict=True):
             host[:rows] = array
-            host[rows:] = 0  # rows of an earlier batch must not influence this one
+            host[rows:] = array[-1] if rows else 0  # rows of an earlier batch must not influence this one
             self._upload(host, value)
         self._run()
         self._binding.synchronize_outputs()

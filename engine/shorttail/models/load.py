@@ -19,7 +19,16 @@ from shorttail.errors import DeadlineExceeded, InvalidArgument, ShorttailError
 from shorttail.models.device import CPU, Device
 from shorttail.models.forest import NotAForest, RunnableModel, compile_forest
 from shorttail.models.raw import are_all_fixed, example_tensors
-from shorttail.models.session import ExactRows, FixedRows, ModelFailed, RawSession, RunTimedOut, Session
+from shorttail.models.session import (
+    ExactRows,
+    FixedRows,
+    ModelFailed,
+    RawSession,
+    RowsRefused,
+    RunTimedOut,
+    Session,
+    check_rows,
+)
 from shorttail.models.settings import DEFAULT, RunSettings
 
 log = logging.getLogger(__name__)
@@ -46,7 +55,8 @@ class Runner:
     may call `run`; None if every thread may. measured_us: rows of a batch -> microseconds, filled by `warm`.
     loop_rows_max: the most rows that may run on an event loop; a larger batch would stall it. slow_runs: how many runs
     in a row have held up the event loop. by_request: each request has a run of its own, because the answer for a row
-    depends on the other rows of the run. example_error: why the example of `warm_raw` failed, "" if it did not.
+    depends on the other rows of the run. unwarmed: why no example row could run, in one line; "" once `warm` has run.
+    example_error: why the example of `warm_raw` failed, "" if it did not.
     """
 
     def __init__(
@@ -66,6 +76,7 @@ class Runner:
         self.executor = executor
         self.example_error = ""
         self.measured_us: dict[int, float] = {}
+        self.unwarmed = ""
         self.loop_rows_max = 0 if executor else LIMITS.batch_rows
         self.model = model
         self.by_request = by_request
@@ -83,6 +94,8 @@ class Runner:
         """
         if isinstance(error, RunTimedOut):
             return DeadlineExceeded(error.message)
+        if isinstance(error, RowsRefused):
+            return InvalidArgument(error.message)
         if not worked and time.monotonic_ns() - self._worked_ns > 1e9 * LIMITS.example_run_s:
             if self._example is None:
                 return error
@@ -124,12 +137,7 @@ class Runner:
                 self._example = inputs
             if sum(array.nbytes for array in inputs) > LIMITS.warm_bytes:
                 break
-            for name, array in zip(self.output_names, self.run(inputs), strict=True):
-                if array.shape[:1] != (rows,):
-                    raise InvalidArgument(
-                        f"output '{name}' has the shape {list(array.shape)} for a batch of {rows}; the first axis of an"
-                        " output must be the rows"
-                    )
+            check_rows(self.output_names, self.run(inputs), rows)
             self.measured_us[rows] = _shortest_us(self.run, inputs)
             if self.exact_rows:
                 break
@@ -163,6 +171,21 @@ class Runner:
             self._quick_runs += 1
             if self._quick_runs >= QUICK_RUNS:
                 self.loop_rows_max = self._loop_rows_warm
+
+    def refuse(self, check: Callable[[Sequence[Array]], None]) -> None:
+        """Call `check` with the inputs of every run. It raises RowsRefused for rows that must not be run."""
+        run = self.run
+
+        def checked(inputs: Sequence[Array]) -> list[Array]:
+            check(inputs)
+            return run(inputs)
+
+        self.run = checked
+
+    def leave_unwarmed(self, reason: str) -> None:
+        """Serve without a warm-up. Nobody knows how long the model takes, so no batch of it runs on an event loop."""
+        self.unwarmed = reason
+        self.loop_rows_max = 0
 
     def warm_raw(self, tensors: Sequence[TensorInfo]) -> None:
         """Run a made-up request of tensors. If it fails, `example_error` says why: a graph may want other values.

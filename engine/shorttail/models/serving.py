@@ -17,17 +17,19 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from shorttail.config import LIMITS
 from shorttail.define.catalog import TENSOR_TYPES, Catalog, ModelEntry, Share, VersionInfo
-from shorttail.define.models import BATCHING
+from shorttail.define.models import BATCHING, column_label
 from shorttail.errors import Internal, InvalidArgument, NotFound, ShorttailError, Unavailable
+from shorttail.models import missing
 from shorttail.models.buffers import input_buffer
 from shorttail.models.device import CPU, Device
+from shorttail.models.examples import Examples, depends_on_values
+from shorttail.models.golden import FILE, GoldenRows
 from shorttail.models.load import Runner, load_runner
 from shorttail.models.raw import WHY_BY_ITSELF
 from shorttail.models.row_check import examine_rows
@@ -117,11 +119,13 @@ def load_version(
     settings: RunSettings,
     device: Device = CPU,
     every_leaf: bool = False,
+    golden: GoldenRows | None = None,
 ) -> Runner:
     """Load and warm a version, and check that its file is the registered one and has the manifest's inputs and outputs.
 
     path: the ONNX file. catalog: holds the views that feed the model. number: the version, for errors. every_leaf: see
-    `load_runner`. Raises NotFound, InvalidArgument or Internal; the message names the model and the version.
+    `load_runner`. golden: rows with expected outputs, None for those that are kept with the version.
+    Raises NotFound, InvalidArgument or Internal; the message names the model and the version.
     """
     try:
         if not path.is_file():
@@ -133,13 +137,13 @@ def load_version(
         if info.model.is_raw:
             runner.warm_raw(info.inputs)
             return runner
-        example = examples(catalog, info)
-        for tensor, array in zip(info.outputs, runner.run(example(runner.exact_rows or 1)), strict=True):
-            if np.asarray(array).dtype != np.dtype(TENSOR_TYPES[tensor.dtype].numpy):
-                raise InvalidArgument(
-                    f"output '{tensor.name}' is {tensor.dtype} in the manifest but gives {array.dtype}"
-                )
-        runner.warm(example)
+        if golden is None and info.examples_sha256:
+            golden = GoldenRows.read(path.with_name(FILE))
+        if golden is not None:
+            golden.compare(runner.run, runner.output_names, input_labels(catalog, info), runner.exact_rows)
+        warm(runner, info, Examples.of(catalog, info, path.read_bytes(), golden.inputs if golden else None))
+        if (refuse := missing.refuser(catalog, info)) is not None:
+            runner.refuse(refuse)
     except (InvalidArgument, Internal, NotFound) as error:
         known = "" if error.message.startswith("model '") else f"model '{info.model.name}' version {number}: "
         raise type(error)(f"{known}{error.message}") from error
@@ -148,22 +152,63 @@ def load_version(
     return runner
 
 
-def examples(catalog: Catalog, info: VersionInfo) -> Callable[[int], list[NDArray[Any]]]:
-    """Return a function that makes random inputs of a version with a given number of rows."""
-    columns = info.model.inputs_by_name([tensor.name for tensor in info.inputs])
-    buffers = [input_buffer(catalog, tensor, columns[tensor.name])[0] for tensor in info.inputs]
+def warm(runner: Runner, info: VersionInfo, examples: Examples) -> None:
+    """Run a loaded version on example rows, so that no request pays for a first run, and check what it gives.
+
+    If no example can run for a reason that may lie in its values, `runner.unwarmed` says so.
+    Raises InvalidArgument if the outputs do not fit, Internal if no row could run.
+    """
     random = np.random.default_rng(0)
-    return lambda rows: [buffer.example(rows, random) for buffer in buffers]
+    try:
+        outputs = examples.keep_those_that_run(runner.run, random, runner.exact_rows or 1)
+        for tensor, array in zip(info.outputs, outputs, strict=True):
+            if np.asarray(array).dtype != np.dtype(TENSOR_TYPES[tensor.dtype].numpy):
+                raise InvalidArgument(
+                    f"output '{tensor.name}' is {tensor.dtype} in the manifest but gives {array.dtype}"
+                )
+        runner.warm(lambda rows: examples(rows, random))
+    except Internal as error:
+        if not depends_on_values(error, examples.operators):
+            raise
+        runner.leave_unwarmed(error.message)
 
 
-def vet(catalog: Catalog, info: VersionInfo, number: int, path: Path) -> VersionInfo:
+def input_labels(catalog: Catalog, info: VersionInfo) -> list[list[str]]:
+    """Return the name of each column of each input, as the definition has it. A vector gives its name to several."""
+    columns = info.model.inputs_by_name([tensor.name for tensor in info.inputs])
+    labels = []
+    for tensor in info.inputs:
+        widths = input_buffer(catalog, tensor, columns[tensor.name])[1]
+        labels.append([column_label(c) for c, n in zip(columns[tensor.name], widths, strict=True) for _ in range(n)])
+    return labels
+
+
+def vet(
+    catalog: Catalog,
+    info: VersionInfo,
+    number: int,
+    path: Path,
+    warn: Callable[[str], object] | None = None,
+    golden: GoldenRows | None = None,
+) -> VersionInfo:
     """Load, warm, check and examine a version before it is registered or promoted, a forest at every leaf.
 
+    warn: called with each warning, in one line; None logs them. golden: as for `load_version`.
     Returns the version with what the examination found (`with_findings`). Raises the errors of `load_version`.
     """
     info = replace(info, batching="request" if info.model.is_raw else info.model.batching or info.batching)
     settings = tuned(info.tuning)[0]
-    runner = load_version(path, info, catalog, number, settings, every_leaf=True)
+    runner = load_version(path, info, catalog, number, settings, every_leaf=True, golden=golden)
+    said = [missing.warning(catalog, info)]
+    if runner.unwarmed:
+        said.append(
+            f"no example row of it could run ({runner.unwarmed}), so it was not tried; send it a request to try it"
+        )
+    for text in filter(None, said):
+        if warn is not None:
+            warn(text)
+        else:
+            log.warning("model '%s' version %d: %s", info.model.name, number, text)
     info = replace(info, forest_differs=runner.forest_differs)
     if info.batching_why is not None:
         return info  # examined before: a version's file never changes
@@ -175,13 +220,17 @@ def vet(catalog: Catalog, info: VersionInfo, number: int, path: Path) -> Version
         return replace(info, batching_why=WHY_BY_ITSELF)
     if info.batching == "request":
         return replace(info, batching_why="by its definition")
-    found = examine_rows(runner, path.read_bytes(), examples(catalog, info))
+    data, random = path.read_bytes(), np.random.default_rng(0)
+    examples = Examples.of(catalog, info, data)
+    with suppress(Internal):  # without examples that run, the scan of the graph decides alone
+        examples.keep_those_that_run(runner.run, random, runner.exact_rows or 1)
+    found = examine_rows(runner, data, lambda rows: examples(rows, random))
     why = found.why
     if found.depends and info.model.batching == "rows":
         why = f"by its definition, though {why}"
     elif found.depends:
         info = replace(info, batching="request")
-        load_version(path, info, catalog, number, settings)  # as it will run
+        load_version(path, info, catalog, number, settings, golden=golden)  # as it will run
     if why:
         log.warning("model '%s' version %d %s: %s", info.model.name, number, BATCHING[info.batching], why)
     return replace(info, batching_why=why)
@@ -195,6 +244,7 @@ def with_findings(info: VersionInfo, vetted: VersionInfo) -> VersionInfo:
         batching_why=vetted.batching_why,
         replacements=vetted.replacements,
         forest_differs=vetted.forest_differs,
+        examples_sha256=vetted.examples_sha256,
     )
 
 
@@ -390,6 +440,13 @@ class Versions:
     def _record(self, key: Key, catalog_version: int, outcome: Runner | ShorttailError) -> None:
         """Keep the outcome of an attempt to load a version. catalog_version: of the catalog at the attempt."""
         if isinstance(outcome, Runner):
+            if outcome.unwarmed:
+                log.warning(
+                    "model '%s' version %d serves, but no example row of it could run: %s",
+                    key.model,
+                    key.version,
+                    outcome.unwarmed,
+                )
             self.runners[key] = outcome
             self._failed.pop(key, None)
             return

@@ -7,6 +7,7 @@ size that it has seen, and small batches take no longer.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -25,6 +26,18 @@ Array = NDArray[Any]
 FAILED: Final = "the model failed: "
 ON_CPU: tuple[Any, ...] = ("CPUExecutionProvider",)
 
+# What ONNX Runtime writes before the reason of an error.
+PREFIX: Final = re.compile(r"^\[ONNXRuntimeError\] : \d+ : [A-Z_]+ : ")
+NODE: Final = re.compile(
+    r"Non-zero status code returned while running (?P<type>\S+) node\. Name:'(?P<name>.*?)' Status Message: "
+)
+# "/onnxruntime_src/.../reshape_helper.h:91 onnxruntime::ReshapeHelper::ReshapeHelper(...) a == b was false. "
+PLACE: Final = re.compile(
+    r"(?<!\S)\S+\.(?:h|cc|cpp|cu|cuh):\d+ (?:.*? was false\. |(?:\S+ )*?onnxruntime::[^()]*\([^()]*\)"
+    r"(?:::<lambda\([^()]*\)>)?(?: const)? )?"
+)
+REASON_MAX: Final = 300  # characters
+
 
 class ModelFailed(Internal):
     """The model raised an error while it ran. The message is "the model failed: " and ONNX Runtime's reason."""
@@ -32,6 +45,10 @@ class ModelFailed(Internal):
     @property
     def reason(self) -> str:
         return self.message.removeprefix(FAILED)
+
+
+class RowsRefused(ModelFailed):
+    """The model was not run, because it must not get one of the rows (models/missing.py)."""
 
 
 class RunTimedOut(ModelFailed):
@@ -144,8 +161,9 @@ class FixedRows:
         rows = len(inputs[0])
         if rows == self._rows:
             return self._session.run(inputs)
-        full = [np.concatenate([array, blank_rows(array, self._rows - rows)]) for array in inputs]
-        return [array[:rows] for array in self._session.run(full)]
+        results = self._session.run([padded(array, self._rows) for array in inputs])
+        check_rows(self.output_names, results, self._rows)
+        return [array[:rows] for array in results]
 
 
 class RawSession:
@@ -178,12 +196,30 @@ class RawSession:
 
 
 def run_in_pieces(run: Callable[[Sequence[Array]], list[Array]], inputs: Sequence[Array], rows_max: int) -> list[Array]:
-    """Call `run` with at most `rows_max` rows at a time, and return the concatenated results."""
+    """Call `run` with at most `rows_max` rows at a time, and return the concatenated results.
+
+    Raises ModelFailed if results of the pieces do not fit together.
+    """
     rows = len(inputs[0])
     if rows <= rows_max:
         return run(inputs)
     pieces = [run([array[at : at + rows_max] for array in inputs]) for at in range(0, rows, rows_max)]
-    return [np.concatenate(parts) for parts in zip(*pieces, strict=True)]
+    try:
+        return [np.concatenate(parts) for parts in zip(*pieces, strict=True)]
+    except ValueError:
+        raise ModelFailed(f"{FAILED}the width of an output depends on the values of the rows") from None
+
+
+def check_rows(names: Sequence[str], results: Sequence[Array], rows: int) -> None:
+    """Check that the first axis of every output is the rows. Raises InvalidArgument that names the outputs that fit."""
+    fitting = [name for name, array in zip(names, results, strict=True) if np.shape(array)[:1] == (rows,)]
+    for name, array in zip(names, results, strict=True):
+        if name not in fitting:
+            cure = f"; name the others: outputs={fitting}" if fitting else ""
+            raise InvalidArgument(
+                f"output '{name}' has the shape {list(np.shape(array))} for a batch of {rows}; the first axis of an"
+                f" output must be the rows{cure}"
+            )
 
 
 def blank_rows(array: Array, rows: int) -> Array:
@@ -191,9 +227,27 @@ def blank_rows(array: Array, rows: int) -> Array:
     return np.full((rows, *array.shape[1:]), "" if array.dtype.hasobject else 0, array.dtype)
 
 
+def padded(array: Array, rows: int) -> Array:
+    """Return the array with its last row repeated, up to `rows` rows. A model may refuse a row of zeros or of ""."""
+    if not len(array):
+        return blank_rows(array, rows)
+    return array[np.minimum(np.arange(rows), len(array) - 1)]
+
+
 def one_line(error: Exception) -> str:
-    """Return an error's text in a single line of at most 300 characters."""
-    return " ".join(str(error).split())[:300]
+    """Return the reason of an ONNX Runtime error in a single line, with the node that failed.
+
+    For example "OneHotEncoder node 'tier': Unknown Category and zeros = 0.". A text longer than REASON_MAX characters
+    loses its beginning, because ONNX Runtime names the cause last.
+    """
+    text = PREFIX.sub("", " ".join(str(error).split()))
+    node = NODE.match(text)
+    where = ""
+    if node is not None:
+        where = f"{node['type']} node '{node['name']}': " if node["name"] else f"{node['type']} node: "
+        text = text[node.end() :]
+    text = PLACE.sub("", text)
+    return where + (text if len(text) <= REASON_MAX else f"... {text[-REASON_MAX:]}")
 
 
 def _tensor(node: Any) -> TensorInfo:

@@ -6,16 +6,29 @@ only fail because of its own content.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from shorttail.define.catalog import TENSOR_TYPES, Catalog, TensorInfo
-from shorttail.define.dtypes import Bool, DType, Float64, Int32, Int64, String, Timestamp, Vector
-from shorttail.define.models import Column, Model, column_label
+from shorttail.define.dtypes import (
+    WIDE_VECTOR_CODE,
+    Bool,
+    DType,
+    Float32,
+    Float64,
+    Int32,
+    Int64,
+    String,
+    Timestamp,
+    Vector,
+)
+from shorttail.define.models import Column, Model, column_label, missing_reference
 from shorttail.define.names import quoted, split_reference
 from shorttail.define.ondemand import OnDemandFeature
 from shorttail.define.values import Refused, as_value
@@ -23,19 +36,22 @@ from shorttail.define.views import FeatureView
 from shorttail.errors import InvalidArgument, NotFound
 from shorttail.models.onnx_file import names_without_shape, uses_external_data
 from shorttail.models.raw import check_carried
+from shorttail.models.zipmap import without_zipmaps
 
 
 @dataclass(frozen=True)
 class ModelFile:
     """An ONNX file that is read once, so that exactly the checked bytes are copied into the store.
 
-    model_name: the model it is for, named in errors. sha256: of `data`, in hexadecimal.
+    model_name: the model it is for, named in errors. data: the file without ZipMap (models/zipmap.py). changed: whether
+    `data` differs from the file. sha256: of `data`, in hexadecimal.
     """
 
     model_name: str
     path: Path
     data: bytes
     sha256: str
+    changed: bool = False
 
     @classmethod
     def read(cls, path: str | Path, model_name: str) -> ModelFile:
@@ -55,7 +71,19 @@ class ModelFile:
                 f"{where}: {path.name} keeps weights in other files; save it as one file:"
                 " onnx.save_model(model, path, save_as_external_data=False)"
             )
-        return cls(model_name, path, data, hashlib.sha256(data).hexdigest())
+        cleaned = without_zipmaps(data)
+        return cls(model_name, path, cleaned, hashlib.sha256(cleaned).hexdigest(), cleaned is not data)
+
+    @contextlib.contextmanager
+    def on_disk(self) -> Iterator[Path]:
+        """Give the path of a file that holds `data`: the file itself, or a temporary copy with its name."""
+        if not self.changed:
+            yield self.path
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            copy = Path(folder, self.path.name)
+            copy.write_bytes(self.data)
+            yield copy
 
     @cached_property
     def tensors(self) -> tuple[list[TensorInfo], list[TensorInfo]]:
@@ -63,7 +91,8 @@ class ModelFile:
         from shorttail.models.session import Session
 
         try:
-            session = Session(self.path)
+            with self.on_disk() as path:
+                session = Session(path)
         except InvalidArgument as error:
             raise InvalidArgument(f"model '{self.model_name}': {error.message}") from None
         shapeless = names_without_shape(self.data)
@@ -89,14 +118,12 @@ def select_outputs(model: Model, outputs: Sequence[TensorInfo], label: str) -> t
         check_carried(model.name, "output", selected, label)
         return selected
     for tensor in selected:
-        if tensor.dtype.startswith(("seq(", "map(", "optional(")):
-            raise InvalidArgument(
-                f"{where}: output '{tensor.name}' of {label} is {tensor.dtype}, not a tensor;"
-                " convert with options={'zipmap': False} (onnxmltools: zipmap=False)"
-            )
         if tensor.dtype not in TENSOR_TYPES:
+            others = [known.name for known in outputs if known.dtype in TENSOR_TYPES]
+            cure = f"; name the others: outputs={others}" if others else ""
             raise InvalidArgument(
-                f"{where}: output '{tensor.name}' of {label} is {tensor.dtype}; supported: {', '.join(TENSOR_TYPES)}"
+                f"{where}: output '{tensor.name}' of {label} is {tensor.dtype}; supported:"
+                f" {', '.join(TENSOR_TYPES)}{cure}"
             )
     return selected
 
@@ -129,7 +156,7 @@ def check_inputs(catalog: Catalog, model: Model, inputs: Sequence[TensorInfo], l
     for tensor in inputs:
         check_shape(f"{where}: input '{tensor.name}' of {label}", tensor)
         check_width(where, label, tensor, columns[tensor.name], catalog)
-    missing_values(model, request_columns(catalog, model, inputs))
+    missing_values(catalog, model, request_columns(catalog, model, inputs))
     for tensor in inputs:
         for column in columns[tensor.name]:
             check_types(f"{where}: {column_label(column)}", label, tensor, column, catalog)
@@ -244,6 +271,8 @@ class Use:
     where: str
 
     def takes(self, dtype: DType) -> bool:
+        if self.natural.code == WIDE_VECTOR_CODE and dtype != self.natural:
+            return False  # its elements would be rounded to float32 before they become doubles
         return fits(dtype, self.required) and dtype.width == self.natural.width
 
 
@@ -264,37 +293,34 @@ def request_columns(catalog: Catalog, model: Model, inputs: Sequence[TensorInfo]
         fitting = [dtype for dtype in candidates if all(use.takes(dtype) for use in uses)]
         if not fitting:
             key = f" is a key of type {columns[name]}, but" if name in columns else ""
+            if whole := next((use for use in uses if use.natural.is_vector and not use.required.is_float), None):
+                raise InvalidArgument(
+                    f"model '{model.name}': request:{name} feeds all {whole.natural.width} columns of {whole.where}, of"
+                    f" type {whole.required}, and a vector has floats; name the columns one by one:"
+                    f" ['request:{name}_0', 'request:{name}_1', ...]"
+                )
             needed = " and ".join(dict.fromkeys(f"{use.required} for {use.where}" for use in uses))
             raise InvalidArgument(f"model '{model.name}': request:{name}{key} must be {needed}")
         columns[name] = fitting[0]
     return columns
 
 
-def required_columns(catalog: Catalog, model: Model, inputs: Sequence[TensorInfo]) -> tuple[str, ...]:
-    """Return the request columns in which a missing value is refused.
-
-    These columns feed the model, their type has no NaN (integers, bools, strings, times), and the model's `missing`
-    gives no value for them. In floats and vectors a missing value is NaN, and a missing key matches no row.
-    """
-    columns = request_columns(catalog, model, inputs)
-    used = [name for name in request_uses(catalog, model, inputs) if name not in model.missing]
-    return tuple(name for name in used if not (columns[name].is_float or columns[name].is_vector))
-
-
-def missing_values(model: Model, columns: Mapping[str, DType]) -> dict[str, Any]:
-    """Return {request column: the value that replaces a missing value}, converted to the column's type.
+def missing_values(catalog: Catalog, model: Model, columns: Mapping[str, DType]) -> dict[str, Any]:
+    """Return the values of `Model.missing`, converted to the types of their columns, by reference.
 
     A vector is a list of floats. columns: the model's request columns, name -> type. Raises InvalidArgument.
     """
     found = {}
     for name, given in model.missing.items():
+        reference = missing_reference(name)
+        dtype = stored_dtype(catalog, reference) or columns[reference.removeprefix("request:")]
         try:
-            value = as_value(columns[name], given)
+            value = as_value(dtype, given)
         except Refused as error:
-            raise error.error(f"model '{model.name}': missing: column '{name}'", columns[name]) from None
+            raise error.error(f"model '{model.name}': missing: column '{name}'", dtype) from None
         if value is None:
             raise InvalidArgument(f"model '{model.name}': missing: column '{name}' needs a value, not {given!r}")
-        found[name] = list(value) if columns[name].is_vector else value
+        found[reference] = list(value) if dtype.is_vector else value
     return found
 
 
@@ -313,7 +339,8 @@ def request_uses(catalog: Catalog, model: Model, inputs: Sequence[TensorInfo]) -
                             add_use(uses, argument, use)
             else:
                 dtype, width = TENSOR_TYPES[tensor.dtype], column_width(catalog, column, tensor, len(entries))
-                natural = Vector(width) if width > 1 else Float64 if dtype.is_float else dtype
+                wide = Float64 if dtype == Float64 else Float32
+                natural = Vector(width, wide) if width > 1 else Float64 if dtype.is_float else dtype
                 add_use(uses, column, Use(dtype, natural, f"input '{tensor.name}'"))
     return uses
 

@@ -17,9 +17,11 @@ from shorttail.define.models import Model
 from shorttail.define.ondemand import OnDemandFeature
 from shorttail.define.views import FeatureView
 from shorttail.errors import InvalidArgument, NotFound, ResourceExhausted
+from shorttail.models.golden import GoldenRows
 from shorttail.models.serving import vet
 from shorttail.models.signature import ModelFile, check_inputs, column_width
 from shorttail.registry import versions as registry
+from shorttail.registry.examples import read_examples
 
 if TYPE_CHECKING:
     from shorttail.store import Store
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A line of the report of `apply`. kind: '+' new, '~' changed, '=' unchanged. what: for example "view plane"."""
+    """A line of the report of `apply`. kind: '+' new, '~' changed, '=' unchanged, '!' a warning. what: "view plane"."""
 
     kind: str
     what: str
@@ -53,6 +55,8 @@ class Prepared:
     definitions: Definitions
     files: dict[str, ModelFile]
     vetted: dict[str, VersionInfo] = field(default_factory=dict)  # versions that were loaded, run and examined
+    warnings: list[Change] = field(default_factory=list)  # about these versions
+    golden: dict[str, GoldenRows | None] = field(default_factory=dict)  # their examples
 
 
 def prepare(definitions: Any) -> Prepared:
@@ -79,7 +83,7 @@ def apply(store: Store, definitions: Any, dry_run: bool = False, reset: bool = F
     plan = plan_changes(store.catalog.copy(), prepared, store.count, reset)
     vet_new(plan, prepared)
     if dry_run or (plan.catalog == store.catalog and not prepared.vetted):
-        return plan.changes
+        return plan.changes + prepared.warnings
     with store.edit_catalog() as latest:
         # The changes are planned again, because another process may have committed meanwhile. The files are in memory
         # and checked, so this is quick.
@@ -89,9 +93,10 @@ def apply(store: Store, definitions: Any, dry_run: bool = False, reset: bool = F
             entry = latest.models[name]
             latest.models[name] = registry.with_examined(entry, entry.current, vetted)
         for name, number in plan.new_versions.items():
-            registry.write_version(store.path, number, latest.models[name].version(), prepared.files[name])
+            info = latest.models[name].version()
+            registry.write_version(store.path, number, info, prepared.files[name], prepared.golden[name])
     store.refresh()
-    return plan.changes
+    return plan.changes + prepared.warnings
 
 
 def plan_changes(catalog: Catalog, prepared: Prepared, count: Callable[[str], int], reset: bool = False) -> ChangePlan:
@@ -141,7 +146,11 @@ def vet_new(plan: ChangePlan, prepared: Prepared) -> None:
     for name, file in prepared.files.items():
         entry = plan.catalog.models[name]
         if name not in prepared.vetted and entry.version().batching_why is None:
-            prepared.vetted[name] = vet(plan.catalog, entry.version(), entry.current, file.path)
+            said: list[str] = []
+            golden = prepared.golden[name] = read_examples(plan.catalog, entry.version())
+            with file.on_disk() as path:
+                prepared.vetted[name] = vet(plan.catalog, entry.version(), entry.current, path, said.append, golden)
+            prepared.warnings.extend(Change("!", f"model {name}", text) for text in said)
 
 
 def plan_view(
@@ -239,13 +248,13 @@ def version_reasons(old: VersionInfo, new: VersionInfo) -> list[str]:
         reasons.append("other inputs")
     if old.model.outputs != new.model.outputs:
         reasons.append("other outputs")
-    if old.model.missing != new.model.missing:
+    if old.replacements != new.replacements:
         reasons.append("other values for what is missing")
     if old.model.batching != new.model.batching:
         reasons.append("other batching")
     if old.model.run_timeout != new.model.run_timeout:
         reasons.append("other run_timeout")
-    if old.model.examples != new.model.examples:
+    if old.examples_sha256 != new.examples_sha256:
         reasons.append("other examples")
     return reasons
 

@@ -6,15 +6,17 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from statistics import geometric_mean, median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shorttail import plan as planning
+from shorttail.define.catalog import VersionInfo
 from shorttail.errors import InvalidArgument
 from shorttail.models.device import CPU, Device
+from shorttail.models.examples import Examples
 from shorttail.models.forest import Forest
 from shorttail.models.load import Runner
 from shorttail.models.serving import open_version
@@ -76,7 +78,7 @@ def tune(store: Store, name: str, version: int | None = None, device: Device = C
     if info.model.is_raw:
         raise InvalidArgument(f"model '{name}' takes tensors of any shape, so there is no batch of rows to measure")
     first = open_version(path, info, number, DEFAULT, device)
-    example = examples(store, name, number, first)
+    example = examples(store, info, path, first)
     candidates = [Candidate(DEFAULT, first)]
     for settings in others_to_try(first.kind == "forest", device):
         runner = open_version(path, info, number, settings, device)
@@ -101,17 +103,17 @@ def others_to_try(forest: bool, device: Device) -> list[RunSettings]:
 Example = Callable[[int, np.random.Generator], list[NDArray[Any]]]
 
 
-def examples(store: Store, name: str, version: int, runner: Runner) -> Example:
-    """Return a function that makes random rows for the model.
+def examples(store: Store, info: VersionInfo, path: Path, runner: Runner) -> Example:
+    """Return a function that makes random rows for the model of a version. path: its file.
 
     Rows for a forest have values around its thresholds; other random rows might all take the same path through a tree.
     """
     model = runner.model
     if isinstance(model, Forest):
         return model.check_rows().example
-    plan = planning.compile_model(store, name, version, runner, ("tune", name, version))
-    buffers = plan.buffers[: len(runner.inputs)]
-    return lambda rows, random: [buffer.example(rows, random) for buffer in buffers]
+    found = Examples.of(store.catalog, info, path.read_bytes())
+    found.keep_those_that_run(runner.run, np.random.default_rng(0), runner.exact_rows or 1)
+    return found
 
 
 def measure(targets: Sequence[tuple[dict[int, float], Runner]], example: Example, rows: int, seconds: float) -> None:

@@ -17,17 +17,19 @@ from typing import Any
 
 from shorttail.define.catalog import Catalog, ModelEntry, Share, VersionInfo
 from shorttail.define.dtypes import DType
-from shorttail.define.models import Model, column_label
+from shorttail.define.models import Model, column_label, missing_reference
 from shorttail.errors import InvalidArgument, NotFound, ResourceExhausted
+from shorttail.models.golden import FILE as EXAMPLES_FILE
+from shorttail.models.golden import GoldenRows
+from shorttail.models.missing import find_replacements, required_columns
 from shorttail.models.serving import vet, with_findings
 from shorttail.models.signature import (
     ModelFile,
     check_inputs,
-    missing_values,
     request_columns,
-    required_columns,
     select_outputs,
 )
+from shorttail.registry.examples import digest, read_examples
 from shorttail.store import Store
 from shorttail.store.files import model_path, sync_folder, write_durably
 
@@ -46,8 +48,17 @@ def inspect(catalog: Catalog, model: Model, file: ModelFile, known: VersionInfo 
         all_inputs, all_outputs = file.tensors
         inputs, outputs = tuple(all_inputs), select_outputs(model, all_outputs, file.path.name)
     check_inputs(catalog, model, inputs, file.path.name)
-    model = replace(model, missing=missing_values(model, request_columns(catalog, model, inputs)))
-    return VersionInfo(model, file.sha256, time.time_ns() // 1000, inputs, outputs)
+    replacements = find_replacements(catalog, model, inputs, file.data)
+    model = replace(model, missing={name: replacements[missing_reference(name)] for name in model.missing})
+    return VersionInfo(
+        model,
+        file.sha256,
+        time.time_ns() // 1000,
+        inputs,
+        outputs,
+        replacements=replacements,
+        examples_sha256=digest(model.examples, model.name),
+    )
 
 
 def next_version(entry: ModelEntry | None) -> int:
@@ -62,8 +73,10 @@ def with_version(entry: ModelEntry | None, number: int, info: VersionInfo, promo
     return grown.with_current(number) if promote else grown
 
 
-def write_version(store_path: str | Path, number: int, info: VersionInfo, file: ModelFile) -> None:
-    """Write a version's folder durably: its file and its manifest.
+def write_version(
+    store_path: str | Path, number: int, info: VersionInfo, file: ModelFile, golden: GoldenRows | None = None
+) -> None:
+    """Write a version's folder durably: its file, its manifest and its examples.
 
     The caller is inside the catalog's transaction, which keeps other processes out. Raises ResourceExhausted.
     """
@@ -75,6 +88,8 @@ def write_version(store_path: str | Path, number: int, info: VersionInfo, file: 
         unfinished.mkdir(parents=True)
         write_durably(unfinished / "model.onnx", file.data)
         write_durably(unfinished / "manifest.json", manifest(number, info, file))
+        if golden is not None:
+            write_durably(unfinished / EXAMPLES_FILE, golden.to_bytes())
         sync_folder(unfinished)
         unfinished.rename(folder)
         for parent in (folder.parent, folder.parent.parent, Path(store_path)):
@@ -116,19 +131,22 @@ def deploy(
     run: str = "",
     metrics: Mapping[str, float] | None = None,
     canary_percent: float | None = None,
+    examples: str | Path | None = None,
 ) -> int:
     """Register an ONNX file as the model's next version, with the current version's inputs. Returns its number.
 
     promote: the new version becomes the current one. canary_percent: it becomes a canary instead, which answers this
     percentage of requests, and the current version answers the rest. owner, description: None keeps those of the
-    current version. run, metrics: belong to this version alone. If the current version has the same file already, no
-    version is made and the current number is returned. A version is registered only if it loads, runs and fits the
-    views. Raises NotFound (no such model: apply its definition first), InvalidArgument, Internal (it fails to run).
+    current version. run, metrics, examples: belong to this version alone. If the current version has the same file
+    already, no version is made and the current number is returned. A version is registered only if it loads, runs and
+    fits the views. Raises NotFound (no such model: apply its definition first), InvalidArgument, Internal (it fails to
+    run).
     """
     store.refresh()
     source = str(Path(path).absolute())
     given = {"owner": owner, "description": description}
-    changes: Any = {"path": source, "run": run, "metrics": metrics or {}}
+    expected = None if examples is None else str(Path(examples).absolute())
+    changes: Any = {"path": source, "run": run, "metrics": metrics or {}, "examples": expected}
     changes |= {field: text for field, text in given.items() if text is not None}
     file = ModelFile.read(source, name)
     entry = store.catalog.model(name)
@@ -136,16 +154,18 @@ def deploy(
     if canary_percent is not None:
         check_percent(canary_percent, f"model '{name}': canary")
         check_canary(store.catalog, entry, info, next_version(entry))
-    vetted = info
+    vetted, golden = info, None
     if entry.version().sha256 != file.sha256:
-        vetted = vet(store.catalog, info, next_version(entry), file.path)
+        golden = read_examples(store.catalog, info)
+        with file.on_disk() as copy:
+            vetted = vet(store.catalog, info, next_version(entry), copy, golden=golden)
     with store.edit_catalog() as catalog:
         entry = catalog.model(name)
         number = entry.current
         if entry.version().sha256 != file.sha256:
             number = next_version(entry)
             info = with_findings(inspect(catalog, replace(entry.model, **changes), file), vetted)
-            write_version(store.path, number, info, file)
+            write_version(store.path, number, info, file, golden)
             grown = with_version(entry, number, info, promote and canary_percent is None)
             if canary_percent is not None:
                 grown = replace(grown, canary=Share(number, canary_percent))
@@ -269,8 +289,8 @@ def check_canary(catalog: Catalog, entry: ModelEntry, info: VersionInfo, number:
             f" ({names}), so it cannot answer the same requests as a canary"
         )
     serving = entry.version()
-    needed = set(required_columns(catalog, info.model, info.inputs))
-    if refused := sorted(needed.difference(required_columns(catalog, serving.model, serving.inputs))):
+    needed = set(required_columns(catalog, info))
+    if refused := sorted(needed.difference(required_columns(catalog, serving))):
         raise InvalidArgument(
             f"model '{entry.model.name}': version {number} refuses a missing value of {', '.join(refused)}, for which"
             f" version {entry.current} takes another; give it the same Model(missing=...) to make it a canary"
@@ -384,6 +404,7 @@ def describe(catalog: Catalog, name: str, version: int | None = None) -> dict[st
         "features": [reference for reference in info.model.references if not reference.startswith("request:")],
         "columns": {column: dtype.name for column, dtype in columns.items()},
         "missing": dict(info.model.missing),
+        "replacements": dict(info.replacements),
         "batching": info.batching,
         "batching_why": info.batching_why or None,
     }

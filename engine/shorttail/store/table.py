@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from shorttail._native.pages import Layout, first_bad_string
 from shorttail.config import LIMITS
 from shorttail.define.catalog import TableInfo
-from shorttail.define.dtypes import DType, Int64, String
+from shorttail.define.dtypes import WIDE_VECTOR_CODE, DType, Int64, String
 from shorttail.define.views import FeatureView
 from shorttail.errors import InvalidArgument
 
@@ -157,7 +157,8 @@ def row_dtype(layout: Layout) -> np.dtype[Any]:
     if layout.null_bytes:
         fields.append(("nulls", ("u1", (layout.null_bytes,)), layout.null_offset))
     for f, (code, width) in enumerate(layout.features):
-        fields.append((f"f{f}", scalar.get(code, ("<f4", (width,))), layout.feature_offsets[f]))
+        vector = ("<f8" if code == WIDE_VECTOR_CODE else "<f4", (width,))
+        fields.append((f"f{f}", scalar.get(code, vector), layout.feature_offsets[f]))
     names, formats, offsets = zip(*fields, strict=True)
     return np.dtype(
         {"names": list(names), "formats": list(formats), "offsets": list(offsets), "itemsize": layout.row_bytes}

@@ -19,6 +19,7 @@ from shorttail._native.metrics import METHODS, PROTOCOLS
 from shorttail._native.wire import Batch, Router, WireRoute
 from shorttail.config import LIMITS
 from shorttail.errors import DeadlineExceeded, InvalidArgument, ResourceExhausted, from_code
+from shorttail.models.buffers import check_outputs
 from shorttail.models.raw import refusal, take_tensors
 from shorttail.models.request_runs import RequestRows
 from shorttail.pipeline import BatchResult, Plan
@@ -136,6 +137,8 @@ class HttpBatch:
         return request.sender
 
     def reply_to(self, numbers: Sequence[int], result: BatchResult) -> None:
+        if self.inputs is None:
+            check_outputs(result.names, result.values, self.n_rows)  # else a request would get rows of another one
         values = list(result.values)
         for number in numbers:
             request = self.taken[number]
