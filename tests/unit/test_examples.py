@@ -98,7 +98,7 @@ def test_pipelines_whose_encoders_refuse_other_values_are_applied(
     names = [value.name for value in onnx.load(path).graph.input]
     changes = engine.apply([st.Model("m", str(path), {name: [f"v:{name}"] for name in names})])
     assert changes[0].kind == "+"
-    assert not any("no example row" in change.detail for change in changes), changes
+    assert not any("no example of it" in change.detail for change in changes), changes
     answer = engine.predict("m", {"id": list(range(60))}).outputs["probabilities"]
     np.testing.assert_allclose(answer, fitted.predict_proba(TABLE), atol=1e-5)
     assert 512 in engine.plan_for_model("m").runner.measured_us
@@ -268,11 +268,11 @@ def test_a_model_that_refuses_every_example_is_applied_with_a_warning(
     model = st.Model("m", str(hidden_vocabulary(tmp_path / "m.onnx")), ["request:tier"])
     new, warning = engine.apply([model])
     assert (new.kind, warning.kind, warning.what) == ("+", "!", "model m")
-    assert "no example row of it could run (the model failed: OneHotEncoder node" in warning.detail
+    assert "no example of it could run (the model failed: OneHotEncoder node" in warning.detail
     assert "Unknown Category" in warning.detail
     with caplog.at_level(logging.WARNING), pytest.raises(Internal, match="Unknown Category"):
         engine.predict("m", {"tier": "a"})
-    assert "model 'm' version 1 serves, but no example row of it could run" in caplog.text
+    assert "model 'm' version 1 serves, but no example of it could run" in caplog.text
     assert engine.plan_for_model("m").runner.loop_rows_max == 0, (
         "nobody knows how long it takes, so it never runs on an event loop"
     )

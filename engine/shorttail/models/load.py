@@ -55,8 +55,7 @@ class Runner:
     may call `run`; None if every thread may. measured_us: rows of a batch -> microseconds, filled by `warm`.
     loop_rows_max: the most rows that may run on an event loop; a larger batch would stall it. slow_runs: how many runs
     in a row have held up the event loop. by_request: each request has a run of its own, because the answer for a row
-    depends on the other rows of the run. unwarmed: why no example row could run, in one line; "" once `warm` has run.
-    example_error: why the example of `warm_raw` failed, "" if it did not.
+    depends on the other rows of the run. unwarmed: why no example could run, in one line, "" if one did.
     """
 
     def __init__(
@@ -74,7 +73,6 @@ class Runner:
         self.kind = kind
         self.why = why
         self.executor = executor
-        self.example_error = ""
         self.measured_us: dict[int, float] = {}
         self.unwarmed = ""
         self.loop_rows_max = 0 if executor else LIMITS.batch_rows
@@ -188,7 +186,7 @@ class Runner:
         self.loop_rows_max = 0
 
     def warm_raw(self, tensors: Sequence[TensorInfo]) -> None:
-        """Run a made-up request of tensors. If it fails, `example_error` says why: a graph may want other values.
+        """Run a made-up request of tensors. If it fails, `unwarmed` says why: a graph may want other values.
 
         Requests run in the event loop only if the example shows how long each of them takes.
         """
@@ -199,7 +197,7 @@ class Runner:
         try:
             self.run(inputs)
         except ShorttailError as error:
-            self.example_error = error.message
+            self.leave_unwarmed(error.message)
             return
         self.measured_us[1] = _shortest_us(self.run, inputs)
         if self.executor is None and are_all_fixed(tensors) and self.measured_us[1] <= LIMITS.loop_stall_us:

@@ -201,9 +201,7 @@ def vet(
     runner = load_version(path, info, catalog, number, settings, every_leaf=True, golden=golden)
     said = [missing.warning(catalog, info)]
     if runner.unwarmed:
-        said.append(
-            f"no example row of it could run ({runner.unwarmed}), so it was not tried; send it a request to try it"
-        )
+        said.append(f"no example of it could run ({runner.unwarmed}), so it was not tried; send it a request to try it")
     for text in filter(None, said):
         if warn is not None:
             warn(text)
@@ -212,10 +210,6 @@ def vet(
     info = replace(info, forest_differs=runner.forest_differs)
     if info.batching_why is not None:
         return info  # examined before: a version's file never changes
-    if runner.example_error:
-        log.warning(
-            "model '%s' is not warmed up, because a request of ones fails: %s", info.model.name, runner.example_error
-        )
     if info.model.is_raw:  # there are no rows to make examples of
         return replace(info, batching_why=WHY_BY_ITSELF)
     if info.batching == "request":
@@ -442,7 +436,7 @@ class Versions:
         if isinstance(outcome, Runner):
             if outcome.unwarmed:
                 log.warning(
-                    "model '%s' version %d serves, but no example row of it could run: %s",
+                    "model '%s' version %d serves, but no example of it could run: %s",
                     key.model,
                     key.version,
                     outcome.unwarmed,
