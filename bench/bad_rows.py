@@ -8,7 +8,8 @@ it shares with good requests. A closed loop of good requests measures the capaci
 loop, of which 10% or 50% is bad: from one sender, on a connection of its own, or from the address of the good ones. In
 turn, the same good requests arrive alone. Every good request has to be answered, and rightly.
 
-Beside them a third model, a small one, gets half of its own capacity: with the bad requests, and alone.
+Beside them a third model, a small one, gets a tenth of the rate of its closed loop: with the bad requests, and alone.
+Bad requests draw from 1,000 items; with --distinct, hardly one is like another.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ SHARES = (0.1, 0.5)
 SENDERS = ("one", "all")
 ROUNDS, SECONDS = 3, 4.0
 GOODPUT_MIN = 0.8  # with 10% bad requests, of what the same good requests have alone
+OTHER_LOAD = 0.1  # of what its closed loop reaches, which has far larger batches than an open loop
 OTHER_MIN = 0.8  # of the other model's goodput alone
 VERIFIED = 100
 DEADLINE_MS = 1000.0
@@ -58,12 +60,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--quick", action="store_true", help="one round of steps of 1 s; ends within 50 s")
+    parser.add_argument("--distinct", action="store_true", help="bad requests that do not repeat")
     parser.add_argument("--rounds", type=int, help="rounds to take the medians of (3; 1 with --quick)")
     options = parser.parse_args()
     rounds = options.rounds or (1 if options.quick else ROUNDS)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            figures = measure(Path(folder), rounds, 1.0 if options.quick else SECONDS)
+            figures = measure(Path(folder), rounds, 1.0 if options.quick else SECONDS, options.distinct)
     except (BenchError, ShorttailError) as error:
         raise SystemExit(f"error: {error}") from None
     if options.json:
@@ -122,67 +125,83 @@ def run(sources: Mapping[str, Source], cpu: int | None) -> dict[str, Step]:
     return steps
 
 
-def measure(folder: Path, rounds: int, seconds: float) -> dict[str, Any]:
+def measure(folder: Path, rounds: int, seconds: float, distinct: bool = False) -> dict[str, Any]:
     cpus = sorted(os.sched_getaffinity(0))
     server_cpu, client_cpu = (cpus[0], cpus[1]) if len(cpus) > 1 else (None, None)
     store = make_store(folder)
     figures = {}
     for name in ROW_US:
-        uds = folder / f"{name}.sock"
-        with start_server(store, folder / "log", "--uds", str(uds), cpu=server_cpu) as (address, _):
-            found = [one_round(name, address, f"unix:{uds}", client_cpu, seconds) for _ in range(rounds)]
-        figures[name] = {
-            "capacity_per_s": report.spread([one["capacity_per_s"] for one in found]),
-            "other_capacity_per_s": report.spread([one["other_capacity_per_s"] for one in found]),
-            "cases": [summary([one["cases"][i] for one in found]) for i in range(len(found[0]["cases"]))],
-        }
+        cases = []
+        for share in SHARES:
+            for sender in SENDERS:
+                uds = folder / f"{name}-{share}-{sender}.sock"
+                # A server of its own, because senders of bad rows are remembered.
+                with start_server(store, folder / "log", "--uds", str(uds), cpu=server_cpu) as (address, _):
+                    bench = Bench(name, address, f"unix:{uds}", client_cpu, seconds, distinct)
+                    cases.append(summary([bench.case(share, sender) for _ in range(rounds)]))
+        figures[name] = {"cases": cases}
     return figures
 
 
-def one_round(name: str, address: str, uds: str, cpu: int | None, seconds: float) -> dict[str, Any]:
-    with st.Client(address) as client:
-        models, views = client.models(), client.views()
+class Bench:
+    """A server under load."""
 
-    def plan(model: str, first: int, last: int) -> Traffic:
-        workload = Workload(predict=model, keys=[f"item=uniform:{first}:{last}"], deadline_ms=DEADLINE_MS)
-        return plan_rpc(workload, models, views)
+    def __init__(self, name: str, address: str, uds: str, cpu: int | None, seconds: float, distinct: bool):
+        with st.Client(address) as client:
+            models, views = client.models(), client.views()
 
-    load = Load(connections=8, pipeline=4096, duration_s=seconds, warmup_s=min(0.5, seconds), timeout_s=5.0)
-    tcp, unix = target.find(address), target.find(uds)
-    closed = replace(load, closed=True, pipeline=16, duration_s=min(2.0, seconds))
-    good, bad = plan(name, 0, ITEMS - 1), plan(name, 10 * ITEMS, 11 * ITEMS)
-    other = plan("other", 0, ITEMS - 1)
-    capacity_per_s = run({"good": Source(good, tcp, closed, 0.0)}, cpu)["good"].good_per_s
-    other_per_s = run({"other": Source(other, tcp, closed, 0.0)}, cpu)["other"].good_per_s
-    total_per_s = 0.5 * capacity_per_s
-    checked = replace(load, verified=VERIFIED)
-    beside = Source(other, tcp, checked, 0.5 * other_per_s)
-    cases = []
-    for share in SHARES:
-        ours = Source(good, tcp, checked, (1 - share) * total_per_s)
+        def plan(model: str, first: int, last: int) -> Traffic:
+            workload = Workload(predict=model, keys=[f"item=uniform:{first}:{last}"], deadline_ms=DEADLINE_MS)
+            return plan_rpc(workload, models, views)
+
+        warmup_s = min(0.5, seconds)
+        self.load = Load(
+            connections=8, pipeline=4096, duration_s=seconds, warmup_s=warmup_s, timeout_s=5.0, spin_us=0.0
+        )
+        self.closed = replace(self.load, closed=True, pipeline=16, duration_s=min(2.0, seconds))
+        self.tcp, self.unix, self.cpu = target.find(address), target.find(uds), cpu
+        self.good, self.other = plan(name, 0, ITEMS - 1), plan("other", 0, ITEMS - 1)
+        self.bad = plan(name, 10 * ITEMS, 10 * ITEMS + (1 << 40 if distinct else ITEMS))
+
+    def case(self, share: float, sender: str) -> dict[str, Any]:
+        """Measure the good requests and the other model, with the bad ones and without."""
+        cpu, tcp = self.cpu, self.tcp
+        capacity_per_s = run({"good": Source(self.good, tcp, self.closed, 0.0)}, cpu)["good"].good_per_s
+        other_per_s = run({"other": Source(self.other, tcp, self.closed, 0.0)}, cpu)["other"].good_per_s
+        checked = replace(self.load, verified=VERIFIED)
+        beside = Source(self.other, tcp, checked, OTHER_LOAD * other_per_s)
+        ours = Source(self.good, tcp, checked, (1 - share) * 0.5 * capacity_per_s)
         alone = run({"good": ours}, cpu)["good"]
         other_alone = run({"other": beside}, cpu)["other"]
-        for sender in SENDERS:
-            where, connections = (unix, 1) if sender == "one" else (tcp, 8)
-            theirs = Source(bad, where, replace(load, connections=connections), share * total_per_s)
-            both = run({"good": ours, "bad": theirs}, cpu)
-            with_other = run({"good": replace(ours, per_s=ours.per_s / 2), "other": beside,
-                              "bad": replace(theirs, per_s=theirs.per_s / 2)}, cpu)  # fmt: skip
-            cases.append(
-                {
-                    "share": share,
-                    "sender": sender,
-                    "goodput": both["good"].good_per_s / alone.good_per_s,
-                    "p99_us": both["good"].latency.percentile(99) / 1e3,
-                    "p99_alone_us": alone.latency.percentile(99) / 1e3,
-                    "other": with_other["other"].good_per_s / other_alone.good_per_s,
-                    "harmed": harmed(both["good"]) + harmed(with_other["good"]) + harmed(with_other["other"]),
-                    "errors": {code: error.count for code, error in both["good"].errors.items()},
-                    "bad_answers": {code: error.count for code, error in both["bad"].errors.items()},
-                }
-            )
-            time.sleep(0.2)
-    return {"capacity_per_s": capacity_per_s, "other_capacity_per_s": other_per_s, "cases": cases}
+        where, connections = (self.unix, 1) if sender == "one" else (tcp, 8)
+        theirs = Source(self.bad, where, replace(self.load, connections=connections), share * 0.5 * capacity_per_s)
+        both = run({"good": ours, "bad": theirs}, cpu)
+        with_other = run(
+            {
+                "good": replace(ours, per_s=ours.per_s / 2),
+                "other": beside,
+                "bad": replace(theirs, per_s=theirs.per_s / 2),
+            },
+            cpu,
+        )
+        return {
+            "share": share,
+            "sender": sender,
+            "capacity_per_s": capacity_per_s,
+            "goodput": both["good"].good_per_s / alone.good_per_s,
+            "p99_us": both["good"].latency.percentile(99) / 1e3,
+            "p99_alone_us": alone.latency.percentile(99) / 1e3,
+            "other": with_other["other"].good_per_s / other_alone.good_per_s,
+            "other_lag_p99_us": with_other["other"].lag.percentile(99) / 1e3,
+            "harmed": harmed(both["good"]) + harmed(with_other["good"]) + harmed(with_other["other"]),
+            "errors": counts(both["good"]),
+            "other_errors": counts(with_other["other"]),
+            "bad_answers": counts(both["bad"]),
+        }
+
+
+def counts(step: Step) -> dict[str, int]:
+    return {code: error.count for code, error in step.errors.items()}
 
 
 def harmed(step: Step) -> int:
@@ -210,6 +229,7 @@ def summary(cases: list[dict[str, Any]]) -> dict[str, Any]:
         "harmed": sum(case["harmed"] for case in cases),
         "errors": [case["errors"] for case in cases],
         "bad_answers": [case["bad_answers"] for case in cases],
+        "other_errors": [case["other_errors"] for case in cases],
     }
 
 
@@ -259,13 +279,14 @@ def save(path: Path, layers: int) -> str:
 
 def show(figures: Mapping[str, Any]) -> None:
     for name, model in figures.items():
-        print(f"{name}: {model['capacity_per_s']['median']:,.0f} requests/s in a closed loop")
+        print(f"{name}: {model['cases'][0]['capacity_per_s']['median']:,.0f} requests/s in a closed loop")
         for case in model["cases"]:
             print(
                 f"  {case['share']:4.0%} bad from {case['sender']:3}  goodput {case['goodput']['median']:.2f}"
                 f"  P99 {case['p99_us']['median'] / 1e3:8.2f} ms (alone {case['p99_alone_us']['median'] / 1e3:.2f})"
                 f"  other model {case['other']['median']:.2f}  harmed {case['harmed']}  {case['errors'][0] or ''}"
-                f"  {case['bad_answers'][0]}"
+                f"  {case['bad_answers'][0]}  other: {case['other_errors'][0] or ''} lag P99"
+                f" {case['other_lag_p99_us']['median'] / 1e3:.1f} ms"
             )
 
 

@@ -61,7 +61,7 @@ cdef class WireRoute(Route):
     cdef Split split
     cdef WireRoute suspects         # batches the requests of Router.suspects; None until there is one
     cdef readonly bint for_suspects     # it is the `suspects` of another route
-    cdef public object bad          # the BadShare of its requests (models/request_runs.py); None: no run has failed
+    cdef readonly object bad          # the BadShare of its requests (models/request_runs.py); None: no run has failed
     cdef readonly bint busy         # a batch runs in a thread; the next batch waits until it has run
     cdef Batch open                 # takes requests; None until a request comes
     cdef Batch spare_batch          # an empty batch, kept so that its memory is reused

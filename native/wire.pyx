@@ -43,7 +43,6 @@ from shorttail.errors import (
     DeadlineExceeded, Internal, InvalidArgument, NotFound, PermissionDenied, ResourceExhausted, ShorttailError,
     Unauthenticated,
 )
-from shorttail.models.request_runs import BadShare, RequestRows
 from shorttail.protocol import unpack_ext
 
 cnp.import_array()

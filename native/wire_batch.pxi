@@ -10,7 +10,6 @@ cdef class WireRoute:
         self.version = plan.version
         self.view_pieces = [msgpack.packb(name) for name in plan.view_names]
         self.defaults = bytes(plan.has_default)
-        self.bad = BadShare(plan.runner) if plan.runner is not None and plan.runner.by_request else None
         _init_cost(self)
         self.spare_batch = Batch(self, plan.new_columns())
         self.names = ColumnNames(self.spare_batch.columns)
@@ -26,6 +25,11 @@ cdef class WireRoute:
         """Update the cost estimate with a batch of so many rows. full: requests were refused because of the budget."""
         self.full = full
         _learn(self, rows, batch_ns)
+
+    def estimate_bad(self, bad):
+        """Set the estimate of the share of bad requests, and return it."""
+        self.bad = bad
+        return bad
 
     def of_suspects(self):
         """As suspects_route, for requests that came by another protocol."""
@@ -191,7 +195,7 @@ cdef class Batch:
         for i in range(self.n_requests):
             entry = &self.request[i]
             if entry.connection is not NULL or entry.flags & SILENT:
-                found.append(RequestRows(i, entry.first, entry.rows))
+                found.append((i, entry.first, entry.rows))
         return found
 
     def refuse(self, Py_ssize_t number, str code, str message):
@@ -216,6 +220,10 @@ cdef class Batch:
         """
         self.route.busy = self.route.threaded = True
         _leave_loop(self)
+
+    def took(self, int64_t run_ns):
+        """Set how long the batch has run, if it waited between its runs: its cost is learned from that."""
+        self.started_ns = _now_ns() - run_ns
 
     def stay_in_loop(self):
         """Run this batch in the event loop; the route's next requests count as work of the loop."""

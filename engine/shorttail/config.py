@@ -47,6 +47,9 @@ class Limits:
     # Requests that make a model fail.
     suspect_requests: int = 3  # from one sender lately; its next requests are batched apart from others
     suspect_s: float = 30.0  # for how long
+    refusals_kept: int = 4096  # per model: requests that are refused again without a run
+    refusal_kept_s: float = 2.0  # for how long
+    refusal_bytes: int = 4096  # input bytes of such a request
     senders_blamed: int = 4096  # remembered per worker
 
     # Per connection.

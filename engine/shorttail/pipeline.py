@@ -21,7 +21,7 @@ from shorttail._native.route import Route, Split
 from shorttail._native.transforms import TransformProgram
 from shorttail.define.dtypes import DType
 from shorttail.models.buffers import Buffer, check_outputs
-from shorttail.models.request_runs import BadShare, PartRun, RequestRows
+from shorttail.models.request_runs import BadShare, PartRun
 from shorttail.results import Statuses
 
 if TYPE_CHECKING:
@@ -206,7 +206,7 @@ def infer(runner: Runner, result: BatchResult) -> None:
 
 
 def infer_in_parts(
-    runner: Runner, result: BatchResult, rows: int, requests: Sequence[RequestRows], bad: BadShare, most: int
+    runner: Runner, result: BatchResult, rows: int, requests: Sequence[tuple[int, int, int]], bad: BadShare, most: int
 ) -> PartRun:
     """Return what runs the model on the result of `prepare`, a few requests at a time (models/request_runs.py).
 

@@ -262,7 +262,7 @@ def test_a_feature_is_pushed_under_the_name_of_its_column(server, peers, tmp_pat
         run_well("push", "spend", str(tmp_path / "rows.parquet"), "--server", server.tcp)
         assert client.get_online_features(ask[0], {"user_id": [3, 4]}).to_dict() == served
         keys = ("--keys", "user_id=uniform:5:9", "--rate", "50", "--duration", "1", "--warmup", "0")
-        run_well("bench", server.tcp, "--push", "spend", *keys, "--json")
+        run_well("bench", server.tcp, "--push", "spend", "--overwrite-live-rows", *keys, "--json")
         statuses = client.get_online_features(ask[0], {"user_id": [5, 6, 7, 8, 9]}).statuses["spend"]
         assert 0 in statuses.tolist()
 
@@ -329,7 +329,7 @@ def test_a_message_that_is_too_large_ends_its_connection_only(server, peers):
         message = "a message of more than 16777216 bytes; send it in parts"
         assert large.reply() == [1, None, {"code": "RESOURCE_EXHAUSTED", "message": message}, None]
         assert large.reply() is None
-    assert peers[0].ask(0, 1, "push", ["stats", row(70_000)]) == [1, 1, None, {"rows": 1}]
+    assert peers[0].ask(0, 1, "push", ["stats", row(70_000)]) == [1, 1, None, {"rows": 1, "older": 0}]
 
 
 def test_a_client_refuses_a_message_that_is_too_large(server):

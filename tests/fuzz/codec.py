@@ -101,6 +101,7 @@ class Transport:
         pass
 
     set_write_buffer_limits = write_eof = close = abort = pause_reading = resume_reading = nothing
+    get_extra_info = nothing
     call_soon = call_later = nothing
 
 

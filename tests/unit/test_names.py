@@ -180,7 +180,7 @@ def test_a_view_named_request_stays_reserved() -> None:
 
 
 def test_names_of_missing_and_outputs_are_texts() -> None:
-    with pytest.raises(InvalidArgument, match="missing names 1, which is not one of its request columns: 1"):
+    with pytest.raises(InvalidArgument, match="missing names 1, which is not one of its columns: 1"):
         st.Model("m", "m.onnx", ["request:1"], missing={1: 2.0})  # type: ignore[dict-item]
     for outputs in ([1], [["a"]], "p"):
         with pytest.raises(InvalidArgument, match="outputs must be a list of different output names"):
@@ -451,7 +451,7 @@ def test_load_tests_take_odd_names() -> None:
 
 
 def test_the_features_of_a_load_test_are_a_row_of_csv() -> None:
-    options = {"body": None, "mix": None, "headers": (), "deadline_ms": None}
+    options = {"body": None, "mix": None, "overwrite_live_rows": False, "headers": (), "deadline_ms": None}
     options |= dict.fromkeys(("predict", "push", "rows", "push_rows", "keys", "values", "draw", "encoding"))
     options |= {"features": 'v:a, v:b,"v:a, b","v:""q"""', "shared": ()}
     assert make_workload(options, 0, is_http=False).features == ["v:a", "v:b", "v:a, b", 'v:"q"']

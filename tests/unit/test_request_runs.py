@@ -1,5 +1,6 @@
 """Batches that run in parts: only the requests that make the model fail get no answer; the others get their own."""
 
+import itertools
 import math
 import random
 import time
@@ -36,6 +37,7 @@ class FakeRunner:
     def __init__(self, by_request=False):
         self.by_request = by_request
         self.runs = []
+        self.is_bad = lambda x: x == BAD
 
     def cost_us(self, rows):
         return 10.0 + 2.0 * rows
@@ -48,7 +50,7 @@ class FakeRunner:
         self.runs.append(len(x))
         if (x == ENDLESS).any():
             raise RunTimedOut("the model failed: it took too long")
-        if (x == BAD).any():
+        if self.is_bad(x).any():
             raise ModelFailed("the model failed: out of bounds")
         return [x * 2, np.full(len(x), len(x))]
 
@@ -84,6 +86,32 @@ def test_each_request_gets_its_own_answer_or_its_own_error(kinds, most, share, b
     assert bad.requests_per_run >= 1
 
 
+def test_rows_that_were_refused_are_refused_again_without_a_run(monkeypatch):
+    now_ns = 10**12
+    monkeypatch.setattr(time, "monotonic_ns", lambda: now_ns)
+    runner, x = FakeRunner(), np.arange(100.0)
+    x[[3, 50]] = BAD, BAD + 1
+    runner.is_bad = lambda x: x >= BAD
+    bad = BadShare(runner)
+    requests = [RequestRows(i, i, 1) for i in range(100)]
+    first = run_in_parts(runner, [x], 100, requests, bad)
+    runner.runs.clear()
+    bad.learn(0, 10**6, 10**6)  # all was good since
+    again = run_in_parts(runner, [x], 100, requests, bad)
+    assert runner.runs == [98]  # one run of all others
+    assert {number: str(error) for number, error in again.failures.items()} == {
+        number: str(error) for number, error in first.failures.items()
+    }
+    [(numbers, outputs)] = again.answered
+    assert len(numbers) == 98
+    assert outputs[0][numbers].tolist() == (2 * x[numbers]).tolist()
+    only = run_in_parts(runner, [x[3:4]], 1, [RequestRows(0, 0, 1)], bad)
+    assert (only.answered, set(only.failures)) == ([], {0})
+    now_ns += int(1e9 * LIMITS.refusal_kept_s) + 1
+    runner.is_bad = lambda x: x < 0  # the model takes them now
+    assert run_in_parts(runner, [x], 100, requests, bad).failures == {}
+
+
 def test_few_runs_find_a_single_bad_request_among_many():
     runner, x = FakeRunner(), np.zeros(512)
     x[300] = BAD
@@ -94,12 +122,13 @@ def test_few_runs_find_a_single_bad_request_among_many():
 
 def test_the_requests_of_a_run_shrink_while_runs_fail_and_grow_again():
     """With one bad request in ten, a run has few requests; when all are good again, all share a run."""
-    runner = FakeRunner()
+    runner, numbers = FakeRunner(), itertools.count()
+    runner.is_bad = lambda x: x >= BAD
     bad = BadShare(runner)
     requests = [RequestRows(i, i, 1) for i in range(100)]
     for _ in range(20):
-        x = np.zeros(100)
-        x[::10] = BAD
+        x = np.arange(100.0)
+        x[::10] = BAD + next(numbers)  # rows that are known are not counted
         run_in_parts(runner, [x], 100, requests, bad)
     assert 0.05 < bad.value < 0.2
     assert bad.requests_per_run <= 4

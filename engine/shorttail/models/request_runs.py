@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shorttail.config import LIMITS
-from shorttail.errors import Internal, ShorttailError
+from shorttail.errors import Internal, InvalidArgument, ShorttailError
 from shorttail.models.session import ModelFailed, RunTimedOut
 
 if TYPE_CHECKING:
@@ -62,23 +62,48 @@ class PartRuns(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """A run that succeeded. The rows of its requests follow each other in `outputs`, if not in the batch."""
+    """A run that succeeded. first: the first row of its requests in the batch, -1 if they do not follow each other."""
 
     requests: Sequence[RequestRows]
     outputs: list[Array]
+    first: int
+    rows: int
 
 
 class BadShare:
     """Estimates which share of a route's requests is bad, and how many requests should share a run because of it.
 
     value: the share, 0 to 1. requests_per_run: the number with the least expected time a request, as `best_size` says.
+    known: the rows of requests that were refused lately -> (their error, when to forget it, in ns of CLOCK_MONOTONIC).
+    Callers often repeat a request that was refused, and the same rows would be refused again.
     """
 
     def __init__(self, runner: Runner):
         self.runner = runner
         self.value = 0.0
         self.requests_per_run = 1.0 if runner.by_request else ANY_NUMBER
+        self.known: dict[tuple[Any, ...], tuple[ShorttailError, int]] = {}
         self._value_then = 0.0  # when requests_per_run was computed
+
+    def refused(self, rows: tuple[Any, ...]) -> ShorttailError | None:
+        """Return the error with which these rows (`rows_of`) were refused lately, None if they were not."""
+        error, until_ns = self.known.get(rows, (None, 0))
+        if error is not None and until_ns < time.monotonic_ns():
+            del self.known[rows]
+            return None
+        return error
+
+    def remember(self, rows: tuple[Any, ...], error: ShorttailError) -> None:
+        """Remember that these rows were refused, for LIMITS.refusal_kept_s."""
+        while len(self.known) >= LIMITS.refusals_kept:
+            del self.known[next(iter(self.known))]
+        self.known[rows] = error, time.monotonic_ns() + int(1e9 * LIMITS.refusal_kept_s)
+
+    def forget(self) -> None:
+        """Forget the refusals whose time is over, if the oldest is one of them."""
+        now_ns = time.monotonic_ns()
+        while self.known and next(iter(self.known.values()))[1] < now_ns:
+            del self.known[next(iter(self.known))]
 
     def learn(self, bad: int, requests: int, rows: int) -> None:
         """Note how many of some requests were bad. rows: of these requests."""
@@ -116,12 +141,19 @@ def best_size(runner: Runner, bad: float, rows: float) -> float:
     return best
 
 
+def rows_of(inputs: Sequence[Array], rows: slice) -> tuple[Any, ...]:
+    """Return the rows of all inputs as a key of a dict."""
+    return tuple(
+        tuple(array[rows].ravel().tolist()) if array.dtype.hasobject else array[rows].tobytes() for array in inputs
+    )
+
+
 class PartRun:
     """Runs the requests of a batch, at most `most` and `bad.requests_per_run` of them in a run. `step` makes one run.
 
-    inputs: an array [rows, ...] for each input of the model; of any shape if there is only one request. A run of
-    several requests has at most the rows that may run on the event loop, if the model may run there. Requests that make
-    the model fail are found by halving.
+    requests: (number, first row, rows) of each. inputs: an array [rows, ...] for each input of the model; of any shape
+    if there is only one request. A run of several requests has at most the rows that may run on the event loop, if the
+    model may run there. Requests that make the model fail are found by halving.
     """
 
     def __init__(
@@ -129,21 +161,35 @@ class PartRun:
         runner: Runner,
         inputs: Sequence[Array],
         rows: int,
-        requests: Sequence[RequestRows],
+        requests: Sequence[tuple[int, int, int]],
         bad: BadShare,
         most: int,
     ):
         self.runner = runner
         self.inputs = inputs
         self.rows = rows
-        self.requests = requests
+        self.requests = [RequestRows(*request) for request in requests]
+        self.failures: dict[int, ShorttailError] = {}
         self.bad = bad
         self.most = most
         self.run_rows_max = runner.loop_rows_max or LIMITS.batch_rows
         self.position = 0  # of the first request that was in no run yet
         self.halves: list[Sequence[RequestRows]] = []  # of runs that have failed
         self.parts: list[_Part] = []
-        self.failures: dict[int, ShorttailError] = {}
+        if bad.known and inputs[0].ndim:
+            self._refuse_known()
+
+    def _refuse_known(self) -> None:
+        """Refuse the requests whose rows were refused lately, without a run."""
+        self.bad.forget()
+        others = []
+        for request in self.requests:
+            error = self.bad.refused(rows_of(self.inputs, slice(request.first, request.first + request.rows)))
+            if error is None:
+                others.append(request)
+            else:
+                self.failures[request.number] = error
+        self.requests = others
 
     @property
     def is_done(self) -> bool:
@@ -157,10 +203,9 @@ class PartRun:
         next step makes the same run again, which should be in a thread.
         """
         part = self.halves.pop() if self.halves else self._next_part()
-        rows = sum(request.rows for request in part)
         start_ns = time.perf_counter_ns()
         try:
-            self.parts.append(_Part(part, self._run(part, rows)))
+            self.parts.append(self._run(part))
         except ShorttailError as error:
             if on_loop and isinstance(error, RunTimedOut):
                 self.halves.append(part)
@@ -168,15 +213,20 @@ class PartRun:
             self.runner.note_failure((time.perf_counter_ns() - start_ns) / 1e3)
             self._failed(part, error)
         else:
-            self.bad.learn(0, len(part), rows)
+            self.bad.learn(0, len(part), self.parts[-1].rows)
 
     def result(self) -> PartRuns:
         """Return the answers and the errors, once all runs are made."""
-        failures = {
-            number: self.runner.explain(error, worked=bool(self.parts)) if isinstance(error, ModelFailed) else error
-            for number, error in self.failures.items()
-        }
-        return PartRuns(_joined(self.parts, self.rows), failures)
+        for request in self.requests:
+            error = self.failures.get(request.number)
+            if not isinstance(error, ModelFailed):
+                continue
+            explained = self.failures[request.number] = self.runner.explain(error, worked=bool(self.parts))
+            if isinstance(explained, InvalidArgument) and self.inputs[0].ndim:
+                rows = slice(request.first, request.first + request.rows)
+                if sum(array[rows].nbytes for array in self.inputs) <= LIMITS.refusal_bytes:
+                    self.bad.remember(rows_of(self.inputs, rows), explained)
+        return PartRuns(_joined(self.parts, self.rows), self.failures)
 
     def _next_part(self) -> Sequence[RequestRows]:
         """Take as many of the next requests as may share a run, at least one."""
@@ -191,19 +241,21 @@ class PartRun:
         self.position = end
         return part
 
-    def _run(self, part: Sequence[RequestRows], rows: int) -> list[Array]:
-        first = part[0].first
+    def _run(self, part: Sequence[RequestRows]) -> _Part:
+        first, end = part[0].first, part[-1].first + part[-1].rows
+        rows = end - first if len(part) == 1 else sum(request.rows for request in part)
         if rows == self.rows:
-            return self.runner.run(self.inputs)
-        if part[-1].first + part[-1].rows == first + rows:
-            taken = [array[first : first + rows] for array in self.inputs]
-        else:  # the callers of requests between them have gone
+            return _Part(part, self.runner.run(self.inputs), first, rows)
+        if end - first == rows:
+            taken = [array[first:end] for array in self.inputs]
+        else:  # there are others between them, whose callers have gone or that are refused
+            first = -1
             taken = [np.concatenate([array[r.first : r.first + r.rows] for r in part]) for array in self.inputs]
         outputs = self.runner.run(taken)
         for name, array in zip(self.runner.output_names, outputs, strict=True):
             if array.shape[:1] != (rows,):
                 raise Internal(f"output '{name}' has the shape {list(array.shape)} for {rows} rows")
-        return outputs
+        return _Part(part, outputs, first, rows)
 
     def _failed(self, part: Sequence[RequestRows], error: ShorttailError) -> None:
         if len(part) == 1:
@@ -218,21 +270,20 @@ class PartRun:
 
 def _joined(parts: Sequence[_Part], rows: int) -> list[Answered]:
     """Put the outputs of runs into arrays of the whole batch, one set of arrays for each set of widths."""
-    if len(parts) == 1 and sum(request.rows for request in parts[0].requests) == rows:
+    if len(parts) == 1 and parts[0].rows == rows:
         return [Answered([request.number for request in parts[0].requests], parts[0].outputs)]
     alike: dict[tuple[Any, ...], list[_Part]] = {}
     for part in parts:
-        alike.setdefault(tuple((array.shape[1:], array.dtype) for array in part.outputs), []).append(part)
+        alike.setdefault(tuple([(array.shape[1:], array.dtype) for array in part.outputs]), []).append(part)
     answered = []
     for (*forms,), group in alike.items():
         wholes = [np.full((rows, *shape), "" if dtype.hasobject else 0, dtype) for shape, dtype in forms]
         for part in group:
-            at, first = 0, part.requests[0].first
-            count = sum(request.rows for request in part.requests)
-            if part.requests[-1].first + part.requests[-1].rows == first + count:
+            if part.first >= 0:
                 for whole, array in zip(wholes, part.outputs, strict=True):
-                    whole[first : first + count] = array
+                    whole[part.first : part.first + part.rows] = array
                 continue
+            at = 0
             for request in part.requests:
                 for whole, array in zip(wholes, part.outputs, strict=True):
                     whole[request.first : request.first + request.rows] = array[at : at + request.rows]

@@ -434,7 +434,10 @@ class Versions:
     def _record(self, key: Key, catalog_version: int, outcome: Runner | ShorttailError) -> None:
         """Keep the outcome of an attempt to load a version. catalog_version: of the catalog at the attempt."""
         if isinstance(outcome, Runner):
-            if outcome.unwarmed:
+            info = self._store.catalog.models[key.model].versions.get(key.version)
+            if outcome.unwarmed and not (
+                info and info.model.is_raw
+            ):  # examples of raw tensors fail often: `apply` said it
                 log.warning(
                     "model '%s' version %d serves, but no example of it could run: %s",
                     key.model,

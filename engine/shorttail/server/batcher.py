@@ -24,7 +24,7 @@ from shorttail.models.request_runs import PartRuns
 from shorttail.models.session import ModelFailed, RunTimedOut
 from shorttail.pipeline import BatchResult, Plan
 from shorttail.server.errorlog import one_line
-from shorttail.server.model_threads import ModelThreads, PreparedBatch, blame
+from shorttail.server.model_threads import ModelThreads, PreparedBatch, bad_share
 from shorttail.server.runnable import Runnable
 from shorttail.server.senders import Senders
 from shorttail.server.shadow import ShadowThread
@@ -46,7 +46,7 @@ class Ran(Enum):
 
     HERE = 1  # it has run
     TOO_SLOW = 2  # it has to run in a thread
-    IN_PARTS = 3  # its requests must not all share a run
+    IN_PARTS = 3  # its requests must not all share a run, or some may be refused without one
     FAILED = 4  # the model has failed: it has to run in parts
 
 
@@ -129,8 +129,8 @@ class Batcher:
 
     def infer_in_loop(self, runner: Runner, batch: Runnable, result: BatchResult) -> Ran:
         """Run the model, if it may run on the loop and for all requests at once."""
-        bad = batch.route.bad
-        if bad is not None and batch.n_requests > bad.requests_per_run:
+        bad = bad_share(batch.route, runner) if runner.by_request else batch.route.bad
+        if bad is not None and (batch.n_requests > bad.requests_per_run or (bad.value and bad.known)):
             return Ran.IN_PARTS
         if batch.n_rows > runner.loop_rows_max:
             return Ran.TOO_SLOW
@@ -141,7 +141,7 @@ class Batcher:
             runner.note_slow(ended=True)
             return Ran.TOO_SLOW
         except ModelFailed:
-            blame(batch, runner)
+            bad_share(batch.route, runner).learn(1, batch.n_requests, batch.n_rows)
             return Ran.FAILED
         if bad is not None:
             bad.learn(0, batch.n_requests, batch.n_rows)

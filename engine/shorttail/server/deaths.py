@@ -52,9 +52,12 @@ class RunsPage:
         return found
 
     def close(self) -> None:
-        self._words.release()
-        self._map.close()
-        os.close(self.fd)
+        """Unmap and close the file. A second call does nothing."""
+        if self.fd >= 0:
+            self._words.release()
+            self._map.close()
+            os.close(self.fd)
+            self.fd = -1
 
 
 class Deaths:

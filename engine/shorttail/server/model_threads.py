@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from shorttail import pipeline
-from shorttail._native.wire import Router
+from shorttail._native.wire import Router, WireRoute
 from shorttail.config import LIMITS
 from shorttail.models.load import Runner
 from shorttail.models.request_runs import BadShare, PartRun
@@ -31,12 +31,9 @@ REST_TURNS: Final = 4
 REST_MAX_S: Final = 0.001
 
 
-def blame(batch: Runnable, runner: Runner) -> None:
-    """Note that a run of the batch's requests has failed: at least one of them is bad."""
-    route = batch.route
-    if route.bad is None:
-        route.bad = BadShare(runner)
-    route.bad.learn(1, max(1, batch.n_requests), batch.n_rows)
+def bad_share(route: WireRoute, runner: Runner) -> BadShare:
+    """Return the estimate of the share of bad requests of a route, and make it at the first call."""
+    return route.bad or route.estimate_bad(BadShare(runner))
 
 
 @dataclass(slots=True)
@@ -45,7 +42,7 @@ class PreparedBatch:
 
     answered: called in the loop's thread when the model has run, with the exception that it raised, or None. in_parts:
     a few requests run at a time. failed: a run of all requests has failed. parts: makes the runs of a batch in parts,
-    once it begins to run.
+    once it begins to run. run_ns: how long they took so far, on the event loop.
     """
 
     batch: Runnable
@@ -56,6 +53,7 @@ class PreparedBatch:
     in_parts: bool = False
     failed: bool = False
     parts: PartRun | None = None
+    run_ns: int = 0
 
     @property
     def lane(self) -> Hashable:
@@ -65,7 +63,7 @@ class PreparedBatch:
     def split(self) -> None:
         """Have the batch run in parts, because its model has failed."""
         self.in_parts = self.failed = True
-        blame(self.batch, self.runner)
+        bad_share(self.batch.route, self.runner).learn(1, self.batch.n_requests, self.batch.n_rows)
 
     def begin(self) -> bool:
         """Drop the requests that are past their deadline. Returns False if none remains."""
@@ -73,7 +71,7 @@ class PreparedBatch:
         if not batch.drop_expired():
             return False
         if self.in_parts and self.parts is None:
-            bad = batch.route.bad or BadShare(self.runner)
+            bad = bad_share(batch.route, self.runner)
             most = max(1, batch.n_requests // 2) if self.failed else batch.n_requests
             self.parts = pipeline.infer_in_parts(self.runner, self.result, batch.n_rows, batch.requests(), bad, most)
         return True
@@ -85,6 +83,17 @@ class PreparedBatch:
             return
         while not self.parts.is_done:
             self.parts.step()
+
+    def step(self) -> bool:
+        """Make one run of a batch in parts on the event loop. Returns whether it was the last. Raises RunTimedOut."""
+        start_ns = time.perf_counter_ns()
+        assert self.parts is not None
+        try:
+            if not self.parts.is_done:  # it is if all requests were refused without a run
+                self.parts.step(on_loop=True)
+        finally:
+            self.run_ns += time.perf_counter_ns() - start_ns
+        return self.parts.is_done
 
 
 class ModelThreads:

@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 
 from shorttail._native.columns import Columns
 from shorttail._native.wire import WireRoute
-from shorttail.models.request_runs import RequestRows
 from shorttail.pipeline import BatchResult
 
 
@@ -46,14 +45,17 @@ class Runnable(Protocol):
     def drop_expired(self) -> int:
         """Answer the requests that are past their deadline, and return how many still wait. Called before a run."""
 
-    def requests(self) -> list[RequestRows]:
-        """Return the requests that have no answer yet, in order of their rows."""
+    def requests(self) -> Sequence[tuple[int, int, int]]:
+        """Return (number, first row, rows) of the requests that have no answer yet, in order of their rows."""
 
     def refuse(self, number: int, code: str, message: str) -> Hashable:
         """Answer one request with an error. Returns its sender, None if the sender is not known."""
 
     def leave_loop(self) -> None:
         """The batch runs in a thread. The next batch of its route waits until it has run."""
+
+    def took(self, run_ns: int) -> None:
+        """Set how long the batch has run, if it waited between its runs."""
 
     def stay_in_loop(self) -> None:
         """The batch runs in the event loop."""

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from shorttail import pipeline
 from shorttail._native.route import Route
 from shorttail.errors import Internal
-from shorttail.models.request_runs import BadShare, PartRun, RequestRows
+from shorttail.models.request_runs import BadShare, PartRun
 from shorttail.pipeline import BatchResult, Plan, PlanOutdated, Shadow
 from shorttail.server.runnable import Runnable
 
@@ -90,7 +90,7 @@ class ShadowBatch:
     inputs: Sequence[Array]
     names: Sequence[str]
     rows: int
-    requests: Sequence[RequestRows]
+    requests: Sequence[tuple[int, int, int]]
     answered: Sequence[Array] = ()
 
     def run(self, store: Store) -> None:

@@ -59,11 +59,9 @@ class Slices:
 
     def step(self, prepared: PreparedBatch) -> bool:
         """Make one run of a batch. Returns True if it was the last run on the loop."""
-        parts, error = prepared.parts, None
-        assert parts is not None
+        error = None
         try:
-            parts.step(on_loop=True)
-            if not parts.is_done:
+            if not prepared.step():
                 return False
         except RunTimedOut:
             prepared.runner.note_slow(ended=True)
@@ -71,6 +69,7 @@ class Slices:
             return True
         except Exception as failure:
             error = failure
+        prepared.batch.took(prepared.run_ns)
         prepared.answered(prepared, error)
         self.router.resume(prepared.batch.route)
         return True

@@ -117,6 +117,9 @@ class HttpBatch:
     def leave_loop(self) -> None:
         self.batch.leave_loop()
 
+    def took(self, run_ns: int) -> None:
+        self.batch.took(run_ns)
+
     def stay_in_loop(self) -> None:
         self.batch.stay_in_loop()
 
