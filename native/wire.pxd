@@ -110,7 +110,8 @@ cdef class Batch:
     cdef int release(self, request_t *request) except -1
     cdef int recycle(self) except -1
     cdef cnp.ndarray check_result(self, result)
-    cdef int answer(self, Py_ssize_t number, cnp.ndarray statuses, int64_t version) except -1
+    cdef int answer(self, Py_ssize_t number, const uint8_t *statuses, Py_ssize_t n_statuses,
+                    int64_t version) except -1
     cdef int put_reply(self, mp_out *out, request_t *request, Encoder encoder, const uint8_t *statuses,
                        Py_ssize_t n_statuses, int64_t version) except -1
 

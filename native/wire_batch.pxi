@@ -267,8 +267,9 @@ cdef class Batch:
         """Answer these requests with their rows of a pipeline.BatchResult. `reply` has to follow for the others."""
         cdef cnp.ndarray statuses = self.check_result(result)
         cdef Py_ssize_t number
+        cdef int64_t version = result.version
         for number in numbers:
-            self.answer(number, statuses, result.version)
+            self.answer(number, <const uint8_t *>cnp.PyArray_DATA(statuses), cnp.PyArray_DIM(statuses, 0), version)
 
     def reply(self, result):
         """Answer each request that has no answer yet with its rows of a pipeline.BatchResult.
@@ -277,9 +278,11 @@ cdef class Batch:
         have no answer then still have to be answered by `fail`.
         """
         cdef cnp.ndarray statuses = self.check_result(result)
-        cdef Py_ssize_t i
+        cdef const uint8_t *codes = <const uint8_t *>cnp.PyArray_DATA(statuses)
+        cdef Py_ssize_t i, n_statuses = cnp.PyArray_DIM(statuses, 0)
+        cdef int64_t version = result.version
         for i in range(self.n_requests):
-            self.answer(i, statuses, result.version)
+            self.answer(i, codes, n_statuses, version)
         _learn_cost(self)
         self.recycle()
 
@@ -301,8 +304,12 @@ cdef class Batch:
             raise Internal("the statuses of a result must be uint8 [views or features, rows of the batch]")
         return statuses if cnp.PyArray_IS_C_CONTIGUOUS(statuses) else np.ascontiguousarray(statuses)
 
-    cdef int answer(self, Py_ssize_t number, cnp.ndarray statuses, int64_t version) except -1:
-        """Write the reply to a request, unless it has its answer. A request that cannot be encoded fails alone."""
+    cdef int answer(self, Py_ssize_t number, const uint8_t *statuses, Py_ssize_t n_statuses,
+                    int64_t version) except -1:
+        """Write the reply to a request, unless it has its answer. A request that cannot be encoded fails alone.
+
+        statuses: uint8 [n_statuses, rows of the batch].
+        """
         cdef request_t *entry = &self.request[number]
         cdef Connection connection
         cdef size_t mark
@@ -313,8 +320,7 @@ cdef class Batch:
         if connection.state != GONE:
             mark = connection.out.size
             try:
-                self.put_reply(&connection.out, entry, self.route.encoder,
-                               <const uint8_t *>cnp.PyArray_DATA(statuses), cnp.PyArray_DIM(statuses, 0), version)
+                self.put_reply(&connection.out, entry, self.route.encoder, statuses, n_statuses, version)
                 connection.schedule_write()
             except Exception as error:
                 connection.out.size = mark

@@ -48,5 +48,5 @@ def check_outputs(names: Sequence[str], values: Sequence[NDArray[Any]], rows: in
     makes the same check in a server.
     """
     for name, array in zip(names, values, strict=True):
-        if np.shape(array)[:1] != (rows,):
-            raise Internal(f"the model failed: output '{name}' has the shape {list(np.shape(array))} for {rows} rows")
+        if not array.ndim or len(array) != rows:
+            raise Internal(f"the model failed: output '{name}' has the shape {list(array.shape)} for {rows} rows")
