@@ -31,6 +31,7 @@ OTHERS = (
     "push",
     "serve",
     "overload",
+    "bad_rows",
     "connections",
     "forest",
     "ondemand",
