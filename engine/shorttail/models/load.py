@@ -242,12 +242,11 @@ def load_runner(
 ) -> Runner:
     """Load an ONNX file into the fastest runner that gives ONNX Runtime's answers.
 
-    slow_runs: how many runs in a row have held up the event loop. by_request: each request has a run of its own, which
-    is never padded or split. raw: requests bring tensors of any shape, each by itself. run_key, run_timeout_s: of
-    Session. A forest is compared with ONNX Runtime before it may serve, on rows for 512 of its leaves, or on rows that
-    reach every leaf (every_leaf). forest_differs: why an earlier comparison refused it, "" if none did; it is not
-    compiled then. Forests run on the CPU, also where `device` is a GPU. Raises InvalidArgument if ONNX Runtime cannot
-    load the file.
+    by_request: each request has a run of its own, which is never padded or split. raw: requests bring tensors of any
+    shape, each by itself. run_key, run_timeout_s: of Session. A forest is compared with ONNX Runtime before it may
+    serve, on rows for 512 of its leaves, or on rows that reach every leaf (every_leaf). forest_differs: why an earlier
+    comparison refused it, "" if none did; it is not compiled then. Forests run on the CPU, also where `device` is a
+    GPU. Raises InvalidArgument if ONNX Runtime cannot load the file.
     """
     session = Session(path, outputs, settings.threads, run_key=run_key, run_timeout_s=run_timeout_s)
     plain: RunnableModel = FixedRows(session, session.fixed_rows) if session.fixed_rows else session
