@@ -220,9 +220,8 @@ def is_wrong(pair: tuple[bytes, bytes]) -> bool:
 
 
 def summary(cases: list[dict[str, Any]]) -> dict[str, Any]:
-    figures = {
-        name: report.spread([case[name] for case in cases]) for name in ("goodput", "other", "p99_us", "p99_alone_us")
-    }
+    measured = ("capacity_per_s", "goodput", "other", "p99_us", "p99_alone_us", "other_lag_p99_us")
+    figures = {name: report.spread([case[name] for case in cases]) for name in measured}
     return {
         **{name: cases[0][name] for name in ("share", "sender")},
         **figures,
