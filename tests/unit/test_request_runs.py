@@ -112,6 +112,25 @@ def test_rows_that_were_refused_are_refused_again_without_a_run(monkeypatch):
     assert run_in_parts(runner, [x], 100, requests, bad).failures == {}
 
 
+@pytest.mark.parametrize(
+    ("refused", "others"),
+    [
+        ([np.ones((1, 6))], [np.ones((1, 2, 3))]),  # the same bytes in another shape
+        ([np.array([[1.0], [2.0]])], [np.array([[1.0], [3.0]])]),  # equal in the first row alone
+        ([np.ones((1, 2)), np.float64(1)], [np.ones((1, 2)), np.float64(2)]),  # a tensor without rows
+        ([], []),
+    ],
+)
+def test_a_refused_request_of_tensors_stands_for_itself_alone(refused, others):
+    """Tensors of a request may have any shapes: none is refused because another is like it in part."""
+    runner, bad = FakeRunner(), BadShare(FakeRunner())
+    bad.learn(1, 1, 1)
+    runner.run = lambda inputs: (_ for _ in ()).throw(ModelFailed("the model failed: shapes"))
+    assert set(run_in_parts(runner, refused, 1, [RequestRows(0, 0, 1)], bad).failures) == {0}
+    runner.run = lambda inputs: [np.zeros(1), np.zeros(1)]
+    assert run_in_parts(runner, others, 1, [RequestRows(0, 0, 1)], bad).failures == {}
+
+
 def test_few_runs_find_a_single_bad_request_among_many():
     runner, x = FakeRunner(), np.zeros(512)
     x[300] = BAD

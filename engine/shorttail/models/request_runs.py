@@ -142,9 +142,10 @@ def best_size(runner: Runner, bad: float, rows: float) -> float:
 
 
 def rows_of(inputs: Sequence[Array], rows: slice) -> tuple[Any, ...]:
-    """Return the rows of all inputs as a key of a dict."""
+    """Return the rows of all inputs as a key of a dict. Rows of another shape give another key."""
     return tuple(
-        tuple(array[rows].ravel().tolist()) if array.dtype.hasobject else array[rows].tobytes() for array in inputs
+        (array.shape[1:], tuple(array[rows].ravel().tolist()) if array.dtype.hasobject else array[rows].tobytes())
+        for array in inputs
     )
 
 
@@ -176,7 +177,9 @@ class PartRun:
         self.position = 0  # of the first request that was in no run yet
         self.halves: list[Sequence[RequestRows]] = []  # of runs that have failed
         self.parts: list[_Part] = []
-        if bad.known and inputs[0].ndim:
+        # Of tensors without an axis of rows, a slice of rows would not be the whole request.
+        self.has_rows = bool(inputs) and all(array.ndim and len(array) == rows for array in inputs)
+        if bad.known and self.has_rows:
             self._refuse_known()
 
     def _refuse_known(self) -> None:
@@ -222,7 +225,7 @@ class PartRun:
             if not isinstance(error, ModelFailed):
                 continue
             explained = self.failures[request.number] = self.runner.explain(error, worked=bool(self.parts))
-            if isinstance(explained, InvalidArgument) and self.inputs[0].ndim:
+            if isinstance(explained, InvalidArgument) and self.has_rows:
                 rows = slice(request.first, request.first + request.rows)
                 if sum(array[rows].nbytes for array in self.inputs) <= LIMITS.refusal_bytes:
                     self.bad.remember(rows_of(self.inputs, rows), explained)
