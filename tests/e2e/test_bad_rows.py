@@ -2,11 +2,15 @@
 
 import asyncio
 import collections
+import os
 import random
 import re
+import signal
+import time
 
 import aiohttp
 import failing_models
+import msgpack
 import numpy as np
 import pytest
 from http_asking import http_port
@@ -158,6 +162,19 @@ def test_a_model_in_whose_runs_two_workers_died_is_not_run_any_more(failing, sta
     until(lambda: "reloaded" in server.log.read_text(), server)
     until(lambda: outcome(ask_all(server, [("divide", {"a": 4, "b": 102})])[0]) == [2], server)
     assert server.stop() == 0
+
+
+def test_a_model_is_not_blamed_for_workers_that_somebody_killed(failing, start):
+    server = start(of=failing)
+    for _ in range(3):
+        [pid] = server.workers()
+        with server.connect() as peer:
+            peer.send(msgpack.packb([0, 1, "predict", ["endless", {"x": 2e6}]]))
+            time.sleep(0.15)  # in its run, most likely
+            os.kill(pid, signal.SIGKILL)
+        until(lambda pid=pid: server.workers() and pid not in server.workers(), server)
+    until(lambda: outcome(ask_all(server, [("endless", {"x": 2.0})])[0]) == [2.0], server)
+    assert "not run any more" not in server.log.read_text()
 
 
 def test_requests_whose_rows_depend_on_each_other_never_share_a_run(failing, start):

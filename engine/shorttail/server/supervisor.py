@@ -38,8 +38,8 @@ WAIT_MAX_S: Final = 0.25
 # If the supervisor looks at its workers this long after the last time, it did not run itself, so perhaps no process
 # did.
 STOOD_STILL_S: Final = 0.75
-# Exit codes of a worker that says nothing against the models that it ran: it ended by itself, or somebody ended it.
-CALM_ENDS: Final = (0, 1, -signal.SIGTERM, -signal.SIGINT)
+# The signals that say something against the model that a worker ran. SIGKILL does not: somebody else sent it.
+DEADLY: Final = (signal.SIGSEGV, signal.SIGFPE, signal.SIGBUS, signal.SIGILL, signal.SIGABRT)
 
 
 def serve(
@@ -263,7 +263,8 @@ class Supervisor:
         """Note the models in whose runs a worker died, and ban a model that has killed several."""
         deaths = self.launcher.deaths
         hung_s = self.settings.hang_deadline_s if child.killed_for else 0.0
-        if child.runs is not None and child.process.wait() not in CALM_ENDS and deaths.note(child.runs.died_in(hung_s)):
+        guilty = bool(child.killed_for) or -child.process.wait() in DEADLY
+        if child.runs is not None and guilty and deaths.note(child.runs.died_in(hung_s)):
             for other in [*self.children.values(), *self.others]:
                 if other.runs is not None:
                     other.runs.ban(deaths.banned)
