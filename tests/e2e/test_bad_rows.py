@@ -166,11 +166,12 @@ def test_a_model_in_whose_runs_two_workers_died_is_not_run_any_more(failing, sta
 
 def test_a_model_is_not_blamed_for_workers_that_somebody_killed(failing, start):
     server = start(of=failing)
-    for _ in range(3):
+    for _ in range(2):
+        assert outcome(ask_all(server, [("endless", {"x": 2.0})])[0]) == [2.0]  # the worker is ready
         [pid] = server.workers()
         with server.connect() as peer:
             peer.send(msgpack.packb([0, 1, "predict", ["endless", {"x": 2e6}]]))
-            time.sleep(0.15)  # in its run, most likely
+            time.sleep(0.28)  # in its run, in a thread
             os.kill(pid, signal.SIGKILL)
         until(lambda pid=pid: server.workers() and pid not in server.workers(), server)
     until(lambda: outcome(ask_all(server, [("endless", {"x": 2.0})])[0]) == [2.0], server)
