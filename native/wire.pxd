@@ -43,6 +43,7 @@ cdef class ColumnNames:
     """The column names of a route, as UTF-8, to find the columns of a request."""
     cdef tuple names            # bytes, as they come on the wire
     cdef int n
+    cdef Py_ssize_t uncommon_left   # values that Python may still convert for this request
     cdef bint matches(self, int c, const mp_value *name) noexcept
     cdef int find(self, int guess, const mp_value *name) noexcept
 
@@ -55,6 +56,7 @@ cdef class WireRoute(Route):
     cdef readonly bint stale        # the catalog changed: the next request must find its plan again
     cdef bytes key                  # how requests name the route: a model name, or an encoded array of references
     cdef bint features              # get_online_features, not predict
+    cdef Py_ssize_t row_values      # Plan.row_values
     cdef int64_t asked_version      # the version in the request; -1: the current version
     cdef int64_t version
     cdef WireRoute canary           # answers the requests that `split` takes; None: no canary
@@ -133,6 +135,7 @@ cdef class Router:
     cdef public object run          # scheduled at most once per loop turn, when there is work
     cdef public object fault        # called with every exception that is not a ShorttailError
     cdef public object forward      # forwards a push or delete to the writer; None: no writer
+    cdef public object bulk         # forwards a large request to the bulk worker; None: all are read here
     cdef readonly dict handlers
     cdef public dict suspects       # sender -> until when, in ns of CLOCK_MONOTONIC: server/senders.py
     cdef readonly set connections
@@ -176,6 +179,7 @@ cdef class Router:
     cdef uint32_t rotation          # which connection comes first among requests of the same age
     cpdef int wake(self) except -1
     cdef WireRoute model_route(self, const uint8_t *name, Py_ssize_t size, int64_t version)
+    cdef bint has_features_route(self, const uint8_t *refs, Py_ssize_t size) except -1
     cdef WireRoute features_route(self, const uint8_t *refs, Py_ssize_t size)
 
 
@@ -207,11 +211,14 @@ cdef class Connection:
     cdef int64_t received_s, partial_s, unsent_mark_s, connected_s
     # The message that is being read.
     cdef Py_ssize_t scan_bytes      # its length
+    cdef Py_ssize_t scan_elements   # array items and map pairs that it declares
     cdef const uint8_t *message_at  # its first byte
     cdef const uint8_t *last_param
     cdef bytes data                 # the bytes that hold it; None: it is in `partial`, so it cannot be deferred
     cdef uint32_t n_deferred        # its requests that wait until all requests of this turn are read
     cdef bytes carried              # what its last worker had received of a message
+    cdef TakenMessage taken         # the buffer that was `partial`, while the messages in it are handled
+    cdef list relayed               # replies of the bulk worker, less what was written of them
     cdef int keep_partial(self, const uint8_t *data, size_t size) except -1
     cdef int drop_buffer(self, mp_out *buffer) except -1
     cdef int count_peer(self) except -1
@@ -223,3 +230,19 @@ cdef class Connection:
     cdef int put_error(self, int64_t msgid, str code, str message) except -1
     cdef int write_out(self) except -1
     cdef int maybe_end(self) except -1
+    cdef int leave_partial(self, size_t size) except -1
+    cdef int count_relayed(self) except -1
+    cdef int count_sent(self, Py_ssize_t size) except -1
+
+
+cdef class TakenMessage:
+    """Owns a buffer that begins with a message. Its buffer protocol shows the message."""
+    cdef mp_out buffer
+    cdef Py_ssize_t size
+
+
+cdef class BulkReply:
+    """Collects the bytes of one reply of the bulk worker. Its buffer protocol shows them."""
+    cdef mp_out buffer
+    cdef mp_scan scan
+    cdef readonly bint whole        # the reply has arrived in full

@@ -15,10 +15,12 @@ Everything runs in the thread of the event loop, with the GIL held. The files:
     wire_options.pxi      the options of a request
     wire_limits.pxi       access, timeouts of connections, and admission of requests
     wire_newest.pxi       newest-first admission under overload
+    wire_bulk.pxi         large requests, which another process answers
     wire_counts.pxi       counts of errors, for metrics and logs
     wire_codec.pxi        the codec without a connection, for tests
 """
 
+from cpython.buffer cimport PyBuffer_FillInfo
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.ref cimport PyObject, Py_DECREF, Py_INCREF
 from cpython.unicode cimport PyUnicode_AsUTF8AndSize
@@ -99,6 +101,7 @@ cdef class Router:
         self.run = self.flush
         self.fault = None
         self.forward = None
+        self.bulk = None
         self.access = ACCESS_ADMIN
         self.auth = None
         self.suspects = {}
@@ -114,18 +117,21 @@ cdef class Router:
     def __dealloc__(self):
         free(self.deferred)
 
-    def connect(self, run=None, fault=None, forward=None):
+    def connect(self, run=None, fault=None, forward=None, bulk=None):
         """Set the functions that do the work. An argument that is None leaves the function that was set before.
 
         run: called once in each loop turn that has work. It takes the batches (`take`), answers them and calls `flush`.
         fault: called with every exception that is not a ShorttailError. forward: forwards a push or delete, with its
         columns not decoded, to the writer. It is called with connection (None for a notification, which has no reply),
         msgid, method, params as bytes, deadline_ns and, if the request has one, traceparent as bytes. It raises a
-        ShorttailError, or calls the connection's `relay` with the outcome later.
+        ShorttailError, or calls the connection's `relay` with the outcome later. bulk: forwards a request that is too
+        large for the event loop. It is called with connection (None for a notification), msgid, the whole message as a
+        bytes-like object, and deadline_ns. It raises a ShorttailError, or calls `relay_reply` or `relay` later.
         """
         self.run = self.run if run is None else run
         self.fault = self.fault if fault is None else fault
         self.forward = self.forward if forward is None else forward
+        self.bulk = self.bulk if bulk is None else bulk
 
     def limit(self, **limits):
         """Set limits by name: access, auth, max_connections, idle_deadline_s, target_ns and so on (_LIMITS).
@@ -268,6 +274,10 @@ cdef class Router:
             self.models[key] = route
         return route
 
+    cdef bint has_features_route(self, const uint8_t *refs, Py_ssize_t size) except -1:
+        """Whether a list of features has a route. refs: the encoded array."""
+        return size <= FEATURE_LIST_BYTES and PyBytes_FromStringAndSize(<const char *>refs, size) in self.features
+
     cdef WireRoute features_route(self, const uint8_t *refs, Py_ssize_t size):
         """Return the route of a list of features, and make it at the first request. refs: the encoded array."""
         cdef WireRoute route
@@ -290,6 +300,7 @@ include "wire_options.pxi"
 include "wire_limits.pxi"
 include "wire_newest.pxi"
 include "wire_counts.pxi"
+include "wire_bulk.pxi"
 include "wire_methods.pxi"
 include "wire_connection.pxi"
 include "wire_codec.pxi"

@@ -8,6 +8,7 @@ cdef class WireRoute:
         self.asked_version = asked_version
         self.features = plan.kind == "features"
         self.version = plan.version
+        self.row_values = plan.row_values
         self.view_pieces = [msgpack.packb(name) for name in plan.view_names]
         self.defaults = bytes(plan.has_default)
         _init_cost(self)

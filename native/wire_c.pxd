@@ -16,7 +16,7 @@ cdef extern from "msgpack.h" nogil:
         uint32_t nesting_depth
         uint64_t declared_elements
     ctypedef struct mp_scan "struct mp_scan":
-        uint64_t position, at_depth_2
+        uint64_t position, declared, at_depth_2
     void mp_scan_reset(mp_scan *s)
     int mp_scan_on "mp_scan"(mp_scan *s, const uint8_t *data, uint64_t size, const mp_limits *limits)
 

@@ -45,7 +45,8 @@ cdef class Connection:
 
     def __dealloc__(self):
         free(self.out.data)
-        free(self.partial.data)
+        if self.taken is None:
+            free(self.partial.data)
 
     # -- called by asyncio and by the server -------------------------------------------------------------------
 
@@ -69,6 +70,9 @@ cdef class Connection:
         # Free the buffers now: requests that still run may hold references to the connection for a while.
         self.drop_buffer(&self.out)
         self.drop_buffer(&self.partial)
+        while self.relayed:
+            self.relayed.pop()
+            self.count_relayed()
         self.router.connections.discard(self)
         if self.peer is not None:
             self.router.peers[self.peer] -= 1
@@ -185,6 +189,8 @@ cdef class Connection:
 
     def resume_writing(self):
         self.paused = False
+        if self.relayed:
+            self.router.loop.call_soon(self.write_relayed)
         if not self.parked and not self.transport.is_closing():
             self.transport.resume_reading()
 
@@ -211,12 +217,24 @@ cdef class Connection:
         """Remove the first `size` bytes of `partial`: the messages that were handled."""
         if size:
             self.partial_s = 0  # the rest belongs to another message, whose frame timeout begins now
+        if self.taken is not None:
+            return self.leave_partial(size)
         self.partial.size -= size
         if self.partial.size:
             memmove(self.partial.data, self.partial.data + size, self.partial.size)
         elif self.partial.capacity > <size_t>SPARE_BUFFER_BYTES:
             free(self.partial.data)
             memset(&self.partial, 0, sizeof(mp_out))
+        return 0
+
+    cdef int leave_partial(self, size_t size) except -1:
+        """Give up `partial`, whose buffer was taken (_rest_of), and keep a copy of what follows its first `size` bytes."""
+        cdef TakenMessage taken = self.taken
+        cdef mp_out left = self.partial
+        self.taken = None
+        memset(&self.partial, 0, sizeof(mp_out))
+        if left.size > size:
+            self.keep_partial(left.data + size, left.size - size)
         return 0
 
     cdef size_t handle_messages(self, const uint8_t *data, size_t size) except? 0:
@@ -234,6 +252,7 @@ cdef class Connection:
                 break
             length = self.scan.position
             self.scan_bytes = length
+            self.scan_elements = self.scan.declared
             self.last_param = data + start + self.scan.at_depth_2
             mp_scan_reset(&self.scan)
             self.handle_message(data + start)
@@ -299,6 +318,30 @@ cdef class Connection:
         _put_bytes(&self.out, outcome)
         self.schedule_write()
 
+    def relay_reply(self, BulkReply reply not None):
+        """Reply to a large request that was forwarded. reply: the whole message, with the msgid of its request."""
+        if self.state == GONE:
+            self.count_relayed()
+            return
+        if self.relayed is None:
+            self.relayed = []
+        self.relayed.append(memoryview(reply))
+        if len(self.relayed) == 1:
+            self.write_relayed()
+
+    def fail_forwarded(self, uint32_t msgid, str code, str message):
+        """Reply with an error to a large request that was forwarded."""
+        self.count_relayed()
+        _count_errors(self.router, "other", "", code, 1, msgid, message)
+        if self.state != GONE:
+            self.put_error(msgid, code, message)
+
+    cdef int count_relayed(self) except -1:
+        self.in_flight -= 1
+        self.router.in_flight -= 1
+        self.forwarded -= 1
+        return 0
+
     # -- output ------------------------------------------------------------------------------------------------
 
     cdef int schedule_write(self) except -1:
@@ -323,16 +366,42 @@ cdef class Connection:
         mp_put_byte(&self.out, 0xC0)
         return self.schedule_write()
 
+    def write_relayed(self):
+        """Give the next piece of a relayed reply to the transport. Nothing else is written until the reply has ended."""
+        if self.state == GONE or self.paused:
+            return  # resume_writing calls again
+        reply = self.relayed[0]
+        piece = reply[:PIECE_BYTES]
+        self.transport.write(piece)
+        self.count_sent(len(piece))
+        if len(piece) < len(reply):
+            self.relayed[0] = reply[PIECE_BYTES:]
+        else:
+            del self.relayed[0]
+            self.count_relayed()
+        if self.relayed:
+            self.router.loop.call_soon(self.write_relayed)
+        elif self.out.size:
+            self.schedule_write()
+        elif self.state != OPEN:
+            self.maybe_end()
+
+    cdef int count_sent(self, Py_ssize_t size) except -1:
+        self.sent += size
+        self.router.sent_bytes += size
+        self.maybe_unsent = True
+        return 0
+
     cdef int write_out(self) except -1:
         """Give `out` to the transport, in one write."""
         self.has_output = False
+        if self.relayed:
+            return 0    # after that reply
         if self.state != GONE and self.out.size:
             data = PyBytes_FromStringAndSize(<const char *>self.out.data, self.out.size)
             self.out.size = 0
             self.transport.write(data)
-            self.sent += PyBytes_GET_SIZE(data)
-            self.router.sent_bytes += PyBytes_GET_SIZE(data)
-            self.maybe_unsent = True
+            self.count_sent(PyBytes_GET_SIZE(data))
         if self.out.capacity > <size_t>SPARE_BUFFER_BYTES:
             free(self.out.data)
             memset(&self.out, 0, sizeof(mp_out))

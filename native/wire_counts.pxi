@@ -82,4 +82,5 @@ cdef int _count_failed(Connection connection, const mp_value *method, const uint
         elif _is(method, b"delete", 6):
             name = "delete"
     _count_errors(connection.router, name, model, code, 1, msgid, message)
-    return _note_traced(connection.router, name, model, code, msgid, message, _traceparent_in(params))
+    trace = _traceparent_in(params) if connection.scan_elements <= LOOP_ELEMENTS else None
+    return _note_traced(connection.router, name, model, code, msgid, message, trace)

@@ -4,6 +4,7 @@
 # wrong. The fast paths here read the common values of each type. If a column has any other value, the whole column is
 # read again as Python values, and shorttail.define.values converts it (Columns.append_any). The result is the same.
 
+cdef Py_ssize_t ANY_VALUES = <Py_ssize_t>1 << 62     # no limit for ColumnNames.uncommon_left
 cdef double EXACT = 9007199254740992.0  # 2**53: a double with a larger absolute value may be a rounded integer
 
 
@@ -284,11 +285,20 @@ cdef const uint8_t *_read_usual(Columns columns, int c, const uint8_t *p) except
     return at
 
 
-cdef const uint8_t *_read_column(Columns columns, int c, const uint8_t *p) except NULL:
+class _TooLong(Exception):
+    """Python would have to convert too many values of a request in the event loop."""
+
+
+cdef const uint8_t *_read_column(Columns columns, ColumnNames names, int c, const uint8_t *p) except NULL:
+    cdef mp_value v
     cdef const uint8_t *end = _read_usual(columns, c, p)
     if end is not NULL and (columns.col[c].type != TYPE_INT32 or columns.fits(c)):
         return end
     columns.forget_column(c)
+    mp_read(p, &v)
+    names.uncommon_left -= <Py_ssize_t>v.size * columns.col[c].width if v.kind == MP_ARRAY else 1
+    if names.uncommon_left < 0:
+        raise _TooLong
     columns.append_any(c, _column_in_python(columns, c, p))
     return mp_skip(p)
 
@@ -297,6 +307,7 @@ cdef class ColumnNames:
     def __cinit__(self, Columns columns):
         self.names = tuple([name.encode() for name in columns.names])
         self.n = columns.n_columns
+        self.uncommon_left = ANY_VALUES
 
     cdef bint matches(self, int c, const mp_value *name) noexcept:
         cdef bytes known = <bytes>self.names[c]
@@ -328,7 +339,7 @@ cdef Py_ssize_t _read_columns(Columns columns, ColumnNames names, const uint8_t 
                                      if name.kind == MP_STR else "of a name that is not a string")
             if columns.col[c].filled != columns.n_rows:
                 raise InvalidArgument(f"column {columns.names[c]!r} is given twice")
-            at = _read_column(columns, c, at)
+            at = _read_column(columns, names, c, at)
         return columns.end_request()
     except BaseException:
         columns.rollback()

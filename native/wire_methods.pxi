@@ -8,21 +8,24 @@ cdef int _dispatch(Connection connection, const mp_value *method, const uint8_t 
     cdef mp_value v
     cdef const uint8_t *p = mp_read(params, &v)
     if v.kind != MP_ARRAY:
-        raise InvalidArgument(f"params of {_text(method)!r} must be an array")
+        raise InvalidArgument(f"params of {_short_text(method)!r} must be an array")
     if connection.access < ACCESS_ADMIN:
         _check_access(connection, method)
-    if connection.router.auth is not None and _is(method, b"auth", 4):
-        return _authenticate(connection, params, msgid, flags)
     if _is(method, b"predict", 7):
-        if _may_defer(connection):
+        if not _is_large(connection) and _may_defer(connection):
             return _defer(connection)
         return _predict(connection, p, v.size, msgid, flags)
     if _is(method, b"get_online_features", 19):
-        if _may_defer(connection):
+        if not _is_large(connection) and _may_defer(connection):
             return _defer(connection)
         return _get_online_features(connection, p, v.size, msgid, flags)
     if connection.router.forward is not None and (_is(method, b"push", 4) or _is(method, b"delete", 6)):
         return _forward(connection, _text(method), params, msgid, flags)
+    if connection.scan_bytes > CALL_BYTES:
+        raise InvalidArgument(f"a message of {connection.scan_bytes} bytes calls {_short_text(method)!r}; "
+                              f"at most {CALL_BYTES} are taken")
+    if connection.router.auth is not None and _is(method, b"auth", 4):
+        return _authenticate(connection, params, msgid, flags)
     return _run_handler(connection, _text(method), params, msgid, flags)
 
 
@@ -72,6 +75,14 @@ cdef int _refuse_cheaply(Connection connection, WireRoute route, int why, uint32
     return connection.schedule_write()
 
 
+cdef int _options_of(Connection connection, int takes, options_t *options) except -1:
+    """Read the options of the message that is being read, which are its last param."""
+    cdef Py_ssize_t size = connection.message_at + connection.scan_bytes - connection.last_param
+    if size > CALL_BYTES:
+        raise InvalidArgument(f"options of {size} bytes; at most {CALL_BYTES} are taken")
+    return _read_options(connection.last_param, takes, options)
+
+
 cdef int _predict(Connection connection, const uint8_t *p, uint32_t n, uint32_t msgid, int flags) except -1:
     """Add a predict request to the batch of its model. p: the first of n params."""
     cdef mp_value model, columns
@@ -87,7 +98,9 @@ cdef int _predict(Connection connection, const uint8_t *p, uint32_t n, uint32_t 
     if columns.kind != MP_MAP:
         raise InvalidArgument("predict takes [model, {column: value or array}, {option: value}?]")
     if n == 3:
-        _read_options(connection.last_param, PREDICT_OPTIONS, &options)
+        _options_of(connection, PREDICT_OPTIONS, &options)
+    if _is_large(connection):
+        return _forward_bulk(connection, msgid, &options)
     route = connection.last_route
     if route is None or not route.matches_request(False, model.body, model.size, options.version):
         route = connection.last_route = connection.router.model_route(model.body, model.size, options.version)
@@ -104,6 +117,10 @@ cdef int _get_online_features(Connection connection, const uint8_t *p, uint32_t 
     refs.kind = columns.kind = MP_NIL
     if 2 <= n <= 3:
         mp_read(p, &refs)
+        if refs.kind == MP_ARRAY and _is_large(connection):
+            if n == 3:
+                _options_of(connection, FEATURES_OPTIONS, &options)
+            return _forward_bulk(connection, msgid, &options)
         if refs.kind == MP_ARRAY:
             map_at = mp_skip(p)
             mp_read(map_at, &columns)
@@ -111,8 +128,11 @@ cdef int _get_online_features(Connection connection, const uint8_t *p, uint32_t 
         raise InvalidArgument("get_online_features takes [[feature reference], {key column: value or array}, "
                               "{option: value}?]")
     if n == 3:
-        _read_options(connection.last_param, FEATURES_OPTIONS, &options)
+        _options_of(connection, FEATURES_OPTIONS, &options)
     if connection.last_route is None or not connection.last_route.matches_request(True, p, map_at - p, -1):
+        if (connection.router.bulk is not None and refs.size > LOOP_REFERENCES
+                and not connection.router.has_features_route(p, map_at - p)):
+            return _forward_bulk(connection, msgid, &options)
         connection.last_route = connection.router.features_route(p, map_at - p)
     return _enqueue(connection, connection.last_route, map_at, msgid, &options)
 
@@ -136,7 +156,18 @@ cdef int _enqueue(Connection connection, WireRoute route, const uint8_t *columns
         if batch is None:
             batch = Batch(route, route.plan.new_columns())
         route.open = batch
-    rows = _read_columns(batch.columns, route.names, columns)
+    route.names.uncommon_left = LOOP_UNCOMMON_VALUES if connection.router.bulk is not None else ANY_VALUES
+    try:
+        rows = _read_columns(batch.columns, route.names, columns)
+    except _TooLong:
+        return _forward_bulk(connection, msgid, options)
+    if route.features and rows * route.row_values > REPLY_VALUES:
+        batch.columns.drop_last(rows)
+        raise ResourceExhausted(f"{rows} rows of {route.row_values} values; at most {REPLY_VALUES} values are answered "
+                                f"at once: send it in parts")
+    if rows * route.row_values > LOOP_VALUES and connection.router.bulk is not None:
+        batch.columns.drop_last(rows)
+        return _forward_bulk(connection, msgid, options)
     if route.canary is not None and rows and route.split.takes(batch.columns, batch.columns.n_rows - rows):
         batch.columns.drop_last(rows)
         return _enqueue(connection, route.canary, columns, msgid, options)
@@ -176,12 +207,12 @@ cdef int _forward(Connection connection, str method, const uint8_t *params, uint
     if columns.kind != MP_MAP:
         raise InvalidArgument(f"{method} takes [view, {{column: value or array}}, {{option: value}}?]")
     if n == 3:
-        _read_options(connection.last_param, WRITE_OPTIONS, &options)
+        _options_of(connection, WRITE_OPTIONS, &options)
     if connection.forwarded >= PUSHES_PER_CONNECTION:
         raise ResourceExhausted(f"{connection.forwarded} requests of this connection wait to be written; "
                                 f"wait for their answers, then send it again")
     silent = bool(flags & SILENT)
-    data = PyBytes_FromStringAndSize(<const char *>params, mp_skip(params) - params)
+    data = _rest_of(connection, params)     # params are the last item of the message
     if options.trace is NULL:
         connection.router.forward(None if silent else connection, msgid, method, data, options.deadline_ns)
     else:

@@ -98,6 +98,7 @@ cdef int _admit_deferred(Router router) except -1:
             if connection.state != GONE:
                 connection.last_param = deferred.last_param
                 connection.scan_bytes = deferred.size
+                connection.scan_elements = 0    # large requests are never deferred
                 connection.handle_message(deferred.message)
     finally:
         free(order)

@@ -25,6 +25,18 @@ class Limits:
     name_bytes: int = 255  # one name in UTF-8, which is also what file systems take as the name of a folder
     suggestion_steps: int = 250_000  # compared characters in the search for a name that resembles an unknown name
     raw_output_bytes: int = 64 << 20  # all outputs of one request of tensors; a graph may make them of any size
+    reply_values: int = 4_000_000  # rows times features, a vector counted by its width
+    reply_bytes: int = 64 << 20
+    call_bytes: int = 16 << 10  # a message of a method that is neither batched nor a write
+
+    # Per request that the event loop reads itself. The bulk worker answers larger ones (server/bulk.py).
+    loop_bytes: int = 1 << 20  # of MessagePack, and of tensors over HTTP
+    loop_elements: int = 131_072  # array items and map pairs of a MessagePack request
+    loop_uncommon_values: int = 4096  # values that Python has to convert
+    loop_references: int = 1024  # features of a list that has no plan yet
+    loop_values: int = 262_144  # rows times the values of a row that are looked up, copied and computed
+    loop_text_bytes: int = 64 << 10  # of JSON
+    loop_csv_bytes: int = 8 << 10  # of CSV
 
     # Per turn of the event loop.
     batch_rows: int = 16_384  # a full batch runs and the next batch starts
@@ -79,6 +91,11 @@ class Limits:
     http_header_s: float = 10.0  # from connecting to the end of the first request's headers
     http_read_s: float = 30.0  # from a request's headers to the end of its body
     http_idle_s: float = 75.0  # between requests on a connection
+
+    # Large requests, which the bulk worker answers.
+    bulk_requests: int = 64  # in flight, per worker
+    bulk_bytes: int = 256 << 20  # of these requests and their answers, per worker
+    bulk_idle_s: float = 600.0  # the bulk worker ends after this time without a request
 
     # Logs.
     log_lines_per_s: int = 50  # lines about failed and slow requests, per worker

@@ -61,6 +61,13 @@ class Plan:
     shadow: Shadow | None = None  # another version that runs on what was answered
     tensors: tuple[TensorInfo, ...] | None = None  # the inputs of a model that takes tensors; it has no columns
 
+    @property
+    def row_values(self) -> int:
+        """Values of a row in the buffers, or, if these are more, in the answer: features may be asked for repeatedly."""
+        widths = [width or 1 for _, width in self.buffers]
+        asked = sum(widths[buffer] if column is None else 1 for buffer, column in self.feature_places)
+        return max(sum(widths), asked)
+
     def new_columns(self) -> Columns:
         """Make empty request columns for this plan."""
         return Columns(self.names, self.dtypes, self.required, self.instead)

@@ -88,6 +88,12 @@ OPTIONS: Final = [
         show_default=True,
         help="P99 latency goal in ms for accepted requests under overload; the server refuses the others.",
     ),
+    click.option(
+        "--bulk/--no-bulk",
+        default=True,
+        show_default=True,
+        help="Answer large requests in a process of their own, which starts at the first one; otherwise refuse them.",
+    ),
     click.option("--pin-cpus", is_flag=True, help="Pin each worker to a CPU of its own."),
     click.option(
         "--busy-poll-us",
@@ -134,6 +140,7 @@ NAMES: Final = [
     "write_deadline_s",
     "hang_deadline_s",
     "p99_budget_ms",
+    "bulk",
     "pin_cpus",
     "busy_poll_us",
     "http",

@@ -19,9 +19,10 @@ from typing import Any, Final
 from shorttail.config import LIMITS
 from shorttail.observe import stderr
 from shorttail.server.acceptor import WorkerShare
+from shorttail.server.bulk import BULK
 from shorttail.server.deaths import Deaths, RunsPage
 from shorttail.server.inherited import Inherited
-from shorttail.server.listen import Listeners, WriterSocket
+from shorttail.server.listen import Listeners, PrivateSockets
 from shorttail.server.settings import ServerSettings
 
 WRITER: Final = 0  # the writer's number; workers count from 1
@@ -31,7 +32,7 @@ LAST_WORDS_S: Final = 1.0  # how long to wait until the last lines of children a
 
 @dataclass(slots=True, eq=False)
 class Child:
-    """A worker or the writer.
+    """A worker, the bulk worker or the writer.
 
     control: a socket on which the child sends one line of JSON when it is ready; it closes when the child ends. share:
     a worker's connections; None for the writer. said: the line: what is served, or {"error": why} from a writer that
@@ -107,7 +108,7 @@ class Launcher:
         self,
         store: str,
         listeners: Listeners,
-        writer_socket: WriterSocket,
+        private: PrivateSockets,
         inherited: Inherited,
         settings: ServerSettings,
         *,
@@ -118,7 +119,7 @@ class Launcher:
         """options: command-line options of every worker. accepts: the worker accepts connections itself."""
         self.store = store
         self.listeners = listeners
-        self.writer_socket = writer_socket
+        self.private = private
         self.inherited = inherited
         self.settings = settings
         self.device = device
@@ -138,7 +139,7 @@ class Launcher:
             fds = [control_end.fileno()]
             options = ["--control-fd", str(control_end.fileno())]
             if number == WRITER:
-                listening = [self.writer_socket.listener.fileno()]
+                listening = [self.private.writer.fileno()]
                 options += ["--log", self.settings.log]
             else:
                 share = WorkerShare()
@@ -146,8 +147,15 @@ class Launcher:
                 runs = RunsPage()
                 ours.callback(runs.close)
                 runs.ban(self.deaths.banned)
-                listening = [listener.fileno() for listener in self.listeners.sockets] if self.accepts else []
-                fds += [share.worker_end.fileno(), runs.fd, *self.inherited.fds]
+                sockets = self.listeners.sockets if self.accepts else []
+                http = self.inherited.listener
+                if number == BULK:
+                    sockets, http = [self.private.bulk], self.private.bulk_http if http is not None else None
+                listening = [listener.fileno() for listener in sockets]
+                fds += [share.worker_end.fileno(), runs.fd, self.inherited.memory.fd]
+                if http is not None:
+                    fds.append(http.fileno())
+                    options += ["--http-fd", str(http.fileno())]
                 options += ["--channel-fd", str(share.worker_end.fileno()), "--runs-fd", str(runs.fd)]
                 options += self._worker_options(number, check)
             options += [f"--listen-fd={fd}" for fd in listening]
@@ -159,8 +167,10 @@ class Launcher:
         return Child(number, process, control, share, runs)
 
     def _worker_options(self, number: int, check: bool) -> list[str]:
-        options = ["--settings", self.settings.to_json(), "--writer", self.writer_socket.path]
-        options += ["--device", self.device, *self.options, *self.inherited.worker_options]
+        options = ["--settings", self.settings.to_json(), "--sockets", str(self.private.folder)]
+        options += ["--metrics-fd", str(self.inherited.memory.fd), "--device", self.device, *self.options]
+        if number == BULK:
+            return [*options, "--bulk"]
         if self.settings.pin_cpus:
             cpus = sorted(os.sched_getaffinity(0))
             options += ["--cpu", str(cpus[(number - 1) % len(cpus)])]
@@ -217,7 +227,7 @@ class Restarts:
 
 
 def name_of(number: int) -> str:
-    return "writer" if number == WRITER else f"worker {number}"
+    return {WRITER: "writer", BULK: "bulk worker"}.get(number, f"worker {number}")
 
 
 def how_it_ended(code: int) -> str:

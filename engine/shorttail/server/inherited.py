@@ -36,21 +36,11 @@ class Inherited:
                 self.listener, self._name = listen_on(host, http_port, settings, bind=bind)
             except ShorttailError as error:
                 raise type(error)(error.message.replace("--port", "--http-port")) from None
-        self.memory = MetricsMemory.create(workers)
+        self.memory = MetricsMemory.create(workers + 1)  # the bulk worker counts too
         self._recorder = self.memory.claim(SUPERVISOR)
 
     def __str__(self) -> str:
         return f" · http on {self._name}" if self._name else ""
-
-    @property
-    def fds(self) -> list[int]:
-        """The file descriptors to pass to a worker."""
-        return [self.memory.fd, *([self.listener.fileno()] if self.listener else [])]
-
-    @property
-    def worker_options(self) -> list[str]:
-        http = ["--http-fd", str(self.listener.fileno())] if self.listener else []
-        return ["--metrics-fd", str(self.memory.fd), *http]
 
     def restarted(self, *, writer: bool) -> None:
         """Count a restart of the writer or of a worker."""

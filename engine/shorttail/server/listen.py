@@ -90,31 +90,35 @@ class Listeners:
         self.close()
 
 
-class WriterSocket:
-    """The Unix socket on which the writer listens for workers, in a folder that only this user may enter.
+class PrivateSockets:
+    """The Unix sockets on which children listen for workers, in a folder that only this user may enter.
 
-    The supervisor binds it, so that workers find it again after a restart of the writer. A context manager: leaving it
-    removes the socket and the folder.
+    The supervisor binds them, so that workers find them again after a restart of the child that listens. writer: of the
+    writer; bulk, bulk_http: of the bulk worker. A context manager: leaving it removes the sockets and the folder.
     """
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="shorttail-"))
-        if len(os.fsencode(self.folder / "writer")) > UNIX_PATH_BYTES:
+        if len(os.fsencode(self.folder / "bulk-http")) > UNIX_PATH_BYTES:
             self.folder.rmdir()
             self.folder = Path(tempfile.mkdtemp(prefix="shorttail-", dir="/tmp"))
-        self.path = str(self.folder / "writer")
-        self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.listener.bind(self.path)
-        self.listener.listen(BACKLOG)
-        self.listener.setblocking(False)
+        self.writer, self.bulk, self.bulk_http = (self._listen(name) for name in ("writer", "bulk", "bulk-http"))
 
-    def __enter__(self) -> WriterSocket:
+    def _listen(self, name: str) -> socket.socket:
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listener.bind(str(self.folder / name))
+        listener.listen(BACKLOG)
+        listener.setblocking(False)
+        return listener
+
+    def __enter__(self) -> PrivateSockets:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.listener.close()
+        for listener in (self.writer, self.bulk, self.bulk_http):
+            listener.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 

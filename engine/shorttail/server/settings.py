@@ -31,6 +31,7 @@ class ServerSettings:
     hang_deadline_s: int = LIMITS.hang_deadline_s
     p99_budget_ms: float = LIMITS.p99_budget_ms
     pin_cpus: bool = False
+    bulk: bool = True  # large requests are answered by a process of their own
     busy_poll_us: int | None = None  # None: adaptive, see limits.BusyPoll
     http: bool = True
     http_port: int | None = None  # None: inherited.wanted_port

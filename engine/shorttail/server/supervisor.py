@@ -25,11 +25,12 @@ from typing import Any, Final, cast
 from shorttail.config import DEFAULT_HOST, DEFAULT_PORT, LIMITS
 from shorttail.errors import ShorttailError, Unavailable
 from shorttail.observe import logs, stderr
-from shorttail.server import acceptor, rolling, security
+from shorttail.server import acceptor, bulk, rolling, security
 from shorttail.server.acceptor import Acceptor
+from shorttail.server.bulk import BULK, BulkSockets
 from shorttail.server.children import WRITER, Child, Launcher, Restarts, how_it_ended
 from shorttail.server.inherited import Inherited
-from shorttail.server.listen import Listeners, WriterSocket
+from shorttail.server.listen import Listeners, PrivateSockets
 from shorttail.server.settings import ServerSettings
 from shorttail.server.signals import RELOAD, STOP, Signals
 from shorttail.server.systemd import Notifier
@@ -73,10 +74,10 @@ def serve(
             security.check(settings)
             with (
                 Listeners(host, port, uds, settings, bind=not check) as listeners,
-                WriterSocket() as writer_socket,
+                PrivateSockets() as private,
                 Inherited(settings, host, port, workers, bind=not check) as shared,
                 Launcher(
-                    str(store), listeners, writer_socket, shared, settings,
+                    str(store), listeners, private, shared, settings,
                     device=device, options=options, accepts=accepts,
                 ) as launcher,
             ):  # fmt: skip
@@ -103,6 +104,7 @@ class Supervisor:
         self.n_workers = workers
         self.signals = signals
         self.selector = selectors.DefaultSelector()
+        self.bulk = BulkSockets(self.selector, [launcher.private.bulk, launcher.private.bulk_http])
         self.acceptor = Acceptor(self.selector, [] if launcher.accepts else launcher.listeners.sockets)
         self.restarts = Restarts()
         self.systemd = Notifier()
@@ -122,12 +124,16 @@ class Supervisor:
                     child.process.wait()
                 print(f"ok · {self._contents()}", flush=True)
                 return 0
+            if self.settings.bulk:
+                self.bulk.watch()
             self._announce()
             while True:
                 if self.reload_wanted:
                     self.reload_wanted = False
                     self.launcher.deaths.forget()
                     rolling.reload(self)
+                    if BULK in self.children:
+                        self.children[BULK].process.terminate()
                 self.wait()
         except StartFailed:
             return 1
@@ -186,6 +192,18 @@ class Supervisor:
         self._take_in(child)
         self.children[number] = child
 
+    def _start_bulk(self) -> None:
+        """Start the bulk worker, because a large request waits."""
+        if BULK in self.children:
+            return
+        self.bulk.unwatch()
+        try:
+            self._start(BULK)
+        except Unavailable as error:
+            self.bulk.refuse()
+            self.restarts.plan(BULK, 0.0)
+            self.say("error", f"the bulk worker: {error.message}")
+
     def _take_in(self, child: Child) -> None:
         self.selector.register(child.control, selectors.EVENT_READ, child)
         if child.share is not None:
@@ -196,6 +214,9 @@ class Supervisor:
     def wait(self, until_s: float = math.inf) -> None:
         """Handle the next events, or return at `until_s`. Children that died are started again when that is due."""
         for number in self.restarts.take():
+            if number == BULK:
+                self.bulk.watch()
+                continue
             try:
                 self._start(number)
             except Unavailable as error:
@@ -211,6 +232,8 @@ class Supervisor:
                 self._hear_signals()
             elif key.data == acceptor.ACCEPT:
                 self.acceptor.accept(cast(socket.socket, key.fileobj))
+            elif key.data == bulk.WANTED:
+                self._start_bulk()
             elif key.fileobj is key.data.control:
                 self._hear(key.data)
             elif key.data.control.fileno() >= 0:  # not buried in this round
@@ -231,12 +254,18 @@ class Supervisor:
         if child.hear():
             if child.said and child.share is not None and not child.is_successor:
                 self.served = self.served or child.said
-                self.acceptor.add(child.share)
+                if child.number != BULK:
+                    self.acceptor.add(child.share)
             return
         code = self._bury(child)
         if child.is_successor or child.retires:
             return  # rolling.py handles these
-        if child.number == WRITER:
+        if child.number == BULK and code == 0:
+            self.bulk.watch()  # it was idle, or a reload has ended it
+        elif child.number == BULK:
+            self.bulk.refuse()
+            self._plan_restart(child, code)
+        elif child.number == WRITER:
             # If the store cannot be opened, the worker reports it.
             self._plan_restart(child, code, silent=self.starting)
         elif not self.starting or child.said:
@@ -334,8 +363,10 @@ class Supervisor:
         self.launcher.inherited.close()
         deadline_s = time.monotonic() + LIMITS.stop_grace_s
         # Workers that retire stop first, because they give their connections to the others; successors have nothing in
-        # flight. The writer stops last, so that everything that workers have forwarded is written and answered.
-        clean = self._end(self.others, deadline_s) and self._end(self.workers(), deadline_s)
+        # flight. The writer and the bulk worker stop last, so that everything that workers have forwarded is answered.
+        self.bulk.unwatch()
+        serving = [child for child in self.workers() if child.number != BULK]
+        clean = self._end(self.others, deadline_s) and self._end(serving, deadline_s)
         clean = clean and self._end(self.children.values(), time.monotonic() + LIMITS.stop_grace_s)
         self._note("stopped" if clean else "stopped, with work cut off")
         return 0 if clean else 1

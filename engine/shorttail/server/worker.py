@@ -21,6 +21,7 @@ import socket
 import ssl
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import uvloop
@@ -33,7 +34,7 @@ from shorttail.errors import InvalidArgument, ShorttailError
 from shorttail.models.raw import refusal
 from shorttail.models.serving import Banned
 from shorttail.observe import logs, stderr
-from shorttail.server import handover, limits, security
+from shorttail.server import bulk, bulk_link, handover, limits, security
 from shorttail.server.batcher import Batcher
 from shorttail.server.errorlog import ErrorLog, one_line
 from shorttail.server.settings import ServerSettings
@@ -121,7 +122,8 @@ async def serve(
     control: socket.socket,
     channel_end: socket.socket,
     served: dict[str, Any],
-    writer: str,
+    sockets: Path,
+    is_bulk: bool,
     settings: ServerSettings,
     telemetry: Telemetry,
     http_listeners: list[socket.socket],
@@ -129,7 +131,8 @@ async def serve(
     """Answer requests until SIGTERM or the end of the supervisor, then finish the requests in flight.
 
     control: the socket to the supervisor. channel_end: the socket by which the supervisor hands over connections.
-    served: what `load` returned. writer: path of the writer's socket.
+    served: what `load` returned. sockets: the folder of the sockets of the writer and the bulk worker. is_bulk: this is
+    the bulk worker.
     """
     loop = asyncio.get_running_loop()
     runs.limit_thread(LIMITS.loop_run_s)
@@ -138,14 +141,18 @@ async def serve(
     http = http_server(engine, router, telemetry, faults, settings) if http_listeners else None
     batcher = Batcher(router, engine, faults, telemetry, http.batches if http is not None else None)
     engine.load_in_background(lambda: batcher.model_threads.tell(batcher.follow_catalog))
-    link = WriterLink(writer, loop, telemetry.wrote)
+    link = WriterLink(str(sockets / "writer"), loop, telemetry.wrote)
     router.connect(forward=link.forward)
+    large = bulk_link.BulkLink(str(sockets / "bulk"), loop)
+    if not is_bulk:
+        router.connect(bulk=large.forward if settings.bulk else bulk_link.refuse)
     limits.configure(router, settings)
     tls = security.server_context(settings)
     channel = handover.Channel(channel_end, loop, router, tls)
     if settings.busy_poll_us != 0:
         router.connect(run=limits.BusyPoll(loop, batcher.run, engine, settings.busy_poll_us).run)
     stop, retire = asyncio.Event(), asyncio.Event()
+    idle = bulk.Idle(stop)
     loop.add_signal_handler(signal.SIGTERM, stop.set)
     loop.add_reader(control, told, loop, control, stop, retire)
     servers = [await listen(loop, listener, router, tls) for listener in listeners]
@@ -165,6 +172,8 @@ async def serve(
                 limits.sweep(router)
                 channel.report()
                 telemetry.tick(engine, router, http)
+                if is_bulk:
+                    idle.look(router, http)
             except Exception as error:
                 faults(error)
             faults.write(loop)
@@ -191,6 +200,7 @@ async def serve(
         task.cancel()
     batcher.close()
     link.close()
+    large.close()
     channel.close()
     faults.write(loop)
     telemetry.log.write(loop)
@@ -264,7 +274,8 @@ def main() -> int:
     parser.add_argument("store")
     parser.add_argument("--control-fd", type=int, required=True)
     parser.add_argument("--listen-fd", type=int, action="append", default=[])
-    parser.add_argument("--writer", metavar="PATH", default="", help="the writer's socket")
+    parser.add_argument("--sockets", metavar="FOLDER", required=True, help="of the writer and the bulk worker")
+    parser.add_argument("--bulk", action="store_true", help="answer the large requests of the other workers")
     parser.add_argument("--device", default="cpu", help="where models run that are no forests")
     parser.add_argument("--pretouch", action="store_true", help="map the store's file before serving")
     parser.add_argument("--lock-memory", action="store_true", help="and keep it in memory")
@@ -277,6 +288,9 @@ def main() -> int:
     parser.add_argument("--cpu", type=int, help="the CPU to run on")
     args = parser.parse_args()
     settings = ServerSettings.from_json(args.settings)
+    if args.bulk:
+        settings = bulk.settings_of(settings)
+        bulk.lower_priority()
     stderr.log_as_json(settings.log)
     if args.cpu is not None:
         limits.pin(args.cpu)
@@ -302,7 +316,11 @@ def main() -> int:
         http = [socket.socket(fileno=fd) for fd in args.http_fd]
         telemetry = Telemetry(args.metrics_fd, settings)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(serve(engine, listeners, control, channel, served, args.writer, settings, telemetry, http))
+            runner.run(
+                serve(
+                    engine, listeners, control, channel, served, Path(args.sockets), args.bulk, settings, telemetry, http
+                )
+            )
     control.detach()  # the supervisor takes a closed control socket for the end of this process: the system closes it
     return 0
 
