@@ -9,7 +9,7 @@ import ssl
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
@@ -32,6 +32,8 @@ from shorttail.server.http.json import json_response
 if TYPE_CHECKING:
     from shorttail.engine import Engine
     from shorttail.observe.memory import MetricsMemory
+
+Parsed = TypeVar("Parsed")
 
 OTHER: Final = METHODS.index("other")
 ENCODE: Final = STAGES.index("encode")
@@ -318,6 +320,10 @@ class HttpServer:
             raise InvalidArgument("the connection ended within the body") from None
         finally:
             self.body_bytes -= reserved
+
+    async def parse(self, function: Callable[..., Parsed], body: bytes, *args: Any) -> Parsed:
+        """Return function(body, *args): a function of plain values, whose last argument finds a model."""
+        return function(body, *args)
 
     def encoded(self, call: HttpCall, start_ns: int) -> None:
         """Count the time from start_ns until now as the time to encode a response."""

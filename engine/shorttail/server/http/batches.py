@@ -23,6 +23,7 @@ from shorttail.models.buffers import check_outputs
 from shorttail.models.raw import refusal, take_tensors
 from shorttail.models.request_runs import RequestRows
 from shorttail.pipeline import BatchResult, Plan
+from shorttail.server.http.parsed import Answer
 from shorttail.server.runnable import Runnable
 
 if TYPE_CHECKING:
@@ -31,20 +32,6 @@ if TYPE_CHECKING:
 HTTP: Final = PROTOCOLS.index("http")
 PREDICT: Final = METHODS.index("predict")
 Array = NDArray[Any]
-
-
-@dataclass(slots=True)
-class Answer:
-    """The answer to one request. values: an array for each name; statuses: view -> uint8 [rows].
-
-    The first axis of an array is the rows. Arrays of a model that takes tensors have any shape, and `rows` is 1.
-    """
-
-    names: Sequence[str]
-    values: Sequence[Array]
-    statuses: Mapping[str, Array]
-    version: int
-    rows: int
 
 
 @dataclass(slots=True)
@@ -269,6 +256,8 @@ def check_tensors(plan: Plan, inputs: Mapping[str, Array]) -> tuple[int, list[Ar
     assert plan.runner is not None
     arrays, rows = [], -1
     for tensor, buffer in zip(plan.runner.inputs, plan.buffers, strict=False):
+        if tensor.name not in inputs:
+            raise InvalidArgument(f"input '{tensor.name}' of model '{plan.model}' is missing")
         array = inputs[tensor.name]
         if array.dtype.hasobject and None in array.ravel().tolist():
             raise InvalidArgument(f"input '{tensor.name}' is {tensor.dtype}; got null")

@@ -9,8 +9,9 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Final
 
 import numpy as np
 
@@ -18,44 +19,58 @@ from shorttail.config import LIMITS
 from shorttail.define.dtypes import DType, Float64
 from shorttail.define.text import csv_rows, parse_field
 from shorttail.errors import InvalidArgument
-from shorttail.server.http.batches import Answer
-from shorttail.server.http.json import parse_json, write_json
+from shorttail.server.http.json import JSON, parse_json, write_json
+from shorttail.server.http.parsed import Answer, FindModel, ResponseBody
+
+CSV: Final = "text/csv"
 
 
-@dataclass(slots=True)
-class Instances:
-    """The rows and parameters of a request.
+@dataclass(frozen=True, slots=True)
+class Invocation:
+    """A request for predictions. model, version: as ModelColumns has them. columns: the request columns.
 
-    rows: for each instance a map of columns, a list in the order of the columns, or the value of the only column.
+    outputs: the names of the outputs that the answer must hold; None: all.
     """
 
-    rows: list[Any]
-    parameters: dict[str, Any] = field(default_factory=dict)
-
-    def option(self, name: str, kind: type) -> Any:
-        """Return a parameter, or None if it is not given. Raises InvalidArgument if it is not of type `kind`."""
-        value = self.parameters.get(name)
-        if value is None or (isinstance(value, kind) and not isinstance(value, bool)):
-            return value
-        raise InvalidArgument(f"the parameter {name} must be {'a string' if kind is str else 'a whole number'}")
+    model: str
+    version: int | None
+    columns: dict[str, list[Any]]
+    outputs: Any = None
 
 
-def parse_instances(body: bytes) -> Instances:
+def parse_instances(body: bytes, find_model: FindModel) -> Invocation:
     """Parse {"instances": [...], "parameters": {...}}, or only the list of instances. Raises InvalidArgument."""
     document = parse_json(body)
     if isinstance(document, list):
         document = {"instances": document}
     if not isinstance(document, dict) or not isinstance(document.get("instances"), list):
         raise InvalidArgument('the body must be {"instances": [{column: value, ...}, ...]}')
-    if not document["instances"]:
+    rows = document["instances"]
+    if not rows:
         raise InvalidArgument("instances is empty: send at least one")
-    if len(document["instances"]) > LIMITS.rows_per_request:
-        n = len(document["instances"])
+    if len(rows) > LIMITS.rows_per_request:
+        n = len(rows)
         raise InvalidArgument(f"{n} instances in one request; at most {LIMITS.rows_per_request} are taken")
     parameters = document.get("parameters") or {}
     if not isinstance(parameters, dict):
         raise InvalidArgument("parameters must be an object")
-    return Instances(document["instances"], parameters)
+    model = find_model(_option(parameters, "model", str) or None, _option(parameters, "version", int))
+    columns = instance_columns(rows, model.names)
+    return Invocation(model.model, model.version, columns, parameters.get("outputs"))
+
+
+def _option(parameters: dict[str, Any], name: str, kind: type) -> Any:
+    """Return a parameter, or None if it is not given. Raises InvalidArgument if it is not of type `kind`."""
+    value = parameters.get(name)
+    if value is None or (isinstance(value, kind) and not isinstance(value, bool)):
+        return value
+    raise InvalidArgument(f"the parameter {name} must be {'a string' if kind is str else 'a whole number'}")
+
+
+def parse_csv(body: bytes, find_model: FindModel) -> Invocation:
+    """Parse a CSV body. Raises InvalidArgument."""
+    model = find_model(None, None)
+    return Invocation(model.model, model.version, csv_columns(body, model.names, model.dtypes))
 
 
 def instance_columns(rows: list[Any], names: Sequence[str]) -> dict[str, list[Any]]:
@@ -86,7 +101,7 @@ def csv_columns(body: bytes, names: Sequence[str], dtypes: Sequence[DType]) -> d
     if len(body) > LIMITS.http_json_bytes:
         raise InvalidArgument(f"{len(body)} bytes of CSV; at most {LIMITS.http_json_bytes} are taken: send it in parts")
     try:
-        lines = list(csv_rows(body.decode("utf-8-sig")))
+        lines = list(islice(csv_rows(body.decode("utf-8-sig")), LIMITS.rows_per_request + 2))
     except UnicodeDecodeError as error:
         raise InvalidArgument(f"the body is not CSV in UTF-8: {error}") from None
     except ValueError as error:
@@ -98,6 +113,8 @@ def csv_columns(body: bytes, names: Sequence[str], dtypes: Sequence[DType]) -> d
         if vectors := [name for name, dtype in order if dtype.is_vector]:
             raise InvalidArgument(f"column '{vectors[0]}' is a vector: send CSV without a header, or JSON")
         del lines[0]
+    if len(lines) > LIMITS.rows_per_request:
+        raise InvalidArgument(f"more than {LIMITS.rows_per_request} rows in one request: send them in parts")
     width = sum(dtype.width for _, dtype in order)
     columns: dict[str, list[Any]] = {name: [] for name, _ in order}
     for number, line in enumerate(lines):
@@ -135,16 +152,17 @@ def _plain(array: Any) -> list[Any]:
     return plain
 
 
-def predictions_json(rows: list[Any], answer: Answer) -> bytes:
-    """Return the JSON body of a response."""
-    return write_json({"predictions": rows, "version": answer.version})
+def write_predictions(outputs: Any, answer: Answer) -> ResponseBody:
+    """Write the JSON of a response. outputs: as Invocation has them. Raises InvalidArgument for an unknown output."""
+    document = {"predictions": predictions(answer, outputs), "version": answer.version}
+    return ResponseBody(write_json(document), JSON)
 
 
-def predictions_csv(answer: Answer) -> bytes:
-    """Return CSV with a line per row: the values of all outputs, in order."""
+def write_csv(outputs: Any, answer: Answer) -> ResponseBody:
+    """Write CSV with a line per row: the values of all outputs, in order."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     columns = [_plain(np.asarray(array).reshape(len(array), -1)) for array in answer.values]
     for parts in zip(*columns, strict=True):
         writer.writerow([value for part in parts for value in part])
-    return text.getvalue().encode()
+    return ResponseBody(text.getvalue().encode(), f"{CSV}; charset=utf-8")

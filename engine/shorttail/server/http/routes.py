@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import os
 import time
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Callable
+from typing import Any, Final
 from urllib.parse import unquote
 
 from aiohttp import web
 
 from shorttail.config import VERSION
 from shorttail.errors import InvalidArgument, NotFound, Unavailable
-from shorttail.server.http import instances, v2
+from shorttail.server.http import instances, v2, v2_documents
 from shorttail.server.http.app import HttpCall, HttpServer
 from shorttail.server.http.exposition import CONTENT_TYPE, exposition
 from shorttail.server.http.json import JSON, json_response
+from shorttail.server.http.parsed import Answer, FindModel, ModelColumns, ResponseBody
 
-if TYPE_CHECKING:
-    from shorttail.pipeline import Plan
-    from shorttail.server.http.batches import Answer
-
-HEADER_BYTES: Final = "Inference-Header-Content-Length"
-CSV: Final = "text/csv"
 MODEL_ROUTES: Final = ("/v2/models/{model}", "/v2/models/{model}/versions/{version}")
 
 
@@ -83,13 +79,13 @@ class OpenInference:
         return web.Response(status=503 if self.server.not_ready else 200)
 
     async def metadata(self, request: web.Request, call: HttpCall) -> web.Response:
-        return json_response(v2.server_metadata(VERSION))
+        return json_response(v2_documents.server_metadata(VERSION))
 
     async def index(self, request: web.Request, call: HttpCall) -> web.Response:
-        return json_response(v2.repository_index(self._catalog(), not self.server.not_ready))
+        return json_response(v2_documents.repository_index(self._catalog(), not self.server.not_ready))
 
     async def model(self, request: web.Request, call: HttpCall) -> web.Response:
-        return json_response(v2.model_metadata(self._catalog(), *_asked(request)))
+        return json_response(v2_documents.model_metadata(self._catalog(), *_asked(request)))
 
     async def model_ready(self, request: web.Request, call: HttpCall) -> web.Response:
         name, version = _asked(request)
@@ -99,7 +95,7 @@ class OpenInference:
         return web.Response()
 
     async def config(self, request: web.Request, call: HttpCall) -> web.Response:
-        return json_response(v2.model_config(self._catalog(), *_asked(request)))
+        return json_response(v2_documents.model_config(self._catalog(), *_asked(request)))
 
     async def stats(self, request: web.Request, call: HttpCall) -> web.Response:
         catalog = self._catalog()
@@ -108,30 +104,22 @@ class OpenInference:
             name, version = _asked(request)
             catalog.model(name).version(version)
             entries = {name: catalog.model(name)}
-        return json_response(v2.statistics(entries, self.server.memory.slots()))
+        return json_response(v2_documents.statistics(entries, self.server.memory.slots()))
 
     async def infer(self, request: web.Request, call: HttpCall) -> web.Response:
         server = self.server
         name, version = _asked(request)
-        plan = _plan(server, call, name, version)
-        asked = v2.parse_infer(await server.body(request), request.headers.get(HEADER_BYTES))
-        call.note_id(asked.id)
+        call.predicts()
+        find_model = _finder(server, call, lambda: name, version)
+        find_model(None, None)  # an unknown model is reported before the body is read
+        body = await server.body(request)
+        asked = await server.parse(v2.parse_infer, body, request.headers.get(v2.HEADER_BYTES), find_model)
+        call.note_id(asked.wanted.id)
         call.within(asked.timeout_us)
-        if v2.is_raw(plan, asked.inputs):
-            answer = await server.batches.infer(plan, asked.inputs, call.deadline_ns, call.sender)
-        else:
-            answer = await server.batches.predict(
-                plan, v2.as_columns(plan, asked.inputs), call.deadline_ns, call.sender
-            )
-        start_ns = time.perf_counter_ns()
-        body, header_bytes = v2.response(asked, name, answer)
-        response = web.Response(body=body, content_type=JSON)
-        if header_bytes is not None:
-            response.content_type = "application/octet-stream"
-            response.headers[HEADER_BYTES] = str(header_bytes)
-        call.note_rows(answer.rows)
-        server.encoded(call, start_ns)
-        return response
+        run = server.batches.infer if asked.are_tensors else server.batches.predict
+        plan = server.engine.plan_for_model(name, asked.version)
+        answer = await run(plan, asked.values, call.deadline_ns, call.sender)
+        return _written(server, call, answer, v2.write_answer, asked.wanted)
 
     def _catalog(self) -> Any:
         self.server.engine.refresh()
@@ -161,21 +149,16 @@ class Platforms:
     async def invoke(self, request: web.Request, call: HttpCall) -> web.Response:
         call.predicts()
         server = self.server
-        body = await server.body(request)
-        as_csv = request.content_type == CSV
-        asked = instances.Instances([]) if as_csv else instances.parse_instances(body)
-        name = asked.option("model", str) or self._model(request)
-        plan = _plan(server, call, name, asked.option("version", int))
-        if as_csv:
-            columns = instances.csv_columns(body, plan.names, plan.dtypes)
-        else:
-            columns = instances.instance_columns(asked.rows, plan.names)
-        answer = await server.batches.predict(plan, columns, call.deadline_ns, call.sender)
-        start_ns = time.perf_counter_ns()
-        response = _predictions(request, asked, answer, as_csv)
-        call.note_rows(answer.rows)
-        server.encoded(call, start_ns)
-        return response
+        as_csv = request.content_type == instances.CSV
+        parser = instances.parse_csv if as_csv else instances.parse_instances
+        find_model = _finder(server, call, lambda: self._model(request))
+        asked = await server.parse(parser, await server.body(request), find_model)
+        plan = server.engine.plan_for_model(asked.model, asked.version)
+        answer = await server.batches.predict(plan, asked.columns, call.deadline_ns, call.sender)
+        accepted = request.headers.get("Accept", "*/*")
+        to_csv = instances.CSV in accepted or (as_csv and JSON not in accepted)
+        write = instances.write_csv if to_csv else instances.write_predictions
+        return _written(server, call, answer, write, asked.outputs)
 
     def _model(self, request: web.Request) -> str:
         """Return the model if the request names none: by header, by SHORTTAIL_MODEL, or the store's only model."""
@@ -193,23 +176,34 @@ class Platforms:
         )
 
 
-def _predictions(request: web.Request, asked: instances.Instances, answer: Answer, as_csv: bool) -> web.Response:
-    """Make the response in the format that the Accept header names: CSV or JSON; else in the format of the request."""
-    accepted = request.headers.get("Accept", "*/*")
-    if CSV in accepted or (as_csv and JSON not in accepted):
-        return web.Response(body=instances.predictions_csv(answer), content_type=CSV, charset="utf-8")
-    rows = instances.predictions(answer, asked.parameters.get("outputs"))
-    return web.Response(body=instances.predictions_json(rows, answer), content_type=JSON)
-
-
 def _asked(request: web.Request) -> tuple[str, int | None]:
     """Return the model name and the version (None: the current one) in the path."""
-    return request.match_info["model"], v2.version_number(request.match_info.get("version"))
+    return request.match_info["model"], v2_documents.version_number(request.match_info.get("version"))
 
 
-def _plan(server: HttpServer, call: HttpCall, name: str, version: int | None) -> Plan:
-    """Return the plan of a model, and note the model in the call. Raises NotFound."""
-    call.predicts()
-    plan = server.engine.plan_for_model(name, version)
-    call.predicts(name)
-    return plan
+def _finder(server: HttpServer, call: HttpCall, default: Callable[[], str], version: int | None = None) -> FindModel:
+    """Return the function by which parsers find the model of a request; it notes the model in the call.
+
+    default, version: the model and version if the body names none.
+    """
+
+    def find(name: str | None, asked_version: int | None) -> ModelColumns:
+        name, number = name or default(), version if asked_version is None else asked_version
+        plan = server.engine.plan_for_model(name, number)
+        call.predicts(name)
+        assert plan.runner is not None
+        tensors = tuple(tensor.name for tensor in plan.runner.inputs)
+        return ModelColumns(name, number, plan.names, plan.dtypes, tensors, plan.tensors is not None)
+
+    return find
+
+
+def _written(
+    server: HttpServer, call: HttpCall, answer: Answer, write: Callable[[Any, Answer], ResponseBody], wanted: Any
+) -> web.Response:
+    """Return the response that `write` makes of an answer. wanted: what the request says of it."""
+    start_ns = time.perf_counter_ns()
+    body = write(wanted, answer)
+    call.note_rows(answer.rows)
+    server.encoded(call, start_ns)
+    return web.Response(body=body.content, headers={"Content-Type": body.content_type, **body.headers})
