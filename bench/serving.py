@@ -48,9 +48,10 @@ def http_address(log: Path) -> str:
 
 
 def worker_of(server: int) -> int:
-    """Return the process id of the only worker of a supervisor."""
+    """Return the process id of the only worker of a supervisor, beside its bulk worker."""
     children = Path(f"/proc/{server}/task/{server}/children").read_text().split()
+    commands = {int(pid): Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0") for pid in children}
     (worker,) = (
-        int(pid) for pid in children if b"shorttail.server.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        pid for pid, words in commands.items() if b"shorttail.server.worker" in words and b"--bulk" not in words
     )
     return worker

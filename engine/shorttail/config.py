@@ -35,8 +35,8 @@ class Limits:
     loop_uncommon_values: int = 4096  # values that Python has to convert
     loop_references: int = 1024  # features of a list that has no plan yet
     loop_values: int = 262_144  # rows times the values of a row that are looked up, copied and computed
-    loop_text_bytes: int = 64 << 10  # of JSON
-    loop_csv_bytes: int = 8 << 10  # of CSV
+    loop_text_bytes: int = 32 << 10  # of JSON
+    loop_csv_bytes: int = 2 << 10  # of CSV
 
     # Per turn of the event loop.
     batch_rows: int = 16_384  # a full batch runs and the next batch starts
@@ -87,9 +87,11 @@ class Limits:
     http_connections: int = 1024
     http_requests: int = 1024  # requests in flight
     http_body_bytes: int = 256 << 20  # all bodies that are being read
-    http_json_bytes: int = 4 << 20  # parsing a longer JSON body would block the loop; binary tensors may be larger
+    http_json_bytes: int = 16 << 20
+    http_reserve: int = 64  # connections beyond http_connections, for probes and metrics alone
     http_header_s: float = 10.0  # from connecting to the end of the first request's headers
     http_read_s: float = 30.0  # from a request's headers to the end of its body
+    http_linger_s: float = 1.0  # how long the rest of a body is read that nobody wants
     http_idle_s: float = 75.0  # between requests on a connection
 
     # Large requests, which the bulk worker answers.

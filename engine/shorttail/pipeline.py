@@ -63,7 +63,7 @@ class Plan:
 
     @property
     def row_values(self) -> int:
-        """Values of a row in the buffers, or, if these are more, in the answer: features may be asked for repeatedly."""
+        """Values of a row in the buffers, or in the answer if it has more: features may be asked for repeatedly."""
         widths = [width or 1 for _, width in self.buffers]
         asked = sum(widths[buffer] if column is None else 1 for buffer, column in self.feature_places)
         return max(sum(widths), asked)

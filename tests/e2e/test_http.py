@@ -320,8 +320,8 @@ def test_bodies_up_to_the_limits_are_taken(server):
         head = json.dumps({"inputs": [X]})
         return head + " " * (size - len(head))
 
-    assert ask(server, "POST", path, padded(LIMITS.http_json_bytes))[0] == 200
-    assert ask(server, "POST", path, padded(LIMITS.http_json_bytes + 1))[0] == 429
+    for size in (LIMITS.loop_text_bytes, LIMITS.loop_text_bytes + 1, LIMITS.frame_bytes):
+        assert ask(server, "POST", path, padded(size))[0] == 200
     assert ask(server, "POST", path, padded(LIMITS.frame_bytes + 1))[0] == 413
     rows = LIMITS.rows_per_request
     for n, expected in ((rows, 200), (rows + 1, 400)):

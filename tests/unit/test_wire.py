@@ -19,6 +19,8 @@ from shorttail.server.batcher import Batcher
 
 
 class FakePlan(SimpleNamespace):
+    row_values = 1
+
     def new_columns(self):
         return Columns(self.names, self.dtypes)
 

@@ -95,4 +95,3 @@ class BulkSockets:
             with contextlib.suppress(OSError):
                 while True:
                     listener.accept()[0].close()
-

@@ -115,7 +115,7 @@ class Telemetry:
         if http is not None:
             put(WORD["http_connections"], len(http.connections))
             put(WORD["http_in_flight"], http.in_flight)
-            self._count("http_connections_total", http.connections_total)
+            self._count("http_connections_total", http.connections.opened)
             self._count("http_received_bytes", http.received_bytes)
             self._count("http_sent_bytes", http.sent_bytes)
         self._failures(router)

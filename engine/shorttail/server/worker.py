@@ -138,7 +138,8 @@ async def serve(
     runs.limit_thread(LIMITS.loop_run_s)
     faults = ErrorLog(telemetry.log.form)
     router = Router(loop, RpcPlans(engine), handlers(engine, lambda: batcher.shadows.describe(engine.models())))
-    http = http_server(engine, router, telemetry, faults, settings) if http_listeners else None
+    bulk_http = None if is_bulk else sockets / "bulk-http"
+    http = http_server(engine, router, telemetry, faults, settings, bulk_http) if http_listeners else None
     batcher = Batcher(router, engine, faults, telemetry, http.batches if http is not None else None)
     engine.load_in_background(lambda: batcher.model_threads.tell(batcher.follow_catalog))
     link = WriterLink(str(sockets / "writer"), loop, telemetry.wrote)
@@ -208,16 +209,28 @@ async def serve(
 
 
 def http_server(
-    engine: Engine, router: Router, telemetry: Telemetry, faults: ErrorLog, settings: ServerSettings
+    engine: Engine,
+    router: Router,
+    telemetry: Telemetry,
+    faults: ErrorLog,
+    settings: ServerSettings,
+    bulk_path: Path | None,
 ) -> HttpServer:
-    """The HTTP server of this worker, with its routes. It needs the extra `http`, so it is imported only here."""
+    """The HTTP server of this worker, with its routes. It needs the extra `http`, so it is imported only here.
+
+    bulk_path: of the bulk worker's socket for HTTP; None in the bulk worker itself.
+    """
     from shorttail.server.http.app import HttpServer
     from shorttail.server.http.batches import HttpBatches
+    from shorttail.server.http.bulk import BulkProxy
     from shorttail.server.http.routes import add_routes
 
     access = security.Tokens.read(settings.token_file).access if settings.token_file else None
     batches = HttpBatches(engine, router)
-    return HttpServer(engine, batches, telemetry.memory, telemetry.recorder, telemetry.log, faults, add_routes, access)
+    proxy = None if bulk_path is None else BulkProxy(str(bulk_path) if settings.bulk else None)
+    return HttpServer(
+        engine, batches, telemetry.memory, telemetry.recorder, telemetry.log, faults, add_routes, access, proxy
+    )
 
 
 def told(loop: asyncio.AbstractEventLoop, control: socket.socket, stop: asyncio.Event, retire: asyncio.Event) -> None:
@@ -316,10 +329,9 @@ def main() -> int:
         http = [socket.socket(fileno=fd) for fd in args.http_fd]
         telemetry = Telemetry(args.metrics_fd, settings)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            sockets = Path(args.sockets)
             runner.run(
-                serve(
-                    engine, listeners, control, channel, served, Path(args.sockets), args.bulk, settings, telemetry, http
-                )
+                serve(engine, listeners, control, channel, served, sockets, args.bulk, settings, telemetry, http)
             )
     control.detach()  # the supervisor takes a closed control socket for the end of this process: the system closes it
     return 0

@@ -12,21 +12,21 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from aiohttp import web
-from aiohttp.http_exceptions import HttpProcessingError
 
 from shorttail._native.metrics import METHODS, STAGES, UNKNOWN, Recorder
-from shorttail.config import LIMITS
 from shorttail.errors import (
-    DeadlineExceeded,
     InvalidArgument,
     PermissionDenied,
-    ResourceExhausted,
     ShorttailError,
     Unauthenticated,
+    Unavailable,
 )
 from shorttail.observe.logs import RequestLog, trace_ids
 from shorttail.server.errorlog import one_line
 from shorttail.server.http.batches import HTTP, PREDICT, HttpBatches
+from shorttail.server.http.bodies import Bodies, TooLarge
+from shorttail.server.http.bulk import BulkProxy
+from shorttail.server.http.connection import Connections, HttpConnection
 from shorttail.server.http.json import json_response
 
 if TYPE_CHECKING:
@@ -91,70 +91,13 @@ Handler = Callable[[web.Request, HttpCall], Awaitable[web.Response]]
 Access = Callable[[str], int]  # token -> access level; 0: none
 
 
-class HttpConnection(web.RequestHandler):  # type: ignore[misc,unused-ignore]
-    """A connection of aiohttp that is counted and limited.
-
-    aiohttp itself waits without limit for the first request, and takes any number of connections.
-    """
-
-    __slots__ = ("_first_request_timer", "_has_asked", "_owner")
-
-    def __init__(self, owner: HttpServer, manager: web.Server, loop: asyncio.AbstractEventLoop):
-        super().__init__(manager, loop=loop, access_log=None, keepalive_timeout=LIMITS.http_idle_s)  # type: ignore[arg-type,unused-ignore]
-        self._owner = owner
-        self._first_request_timer: asyncio.TimerHandle | None = None
-        self._has_asked = False  # a request has arrived
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(transport)
-        self._owner.connections.add(self)
-        self._owner.connections_total += 1
-        if len(self._owner.connections) > LIMITS.http_connections:
-            self._cut()
-        else:
-            self._first_request_timer = asyncio.get_running_loop().call_later(LIMITS.http_header_s, self._cut_if_silent)
-
-    def connection_lost(self, exc: BaseException | None) -> None:
-        self._owner.connections.discard(self)
-        if self._first_request_timer is not None:
-            self._first_request_timer.cancel()
-        super().connection_lost(exc)
-
-    def data_received(self, data: bytes) -> None:
-        self._owner.received_bytes += len(data)
-        super().data_received(data)
-
-    def log_exception(self, *args: Any, exc_info: Any = None, **more: Any) -> None:
-        """Log an error outside of the handlers in one line: a request that is not HTTP, or a fault of ours.
-
-        aiohttp itself would write a traceback for each line of garbage that a stranger sends.
-        """
-        if isinstance(exc_info, HttpProcessingError):
-            self._owner.note_garbage(" ".join(exc_info.message.split()))
-        elif isinstance(exc_info, Exception):
-            self._owner.fault(exc_info)
-
-    def first_request_arrived(self) -> None:
-        """End the wait for the first request, because it has arrived."""
-        self._has_asked = True
-
-    def _cut_if_silent(self) -> None:
-        if not self._has_asked:
-            self._cut()
-
-    def _cut(self) -> None:
-        transport = self.transport
-        if transport is not None:
-            transport.abort()  # type: ignore[attr-defined,unused-ignore]
-
-
 class HttpServer:
     """The HTTP server of one worker. Call `start`, `drain` when new requests should go elsewhere, and `stop`.
 
     batches: where predictions wait. memory: the counters that /metrics shows. recorder: counts the requests. log: takes
     lines about failed and slow requests. fault: called with every exception that is not a ShorttailError. add_routes:
     adds the routes (server/http/routes.py). access: returns the access level of a bearer token; None: requests need no
-    token.
+    token. bulk: passes on large requests; None: this worker answers them itself.
     """
 
     def __init__(
@@ -167,6 +110,7 @@ class HttpServer:
         fault: Callable[[Exception], None],
         add_routes: Callable[[web.Application, HttpServer], None],
         access: Access | None = None,
+        bulk: BulkProxy | None = None,
     ):
         self.engine = engine
         self.memory = memory
@@ -176,16 +120,18 @@ class HttpServer:
         self.access = access
         self._add_routes = add_routes
         self.batches = batches
-        self.connections: set[HttpConnection] = set()
-        self.connections_total = self.received_bytes = self.sent_bytes = 0
-        self.in_flight = self.body_bytes = 0
+        self.connections = Connections(self.note_refused)
+        self.bulk = bulk
+        self.bodies = Bodies(on_loop=bulk is not None)
+        self.received_bytes = self.sent_bytes = 0
+        self.in_flight = 0
         self.draining = False
         self._servers: list[asyncio.AbstractServer] = []
         self._runner: web.AppRunner | None = None
 
     async def start(self, listeners: list[socket.socket], tls: ssl.SSLContext | None = None) -> None:
         """Listen on bound sockets."""
-        app = web.Application(client_max_size=LIMITS.frame_bytes)
+        app = web.Application()
         self._add_routes(app, self)
         self._runner = runner = web.AppRunner(app, access_log=None, handle_signals=False)
         await runner.setup()
@@ -212,48 +158,65 @@ class HttpServer:
             await asyncio.sleep(0.01)
         if self._runner is not None:
             await self._runner.cleanup()
+        if self.bulk is not None:
+            await self.bulk.close()
 
     # -- a request ---------------------------------------------------------------------------------------------
 
-    def endpoint(self, handler: Handler, *, open_to_all: bool = False) -> Callable[[web.Request], Any]:
+    def endpoint(
+        self, handler: Handler, *, open_to_all: bool = False, in_reserve: bool = False
+    ) -> Callable[[web.Request], Any]:
         """Wrap `handler` for aiohttp: check the token, turn errors into responses, count and log the request.
 
-        open_to_all: for probes, which need no token and are not counted.
+        open_to_all: for probes, which need no token and are not counted. in_reserve: also answered on a connection in
+        the reserve, as probes are.
         """
 
-        async def answer(request: web.Request) -> web.Response:
+        async def answer(request: web.Request) -> web.StreamResponse:
             token = hash(request.headers.get("Authorization")) if self.access is not None else None
-            call = HttpCall(time.perf_counter_ns(), (token, request.remote))
-            request.protocol.first_request_arrived()  # type: ignore[attr-defined]
+            connection: Any = request.protocol
+            call = HttpCall(time.perf_counter_ns(), (token, request.remote or connection))
+            connection.begin_request()
             self.in_flight += 1
+            is_counted = not open_to_all
+            response: web.StreamResponse
             try:
+                if connection.in_reserve and not (open_to_all or in_reserve):
+                    raise Unavailable("too many HTTP connections are open; connect again later")
                 if not open_to_all:
                     self._authorize(request)
                     call.within(_deadline_us(request))
-                response, code, message = await handler(request, call), "OK", ""
+                try:
+                    response = await handler(request, call)
+                except TooLarge as body:
+                    response, is_counted = await self._in_bulk(request, body, call), False  # it is counted there
+                code, message = "OK", ""
             except Exception as error:
                 response, code, message = self._failure(error)
+                is_counted = not open_to_all
             finally:
                 self.in_flight -= 1
-            if self.draining:
+                connection.end_request()
+            if self.draining or connection.in_reserve:
                 response.force_close()  # so that the client connects to a server that is ready
             self.sent_bytes += response.content_length or 0
-            if not open_to_all:
+            if is_counted:
                 self._count(request, call, code, message)
             return response
 
         return answer
 
+    async def _in_bulk(self, request: web.Request, body: TooLarge, call: HttpCall) -> web.StreamResponse:
+        assert self.bulk is not None  # else no body is too large
+        return await self.bulk.answer(request, body.begin, call.deadline_ns)
+
     def _failure(self, error: Exception) -> tuple[web.Response, str, str]:
         """Return (response, code, message) for an exception of a handler."""
-        status = 0
-        if isinstance(error, web.HTTPRequestEntityTooLarge):
-            status = 413
-            error = ResourceExhausted(f"a body of more than {LIMITS.frame_bytes} bytes; send it in parts")
-        elif isinstance(error, web.HTTPException):
+        if isinstance(error, web.HTTPException):
             return _error(error.status, error.reason), "INVALID_ARGUMENT", error.reason
         if isinstance(error, ShorttailError):
-            return _error(status or STATUS.get(error.code, 500), error.message), error.code, error.message
+            status = getattr(error, "http_status", 0) or STATUS.get(error.code, 500)
+            return _error(status, error.message), error.code, error.message
         self.fault(error)
         return _error(500, one_line(error)), "INTERNAL", one_line(error)
 
@@ -292,6 +255,10 @@ class HttpServer:
             **trace_ids(request.headers.get("traceparent")),
         )
 
+    def note_refused(self, text: str) -> None:
+        """Log that connections are refused."""
+        self.log.note("warning", text, protocol="http")
+
     def note_garbage(self, error: str) -> None:
         """Log a request that is not HTTP."""
         if self.log.failed:
@@ -299,27 +266,8 @@ class HttpServer:
             self.log.note("warning", "request failed", protocol="http", code=code, error=error[:500])
 
     async def body(self, request: web.Request) -> bytes:
-        """Read the body of a request.
-
-        Raises ResourceExhausted if the bodies that are being read exceed LIMITS.http_body_bytes, DeadlineExceeded after
-        LIMITS.http_read_s, and InvalidArgument if the connection ends.
-        """
-        length = request.content_length
-        # The size of a body without a length, or of a compressed body, is not known: reserve the largest size.
-        known = length is not None and "Content-Encoding" not in request.headers
-        reserved = min(length, LIMITS.frame_bytes) if known and length is not None else LIMITS.frame_bytes
-        if self.body_bytes + reserved > LIMITS.http_body_bytes:
-            raise ResourceExhausted("too many bytes of HTTP requests are in flight; send it again later")
-        self.body_bytes += reserved
-        try:
-            async with asyncio.timeout(LIMITS.http_read_s):
-                return await request.read()
-        except TimeoutError:
-            raise DeadlineExceeded(f"the body did not arrive within {LIMITS.http_read_s:g} s") from None
-        except ConnectionError:
-            raise InvalidArgument("the connection ended within the body") from None
-        finally:
-            self.body_bytes -= reserved
+        """Read the body of a request. Raises the errors of Bodies.read."""
+        return await self.bodies.read(request)
 
     async def parse(self, function: Callable[..., Parsed], body: bytes, *args: Any) -> Parsed:
         """Return function(body, *args): a function of plain values, whose last argument finds a model."""

@@ -37,7 +37,7 @@ class Probes:
         endpoint = self.server.endpoint
         router.add_get("/livez", endpoint(self.live, open_to_all=True))
         router.add_get("/readyz", endpoint(self.ready, open_to_all=True))
-        router.add_get("/metrics", endpoint(self.metrics))
+        router.add_get("/metrics", endpoint(self.metrics, in_reserve=True))
 
     async def live(self, request: web.Request, call: HttpCall) -> web.Response:
         # The event loop that serves answers this, so an answer shows that it turns.
