@@ -63,11 +63,17 @@ def http_port(server):
 
 def ask(server, method, path, body=None, **headers):
     """Send a request and return (status, body). Underscores in header names stand for hyphens."""
+    status, _, answer = ask_whole(server, method, path, body, **headers)
+    return status, answer
+
+
+def ask_whole(server, method, path, body=None, **headers):
+    """As ask, and return (status, headers, body)."""
     connection = http.client.HTTPConnection("127.0.0.1", http_port(server), timeout=TIMEOUT_S)
     try:
         connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
         response = connection.getresponse()
-        return response.status, response.read()
+        return response.status, response.headers, response.read()
     finally:
         connection.close()
 

@@ -260,7 +260,8 @@ X = {"name": "x", "datatype": "FP32", "shape": [1, 3], "data": [1, 2, 3]}
     ("changed", "says"),
     [
         ({"shape": [-1, 3]}, "shape must be"),
-        ({"shape": [1 << 40, 3]}, "3 elements of data, where the shape"),
+        ({"shape": [1 << 40, 3]}, "1099511627776 rows in one request; at most 16384"),
+        ({"shape": [2, 3]}, "3 elements of data, where the shape"),
         ({"shape": None}, "shape must be"),
         ({"datatype": "FP7"}, "datatype 'FP7'"),
         ({"data": [1, 2]}, "2 elements of data"),

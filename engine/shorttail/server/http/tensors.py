@@ -14,8 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shorttail.define.dtypes import Bool, DType, Float64, Int64, String
+from shorttail.define.refusal import described
 from shorttail.define.values import Refused, as_column
 from shorttail.errors import InvalidArgument
+from shorttail.server.http.literals import flat_numbers, read_numbers
 
 Array = NDArray[Any]
 
@@ -57,7 +59,7 @@ def read_tensor(name: str, tensor: dict[str, Any], raw: memoryview | None) -> Ar
     ):
         raise InvalidArgument(f"{where}: shape must be a list of at most {AXES_MAX} whole numbers; got {shape!r:.60}")
     kind = tensor.get("datatype")
-    if kind != BYTES and kind not in DATATYPES:
+    if not isinstance(kind, str) or (kind != BYTES and kind not in DATATYPES):
         raise InvalidArgument(f"{where}: datatype {kind!r:.40} is not one of {', '.join(DATATYPES)}, {BYTES}")
     count = math.prod(shape)
     if raw is None:
@@ -66,7 +68,7 @@ def read_tensor(name: str, tensor: dict[str, Any], raw: memoryview | None) -> Ar
         data = _flat(where, tensor["data"], shape, kind)
         flat = _texts(where, data) if kind == BYTES else _numbers(where, data, DATATYPES[kind])
     elif kind == BYTES:
-        flat = _raw_texts(where, raw)
+        flat = _raw_texts(where, raw, count)
     else:
         dtype = DATATYPES[kind]
         if len(raw) != count * dtype.itemsize:
@@ -86,10 +88,17 @@ def read_tensor(name: str, tensor: dict[str, Any], raw: memoryview | None) -> Ar
 
 
 def _numbers(where: str, flat: list[Any], dtype: np.dtype[Any]) -> Array:
-    """Return JSON numbers as an array. null becomes NaN in floats.
+    """Return JSON numbers as an array. In floats null becomes NaN, and names of infinities become infinite.
 
-    If numbers of another type have a null, the array holds objects, with None for a null.
+    If numbers of another type have a null, the array holds objects, with None for a null. Numbers and bools never mix.
     """
+    if dtype.kind == "f":
+        flat = read_numbers(flat)
+    kinds = set(map(type, flat))
+    if bool in kinds and (dtype.kind != "b" or kinds - {bool, type(None)}):
+        wrong = next(at for at, value in enumerate(flat) if isinstance(value, bool) != (dtype.kind == "b"))
+        got = f"{described(flat[wrong])} as element {wrong}"
+        raise InvalidArgument(f"{where}: data must be an array of {NAMES[dtype]}; got {got}")
     if dtype == np.uint64 and all(type(value) is int and 0 <= value < 1 << 64 for value in flat):
         return np.array(flat, dtype)
     of_64_bits = {"b": Bool, "f": Float64}.get(dtype.kind, Int64)
@@ -137,11 +146,16 @@ def _texts(where: str, flat: list[Any]) -> Array:
     return _objects(flat)
 
 
-def _raw_texts(where: str, raw: memoryview) -> Array:
-    """Return the texts of binary BYTES data. Each element is a 4-byte little-endian length, then UTF-8."""
+def _raw_texts(where: str, raw: memoryview, count: int) -> Array:
+    """Return the texts of binary BYTES data. Each element is a 4-byte little-endian length, then UTF-8.
+
+    count: how many the shape has.
+    """
     found: list[str] = []
     at, end = 0, len(raw)
     while at < end:
+        if len(found) == count:
+            raise InvalidArgument(f"{where}: more BYTES than the {count} elements of its shape")
         if end - at < LENGTH.size:
             raise InvalidArgument(f"{where}: its BYTES end within an element's length")
         (size,) = LENGTH.unpack_from(raw, at)
@@ -181,7 +195,7 @@ def column_values(name: str, dtype: DType, array: Array) -> Any:
 def json_output(name: str, array: Array) -> dict[str, Any]:
     """Return an entry of "outputs" that contains its data as a flat list."""
     flat = np.ascontiguousarray(array).ravel()
-    data = [_text(value) for value in flat.tolist()] if flat.dtype.hasobject else flat
+    data = [_text(value) for value in flat.tolist()] if flat.dtype.hasobject else flat_numbers(flat)
     return {"name": name, "datatype": datatype(array.dtype), "shape": list(array.shape), "data": data}
 
 

@@ -14,15 +14,19 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from shorttail.config import LIMITS
 from shorttail.define.names import quoted
 from shorttail.errors import InvalidArgument
-from shorttail.server.http.json import JSON, parse_json, write_json
+from shorttail.server.http.json import write_json
+from shorttail.server.http.literals import parse_document
+from shorttail.server.http.media import JSON, OCTETS
 from shorttail.server.http.parsed import Answer, FindModel, ModelColumns, ResponseBody
 from shorttail.server.http.tensors import binary_output, column_values, json_output, read_tensor
 
 Array = NDArray[Any]
 HEADER_BYTES: Final = "Inference-Header-Content-Length"
-OCTETS: Final = "application/octet-stream"
+ID_CHARS: Final = 256
+TIMEOUT_MAX_US: Final = 86_400_000_000  # a longer timeout is none that a server keeps
 STATUSES: Final = "statuses"  # a request parameter; it adds an output "statuses:VIEW" per view
 
 
@@ -30,15 +34,22 @@ STATUSES: Final = "statuses"  # a request parameter; it adds an output "statuses
 class WantedOutputs:
     """What the answer to an inference request must hold.
 
-    model: its name. id: "" if the request has none. outputs: name -> whether it is sent as bytes; None asks for all
+    model: its name. id: None if the request has none. outputs: name -> whether it is sent as bytes; None asks for all
     outputs, as bytes if all_binary. statuses: also send the statuses of the lookup.
     """
 
     model: str
-    id: str
+    id: str | None
     outputs: dict[str, bool] | None
     all_binary: bool
     statuses: bool
+
+    @property
+    def has_bytes(self) -> bool:
+        """Whether an output is sent as bytes."""
+        if self.outputs is not None and any(self.outputs.values()):
+            return True
+        return self.all_binary and (self.outputs is None or self.statuses)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,37 +82,47 @@ def parse_infer(body: bytes, header_bytes: str | None, find_model: FindModel) ->
                 f"Inference-Header-Content-Length {header_bytes!r:.40} is not a length within the body"
             )
         length = int(header_bytes)
-    document = parse_json(view[:length])
+    document = parse_document(view[:length])
     if not isinstance(document, dict) or not isinstance(document.get("inputs"), list):
         raise InvalidArgument('the body must be {"inputs": [{"name", "shape", "datatype", "data"}, ...]}')
-    inputs, raw = _inputs(document["inputs"], view[length:])
+    inputs, raw = _inputs(model, document["inputs"], view[length:])
     if len(raw):
         raise InvalidArgument(f"{len(raw)} bytes of tensor data are left over after the last input")
     parameters = _parameters("the request", document)
     for name in ("shared_memory_region", "sequence_id"):
         if parameters.get(name):
             raise InvalidArgument(f"the parameter {name} is not supported")
-    timeout_us = parameters.get("timeout", 0)
-    if not isinstance(timeout_us, int) or timeout_us < 0:
-        raise InvalidArgument(f"the parameter timeout must be a number of microseconds; got {timeout_us!r:.40}")
-    identifier = document.get("id", "")
-    if not isinstance(identifier, str) or len(identifier) > 256:
-        raise InvalidArgument("id must be a string of at most 256 characters")
+    identifier = document.get("id")
+    if identifier is not None and not (isinstance(identifier, str) and len(identifier) <= ID_CHARS):
+        raise InvalidArgument(f"id must be a string of at most {ID_CHARS} characters")
     all_binary = parameters.get("binary_data_output") is True
     outputs = _outputs(document.get("outputs"), all_binary)
     are_tensors = _are_tensors(model, inputs)
+    values = inputs if are_tensors else _as_columns(model, inputs)
     wanted = WantedOutputs(model.model, identifier, outputs, all_binary, parameters.get(STATUSES) is True)
-    return InferRequest(
-        model.version, inputs if are_tensors else _as_columns(model, inputs), are_tensors, timeout_us, wanted
-    )
+    return InferRequest(model.version, values, are_tensors, _timeout_us(parameters), wanted)
 
 
-def _inputs(entries: list[Any], raw: memoryview) -> tuple[dict[str, Array], memoryview]:
+def _timeout_us(parameters: dict[str, Any]) -> int:
+    """Return the parameter timeout in microseconds, at most a day; 0 is none. Raises InvalidArgument."""
+    timeout_us = parameters.get("timeout") or 0
+    if not isinstance(timeout_us, int) or isinstance(timeout_us, bool) or timeout_us < 0:
+        raise InvalidArgument(f"the parameter timeout must be a number of microseconds; got {timeout_us!r:.40}")
+    return min(timeout_us, TIMEOUT_MAX_US)
+
+
+def _inputs(model: ModelColumns, entries: list[Any], raw: memoryview) -> tuple[dict[str, Array], memoryview]:
+    """Return the arrays of the inputs, and the bytes that no input has taken."""
+    dtypes = dict(zip(model.names, model.dtypes, strict=True))
     inputs: dict[str, Array] = {}
     for entry in entries:
         name = _name("inputs", entry)
         if name in inputs:
             raise InvalidArgument(f"input '{name}' is given twice")
+        shape, dtype = entry.get("shape"), dtypes.get(name)
+        is_one_vector = dtype is not None and dtype.is_vector and isinstance(shape, list) and len(shape) == 1
+        if not (model.takes_tensors or is_one_vector):
+            _check_rows(shape)
         parameters = _parameters(f"input '{name}'", entry)
         if "shared_memory_region" in parameters:
             raise InvalidArgument(f"input '{name}': shared memory is not supported; send the tensor with the request")
@@ -109,11 +130,18 @@ def _inputs(entries: list[Any], raw: memoryview) -> tuple[dict[str, Array], memo
         if size is None:
             inputs[name] = read_tensor(name, entry, None)
             continue
-        if not isinstance(size, int) or not 0 <= size <= len(raw):
+        if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size <= len(raw):
             raise InvalidArgument(f"input '{name}': binary_data_size {size!r:.40}, where {len(raw)} bytes are left")
         inputs[name] = read_tensor(name, entry, raw[:size])
         raw = raw[size:]
     return inputs, raw
+
+
+def _check_rows(shape: Any) -> None:
+    """Check the first size of a shape before the data is read. Raises InvalidArgument."""
+    if isinstance(shape, list) and shape and isinstance(shape[0], int) and shape[0] > LIMITS.rows_per_request:
+        most = LIMITS.rows_per_request
+        raise InvalidArgument(f"{shape[0]} rows in one request; at most {most} are taken: send it in parts")
 
 
 def _outputs(entries: Any, all_binary: bool) -> dict[str, bool] | None:
@@ -138,7 +166,9 @@ def _name(what: str, entry: Any) -> str:
 
 
 def _parameters(where: str, entry: dict[str, Any]) -> dict[str, Any]:
-    parameters = entry.get("parameters", {})
+    parameters = entry.get("parameters")
+    if parameters is None:
+        return {}
     if not isinstance(parameters, dict):
         raise InvalidArgument(f"{where}: parameters must be an object")
     return parameters
@@ -191,7 +221,7 @@ def write_answer(wanted: WantedOutputs, answer: Answer) -> ResponseBody:
         else:
             outputs.append(json_output(name, found[name]))
     document: dict[str, Any] = {"model_name": wanted.model, "model_version": str(answer.version), "outputs": outputs}
-    if wanted.id:
+    if wanted.id is not None:
         document["id"] = wanted.id
     head = write_json(document)
     if not tail:

@@ -1,0 +1,94 @@
+"""The handlers of the Open Inference Protocol, version 2 (v2.py, v2_documents.py)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from aiohttp import web
+
+from shorttail.config import VERSION
+from shorttail.server.http import v2, v2_documents
+from shorttail.server.http.app import HttpCall, HttpServer
+from shorttail.server.http.json import json_response
+from shorttail.server.http.media import JSON, OCTETS
+from shorttail.server.http.operations import answer_type_for, body_type_of, finder, one_header, written
+
+if TYPE_CHECKING:
+    from shorttail.define.catalog import Catalog
+
+
+async def live(server: HttpServer, request: web.Request, call: HttpCall) -> web.Response:
+    return json_response({"live": True})
+
+
+async def ready(server: HttpServer, request: web.Request, call: HttpCall) -> web.Response:
+    # The text of the protocol has "live" here, and its servers answer "ready".
+    return readiness(server, {"live": True})
+
+
+def readiness(server: HttpServer, document: dict[str, object]) -> web.Response:
+    """Return the document with whether this server is ready, and why it is not."""
+    reason = server.not_ready
+    if reason:
+        return json_response(document | {"ready": False, "error": reason}, status=503, headers={"Retry-After": "1"})
+    return json_response(document | {"ready": True})
+
+
+async def metadata(server: HttpServer, request: web.Request, call: HttpCall) -> web.Response:
+    return json_response(v2_documents.server_metadata(VERSION))
+
+
+async def index(server: HttpServer, request: web.Request, call: HttpCall) -> web.Response:
+    return json_response(v2_documents.repository_index(_catalog(server), not server.not_ready))
+
+
+async def model(server: HttpServer, request: web.Request, call: HttpCall) -> web.Response:
+    return json_response(v2_documents.model_metadata(_catalog(server), *_asked(request)))
+
+
+async def model_ready(server: HttpServer, request: web.Request, call: HttpCall) -> web.Response:
+    name, version = _asked(request)
+    _catalog(server).model(name).version(version)
+    return readiness(server, {"name": name})
+
+
+async def config(server: HttpServer, request: web.Request, call: HttpCall) -> web.Response:
+    return json_response(v2_documents.model_config(_catalog(server), *_asked(request)))
+
+
+async def statistics(server: HttpServer, request: web.Request, call: HttpCall) -> web.Response:
+    return json_response(v2_documents.statistics(_catalog(server).models, server.memory.slots()))
+
+
+async def model_statistics(server: HttpServer, request: web.Request, call: HttpCall) -> web.Response:
+    name, version = _asked(request)
+    entry = _catalog(server).model(name)
+    entry.version(version)
+    return json_response(v2_documents.statistics({name: entry}, server.memory.slots()))
+
+
+async def infer(server: HttpServer, request: web.Request, call: HttpCall) -> web.Response:
+    call.predicts()
+    body_type_of(request, (JSON, OCTETS))
+    name, version = _asked(request)
+    find_model = finder(server, call, lambda: name, version)
+    find_model(None, None)  # an unknown model is reported before the body is read
+    body = await server.body(request)
+    asked = await server.parse(v2.parse_infer, body, one_header(request, v2.HEADER_BYTES), find_model)
+    call.note_id(asked.wanted.id or "")
+    call.within(asked.timeout_us)
+    answer_type_for(request, [OCTETS if asked.wanted.has_bytes else JSON])
+    run = server.batches.infer if asked.are_tensors else server.batches.predict
+    plan = server.engine.plan_for_model(name, asked.version)
+    answer = await run(plan, asked.values, call.deadline_ns, call.sender)
+    return written(server, call, answer, v2.write_answer, asked.wanted)
+
+
+def _catalog(server: HttpServer) -> Catalog:
+    server.engine.refresh()
+    return server.engine.store.catalog
+
+
+def _asked(request: web.Request) -> tuple[str, int | None]:
+    """Return the model name and the version (None: the current one) in the path."""
+    return request.match_info["model"], v2_documents.version_number(request.match_info.get("version"))
