@@ -123,6 +123,7 @@ cdef class Encoder:
     cdef array_part *parts          # whole arrays; dims[0] and data are set again for each request
     cdef int n
     cdef list names                 # of the outputs
+    cdef size_t stop_at             # an output buffer of this size means that the reply is too long
     cdef list copies                # copies of arrays that were not contiguous or had a type that is not sent
     cdef int set_arrays(self, list outputs, Py_ssize_t n_rows) except -1
     cdef int put_rows(self, mp_out *out, int k, Py_ssize_t first, Py_ssize_t rows, bint as_tensor,

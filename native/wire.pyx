@@ -52,6 +52,7 @@ cnp.import_array()
 cdef Py_ssize_t STRING_BYTES = LIMITS.string_bytes
 cdef Py_ssize_t REQUEST_ROWS = LIMITS.rows_per_request
 cdef Py_ssize_t BATCH_ROWS = LIMITS.batch_rows
+cdef size_t REPLY_BYTES = LIMITS.reply_bytes
 cdef Py_ssize_t FEATURE_LIST_BYTES = LIMITS.feature_list_bytes
 cdef Py_ssize_t PUSHES_PER_CONNECTION = LIMITS.pushes_per_connection
 cdef Py_ssize_t SPARE_BUFFER_BYTES = 1 << 20  # a buffer that grew above this is freed instead of reused

@@ -323,6 +323,10 @@ cdef class Batch:
             try:
                 self.put_reply(&connection.out, entry, self.route.encoder, statuses, n_statuses, version)
                 connection.schedule_write()
+            except ResourceExhausted as error:
+                connection.out.size = mark
+                self.refuse(number, error.code, error.message)
+                return 0
             except Exception as error:
                 connection.out.size = mark
                 if connection.router.fault is not None:
@@ -341,6 +345,7 @@ cdef class Batch:
         cdef Py_ssize_t stride = self.columns.n_rows
         cdef const uint8_t *missing
         cdef int k
+        encoder.stop_at = out.size + REPLY_BYTES
         if n_statuses:
             statuses += request.first
         _reserve(out, 16)

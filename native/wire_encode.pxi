@@ -48,6 +48,7 @@ cdef class Encoder:
         self.names = names
         self.n = len(names)
         self.copies = []
+        self.stop_at = <size_t>-1
         self.parts = <array_part *>calloc(max(1, self.n), sizeof(array_part))
         if self.parts is NULL:
             raise MemoryError
@@ -86,9 +87,11 @@ cdef class Encoder:
         if part.code == ELEMENT_OBJECT:
             row_bytes = part_elements(&part, 1) * sizeof(PyObject *)
             part.data += first * row_bytes
-            return _put_objects(out, &part, 0, &part.data)
+            return _put_objects(out, &part, 0, &part.data, self.stop_at)
         row_bytes = part_elements(&part, 1) * element_bytes(part.code)
         part.data += first * row_bytes
+        if out.size + (rows * row_bytes if as_tensor else part_list_bytes(&part)) > self.stop_at:
+            raise _reply_too_long()
         if as_tensor:
             if put_tensor(out, &part) < 0:
                 raise MemoryError
@@ -148,15 +151,21 @@ cdef int _element_code(cnp.ndarray array) noexcept:
     return 0
 
 
-cdef int _put_objects(mp_out *out, const array_part *s, int dim, const uint8_t **data) except -1:
+cdef object _reply_too_long():
+    return ResourceExhausted(f"an answer of more than {REPLY_BYTES} bytes; ask for fewer rows")
+
+
+cdef int _put_objects(mp_out *out, const array_part *s, int dim, const uint8_t **data, size_t stop_at) except -1:
     """Encode strings, and None as nil. Tensors have no strings, so this is a list in both encodings."""
     cdef int64_t i
     if dim < s.n_dims:
         _reserve(out, 5)
         mp_put_array(out, s.dims[dim])
         for i in range(s.dims[dim]):
-            _put_objects(out, s, dim + 1, data)
+            _put_objects(out, s, dim + 1, data, stop_at)
         return 0
+    if out.size > stop_at:
+        raise _reply_too_long()
     item = <object>(<PyObject **>data[0])[0]
     data[0] += sizeof(PyObject *)
     if item is None:

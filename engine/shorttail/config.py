@@ -37,6 +37,8 @@ class Limits:
     loop_values: int = 262_144  # rows times the values of a row that are looked up, copied and computed
     loop_text_bytes: int = 32 << 10  # of JSON
     loop_csv_bytes: int = 2 << 10  # of CSV
+    loop_reply_values: int = 65_536  # of an answer in JSON or CSV
+    loop_reply_tensor_values: int = 1 << 20  # of an answer in tensors
 
     # Per turn of the event loop.
     batch_rows: int = 16_384  # a full batch runs and the next batch starts
@@ -87,7 +89,6 @@ class Limits:
     http_connections: int = 1024
     http_requests: int = 1024  # requests in flight
     http_body_bytes: int = 256 << 20  # all bodies that are being read
-    http_json_bytes: int = 16 << 20
     http_reserve: int = 64  # connections beyond http_connections, for probes and metrics alone
     http_header_s: float = 10.0  # from connecting to the end of the first request's headers
     http_read_s: float = 30.0  # from a request's headers to the end of its body

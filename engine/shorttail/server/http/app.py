@@ -24,10 +24,11 @@ from shorttail.errors import (
 from shorttail.observe.logs import RequestLog, trace_ids
 from shorttail.server.errorlog import one_line
 from shorttail.server.http.batches import HTTP, PREDICT, HttpBatches
-from shorttail.server.http.bodies import Bodies, TooLarge
+from shorttail.server.http.bodies import Bodies
 from shorttail.server.http.bulk import BulkProxy
 from shorttail.server.http.connection import Connections, HttpConnection
 from shorttail.server.http.json import json_response
+from shorttail.server.http.parsed import TooLarge
 
 if TYPE_CHECKING:
     from shorttail.engine import Engine
@@ -189,8 +190,8 @@ class HttpServer:
                     call.within(_deadline_us(request))
                 try:
                     response = await handler(request, call)
-                except TooLarge as body:
-                    response, is_counted = await self._in_bulk(request, body, call), False  # it is counted there
+                except TooLarge:
+                    response, is_counted = await self._in_bulk(request, call), False  # it is counted there
                 code, message = "OK", ""
             except Exception as error:
                 response, code, message = self._failure(error)
@@ -207,9 +208,9 @@ class HttpServer:
 
         return answer
 
-    async def _in_bulk(self, request: web.Request, body: TooLarge, call: HttpCall) -> web.StreamResponse:
-        assert self.bulk is not None  # else no body is too large
-        return await self.bulk.answer(request, body.begin, call.deadline_ns)
+    async def _in_bulk(self, request: web.Request, call: HttpCall) -> web.StreamResponse:
+        assert self.bulk is not None  # else nothing is too large
+        return await self.bulk.answer(request, call.deadline_ns)
 
     def _failure(self, error: Exception) -> tuple[web.Response, str, str]:
         """Return (response, code, message) for an exception of a handler."""
@@ -270,9 +271,10 @@ class HttpServer:
         """Read the body of a request. Raises the errors of Bodies.read."""
         return await self.bodies.read(request)
 
-    async def parse(self, function: Callable[..., Parsed], body: bytes, *args: Any) -> Parsed:
-        """Return function(body, *args): a function of plain values, whose last argument finds a model."""
-        return function(body, *args)
+    @property
+    def on_loop(self) -> bool:
+        """Whether requests that would hold up the event loop raise TooLarge, because the bulk worker takes them."""
+        return self.bodies.on_loop
 
     def encoded(self, call: HttpCall, start_ns: int) -> None:
         """Count the time from start_ns until now as the time to encode a response."""

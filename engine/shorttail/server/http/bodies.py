@@ -13,18 +13,14 @@ from aiohttp import web
 
 from shorttail.config import LIMITS
 from shorttail.errors import DeadlineExceeded, InvalidArgument, ResourceExhausted
+from shorttail.server.http.parsed import TooLarge
 
 HEADER_BYTES: Final = "Inference-Header-Content-Length"  # of a body of tensors: the bytes of JSON at its begin
 WINDOW_BITS: Final = {"gzip": 31, "x-gzip": 31, "deflate": 47}  # of zlib.decompressobj; 47 takes gzip and zlib
 RAW_DEFLATE: Final = -15  # some clients leave out the header of zlib
 
 
-class TooLarge(Exception):
-    """The event loop must not parse this body. begin: the bytes of it that were read, as they came."""
-
-    def __init__(self, begin: bytes):
-        super().__init__("the body is too large for the event loop")
-        self.begin = begin
+RECEIVED: Final = "body"  # under this name a request keeps what was read of its body, as it came
 
 
 class BodyTooLarge(ResourceExhausted):
@@ -58,7 +54,7 @@ class Bodies:
             if request.content_length > LIMITS.frame_bytes:
                 raise BodyTooLarge
             if request.content_length > most:
-                raise TooLarge(b"")
+                raise TooLarge
         try:
             async with asyncio.timeout(LIMITS.http_read_s):
                 body = await self._receive(request, most)
@@ -77,12 +73,13 @@ class Bodies:
                 body += chunk
                 self.reading_bytes += len(chunk)
                 if len(body) > most:
-                    raise self._too_large(bytes(body))
+                    raise self._too_large()
                 if self.reading_bytes > LIMITS.http_body_bytes:
                     raise ResourceExhausted("too many bytes of HTTP requests are in flight; send it again later")
             return bytes(body)
         finally:
             self.reading_bytes -= len(body)
+            request[RECEIVED] = bytes(body)
 
     def _inflate(self, body: bytes, encoding: str, most: int) -> bytes:
         try:
@@ -95,11 +92,11 @@ class Bodies:
             except zlib.error:
                 raise InvalidArgument(f"the body is not compressed with {encoding}, as its header says") from None
         if found is None:
-            raise self._too_large(body)
+            raise self._too_large()
         return found
 
-    def _too_large(self, begin: bytes) -> Exception:
-        return TooLarge(begin) if self.on_loop else BodyTooLarge()
+    def _too_large(self) -> Exception:
+        return TooLarge() if self.on_loop else BodyTooLarge()
 
 
 def inflated(body: bytes, window_bits: int, most: int) -> bytes | None:

@@ -13,6 +13,7 @@ from aiohttp import web
 from shorttail.config import LIMITS
 from shorttail.errors import DeadlineExceeded, InvalidArgument, ResourceExhausted, Unavailable
 from shorttail.server.bulk_link import REFUSED
+from shorttail.server.http.bodies import RECEIVED
 
 # Headers that concern one connection only (RFC 9110, 7.6.1), those that the bulk worker gets otherwise, and the token,
 # which was checked.
@@ -48,10 +49,10 @@ class BulkProxy:
         self.in_flight = 0
         self._session: aiohttp.ClientSession | None = None
 
-    async def answer(self, request: web.Request, begin: bytes, deadline_ns: int) -> web.StreamResponse:
+    async def answer(self, request: web.Request, deadline_ns: int) -> web.StreamResponse:
         """Have the bulk worker answer a request.
 
-        begin: the part of its body that was read. deadline_ns: of time.perf_counter_ns; 0: none.
+        deadline_ns: of time.perf_counter_ns; 0: none.
 
         Raises ResourceExhausted, DeadlineExceeded, Unavailable, and InvalidArgument if the client's connection ends.
         """
@@ -68,9 +69,7 @@ class BulkProxy:
         self.in_flight += 1
         try:
             async with asyncio.timeout(left_s):
-                answer = await self._asked().post(
-                    f"http://bulk{request.path_qs}", headers=headers, data=_body(request, begin)
-                )
+                answer = await self._asked().post(f"http://bulk{request.path_qs}", headers=headers, data=_body(request))
         except TimeoutError:
             raise DeadlineExceeded("the deadline passed before the bulk worker answered") from None
         except (aiohttp.ClientError, OSError):
@@ -90,6 +89,7 @@ class BulkProxy:
                 timeout=aiohttp.ClientTimeout(total=None),
                 auto_decompress=False,
                 cookie_jar=aiohttp.DummyCookieJar(),
+                skip_auto_headers=("Accept", "Accept-Encoding", "Content-Type", "User-Agent"),
             )
         return self._session
 
@@ -98,10 +98,10 @@ class BulkProxy:
             await self._session.close()
 
 
-async def _body(request: web.Request, begin: bytes) -> AsyncIterator[bytes]:
+async def _body(request: web.Request) -> AsyncIterator[bytes]:
     """Yield the body as it came. The bulk worker limits its size and its time."""
-    if begin:
-        yield begin
+    if RECEIVED in request:
+        yield request[RECEIVED]
     while chunk := await request.content.readany():
         yield chunk
 

@@ -21,7 +21,7 @@ from typing import Any, Final
 from shorttail.config import LIMITS
 from shorttail.define.dtypes import DType, Float64
 from shorttail.define.text import csv_rows, parse_field
-from shorttail.errors import InvalidArgument, ResourceExhausted
+from shorttail.errors import InvalidArgument
 from shorttail.server.http.literals import parse_document, read_numbers
 from shorttail.server.http.parsed import FindModel, ModelColumns
 
@@ -194,7 +194,6 @@ def _numbers(values: Any, dtype: DType | None) -> Any:
 
 def parse_json_lines(body: bytes, find_model: FindModel) -> Invocation:
     """Parse an instance a line. Empty lines count for nothing. Raises InvalidArgument."""
-    _check_size("JSON Lines", body)
     model = find_model(None, None)
     rows: list[Any] = []
     for number, line in enumerate(_lines(body), 1):
@@ -239,7 +238,6 @@ def csv_columns(body: bytes, names: Sequence[str], dtypes: Sequence[DType]) -> d
     Without a header, each number of a vector is a field of its own; with a header, vectors are refused. An empty field
     is a missing value, two quotes are the empty text, and an empty line is a row with one empty field.
     """
-    _check_size("CSV", body)
     try:
         lines = list(islice(csv_rows(body.decode("utf-8-sig")), LIMITS.rows_per_request + 2))
     except UnicodeDecodeError as error:
@@ -271,9 +269,3 @@ def csv_columns(body: bytes, names: Sequence[str], dtypes: Sequence[DType]) -> d
     if not lines:
         raise InvalidArgument("the CSV has no rows")
     return columns
-
-
-def _check_size(what: str, body: bytes) -> None:
-    if len(body) > LIMITS.http_json_bytes:
-        most = LIMITS.http_json_bytes
-        raise ResourceExhausted(f"{len(body)} bytes of {what}; at most {most} are taken: send it in parts")

@@ -7,18 +7,13 @@ from typing import Any, Final
 import orjson
 from aiohttp import web
 
-from shorttail.config import LIMITS
-from shorttail.errors import InvalidArgument, ResourceExhausted
+from shorttail.errors import InvalidArgument
 
 JSON: Final = "application/json"
 
 
 def parse_json(body: bytes | memoryview) -> Any:
-    """Parse a body. Raises InvalidArgument; ResourceExhausted for a body that would block the event loop too long."""
-    if len(body) > LIMITS.http_json_bytes:
-        raise ResourceExhausted(
-            f"{len(body)} bytes of JSON; at most {LIMITS.http_json_bytes} are taken: send binary tensors, or parts"
-        )
+    """Parse a body. Raises InvalidArgument."""
     try:
         return orjson.loads(body)
     except orjson.JSONDecodeError as error:

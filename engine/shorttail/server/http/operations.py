@@ -5,14 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
 from aiohttp import web
 
-from shorttail.errors import InvalidArgument
+from shorttail.config import LIMITS
+from shorttail.errors import InvalidArgument, ResourceExhausted
 from shorttail.server.http.app import HttpCall, HttpServer
 from shorttail.server.http.media import answer_type, body_type
-from shorttail.server.http.parsed import Answer, FindModel, ModelColumns, ResponseBody
+from shorttail.server.http.parsed import Answer, FindModel, ModelColumns, ResponseBody, TooLarge
+
+if TYPE_CHECKING:
+    from shorttail.pipeline import Plan
 
 Schema = dict[str, Any]
 OperationHandler = Callable[[HttpServer, web.Request, HttpCall], Awaitable[web.Response]]
@@ -29,7 +34,7 @@ class Operation:
     summary: one sentence. gives: media type -> schema of the answer of status 200; empty: it has no body. takes: as
     gives, of the body of a request. fails: the other statuses, besides those of tokens and of Accept. failure: the
     schema of their bodies, if it is not Error. headers: names of request headers that it reads. response_headers: of
-    the answer. is_probe: it needs no token, is not counted, and ignores Accept.
+    the answer. is_probe: it needs no token, is not counted, and ignores Accept. in_reserve: as for HttpServer.endpoint.
     """
 
     method: str
@@ -43,6 +48,7 @@ class Operation:
     headers: Sequence[str] = ()
     response_headers: Sequence[str] = ()
     is_probe: bool = False
+    in_reserve: bool = False
 
 
 def one_header(request: web.Request, name: str) -> str | None:
@@ -89,10 +95,28 @@ def finder(
     return find
 
 
+def check_work(server: HttpServer, plan: Plan, columns: Mapping[str, Any]) -> None:
+    """Raise TooLarge if the event loop would take too long to look up and to compute so many rows."""
+    rows = max((len(values) for values in columns.values() if isinstance(values, list | np.ndarray)), default=1)
+    if server.on_loop and rows * plan.row_values > LIMITS.loop_values:
+        raise TooLarge
+
+
 def written(
     server: HttpServer, call: HttpCall, answer: Answer, write: Callable[[Any, Answer], ResponseBody], wanted: Any
 ) -> web.Response:
-    """Return the response that `write` makes of an answer. wanted: what the request says of it."""
+    """Return the response that `write` makes of an answer. wanted: what the request says of it.
+
+    Raises ResourceExhausted for an answer that is too long, and TooLarge if the event loop would take too long for it.
+    """
+    values = sum(array.size for array in answer.values)
+    if values > LIMITS.reply_values:
+        raise ResourceExhausted(
+            f"an answer of {values} values; at most {LIMITS.reply_values} are sent at once: send fewer rows"
+        )
+    most = LIMITS.loop_reply_tensor_values if getattr(wanted, "has_bytes", False) else LIMITS.loop_reply_values
+    if server.on_loop and values > most:
+        raise TooLarge
     start_ns = time.perf_counter_ns()
     body = write(wanted, answer)
     call.note_rows(answer.rows)

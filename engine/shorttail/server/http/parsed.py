@@ -14,6 +14,10 @@ from numpy.typing import NDArray
 from shorttail.define.dtypes import DType
 
 
+class TooLarge(Exception):
+    """The event loop would take too long for this request: the bulk worker answers it instead."""
+
+
 @dataclass(frozen=True, slots=True)
 class ModelColumns:
     """A model, as far as parsing needs it.

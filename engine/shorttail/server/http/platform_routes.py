@@ -15,7 +15,7 @@ from shorttail.server.http import invocations, predictions
 from shorttail.server.http.app import HttpCall, HttpServer
 from shorttail.server.http.json import json_response
 from shorttail.server.http.media import CSV, JSON, JSON_LINES
-from shorttail.server.http.operations import answer_type_for, body_type_of, finder, one_header, written
+from shorttail.server.http.operations import answer_type_for, body_type_of, check_work, finder, one_header, written
 from shorttail.server.http.parsed import Answer, FindModel, ResponseBody
 from shorttail.server.http.v2_routes import readiness
 
@@ -71,8 +71,9 @@ async def _predict(
 ) -> web.Response:
     takes = body_type_of(request, formats)
     gives = answer_type_for(request, [takes, *formats])
-    asked = await server.parse(PARSERS[takes], await server.body(request), find_model)
+    asked = PARSERS[takes](await server.body(request), find_model)
     plan = server.engine.plan_for_model(asked.model, asked.version)
+    check_work(server, plan, asked.columns)
     answer = await server.batches.predict(plan, asked.columns, call.deadline_ns, call.sender)
     response = written(server, call, answer, WRITERS[gives], asked.outputs)
     if gives in JSON_LINES:

@@ -109,7 +109,7 @@ OPERATIONS: Final = (
     Operation(
         "GET", "/readyz", readyz, "Readiness.", {PLAIN: TEXT}, fails=(503,), failure={PLAIN: TEXT}, is_probe=True
     ),
-    Operation("GET", "/metrics", metrics, "Metrics for Prometheus.", {PLAIN: TEXT}, fails=(500,)),
+    Operation("GET", "/metrics", metrics, "Metrics for Prometheus.", {PLAIN: TEXT}, fails=(500,), in_reserve=True),
     Operation("GET", "/openapi.json", describe, "This document.", {JSON: {"type": "object"}}, fails=(500,)),
     Operation("GET", "/v2", v2_routes.metadata, "The server.", {JSON: ref("Server")}, fails=(500,)),
     Operation("GET", "/v2/health/live", v2_routes.live, "Liveness.", {JSON: ref("Live")}, is_probe=True),
@@ -162,7 +162,8 @@ def add_routes(app: web.Application, server: HttpServer) -> None:
     """Add all operations to an application of aiohttp. A path with a slash at its end is the same path."""
     app.middlewares.append(_json_errors)
     for operation in operations():
-        handler = server.endpoint(partial(_answer, operation, server), open_to_all=operation.is_probe)
+        answer = partial(_answer, operation, server)
+        handler = server.endpoint(answer, open_to_all=operation.is_probe, in_reserve=operation.in_reserve)
         pattern = operation.path.replace("{model}", "{model:[^/:{}]+}")  # no name has a colon
         for path in (pattern, f"{pattern}/"):
             app.router.add_route(operation.method, path, handler)

@@ -20,8 +20,8 @@ from shorttail.errors import InvalidArgument
 from shorttail.server.http.json import write_json
 from shorttail.server.http.literals import parse_document
 from shorttail.server.http.media import JSON, OCTETS
-from shorttail.server.http.parsed import Answer, FindModel, ModelColumns, ResponseBody
-from shorttail.server.http.tensors import binary_output, column_values, json_output, read_tensor
+from shorttail.server.http.parsed import Answer, FindModel, ModelColumns, ResponseBody, TooLarge
+from shorttail.server.http.tensors import BYTES, binary_output, column_values, json_output, read_tensor
 
 Array = NDArray[Any]
 HEADER_BYTES: Final = "Inference-Header-Content-Length"
@@ -67,11 +67,11 @@ class InferRequest:
     wanted: WantedOutputs
 
 
-def parse_infer(body: bytes, header_bytes: str | None, find_model: FindModel) -> InferRequest:
+def parse_infer(body: bytes, header_bytes: str | None, find_model: FindModel, on_loop: bool = False) -> InferRequest:
     """Parse the body of an infer request. Raises InvalidArgument, and what find_model raises.
 
     header_bytes: the value of Inference-Header-Content-Length, the length of the JSON in bytes; None if the whole body
-    is JSON.
+    is JSON. on_loop: raise TooLarge for more texts than the event loop may read.
     """
     model = find_model(None, None)
     view = memoryview(body)
@@ -85,7 +85,7 @@ def parse_infer(body: bytes, header_bytes: str | None, find_model: FindModel) ->
     document = parse_document(view[:length])
     if not isinstance(document, dict) or not isinstance(document.get("inputs"), list):
         raise InvalidArgument('the body must be {"inputs": [{"name", "shape", "datatype", "data"}, ...]}')
-    inputs, raw = _inputs(model, document["inputs"], view[length:])
+    inputs, raw = _inputs(model, document["inputs"], view[length:], on_loop)
     if len(raw):
         raise InvalidArgument(f"{len(raw)} bytes of tensor data are left over after the last input")
     parameters = _parameters("the request", document)
@@ -111,7 +111,9 @@ def _timeout_us(parameters: dict[str, Any]) -> int:
     return min(timeout_us, TIMEOUT_MAX_US)
 
 
-def _inputs(model: ModelColumns, entries: list[Any], raw: memoryview) -> tuple[dict[str, Array], memoryview]:
+def _inputs(
+    model: ModelColumns, entries: list[Any], raw: memoryview, on_loop: bool
+) -> tuple[dict[str, Array], memoryview]:
     """Return the arrays of the inputs, and the bytes that no input has taken."""
     dtypes = dict(zip(model.names, model.dtypes, strict=True))
     inputs: dict[str, Array] = {}
@@ -132,6 +134,8 @@ def _inputs(model: ModelColumns, entries: list[Any], raw: memoryview) -> tuple[d
             continue
         if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size <= len(raw):
             raise InvalidArgument(f"input '{name}': binary_data_size {size!r:.40}, where {len(raw)} bytes are left")
+        if on_loop and entry.get("datatype") == BYTES and size > LIMITS.loop_text_bytes:
+            raise TooLarge
         inputs[name] = read_tensor(name, entry, raw[:size])
         raw = raw[size:]
     return inputs, raw

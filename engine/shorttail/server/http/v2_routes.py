@@ -11,7 +11,7 @@ from shorttail.server.http import v2, v2_documents
 from shorttail.server.http.app import HttpCall, HttpServer
 from shorttail.server.http.json import json_response
 from shorttail.server.http.media import JSON, OCTETS
-from shorttail.server.http.operations import answer_type_for, body_type_of, finder, one_header, written
+from shorttail.server.http.operations import answer_type_for, body_type_of, check_work, finder, one_header, written
 
 if TYPE_CHECKING:
     from shorttail.define.catalog import Catalog
@@ -74,12 +74,14 @@ async def infer(server: HttpServer, request: web.Request, call: HttpCall) -> web
     find_model = finder(server, call, lambda: name, version)
     find_model(None, None)  # an unknown model is reported before the body is read
     body = await server.body(request)
-    asked = await server.parse(v2.parse_infer, body, one_header(request, v2.HEADER_BYTES), find_model)
+    asked = v2.parse_infer(body, one_header(request, v2.HEADER_BYTES), find_model, server.on_loop)
     call.note_id(asked.wanted.id or "")
     call.within(asked.timeout_us)
     answer_type_for(request, [OCTETS if asked.wanted.has_bytes else JSON])
     run = server.batches.infer if asked.are_tensors else server.batches.predict
     plan = server.engine.plan_for_model(name, asked.version)
+    if not asked.are_tensors:
+        check_work(server, plan, asked.values)
     answer = await run(plan, asked.values, call.deadline_ns, call.sender)
     return written(server, call, answer, v2.write_answer, asked.wanted)
 
