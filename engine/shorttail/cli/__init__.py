@@ -165,9 +165,30 @@ def materialize(views: tuple[str, ...], store: str, memory_mib: int, allow_shrin
 
 
 @cli.command()
-@store_option
-@click.option("--host", default=DEFAULT_HOST, show_default=True, help="Address to listen on.")
-@click.option("--port", default=DEFAULT_PORT, show_default=True, help="TCP port to listen on; 0 takes a free port.")
+@click.option(
+    "--store",
+    required=True,
+    metavar="STORE",
+    envvar="SHORTTAIL_STORE",
+    show_envvar=True,
+    help="Folder of the online store.",
+)
+@click.option(
+    "--host",
+    default=DEFAULT_HOST,
+    show_default=True,
+    envvar="SHORTTAIL_HOST",
+    show_envvar=True,
+    help="Address to listen on.",
+)
+@click.option(
+    "--port",
+    default=DEFAULT_PORT,
+    show_default=True,
+    envvar="SHORTTAIL_PORT",
+    show_envvar=True,
+    help="TCP port to listen on; 0 takes a free port.",
+)
 @click.option("--uds", metavar="PATH", help="Path of a Unix socket to listen on.")
 @click.option("--workers", default=1, show_default=True, type=click.IntRange(1), help="Number of serving processes.")
 @click.option(

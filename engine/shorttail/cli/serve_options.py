@@ -109,7 +109,17 @@ OPTIONS: Final = [
         "--http-port",
         type=click.IntRange(0, 65535),
         show_default="7712; with --port 0 a free port",
+        envvar="SHORTTAIL_HTTP_PORT",
+        show_envvar=True,
         help="TCP port for HTTP; 0 takes a free port.",
+    ),
+    click.option(
+        "--trust-network",
+        is_flag=True,
+        envvar="SHORTTAIL_TRUST_NETWORK",
+        show_envvar=True,
+        help="Answer HTTP without a token on any --host, to whoever can reach it: predictions, metadata and metrics."
+        " MessagePack-RPC, which can write, still needs a token, or serves 127.0.0.1.",
     ),
     click.option(
         "--log",
@@ -145,6 +155,7 @@ NAMES: Final = [
     "busy_poll_us",
     "http",
     "http_port",
+    "trust_network",
     "log",
     "log_failed",
     "slow_ms",

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable
 from typing import Final
 
 from shorttail.server import handover
+from shorttail.server.listen import start_listening
 
 ACCEPT: Final = "accept"  # the selector's data for a listening socket
 ACCEPTED_AT_ONCE: Final = 64  # then other events are handled
@@ -105,7 +106,7 @@ def _receive(end: socket.socket) -> Iterable[tuple[bytes, socket.socket | None]]
 class Acceptor:
     """Gives each connection to the ready worker that has the fewest.
 
-    listeners: the listening sockets to accept from; empty if the worker accepts itself.
+    listeners: the bound sockets to accept from; empty if the worker accepts itself.
     """
 
     def __init__(self, selector: selectors.BaseSelector, listeners: list[socket.socket]):
@@ -181,6 +182,7 @@ class Acceptor:
         self._accepts = wanted
         for listener in self.listeners:
             if wanted:
+                start_listening(listener)
                 self.selector.register(listener, selectors.EVENT_READ, ACCEPT)
             else:
                 self.selector.unregister(listener)

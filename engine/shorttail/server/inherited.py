@@ -12,7 +12,7 @@ from shorttail.config import DEFAULT_HTTP_PORT
 from shorttail.errors import InvalidArgument, ShorttailError
 from shorttail.observe import logs
 from shorttail.observe.memory import SUPERVISOR, WORD, MetricsMemory
-from shorttail.server.listen import listen_on
+from shorttail.server.listen import bind_http
 from shorttail.server.settings import ServerSettings
 
 PACKAGES: Final = ("aiohttp", "orjson", "prometheus_client")  # of the extra `http`
@@ -21,7 +21,7 @@ PORT_VARIABLES: Final = ("AIP_HTTP_PORT", "SAGEMAKER_BIND_TO_PORT")
 
 
 class Inherited:
-    """The memory for counters, and the listening HTTP socket. A context manager: leaving it closes the socket.
+    """The memory for counters, and the bound HTTP socket. A context manager: leaving it closes the socket.
 
     port: the port of MessagePack-RPC. bind: False only checks the address. Raises InvalidArgument, or Unavailable if
     the port is taken.
@@ -30,17 +30,19 @@ class Inherited:
     def __init__(self, settings: ServerSettings, host: str, port: int, workers: int, *, bind: bool = True):
         self.listener: socket.socket | None = None
         self._name = ""
+        self._trusts = settings.trust_network
         http_port = wanted_port(settings, port)
         if http_port is not None:
             try:
-                self.listener, self._name = listen_on(host, http_port, settings, bind=bind)
+                self.listener, self._name = bind_http(host, http_port, settings, bind=bind)
             except ShorttailError as error:
                 raise type(error)(error.message.replace("--port", "--http-port")) from None
         self.memory = MetricsMemory.create(workers + 1)  # the bulk worker counts too
         self._recorder = self.memory.claim(SUPERVISOR)
 
     def __str__(self) -> str:
-        return f" · http on {self._name}" if self._name else ""
+        text = f" · http on {self._name}" if self._name else ""
+        return f"{text}, which asks for no token (--trust-network)" if text and self._trusts else text
 
     def restarted(self, *, writer: bool) -> None:
         """Count a restart of the writer or of a worker."""
@@ -66,6 +68,8 @@ def wanted_port(settings: ServerSettings, port: int) -> int | None:
     Raises InvalidArgument if HTTP was asked for and its packages are not installed.
     """
     if not settings.http:
+        if settings.trust_network:
+            raise InvalidArgument("--trust-network opens HTTP, and --no-http turns it off: leave one of them out")
         return None
     asked = settings.http_port
     for name in PORT_VARIABLES:

@@ -1,4 +1,8 @@
-"""The sockets that the server listens on."""
+"""The sockets that the server listens on.
+
+They are bound when the server starts, so that addresses are checked and a free port is known, and they listen when a
+worker can answer (`start_listening`). Until then connections are refused, and none waits for a model that loads.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +27,11 @@ UNIX_PATH_BYTES: Final = 100  # the system takes 107
 
 
 class Listeners:
-    """The listening sockets: a TCP socket, and a Unix socket if `uds` is given. A context manager that closes them.
+    """The bound sockets: a TCP socket, and a Unix socket if `uds` is given. A context manager that closes them.
 
-    If systemd hands sockets over, those are used instead. bind: False only checks the addresses. `str()` gives the
-    addresses. Raises InvalidArgument for an address that cannot be used, Unavailable for an address that is taken.
+    If systemd hands sockets over, those are used instead; systemd listens on them already. bind: False only checks the
+    addresses. `str()` gives the addresses. Raises InvalidArgument for an address that cannot be used, Unavailable for
+    an address that is taken.
     """
 
     def __init__(
@@ -44,11 +49,11 @@ class Listeners:
         if not bind:
             return
         try:
-            self.sockets.append(_listen_tcp(family, address, host, port))
+            self.sockets.append(_bind_tcp(family, address, host, port))
             bound = self.sockets[0].getsockname()[1]
             self._names.append(f"[{host}]:{bound}" if ":" in host else f"{host}:{bound}")
             if uds is not None:
-                self.sockets.append(_listen_unix(Path(uds), settings.uds_mode))
+                self.sockets.append(_bind_unix(Path(uds), settings.uds_mode))
                 self._uds = Path(uds)
                 self._names.append(f"unix:{uds}")
         except BaseException:
@@ -122,17 +127,33 @@ class PrivateSockets:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def listen_on(host: str, port: int, settings: ServerSettings, *, bind: bool = True) -> tuple[socket.socket | None, str]:
-    """A listening TCP socket and its address as text. bind: False only checks. Raises what Listeners raises."""
-    family, address = _resolve(host, port, settings)
+def start_listening(listener: socket.socket, option: str = "--port") -> None:
+    """Let a bound socket take connections, if it does not yet. option: of its port, for the error.
+
+    Raises Unavailable if another process listens on the port.
+    """
+    try:
+        listener.listen(BACKLOG)
+    except OSError as error:
+        if listener.family == socket.AF_UNIX:
+            raise Unavailable(f"cannot listen on a unix socket: {error.strerror}") from None
+        host, port, *_ = listener.getsockname()
+        raise _bind_error(error, host, port, option) from None
+
+
+def bind_http(host: str, port: int, settings: ServerSettings, *, bind: bool = True) -> tuple[socket.socket | None, str]:
+    """A bound TCP socket for HTTP, and its address as text. bind: False only checks. Raises what Listeners raises."""
+    family, address = _resolve(host, port, settings, trusts=settings.trust_network)
     if not bind:
         return None, ""
-    listener = _listen_tcp(family, address, host, port)
+    listener = _bind_tcp(family, address, host, port)
     bound = listener.getsockname()[1]
     return listener, f"[{host}]:{bound}" if ":" in host else f"{host}:{bound}"
 
 
-def _resolve(host: str, port: int, settings: ServerSettings) -> tuple[socket.AddressFamily, tuple[object, ...]]:
+def _resolve(
+    host: str, port: int, settings: ServerSettings, *, trusts: bool = False
+) -> tuple[socket.AddressFamily, tuple[object, ...]]:
     if not 0 <= port <= 65535:
         raise InvalidArgument(f"{port} is not a port; ports are 0 to 65535, and 0 takes a free port")
     try:
@@ -142,7 +163,8 @@ def _resolve(host: str, port: int, settings: ServerSettings) -> tuple[socket.Add
     # IPv4 first: "localhost" has addresses of both kinds, and most clients try 127.0.0.1.
     found.sort(key=lambda entry: entry[0] != socket.AF_INET)
     family, _, _, _, address = found[0]
-    _check_host(host, str(address[0]), settings)
+    if not trusts:
+        _check_host(host, str(address[0]), settings)
     return family, address
 
 
@@ -152,16 +174,15 @@ def _check_host(host: str, address: str, settings: ServerSettings) -> None:
         return
     raise InvalidArgument(
         f"host {host} is not a loopback address, and whoever can reach it could read and write the store: "
-        f"give --token-file or --tls-client-ca, or serve on 127.0.0.1"
+        f"give --token-file or --tls-client-ca, or serve on 127.0.0.1; --trust-network opens HTTP alone"
     )
 
 
-def _listen_tcp(family: socket.AddressFamily, address: tuple[object, ...], host: str, port: int) -> socket.socket:
+def _bind_tcp(family: socket.AddressFamily, address: tuple[object, ...], host: str, port: int) -> socket.socket:
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-        listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
         raise _bind_error(error, host, port) from None
@@ -169,22 +190,21 @@ def _listen_tcp(family: socket.AddressFamily, address: tuple[object, ...], host:
     return listener
 
 
-def _bind_error(error: OSError, host: str, port: int) -> ShorttailError:
+def _bind_error(error: OSError, host: str, port: int, option: str = "--port") -> ShorttailError:
     if error.errno == errno.EADDRINUSE:
-        return Unavailable(f"port {port} on {host} is in use; stop the other process or choose another with --port")
+        return Unavailable(f"port {port} on {host} is in use; stop the other process or choose another with {option}")
     if error.errno == errno.EACCES:
-        return InvalidArgument(f"port {port} on {host} is not allowed for this user; choose another with --port")
+        return InvalidArgument(f"port {port} on {host} is not allowed for this user; choose another with {option}")
     return InvalidArgument(f"cannot listen on {host} port {port}: {error.strerror}")
 
 
-def _listen_unix(path: Path, mode: int) -> socket.socket:
-    """Listen on a Unix socket. mode: of its file; users who may write to the file may connect."""
+def _bind_unix(path: Path, mode: int) -> socket.socket:
+    """Bind a Unix socket. mode: of its file; users who may write to the file may connect."""
     _remove_stale(path)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         listener.bind(os.fspath(path))
         path.chmod(mode)  # before it listens, so that nobody can connect with the old mode
-        listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
         reason = error.strerror or str(error)  # a path that is too long has no errno
@@ -196,7 +216,7 @@ def _listen_unix(path: Path, mode: int) -> socket.socket:
 
 
 def _remove_stale(path: Path) -> None:
-    """Remove the socket of a server that was killed. Raises InvalidArgument, or Unavailable if a server listens."""
+    """Remove the socket of a server that was killed. Raises InvalidArgument, or Unavailable if a server has it."""
     try:
         mode = path.lstat().st_mode
     except OSError:
@@ -207,8 +227,17 @@ def _remove_stale(path: Path) -> None:
         try:
             probe.connect(os.fspath(path))
         except ConnectionRefusedError:
-            path.unlink(missing_ok=True)
-            return
+            if not _is_bound(path):
+                path.unlink(missing_ok=True)
+                return
         except OSError as error:
             raise InvalidArgument(f"cannot use unix socket {path}: {error.strerror}") from None
     raise Unavailable(f"unix socket {path} is in use; stop the other process or choose another path with --uds")
+
+
+def _is_bound(path: Path) -> bool:
+    """Return whether a process has a Unix socket of that path, which need not listen yet."""
+    try:
+        return any(line.endswith(f" {path}") for line in Path("/proc/net/unix").read_text().splitlines())
+    except OSError:
+        return False

@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from typing import Self
 
-from shorttail.config import LIMITS
+from shorttail.config import DEFAULT_HOST, LIMITS
 from shorttail.observe.logs import Format
 
 
@@ -35,6 +35,7 @@ class ServerSettings:
     busy_poll_us: int | None = None  # None: adaptive, see limits.BusyPoll
     http: bool = True
     http_port: int | None = None  # None: inherited.wanted_port
+    trust_network: bool = False  # HTTP asks for no token, on any address
     log: Format = "text"
     log_failed: bool = False  # requests that fail are logged
     slow_ms: float = 0.0  # requests that take longer are logged; 0: none are
@@ -43,6 +44,10 @@ class ServerSettings:
     def authenticates(self) -> bool:
         """Whether a client must authenticate, by a token or a certificate."""
         return self.token_file is not None or self.tls_client_ca is not None
+
+    def rpc_host(self, host: str) -> str:
+        """The address of MessagePack-RPC. --trust-network does not open it: it can write."""
+        return DEFAULT_HOST if self.trust_network and not self.authenticates else host
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))

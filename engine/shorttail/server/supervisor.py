@@ -73,7 +73,7 @@ def serve(
         with Signals() as signals:
             security.check(settings)
             with (
-                Listeners(host, port, uds, settings, bind=not check) as listeners,
+                Listeners(settings.rpc_host(host), port, uds, settings, bind=not check) as listeners,
                 PrivateSockets() as private,
                 Inherited(settings, host, port, workers, bind=not check) as shared,
                 Launcher(

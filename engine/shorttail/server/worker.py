@@ -37,6 +37,7 @@ from shorttail.observe import logs, stderr
 from shorttail.server import bulk, bulk_link, handover, limits, security
 from shorttail.server.batcher import Batcher
 from shorttail.server.errorlog import ErrorLog, one_line
+from shorttail.server.listen import start_listening
 from shorttail.server.settings import ServerSettings
 from shorttail.server.telemetry import Telemetry
 from shorttail.server.writer_link import WriterLink
@@ -158,6 +159,8 @@ async def serve(
     loop.add_reader(control, told, loop, control, stop, retire)
     servers = [await listen(loop, listener, router, tls) for listener in listeners]
     if http is not None:
+        for listener in http_listeners:
+            start_listening(listener, "--http-port")
         await http.start(http_listeners, tls)
     telemetry.watch_gc()
 
@@ -225,7 +228,8 @@ def http_server(
     from shorttail.server.http.bulk import BulkProxy
     from shorttail.server.http.routes import add_routes
 
-    access = security.Tokens.read(settings.token_file).access if settings.token_file else None
+    tokens = None if settings.trust_network else settings.token_file
+    access = security.Tokens.read(tokens).access if tokens else None
     batches = HttpBatches(engine, router)
     proxy = None if bulk_path is None else BulkProxy(str(bulk_path) if settings.bulk else None)
     return HttpServer(
@@ -253,6 +257,7 @@ async def listen(
 ) -> asyncio.AbstractServer:
     """Accept connections from a listening socket. A Unix socket never uses TLS: its file mode says who may connect."""
     create: Any = loop.create_unix_server if listener.family == socket.AF_UNIX else loop.create_server
+    start_listening(listener)
     if listener.family == socket.AF_UNIX:
         tls = None
     options: dict[str, Any] = {} if tls is None else {"ssl": tls, "ssl_handshake_timeout": handover.HANDSHAKE_S}
@@ -328,11 +333,15 @@ def main() -> int:
         channel = socket.socket(fileno=args.channel_fd)
         http = [socket.socket(fileno=fd) for fd in args.http_fd]
         telemetry = Telemetry(args.metrics_fd, settings)
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            sockets = Path(args.sockets)
-            runner.run(
-                serve(engine, listeners, control, channel, served, sockets, args.bulk, settings, telemetry, http)
-            )
+        sockets = Path(args.sockets)
+        try:
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                runner.run(
+                    serve(engine, listeners, control, channel, served, sockets, args.bulk, settings, telemetry, http)
+                )
+        except ShorttailError as error:  # another process has the port
+            logs.log_now(settings.log, "error", error.message)
+            return 1
     control.detach()  # the supervisor takes a closed control socket for the end of this process: the system closes it
     return 0
 

@@ -17,7 +17,7 @@ from shorttail.server.http.json import json_response
 from shorttail.server.http.media import CSV, JSON, JSON_LINES
 from shorttail.server.http.operations import answer_type_for, body_type_of, check_work, finder, one_header, written
 from shorttail.server.http.parsed import Answer, FindModel, ResponseBody
-from shorttail.server.http.v2_routes import readiness
+from shorttail.server.http.v2_routes import model_readiness
 
 TARGET_MODEL: Final = "X-Amzn-SageMaker-Target-Model"
 FORMATS: Final = (JSON, CSV, *JSON_LINES)
@@ -52,10 +52,7 @@ async def models(server: HttpServer, request: web.Request, call: HttpCall) -> we
 
 
 async def model(server: HttpServer, request: web.Request, call: HttpCall) -> web.Response:
-    server.engine.refresh()
-    name = request.match_info["model"]
-    server.engine.store.catalog.model(name)
-    return readiness(server, {"name": name})
+    return model_readiness(server, request.match_info["model"])
 
 
 async def predict(server: HttpServer, request: web.Request, call: HttpCall) -> web.Response:

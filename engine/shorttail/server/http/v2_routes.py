@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 
 from shorttail.config import VERSION
+from shorttail.errors import Unavailable
 from shorttail.server.http import v2, v2_documents
 from shorttail.server.http.app import HttpCall, HttpServer
 from shorttail.server.http.json import json_response
@@ -23,12 +24,24 @@ async def live(server: HttpServer, request: web.Request, call: HttpCall) -> web.
 
 async def ready(server: HttpServer, request: web.Request, call: HttpCall) -> web.Response:
     # The text of the protocol has "live" here, and its servers answer "ready".
-    return readiness(server, {"live": True})
+    return _readiness({"live": True}, server.not_ready)
 
 
-def readiness(server: HttpServer, document: dict[str, object]) -> web.Response:
-    """Return the document with whether this server is ready, and why it is not."""
+def model_readiness(server: HttpServer, name: str, version: int | None = None) -> web.Response:
+    """Answer whether a model can be asked. Raises NotFound."""
+    entry = _catalog(server).model(name)
+    entry.version(version)
     reason = server.not_ready
+    if not reason and version in (None, entry.current):
+        try:
+            server.engine.plan_for_model(name)
+        except Unavailable as error:
+            reason = error.message
+    return _readiness({"name": name}, reason)
+
+
+def _readiness(document: dict[str, object], reason: str) -> web.Response:
+    """Return the document with whether there is no reason against it."""
     if reason:
         return json_response(document | {"ready": False, "error": reason}, status=503, headers={"Retry-After": "1"})
     return json_response(document | {"ready": True})
@@ -47,9 +60,7 @@ async def model(server: HttpServer, request: web.Request, call: HttpCall) -> web
 
 
 async def model_ready(server: HttpServer, request: web.Request, call: HttpCall) -> web.Response:
-    name, version = _asked(request)
-    _catalog(server).model(name).version(version)
-    return readiness(server, {"name": name})
+    return model_readiness(server, *_asked(request))
 
 
 async def config(server: HttpServer, request: web.Request, call: HttpCall) -> web.Response:
