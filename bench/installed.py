@@ -2,12 +2,17 @@
 
 Every script imports this module before any other package. The benchmarks measure shorttail as it is installed; the
 sources beside them cannot be imported, since their native code is not built in place.
+
+ONNX Runtime's telemetry is off in these scripts and in the processes that they start.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from types import TracebackType
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
 def say(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

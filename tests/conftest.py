@@ -11,6 +11,7 @@ from hypothesis import settings
 # Compiled on-demand functions are kept for the run, and nothing is left in the home of whoever runs the tests.
 _cache = tempfile.TemporaryDirectory(prefix="shorttail-cache-")
 os.environ["SHORTTAIL_CACHE_DIR"] = _cache.name
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # tests and converters import ONNX Runtime by themselves
 
 # How long an example takes is no failure: machines are busy, and sanitizers slow.
 settings.register_profile("shorttail", deadline=None)

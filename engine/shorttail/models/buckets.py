@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
-from onnxruntime import OrtValue
 
 from shorttail.config import LIMITS
 from shorttail.errors import Internal, InvalidArgument, ShorttailError
 from shorttail.models.device import CPU, CudaMemory, Device, cuda_providers
+from shorttail.models.runtime import onnxruntime
 from shorttail.models.session import (
     FAILED,
     ON_CPU,
@@ -202,13 +201,15 @@ class Bucket:
             self._binding.bind_output(name)
         self._onnx.run_with_iobinding(self._binding, self._options)
 
-    def _buffer(self, array: Array, device: Device) -> tuple[Array, OrtValue]:
+    def _buffer(self, array: Array, device: Device) -> tuple[Array, onnxruntime.OrtValue]:
         """Return a copy of `array`, and the value to bind: the same memory on a CPU, GPU memory else."""
         if self._shared:
             # `array` itself may belong to ONNX Runtime, and every run writes into a bound output.
             host = np.array(array)
-            return host, OrtValue.ortvalue_from_numpy(host)
-        value = OrtValue.ortvalue_from_shape_and_type(list(array.shape), array.dtype, device.kind, device.index)
+            return host, onnxruntime.OrtValue.ortvalue_from_numpy(host)
+        value = onnxruntime.OrtValue.ortvalue_from_shape_and_type(
+            list(array.shape), array.dtype, device.kind, device.index
+        )
         host = np.empty_like(array) if self._memory is None else self._memory.empty(array.shape, array.dtype)
         host[...] = array
         return host, value
@@ -236,13 +237,13 @@ class Bucket:
                 results[i] = allocated[i].numpy()[:rows].copy()
         return results
 
-    def _upload(self, host: Array, value: OrtValue) -> None:
+    def _upload(self, host: Array, value: onnxruntime.OrtValue) -> None:
         if self._memory is not None:
             self._memory.copy(value.data_ptr(), host.ctypes.data, host.nbytes)
         elif not self._shared:
             value.update_inplace(host)
 
-    def _download(self, host: Array, value: OrtValue, rows: int) -> Array:
+    def _download(self, host: Array, value: onnxruntime.OrtValue, rows: int) -> Array:
         """Return a copy of the first rows of an output."""
         if self._memory is not None:
             self._memory.copy(host.ctypes.data, value.data_ptr(), host[:rows].nbytes)

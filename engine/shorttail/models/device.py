@@ -54,7 +54,7 @@ def check_cuda(device: Device) -> None:
             f"device '{device}': onnxruntime and onnxruntime-gpu are both installed, and each overwrites files of the"
             f" other; run: {INSTALL}"
         )
-    import onnxruntime
+    from shorttail.models.runtime import onnxruntime
 
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         raise InvalidArgument(f"device '{device}': the installed onnxruntime is for CPUs only; run: {INSTALL}")

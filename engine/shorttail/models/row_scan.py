@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 
 from shorttail._native.forest import read_attribute
 from shorttail.models.onnx_file import fields
 from shorttail.models.onnx_graph import Graph, Node, read_graph, read_node
+from shorttail.models.runtime import onnxruntime
 
 Array = NDArray[Any]
 Example = Callable[[int], list[Array]]

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 
 from shorttail._native import runs
@@ -21,6 +20,7 @@ from shorttail._native.runs import RunTooLong
 from shorttail.config import LIMITS
 from shorttail.define.catalog import TensorInfo
 from shorttail.errors import Internal, InvalidArgument, ResourceExhausted
+from shorttail.models.runtime import onnxruntime
 
 Array = NDArray[Any]
 FAILED: Final = "the model failed: "
