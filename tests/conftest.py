@@ -26,6 +26,12 @@ NOT_UNDER_ASAN = {
 }
 
 
+@pytest.fixture
+def trials_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Try model files in this process, so that what a test has patched holds for the trial too."""
+    monkeypatch.setattr("shorttail.models.vetting.try_file", lambda function, *args, **_: function(*args))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if "asan" not in os.environ.get("LD_PRELOAD", ""):
         return

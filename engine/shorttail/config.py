@@ -112,6 +112,9 @@ class Limits:
     commit_rows: int = 65_536  # rows of one group commit; its dirty pages must fit LMDB's list
     commit_bytes: int = 32 << 20  # bytes on the wire of one group commit
 
+    # Registering models.
+    vet_s: float = 120.0  # how long one look at a file may take, in a process that is killed then
+
     # On-demand functions.
     on_demand_depth: int = 8  # levels of functions that take other functions as arguments
     constant_elements: int = 65_536  # elements of a NumPy array that a function uses as a constant
@@ -137,7 +140,7 @@ class Limits:
 
     # The server.
     stop_grace_s: float = 10.0  # from SIGTERM until connections with requests in flight are closed
-    start_timeout_s: float = 120.0
+    start_timeout_s: int = 120  # a worker that is not ready by then is killed
     hang_deadline_s: int = 10  # a worker whose event loop has been stuck this long is killed and replaced
     writer_start_wait_s: float = 2.0  # a worker starts to serve without the writer after this wait
     model_deaths: int = 2  # workers that died in runs of a model version, which is then not run any more

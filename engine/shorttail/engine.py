@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -306,15 +307,22 @@ class Engine:
     # -- changing --------------------------------------------------------------------------------------------
 
     def apply(
-        self, definitions: str | Path | Definitions | Iterable[object], *, dry_run: bool = False, reset: bool = False
+        self,
+        definitions: str | Path | Definitions | Iterable[object],
+        *,
+        dry_run: bool = False,
+        reset: bool = False,
+        vet_timeout: str | timedelta | None = None,
     ) -> list[Change]:
         """Validate definitions (a file's path, or objects) and register all of them, or none if one is wrong.
 
-        dry_run: only return the changes. reset: empty the views whose schema changes. Raises InvalidArgument, NotFound.
+        dry_run: only return the changes. reset: empty the views whose schema changes. vet_timeout: how long a trial
+        of a model's file may take, such as "10m" (LIMITS.vet_s by default). Raises InvalidArgument, NotFound, Internal,
+        DeadlineExceeded, ResourceExhausted.
         """
         from shorttail.registry.apply import apply
 
-        return apply(self._store, definitions, dry_run=dry_run, reset=reset)
+        return apply(self._store, definitions, dry_run=dry_run, reset=reset, vet_timeout=vet_timeout)
 
     def materialize(
         self,
@@ -404,7 +412,7 @@ class Engine:
         """Register an ONNX file as the next version of `model` and make it current. Returns the version.
 
         options: of `shorttail.registry.versions.deploy`: promote, owner, description, run, metrics, examples,
-        canary_percent.
+        canary_percent, vet_timeout.
         """
         return registry.deploy(self._store, model, Path(path), **options)
 

@@ -17,7 +17,6 @@ from onnx import TensorProto, helper, numpy_helper
 import shorttail as st
 from shorttail.define.collect import Definitions, collect_objects
 from shorttail.errors import InvalidArgument, NotFound, ShorttailError
-from shorttail.models.onnx_file import uses_external_data
 from shorttail.registry import versions as registry
 from shorttail.registry.apply import Change, apply
 from shorttail.store import ColumnBatch, Store
@@ -246,20 +245,12 @@ def test_files_that_are_not_models_are_refused(store: Store, tmp_path: Path, mat
     (tmp_path / "link.onnx").symlink_to(matrix(1))
     assert "there is no file" in width_message(store, tmp_path / "gone.onnx", ["stats:age"])
     assert "is a symbolic link" in width_message(store, tmp_path / "link.onnx", ["stats:age"])
-    assert "model 'fraud': text.onnx: ONNX Runtime cannot load" in width_message(
-        store, tmp_path / "text.onnx", ["stats:age"]
+    (tmp_path / "empty.onnx").touch()
+    text = width_message(store, tmp_path / "text.onnx", ["stats:age"])
+    assert text == "model 'fraud': text.onnx is no ONNX model, or damaged; give the .onnx file that the converter wrote"
+    assert "model 'fraud': empty.onnx: ONNX Runtime cannot load" in width_message(
+        store, tmp_path / "empty.onnx", ["stats:age"]
     )
-
-
-def test_weights_in_other_files_are_refused(store: Store, tmp_path: Path, matrix: Callable[..., Path]) -> None:
-    model = onnx.load(matrix(1))
-    outside = tmp_path / "outside.onnx"
-    onnx.save_model(model, outside, save_as_external_data=True, location="weights.bin", size_threshold=0)
-    assert "keeps weights in other files" in width_message(store, outside, ["stats:age"])
-    # A file that only contains the word "location" is accepted.
-    model = onnx.load(matrix(1))
-    model.graph.doc_string = "location"
-    assert not uses_external_data(model.SerializeToString())
 
 
 def test_a_function_that_does_not_compile_is_refused(store: Store, matrix: Callable[..., Path]) -> None:

@@ -14,7 +14,7 @@ from row_models import FLOAT, X4, graph, op
 
 import shorttail as st
 from shorttail.define.catalog import VersionInfo
-from shorttail.models import serving
+from shorttail.models import vetting
 from shorttail.models.load import load_runner
 from shorttail.registry import versions as registry
 
@@ -147,11 +147,12 @@ def test_versions_that_were_never_examined(how: str, engine: st.Engine, model: A
     assert version(engine, 1).batching_why is None
 
 
+@pytest.mark.usefixtures("trials_here")
 def test_a_version_is_examined_once(engine: st.Engine, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     engine.apply([model(1)])
     registry.deploy(engine.store, "m", model(0).path)
     before = engine.store.catalog.to_json()
-    monkeypatch.setattr(serving, "examine_rows", None)
+    monkeypatch.setattr(vetting, "examine_rows", None)
     engine.apply([model(0)])
     registry.promote(engine.store, "m", 1)
     registry.rollback(engine.store, "m")

@@ -237,7 +237,7 @@ FEATURES = [f"stats:f{i}" for i in range(DEPTH)]
 
 
 @pytest.fixture
-def planted(tmp_path, monkeypatch):
+def planted(tmp_path, monkeypatch, trials_here):
     """Return a right model, and a function after which its compiled forest has a wrong leaf that no load reaches."""
     n_trees = 200
     right = write(combs(n_trees=n_trees), tmp_path / "m.onnx")

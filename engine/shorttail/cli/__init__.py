@@ -25,6 +25,7 @@ from shorttail.cli.options import (
     progress_bar,
     source_options,
     store_option,
+    vet_option,
 )
 from shorttail.cli.output import count_document, count_line, echo_line, print_json, print_table, status_notes
 from shorttail.cli.rows import delete, load, push
@@ -86,8 +87,9 @@ def cli() -> None:
 @store_option
 @click.option("--dry-run", is_flag=True, help="Show the changes and write nothing.")
 @click.option("--reset", is_flag=True, help="Drop the rows of views whose schema changes; without it, refuse.")
+@vet_option
 @json_option
-def apply(definitions: str, store: str, dry_run: bool, reset: bool, as_json: bool) -> None:
+def apply(definitions: str, store: str, dry_run: bool, reset: bool, vet_timeout: str | None, as_json: bool) -> None:
     """Register the views and models of a definitions file.
 
     DEFINITIONS is a Python file. All of its definitions are registered, or none if any of them is wrong.
@@ -100,7 +102,7 @@ def apply(definitions: str, store: str, dry_run: bool, reset: bool, as_json: boo
     from shorttail.define.catalog import Catalog
     from shorttail.registry import apply as applying
 
-    prepared = applying.prepare(definitions)
+    prepared = applying.prepare(definitions, vet_timeout)
     if not Path(store).exists():
         # The definitions are checked against an empty catalog first, so that wrong ones create no folder.
         plan = applying.plan_changes(Catalog(), prepared, lambda view: 0)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from shorttail.cli.options import json_option, opened
+from shorttail.cli.options import json_option, opened, vet_option
 from shorttail.cli.output import echo_line, print_json, print_table
 from shorttail.errors import ShorttailError
 
@@ -146,14 +146,15 @@ def batching_text(version: dict[str, Any]) -> str:
 
 def runs_as(store: Store, name: str, version: int) -> str:
     """Return how a version runs on this host and why, or why it cannot run."""
-    from shorttail.models.serving import open_version
-    from shorttail.models.settings import tuned
+    from shorttail.config import LIMITS
+    from shorttail.models.trial import try_file
+    from shorttail.models.vetting import describe_run
     from shorttail.store.files import model_path
 
     info = store.catalog.model(name).version(version)
     path = model_path(store.path, name, version)
     try:
-        return open_version(path, info, version, tuned(info.tuning)[0]).description
+        return try_file(describe_run, path, info, version, model=name, limit_s=LIMITS.vet_s)
     except ShorttailError as error:
         return f"nothing: {error.message}"
 
@@ -245,6 +246,7 @@ def show_lines(shown: dict[str, Any]) -> list[tuple[str, str]]:
     help="Measured figure of the version, such as auc=0.91; may be repeated.",
 )
 @click.option("--examples", metavar="FILE", help="Rows with the outputs expected of this version, to compare.")
+@vet_option
 def models_deploy(
     store: str | None,
     as_json: bool,
@@ -257,6 +259,7 @@ def models_deploy(
     run: str,
     metrics: tuple[str, ...],
     examples: str | None,
+    vet_timeout: str | None,
 ) -> None:
     """Register an ONNX file as the next version of a model.
 
@@ -269,7 +272,7 @@ def models_deploy(
       shorttail models deploy fraud fraud-new.onnx --store store
       shorttail models deploy fraud fraud-new.onnx --store store --canary 10% --run mlflow:3f2a --metric auc=0.91
     """
-    from shorttail.models.serving import run_at_low_priority
+    from shorttail.models.trial import low_priority
     from shorttail.registry import versions as registry
 
     if canary == 0:
@@ -277,13 +280,11 @@ def models_deploy(
             "--canary 0%: to register a version that answers nothing, use --no-promote", click.get_current_context()
         )
     about: dict[str, Any] = {"owner": owner, "description": description, "run": run, "metrics": parse_metrics(metrics)}
-    about["examples"] = examples
-    with opened(required_store(store)) as target:
+    about |= {"examples": examples, "vet_timeout": vet_timeout}
+    # A server may run on this host, and trying a model keeps a CPU busy for a while.
+    with opened(required_store(store)) as target, low_priority():
         before = target.catalog.model(name).current
-        # A server may run on this host, and checking a model keeps a CPU busy for a while.
-        version = run_at_low_priority(
-            lambda: registry.deploy(target, name, path, not no_promote, canary_percent=canary, **about)
-        )
+        version = registry.deploy(target, name, path, not no_promote, canary_percent=canary, **about)
         serving = target.catalog.model(name).current
     if version == before:
         note = "unchanged: this version has the same file already"
@@ -298,7 +299,10 @@ def models_deploy(
 @click.argument("name")
 @click.argument("number", metavar="[VERSION]", type=int, required=False)
 @click.option("--version", type=int, help="Another way to give VERSION.")
-def models_promote(store: str | None, as_json: bool, name: str, number: int | None, version: int | None) -> None:
+@vet_option
+def models_promote(
+    store: str | None, as_json: bool, name: str, number: int | None, version: int | None, vet_timeout: str | None
+) -> None:
     """Make VERSION of the model NAME the one that serves.
 
     Without VERSION: the canary if there is one, else the newest version. A canary ends.
@@ -312,14 +316,15 @@ def models_promote(store: str | None, as_json: bool, name: str, number: int | No
     if number is not None and version is not None:
         raise click.UsageError("give the version once", click.get_current_context())
     with opened(required_store(store)) as target:
-        before = registry.promote(target, name, version if number is None else number)
+        before = registry.promote(target, name, version if number is None else number, vet_timeout)
         serving = target.catalog.model(name).current
     show_serving(as_json, name, serving, serving, f"serves (before: version {before})")
 
 
 @models_command("rollback")
 @click.argument("name")
-def models_rollback(store: str | None, as_json: bool, name: str) -> None:
+@vet_option
+def models_rollback(store: str | None, as_json: bool, name: str, vet_timeout: str | None) -> None:
     """Make the previous version of the model NAME serve again.
 
     A canary ends. To end only the canary: `shorttail models canary NAME=off`.
@@ -331,14 +336,15 @@ def models_rollback(store: str | None, as_json: bool, name: str) -> None:
     from shorttail.registry import versions as registry
 
     with opened(required_store(store)) as target:
-        version = registry.rollback(target, name)
+        version = registry.rollback(target, name, vet_timeout)
     show_serving(as_json, name, version, version, "serves again")
 
 
 @models_command("canary")
 @click.argument("share", metavar="NAME=10%|NAME=off")
 @click.option("--version", type=int, help="Version to use; without it, the present canary, else the newest version.")
-def models_canary(store: str | None, as_json: bool, share: str, version: int | None) -> None:
+@vet_option
+def models_canary(store: str | None, as_json: bool, share: str, version: int | None, vet_timeout: str | None) -> None:
     """Let a version answer a percentage of the requests.
 
     A hash of the entity keys chooses the requests, so an entity gets the same version every time. 0% or
@@ -355,7 +361,7 @@ def models_canary(store: str | None, as_json: bool, share: str, version: int | N
     if not name or not equals:
         raise click.UsageError(f"{share!r}: write NAME=10% or NAME=off", click.get_current_context())
     with opened(required_store(store)) as target:
-        canary = registry.set_canary(target, name, parse_share(percent), version)
+        canary = registry.set_canary(target, name, parse_share(percent), version, vet_timeout)
         serving = target.catalog.model(name).current
     show_share(as_json, name, serving, "canary", canary, "answers {:g}% of the requests, version {} the rest")
 
@@ -371,8 +377,15 @@ def models_canary(store: str | None, as_json: bool, share: str, version: int | N
     help="Percentage of the batches to run it on.",
 )
 @click.option("--off", is_flag=True, help="End the shadow.")
+@vet_option
 def models_shadow(
-    store: str | None, as_json: bool, name: str, version: int | None, percent: float | None, off: bool
+    store: str | None,
+    as_json: bool,
+    name: str,
+    version: int | None,
+    percent: float | None,
+    off: bool,
+    vet_timeout: str | None,
 ) -> None:
     """Run a version beside the one that serves, and compare their answers.
 
@@ -389,7 +402,7 @@ def models_shadow(
     if off == (version is not None):
         raise click.UsageError("give either --version N or --off", click.get_current_context())
     with opened(required_store(store)) as target:
-        shadow = registry.set_shadow(target, name, version, 100.0 if percent is None else percent)
+        shadow = registry.set_shadow(target, name, version, 100.0 if percent is None else percent, vet_timeout)
         serving = target.catalog.model(name).current
     show_share(as_json, name, serving, "shadow", shadow, "runs on {:g}% of the requests that version {} answers")
 

@@ -28,6 +28,16 @@ def json_option(command: F) -> F:
     return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
 
 
+def vet_option(command: F) -> F:
+    """Add --vet-timeout, of commands that try a model's file."""
+    return click.option(
+        "--vet-timeout",
+        metavar="TIME",
+        show_default=f"{LIMITS.vet_s:g}s",
+        help="Time that a trial of a model's file may take, such as 10m; it is ended then.",
+    )(command)
+
+
 def load_options(command: F) -> F:
     """Add --memory-mib and --allow-shrink, of commands that replace the rows of a view."""
     command = click.option(

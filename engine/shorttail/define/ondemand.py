@@ -40,6 +40,10 @@ class OnDemand:
         """Return the feature that this function computes from these arguments. Raises InvalidArgument."""
         return OnDemandFeature(self, arguments)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy in another process has no origin, which refers to objects of the definitions file."""
+        return OnDemand, (self.name, self.params, self.returns, self.source)
+
     def to_json(self) -> Json:
         return {
             "name": self.name,

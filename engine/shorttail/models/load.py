@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -30,8 +29,6 @@ from shorttail.models.session import (
     check_rows,
 )
 from shorttail.models.settings import DEFAULT, RunSettings
-
-log = logging.getLogger(__name__)
 
 Array = NDArray[Any]
 
@@ -270,7 +267,6 @@ def load_runner(
                 return Runner(forest, "forest", by_request=by_request)
             except NotAForest as no:
                 why = f"{DIFFERS}: {no.reason}"
-                log.warning("%s runs in ONNX Runtime: %s", path, why)
     if by_request or raw:
         executor = None
         if device != CPU:

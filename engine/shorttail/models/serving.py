@@ -17,13 +17,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 
 from shorttail.config import LIMITS
 from shorttail.define.catalog import TENSOR_TYPES, Catalog, ModelEntry, Share, VersionInfo
-from shorttail.define.models import BATCHING, column_label
+from shorttail.define.models import column_label
 from shorttail.errors import Internal, InvalidArgument, NotFound, ShorttailError, Unavailable
 from shorttail.models import missing
 from shorttail.models.buffers import input_buffer
@@ -31,14 +31,11 @@ from shorttail.models.device import CPU, Device
 from shorttail.models.examples import Examples, depends_on_values
 from shorttail.models.golden import FILE, GoldenRows
 from shorttail.models.load import Runner, load_runner
-from shorttail.models.raw import WHY_BY_ITSELF
-from shorttail.models.row_check import examine_rows
 from shorttail.models.settings import RunSettings, tuned
 from shorttail.store import Store
 from shorttail.store.files import model_path
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 # While a model loads, threads hand over the GIL after 0.2 ms, not after Python's default of 5 ms, so that the event
 # loop waits less for the loading thread.
@@ -133,6 +130,8 @@ def load_version(
         if hashlib.sha256(path.read_bytes()).hexdigest() != info.sha256:
             raise InvalidArgument(f"{path.name} is not the file that was registered: its SHA-256 differs")
         runner = open_version(path, info, number, settings, device, every_leaf=every_leaf)
+        if runner.forest_differs and not info.forest_differs:
+            log.warning("model '%s' version %d runs in ONNX Runtime: %s", info.model.name, number, runner.why)
         check_schema(runner, info)
         if info.model.is_raw:
             runner.warm_raw(info.inputs)
@@ -181,65 +180,6 @@ def input_labels(catalog: Catalog, info: VersionInfo) -> list[list[str]]:
         widths = input_buffer(catalog, tensor, columns[tensor.name])[1]
         labels.append([column_label(c) for c, n in zip(columns[tensor.name], widths, strict=True) for _ in range(n)])
     return labels
-
-
-def vet(
-    catalog: Catalog,
-    info: VersionInfo,
-    number: int,
-    path: Path,
-    warn: Callable[[str], object] | None = None,
-    golden: GoldenRows | None = None,
-) -> VersionInfo:
-    """Load, warm, check and examine a version before it is registered or promoted, a forest at every leaf.
-
-    warn: called with each warning, in one line; None logs them. golden: as for `load_version`.
-    Returns the version with what the examination found (`with_findings`). Raises the errors of `load_version`.
-    """
-    info = replace(info, batching="request" if info.model.is_raw else info.model.batching or info.batching)
-    settings = tuned(info.tuning)[0]
-    runner = load_version(path, info, catalog, number, settings, every_leaf=True, golden=golden)
-    said = [missing.warning(catalog, info)]
-    if runner.unwarmed:
-        said.append(f"no example of it could run ({runner.unwarmed}), so it was not tried; send it a request to try it")
-    for text in filter(None, said):
-        if warn is not None:
-            warn(text)
-        else:
-            log.warning("model '%s' version %d: %s", info.model.name, number, text)
-    info = replace(info, forest_differs=runner.forest_differs)
-    if info.batching_why is not None:
-        return info  # examined before: a version's file never changes
-    if info.model.is_raw:  # there are no rows to make examples of
-        return replace(info, batching_why=WHY_BY_ITSELF)
-    if info.batching == "request":
-        return replace(info, batching_why="by its definition")
-    data, random = path.read_bytes(), np.random.default_rng(0)
-    examples = Examples.of(catalog, info, data)
-    with suppress(Internal):  # without examples that run, the scan of the graph decides alone
-        examples.keep_those_that_run(runner.run, random, runner.exact_rows or 1)
-    found = examine_rows(runner, data, lambda rows: examples(rows, random))
-    why = found.why
-    if found.depends and info.model.batching == "rows":
-        why = f"by its definition, though {why}"
-    elif found.depends:
-        info = replace(info, batching="request")
-        load_version(path, info, catalog, number, settings, golden=golden)  # as it will run
-    if why:
-        log.warning("model '%s' version %d %s: %s", info.model.name, number, BATCHING[info.batching], why)
-    return replace(info, batching_why=why)
-
-
-def with_findings(info: VersionInfo, vetted: VersionInfo) -> VersionInfo:
-    """Return `info` with what `vet` found out about the same version's file."""
-    return replace(
-        info,
-        batching=vetted.batching,
-        batching_why=vetted.batching_why,
-        replacements=vetted.replacements,
-        forest_differs=vetted.forest_differs,
-        examples_sha256=vetted.examples_sha256,
-    )
 
 
 def check_schema(runner: Runner, info: VersionInfo) -> None:
@@ -466,12 +406,6 @@ class Versions:
             self._record(key, catalog_version, outcome)
             self.changes += 1
         self._changed()
-
-
-def run_at_low_priority(work: Callable[[], T]) -> T:
-    """Call `work` in a low-priority thread and return its result."""
-    with ThreadPoolExecutor(1, "load-low", initializer=lower_priority) as thread:
-        return thread.submit(work).result()
 
 
 def lower_priority() -> None:

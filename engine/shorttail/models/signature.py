@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from shorttail.config import LIMITS
 from shorttail.define.catalog import TENSOR_TYPES, Catalog, TensorInfo
 from shorttail.define.dtypes import (
     WIDE_VECTOR_CODE,
@@ -34,28 +35,35 @@ from shorttail.define.ondemand import OnDemandFeature
 from shorttail.define.values import Refused, as_value
 from shorttail.define.views import FeatureView
 from shorttail.errors import InvalidArgument, NotFound
-from shorttail.models.onnx_file import names_without_shape, uses_external_data
+from shorttail.models.onnx_weights import names_without_shape, parse_model, take_in_weights
 from shorttail.models.raw import check_carried
-from shorttail.models.zipmap import without_zipmaps
+from shorttail.models.trial import try_file
+from shorttail.models.zipmap import remove_zipmaps
 
 
 @dataclass(frozen=True)
 class ModelFile:
     """An ONNX file that is read once, so that exactly the checked bytes are copied into the store.
 
-    model_name: the model it is for, named in errors. data: the file without ZipMap (models/zipmap.py). changed: whether
-    `data` differs from the file. sha256: of `data`, in hexadecimal.
+    model_name: the model it is for, named in errors. data: the file with all of its weights (models/onnx_weights.py)
+    and without ZipMap (models/zipmap.py). sha256: of `data`, in hexadecimal. shapeless: inputs and outputs without a
+    shape. vet_s: how long one look at the file may take.
     """
 
     model_name: str
     path: Path
     data: bytes
     sha256: str
-    changed: bool = False
+    shapeless: frozenset[str]
+    vet_s: float
 
     @classmethod
-    def read(cls, path: str | Path, model_name: str) -> ModelFile:
-        """Read a file. Raises NotFound; InvalidArgument for a symbolic link or a model with weights in other files."""
+    def read(cls, path: str | Path, model_name: str, vet_s: float = LIMITS.vet_s) -> ModelFile:
+        """Read a file, and the files beside it that hold its weights.
+
+        Raises NotFound; InvalidArgument for a symbolic link, for a file that is no ONNX model, and for weights that are
+        elsewhere or too large for one file.
+        """
         path = Path(path)
         where = f"model '{model_name}'"
         if path.is_symlink():
@@ -66,41 +74,44 @@ class ModelFile:
             data = path.read_bytes()
         except OSError as error:
             raise InvalidArgument(f"{where}: cannot read {path}: {error.strerror}") from None
-        if uses_external_data(data):
-            raise InvalidArgument(
-                f"{where}: {path.name} keeps weights in other files; save it as one file:"
-                " onnx.save_model(model, path, save_as_external_data=False)"
-            )
-        cleaned = without_zipmaps(data)
-        return cls(model_name, path, cleaned, hashlib.sha256(cleaned).hexdigest(), cleaned is not data)
+        label = f"{where}: {path.name}"
+        model = parse_model(data, label)
+        changed = take_in_weights(model, path, label)
+        changed |= remove_zipmaps(model)
+        if changed:
+            data = model.SerializeToString()
+        return cls(model_name, path, data, hashlib.sha256(data).hexdigest(), names_without_shape(model), vet_s)
 
     @contextlib.contextmanager
     def on_disk(self) -> Iterator[Path]:
-        """Give the path of a file that holds `data`: the file itself, or a temporary copy with its name."""
-        if not self.changed:
-            yield self.path
-            return
+        """Give the path of a file that holds `data`, and lies alone in its folder, as it will in the store."""
+        # ONNX Runtime takes the format of a file from its name, and in the store the name ends so.
+        name = self.path.name if self.path.suffix == ".onnx" else f"{self.path.name}.onnx"
         with tempfile.TemporaryDirectory() as folder:
-            copy = Path(folder, self.path.name)
+            copy = Path(folder, name)
             copy.write_bytes(self.data)
             yield copy
 
     @cached_property
     def tensors(self) -> tuple[list[TensorInfo], list[TensorInfo]]:
-        """The file's inputs and outputs. The first use loads the model into ONNX Runtime, which takes 10 ms or more."""
-        from shorttail.models.session import Session
-
-        try:
-            with self.on_disk() as path:
-                session = Session(path)
-        except InvalidArgument as error:
-            raise InvalidArgument(f"model '{self.model_name}': {error.message}") from None
-        shapeless = names_without_shape(self.data)
+        """The file's inputs and outputs, which ONNX Runtime tells when it has loaded the model, in another process."""
+        with self.on_disk() as path:
+            found = try_file(read_tensors, path, self.model_name, model=self.model_name, limit_s=self.vet_s)
         inputs, outputs = (
-            [replace(tensor, any_rank=tensor.name in shapeless) for tensor in tensors]
-            for tensors in (session.inputs, session.outputs)
+            [replace(tensor, any_rank=tensor.name in self.shapeless) for tensor in tensors] for tensors in found
         )
         return inputs, outputs
+
+
+def read_tensors(path: Path, model_name: str) -> tuple[list[TensorInfo], list[TensorInfo]]:
+    """Load a file into ONNX Runtime and return its inputs and outputs. Raises InvalidArgument."""
+    from shorttail.models.session import Session
+
+    try:
+        session = Session(path)
+    except InvalidArgument as error:
+        raise InvalidArgument(f"model '{model_name}': {error.message}") from None
+    return session.inputs, session.outputs
 
 
 def select_outputs(model: Model, outputs: Sequence[TensorInfo], label: str) -> tuple[TensorInfo, ...]:

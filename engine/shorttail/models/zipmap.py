@@ -12,24 +12,13 @@ from typing import Any
 IDENTITY_OPSET = 9  # of files that import no version of ONNX's own operators, as CatBoost's
 
 
-def without_zipmaps(data: bytes) -> bytes:
-    """Return an ONNX file whose outputs are tensors where ZipMap made them maps. Without such an output, `data` itself.
-
-    Only commands that register models call this, so a server needs no onnx package and does not import it.
-    """
-    if b"ZipMap" not in data:
-        return data
+def remove_zipmaps(model: Any) -> bool:
+    """Make tensors of the outputs of an onnx.ModelProto that ZipMap made maps. Returns whether there are any."""
     import onnx
 
-    try:
-        model = onnx.load_model_from_string(data)
-    except Exception:  # protobuf's DecodeError, under a name that depends on its implementation
-        return data  # ONNX Runtime says what is wrong with the file
     graph = model.graph
     made_by = {name: node for node in graph.node for name in node.output}
     found = [(output, zipmap) for output in graph.output if (zipmap := zipmap_under(output.name, made_by))]
-    if not found:
-        return data
     for output, zipmap in found:
         node = made_by[output.name]
         at = list(graph.node).index(node)
@@ -38,10 +27,9 @@ def without_zipmaps(data: bytes) -> bytes:
         graph.node.insert(at, onnx.helper.make_node("Identity", zipmap.input[:1], [output.name], node.name))
         shape = [None, n_classes(zipmap)]
         output.CopyFrom(onnx.helper.make_tensor_value_info(output.name, onnx.TensorProto.FLOAT, shape))
-    if all(opset.domain not in ("", "ai.onnx") for opset in model.opset_import):
+    if found and all(opset.domain not in ("", "ai.onnx") for opset in model.opset_import):
         model.opset_import.append(onnx.helper.make_opsetid("", IDENTITY_OPSET))
-    cleaned: bytes = model.SerializeToString()
-    return cleaned
+    return bool(found)
 
 
 def zipmap_under(name: str, made_by: dict[str, Any]) -> Any:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 from unicodedata import normalize
 
@@ -18,8 +19,9 @@ from shorttail.define.ondemand import OnDemandFeature
 from shorttail.define.views import FeatureView
 from shorttail.errors import InvalidArgument, NotFound, ResourceExhausted
 from shorttail.models.golden import GoldenRows
-from shorttail.models.serving import vet
 from shorttail.models.signature import ModelFile, check_inputs, column_width
+from shorttail.models.trial import trial_limit_s
+from shorttail.models.vetting import vet
 from shorttail.registry import versions as registry
 from shorttail.registry.examples import read_examples
 
@@ -59,26 +61,34 @@ class Prepared:
     golden: dict[str, GoldenRows | None] = field(default_factory=dict)  # their examples
 
 
-def prepare(definitions: Any) -> Prepared:
+def prepare(definitions: Any, vet_timeout: str | timedelta | None = None) -> Prepared:
     """Collect definitions (a file's path, objects, or Definitions), read their files, compile their functions.
 
-    This makes every check that needs no store. Raises NotFound, InvalidArgument.
+    This makes every check that needs no store. vet_timeout: as for `apply`. Raises NotFound, InvalidArgument.
     """
+    vet_s = trial_limit_s(vet_timeout)
     collected = collect(definitions)
-    files = {name: ModelFile.read(model.path, name) for name, model in collected.models.items()}
+    files = {name: ModelFile.read(model.path, name, vet_s) for name, model in collected.models.items()}
     compile_functions(collected)
     return Prepared(collected, files)
 
 
-def apply(store: Store, definitions: Any, dry_run: bool = False, reset: bool = False) -> list[Change]:
+def apply(
+    store: Store,
+    definitions: Any,
+    dry_run: bool = False,
+    reset: bool = False,
+    vet_timeout: str | timedelta | None = None,
+) -> list[Change]:
     """Register definitions. Returns the changes, in order.
 
     definitions: what `prepare` takes, or what it returned. dry_run: return the changes and write nothing.
-    reset: drop a view's rows if its schema changes, instead of raising InvalidArgument.
-    Raises NotFound, InvalidArgument, Internal (a model fails when it runs) or ResourceExhausted (too many views) for
-    the first error found; nothing is written then.
+    reset: drop a view's rows if its schema changes, instead of raising InvalidArgument. vet_timeout: how long a trial
+    of a model's file may take ("10m"; LIMITS.vet_s by default); the process that tries it is killed then.
+    Raises NotFound, InvalidArgument, Internal (a model fails when it runs), DeadlineExceeded (its trial takes too long)
+    or ResourceExhausted (too many views, too little memory) for the first error found; nothing is written then.
     """
-    prepared = definitions if isinstance(definitions, Prepared) else prepare(definitions)
+    prepared = definitions if isinstance(definitions, Prepared) else prepare(definitions, vet_timeout)
     store.refresh()
     plan = plan_changes(store.catalog.copy(), prepared, store.count, reset)
     vet_new(plan, prepared)
@@ -149,7 +159,9 @@ def vet_new(plan: ChangePlan, prepared: Prepared) -> None:
             said: list[str] = []
             golden = prepared.golden[name] = read_examples(plan.catalog, entry.version())
             with file.on_disk() as path:
-                prepared.vetted[name] = vet(plan.catalog, entry.version(), entry.current, path, said.append, golden)
+                prepared.vetted[name] = vet(
+                    plan.catalog, entry.version(), entry.current, path, said.append, golden, file.vet_s
+                )
             prepared.warnings.extend(Change("!", f"model {name}", text) for text in said)
 
 

@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,14 @@ from shorttail.errors import InvalidArgument, NotFound, ResourceExhausted
 from shorttail.models.golden import FILE as EXAMPLES_FILE
 from shorttail.models.golden import GoldenRows
 from shorttail.models.missing import find_replacements, required_columns
-from shorttail.models.serving import vet, with_findings
 from shorttail.models.signature import (
     ModelFile,
     check_inputs,
     request_columns,
     select_outputs,
 )
+from shorttail.models.trial import trial_limit_s
+from shorttail.models.vetting import vet, with_findings
 from shorttail.registry.examples import digest, read_examples
 from shorttail.store import Store
 from shorttail.store.files import model_path, sync_folder, write_durably
@@ -132,15 +133,16 @@ def deploy(
     metrics: Mapping[str, float] | None = None,
     canary_percent: float | None = None,
     examples: str | Path | None = None,
+    vet_timeout: str | timedelta | None = None,
 ) -> int:
     """Register an ONNX file as the model's next version, with the current version's inputs. Returns its number.
 
     promote: the new version becomes the current one. canary_percent: it becomes a canary instead, which answers this
     percentage of requests, and the current version answers the rest. owner, description: None keeps those of the
-    current version. run, metrics, examples: belong to this version alone. If the current version has the same file
-    already, no version is made and the current number is returned. A version is registered only if it loads, runs and
-    fits the views. Raises NotFound (no such model: apply its definition first), InvalidArgument, Internal (it fails to
-    run).
+    current version. run, metrics, examples: belong to this version alone. vet_timeout: as for `apply`. If the current
+    version has the same file already, no version is made and the current number is returned. A version is registered
+    only if it loads, runs and fits the views. Raises NotFound (no such model: apply its definition first),
+    InvalidArgument, Internal (it fails to run).
     """
     store.refresh()
     source = str(Path(path).absolute())
@@ -148,7 +150,7 @@ def deploy(
     expected = None if examples is None else str(Path(examples).absolute())
     changes: Any = {"path": source, "run": run, "metrics": metrics or {}, "examples": expected}
     changes |= {field: text for field, text in given.items() if text is not None}
-    file = ModelFile.read(source, name)
+    file = ModelFile.read(source, name, trial_limit_s(vet_timeout))
     entry = store.catalog.model(name)
     info = inspect(store.catalog, replace(entry.model, **changes), file)
     if canary_percent is not None:
@@ -158,7 +160,7 @@ def deploy(
     if entry.version().sha256 != file.sha256:
         golden = read_examples(store.catalog, info)
         with file.on_disk() as copy:
-            vetted = vet(store.catalog, info, next_version(entry), copy, golden=golden)
+            vetted = vet(store.catalog, info, next_version(entry), copy, golden=golden, limit_s=file.vet_s)
     with store.edit_catalog() as catalog:
         entry = catalog.model(name)
         number = entry.current
@@ -174,15 +176,15 @@ def deploy(
     return number
 
 
-def promote(store: Store, name: str, version: int | None = None) -> int:
+def promote(store: Store, name: str, version: int | None = None, vet_timeout: str | timedelta | None = None) -> int:
     """Make a version the current one, and end a canary. version: None takes the canary, else the newest version.
 
-    Returns the version that was current before. Raises NotFound; InvalidArgument or Internal if the version does not
-    load or run, or does not fit the views.
+    vet_timeout: as for `apply`. Returns the version that was current before. Raises NotFound; InvalidArgument or
+    Internal if the version does not load or run, or does not fit the views.
     """
     store.refresh()
     number = version if version is not None else candidate(store.catalog.model(name))
-    vetted = vet_stored(store, name, number)
+    vetted = vet_stored(store, name, number, vet_timeout)
     with store.edit_catalog() as catalog:
         entry = with_examined(catalog.model(name), number, vetted)
         check_version(store, catalog, entry, number)
@@ -202,20 +204,27 @@ def candidate(entry: ModelEntry) -> int:
     return number
 
 
-def rollback(store: Store, name: str) -> int:
+def rollback(store: Store, name: str, vet_timeout: str | timedelta | None = None) -> int:
     """Make the previous version the current one again. Returns its number. Raises the errors of `promote`."""
     store.refresh()
     previous = store.catalog.model(name).previous
     if previous is None:
         raise InvalidArgument(f"model '{name}' has no earlier version to go back to")
-    promote(store, name, previous)
+    promote(store, name, previous, vet_timeout)
     return previous
 
 
-def set_canary(store: Store, name: str, percent: float, version: int | None = None) -> Share | None:
+def set_canary(
+    store: Store,
+    name: str,
+    percent: float,
+    version: int | None = None,
+    vet_timeout: str | timedelta | None = None,
+) -> Share | None:
     """Let a version answer a percentage of the requests, chosen by their entity keys. percent: 0 ends the canary.
 
-    version: None takes the present canary, else the newest version. Returns the canary, None if it was ended.
+    version: None takes the present canary, else the newest version. vet_timeout: as for `apply`. Returns the canary,
+    None if it was ended.
     Raises NotFound; InvalidArgument or Internal if the version cannot serve or takes other request columns than the
     current version.
     """
@@ -227,7 +236,7 @@ def set_canary(store: Store, name: str, percent: float, version: int | None = No
         return None
     check_percent(percent, f"model '{name}': canary")
     number = version if version is not None else candidate(store.catalog.model(name))
-    vetted = vet_stored(store, name, number)
+    vetted = vet_stored(store, name, number, vet_timeout)
     with store.edit_catalog() as catalog:
         entry = with_examined(catalog.model(name), number, vetted)
         check_version(store, catalog, entry, number)
@@ -238,10 +247,16 @@ def set_canary(store: Store, name: str, percent: float, version: int | None = No
     return share
 
 
-def set_shadow(store: Store, name: str, version: int | None, percent: float = 100.0) -> Share | None:
+def set_shadow(
+    store: Store,
+    name: str,
+    version: int | None,
+    percent: float = 100.0,
+    vet_timeout: str | timedelta | None = None,
+) -> Share | None:
     """Run a version on a percentage of the current version's requests and compare the answers. version: None ends it.
 
-    Returns the shadow, None if it was ended. Raises the errors of `set_canary`.
+    vet_timeout: as for `apply`. Returns the shadow, None if it was ended. Raises the errors of `set_canary`.
     """
     store.refresh()
     if version is None:
@@ -250,7 +265,7 @@ def set_shadow(store: Store, name: str, version: int | None, percent: float = 10
         store.refresh()
         return None
     check_percent(percent, f"model '{name}': shadow")
-    vetted = vet_stored(store, name, version)
+    vetted = vet_stored(store, name, version, vet_timeout)
     with store.edit_catalog() as catalog:
         entry = with_examined(catalog.model(name), version, vetted)
         check_version(store, catalog, entry, version)
@@ -329,11 +344,12 @@ def columns_of_both(
     return request_columns(catalog, current.model, current.inputs), request_columns(catalog, info.model, info.inputs)
 
 
-def vet_stored(store: Store, name: str, number: int) -> VersionInfo:
+def vet_stored(store: Store, name: str, number: int, vet_timeout: str | timedelta | None) -> VersionInfo:
     """Load, warm, check and examine a version of the store. Returns what `vet` returns, and raises its errors."""
     info = store.catalog.model(name).version(number)
     check_inputs(store.catalog, info.model, info.inputs, f"version {number}")
-    return vet(store.catalog, info, number, model_path(store.path, name, number))
+    path = model_path(store.path, name, number)
+    return vet(store.catalog, info, number, path, limit_s=trial_limit_s(vet_timeout))
 
 
 def with_examined(entry: ModelEntry, number: int, vetted: VersionInfo) -> ModelEntry:
