@@ -113,13 +113,16 @@ class Peer:
 
 
 class Server:
-    """A running `shorttail serve` on free ports. env: of its processes, by default that of the test."""
+    """A running `shorttail serve` on free ports.
 
-    def __init__(self, store, *options, log, env=None):
+    env: of its processes, by default that of the test. prefix: a command that starts it, as in another namespace.
+    """
+
+    def __init__(self, store, *options, log, env=None, prefix=()):
         self.log = log
         with log.open("w") as errors:
             self.process = subprocess.Popen(
-                [*SERVE, "--store", str(store), "--port", "0", *options],
+                [*prefix, *SERVE, "--store", str(store), "--port", "0", *options],
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,

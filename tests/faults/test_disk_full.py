@@ -86,13 +86,19 @@ score = st.Model("score", path="score.onnx", inputs=["scored:a"])
 """
 
 
-def test_a_failure_of_any_write_of_an_apply(zygote: Zygote, tmp_path: Path) -> None:
+def write_definitions(folder: Path) -> Path:
+    """Write a model's file and the definitions that register it."""
     ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", 1]) for name in ("x", "y")]
     graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "score", ends[:1], ends[1:])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
-    onnx.save_model(model, tmp_path / "score.onnx")
-    definitions = tmp_path / "definitions.py"
+    onnx.save_model(model, folder / "score.onnx")
+    definitions = folder / "definitions.py"
     definitions.write_text(DEFINITIONS)
+    return definitions
+
+
+def test_a_failure_of_any_write_of_an_apply(zygote: Zygote, tmp_path: Path) -> None:
+    definitions = write_definitions(tmp_path)
 
     def attempt(nth: int) -> dict[str, Any]:
         path = tmp_path / str(nth)

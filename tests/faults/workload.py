@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import shutil
 import threading
 import traceback
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from small_disk import ROOM, FullDisk, free, mount_of
 from zygote import FULL_ONCE, LOST, Shim
 
 from shorttail._native.columns import Columns
@@ -30,6 +32,7 @@ from shorttail.define.views import Feature, FeatureView
 from shorttail.errors import ResourceExhausted, Unavailable
 from shorttail.registry.apply import apply
 from shorttail.store import ColumnBatch, Delete, Store, Upsert
+from shorttail.store.backup import backup
 from shorttail.store.environment import table_ids, table_pages
 from shorttail.store.files import model_path
 from shorttail.store.table import make_layout
@@ -307,10 +310,15 @@ def watch_syncs(report: Report, path: str) -> None:
         report(late=[entry for entry in late if entry[1:] != (0, 0)], calls=n_calls)
 
 
+def fault_of(mode: int) -> Shim | FullDisk:
+    """Return what makes a fault of a mode."""
+    return FullDisk() if mode == ROOM else Shim()
+
+
 def survive(report: Report, path: str, step: int, fault: list[int]) -> None:
     """Take a step with a fault and then without. The failed step must change nothing for stores that are open."""
     mode, nth = fault
-    shim = Shim()
+    shim = fault_of(mode)
     message = None
     with Store.open(path) as store, Store.open(path) as reader:
         before = look_up_all(reader)
@@ -320,7 +328,7 @@ def survive(report: Report, path: str, step: int, fault: list[int]) -> None:
         except ResourceExhausted as error:
             message = error.message
         during = look_up_all(reader), look_up_all(store)
-        calls = shim.calls
+        reached = shim.reached(nth, message)
         shim.disarm()
         assert during[0] == during[1] == scan_all(store)
         at = step_seen(during[0])
@@ -334,30 +342,30 @@ def survive(report: Report, path: str, step: int, fault: list[int]) -> None:
         check_structure(store)
         with store.environment.read() as txn:
             assert set(table_ids(txn)) <= {table.id for table in store.catalog.tables.values()}, "tables were left over"
-        report(reached=calls >= nth, message=message)
+        report(reached=reached, message=message)
 
 
 def survive_creation(report: Report, path: str, fault: list[int]) -> None:
     """Create a store with a fault and then without."""
-    shim, message = Shim(), None
+    shim, message = fault_of(fault[0]), None
     Path(path).parent.mkdir(exist_ok=True)
     shim.arm(Path(path).parent, *fault)
     try:
         create(path)
     except ResourceExhausted as error:
         message = error.message
-    calls = shim.calls
+    reached = shim.reached(fault[1], message)
     shim.disarm()
     create(path)
     with Store.open(path) as store:
         take(store, 1)
         assert step_seen(look_up_all(store)) == 1
-    report(reached=calls >= fault[1], message=message)
+    report(reached=reached, message=message)
 
 
 def survive_apply(report: Report, path: str, definitions: str, fault: list[int]) -> None:
     """Apply definitions with a model, with a fault and then without."""
-    shim, message = Shim(), None
+    shim, message = fault_of(fault[0]), None
     with Store.open(path) as store:
         before = store.catalog
         shim.arm(path, *fault)
@@ -365,7 +373,7 @@ def survive_apply(report: Report, path: str, definitions: str, fault: list[int])
             apply(store, definitions)
         except ResourceExhausted as error:
             message = error.message
-        calls = shim.calls
+        reached = shim.reached(fault[1], message)
         shim.disarm()
         store.refresh()
         assert (store.catalog == before) == (message is not None)
@@ -373,7 +381,59 @@ def survive_apply(report: Report, path: str, definitions: str, fault: list[int])
         (version,) = store.catalog.models["score"].versions.items()
         assert hashlib.sha256(model_path(path, "score", version[0]).read_bytes()).hexdigest() == version[1].sha256
         assert store.upsert("scored", ColumnBatch([np.arange(3)], np.arange(3), [(np.ones(3, np.float32), None)])) == 3
-        report(reached=calls >= fault[1], message=message)
+        report(reached=reached, message=message)
+
+
+def survive_opening(report: Report, path: str, step: int, fault: list[int], missing: list[str]) -> None:
+    """Open a store of which some files are missing, with a fault and then without."""
+    shim, message = fault_of(fault[0]), None
+    for name in missing:
+        (Path(path) / name).unlink()
+    shim.arm(path, *fault)
+    try:
+        with Store.open(path) as store:
+            assert step_seen(look_up_all(store)) == step - 1
+    except ResourceExhausted as error:
+        message = error.message
+    reached = shim.reached(fault[1], message)
+    shim.disarm()
+    with Store.open(path) as store:
+        take(store, step)
+        assert step_seen(look_up_all(store)) == step
+    report(reached=reached, message=message)
+
+
+def survive_backup(report: Report, path: str, store: str, fault: list[int]) -> None:
+    """Back a store up to a path with a fault and then without."""
+    shim, message = fault_of(fault[0]), None
+    folder = Path(path).parent
+    folder.mkdir(exist_ok=True)
+    with Store.open(store) as source:
+        shim.arm(folder, *fault)
+        try:
+            backup(source, path)
+        except ResourceExhausted as error:
+            message = error.message
+        reached = shim.reached(fault[1], message)
+        shim.disarm()
+        if message is not None:
+            assert list(folder.iterdir()) == []
+            backup(source, path)
+        seen = look_up_all(source)
+    with Store.open(path) as copy:
+        assert look_up_all(copy) == scan_all(copy) == seen
+    report(reached=reached, message=message)
+
+
+def on_small_disk(report: Report, work: str, base: str | None, path: str, **arguments: Any) -> None:
+    """Do a job with a copy of a store at a path of a file system that this process alone uses."""
+    disk = mount_of(Path(path))
+    free(disk)
+    for left in disk.iterdir():  # by the job before, which may have been killed
+        shutil.rmtree(left)
+    if base is not None:
+        shutil.copytree(base, path, ignore=shutil.ignore_patterns("load.lock"))
+    JOBS[work](report, path=path, **arguments)
 
 
 def survive_in_threads(report: Report, path: str, seed: int, n_steps: int) -> None:
@@ -459,6 +519,9 @@ JOBS: dict[str, Callable[..., None]] = {
         survive,
         survive_creation,
         survive_apply,
+        survive_opening,
+        survive_backup,
+        on_small_disk,
         survive_in_threads,
         survive_while_scanned,
     )

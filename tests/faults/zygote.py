@@ -18,7 +18,7 @@ import sysconfig
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,10 @@ class Shim:
 
     def disarm(self) -> None:
         self._library.fault_disarm()
+
+    def reached(self, nth: int, message: str | None) -> bool:
+        """Whether there were nth writes."""
+        return self.calls >= nth
 
     @property
     def calls(self) -> int:
@@ -113,10 +117,11 @@ class Child:
 class Zygote:
     """The test's side of the zygote process; a context manager."""
 
-    def __init__(self, shim: Path) -> None:
+    def __init__(self, shim: Path, prefix: Sequence[str] = ()) -> None:
+        """prefix: the command that starts the process in another namespace."""
         preload = f"{os.environ['LD_PRELOAD']}:{shim}" if os.environ.get("LD_PRELOAD") else str(shim)
         self._process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).resolve())],
+            [*prefix, sys.executable, str(Path(__file__).resolve())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=os.environ | {"LD_PRELOAD": preload, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},

@@ -5,6 +5,7 @@ Heavy modules are imported inside the commands, so that `shorttail --help` answe
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import sys
@@ -57,16 +58,24 @@ def main() -> None:
         fail(error.format_message(), 1)
     except (click.Abort, KeyboardInterrupt):
         fail("interrupted", 130)
-    except BrokenPipeError:
-        # The reader of the output has closed it. Without this the interpreter would fail again when it exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader of the output has closed it
+        drop_output()
         sys.exit(1)
+    except OSError as error:
+        drop_output()
+        fail(f"{error.filename or 'cannot write the output'}: {error.strerror or error}", 1)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def drop_output() -> None:
+    """Let what stdout still holds go nowhere. Without this the interpreter would fail again when it exits."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def fail(message: str, code: int) -> None:
     lines = (line.strip() for line in message.splitlines())
-    click.echo(f"error: {printable(' '.join(line for line in lines if line))}", err=True)
+    with contextlib.suppress(OSError):  # the disk of stderr may be full too
+        click.echo(f"error: {printable(' '.join(line for line in lines if line))}", err=True)
     sys.exit(code)
 
 

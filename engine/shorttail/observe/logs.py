@@ -53,7 +53,10 @@ def log_now(form: Format, level: str, message: str, **fields: Any) -> None:
 
 
 def write_text(text: str, stream: TextIO | None = None) -> None:
-    """Write text and a newline to stderr in one piece, so that lines of threads do not mix. Ignores OSError."""
+    """Write text and a newline in one piece, so that lines of threads do not mix. stream: stderr if it is None.
+
+    Ignores OSError: a full disk under the log must not stop a server.
+    """
     stream = stream or sys.stderr
     with contextlib.suppress(OSError):
         stream.write(text + "\n")

@@ -17,7 +17,7 @@ from typing import Final
 
 from shorttail._native import metrics as native
 from shorttail._native.metrics import Recorder
-from shorttail.errors import Internal
+from shorttail.errors import Internal, ResourceExhausted
 
 REGION_BYTES: Final = 8 * native.REGION_WORDS
 SUPERVISOR: Final = 0  # the supervisor's region; workers use the others
@@ -96,9 +96,15 @@ class MetricsMemory:
         """Make the file for a supervisor and `workers` workers.
 
         There are two regions per worker, because a replacement may start while its predecessor is still stopping.
+        Raises ResourceExhausted if there is no memory for them: a write to a page without memory would end in SIGBUS.
         """
         fd = os.memfd_create("shorttail-metrics")
-        os.ftruncate(fd, REGION_BYTES * (1 + 2 * workers))
+        size_bytes = REGION_BYTES * (1 + 2 * workers)
+        try:
+            os.posix_fallocate(fd, 0, size_bytes)
+        except OSError as error:
+            os.close(fd)
+            raise ResourceExhausted(f"no {size_bytes:,} bytes for the server's counters: {error.strerror}") from None
         return cls(fd)
 
     @classmethod

@@ -96,6 +96,7 @@ def write_version(
         for parent in (folder.parent, folder.parent.parent, Path(store_path)):
             sync_folder(parent)
     except OSError as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
         raise ResourceExhausted(f"model '{info.model.name}': cannot write {folder}: {error.strerror}") from error
 
 

@@ -23,7 +23,7 @@ class RunsPage:
 
     def __init__(self) -> None:
         self.fd = os.memfd_create("shorttail-runs")
-        os.ftruncate(self.fd, PAGE_BYTES)
+        os.posix_fallocate(self.fd, 0, PAGE_BYTES)
         self._map = mmap.mmap(self.fd, PAGE_BYTES)
         self._words = memoryview(self._map).cast("q")
 

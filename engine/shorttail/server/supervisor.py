@@ -17,6 +17,7 @@ import math
 import selectors
 import signal
 import socket
+import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -169,9 +170,8 @@ class Supervisor:
         plural = "" if self.n_workers == 1 else "s"
         where = f"{self.launcher.listeners}{self.launcher.inherited}"
         text = f"serving on {where} · {self.n_workers} worker{plural} · {self._contents()}"
-        print(
-            text, flush=True
-        )  # on stdout, whatever the log's format: programs that start a server read the port there
+        # On stdout, whatever the log's format: programs that start a server read the port there.
+        logs.write_text(text, sys.stdout)
         self._note(text)
         self.systemd.say("READY=1", f"STATUS={self._contents()}")
 

@@ -10,6 +10,7 @@ file that may grow.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import subprocess
@@ -44,7 +45,7 @@ from shorttail.store.environment import (
 from shorttail.store.files import model_path
 from shorttail.store.lmdb_file import header_problems
 from shorttail.store.mapping import plan_map
-from shorttail.store.opening import LMDB_ENGINE, translate_errors
+from shorttail.store.opening import LMDB_ENGINE, reserve_lock_file, translate_errors
 from shorttail.store.stat import count_table_pages
 from shorttail.store.table import Array, decode_keys, make_layout, row_dtype
 
@@ -65,6 +66,12 @@ def check(path: Path) -> None:
     problems = header_problems(path)
     if problems:
         return emit_structure_problems(problems)
+    with translate_errors(path):
+        try:
+            reserve_lock_file(path)
+        except OSError as error:
+            if error.errno != errno.EROFS:  # on such a file system LMDB does without locks
+                raise
     with (
         translate_errors(path),
         lmdb.open(

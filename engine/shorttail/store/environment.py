@@ -29,7 +29,7 @@ from shorttail.store.lmdb_file import PAGE_BYTES
 from shorttail.store.lmdb_handle import LmdbHandle
 from shorttail.store.lmdb_handle import Transaction as Transaction
 from shorttail.store.mapping import map_full_error, usable_pages
-from shorttail.store.opening import check_directory, map_generation, translate_errors
+from shorttail.store.opening import check_directory, map_generation, no_store, translate_errors
 
 FORMAT_VERSION = 2
 BUCKET_KEY_BYTES = 8
@@ -135,6 +135,8 @@ class Environment:
                 writer.txn.put(_FORMAT, str(FORMAT_VERSION).encode(), overwrite=False)
                 writer.changed(_CATALOG_CHANGE)
             version = self._format()
+        if version is None and not self.handle.env.stat()["entries"]:
+            raise no_store(self.path)  # it was being made when the disk was full, or the process was killed
         if version is None:
             raise InvalidArgument(
                 f"'{self.path}' is an LMDB database but not a shorttail store; choose another path for --store"

@@ -14,16 +14,18 @@ import lmdb
 
 from shorttail.config import LIMITS
 from shorttail.errors import InvalidArgument, NotFound, PermissionDenied, ResourceExhausted, ShorttailError
+from shorttail.store.files import open_reserved
 from shorttail.store.lmdb_file import PAGE_BYTES, structure_problems
 from shorttail.store.mapping import MAP_VARIABLE, map_full_error, plan_map
 
 LMDB_ENGINE = 0  # LMDB 0.9: the size of page images depends on its page header of 16 bytes
+_LOCK_BYTES = 128 + 64 * LIMITS.readers  # of lock.mdb: LMDB's mutexes and counters, and a cache line for each reader
 
 _OWN_FILES = {"data.mdb", "lock.mdb", "generation", "load.lock", "models"}
 _NETWORK_FILESYSTEMS = ("nfs", "cifs", "smb", "fuse.sshfs", "afs", "ceph")
 
 
-def _no_store(path: Path) -> NotFound:
+def no_store(path: Path) -> NotFound:
     return NotFound(f"no store at '{path}'; create it with `shorttail apply DEFINITIONS --store {path}`")
 
 
@@ -37,7 +39,7 @@ def check_directory(path: Path, create: bool) -> None:
         if not path.exists():
             if create:
                 return
-            raise _no_store(path)
+            raise no_store(path)
         if not path.is_dir():
             raise InvalidArgument(f"'{path}' is a file, not a store; a store is a directory")
         names = {entry.name for entry in path.iterdir()}
@@ -48,7 +50,7 @@ def check_directory(path: Path, create: bool) -> None:
         raise InvalidArgument(f"store '{path}' is on {filesystem}, where LMDB is not safe; put it on a local disk")
     if size is None:
         if not create:
-            raise _no_store(path)
+            raise no_store(path)
         if others := sorted(names - _OWN_FILES):
             raise InvalidArgument(
                 f"'{path}' is not a store and holds other files ('{others[0]}'); choose an empty directory"
@@ -74,7 +76,20 @@ def open_lmdb(path: Path, create: bool) -> Any:
     return _lmdb_environment(path, create)
 
 
+def reserve_lock_file(path: Path) -> None:
+    """Reserve the disk space of lock.mdb, which LMDB itself makes without any and then writes through a map.
+
+    This process must not have LMDB open on the store: closing a descriptor of the file releases LMDB's lock on it.
+    Raises OSError.
+    """
+    lock = path / "lock.mdb"
+    # A file that is there keeps its size: only LMDB knows whether other processes have mapped it in that size.
+    size_bytes = lock.stat().st_size if lock.exists() else 0
+    os.close(open_reserved(lock, size_bytes or _LOCK_BYTES))
+
+
 def _lmdb_environment(path: Path, create: bool) -> Any:
+    reserve_lock_file(path)
     try:
         return lmdb.open(
             str(path),
@@ -93,10 +108,8 @@ def _lmdb_environment(path: Path, create: bool) -> Any:
 
 def map_generation(path: Path) -> mmap.mmap:
     """Map the file of the generation word; make it if it is missing."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    fd = open_reserved(path, 8)
     try:
-        if os.fstat(fd).st_size < 8:
-            os.ftruncate(fd, 8)
         return mmap.mmap(fd, 8)
     finally:
         os.close(fd)
