@@ -48,6 +48,10 @@ def test_what_is_no_store_is_refused(tmp_path: Path) -> None:
         Store.open(tmp_path, create=True)
     other = tmp_path / "other"
     lmdb.open(str(other)).close()
+    with pytest.raises(NotFound, match="no store at"):  # a creation that failed leaves this
+        Store.open(other)
+    with lmdb.open(str(other)) as database, database.begin(write=True) as txn:
+        txn.put(b"key", b"value")
     with pytest.raises(InvalidArgument, match="not a shorttail store"):
         Store.open(other)
     garbage = tmp_path / "garbage"
