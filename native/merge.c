@@ -118,7 +118,7 @@ int st_merge(st_merger *m, st_fault *fault)
         size_t n_all = merge_sorted(stored, n_stored, m->rows + m->next, n_new, all);
         st_lost before = m->lost;
         m->lost.stored = found->page;
-        n_all = st_dedupe(m->layout, all, n_all, &m->lost);
+        n_all = st_dedupe(m->layout, all, n_all, m->now_us, &m->lost);
         int outcome = build(m, all, n_all, key, depth, &used);
         if (outcome < 0) return fail(fault, "it has more rows than a page image can hold", key);
         if (outcome == ST_MERGE_ROOM) {

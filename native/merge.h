@@ -27,6 +27,7 @@ typedef struct {
     uint32_t depth_grow; /* see st_splitter */
     const st_item *rows; /* sorted; of equal keys, in the order given */
     size_t n;
+    int64_t now_us; /* see st_dedupe */
     size_t next; /* index of the first row that is not merged yet */
     uint8_t *arena;
     size_t arena_bytes;
@@ -43,7 +44,7 @@ typedef struct {
 enum { ST_MERGE_OK = 0, ST_MERGE_ROOM = 1 /* the arena is too small for the next bucket's images */ };
 
 /* Build images of the next buckets with their new rows, until the arena or images is full or next reaches n. A stored
- * row is kept if its event time is later than the new row's. Returns ST_MERGE_OK, ST_MERGE_ROOM, or -1 with fault set
+ * row is kept if its event time is later than the new row's; new rows without a time get theirs. Returns ST_MERGE_OK, ST_MERGE_ROOM, or -1 with fault set
  * (what NULL: no memory). */
 int st_merge(st_merger *m, st_fault *fault);
 void st_merge_free(st_merger *m);

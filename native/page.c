@@ -92,10 +92,20 @@ static int64_t event_time(const st_layout *l, const st_item *item)
     return (int64_t)st_load64(item->row + l->time_offset);
 }
 
+static int is_stored(const st_lost *lost, const st_item *item) { return lost->stored && item->heap == lost->stored; }
+
+/* Write the event time of a given row that has none. before_us: the latest time of its key that came before its push. */
+static void make_time(const st_layout *l, const st_item *item, int64_t now_us, int64_t before_us, const st_lost *lost)
+{
+    if (now_us == ST_UNTIMED || is_stored(lost, item) || event_time(l, item) != ST_UNTIMED) return;
+    int64_t after_us = before_us < INT64_MAX ? before_us + 1 : INT64_MAX;
+    st_store64((uint8_t *)item->row + l->time_offset, (uint64_t)(after_us > now_us ? after_us : now_us));
+}
+
 /* The push that gave an item: 0 .. n_pushes, or SIZE_MAX for a stored row. */
 static size_t push_of(const st_lost *lost, const st_item *item)
 {
-    if (lost->stored && item->heap == lost->stored) return SIZE_MAX;
+    if (is_stored(lost, item)) return SIZE_MAX;
     size_t low = 0, high = lost->n_pushes;
     while (low < high) {
         size_t middle = low + (high - low) / 2;
@@ -118,9 +128,10 @@ static void count_lost(const st_layout *l, const st_item *items, size_t start, s
 
 /* Of the items start .. stop - 1, which have one hash, put the winner among those with the key of items[start] first,
  * and the items with other keys after it, in their order. Returns the new stop. */
-static size_t keep_one(const st_layout *l, st_item *items, size_t start, size_t stop, st_lost *lost)
+static size_t keep_one(const st_layout *l, st_item *items, size_t start, size_t stop, int64_t now_us, st_lost *lost)
 {
     size_t winner = start, first = start, left = start + 1; /* first: the first item of the present push */
+    int64_t before_us = INT64_MIN;                          /* the latest time before the present push */
     size_t push = push_of(lost, &items[start]);
     for (size_t i = start + 1; i < stop; i++) {
         if (!same_key(l, &items[start], &items[i])) continue;
@@ -129,7 +140,9 @@ static size_t keep_one(const st_layout *l, st_item *items, size_t start, size_t 
             count_lost(l, items, first, i, winner, lost);
             push = next;
             first = i;
+            before_us = event_time(l, &items[winner]);
         }
+        make_time(l, &items[i], now_us, before_us, lost);
         if (event_time(l, &items[i]) >= event_time(l, &items[winner])) winner = i;
     }
     count_lost(l, items, first, stop, winner, lost);
@@ -140,13 +153,14 @@ static size_t keep_one(const st_layout *l, st_item *items, size_t start, size_t 
     return left;
 }
 
-size_t st_dedupe(const st_layout *l, st_item *items, size_t n, st_lost *lost)
+size_t st_dedupe(const st_layout *l, st_item *items, size_t n, int64_t now_us, st_lost *lost)
 {
     size_t kept = 0;
     for (size_t start = 0, next; start < n; start = next) {
         for (next = start + 1; next < n && items[next].hash == items[start].hash;) next++;
         for (size_t stop = next; start < stop; start++) {
-            if (stop - start > 1) stop = keep_one(l, items, start, stop, lost);
+            make_time(l, &items[start], now_us, INT64_MIN, lost);
+            if (stop - start > 1) stop = keep_one(l, items, start, stop, now_us, lost);
             items[kept++] = items[start];
         }
     }

@@ -23,6 +23,9 @@ enum {
     ST_ROWS_MAX = 65520,   /* rows in a page image: the count has 16 bits */
 };
 
+/* The event time of a given row that has none, as in shorttail.store.table.UNTIMED: the merge makes its time. */
+#define ST_UNTIMED INT64_MIN
+
 /* Type codes, as in shorttail.define.dtypes. */
 enum { ST_BOOL = 1, ST_INT32, ST_INT64, ST_FLOAT32, ST_FLOAT64, ST_STRING, ST_TIMESTAMP, ST_VECTOR, ST_WIDE_VECTOR };
 
@@ -161,8 +164,12 @@ typedef struct {
 } st_lost;
 
 /* Remove duplicates from sorted items: per key, keep the item with the latest event time, or the last of those. Returns
- * the number of items kept. */
-size_t st_dedupe(const st_layout *layout, st_item *items, size_t n, st_lost *lost);
+ * the number of items kept.
+ *
+ * A given row of time ST_UNTIMED gets its time, in place: now_us, or 1 us more than the latest time of its key in the
+ * store and in earlier pushes. So a clock that went back does not make a push older than what it replaces. now_us:
+ * ST_UNTIMED if all rows have times. */
+size_t st_dedupe(const st_layout *layout, st_item *items, size_t n, int64_t now_us, st_lost *lost);
 
 uint32_t st_page_rows(const uint8_t *page);
 uint32_t st_page_depth(const uint8_t *page);

@@ -29,6 +29,7 @@ cnp.import_array()
 
 cdef extern from "page.h" nogil:
     enum: ST_KEYS_MAX, ST_PAGE_BYTES
+    const int64_t ST_UNTIMED
     enum: ST_STRING
     enum: ST_VECTOR
     enum: ST_OUT_FLOAT32, ST_OUT_FLOAT64, ST_OUT_INT64, ST_OUT_INT32, ST_OUT_BOOL, ST_OUT_OBJECT
@@ -100,7 +101,7 @@ cdef extern from "page.h" nogil:
     st_convert st_conversion(uint32_t, uint32_t)
     uint32_t st_output_bytes(uint32_t)
     void st_lookup(const st_view *, size_t, size_t)
-    size_t st_dedupe(const st_layout *, st_item *, size_t, st_lost *)
+    size_t st_dedupe(const st_layout *, st_item *, size_t, int64_t, st_lost *)
     uint32_t st_page_rows(const uint8_t *)
     uint32_t st_page_depth(const uint8_t *)
     uint32_t st_page_bytes(const uint8_t *)
@@ -178,7 +179,9 @@ cdef extern from "merge.h" nogil:
         const st_layout *layout
         uint32_t table_id, depth_grow
         const st_item *rows
-        size_t n, next, looked
+        size_t n
+        int64_t now_us
+        size_t next, looked
         uint8_t *arena
         size_t arena_bytes
         st_image *images

@@ -1,11 +1,13 @@
 # SortedRows and join(), for upserts and deletes. Part of pages.pyx.
 
 cdef class SortedRows:
-    """SortedRows(layout, parts, pushes=()): rows to write or remove, sorted by hash.
+    """SortedRows(layout, parts, pushes=(), now_us=None): rows to write or remove, sorted by hash.
 
     parts: pairs (rows, arena) of buffers. rows: n * layout.row_bytes bytes in the row format; a string is a u32 offset
     into the arena and a u32 length. The buffers are kept and read in place. pushes: the number of rows of each push, in
-    the order of the rows; a push does not extend over two parts. Raises ValueError if a string lies outside its arena.
+    the order of the rows; a push does not extend over two parts. now_us: a merge writes the event times of rows that
+    have none (store.table.UNTIMED): now_us, or 1 us more than the time of the row that they replace. Raises ValueError
+    if a string lies outside its arena.
     """
     cdef readonly Layout layout
     cdef st_item *items
@@ -15,19 +17,22 @@ cdef class SortedRows:
     cdef st_merger merger
     cdef bytearray arena  # memory for the images of merge_all()
 
-    def __cinit__(self, Layout layout not None, parts, pushes=()):
+    def __cinit__(self, Layout layout not None, parts, pushes=(), now_us=None):
         cdef size_t total = 0, at = 0, v
         cdef st_item *unsorted
         cdef size_t *counts
+        cdef int writable = PyBUF_SIMPLE if now_us is None else PyBUF_WRITABLE
         self.layout = layout
+        self.merger.now_us = ST_UNTIMED if now_us is None else now_us
         parts = list(parts)
         self.views = <Py_buffer *>PyMem_Malloc((2 * len(parts) + 1) * sizeof(Py_buffer))
         if self.views is NULL:
             raise MemoryError
-        for pair in parts:
-            for buffer in pair:
-                PyObject_GetBuffer(buffer, &self.views[self.n_views], PyBUF_SIMPLE)
-                self.n_views += 1
+        for rows, arena in parts:
+            PyObject_GetBuffer(rows, &self.views[self.n_views], writable)
+            self.n_views += 1
+            PyObject_GetBuffer(arena, &self.views[self.n_views], PyBUF_SIMPLE)
+            self.n_views += 1
             total += self.views[self.n_views - 2].len // layout.c.row_bytes
         self.items = <st_item *>PyMem_Malloc((total + 1) * sizeof(st_item))
         self.merger.lost.rows = <const uint8_t **>PyMem_Malloc((total + 1) * sizeof(uint8_t *))
@@ -223,7 +228,8 @@ cdef class SortedRows:
             memcpy(both + bucket.n, self.items + i, n_new * sizeof(st_item))
             st_sort(both, both + n_all, n_all, counts)
             buckets = _Buckets(self.layout, table_id, depth_grow)
-            n_all = st_dedupe(&self.layout.c, both + (bucket.n + n_new), n_all, &self.merger.lost)
+            n_all = st_dedupe(&self.layout.c, both + (bucket.n + n_new), n_all, self.merger.now_us,
+                              &self.merger.lost)
             buckets.start(both + (bucket.n + n_new), n_all, bucket.key, bucket.depth)
             images.extend(buckets)
             return 0

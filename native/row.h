@@ -12,6 +12,7 @@ static inline uint32_t st_load32(const uint8_t *p) { uint32_t v; memcpy(&v, p, 4
 static inline uint64_t st_load64(const uint8_t *p) { uint64_t v; memcpy(&v, p, 8); return v; }
 static inline void st_store16(uint8_t *p, uint16_t v) { memcpy(p, &v, 2); }
 static inline void st_store32(uint8_t *p, uint32_t v) { memcpy(p, &v, 4); }
+static inline void st_store64(uint8_t *p, uint64_t v) { memcpy(p, &v, 8); }
 
 /* Header: rows u16 | tag bytes u16 | local depth u8 | zero u8 | LMDB pages u16. It is short so that LMDB's page header,
  * this header and up to 40 tags share one cache line: a lookup reads only that line and the row. All other fields are

@@ -24,7 +24,7 @@ static void *run(void *argument)
     struct timespec until;
     pthread_mutex_lock(&w->mutex);
     while (!w->stopped) {
-        clock_gettime(CLOCK_REALTIME, &until);
+        clock_gettime(CLOCK_MONOTONIC, &until); /* the system's time may be set back, and the pause would last as long */
         until.tv_nsec += PAUSE_NS;
         if (until.tv_nsec >= 1000000000) {
             until.tv_sec++;
@@ -54,7 +54,11 @@ int st_writeback_start(st_writeback *w, const char *path)
     if (w->fd < 0) return -1;
     w->stopped = 0;
     pthread_mutex_init(&w->mutex, NULL);
-    pthread_cond_init(&w->stop, NULL);
+    pthread_condattr_t monotonic;
+    pthread_condattr_init(&monotonic);
+    pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
+    pthread_cond_init(&w->stop, &monotonic);
+    pthread_condattr_destroy(&monotonic);
     sigfillset(&all); /* the new thread must not take signals that other threads handle */
     pthread_sigmask(SIG_SETMASK, &all, &before);
     int failed = pthread_create(&w->thread, NULL, run, w);

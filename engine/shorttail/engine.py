@@ -13,6 +13,7 @@ from shorttail import plan as planning
 from shorttail._native.pages import crc32c
 from shorttail._native.route import Route, Split
 from shorttail.config import LIMITS
+from shorttail.define.durations import parse_duration
 from shorttail.errors import InvalidArgument, NotFound, Unavailable
 from shorttail.models.device import CPU, Device, check_cuda
 from shorttail.models.raw import take_tensors
@@ -58,21 +59,27 @@ class Engine:
         device: str = "cpu",
         pretouch: bool = False,
         lock_memory: bool = False,
+        max_clock_skew: str | timedelta | None = None,
     ) -> Engine:
         """Open the store at `path`.
 
         create: make the store if there is none. device: "cuda" or "cuda:N" runs models on that GPU, except compiled
         forests. pretouch: map the store's file and build all directories now, so that no request waits for that.
-        lock_memory: the same, and keep the file in memory, also as it grows.
+        lock_memory: the same, and keep the file in memory, also as it grows. max_clock_skew: how far event times may be
+        ahead of the clock, such as "5m". The store keeps it, for all processes; a new store has "1h".
 
         Raises NotFound if there is no store and create is False, InvalidArgument if this host lacks what the device
-        needs, ResourceExhausted if the system does not allow that much locked memory (ulimit -l).
+        needs or the skew is no positive time, ResourceExhausted if the system does not allow that much locked memory
+        (ulimit -l).
         """
         where = Device.parse(device)
         if where.kind == "cuda":
             check_cuda(where)
+        skew_us = None if max_clock_skew is None else parse_duration(max_clock_skew, "max_clock_skew", "'1h' or '5m'")
         store = Store.open(path, create=create)
         try:
+            if skew_us not in (None, store.catalog.max_clock_skew_us):
+                store.set_max_clock_skew(skew_us)
             if pretouch or lock_memory:
                 store.pretouch(lock=lock_memory)
         except BaseException:
@@ -361,8 +368,9 @@ class Engine:
         checked before rows are read; where a file lacks a feature that others have, it is null. Other columns are
         ignored. docs/loading.md has the rules.
 
-        Event times come from the view's timestamp column, else from `event_time`; without either they are now. Of rows
-        of equal keys that of the latest event time stays. What is pushed to the view during the load is replaced too.
+        Event times come from the view's timestamp column, else from `event_time`; without either they are now. One that
+        cannot be right is refused (docs/types.md). Of rows of equal keys that of the latest event time stays. What is
+        pushed to the view during the load is replaced too.
         memory_bytes: what the load may take in memory (default LIMITS.load_memory_bytes); rows beyond it wait in a file
         in the store's directory. allow_shrink: also load if no row is left, or less than half of 1,000 or more rows.
 
@@ -371,16 +379,17 @@ class Engine:
         """
         from shorttail.sources.rows import column_batch, may_hold_objects
 
-        definition = self._store.catalog.view(view)
+        catalog = self._store.newest_catalog()
+        definition, skew_us = catalog.view(view), catalog.max_clock_skew_us
         total: int | None  # unknown before CSV is read
         if may_hold_objects(data):
-            batch = column_batch(definition, data, only=False)
+            batch = column_batch(definition, data, skew_us, may_be_empty=True)
             batches, total = iter([batch]), len(batch)
         else:
             from shorttail.sources.batches import open_source, row_batches  # these need PyArrow
 
             source = open_source(data, definition)
-            batches, total = row_batches(source, definition, definition.timestamp), source.rows
+            batches, total = row_batches(source, definition, definition.timestamp, skew_us), source.rows
         done = 0
 
         def report(rows: int) -> None:
@@ -394,13 +403,16 @@ class Engine:
     def push(self, view: str, rows: Any) -> RowCount:
         """Upsert rows: a dict of columns, or a pandas, polars or pyarrow table. They are durable when it returns.
 
-        The view's timestamp column, else `event_time`, holds event times; without either they are now. A row that is
-        older than the stored row of its key is dropped. Returns the number of the other rows given, with the numbers
-        of older and duplicate rows. Raises NotFound, InvalidArgument, ResourceExhausted (disk).
+        The view's timestamp column, else `event_time`, holds event times; without either they are now, or 1 us after
+        that of the stored row if this is later. An event time that cannot be right is refused (docs/types.md). Other
+        columns are ignored. A row that is older than the stored row of its key is dropped. Returns the number of the
+        other rows given, with the numbers of older and duplicate rows. Raises NotFound, InvalidArgument,
+        ResourceExhausted (disk).
         """
         from shorttail.sources.rows import column_batch
 
-        return self._store.upsert(view, column_batch(self._store.catalog.view(view), rows))
+        catalog = self._store.newest_catalog()
+        return self._store.upsert(view, column_batch(catalog.view(view), rows, catalog.max_clock_skew_us))
 
     def delete(self, view: str, keys: Mapping[str, Any]) -> int:
         """Delete the rows of these keys. Returns how many rows there were, once that is durable."""

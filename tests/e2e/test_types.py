@@ -31,6 +31,7 @@ from tritonclient.utils import InferenceServerException
 
 import shorttail as st
 from shorttail.cli import cli
+from shorttail.config import LIMITS
 from shorttail.define.dtypes import parse_dtype
 from shorttail.define.views import Feature
 from shorttail.loadtest.traffic import Workload, plan_rpc
@@ -247,7 +248,7 @@ def parquet_file(served: Served, dtype: str, value: Any, rows: int) -> list[Any]
     except (pa.ArrowException, NotImplementedError):
         raise NotExpressible from None
     definition = served.engine.store.catalog.view(view)
-    for batch in row_batches(open_source(path, definition), definition):
+    for batch in row_batches(open_source(path, definition), definition, None, LIMITS.max_clock_skew_us):
         served.engine.store.upsert(view, batch)
     return read(served, view, ids)
 

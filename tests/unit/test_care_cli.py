@@ -26,7 +26,7 @@ def test_stat_prints_views_file_commits_and_readers(project: Project) -> None:
     assert lines[2].split() == ["route", "origin,", "dest_id", "1", "0", "-", "0", "bytes", "0"]
     assert re.fullmatch(r"file: [\d.]+ KiB, [\d.]+ (KiB|bytes) of it free; may grow to 256.0 GiB", lines[3])
     assert re.fullmatch(r"commit: \d+, the log of changes from 1 on \([\d.]+ (KiB|bytes)\)", lines[4])
-    assert lines[5:] == ["readers: none"]
+    assert lines[5:] == ["max_clock_skew: 1h", "readers: none"]
 
 
 def test_verify_says_what_it_read(project: Project) -> None:

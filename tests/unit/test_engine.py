@@ -175,7 +175,7 @@ def test_rows_are_taken_from_any_frame(engine: st.Engine, kind: str) -> None:
     ("view", "rows", "message"),
     [
         ("stats", {"user_id": [1]}, "view 'stats': column 'age' is missing from the rows"),
-        ("stats", ROWS | {"agee": [1]}, "view 'stats' has no column 'agee'"),
+        ("stats", ROWS | {"Event_Time": 1}, "view 'stats' has no column 'Event_Time'; there is 'event_time', and case"),
         ("stats", ROWS | {"user_id": [1, None, 2]}, "key 'user_id' is null at row 1"),
         ("stats", ROWS | {"user_id": ["a", "b", "c"]}, "key 'user_id' takes Int64; got 'a' (str) at row 0"),
         ("stats", ROWS | {"visits": [1.5, 2, 3]}, "column 'visits' takes Int64; got 1.5 (float) at row 0"),

@@ -2,7 +2,6 @@
 
 import contextlib
 import datetime as dt
-import time
 
 import msgpack
 import numpy as np
@@ -18,6 +17,7 @@ from shorttail.client import columns as client_columns
 from shorttail.errors import InvalidArgument
 from shorttail.server.writer import read_params
 from shorttail.sources.rows import column_batch, key_arrays
+from shorttail.store.table import UNTIMED
 
 SHOP = st.Entity("shop", keys={"country": st.String, "shop_id": st.Int64})
 VIEW = st.FeatureView(
@@ -32,6 +32,7 @@ VIEW = st.FeatureView(
         st.Feature("taste", st.Vector(2)),
     ],
 )
+HOUR_US = 3_600_000_000
 START = dt.datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=dt.UTC)
 START_US = 1_767_323_045_678_901
 ROWS = {
@@ -85,7 +86,7 @@ def test_equal_rows_in_every_form_give_the_same_batch(frame, wire):
     rows = FRAMES[frame](ROWS)
     if wire:
         rows = over_the_wire(rows)
-    batch = column_batch(VIEW, rows)
+    batch = column_batch(VIEW, rows, HOUR_US)
     assert content(batch) == (
         [ROWS["country"], ROWS["shop_id"]],
         [START_US] * 3,
@@ -106,7 +107,7 @@ def test_equal_rows_in_every_form_give_the_same_batch(frame, wire):
 def test_nulls_in_every_form(frame, wire):
     nulls = {name: [*ROWS[name][:2], None] for name in ("open", "floors", "rent", "owner", "since", "taste")}
     rows = FRAMES[frame](ROWS | nulls)
-    batch = column_batch(VIEW, over_the_wire(rows) if wire else rows)
+    batch = column_batch(VIEW, over_the_wire(rows) if wire else rows, HOUR_US)
     for feature, (_, null) in zip(VIEW.features, batch.features, strict=True):
         assert null is not None, feature.name
         assert null.tolist() == [False, False, True], feature.name
@@ -119,7 +120,7 @@ def test_pandas_missing_values():
     frame["owner"] = pd.Series(["a", np.nan, "b"], dtype="category")
     frame["since"] = pd.to_datetime([START, None, START])
     for rows in (frame, over_the_wire(frame)):
-        batch = column_batch(VIEW, rows)
+        batch = column_batch(VIEW, rows, HOUR_US)
         found = {f.name: n for f, (_, n) in zip(VIEW.features, batch.features, strict=True)}
         assert {name for name, n in found.items() if n is not None and n.tolist() == [False, True, False]} == {
             "floors", "open", "owner", "since",
@@ -129,9 +130,9 @@ def test_pandas_missing_values():
 def test_scalars_are_repeated():
     one = {name: column[0] for name, column in ROWS.items()}
     for scalars in (one, over_the_wire(one)):
-        alone = column_batch(VIEW, scalars)
+        alone = column_batch(VIEW, scalars, HOUR_US)
         assert len(alone) == 1
-        batch = column_batch(VIEW, scalars | {"shop_id": [7, 8, 9], "floors": None})
+        batch = column_batch(VIEW, scalars | {"shop_id": [7, 8, 9], "floors": None}, HOUR_US)
         keys, times, features = content(batch)
         assert (keys, times) == ([["de"] * 3, [7, 8, 9]], [START_US] * 3)
         assert features[1][1] == [True] * 3
@@ -140,18 +141,37 @@ def test_scalars_are_repeated():
         ["de", "de"], [1, 2],
     ]  # fmt: skip
     with pytest.raises(InvalidArgument, match="column 'open' has 1 values where others have 3"):
-        column_batch(VIEW, ROWS | {"open": [True]})
+        column_batch(VIEW, ROWS | {"open": [True]}, HOUR_US)
 
 
-def test_rows_without_event_times_get_the_current_time_and_a_feature_may_be_called_event_time():
+def test_the_store_makes_missing_event_times_and_a_feature_may_be_called_event_time():
     rows = {name: column for name, column in ROWS.items() if name != "event_time"}
-    before_us = time.time_ns() // 1000
-    untimed = column_batch(VIEW, rows)
+    untimed = column_batch(VIEW, rows, HOUR_US)
     timed = st.FeatureView("timed", entity=SHOP, features=[st.Feature("event_time", st.Timestamp)])
-    batch = column_batch(timed, {"country": "de", "shop_id": [1, 2], "event_time": [1, None]})
+    batch = column_batch(timed, {"country": "de", "shop_id": [1, 2], "event_time": [1, None]}, HOUR_US)
     assert batch.features[0][1].tolist() == [False, True]
-    for times_us in (untimed.event_time_us, batch.event_time_us):
-        assert ((before_us <= times_us) & (times_us <= time.time_ns() // 1000)).all()
+    assert (untimed.event_time_us.tolist(), batch.event_time_us.tolist()) == ([UNTIMED] * 3, [UNTIMED] * 2)
+
+
+def test_other_columns_are_ignored_unless_they_seem_to_be_one_that_is_missing():
+    more = {"created": [START] * 3, "Rent": ["x"] * 3, "OPEN": 1, "": None}
+    for rows in (ROWS | more, over_the_wire(ROWS | more), pd.DataFrame(ROWS).assign(**more)):
+        batch = column_batch(VIEW, rows, HOUR_US)
+        assert content(batch) == content(column_batch(VIEW, ROWS, HOUR_US))
+    renamed = st.FeatureView("v", SHOP, [st.Feature("x", st.Int64, column="größe"), st.Feature("y", st.Int64)])
+    keys = {"country": "de", "shop_id": 1}
+    for wrong, message in (
+        ({"größe": 1, "Y": 1}, "has no column 'Y'; there is 'y', and case matters"),
+        ({"größe": 1, "y": 1, "EVENT_TIME": START}, "no column 'EVENT_TIME'; there is 'event_time', and case matters"),
+        ({"x": 1, "y": 1}, "has no column 'x'; feature 'x' is read from column 'größe'"),
+        ({"gro\u0308ße": 1, "y": 1}, "; write it in Unicode's composed form (NFC): "),
+        ({"größe": 1, "z": 1}, "column 'y' is missing from the rows; they need: "),
+    ):
+        with pytest.raises(InvalidArgument) as caught:
+            column_batch(renamed, keys | wrong, HOUR_US)
+        assert message in caught.value.message
+    complete = keys | {"größe": 1, "x": 2, "y": 3, "event_time": START, "Event_Time": 5}
+    assert column_batch(renamed, complete, HOUR_US).features[0][0].tolist() == [1]
 
 
 @pytest.mark.parametrize(
@@ -193,7 +213,7 @@ def test_rows_without_event_times_get_the_current_time_and_a_feature_may_be_call
 )
 def test_wrong_values_are_named(changed, message):
     with pytest.raises(InvalidArgument) as caught:
-        column_batch(VIEW, ROWS | changed)
+        column_batch(VIEW, ROWS | changed, HOUR_US)
     assert caught.value.message.startswith(f"view 'shops': {message}")
 
 
@@ -210,7 +230,7 @@ anything = values.recursive(
 def test_arbitrary_messagepack_gives_rows_or_an_error(columns):
     packed = msgpack.packb(["shops", columns], default=client_columns._pack_other)
     with contextlib.suppress(InvalidArgument):
-        batch = column_batch(VIEW, read_params(packed)[1])
+        batch = column_batch(VIEW, read_params(packed)[1], HOUR_US)
         assert len(batch) > 0
         batch.check(VIEW)
 
@@ -227,4 +247,4 @@ def test_a_column_of_numbers_in_a_table_is_no_single_vector(frame):
     table = pd.DataFrame({name: column[:2] for name, column in ROWS.items()} | {"taste": [1.0, 2.0]})
     rows = {"pandas": table, "pyarrow": pa.Table.from_pandas(table), "polars": pl.from_pandas(table)}[frame]
     with pytest.raises(InvalidArgument, match="column 'taste' has numbers where vectors are expected"):
-        column_batch(VIEW, rows)
+        column_batch(VIEW, rows, HOUR_US)

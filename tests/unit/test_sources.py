@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,8 +11,10 @@ import numpy as np
 import pytest
 
 import shorttail as st
+from shorttail.config import LIMITS
 from shorttail.errors import InvalidArgument, NotFound, ShorttailError
 from shorttail.store import ColumnBatch
+from shorttail.store.table import UNTIMED
 
 pa = pytest.importorskip("pyarrow")
 import pyarrow.csv  # noqa: E402
@@ -59,13 +60,13 @@ ROWS: dict[str, Any] = {
 def file_batches(path: Path, view: st.FeatureView, timestamp: str | None = None) -> tuple[int | None, Any]:
     """Return (number of rows, batches of rows) of a file."""
     source = FileSource(path, [*view.keys, *view.feature_index, timestamp or "event_time"], f"view '{view.name}'")
-    return source.rows, row_batches(source, view, timestamp)
+    return source.rows, row_batches(source, view, timestamp, LIMITS.max_clock_skew_us)
 
 
 def arrow_batches(data: Any, view: st.FeatureView, timestamp: str | None = None) -> tuple[int | None, Any]:
     """Return (number of rows, batches of rows) of Arrow data."""
     source = ArrowSource(data, f"rows for view '{view.name}'")
-    return source.rows, row_batches(source, view, timestamp)
+    return source.rows, row_batches(source, view, timestamp, LIMITS.max_clock_skew_us)
 
 
 def table(**changes: Any) -> Any:
@@ -251,10 +252,11 @@ def test_other_types_are_converted_to_those_of_the_view(read: Callable[..., list
     assert batch.event_time_us.tolist() == [AT_US] * 3
 
 
-def test_rows_without_event_times_get_the_current_time(read: Callable[..., list[ColumnBatch]]) -> None:
-    before_us = time.time_ns() // 1000
+def test_the_store_makes_missing_event_times(read: Callable[..., list[ColumnBatch]]) -> None:
     (batch,) = read(table(), None)
-    assert ((before_us <= batch.event_time_us) & (batch.event_time_us <= time.time_ns() // 1000)).all()
+    assert batch.event_time_us.tolist() == [UNTIMED] * 3
+    with pytest.raises(InvalidArgument, match=r"no column 'event_time' .*; there is 'EVENT_TIME', and case matters"):
+        read(table(EVENT_TIME=[1, 2, 3]), None)
 
 
 def test_a_folder_is_read_file_by_file(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 import shorttail as st
 from shorttail import protocol
-from shorttail.config import Limits
+from shorttail.config import LIMITS, Limits
 from shorttail.errors import InvalidArgument, NotFound, ResourceExhausted, ShorttailError
 from shorttail.server import writer as module
 from shorttail.server.errorlog import ErrorLog
@@ -30,7 +30,7 @@ class FakeStore:
     def __init__(self):
         self.commits, self.fail, self.newer = [], lambda edits: None, {}
         self.views = {"stats": STATS}
-        self.catalog = SimpleNamespace(view=self.view)
+        self.catalog = SimpleNamespace(view=self.view, max_clock_skew_us=LIMITS.max_clock_skew_us)
 
     def view(self, name):
         if name not in self.views:
@@ -266,11 +266,11 @@ def test_times_reach_the_view_as_times(dtype, many):
     sent = protocol.pack_tensor(times) if many else msgpack.Timestamp(1_769_860_800, 500_000_999)
     ids = [1, 2] if many else 1
     columns = read_params(msgpack.packb(["v", {"user_id": ids, "x": sent}]))[1]
-    taken = column_batch(st.FeatureView("v", entity=USER, features=[st.Feature("x", st.Timestamp)]), columns)
+    taken = column_batch(st.FeatureView("v", entity=USER, features=[st.Feature("x", st.Timestamp)]), columns, 1)
     assert taken.features[0][0].tolist() == times[: len(taken.features[0][0])].astype(np.int64).tolist()
     other = st.FeatureView("v", entity=USER, features=[st.Feature("x", dtype)])
     with pytest.raises(InvalidArgument, match=f"view 'v': column 'x' takes {dtype}; got "):
-        column_batch(other, columns)
+        column_batch(other, columns, 1)
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ from shorttail.cli.options import (
 from shorttail.cli.output import count_document, count_line, echo_line, print_json, print_table, status_notes
 from shorttail.cli.rows import delete, load, push
 from shorttail.cli.serve_options import settings_options
+from shorttail.cli.store_settings import as_duration, settings
 from shorttail.cli.tune import tune
 from shorttail.config import DEFAULT_HOST, DEFAULT_PORT, VERSION
 from shorttail.errors import InvalidArgument, NotFound, ShorttailError, printable
@@ -96,9 +97,24 @@ def cli() -> None:
 @store_option
 @click.option("--dry-run", is_flag=True, help="Show the changes and write nothing.")
 @click.option("--reset", is_flag=True, help="Drop the rows of views whose schema changes; without it, refuse.")
+@click.option(
+    "--max-clock-skew",
+    "skew_us",
+    metavar="TIME",
+    callback=as_duration,
+    help="Let event times be so far ahead of the clock, such as 5m; a new store allows 1h.",
+)
 @vet_option
 @json_option
-def apply(definitions: str, store: str, dry_run: bool, reset: bool, vet_timeout: str | None, as_json: bool) -> None:
+def apply(
+    definitions: str,
+    store: str,
+    dry_run: bool,
+    reset: bool,
+    skew_us: int | None,
+    vet_timeout: str | None,
+    as_json: bool,
+) -> None:
     """Register the views and models of a definitions file.
 
     DEFINITIONS is a Python file. All of its definitions are registered, or none if any of them is wrong.
@@ -120,6 +136,8 @@ def apply(definitions: str, store: str, dry_run: bool, reset: bool, vet_timeout:
     if Path(store).exists() or not dry_run:
         with opened(store, create=not dry_run) as target:
             changes = applying.apply(target, prepared, dry_run=dry_run, reset=reset)
+            if skew_us is not None and not dry_run:
+                target.set_max_clock_skew(skew_us)
     if as_json:
         listed = [{"change": c.kind, "what": c.what, "detail": c.detail} for c in changes]
         return print_json({"store": store, "dry_run": dry_run, "changes": listed})
@@ -349,6 +367,7 @@ cli.add_command(delete)
 cli.add_command(load)
 cli.add_command(models)
 cli.add_command(push)
+cli.add_command(settings)
 cli.add_command(tune)
 cli.add_command(stat)
 cli.add_command(verify)

@@ -23,6 +23,7 @@ def stat(store: str, as_json: bool) -> None:
     Example:
       shorttail stat --store store
     """
+    from shorttail.define.durations import duration_text
     from shorttail.store.mapping import size_text
     from shorttail.store.stat import store_stats
 
@@ -53,6 +54,7 @@ def stat(store: str, as_json: bool) -> None:
     log = found["change_log"]
     since = "" if log["oldest_commit"] is None else f", the log of changes from {log['oldest_commit']} on"
     click.echo(f"commit: {found['commit']}{since} ({size_text(log['bytes'])})")
+    click.echo(f"max_clock_skew: {duration_text(found['max_clock_skew_us'])}")
     click.echo(f"readers: {readers_text(found)}")
     for table in found["leftover_tables"]:
         pages = counted(table["pages"], "page")

@@ -87,7 +87,7 @@ def push(view: str, file: str, store: str | None, server: str | None, as_json: b
     with open_writer(store, server) as writer:
         definition = writer.view(view)
         source = open_source(file, definition)
-        batches = row_batches(source, definition, definition.timestamp)
+        batches = row_batches(source, definition, definition.timestamp, writer.max_clock_skew_us)
         pushed, start_s = RowCount.total([]), time.perf_counter()
         try:
             with progress_bar(view) as progress:
@@ -164,6 +164,7 @@ class StoreWriter:
 
     def __init__(self, store: Store):
         self.store = store
+        self.max_clock_skew_us: int = store.catalog.max_clock_skew_us
 
     def view(self, name: str) -> FeatureView:
         return self.store.catalog.view(name)
@@ -178,7 +179,9 @@ class StoreWriter:
 
 
 class ServerWriter:
-    """Changes rows through a server, in requests that fit into a message."""
+    """Changes rows through a server, in requests that fit into a message. The server's clock judges event times."""
+
+    max_clock_skew_us = None
 
     def __init__(self, client: Client):
         self.client = client
@@ -242,6 +245,7 @@ def wire_bytes(batch: ColumnBatch) -> int:
 def wire_columns(view: FeatureView, batch: ColumnBatch) -> dict[str, Any]:
     """Return the columns of a batch as Client.push takes them. Raises InvalidArgument."""
     from shorttail.sources.rows import time_column
+    from shorttail.store.table import UNTIMED
 
     given: list[tuple[str, Any, Any]] = [
         (name, values, None) for name, values in zip(view.keys, batch.keys, strict=True)
@@ -253,8 +257,8 @@ def wire_columns(view: FeatureView, batch: ColumnBatch) -> dict[str, Any]:
             columns[name] = wire_values(values, nulls)
         except UnicodeDecodeError:
             raise InvalidArgument(f"view '{view.name}': column '{name}' holds a string that is not UTF-8") from None
-    if (timestamp := time_column(view)) is not None:
-        columns[timestamp] = batch.event_time_us
+    if (timestamp := time_column(view)) is not None and not (batch.event_time_us == UNTIMED).all():
+        columns[timestamp] = batch.event_time_us.view("datetime64[us]")  # not numbers: their unit was checked here
     return columns
 
 

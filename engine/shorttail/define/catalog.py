@@ -10,6 +10,7 @@ import secrets
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from shorttail.config import LIMITS
 from shorttail.define.dtypes import Bool, DType, Float32, Float64, Int32, Int64, String
 from shorttail.define.entities import Entity
 from shorttail.define.models import Model
@@ -200,17 +201,27 @@ class ModelEntry:
 
 @dataclass
 class Catalog:
-    """All definitions of a store. The keys of each dict are names; every view has a table."""
+    """All definitions and settings of a store. The keys of each dict are names; every view has a table.
+
+    max_clock_skew_us: how far event times may be ahead of the clock of the process that takes them.
+    """
 
     entities: dict[str, Entity] = field(default_factory=dict)
     views: dict[str, FeatureView] = field(default_factory=dict)
     tables: dict[str, TableInfo] = field(default_factory=dict)
     models: dict[str, ModelEntry] = field(default_factory=dict)
     next_table_id: int = 1
+    max_clock_skew_us: int = LIMITS.max_clock_skew_us
 
     def copy(self) -> Catalog:
         """Return a copy whose dicts may be changed. The definitions in them are immutable and shared."""
-        return Catalog(dict(self.entities), dict(self.views), dict(self.tables), dict(self.models), self.next_table_id)
+        return replace(
+            self,
+            entities=dict(self.entities),
+            views=dict(self.views),
+            tables=dict(self.tables),
+            models=dict(self.models),
+        )
 
     def view(self, name: str) -> FeatureView:
         """Return a view. Raises NotFound that suggests a name."""
@@ -253,6 +264,7 @@ class Catalog:
             "tables": {name: [table.id, table.seed, table.page_bytes] for name, table in self.tables.items()},
             "models": {name: entry.to_json() for name, entry in self.models.items()},
             "next_table_id": self.next_table_id,
+            "max_clock_skew_us": self.max_clock_skew_us,
         }
         return json.dumps(document, separators=(",", ":")).encode()
 
@@ -269,6 +281,7 @@ class Catalog:
                 {name: TableInfo(*fields) for name, fields in document["tables"].items()},
                 {name: ModelEntry.from_json(item) for name, item in document["models"].items()},
                 document["next_table_id"],
+                document.get("max_clock_skew_us", LIMITS.max_clock_skew_us),  # stores of older versions have none
             )
         except (ValueError, KeyError, TypeError) as error:
             raise Internal(f"the store's catalog is damaged ({error!r}); restore the store from a backup") from None

@@ -32,3 +32,11 @@ def parse_duration(given: object, what: str, examples: str) -> int:
     if not 0 < length_us < 1 << 62:
         raise InvalidArgument(f"{what} {given!r} is not a positive time; write {examples}")
     return length_us
+
+
+def duration_text(length_us: int) -> str:
+    """Return a length of time in the largest unit that gives a whole number: "1h", "90m"; "1500 us" if none does."""
+    for unit, unit_us in reversed(UNIT_US.items()):
+        if length_us and unit != "w" and length_us % unit_us == 0:
+            return f"{length_us // unit_us}{unit}"
+    return f"{length_us} us"

@@ -85,6 +85,31 @@ values.
 The **error** for a refused value names the column, its type, the value, the type of the value (or of its array) and the
 row: `column 'x' takes Int64; got 3.5 (float) at row 2`. The whole request or push is then refused.
 
+## Event times
+
+The event time of a row says which row of a key is the latest, and with the view's TTL how long the row is served. A
+wrong one would hide every later row of its key, or be stale at once. So a push or a load is refused as a whole, and the
+error names the row, if an event time
+
+- is before 1970 or after 2200;
+- is more than `max_clock_skew` ahead of the clock of the process that takes the row: the server's writer, the command
+  or the embedded engine. This is a setting of the store, an hour unless it was changed
+  ([operations.md](operations.md#clocks)). A row within the skew is served at once;
+- is a plain number in another unit than microseconds. Nanoseconds lie after 2200. A number that is a time from 2000 to
+  now in seconds or in milliseconds would be in January 1970, and is refused with that unit.
+
+```text
+view 'v': column 'event_time' at row 0: 1795000000 is 1970-01-01T00:29:55Z in microseconds since 1970, and
+2026-11-18T11:06:40Z in seconds; give microseconds, or datetimes
+```
+
+The last rule is for numbers alone. Times that say their unit (datetimes, datetime64, timestamps and dates of Arrow and
+pandas, ISO 8601 text) are taken from 1970-01-01 on, so history of January 1970 is loaded as one of these.
+
+A row without an event time gets the present time when it is committed, or 1 us more than the time of the stored row of
+its key if that is later. So **a push without times is never older than what is stored**, whatever the clock does. All
+rows of a load that have no event times get the time at which the load began.
+
 ## Text
 
 CSV files, CSV bodies of `/invocations`, `column=value` on the command line and `--value` of `shorttail bench` contain

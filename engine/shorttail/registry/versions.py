@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from shorttail.define import clock
 from shorttail.define.catalog import Catalog, ModelEntry, Share, VersionInfo
 from shorttail.define.dtypes import DType
 from shorttail.define.models import Model, column_label, missing_reference
@@ -54,7 +54,7 @@ def inspect(catalog: Catalog, model: Model, file: ModelFile, known: VersionInfo 
     return VersionInfo(
         model,
         file.sha256,
-        time.time_ns() // 1000,
+        clock.now_us(),
         inputs,
         outputs,
         replacements=replacements,

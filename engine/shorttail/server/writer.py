@@ -209,7 +209,7 @@ def _without_repetition(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
 def make_edit(store: Store, method: str, name: str, columns: dict[Any, Any]) -> Edit:
     view = store.catalog.view(name)
     if method == "push":
-        return Upsert(name, column_batch(view, columns))
+        return Upsert(name, column_batch(view, columns, store.catalog.max_clock_skew_us))
     return Delete(name, key_arrays(view, columns))
 
 

@@ -6,7 +6,6 @@ The columns of all parts of a source are checked before the first row is read.
 from __future__ import annotations
 
 import os
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from shorttail._native.pages import first_bad_string
 from shorttail.config import LIMITS
 from shorttail.define.dtypes import DType, String, Timestamp
+from shorttail.define.event_times import ImpossibleTime, check_event_times
 from shorttail.define.refusal import described_text
 from shorttail.define.values import Refused
 from shorttail.define.views import FeatureView
@@ -25,7 +25,7 @@ from shorttail.errors import InvalidArgument
 from shorttail.sources.rows import time_column
 from shorttail.sources.source import BATCH_ROWS, Part, Source, column_names, first_line
 from shorttail.store import ColumnBatch
-from shorttail.store.table import Texts
+from shorttail.store.table import UNTIMED, Texts
 
 try:
     import pyarrow as pa
@@ -54,18 +54,24 @@ def open_source(data: Any, view: FeatureView) -> Source:
     return ArrowSource(data, f"rows for view '{view.name}'")
 
 
-def row_batches(source: Source, view: FeatureView, timestamp: str | None = None) -> Iterator[ColumnBatch]:
+def row_batches(
+    source: Source, view: FeatureView, timestamp: str | None, max_clock_skew_us: int | None
+) -> Iterator[ColumnBatch]:
     """Return the rows of a source for a view, batch by batch.
 
     timestamp: the column of event times, of any type that a Timestamp takes. With None, the event times come from
-    `event_time` if the source has it, else they are now. Other columns are ignored. NaN is null. Where a part lacks a
-    feature that other parts have, it is null. Raises InvalidArgument, at once for a missing or repeated column and for
-    a type that cannot fit, and while iterating for a wrong value.
+    `event_time` if the source has it, else the store makes them. max_clock_skew_us: how far event times may be ahead of
+    the clock; None if a server judges that. Other columns are ignored. NaN is null. Where a part lacks a feature that
+    other parts have, it is null. Raises InvalidArgument, at once for a missing or repeated column and for a type that
+    cannot fit, and while iterating for a wrong value.
     """
     if not source.parts:
         return iter(())
-    if timestamp is None and (found := time_column(view)) in column_names(source):
-        timestamp = found
+    if timestamp is None and (found := time_column(view)) is not None:
+        if found in column_names(source):
+            timestamp = found
+        else:
+            check_no_similar(source, NeededColumn(found, Timestamp, f"event times of view '{view.name}'", False))
     needed = key_columns(view)
     for feature in view.features:
         role = f"feature '{feature.name}'" if feature.column else "feature"
@@ -73,9 +79,9 @@ def row_batches(source: Source, view: FeatureView, timestamp: str | None = None)
     if timestamp is not None:
         needed.append(NeededColumn(timestamp, Timestamp, f"timestamp of view '{view.name}'", True))
     check_columns(source, needed)
-    now_us = time.time_ns() // 1000
     columns = [column.name for column in needed]
-    return (column_batch(rows, view, timestamp, now_us) for rows in read_batches(source, columns, BATCH_ROWS))
+    read = read_batches(source, columns, BATCH_ROWS)
+    return (column_batch(rows, view, timestamp, max_clock_skew_us) for rows in read)
 
 
 def key_batches(source: Source, view: FeatureView, batch_rows: int) -> Iterator[list[list[Any]]]:
@@ -114,6 +120,12 @@ def check_columns(source: Source, needed: Sequence[NeededColumn]) -> None:
                 check_present(part, column, counts[column.name])
             else:
                 check_absent(part, column, column.name in known, set(counts) - {column.name for column in needed})
+
+
+def check_no_similar(source: Source, column: NeededColumn) -> None:
+    """Raise InvalidArgument if a column that no part has, and none must have, is there in upper or lower case."""
+    for part in source.parts:
+        check_absent(part, column, True, set(part.names))
 
 
 def check_present(part: Part, column: NeededColumn, count: int) -> None:
@@ -155,12 +167,14 @@ def read_part(part: Part, columns: Sequence[str], batch_rows: int) -> Iterator[B
         raise InvalidArgument(f"{part.origin}: cannot be read: {first_line(error)}") from None
 
 
-def column_batch(rows: BatchReader, view: FeatureView, timestamp: str | None, now_us: int) -> ColumnBatch:
+def column_batch(
+    rows: BatchReader, view: FeatureView, timestamp: str | None, max_clock_skew_us: int | None
+) -> ColumnBatch:
     keys = [rows.required(name, dtype, "key") for name, dtype in view.keys.items()]
     if timestamp is None:
-        times = np.full(rows.batch.num_rows, now_us, np.int64)
+        times = np.full(rows.batch.num_rows, UNTIMED, np.int64)
     else:
-        times = rows.required(timestamp, Timestamp, "timestamp")
+        times = rows.event_times(timestamp, max_clock_skew_us)
     features = [rows.column(feature.source_column, feature.dtype) for feature in view.features]
     return ColumnBatch(keys=keys, event_time_us=times, features=features)
 
@@ -198,6 +212,16 @@ class BatchReader:
             row = self.first + int(np.argmax(nulls))
             raise InvalidArgument(f"{self.part.origin}: column '{name}' is null at row {row}; every row needs a {role}")
         return values
+
+    def event_times(self, name: str, max_clock_skew_us: int | None) -> NDArray[np.int64]:
+        """Return a column of event times, microseconds since 1970 UTC. Raises InvalidArgument for a wrong time."""
+        times: NDArray[np.int64] = self.required(name, Timestamp, "timestamp")
+        try:
+            check_event_times(times, self.batch.column(name), max_clock_skew_us)
+        except ImpossibleTime as error:
+            row = self.first + error.row
+            raise InvalidArgument(f"{self.part.origin}: column '{name}' at row {row}: {error}") from None
+        return times
 
 
 def all_null(dtype: DType, count: int) -> tuple[Any, Nulls]:

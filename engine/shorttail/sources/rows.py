@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,12 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shorttail.define.dtypes import DType, Timestamp
+from shorttail.define.event_times import ImpossibleTime, check_event_times
 from shorttail.define.names import decomposed, quoted
 from shorttail.define.values import Refused, as_column
 from shorttail.define.views import FeatureView
 from shorttail.errors import InvalidArgument
 from shorttail.sources.source import EVENT_TIME
 from shorttail.store import ColumnBatch
+from shorttail.store.table import UNTIMED
 
 Nulls = NDArray[np.bool_]
 
@@ -39,22 +40,22 @@ def time_column(view: FeatureView) -> str | None:
     return view.timestamp or (None if EVENT_TIME in view.source_columns else EVENT_TIME)
 
 
-def column_batch(view: FeatureView, rows: Any, only: bool = True) -> ColumnBatch:
+def column_batch(view: FeatureView, rows: Any, max_clock_skew_us: int, may_be_empty: bool = False) -> ColumnBatch:
     """Convert the rows of a push: every key and feature of the view, and event times if the rows have them.
 
     A feature comes from its source column. Event times come from the view's timestamp column, else from `event_time`;
-    without either column they are now. None and NaN are null. A scalar beside longer columns is repeated. only: refuse
-    other columns, and no rows at all; a load ignores other columns. Raises InvalidArgument naming the view and column.
+    without either column the store makes them. Other columns are ignored. None and NaN are null. A scalar beside longer
+    columns is repeated. max_clock_skew_us: how far event times may be ahead of the clock. may_be_empty: take no rows at
+    all, as a load does. Raises InvalidArgument naming the view and column.
     """
     given = as_columns(view, rows)
     timestamp = time_column(view)
     needed = [*view.keys, *view.source_columns]
     known = needed if timestamp is None or timestamp in needed else [*needed, timestamp]
-    missing = {name.casefold() for name in needed if name not in given}
-    for name in given:
-        if name not in known and (only or str(name).casefold() in missing):
-            named = f"{quoted(name)}{decomposed(name, known)}"
-            raise InvalidArgument(f"view '{view.name}' has no column {named}{_hint(view, str(name), known)}")
+    absent = [name for name in known if name not in given]
+    for name in given if absent else ():
+        if name not in known and (hint := _mistaken(view, name, absent)):
+            raise InvalidArgument(f"view '{view.name}' has no column {quoted(name)}; {hint}")
     for name in needed:
         if name not in given:
             raise InvalidArgument(f"view '{view.name}': column '{name}' is missing from the rows; they need: {needed}")
@@ -63,29 +64,29 @@ def column_batch(view: FeatureView, rows: Any, only: bool = True) -> ColumnBatch
         name = feature.source_column
         columns.append(read_column(f"view '{view.name}': column", name, feature.dtype, given[name]))
     if timestamp is not None and timestamp in given:
-        columns.append(_times(view, timestamp, given[timestamp]))
+        columns.append(_times(view, timestamp, given[timestamp], max_clock_skew_us))
     if not isinstance(rows, Mapping):
         check_rows(view, columns)
     count = align(view, columns)
-    if only and not count:
+    if not count and not may_be_empty:
         raise InvalidArgument(f"view '{view.name}': no rows; send at least one")
     keys, features = columns[: len(view.keys)], columns[len(view.keys) : len(view.keys) + len(view.features)]
     return ColumnBatch(
         keys=[column.values for column in keys],
-        event_time_us=columns[-1].values if timestamp in given else np.full(count, time.time_ns() // 1000, np.int64),
+        event_time_us=columns[-1].values if timestamp in given else np.full(count, UNTIMED, np.int64),
         features=[(column.values, column.nulls) for column in features],
     )
 
 
-def _hint(view: FeatureView, name: str, known: Sequence[str]) -> str:
-    """Return the end of the message about a column that a view does not take."""
+def _mistaken(view: FeatureView, name: str, absent: Sequence[str]) -> str:
+    """Return which absent column a given one that the view does not take was meant to be, as a hint; "" if none."""
     if name in view.feature_index:
         column = view.features[view.feature_index[name]].source_column
-        return f"; feature '{name}' is read from column '{column}'"
-    for other in known:
+        return f"feature '{name}' is read from column '{column}'" if column in absent else ""
+    for other in absent:
         if other.casefold() == name.casefold():
-            return f"; there is '{other}', and case matters"
-    return f"; columns: {', '.join(known)}"
+            return f"there is '{other}', and case matters"
+    return decomposed(name, absent).removeprefix("; ")
 
 
 def key_arrays(view: FeatureView, keys: Mapping[str, Any]) -> list[NDArray[Any]]:
@@ -114,11 +115,15 @@ def _key_columns(view: FeatureView, given: Mapping[str, Any]) -> list[PushedColu
     return columns
 
 
-def _times(view: FeatureView, name: str, value: Any) -> PushedColumn:
+def _times(view: FeatureView, name: str, value: Any, max_clock_skew_us: int) -> PushedColumn:
     column = read_column(f"view '{view.name}': column", name, Timestamp, value)
     if column.nulls is not None:
         bad = int(np.argmax(column.nulls))
         raise InvalidArgument(f"view '{view.name}': column '{name}' has no time at row {bad}; every row needs one")
+    try:
+        check_event_times(column.values, value, max_clock_skew_us)
+    except ImpossibleTime as error:
+        raise InvalidArgument(f"view '{view.name}': column '{name}' at row {error.row}: {error}") from None
     return column
 
 

@@ -8,6 +8,7 @@ from itertools import groupby
 from typing import Any
 
 from shorttail._native.pages import Layout, SortedRows, join
+from shorttail.define import clock
 from shorttail.define.catalog import TableInfo
 from shorttail.define.views import FeatureView
 from shorttail.errors import Internal, InvalidArgument, ShorttailError
@@ -124,11 +125,13 @@ class TableEdits:
     def apply(self, writer: WriteTransaction) -> dict[int, int]:
         """Apply all steps to the table. Raises TableDamaged.
 
-        Returns for each edit, by number, what became of the rows of an Upsert, or how many rows a Delete removed.
+        Returns for each edit, by number, what became of the rows of an Upsert, or how many rows a Delete removed. Rows
+        without event times get them here, under the write lock, so that later commits have later times.
         """
+        now_us = clock.now_us()
         outcomes: dict[int, int] = {}
         for i, step in enumerate(self.steps):
-            rows = SortedRows(self.layout, step.parts, step.sizes)
+            rows = SortedRows(self.layout, step.parts, step.sizes, now_us)
             try:
                 if not step.upsert:
                     outcomes[step.numbers[0]] = self._remove(writer, rows)

@@ -20,8 +20,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import numpy as np
+
 from shorttail._native.pages import Directory, Layout, PageImages, RowPartitions, RowRange
 from shorttail.config import LIMITS
+from shorttail.define import clock
 from shorttail.define.catalog import Catalog, TableInfo
 from shorttail.define.views import FeatureView
 from shorttail.errors import Internal, InvalidArgument, ResourceExhausted, ShorttailError
@@ -30,7 +33,7 @@ from shorttail.store.commits import edit_catalog, is_current
 from shorttail.store.environment import Environment, drop_table, table_ids
 from shorttail.store.lmdb_file import PAGE_BYTES
 from shorttail.store.opening import translate_errors
-from shorttail.store.table import ColumnBatch, depth_to_grow, make_layout, source_columns, split_batches
+from shorttail.store.table import UNTIMED, ColumnBatch, depth_to_grow, make_layout, source_columns, split_batches
 
 ADD_ROWS = 65_536  # rows partitioned between two progress reports
 PARTITION_BITS = 8  # 256 partitions: as many write positions as a core's L2 cache and TLB hold
@@ -55,10 +58,10 @@ def load(
     """Replace all rows of a view by the rows in batches. Returns the number of rows stored, with the other counts.
 
     Of several rows with equal keys, the row with the latest event time is stored; if the event times are equal too, the
-    row that was given last. The rows go into a new table, which replaces the old table in one commit at the end:
-    readers see either all new rows or none, and a failed load changes nothing. Upserts and deletes during the load go
-    to the old table and are lost. Other writers wait at most for one commit of LIMITS.load_commit_bytes at a time. Only
-    one load per store runs at a time; other loads wait.
+    row that was given last. Rows without event times get the time at which the load began. The rows go into a new
+    table, which replaces the old table in one commit at the end: readers see either all new rows or none, and a failed
+    load changes nothing. Upserts and deletes during the load go to the old table and are lost. Other writers wait at
+    most for one commit of LIMITS.load_commit_bytes at a time. Only one load per store runs at a time; other loads wait.
 
     memory_bytes: the memory budget (default LIMITS.load_memory_bytes), without the batches themselves. Rows beyond it
     go to an unnamed file in the store's directory. progress: called with numbers of rows whose sum is the number of
@@ -78,7 +81,7 @@ def load(
             with ExitStack() as files:
                 counter = _ProgressCounter(progress)
                 parts = Partitions(make_layout(view, table), budget, environment.path, view_name, files)
-                _partition_rows(parts, view, batches, counter)
+                _partition_rows(parts, view, timed(batches, clock.now_us()), counter)
                 shrinking.check(counter.read)  # before anything is written; equal keys are not known yet
                 table = _with_page_size(table, parts.rows)
                 n_rows = _write_table(environment, view, table, parts, counter)
@@ -252,6 +255,13 @@ def _nameless_file(folder: Path) -> int:
     fd = os.open(name, flags | os.O_CREAT | os.O_TRUNC, 0o600)
     name.unlink()
     return fd
+
+
+def timed(batches: Iterable[ColumnBatch], now_us: int) -> Iterator[ColumnBatch]:
+    """Yield the batches; rows without event times have now_us."""
+    for batch in batches:
+        untimed = batch.event_time_us == UNTIMED
+        yield replace(batch, event_time_us=np.where(untimed, now_us, batch.event_time_us)) if untimed.any() else batch
 
 
 def _partition_rows(

@@ -33,6 +33,7 @@ def store_stats(store: Snapshot) -> Stats:
         return {
             "store": str(environment.path),
             "commit": last,
+            "max_clock_skew_us": store.catalog.max_clock_skew_us,
             "file_bytes": (environment.path / "data.mdb").stat().st_size,
             "free_bytes": max(info["last_pgno"] + 1 - used, 0) * PAGE_BYTES,
             "map_bytes": info["map_size"],

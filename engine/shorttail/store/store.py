@@ -37,7 +37,7 @@ class Store(Snapshot):
         (damaged table).
         """
         if not len(batch):
-            self._committed_catalog().view(view_name)  # an unknown view is an error even without rows
+            self.newest_catalog().view(view_name)  # an unknown view is an error even without rows
         pieces = split_batches([batch], COMMIT_ROWS)
         return RowCount.total([self._commit_one(Upsert(view_name, piece)) for piece in pieces])
 
@@ -49,7 +49,7 @@ class Store(Snapshot):
         """
         removed, n_keys = 0, len(keys[0]) if keys else 0
         if not n_keys:
-            self._committed_catalog().view(view_name)
+            self.newest_catalog().view(view_name)
         for start in range(0, n_keys, COMMIT_ROWS):
             removed += self._commit_one(Delete(view_name, [column[start : start + COMMIT_ROWS] for column in keys]))
         return removed
@@ -95,7 +95,7 @@ class Store(Snapshot):
         self, edits: Sequence[Edit], numbers: list[int], separately: bool, outcomes: dict[int, int | ShorttailError]
     ) -> list[TableEdits]:
         """Encode the numbered edits, grouped by table, before the write lock is taken. Adds errors to outcomes."""
-        catalog = self._committed_catalog()
+        catalog = self.newest_catalog()
         by_view: dict[str, list[tuple[int, Edit]]] = {}
         for number in numbers:
             by_view.setdefault(edits[number].view, []).append((number, edits[number]))
@@ -109,8 +109,8 @@ class Store(Snapshot):
                 outcomes |= {number: error for number, _ in numbered}
         return [table for table in tables if table.steps]
 
-    def _committed_catalog(self) -> Catalog:
-        """Return the catalog as of the last commit of any process."""
+    def newest_catalog(self) -> Catalog:
+        """Return the catalog as of the last commit of any process. The caller must not change it."""
         with self.environment.read() as txn:
             return self._parse(self.environment.read_catalog_json(txn))
 
@@ -119,6 +119,12 @@ class Store(Snapshot):
     def edit_catalog(self) -> AbstractContextManager[Catalog]:
         """Return a context that yields a copy of the newest catalog and commits it: see commits.edit_catalog()."""
         return commits.edit_catalog(self.environment)
+
+    def set_max_clock_skew(self, skew_us: int) -> None:
+        """Set how far event times may be ahead of the clock, for all processes. A commit, unless it is so already."""
+        with self.edit_catalog() as catalog:
+            catalog.max_clock_skew_us = skew_us
+        self.refresh()
 
     # -- bulk load -------------------------------------------------------------------------------------------------
 

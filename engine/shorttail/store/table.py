@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,8 @@ from shorttail.errors import InvalidArgument
 
 HEADER_BYTES = 8
 DEPTH_MARGIN = 3  # a full bucket this many levels deeper than most gets a longer page instead of a split
+
+UNTIMED: Final = -(2**63)  # the event time of a row that has none; ST_UNTIMED of native/page.h
 
 Array = NDArray[Any]
 T = TypeVar("T")
@@ -52,7 +54,8 @@ class ColumnBatch:
     """n rows of a view, as columns.
 
     keys: one column per key of the entity. An Int64 key is an int64 array [n]; a String key is an object array [n] of
-    str, or Texts of length n. event_time_us: int64 [n], microseconds since 1970 UTC. features: per feature of the view
+    str, or Texts of length n. event_time_us: int64 [n], microseconds since 1970 UTC; UNTIMED where the store makes the
+    time: the present time, or 1 us more than the time of the row that it replaces. features: per feature of the view
     (values, mask). values: an array [n] of the NumPy type of the feature's dtype, [n, width] for vectors, or strings as
     in keys. mask: bool [n], True where the feature is null, or None. None in an object array and NaN in a Float32 or
     Float64 feature are null too. Values under a mask are ignored. Arrays may be read-only.
