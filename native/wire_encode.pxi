@@ -87,7 +87,10 @@ cdef class Encoder:
         if part.code == ELEMENT_OBJECT:
             row_bytes = part_elements(&part, 1) * sizeof(PyObject *)
             part.data += first * row_bytes
-            return _put_objects(out, &part, 0, &part.data, self.stop_at)
+            _put_objects(out, &part, 0, &part.data, self.stop_at)
+            if out.size > self.stop_at:
+                raise _reply_too_long()
+            return 0
         row_bytes = part_elements(&part, 1) * element_bytes(part.code)
         part.data += first * row_bytes
         if out.size + (rows * row_bytes if as_tensor else part_list_bytes(&part)) > self.stop_at:

@@ -140,15 +140,18 @@ class Server:
         return Peer(self.address)
 
     def workers(self):
-        """Return the process ids of the workers."""
+        """Return the process ids of the workers, without the bulk worker."""
         return self.children("worker")
 
     def children(self, kind):
-        """Return the process ids of the children of a kind: "worker" or "writer"."""
+        """Return the process ids of the children of a kind: "worker", "bulk" (at most one) or "writer"."""
         found = []
         for child in children_of(self.process.pid):
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                if f"shorttail.server.{kind}\0" in Path(f"/proc/{child}/cmdline").read_text():
+                words = Path(f"/proc/{child}/cmdline").read_text().split("\0")
+                is_bulk = "--bulk" in words
+                module = "worker" if kind == "bulk" else kind
+                if f"shorttail.server.{module}" in words and is_bulk == (kind == "bulk"):
                     found.append(child)
         return found
 

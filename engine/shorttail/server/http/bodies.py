@@ -18,6 +18,8 @@ from shorttail.server.http.parsed import TooLarge
 HEADER_BYTES: Final = "Inference-Header-Content-Length"  # of a body of tensors: the bytes of JSON at its begin
 WINDOW_BITS: Final = {"gzip": 31, "x-gzip": 31, "deflate": 47}  # of zlib.decompressobj; 47 takes gzip and zlib
 RAW_DEFLATE: Final = -15  # some clients leave out the header of zlib
+PIECE_BYTES: Final = 64 << 10  # what follows a member is copied, so it is given piece by piece
+MEMBERS_MAX: Final = 1024  # of a body of gzip; block compressors make one for each 64 KiB
 
 
 RECEIVED: Final = "body"  # under this name a request keeps what was read of its body, as it came
@@ -104,19 +106,21 @@ def inflated(body: bytes, window_bits: int, most: int) -> bytes | None:
 
     Never more than `most` bytes are decompressed, however small the body is. A body of gzip may have several members.
     """
-    parts, room = [], most
-    while True:
+    parts, room, at = [], most, 0
+    for _ in range(MEMBERS_MAX):
         stream = zlib.decompressobj(window_bits)
-        part = stream.decompress(body, room + 1)
-        if len(part) > room:
-            return None
-        if not stream.eof:
-            raise zlib.error("the stream is not complete")
-        parts.append(part)
-        room -= len(part)
-        body = stream.unused_data
-        if not body:
+        while not stream.eof:
+            piece = body[at : at + PIECE_BYTES]
+            if not piece:
+                raise zlib.error("the stream is not complete")
+            parts.append(stream.decompress(piece, room + 1))
+            room -= len(parts[-1])
+            if room < 0:
+                return None
+            at += len(piece) - len(stream.unused_data)
+        if at == len(body):
             return b"".join(parts)
+    raise zlib.error("too many members")
 
 
 def loop_bytes(request: web.Request) -> int:

@@ -1,0 +1,642 @@
+"""Large requests: the bulk worker answers them as the other workers answer the same rows in small requests."""
+
+import contextlib
+import gzip
+import json
+import os
+import signal
+import socket
+import ssl
+import struct
+import threading
+import zlib
+from pathlib import Path
+
+import msgpack
+import numpy as np
+import onnx
+import pytest
+from http_asking import Asking, ask, ask_json, http_port
+from onnx import TensorProto, helper
+from serving import FEATURED, FEATURES, PREDICT, PREDICTED, Peer, Server, alive, environment_with, make_store, until
+
+import shorttail as st
+from shorttail.config import LIMITS
+from shorttail.errors import DeadlineExceeded, InvalidArgument, ResourceExhausted, Unavailable
+
+ROWS = LIMITS.rows_per_request
+WIDE = 40  # columns of the model "wide", and outputs of a row
+INFER = "/v2/models/wide/infer"
+TOKEN = "0123456789abcdef" * 2
+
+
+def write_wide(path):
+    """Write a model that returns its float32 [rows, WIDE] input times two, and a text for each row."""
+    graph = helper.make_graph(
+        [helper.make_node("Add", ["x", "x"], ["double"]), helper.make_node("Identity", ["text"], ["same"])],
+        "wide",
+        [
+            helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, WIDE]),
+            helper.make_tensor_value_info("text", TensorProto.STRING, [None, 1]),
+        ],
+        [
+            helper.make_tensor_value_info("double", TensorProto.FLOAT, [None, WIDE]),
+            helper.make_tensor_value_info("same", TensorProto.STRING, [None, 1]),
+        ],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8), str(path))
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    home = tmp_path_factory.mktemp("store")
+    made = make_store(home)
+    write_wide(home / "wide.onnx")
+    columns = {"x": [f"request:a{i}" for i in range(WIDE)], "text": ["request:text"]}
+    with st.Engine.open(made) as engine:
+        engine.apply([st.Model("wide", path=str(home / "wide.onnx"), inputs=columns)])
+    return made
+
+
+@pytest.fixture(scope="module")
+def server(store, tmp_path_factory):
+    one = Server(store, log=tmp_path_factory.mktemp("log") / "log")
+    yield one
+    assert one.stop() == 0
+    assert one.log.read_text() == ""
+
+
+@pytest.fixture
+def client(server):
+    with st.Client("{}:{}".format(*server.address)) as client:
+        yield client
+
+
+def columns_of(rows, first=0):
+    """Columns of the model "wide", each value unlike any other."""
+    numbers = np.arange(first, first + rows)
+    return {
+        **{f"a{i}": (numbers + i / 64).astype(np.float32).tolist() for i in range(WIDE)},
+        "text": [f"row {n} of the text" for n in numbers.tolist()],
+    }
+
+
+def doubled(rows, first=0):
+    numbers = np.arange(first, first + rows)[:, None] + np.arange(WIDE)[None, :] / 64
+    return 2 * numbers.astype(np.float32)
+
+
+def message(method, *params, msgid=7):
+    return msgpack.packb([0, msgid, method, list(params)])
+
+
+def read_reply(peer):
+    unpacker = msgpack.Unpacker(max_buffer_size=1 << 30)
+    while True:
+        data = peer.socket.recv(1 << 20)
+        if not data:
+            return None
+        unpacker.feed(data)
+        for found in unpacker:
+            return found
+
+
+def test_a_small_request_starts_no_bulk_worker(store, start):
+    one = start(of=store)
+    with one.connect() as peer:
+        assert peer.ask(*PREDICT) == PREDICTED
+        assert peer.ask(*FEATURES) == FEATURED
+    assert ask_json(one, "GET", "/v2")[0] == 200
+    assert one.children("bulk") == []
+
+
+def test_a_large_request_is_answered_by_the_bulk_worker(server, client):
+    asked = columns_of(ROWS)
+    answer = client.predict("wide", asked)
+    assert np.array_equal(answer.outputs["double"], doubled(ROWS))
+    assert np.ravel(answer.outputs["same"]).tolist() == asked["text"]
+    assert len(server.children("bulk")) == 1
+    (bulk,), (worker,) = server.children("bulk"), server.workers()
+    assert os.getpriority(os.PRIO_PROCESS, bulk) > os.getpriority(os.PRIO_PROCESS, worker)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [["1.5"], [[1]], [True, None], [float("nan")], [b"x"], [1, "a"], [None]],
+    ids=["text", "list", "bool", "nan", "bytes", "mixed", "nil"],
+)
+def test_many_values_that_python_has_to_read_are_read_as_few_are(server, values):
+    few, many = 8, 2 * LIMITS.loop_uncommon_values
+    answers = []
+    for rows in (few, many):
+        asked = columns_of(rows) | {"a3": (values * rows)[:rows]}
+        with server.connect() as peer:
+            peer.send(message("predict", "wide", asked))
+            answers.append(read_reply(peer))
+    (_, _, error, result), (_, _, error_of_many, result_of_many) = answers
+    assert error_of_many == error
+    if result is not None:
+        first = [row[3] for row in result_of_many["outputs"]["double"][:few]]
+        np.testing.assert_array_equal(first, [row[3] for row in result["outputs"]["double"]])
+
+
+def test_features_of_many_rows_are_those_of_few(server, client):
+    names, users = ["stats:age", "stats:visits", "stats:tier", "stats:taste"] * 16, [3, 2, 9]
+    few = client.get_online_features(names, {"user_id": users})
+    many = client.get_online_features(names, {"user_id": users * 5000})
+    assert many.feature_names == names
+    for place in range(len(names)):
+        column, part = many[place], few[place]
+        assert len(column) == 15_000
+        for at in (0, 14_997):
+            assert repr(column[at : at + 3].tolist()) == repr(part.tolist())
+
+
+def test_a_long_list_of_features_is_answered_by_the_bulk_worker(server):
+    names = ["stats:age", "stats:visits"] * LIMITS.loop_references
+    with server.connect() as peer:
+        peer.send(message("get_online_features", names, {"user_id": [1, 2]}))
+        _, _, error, result = read_reply(peer)
+    assert error is None
+    assert result["feature_names"] == names
+    assert result["values"] == [[10.0, 20.0], [1, 2]] * LIMITS.loop_references
+
+
+def test_an_answer_that_would_be_too_long_is_refused(server):
+    names = ["stats:age"] * 1000
+    with server.connect() as peer:
+        peer.send(message("get_online_features", names, {"user_id": [1] * ROWS}))
+        _, _, error, _ = read_reply(peer)
+        assert error == {
+            "code": "RESOURCE_EXHAUSTED",
+            "message": f"{ROWS} rows of 1000 values; at most 4000000 values are answered at once: send it in parts",
+        }
+        assert peer.ask(*PREDICT) == PREDICTED
+
+
+def test_texts_in_an_answer_are_limited_by_their_bytes(store, tmp_path):
+    (tmp_path / "limits").mkdir()
+    env = environment_with(tmp_path / "limits", reply_bytes=100_000)
+    one = Server(store, log=tmp_path / "log", env=env)
+    try:
+        for rows, text in ((4, "x" * 30_000), (2, "x" * 60_000), (4000, "x" * 1000)):
+            with one.connect() as peer:
+                peer.send(message("predict", "wide", columns_of(rows) | {"text": [text] * rows}))
+                _, _, error, _ = read_reply(peer)
+            assert error == {
+                "code": "RESOURCE_EXHAUSTED",
+                "message": "an answer of more than 100000 bytes; ask for fewer rows",
+            }
+    finally:
+        one.kill()
+
+
+def test_errors_of_large_requests_are_those_of_small_ones(server):
+    for rows in (2, ROWS):
+        for asked, code, says in (
+            (("nope", columns_of(rows)), "NOT_FOUND", "nope"),
+            (("wide", {"b": [1.5] * rows}), "INVALID_ARGUMENT", "unknown column 'b'"),
+            (("wide", columns_of(rows), {"version": 9}), "NOT_FOUND", "9"),
+            (("wide", columns_of(rows), {"wrong": 1}), "INVALID_ARGUMENT", "unknown option 'wrong'"),
+        ):
+            with server.connect() as peer:
+                peer.send(message("predict", *asked))
+                _, msgid, error, _ = read_reply(peer)
+            assert (msgid, error["code"], says in error["message"]) == (7, code, True), error
+
+
+def test_a_deadline_holds_for_large_requests(client):
+    with pytest.raises(DeadlineExceeded):
+        client.predict("wide", columns_of(ROWS), deadline_ms=0.01)
+
+
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
+def test_requests_of_all_sizes_share_a_connection(store, tmp_path, certificates, tls):
+    """Replies come whole, each once, whatever is sent before and after, and however the bytes are cut."""
+    options = ("--tls-cert", str(certificates / "server.pem")) if tls else ()
+    one = Server(store, *options, log=tmp_path / "log")
+    try:
+        sizes = [1, 9000, 3, 6000, 6000, 2, 1, 12_000, 1]
+        sent = b"".join(
+            message("predict", "wide", columns_of(rows, first=100 * number), msgid=number)
+            for number, rows in enumerate(sizes)
+        )
+        with one.connect() as peer:
+            if tls:
+                context = ssl.create_default_context(cafile=certificates / "ca.pem")
+                peer.socket = context.wrap_socket(peer.socket, server_hostname="127.0.0.1")
+
+            def send():
+                cuts = np.random.default_rng(3).integers(1, len(sent), 20)
+                parts = np.split(np.frombuffer(sent, np.uint8), np.sort(cuts))
+                for part in parts:
+                    peer.socket.sendall(part.tobytes())
+
+            sender = threading.Thread(target=send)
+            sender.start()
+            unpacker = msgpack.Unpacker(max_buffer_size=1 << 30)
+            answers = {}
+            while len(answers) < len(sizes):
+                data = peer.socket.recv(1 << 16)
+                assert data
+                unpacker.feed(data)
+                for _, msgid, error, result in unpacker:
+                    assert error is None
+                    assert msgid not in answers
+                    answers[msgid] = result["outputs"]
+            sender.join()
+        for number, rows in enumerate(sizes):
+            np.testing.assert_array_equal(answers[number]["double"], doubled(rows, 100 * number))
+        assert one.stop() == 0
+    finally:
+        one.kill()
+
+
+def test_a_client_that_closes_early_harms_nobody(server):
+    for _ in range(3):
+        with server.connect() as peer:
+            peer.send(message("predict", "wide", columns_of(ROWS)))
+    with server.connect() as peer:
+        peer.send(message("predict", "wide", columns_of(ROWS))[:-1000])
+    with server.connect() as peer:
+        peer.send(msgpack.packb([2, "predict", ["wide", columns_of(9000)]]))  # a notification
+        assert peer.ask(*PREDICT) == PREDICTED
+
+
+def test_a_client_that_ends_its_sending_still_gets_the_reply(server):
+    with server.connect() as peer:
+        peer.send(message("predict", "wide", columns_of(ROWS)))
+        peer.socket.shutdown(socket.SHUT_WR)
+        _, msgid, error, result = read_reply(peer)
+    assert (msgid, error) == (7, None)
+    np.testing.assert_array_equal(result["outputs"]["double"], doubled(ROWS))
+
+
+def test_a_bulk_worker_that_dies_fails_its_requests_and_no_others(store, start):
+    one = start(of=store)
+    with st.Client("{}:{}".format(*one.address), retries=0) as client, one.connect() as peer:
+        client.predict("wide", columns_of(9000))
+        (bulk,) = one.children("bulk")
+        os.kill(bulk, signal.SIGSTOP)
+        failures = []
+
+        def call():
+            with contextlib.suppress(Unavailable):
+                client.predict("wide", columns_of(9000))
+                failures.append("answered")
+
+        def http():
+            failures.append(ask_json(one, "POST", INFER, infer_body(3000)))
+
+        callers = [threading.Thread(target=target) for target in (call, http)]
+        for caller in callers:
+            caller.start()
+        assert peer.ask(*PREDICT) == PREDICTED
+        os.kill(bulk, signal.SIGKILL)
+        for caller in callers:
+            caller.join()
+        assert [status for status, _ in failures] == [503]
+        assert "bulk worker died" in failures[0][1]["error"]
+        until(lambda: not alive(bulk), one)
+        with st.Client("{}:{}".format(*one.address)) as patient:
+            answer = patient.predict("wide", columns_of(9000))
+        np.testing.assert_array_equal(answer.outputs["double"], doubled(9000))
+    assert "bulk worker (pid" in one.log.read_text()
+
+
+def test_a_reload_replaces_the_bulk_worker(store, start):
+    one = start(of=store)
+    with st.Client("{}:{}".format(*one.address)) as client:
+        client.predict("wide", columns_of(9000))
+        (before,) = one.children("bulk")
+        one.process.send_signal(signal.SIGHUP)
+        until(lambda: not alive(before), one)
+        np.testing.assert_array_equal(client.predict("wide", columns_of(9000)).outputs["double"], doubled(9000))
+        (after,) = one.children("bulk")
+        assert after != before
+    assert one.stop() == 0
+
+
+def test_an_idle_bulk_worker_ends_and_starts_again(store, tmp_path):
+    (tmp_path / "limits").mkdir()
+    one = Server(store, log=tmp_path / "log", env=environment_with(tmp_path / "limits", bulk_idle_s=0.2))
+    try:
+        with st.Client("{}:{}".format(*one.address)) as client:
+            for _ in range(2):
+                np.testing.assert_array_equal(client.predict("wide", columns_of(9000)).outputs["double"], doubled(9000))
+                until(lambda: not one.children("bulk"), one)
+        assert one.stop() == 0
+        assert one.log.read_text() == ""
+    finally:
+        one.kill()
+
+
+def test_without_a_bulk_worker_large_requests_are_refused(store, start):
+    one = start("--no-bulk", of=store)
+    with st.Client("{}:{}".format(*one.address), retries=0) as client:
+        with pytest.raises(ResourceExhausted, match="--no-bulk: send it in parts"):
+            client.predict("wide", columns_of(9000))
+        np.testing.assert_array_equal(client.predict("wide", columns_of(50)).outputs["double"], doubled(50))
+    status, answer = ask_json(one, "POST", INFER, infer_body(3000))
+    assert (status, "--no-bulk: send it in parts" in answer["error"]) == (429, True)
+    assert one.children("bulk") == []
+
+
+def test_a_method_with_long_params_is_refused(server):
+    for method in ("ping", "models", "views", "auth", "nope"):
+        with server.connect() as peer:
+            peer.send(message(method, "x" * LIMITS.call_bytes))
+            _, _, error, _ = read_reply(peer)
+            assert (error["code"], f"calls '{method}'; at most" in error["message"]) == ("INVALID_ARGUMENT", True)
+            assert peer.ask(*PREDICT) == PREDICTED
+
+
+def test_long_options_are_refused(server):
+    with server.connect() as peer:
+        peer.send(message("predict", "total", {"user_id": 1, "amount": 1.0}, {"priority": [[]] * 100_000}))
+        _, _, error, _ = read_reply(peer)
+    assert error == {"code": "INVALID_ARGUMENT", "message": "options of 100015 bytes; at most 16384 are taken"}
+
+
+# -- HTTP --------------------------------------------------------------------------------------------------------
+
+
+def infer_body(rows):
+    asked = columns_of(rows)
+    return {
+        "inputs": [
+            {"name": name, "datatype": "BYTES" if name == "text" else "FP32", "shape": [rows], "data": values}
+            for name, values in asked.items()
+        ]
+    }
+
+
+def doubles(document, rows):
+    (found,) = (output for output in document["outputs"] if output["name"] == "double")
+    return np.array(found["data"], np.float32).reshape(rows, WIDE)
+
+
+@pytest.mark.parametrize("compressed", ["", "gzip", "deflate", "raw deflate"])
+@pytest.mark.parametrize("rows", [2, 3000])
+def test_json_of_any_size_is_answered(server, rows, compressed):
+    body = json.dumps(infer_body(rows)).encode()
+    headers = {"Content_Encoding": compressed.split()[-1]} if compressed else {}
+    if compressed == "gzip":
+        body = gzip.compress(body[:100]) + gzip.compress(body[100:])  # of two members
+    elif compressed:
+        stream = zlib.compressobj(wbits=15 if compressed == "deflate" else -15)
+        body = stream.compress(body) + stream.flush()
+    status, answer = ask(server, "POST", INFER, body, **headers)
+    assert status == 200, answer
+    np.testing.assert_array_equal(doubles(json.loads(answer), rows), doubled(rows))
+
+
+@pytest.mark.parametrize("rows", [2, 3000])
+def test_csv_of_any_size_is_answered(server, rows):
+    asked = columns_of(rows)
+    lines = (",".join(map(str, row)) for row in zip(*asked.values(), strict=True))
+    body = "\n".join([",".join(asked), *lines]).encode()
+    headers = {"Content_Type": "text/csv", "X_Amzn_SageMaker_Target_Model": "wide"}
+    status, answer = ask(server, "POST", "/invocations", body, **headers)
+    assert status == 200, answer
+    found = [line.split(",") for line in answer.decode().splitlines()]
+    np.testing.assert_array_equal(np.array([row[:WIDE] for row in found], np.float32), doubled(rows))
+    assert [row[WIDE] for row in found] == asked["text"]
+
+
+def test_tensors_of_many_texts_are_answered(server):
+    rows = 4000
+    texts = b"".join(struct.pack("<I", 12) + f"text {n:07}".encode() for n in range(rows))
+    numbers = doubled(rows) / 2
+    inputs = [{"name": "text", "datatype": "BYTES", "shape": [rows, 1], "parameters": {"binary_data_size": len(texts)}}]
+    inputs.append(
+        {"name": "x", "datatype": "FP32", "shape": [rows, WIDE], "parameters": {"binary_data_size": numbers.nbytes}}
+    )
+    head = json.dumps({"inputs": inputs, "parameters": {"binary_data_output": True}}).encode()
+    body = head + texts + numbers.astype("<f4").tobytes()
+    status, answer = ask(server, "POST", INFER, body, Inference_Header_Content_Length=str(len(head)))
+    assert status == 200, answer[:300]
+    assert doubled(rows).astype("<f4").tobytes() in answer
+    assert texts in answer
+
+
+def test_a_body_in_tiny_chunks_is_the_same_body(server):
+    for rows in (2, 200):
+        body = json.dumps(infer_body(rows)).encode()
+        with contextlib.ExitStack() as stack:
+            peer = Asking(server, stack)
+            head = f"POST {INFER} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n"
+            chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\n\r\n"
+            threading.Thread(target=peer.peer.sendall, args=(head.encode() + chunks,)).start()
+            received = b""
+            while data := peer.peer.recv(1 << 16):
+                received += data
+        head, _, answer = received.partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 200"), head
+        if b"chunked" in head:
+            answer = b"".join(dechunked(answer))
+        np.testing.assert_array_equal(doubles(json.loads(answer), rows), doubled(rows))
+
+
+def dechunked(data):
+    while data:
+        size, _, data = data.partition(b"\r\n")
+        yield data[: int(size, 16)]
+        data = data[int(size, 16) + 2 :]
+
+
+@pytest.mark.parametrize("length", [LIMITS.frame_bytes + 1, 99_999_999_999, 2**63])
+def test_a_length_above_the_limit_is_refused_at_once(server, length):
+    with contextlib.ExitStack() as stack:
+        peer = Asking(server, stack)
+        peer.begin(length)
+        status, _ = peer.answer()
+    assert status in (400, 413)
+    assert status == 413 or length == 2**63
+
+
+def test_a_small_body_that_inflates_without_end_is_refused(server):
+    for encoding, bomb in (
+        ("gzip", gzip.compress(bytes(64 << 20))),
+        ("deflate", zlib.compress(bytes(64 << 20))),
+        ("gzip", gzip.compress(b" ") * 200_000),
+    ):
+        status, answer = ask(server, "POST", INFER, bomb, Content_Encoding=encoding)
+        assert status in (400, 413), answer
+    (worker,) = server.workers()
+    assert peak_bytes(worker) < 400 << 20
+
+
+def peak_bytes(pid):
+    (line,) = (line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+@pytest.mark.parametrize(
+    ("encoding", "body", "status"),
+    [
+        ("gzip", b'{"inputs": []}', 400),
+        ("gzip", gzip.compress(b"{}")[:-5], 400),
+        ("gzip", gzip.compress(b"{}") + b"more", 400),
+        ("deflate", b'{"inputs": []}', 400),
+        ("br", b"x", 415),
+        ("gzip, gzip", b"x", 415),
+    ],
+)
+def test_a_body_that_is_not_compressed_as_it_says_is_refused(server, encoding, body, status):
+    found, answer = ask(server, "POST", INFER, body, Content_Encoding=encoding)
+    assert found == status
+    assert json.loads(answer)["error"]
+
+
+def test_a_deadline_of_a_large_http_request_holds(server):
+    assert ask_json(server, "POST", INFER, infer_body(3000), X_Deadline_Ms="0.01")[0] == 504
+
+
+def test_large_requests_need_a_token_too(store, start, tmp_path):
+    tokens = tmp_path / "tokens"
+    tokens.write_text(f"serve {TOKEN}\n")
+    tokens.chmod(0o600)
+    one = start("--token-file", tokens, of=store)
+    body = infer_body(3000)
+    assert ask_json(one, "POST", INFER, body)[0] == 401
+    assert ask_json(one, "POST", INFER, body, Authorization="Bearer wrong")[0] == 403
+    assert one.children("bulk") == []
+    status, answer = ask_json(one, "POST", INFER, body, Authorization=f"Bearer {TOKEN}")
+    assert status == 200
+    np.testing.assert_array_equal(doubles(answer, 3000), doubled(3000))
+    with one.connect() as peer:
+        with contextlib.suppress(ConnectionError):
+            peer.send(message("predict", "wide", columns_of(9000)))
+        _, _, error, _ = read_reply(peer)
+        assert error["code"] == "UNAUTHENTICATED"
+    with st.Client("{}:{}".format(*one.address), token=TOKEN) as client:
+        np.testing.assert_array_equal(client.predict("wide", columns_of(9000)).outputs["double"], doubled(9000))
+
+
+def test_metrics_count_each_large_request_once(store, start):
+    one = start(of=store)
+
+    def counted():
+        text = ask(one, "GET", "/metrics")[1].decode()
+        lines = [line for line in text.splitlines() if line.startswith("shorttail_requests_total") and "wide" in line]
+        return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines}
+
+    with st.Client("{}:{}".format(*one.address)) as client:
+        client.predict("wide", columns_of(9000))
+    assert ask_json(one, "POST", INFER, infer_body(3000))[0] == 200
+    until(lambda: sum(counted().values()) == 2, one)
+    assert all('code="OK"' in name for name in counted())
+
+
+def test_invalid_requests_are_the_same_in_the_bulk_worker(client):
+    with pytest.raises(InvalidArgument, match="column 'a0' takes Float64; got 'x'"):
+        client.predict("wide", columns_of(9000) | {"a0": ["x"] * 9000})
+
+
+def test_only_the_user_of_the_server_reaches_the_sockets_of_the_bulk_worker(server):
+    (worker,) = server.workers()
+    words = Path(f"/proc/{worker}/cmdline").read_text().split("\0")
+    folder = Path(words[words.index("--sockets") + 1])
+    assert {path.name for path in folder.iterdir()} == {"writer", "bulk", "bulk-http"}
+    assert folder.stat().st_mode & 0o077 == 0
+
+
+def test_connections_that_were_idle_make_room_for_new_ones(store, tmp_path):
+    (tmp_path / "limits").mkdir()
+    env = environment_with(tmp_path / "limits", http_connections=8, http_reserve=2)
+    one = Server(store, log=tmp_path / "log", env=env)
+    try:
+        with contextlib.ExitStack() as stack:
+            idle = []
+            for _ in range(30):
+                idle.append(Asking(one, stack))
+                assert idle[-1].probe() == 200
+            assert ask_json(one, "GET", "/v2")[0] == 200
+            assert sum(is_open(peer.peer) for peer in idle) <= 8
+        assert one.stop() == 0
+    finally:
+        one.kill()
+
+
+def test_probes_and_metrics_are_answered_when_all_connections_are_busy(store, tmp_path):
+    (tmp_path / "limits").mkdir()
+    env = environment_with(tmp_path / "limits", http_connections=4, http_reserve=3)
+    one = Server(store, log=tmp_path / "log", env=env)
+    try:
+        with contextlib.ExitStack() as stack:
+            for _ in range(4):
+                peer = Asking(one, stack)
+                peer.begin(100, "Expect: 100-continue")
+                assert peer.answer() == (100, b"")
+            for path in ("/livez", "/readyz", "/metrics"):
+                assert ask(one, "GET", path)[0] == 200
+            status, answer = ask_json(one, "GET", "/v2")
+            assert (status, answer) == (503, {"error": "too many HTTP connections are open; connect again later"})
+            metrics = ask(one, "GET", "/metrics")[1].decode()
+        assert 'shorttail_connections_refused_total{protocol="http"}' in metrics
+        assert one.stop() == 0
+    finally:
+        one.kill()
+
+
+def is_open(peer):
+    peer.setblocking(False)
+    try:
+        return peer.recv(1) != b""
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+
+
+GARBAGE = [
+    b"GET / HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer SECRET\r\nAuthorization Bearer SECRET\r\n\r\n",
+    b"GET / HTTP/1.1\r\nAuthorization : Bearer SECRET\r\n\r\n",
+    b"POST /invocations HTTP/1.1\r\nAuthorization: Bearer SECRET\r\nTransfer-Encoding: chunked\r\n\r\nSECRET\r\n",
+    b"GET /SECRET SECRET HTTP/1.1\r\n\r\n",
+    b"SECRET / HTTP/1.1\r\n\r\n",
+    b"\x16\x03\x01SECRET\r\n\r\n",
+    b"GET /" + b"SECRET" * 2000 + b" HTTP/1.1\r\n\r\n",
+    b"GET / HTTP/1.1\r\nX: " + b"SECRET" * 2000 + b"\r\n\r\n",
+    b"GET / HTTP/SECRET\r\n\r\n",
+]
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_garbage_fills_no_log_and_shows_no_secret(store, start, form):
+    one = start("--log-failed", "--log", form, of=store)
+    for _ in range(100):
+        for garbage in GARBAGE:
+            with socket.create_connection(("127.0.0.1", http_port(one))) as peer, contextlib.suppress(ConnectionError):
+                peer.sendall(garbage)
+                answer = peer.recv(4096)
+                assert answer.startswith(b"HTTP/1."), answer
+                assert answer.split()[1] == b"400", answer
+                assert b"SECRET" not in answer
+    one.stop()
+    log = one.log.read_text()
+    assert "SECRET" not in log
+    assert 0 < log.count("\n") < 100 * len(GARBAGE)
+
+
+def test_a_reader_that_stops_reading_is_cut_and_memory_returns(store, start):
+    one = start("--write-deadline-s", "1", of=store)
+    (worker,) = one.workers()
+    with Peer(one.address) as peer:
+        peer.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        peer.send(message("predict", "wide", columns_of(ROWS), {"encoding": "list"}) * 3)
+        until(lambda: "wide" in ask(one, "GET", "/metrics")[1].decode(), one)
+        until(lambda: connections(one) == 0, one)
+    assert alive(worker)
+    with one.connect() as other:
+        assert other.ask(*PREDICT) == PREDICTED
+
+
+def connections(server):
+    text = ask(server, "GET", "/metrics")[1].decode()
+    return sum(
+        float(line.rpartition(" ")[2])
+        for line in text.splitlines()
+        if line.startswith("shorttail_connections{") and "rpc" in line
+    )
