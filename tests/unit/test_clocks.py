@@ -301,9 +301,12 @@ def test_the_command_shows_and_changes_the_setting(tmp_path: Path) -> None:
         "import shorttail as st\n"
         "v = st.FeatureView('v', st.Entity('e', {'id': st.Int64}), [st.Feature('x', st.Int64)])\n"
     )
-    run_well("apply", str(definitions), "--store", store, "--max-clock-skew", "90m", "--dry-run")
+    apply = ["apply", str(definitions), "--store", store, "--max-clock-skew", "90m"]
+    assert "~ setting max_clock_skew  1h -> 90m\n3 changes; dry run" in run_well(*apply, "--dry-run").out
     assert not Path(store).exists()
-    run_well("apply", str(definitions), "--store", store, "--max-clock-skew", "90m")
+    assert "~ setting max_clock_skew  1h -> 90m\n" in run_well(*apply).out
+    again = run_well(*apply).out
+    assert again.endswith(f"= setting max_clock_skew  90m\n{store}: no changes\n")
     assert run_well("settings", "list", "--store", store, "--json").json == {"max_clock_skew": "90m"}
     assert run_well("settings", "set", "max_clock_skew", "2h", "--store", store).out == "max_clock_skew: 90m -> 2h\n"
     assert run_well("settings", "set", "max_clock_skew", "120m", "--store", store).out == "max_clock_skew: 2h\n"

@@ -31,7 +31,7 @@ from shorttail.cli.options import (
 from shorttail.cli.output import count_document, count_line, echo_line, print_json, print_table, status_notes
 from shorttail.cli.rows import delete, load, push
 from shorttail.cli.serve_options import settings_options
-from shorttail.cli.store_settings import as_duration, settings
+from shorttail.cli.store_settings import as_duration, settings, skew_change
 from shorttail.cli.tune import tune
 from shorttail.config import DEFAULT_HOST, DEFAULT_PORT, VERSION
 from shorttail.errors import InvalidArgument, NotFound, ShorttailError, printable
@@ -127,7 +127,7 @@ def apply(
     from shorttail.define.catalog import Catalog
     from shorttail.registry import apply as applying
 
-    prepared = applying.prepare(definitions, vet_timeout)
+    prepared, before = applying.prepare(definitions, vet_timeout), Catalog()
     if not Path(store).exists():
         # The definitions are checked against an empty catalog first, so that wrong ones create no folder.
         plan = applying.plan_changes(Catalog(), prepared, lambda view: 0)
@@ -135,9 +135,12 @@ def apply(
         changes = plan.changes + prepared.warnings
     if Path(store).exists() or not dry_run:
         with opened(store, create=not dry_run) as target:
+            before = target.catalog
             changes = applying.apply(target, prepared, dry_run=dry_run, reset=reset)
             if skew_us is not None and not dry_run:
                 target.set_max_clock_skew(skew_us)
+    if skew_us is not None:
+        changes.append(skew_change(before, skew_us))
     if as_json:
         listed = [{"change": c.kind, "what": c.what, "detail": c.detail} for c in changes]
         return print_json({"store": store, "dry_run": dry_run, "changes": listed})

@@ -11,6 +11,8 @@ from shorttail.cli.output import print_json, print_table
 from shorttail.define.durations import duration_text, parse_duration
 
 if TYPE_CHECKING:
+    from shorttail.define.catalog import Catalog
+    from shorttail.registry.apply import Change
     from shorttail.store import Store
 
 NAMES: Final = {"max_clock_skew": "how far event times may be ahead of the clock of the process that takes them"}
@@ -70,6 +72,18 @@ def settings_set(name: str, value: int, store: str, as_json: bool) -> None:
     if as_json:
         return print_json({name: after})
     click.echo(f"{name}: {after}" if before == after else f"{name}: {before} -> {after}")
+
+
+def skew_change(before: Catalog, skew_us: int) -> Change:
+    """Return the line of the report of `apply` that says how it sets max_clock_skew."""
+    from shorttail.registry.apply import Change
+
+    old, new = duration_text(before.max_clock_skew_us), duration_text(skew_us)
+    return (
+        Change("=", "setting max_clock_skew", new)
+        if old == new
+        else Change("~", "setting max_clock_skew", f"{old} -> {new}")
+    )
 
 
 def values(store: Store) -> dict[str, str]:

@@ -109,9 +109,10 @@ class Client:
 
         rows: a dict of columns, or a pandas, polars or pyarrow table. A feature with a `column` of its own is given
         under that name. The view's timestamp column (or `event_time`) holds the event times; without that column the
-        event time is now. A row that is older than the stored row of its key is dropped. Up to 16,384 rows are written
-        all, or none. More rows are sent in parts of which each is written completely or not at all: if one fails, those
-        before it are written, and its error says where it begins.
+        server makes them. One that cannot be right is refused (docs/types.md). Other columns are ignored. A row that is
+        older than the stored row of its key is dropped. Up to 16,384 rows are written all, or none. More rows are sent
+        in parts of which each is written completely or not at all: if one fails, those before it are written, and its
+        error says where it begins.
 
         deadline_ms: if it passes before the rows are committed, the server writes nothing. After Unavailable, or after
         a DeadlineExceeded that did not come from the server, the rows may or may not be written. The client itself

@@ -1,8 +1,9 @@
 """Refuses event times that cannot be right: a wrong one would hide all later rows of its key, or be stale at once.
 
 An event time lies from 1970 to 2200, and is at most `max_clock_skew` ahead of the clock. The usual mistake is another
-unit: seconds taken as microseconds lie in January 1970, and nanoseconds after the year 50,000. So a number between 1970
-and 1980 is refused too if it is a time from 2000 to now in seconds or milliseconds. docs/types.md describes the rules.
+unit: seconds and milliseconds taken as microseconds lie in January 1970, and nanoseconds after the year 30,000. So a
+number in January 1970 is refused too if it is a time from 2000 to now in one of these units. docs/types.md describes
+the rules.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from shorttail.define.scalar import unwrapped
 from shorttail.define.times import TIME
 
 LATEST_US: Final = 7_258_118_400_000_000  # 2200-01-01
-LIKELY_US: Final = 946_684_800_000_000  # 2000-01-01: event times before it are rarely sent as plain numbers
+LIKELY_US: Final = 946_684_800_000_000  # 2000-01-01: the earliest time that a number in another unit is taken for
 ZONES_US: Final = 14 * 3_600_000_000  # local times are up to 14 hours ahead of UTC
 SMALL_UNITS: Final = (("seconds", 1_000_000), ("milliseconds", 1_000))  # unit -> microseconds
 
