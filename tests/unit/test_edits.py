@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from test_key_hash import fold, key_hash
 
-from shorttail.define import dtypes
+from shorttail.define import clock, dtypes
 from shorttail.define.entities import Entity
 from shorttail.define.views import Feature, FeatureView
 from shorttail.errors import Internal, InvalidArgument, NotFound
 from shorttail.results import RowCount
 from shorttail.store import ColumnBatch, Delete, Store, Upsert
 from shorttail.store.environment import page_key
+from shorttail.store.table import UNTIMED
 
 USER = Entity("user", keys={"user_id": dtypes.Int64})
 VIEWS = {name: FeatureView(name, entity=USER, features=[Feature("x", dtypes.Float64)]) for name in ("a", "b")}
@@ -218,8 +219,9 @@ def keys_of_one_hash(count: int) -> list[tuple[int, int]]:
 
 
 def test_keys_of_one_hash_are_told_apart_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pushes of several commits, several pushes in a commit, and a load, compared with a dict."""
+    """Pushes of several commits, several pushes in a commit, and a load, compared with a dict. Some have no times."""
     monkeypatch.setattr("secrets.randbits", lambda bits: SEED)
+    monkeypatch.setattr(clock, "now_us", lambda: 2)
     seed = int(np.random.SeedSequence().entropy or 0) % 2**32
     print(f"seed {seed}")
     random, pool, stored = np.random.default_rng(seed), keys_of_one_hash(7), dict[tuple[int, int], tuple[int, float]]()
@@ -227,6 +229,10 @@ def test_keys_of_one_hash_are_told_apart_and_counted(tmp_path: Path, monkeypatch
     def draw(n: int) -> tuple[ColumnBatch, tuple[int, int, int]]:
         """Return n rows and the (given, older, duplicate) of a push of them, and put them into `stored`."""
         chosen, times = random.integers(0, len(pool), n), random.integers(0, 4, n)
+        given_us = times
+        if random.random() < 0.3:
+            times = np.array([max(2, stored[pool[k]][0] + 1) if pool[k] in stored else 2 for k in chosen])
+            given_us = np.full(n, UNTIMED)
         columns = [np.array([pool[k][c] for k in chosen], np.int64) for c in (0, 1)]
         values, kept = random.normal(size=n), dict[tuple[int, int], int]()
         for i in range(n):
@@ -235,7 +241,7 @@ def test_keys_of_one_hash_are_told_apart_and_counted(tmp_path: Path, monkeypatch
                 stored[key], kept[key] = (int(times[i]), float(values[i])), i
         lost = [i for i in range(n) if kept.get(pool[chosen[i]]) != i]
         older = sum(int(times[i]) < stored[pool[chosen[i]]][0] for i in lost)
-        return ColumnBatch(columns, times, [(values, None)]), (n, older, len(lost) - older)
+        return ColumnBatch(columns, given_us, [(values, None)]), (n, older, len(lost) - older)
 
     def found() -> dict[tuple[int, int], tuple[int, float]]:
         return {

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from shorttail.config import LIMITS
 from shorttail.define.dtypes import DType, Timestamp
 from shorttail.define.event_times import ImpossibleTime, check_event_times
 from shorttail.define.names import decomposed, quoted
@@ -83,6 +84,8 @@ def _mistaken(view: FeatureView, name: str, absent: Sequence[str]) -> str:
     if name in view.feature_index:
         column = view.features[view.feature_index[name]].source_column
         return f"feature '{name}' is read from column '{column}'" if column in absent else ""
+    if len(name) > LIMITS.name_bytes:
+        return ""  # a stranger's name of megabytes is not compared
     for other in absent:
         if other.casefold() == name.casefold():
             return f"there is '{other}', and case matters"
