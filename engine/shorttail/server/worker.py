@@ -169,10 +169,13 @@ async def serve(
             await asyncio.sleep(LIMITS.idle_refresh_ms / 1000)
             try:
                 engine.ban(runs.banned())
-                engine.refresh(
-                    force=True
-                )  # sees also the commit of a writer that was killed before it could count the commit
-                batcher.follow_catalog()
+                # The writer says so in the log. It may have been started again, with the store that is at the path now.
+                changed = engine.store.changed
+                link.refuse(changed)
+                if not changed:
+                    # This sees also the commit of a writer that was killed before it could count the commit.
+                    engine.refresh(force=True)
+                    batcher.follow_catalog()
                 limits.sweep(router)
                 channel.report()
                 telemetry.tick(engine, router, http)

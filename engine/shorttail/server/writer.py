@@ -39,7 +39,7 @@ from shorttail.errors import (
     ShorttailError,
     Unavailable,
 )
-from shorttail.observe import stderr
+from shorttail.observe import logs, stderr
 from shorttail.observe.logs import Format
 from shorttail.results import RowCount
 from shorttail.server.errorlog import ErrorLog, one_line
@@ -169,7 +169,7 @@ class Writer:
         """Commit all edits together; if that fails and one edit may be the cause, commit each edit by itself."""
         try:
             return await self.loop.run_in_executor(self._thread, self.store.commit, edits)
-        except ResourceExhausted as error:
+        except (ResourceExhausted, Unavailable) as error:
             return [error] * len(edits)
         except Exception as error:
             if len(edits) > 1:
@@ -277,10 +277,16 @@ async def serve(store: Store, listener: socket.socket, control: socket.socket, l
     server = await loop.create_unix_server(lambda: WorkerConnection(writer), sock=listener, backlog=BACKLOG)
 
     async def housekeeping() -> None:
+        changed = ""
         while True:
             await asyncio.sleep(LIMITS.idle_refresh_ms / 1000)
             try:
-                store.refresh(force=True)  # an old snapshot would keep LMDB from using old pages again
+                before, changed = changed, store.changed
+                if changed != before:
+                    text = changed or f"store '{store.path}' is at its place again, and takes writes"
+                    loop.run_in_executor(None, logs.log_now, log, "error" if changed else "warning", text)
+                if not changed:
+                    store.refresh(force=True)  # an old snapshot would keep LMDB from using old pages again
             except Exception as error:
                 faults(error)
             faults.write(loop)

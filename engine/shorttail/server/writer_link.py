@@ -58,6 +58,7 @@ class WriterLink(asyncio.Protocol):
         self.outstanding: dict[int, Caller] = {}
         self.outstanding_bytes = 0
         self.told = told
+        self._refusal = ""
         self._ids = itertools.count()
         self._transport: asyncio.Transport | None = None
         self._unpacker = msgpack.Unpacker()
@@ -73,6 +74,10 @@ class WriterLink(asyncio.Protocol):
             except OSError:
                 await asyncio.sleep(RETRY_S)
 
+    def refuse(self, reason: str) -> None:
+        """Answer requests with UNAVAILABLE and this reason, instead of forwarding them; "" forwards them again."""
+        self._refusal = reason
+
     def forward(
         self,
         connection: Connection | None,
@@ -83,6 +88,8 @@ class WriterLink(asyncio.Protocol):
         trace: bytes | None = None,
     ) -> None:
         """Send a request to the writer: the `forward` of a Router. Raises Unavailable, ResourceExhausted."""
+        if self._refusal:
+            raise Unavailable(self._refusal)
         if not self.ready.is_set() or self._transport is None:
             raise Unavailable("the writer is starting again; send it again")
         size = len(params) + REQUEST_BYTES

@@ -52,7 +52,8 @@ def backup(
     copy, so the store's file may grow.
 
     Raises NotFound (no store), InvalidArgument (the destination), ResourceExhausted (the destination's disk),
-    PermissionDenied, and Internal (the store is damaged; run verify). After an error no file is left behind.
+    PermissionDenied, Unavailable (the store at its path is another one), and Internal (the store is damaged; run
+    verify). After an error no file is left behind.
     """
     if isinstance(store, Snapshot):
         return _backup(store.environment, Path(destination), compact)
@@ -64,6 +65,7 @@ def backup(
 
 
 def _backup(environment: Environment, destination: Path, compact: bool) -> Backup:
+    environment.handle.check_files()  # LMDB copies the file that is open, and models come from the path
     _check_destination(environment.path, destination)
     try:
         unfinished = Path(
@@ -71,6 +73,7 @@ def _backup(environment: Environment, destination: Path, compact: bool) -> Backu
         )
         try:
             done = _copy(environment, unfinished, destination, compact)
+            environment.handle.check_files()
             # mkdtemp makes the folder private; give it the store's mode because it holds the same data.
             unfinished.chmod(stat.S_IMODE(environment.path.stat().st_mode))
             sync_folder(unfinished)

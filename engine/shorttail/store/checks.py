@@ -36,7 +36,6 @@ from shorttail.store.checksums import Checksums
 from shorttail.store.environment import (
     BUCKET_KEY_BYTES,
     FORMAT_VERSION,
-    ROOT_TRIES,
     Transaction,
     log_entries,
     table_ids,
@@ -44,6 +43,7 @@ from shorttail.store.environment import (
 )
 from shorttail.store.files import model_path
 from shorttail.store.lmdb_file import header_problems
+from shorttail.store.lmdb_handle import ROOT_TRIES
 from shorttail.store.mapping import plan_map
 from shorttail.store.opening import LMDB_ENGINE, reserve_lock_file, translate_errors
 from shorttail.store.stat import count_table_pages

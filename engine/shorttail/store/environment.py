@@ -22,11 +22,11 @@ from typing import Any
 
 from shorttail._native.pages import GenerationWord, Tree, crc32c
 from shorttail.config import LIMITS
-from shorttail.errors import Internal, InvalidArgument
+from shorttail.errors import Internal, InvalidArgument, Unavailable
 from shorttail.store.checksums import KEY as CHECKSUMS_KEY
 from shorttail.store.checksums import Checksums, entry_checksum
 from shorttail.store.lmdb_file import PAGE_BYTES
-from shorttail.store.lmdb_handle import LmdbHandle
+from shorttail.store.lmdb_handle import FORMAT_KEY, LmdbHandle
 from shorttail.store.lmdb_handle import Transaction as Transaction
 from shorttail.store.mapping import map_full_error, usable_pages
 from shorttail.store.opening import check_directory, map_generation, no_store, translate_errors
@@ -35,9 +35,8 @@ FORMAT_VERSION = 2
 BUCKET_KEY_BYTES = 8
 PAGE_HEADER_BYTES = 16
 INLINE_BYTES = 2038 - 8 - 9  # longest log entry that LMDB keeps in its tree: the longest node less its header and key
-ROOT_TRIES = 100  # two commits after a snapshot was taken, the meta page that names its root is overwritten: try again
 
-_FORMAT, _CATALOG, _STATE_KEY = b"format", b"catalog", b"state"
+_CATALOG, _STATE_KEY = b"catalog", b"state"
 _STATE = struct.Struct("<QQQ")  # number of the last commit, number of the oldest commit in the log, bytes of the log
 _LOG_KEY = struct.Struct(">cQ")  # big-endian, so that LMDB orders the log by commit number
 _TABLE_KEY = struct.Struct(">cI")
@@ -64,16 +63,18 @@ class Environment:
     Thread-safe. A forked child must not use its parent's Environment: every use there raises InvalidArgument.
     """
 
-    _registry: dict[str, Environment] = {}  # noqa: RUF012  the open environments by real path
+    _registry: list[Environment] = []  # noqa: RUF012  the open environments
     _registry_lock = threading.Lock()
 
     def __init__(self, handle: LmdbHandle, word_map: mmap.mmap) -> None:
         """Called by open() only."""
         self.path = handle.path
         self.handle = handle
+        handle.files.add("generation")
         self.word = GenerationWord(word_map)
         self._word_map = word_map
         self._users = 1
+        self._is_store = False  # until _check_format() has found that it is one, or made it one
         self._writing_thread: int | None = None
         self._checked_s = time.monotonic()  # time of the last clean-up of LMDB's reader table
         self._writer: WriteTransaction | None = None
@@ -86,11 +87,16 @@ class Environment:
         another format version, or opened before a fork), PermissionDenied and ResourceExhausted.
         """
         path = Path(path)
-        name = os.path.realpath(path)
         with cls._registry_lock:
-            known = cls._registry.get(name)
-            if known is not None:
+            for known in cls._registry:
+                if not known.handle.files.are_at(path):
+                    continue
                 known.check_process()
+                if known.handle.files.change():
+                    raise Unavailable(
+                        f"store '{path}' is open in this process as '{known.path}', where it is not any more; close "
+                        "it first"
+                    )
                 known._users += 1
                 return known
             check_directory(path, create)
@@ -104,7 +110,7 @@ class Environment:
                 except BaseException:
                     handle.env.close()
                     raise
-            cls._registry[name] = environment
+            cls._registry.append(environment)
             return environment
 
     def close(self) -> None:
@@ -113,9 +119,7 @@ class Environment:
             self._users -= 1
             if self._users or os.getpid() != self.handle.pid:
                 return
-            for name, environment in list(self._registry.items()):
-                if environment is self:
-                    del self._registry[name]
+            self._registry.remove(self)
             self.handle.env.close()
             self.word.release()
             self._word_map.close()
@@ -132,7 +136,7 @@ class Environment:
         version = self._format()
         if version is None and create and not self.handle.env.stat()["entries"]:
             with self.write() as writer:
-                writer.txn.put(_FORMAT, str(FORMAT_VERSION).encode(), overwrite=False)
+                writer.txn.put(FORMAT_KEY, str(FORMAT_VERSION).encode(), overwrite=False)
                 writer.changed(_CATALOG_CHANGE)
             version = self._format()
         if version is None and not self.handle.env.stat()["entries"]:
@@ -150,10 +154,11 @@ class Environment:
             raise InvalidArgument(
                 f"store '{self.path}' has format {int(version)}, and this shorttail reads {FORMAT_VERSION}; {remedy}"
             )
+        self._is_store = True
 
     def _format(self) -> bytes | None:
         with self.read() as txn:
-            value = txn.get(_FORMAT)
+            value = txn.get(FORMAT_KEY)
             return None if value is None else bytes(value)
 
     # -- read transactions -----------------------------------------------------------------------------------------
@@ -173,19 +178,11 @@ class Environment:
     def read_tree(self) -> tuple[Transaction, Tree]:
         """Begin a read transaction; return it and its B+tree, which native code reads without LMDB.
 
-        End the transaction by handle.end_read(). Raises Unavailable if handle.recover() must be called first.
+        End the transaction by handle.end_read(). Raises Unavailable if handle.recover() must be called first, and
+        Overwritten if the map does not hold this store any more.
         """
-        for _ in range(ROOT_TRIES):
-            txn = self._begin_read()
-            try:
-                tree = Tree(txn.get(_FORMAT), txn.id())
-            except BaseException:
-                self.handle.end_read(txn)
-                raise
-            if not tree.gone:
-                return txn, tree
-            self.handle.end_read(txn)
-        raise Internal(f"store '{self.path}': commits follow each other too fast to read between them")
+        self.check_process()
+        return self.handle.read_tree()
 
     def _begin_read(self) -> Transaction:
         self.check_process()
@@ -222,16 +219,20 @@ class Environment:
         """Yield a write transaction, which is durable when the `with` block has ended. An exception in it undoes all.
 
         Waits until the current writer, in any process, has finished. Raises ResourceExhausted when the disk or the map
-        is full, and Internal when this thread is already in write().
+        is full, Unavailable when the store at the path is another one, and Internal when this thread is already in
+        write().
         """
         self.check_process()
         if self.is_writing():
             raise Internal(f"store '{self.path}': a write was started within another one")
         self.handle.recover()
         with self.handle.write_lock, translate_errors(self.path):
+            self.handle.check_files()
             txn = self.handle.begin_write()
             self._writing_thread = threading.get_ident()
             try:
+                if self._is_store:
+                    self.handle.check_content()
                 self._extend_file()
                 self._check_readers()
                 self._writer = writer = WriteTransaction(self, txn)
@@ -246,6 +247,7 @@ class Environment:
             self.handle.commit(txn, writer.n_pages)
         if changed:
             self.word.bump()
+        self.handle.check_files()  # before the write is acknowledged
 
     def _check_room(self, writer: WriteTransaction) -> None:
         """Raise ResourceExhausted if the write makes tables larger and leaves too few free pages for later deletes."""
@@ -279,7 +281,7 @@ class Environment:
         that is too short is a damaged one. Needs the write lock, because truncate() must not race with another writer.
         """
         needed = (self.handle.env.info()["last_pgno"] + 1) * PAGE_BYTES
-        file = self.path / "data.mdb"
+        file = self.handle.files.folder / "data.mdb"
         if file.stat().st_size < needed:
             os.truncate(file, needed)
 
@@ -469,7 +471,7 @@ def _after_fork() -> None:
     A poisoned generation word always reads as changed, so each reader looks for a new snapshot and check_process()
     raises.
     """
-    for environment in Environment._registry.values():
+    for environment in Environment._registry:
         environment.word.poison()
     Environment._registry_lock = threading.Lock()  # a thread that does not exist in the child may hold the old lock
 

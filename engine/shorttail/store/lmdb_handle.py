@@ -16,10 +16,13 @@ from typing import Any, Protocol
 
 import lmdb
 
-from shorttail._native.pages import Writeback
+from shorttail._native.pages import Tree, Writeback
 from shorttail.errors import ResourceExhausted, ShorttailError, Unavailable
+from shorttail.store.open_files import OpenFiles, Overwritten, changed_store
 from shorttail.store.opening import open_lmdb, translate_errors
 
+FORMAT_KEY = b"format"
+ROOT_TRIES = 100  # two commits after a snapshot was taken, the meta page that names its root is overwritten: try again
 EARLY_PAGES = 128  # a commit with at least this many pages uses a Writeback thread, which starts disk writes early
 POLL_S = 0.005
 REOPEN_WAIT_S = 0.1  # wait for active reads: they take milliseconds, except a scan that its caller left open
@@ -52,6 +55,7 @@ class LmdbHandle:
         self.path = path
         self.pid = os.getpid()  # of the process that may use it
         self.env = open_lmdb(path, create)
+        self.files = OpenFiles(path, "data.mdb", "lock.mdb")
         self.write_lock = threading.Lock()  # held by the one thread of this process that writes
         self._readers: weakref.WeakSet[Reader] = weakref.WeakSet()
         self._n_reads = 0  # open read transactions
@@ -74,6 +78,52 @@ class LmdbHandle:
                 self._check_usable()
             self._n_reads += 1
             return txn
+
+    def read_tree(self) -> tuple[Transaction, Tree]:
+        """Begin a read transaction; return it and its B+tree. Raises what begin_read() raises, and Overwritten."""
+        if self.files.change() != "overwritten":
+            for _ in range(ROOT_TRIES):
+                txn = self.begin_read()
+                try:
+                    value = txn.get(FORMAT_KEY)
+                    tree = None if value is None else Tree(value, txn.id())
+                except BaseException:
+                    self.end_read(txn)
+                    raise
+                if tree is not None and not tree.gone:
+                    return txn, tree
+                self.end_read(txn)
+        # So many commits do not follow each other that fast, and every store has a format.
+        raise changed_store(self.path, "overwritten")
+
+    # -- the files -------------------------------------------------------------------------------------------------
+
+    @property
+    def changed(self) -> str:
+        """The message of the error that each write raises because the store at the path is another one, or ""."""
+        what = self.files.change() or ("overwritten" if self.is_overwritten else "")
+        return changed_store(self.path, what).message if what else ""
+
+    @property
+    def is_overwritten(self) -> bool:
+        """Whether somebody wrote other content into the file, so that the map does not hold the last commit."""
+        try:
+            self.check_content()
+        except ShorttailError as error:  # or LMDB must be reopened
+            return isinstance(error, Overwritten)
+        return False
+
+    def check_files(self) -> None:
+        """Raise Unavailable if the files at the path are not those that are open."""
+        if what := self.files.change():
+            raise changed_store(self.path, what)
+
+    def check_content(self) -> None:
+        """Raise Overwritten if the map does not hold the last commit."""
+        txn, _ = self.read_tree()
+        self.end_read(txn)
+
+    # -- readers ---------------------------------------------------------------------------------------------------
 
     def wait_for_readers(self, wait_s: float) -> None:
         """Wait until no reader of any process is at an earlier commit than the last, or until wait_s have passed.
@@ -142,7 +192,8 @@ class LmdbHandle:
     def recover(self) -> None:
         """Reopen LMDB if it is broken. The caller must hold neither write_lock nor an unwatched read transaction.
 
-        Raises Unavailable if such a read transaction is open elsewhere, and what open_lmdb() raises.
+        Raises Unavailable if such a read transaction is open elsewhere or the store at the path is another one, and
+        what open_lmdb() raises.
         """
         if self._broken:
             with self.write_lock, translate_errors(self.path):
@@ -166,6 +217,8 @@ class LmdbHandle:
             with self._reads:
                 if not self._reads.wait_for(lambda: self._n_reads == n_held, REOPEN_WAIT_S):
                     self._check_usable()
+                if what := self.files.change():
+                    raise changed_store(self.path, what)
                 if not all(os.access(self.path / name, os.W_OK) for name in ("data.mdb", "lock.mdb")):
                     self._check_usable()  # the file system became read-only: keep the snapshots, which still serve
                 for reader in readers:

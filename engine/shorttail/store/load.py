@@ -67,10 +67,11 @@ def load(
     go to an unnamed file in the store's directory. progress: called with numbers of rows whose sum is the number of
     rows given; a row counts half when it has been read and half when it has been written.
 
-    Raises NotFound (the view), InvalidArgument (columns, the budget, or the view was changed meanwhile) and
-    ResourceExhausted (the disk).
+    Raises NotFound (the view), InvalidArgument (columns, the budget, or the view was changed meanwhile),
+    ResourceExhausted (the disk) and Unavailable (the store at the path is another one).
     """
     budget = Budget.of(memory_bytes)
+    environment.handle.check_files()  # before a file is made in a store's folder
     with _load_lock(environment):
         _drop_leftovers(environment)
         catalog = _committed_catalog(environment)

@@ -24,6 +24,7 @@ from shorttail.errors import InvalidArgument, ShorttailError, Unavailable
 from shorttail.store.edits import damaged_table
 from shorttail.store.environment import Environment, table_pages
 from shorttail.store.memory import PageLock
+from shorttail.store.open_files import Overwritten
 from shorttail.store.opening import translate_errors
 from shorttail.store.table import ColumnBatch, decode_page, make_layout, row_dtype
 
@@ -147,6 +148,8 @@ class Snapshot:
             try:
                 self._advance()
                 return
+            except Overwritten:
+                raise
             except Unavailable:
                 if self._txn is not None:
                     return  # the present snapshot stays usable
@@ -210,8 +213,12 @@ class Snapshot:
         if self.gate.generation == _CLOSED:
             raise InvalidArgument(f"store '{self.path}' is closed; open it again")
         generation = self._word.load()  # before the snapshot is taken, so that a commit in between is not missed
-        with translate_errors(environment.path):
-            txn, tree = environment.read_tree()
+        try:
+            with translate_errors(environment.path):
+                txn, tree = environment.read_tree()
+        except Overwritten:
+            self.release()  # its addresses lead to other content
+            raise
         try:
             sequence = environment.sequence(txn)
             if self._txn is not None and sequence == self._sequence:
@@ -234,6 +241,13 @@ class Snapshot:
         self.gate.generation = generation  # last: it lets other threads enter
         return moved
 
+    @property
+    def changed(self) -> str:
+        """Why each write fails: the store was deleted, replaced or overwritten at its path while it was open. Or ""."""
+        self.environment.check_process()
+        with self._lock:  # keeps the environment open
+            return self.environment.handle.changed if self.is_open else ""
+
     def release_if_stale(self) -> None:
         """End the read transaction if it is stale and no thread is inside. The next enter() begins a new one.
 
@@ -246,6 +260,14 @@ class Snapshot:
                 self.environment.handle.end_read(self._txn)
                 self._txn = self._tree = None
                 self.gate.generation = _NOTHING_SEEN
+
+    def release_if_overwritten(self) -> None:
+        """Release the snapshot if other content was written into the store's file: the next enter() raises that."""
+        with self._lock:
+            overwritten = self.is_open and self.environment.handle.is_overwritten
+        if overwritten:
+            with self.exclusive():
+                self.release()
 
     @property
     def is_reading(self) -> bool:
@@ -416,6 +438,7 @@ class _IdleThread:
                     return
             for snapshot in snapshots:
                 snapshot.release_if_stale()
+                snapshot.release_if_overwritten()
                 snapshot.lock_growth()
             del snapshot, snapshots  # these references would keep closed snapshots alive during the sleep
 

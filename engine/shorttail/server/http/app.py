@@ -285,7 +285,7 @@ class HttpServer:
         """The reason why this server is not ready for requests, or "" if it is ready."""
         if self.draining:
             return "stopping"
-        return "" if self.engine.store.is_open else "the store is closed"
+        return self.engine.store.changed if self.engine.store.is_open else "the store is closed"
 
 
 def _error(status: int, message: str) -> web.Response:
