@@ -4,11 +4,13 @@ Readers go on with the store that they have mapped, the server says that it is n
 why. Only a file whose content was overwritten cannot be read any more.
 """
 
+import os
 import shutil
+import signal
 
 import pytest
 from http_asking import ask
-from serving import PREDICT, PREDICTED, Server, make_store, until, write_sum
+from serving import PREDICT, PREDICTED, Server, hang_up, make_store, until, write_sum
 
 import shorttail as st
 from shorttail.errors import NotFound, Unavailable
@@ -275,3 +277,25 @@ def test_an_embedded_engine_does_not_read_a_file_that_was_overwritten(tmp_path):
         with pytest.raises(Unavailable, match="was overwritten while it was open"):
             engine.get_online_features(["stats:tier"], {"user_id": [1]})
     assert tiers(store, [1, 8]) == ["gold", None]
+
+
+def test_a_worker_does_not_push_to_a_store_that_it_does_not_serve(start, tmp_path):
+    """A writer that is started again has the store that is at the path, while its worker still has the old one."""
+    store = make_store(tmp_path)
+    server = start(store)
+    with server.connect() as peer:
+        until(lambda: peer.ask(0, 1, "push", ["stats", row(7)])[2] is None, server)
+        delete_and_make_again(tmp_path)
+        until(server.log.read_text, server)
+        [writer] = server.children("writer")
+        os.kill(writer, signal.SIGKILL)
+        until(lambda: server.children("writer") not in ([], [writer]), server)
+        until(lambda: readyz(server)[0] == 503, server)
+        refused = {"code": "UNAVAILABLE", "message": message(store, "replaced")}
+        assert peer.ask(0, 2, "push", ["stats", row(8)])[2] == refused
+    hang_up(server)  # the next worker has the new store too
+    with server.connect() as peer:
+        until(lambda: peer.ask(0, 3, "push", ["stats", row(9)])[2] is None, server)
+        found = peer.ask(0, 4, "get_online_features", [["stats:tier"], {"user_id": [1, 7, 9]}])
+        assert found[3]["values"] == [["other", None, "new"]]
+    until(lambda: readyz(server)[0] == 200, server)
