@@ -42,13 +42,25 @@ static void fail_on_unknown_id(struct lt_generator *g, const struct lt_connectio
             msgid, reason);
 }
 
+/* Count an RPC error that is a string: "CODE: message" (`serve --rpc-errors string`), or a text of another server. */
+static void count_rpc_text(struct lt_generator *g, const char *text, size_t size)
+{
+    size_t end = 0;
+    while (end < size && ((text[end] >= 'A' && text[end] <= 'Z') || text[end] == '_'))
+        end++;
+    if (end && end + 1 < size && text[end] == ':' && text[end + 1] == ' ')
+        lt_count_error(g, text, end, text + end + 2, size - end - 2);
+    else
+        lt_count_error(g, "ERROR", 5, text, size);
+}
+
 /* Count an RPC error: a map {"code": ..., "message": ...}, a string, or any other value. */
 static void count_rpc_error(struct lt_generator *g, const uint8_t *p)
 {
     struct mp_value v, item, code = {.kind = MP_NIL}, message = {.kind = MP_NIL};
     const uint8_t *next = mp_read(p, &v);
     if (v.kind == MP_STR) {
-        lt_count_error(g, "ERROR", 5, (const char *)v.body, v.size);
+        count_rpc_text(g, (const char *)v.body, v.size);
         return;
     }
     for (uint32_t i = 0; v.kind == MP_MAP && i < v.size; i++) {

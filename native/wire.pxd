@@ -149,6 +149,7 @@ cdef class Router:
     # Access: what a new connection may do, and the function that checks a token (server/security.py).
     cdef public int access
     cdef public object auth
+    cdef public bint errors_as_text     # errors are texts, not maps
     # Connections.
     cdef public Py_ssize_t max_connections, max_peer_connections    # 0: no limit
     cdef public int64_t idle_deadline_s, frame_deadline_s, write_deadline_s, auth_deadline_s
@@ -232,7 +233,7 @@ cdef class Connection:
     cdef int write_out(self) except -1
     cdef int maybe_end(self) except -1
     cdef int leave_partial(self, size_t size) except -1
-    cdef int count_relayed(self) except -1
+    cdef bint end_forwarded(self) except -1
     cdef int count_sent(self, Py_ssize_t size) except -1
 
 

@@ -78,7 +78,7 @@ include "wire_batch.pxi"
 
 _LIMITS = frozenset((
     "access", "auth", "max_connections", "max_peer_connections", "idle_deadline_s", "frame_deadline_s",
-    "write_deadline_s", "auth_deadline_s", "target_ns", "burst_ns",
+    "write_deadline_s", "auth_deadline_s", "target_ns", "burst_ns", "errors_as_text",
 ))
 
 
@@ -135,7 +135,7 @@ cdef class Router:
         self.bulk = self.bulk if bulk is None else bulk
 
     def limit(self, **limits):
-        """Set limits by name: access, auth, max_connections, idle_deadline_s, target_ns and so on (_LIMITS).
+        """Set limits and other settings by name: access, auth, max_connections, idle_deadline_s and so on (_LIMITS).
 
         Raises AttributeError for a name that is not a limit.
         """

@@ -34,6 +34,12 @@ cdef tuple _stranger_error(int found):
     return _scan_error(found)
 
 
+cdef bytes _packed_error(str code, str message, bint as_text):
+    """Encode an error: a map, or a text for clients that cannot read a map there."""
+    error = f"{code}: {message}" if as_text else {"code": code, "message": message}
+    return msgpack.packb(error, unicode_errors="replace")
+
+
 cdef class Connection:
     """Connection(router, secure=False): the asyncio protocol of one peer. secure: the transport is TLS."""
 
@@ -72,7 +78,7 @@ cdef class Connection:
         self.drop_buffer(&self.partial)
         while self.relayed:
             self.relayed.pop()
-            self.count_relayed()
+            self.end_forwarded()
         self.router.connections.discard(self)
         if self.peer is not None:
             self.router.peers[self.peer] -= 1
@@ -306,10 +312,7 @@ cdef class Connection:
 
     def relay(self, uint32_t msgid, bytes outcome not None):
         """Reply to a request that was forwarded. outcome: the encoded error, followed by the encoded result."""
-        self.in_flight -= 1
-        self.router.in_flight -= 1
-        self.forwarded -= 1
-        if self.state == GONE:
+        if not self.end_forwarded():
             return
         _reserve(&self.out, 16)
         mp_put_byte(&self.out, 0x94)
@@ -318,10 +321,15 @@ cdef class Connection:
         _put_bytes(&self.out, outcome)
         self.schedule_write()
 
+    def relay_error(self, uint32_t msgid, str code not None, str message not None):
+        """Reply to a request that was forwarded and has failed."""
+        if self.end_forwarded():
+            self.put_error(msgid, code, message)
+
     def relay_reply(self, BulkReply reply not None):
         """Reply to a large request that was forwarded. reply: the whole message, with the msgid of its request."""
         if self.state == GONE:
-            self.count_relayed()
+            self.end_forwarded()
             return
         if self.relayed is None:
             self.relayed = []
@@ -329,18 +337,17 @@ cdef class Connection:
         if len(self.relayed) == 1:
             self.write_relayed()
 
-    def fail_forwarded(self, uint32_t msgid, str code, str message):
-        """Reply with an error to a large request that was forwarded."""
-        self.count_relayed()
+    def fail_forwarded(self, uint32_t msgid, str code not None, str message not None):
+        """Reply with an error to a large request that was forwarded, and count it."""
         _count_errors(self.router, "other", "", code, 1, msgid, message)
-        if self.state != GONE:
-            self.put_error(msgid, code, message)
+        self.relay_error(msgid, code, message)
 
-    cdef int count_relayed(self) except -1:
+    cdef bint end_forwarded(self) except -1:
+        """Count a forwarded request as answered. Returns False if its peer has gone."""
         self.in_flight -= 1
         self.router.in_flight -= 1
         self.forwarded -= 1
-        return 0
+        return self.state != GONE
 
     # -- output ------------------------------------------------------------------------------------------------
 
@@ -361,7 +368,7 @@ cdef class Connection:
             mp_put_byte(&self.out, 0xC0)
         else:
             mp_put_int(&self.out, msgid)
-        _put_bytes(&self.out, msgpack.packb({"code": code, "message": message}, unicode_errors="replace"))
+        _put_bytes(&self.out, _packed_error(code, message, self.router.errors_as_text))
         _reserve(&self.out, 1)
         mp_put_byte(&self.out, 0xC0)
         return self.schedule_write()
@@ -378,7 +385,7 @@ cdef class Connection:
             self.relayed[0] = reply[PIECE_BYTES:]
         else:
             del self.relayed[0]
-            self.count_relayed()
+            self.end_forwarded()
         if self.relayed:
             self.router.loop.call_soon(self.write_relayed)
         elif self.out.size:

@@ -71,7 +71,8 @@ cdef int _refuse_cheaply(Connection connection, WireRoute route, int why, uint32
     _reserve(&connection.out, 16)
     mp_put_raw(&connection.out, <const uint8_t *>b"\x94\x01", 2)
     mp_put_int(&connection.out, msgid)
-    _put_bytes(&connection.out, OVERLOADED_REPLY if why == OVERLOADED else EXPIRED_REPLY)
+    replies = OVERLOADED_REPLIES if why == OVERLOADED else EXPIRED_REPLIES
+    _put_bytes(&connection.out, <bytes>replies[connection.router.errors_as_text])
     return connection.schedule_write()
 
 

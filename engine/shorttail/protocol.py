@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shorttail.config import DEFAULT_HOST, DEFAULT_PORT, LIMITS
-from shorttail.errors import Internal, InvalidArgument, ShorttailError, from_code
+from shorttail.errors import BY_CODE, Internal, InvalidArgument, ShorttailError, from_code
 
 Array = npt.NDArray[Any]
 
@@ -106,9 +106,11 @@ def read_response(message: Any) -> tuple[int, ShorttailError | None, Any]:
 
 
 def _read_error(error: Any) -> ShorttailError:
+    """Return the exception of an error: a map, or the string "CODE: message" (`serve --rpc-errors string`)."""
     if isinstance(error, dict):
         return from_code(str(error.get("code", "INTERNAL")), str(error.get("message", error)))
-    return Internal(str(error))
+    code, colon, message = str(error).partition(": ")
+    return from_code(code, message) if colon and code in BY_CODE else Internal(str(error))
 
 
 # Tensors

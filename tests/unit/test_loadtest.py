@@ -28,19 +28,19 @@ def seed() -> int:
 
 def test_errors_are_counted_by_code() -> None:
     def answer(request: list[Any]) -> bytes:
-        kind = request[1] >> 6 & 3
-        if kind == 0:
+        kind = request[1] >> 6 & 7
+        if kind > 4:
             return good(request)
-        if kind == 1:
-            return reply(request[1], error={"message": "full\nup", "code": "RESOURCE_EXHAUSTED"})
-        return reply(request[1], error="odd" if kind == 2 else {"x": [1], "code": "INTERNAL"})
+        errors = {"message": "full\nup", "code": "RESOURCE_EXHAUSTED"}, "odd", {"x": [1], "code": "INTERNAL"}
+        return reply(request[1], error=(*errors, "NOT_FOUND: no model: x", "odd: OR: even")[kind])
 
     with rpc_server(answer) as fake:
         step = load_on(fake.address)
     assert not step.fatal
-    assert set(step.errors) == {"RESOURCE_EXHAUSTED", "ERROR", "INTERNAL"}
+    assert set(step.errors) == {"RESOURCE_EXHAUSTED", "ERROR", "INTERNAL", "NOT_FOUND"}
+    assert step.errors["NOT_FOUND"].message == "no model: x"
     assert step.errors["RESOURCE_EXHAUSTED"].message == "full up"
-    assert step.errors["ERROR"].message == "odd"
+    assert step.errors["ERROR"].message in ("odd", "odd: OR: even")
     assert sum(error.count for error in step.errors.values()) == step.outcomes["error"] > 0
     assert step.latency.total == step.outcomes["good"]
     assert step.outcomes["good"] + step.outcomes["error"] == step.due

@@ -185,6 +185,18 @@ def test_a_request_past_its_deadline_is_refused_as_it_is_read(measured):
     assert measured.replies(connection)[-1][2]["message"] == "the deadline passed before the request was read"
 
 
+def test_refusals_are_texts_where_errors_are(measured):
+    measured.router.limit(errors_as_text=True)
+    deadline_ms = 300.25 * measured.route.row_cost_ns / 1e6
+    message = [0, 1, "predict", ["double", {"key": 1, "amount": 0}, {"deadline_ms": deadline_ms}]]
+    connection = measured.connect()
+    connection.data_received(msgpack.packb(message) * 1000)
+    measured.loop.turn()
+    errors = {reply[2] for reply in measured.replies(connection) if reply[2] is not None}
+    assert "RESOURCE_EXHAUSTED: the server is overloaded; send it again later" in errors
+    assert all(isinstance(error, str) for error in errors)
+
+
 def test_batches_without_a_waiting_caller_do_not_change_the_cost(measured):
     before = measured.route.row_cost_ns
     connection = measured.connect()

@@ -103,6 +103,14 @@ OPTIONS: Final = [
         " 0: sleep at once.",
     ),
     click.option(
+        "--rpc-errors",
+        type=click.Choice(["map", "string"]),
+        default="map",
+        show_default=True,
+        help="Form of the errors of MessagePack-RPC: a map of code and message, or the string 'CODE: message' for"
+        " clients that read only strings (Go's net/rpc codecs, pynvim, Neovim).",
+    ),
+    click.option(
         "--http/--no-http", default=True, show_default=True, help="Serve HTTP: health probes, metrics, inference."
     ),
     click.option(
@@ -153,6 +161,7 @@ NAMES: Final = [
     "bulk",
     "pin_cpus",
     "busy_poll_us",
+    "rpc_errors",
     "http",
     "http_port",
     "trust_network",

@@ -35,7 +35,7 @@ POLL_MEMORY: Final = 0.1  # the weight of the last turn in the moving average th
 
 
 def configure(router: Router, settings: ServerSettings) -> None:
-    """Set the router's access and limits. Raises InvalidArgument for a token file that cannot be used."""
+    """Set the router's access, limits and form of errors. Raises InvalidArgument for an unusable token file."""
     if settings.token_file is not None:
         router.limit(auth=security.Tokens.read(settings.token_file).authenticate, access=security.NONE)
     budget_ns = settings.p99_budget_ms * 1e6
@@ -48,6 +48,7 @@ def configure(router: Router, settings: ServerSettings) -> None:
         auth_deadline_s=LIMITS.stranger_deadline_s,
         target_ns=TARGET_SHARE * budget_ns,
         burst_ns=BURST_SHARE * budget_ns,
+        errors_as_text=settings.rpc_errors == "string",
     )
 
 

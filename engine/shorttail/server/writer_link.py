@@ -44,7 +44,7 @@ class Caller(NamedTuple):
 
 
 def failed(error: ShorttailError) -> bytes:
-    """The last two items of a response with an error: error and result."""
+    """The last two items of the writer's response with an error: error and result."""
     return bytes(msgpack.packb({"code": error.code, "message": error.message}, unicode_errors="replace") + NIL)
 
 
@@ -124,22 +124,28 @@ class WriterLink(asyncio.Protocol):
 
     def _relay(self, message: Any) -> None:
         _, number, error, result = message
-        outcome = msgpack.packb(error, unicode_errors="replace") + msgpack.packb(result)
-        self._answer(number, outcome, *(("OK", "") if error is None else (str(error["code"]), str(error["message"]))))
+        if error is None:
+            self._answer(number, "OK", "", NIL + msgpack.packb(result))
+        else:
+            self._answer(number, str(error["code"]), str(error["message"]))
 
-    def _answer(self, number: int, outcome: bytes, code: str, message: str) -> None:
+    def _answer(self, number: int, code: str, message: str, outcome: bytes | None = None) -> None:
+        """Answer a request. outcome: the last two items of the response, error and result; None for an error."""
         caller = self.outstanding.pop(number)
         self.outstanding_bytes -= caller.size
         msgid = caller.msgid if caller.connection is not None else -1
         self.told(caller.method, code, message, msgid, time.monotonic_ns() - caller.sent_ns, caller.trace)
-        if caller.connection is not None:
+        if caller.connection is None:
+            return
+        if outcome is None:
+            caller.connection.relay_error(caller.msgid, code, message)
+        else:
             caller.connection.relay(caller.msgid, outcome)
 
     def connection_lost(self, error: Exception | None) -> None:
         self.ready.clear()
         self._transport = None
-        outcome = failed(DIED)
         for number in list(self.outstanding):
-            self._answer(number, outcome, DIED.code, DIED.message)
+            self._answer(number, DIED.code, DIED.message)
         if self._lost is not None and not self._lost.done():
             self._lost.set_result(None)
