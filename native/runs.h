@@ -1,9 +1,9 @@
-/* What runs.pyx keeps for each thread, and a note of the run that a thread was in when a signal such as SIGSEGV ends the
- * process.
+/* What runs.pyx keeps for each thread, and a note of the run or load that a thread was in when a signal such as SIGSEGV
+ * ends the process.
  *
- * The kernel delivers such a signal to the thread that caused it. The handler writes the number of that thread's run
- * into memory that the supervisor maps, and raises the signal again for the handler that was there
- * before, which ends the process. It calls nothing that is unsafe in a handler. */
+ * The kernel delivers such a signal to the thread that caused it. The handler writes the number of that thread's run or
+ * load into memory that the supervisor maps, and raises the signal again for the handler that was there before, which
+ * ends the process. It calls nothing that is unsafe in a handler. */
 #ifndef SHORTTAIL_RUNS_H
 #define SHORTTAIL_RUNS_H
 
@@ -11,7 +11,7 @@
 #include <stdint.h>
 #include <string.h>
 
-static __thread int64_t crash_slot;      /* 1 + the slot of the run that this thread is in; 0: none */
+static __thread int64_t crash_slot;      /* 1 + the slot of the run that this thread is in, or of its load (runs.pyx) */
 static __thread int64_t thread_limit_ns; /* a limit for every run of this thread; 0: none */
 static volatile int64_t *crash_word;
 

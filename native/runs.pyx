@@ -1,14 +1,15 @@
-"""The model runs of this process: which model each thread runs now, since when, and for how long it may.
+"""The model runs and loads of this process: which model each thread runs or loads now, since when, how long it may.
 
 Every run takes a slot of a page of memory that the supervisor can map too. So a run that takes too long can be ended,
-and when a process dies the supervisor can tell which model it was running.
+and when a process dies the supervisor can tell which model it was running or loading.
 
 A page is WORDS words of 8 bytes:
 
-    0           1 + the slot of the run that a deadly signal hit; 0: none (runs.h)
+    0           1 + the slot of the run that a deadly signal hit, or 1 + SLOTS + the place of the load; 0: none (runs.h)
     1           how many models are banned
     2 ..        up to BANNED keys of banned models, which the supervisor writes
     SLOTS_AT .. SLOTS pairs: key of the model that runs (0: none), start of the run in ns of CLOCK_MONOTONIC
+    LOADS_AT .. LOADS pairs: key of the model that is loaded (0: none), start of the load
 """
 
 import mmap
@@ -33,9 +34,12 @@ cdef enum:
     N_SLOTS = 64        # runs at the same time that are watched; further ones run unwatched
     N_BANNED = 62
     SLOT_WORDS_AT = 2 + N_BANNED
-    N_WORDS = SLOT_WORDS_AT + 2 * N_SLOTS
+    LOAD_WORDS_AT = SLOT_WORDS_AT + 2 * N_SLOTS
+    N_LOADS = 8         # loads at the same time; further ones are not noted
+    N_WORDS = LOAD_WORDS_AT + 2 * N_LOADS
 
 WORDS, SLOTS, SLOTS_AT, BANNED, BANNED_AT = N_WORDS, N_SLOTS, SLOT_WORDS_AT, N_BANNED, 2
+LOADS, LOADS_AT = N_LOADS, LOAD_WORDS_AT
 cdef int64_t LOOK_NS = 10_000_000   # how often the watching thread looks for runs that take too long
 
 cdef int64_t own_page[N_WORDS]
@@ -82,6 +86,30 @@ def banned():
     """Return the keys of the models that the supervisor has banned, as a frozenset of ints."""
     cdef int64_t i
     return frozenset([page[2 + i] for i in range(min(max(page[1], 0), N_BANNED))])
+
+
+def begin_load(int64_t key):
+    """Note that the calling thread begins to load a model. Returns the place of the note, for `end_load`.
+
+    key: of the model, not 0.
+    """
+    global crash_slot
+    cdef int place
+    for place in range(N_LOADS):
+        if page[LOAD_WORDS_AT + 2 * place] == 0:
+            page[LOAD_WORDS_AT + 2 * place] = key
+            page[LOAD_WORDS_AT + 2 * place + 1] = _now_ns()
+            crash_slot = 1 + N_SLOTS + place
+            return place
+    return -1
+
+
+def end_load(int place):
+    """Take back the note of `begin_load`, in the same thread."""
+    global crash_slot
+    if 0 <= place < N_LOADS:
+        page[LOAD_WORDS_AT + 2 * place] = page[LOAD_WORDS_AT + 2 * place + 1] = 0
+        crash_slot = 0
 
 
 def run(call, names, feeds, int64_t key, int64_t limit_ns, new_options):

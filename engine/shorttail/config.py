@@ -141,11 +141,12 @@ class Limits:
 
     # The server.
     stop_grace_s: float = 10.0  # from SIGTERM until connections with requests in flight are closed
-    start_timeout_s: int = 120  # a worker that is not ready by then is killed
+    start_timeout_s: float = 120.0  # a worker that is not ready by then is killed
     hang_deadline_s: int = 10  # a worker whose event loop has been stuck this long is killed and replaced
     writer_start_wait_s: float = 2.0  # a worker starts to serve without the writer after this wait
     model_deaths: int = 2  # workers that died in runs of a model version, which is then not run any more
-    model_deaths_s: float = 3600.0  # within this time
+    load_kills: int = 3  # workers that were killed (SIGKILL) while they loaded a version, which is then not loaded
+    model_deaths_s: float = 3600.0  # both within this time
     restart_backoff_min_s: float = 0.1
     restart_backoff_max_s: float = 10.0
 

@@ -14,7 +14,7 @@ from shorttail._native.pages import crc32c
 from shorttail._native.route import Route, Split
 from shorttail.config import LIMITS
 from shorttail.define.durations import parse_duration
-from shorttail.errors import InvalidArgument, NotFound, Unavailable
+from shorttail.errors import InvalidArgument, NotFound, ShorttailError, Unavailable
 from shorttail.models.device import CPU, Device, check_cuda
 from shorttail.models.raw import take_tensors
 from shorttail.models.serving import Key, Versions, follow
@@ -49,6 +49,7 @@ class Engine:
         self._last_features: tuple[list[str], Route] | None = None
         self._versions = Versions(store, device)
         self._routes_of = 0  # the value of `self._versions.changes` when the routes were made
+        self._broken: set[str | None] = set()  # models whose last plan could not be made
 
     @classmethod
     def open(
@@ -219,7 +220,13 @@ class Engine:
             return route
         self.refresh()  # the model or view asked for may be newer than the snapshot
         with self._versions.lock:
-            route = Route(self._compile(key))
+            model = key[1] if key[0] == "predict" and key[2] is None else None
+            try:
+                route = Route(self._compile(key))
+            except Unavailable:
+                self._broken.add(model)
+                raise
+            self._broken.discard(model)
             if self._routes_of != self._versions.changes:
                 self._routes_of = self._versions.changes
                 self._routes.clear()
@@ -234,6 +241,16 @@ class Engine:
     def _forget_features(self) -> None:
         for key in [key for key in self._routes if key[0] == "features"]:
             del self._routes[key]
+
+    def unavailable(self) -> dict[str, str]:
+        """The models that were asked for and cannot answer now, and why."""
+        found = {}
+        for name in self._store.catalog.models.keys() & self._broken:
+            try:
+                self.plan_for_model(name)
+            except ShorttailError as error:
+                found[name] = error.message
+        return found
 
     def _compile(self, key: tuple[Any, ...]) -> Plan:
         if key[0] == "features":
@@ -252,9 +269,10 @@ class Engine:
             return planning.compile_model(
                 self._store, name, current.version, runner, key, wanted, split=split, shadow=shadow
             )
-        except (NotFound, InvalidArgument):
-            if current.version == entry.current:
-                raise
+        except (NotFound, InvalidArgument) as error:
+            if current.version == entry.current:  # such as an on-demand function that does not compile on this host
+                where = "" if error.message.startswith("model '") else f"model '{name}' version {entry.current}: "
+                raise Unavailable(f"{where}{error.message}") from error
             raise Unavailable(f"model '{name}' version {entry.current} is being loaded; send it again") from None
 
     def _split(self, current: Key, asked: dict[str, DType], canary: Key, percent: float) -> Split:
@@ -297,7 +315,7 @@ class Engine:
         follow(self._versions, self._store.catalog)
 
     def ban(self, banned: frozenset[int]) -> None:
-        """Stop running these versions (models.serving.run_key): server processes died in their runs."""
+        """Stop running these versions (models.serving.run_key): server processes died in them."""
         with self._versions.lock:
             self._versions.ban(banned)
 

@@ -16,10 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import commands
-import numpy as np
-import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from bad_models import deadly, deadly_to_load, endless, sound
 
 import shorttail as st
 from shorttail.errors import (
@@ -299,64 +297,6 @@ def test_importing_the_package_starts_nothing() -> None:
 
 
 # -- models that hang or crash -------------------------------------------------------------------------------------
-
-
-def save(path: Path, nodes: list[Any], constants: dict[str, Any], kind: int = TensorProto.FLOAT) -> str:
-    value = [helper.make_tensor_value_info(name, kind, [None, 1]) for name in "xy"]
-    initializers = [numpy_helper.from_array(np.asarray(array), name) for name, array in constants.items()]
-    graph = helper.make_graph(nodes, "bad", value[:1], value[1:], initializers)
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
-    return str(path)
-
-
-def endless(path: Path) -> str:
-    """A model of which ONNX Runtime computes a constant when it loads it: a loop that ends after 2**62 rounds."""
-    state = helper.make_tensor_value_info("v", TensorProto.FLOAT, [1])
-    body = helper.make_graph(
-        [helper.make_node("Identity", ["go"], ["go_on"]), helper.make_node("Sin", ["v"], ["v_out"])],
-        "body",
-        [
-            helper.make_tensor_value_info("round", TensorProto.INT64, []),
-            helper.make_tensor_value_info("go", TensorProto.BOOL, []),
-            state,
-        ],
-        [
-            helper.make_tensor_value_info("go_on", TensorProto.BOOL, []),
-            helper.make_tensor_value_info("v_out", TensorProto.FLOAT, [1]),
-        ],
-    )
-    constants = {"rounds": np.int64(1 << 62), "yes": np.bool_(True), "one": np.ones(1, np.float32)}
-    nodes = [
-        helper.make_node("Loop", ["rounds", "yes", "one"], ["w"], body=body),
-        helper.make_node("Add", ["x", "w"], ["y"]),
-    ]
-    return save(path, nodes, constants)
-
-
-def deadly(path: Path) -> str:
-    """A model that divides the smallest integer by -1 whatever it gets, for which the processor sends SIGFPE."""
-    nodes = [
-        helper.make_node("Mul", ["x", "none"], ["zero"]),
-        helper.make_node("Add", ["zero", "smallest"], ["a"]),
-        helper.make_node("Add", ["zero", "minus_one"], ["b"]),
-        helper.make_node("Div", ["a", "b"], ["y"]),
-    ]
-    constants = {"none": np.int64(0), "smallest": np.int64(-(1 << 63)), "minus_one": np.int64(-1)}
-    return save(path, nodes, constants, TensorProto.INT64)
-
-
-def deadly_to_load(path: Path) -> str:
-    """A model with such a division of constants, which ONNX Runtime does when it loads the model."""
-    nodes = [
-        helper.make_node("Div", ["smallest", "minus_one"], ["c"]),
-        helper.make_node("Add", ["x", "c"], ["y"]),
-    ]
-    constants = {"smallest": np.full(1, -(1 << 63)), "minus_one": np.full(1, -1)}
-    return save(path, nodes, constants, TensorProto.INT64)
-
-
-def sound(path: Path) -> str:
-    return save(path, [helper.make_node("Sigmoid", ["x"], ["y"])], {})
 
 
 def test_a_file_that_kills_the_process_is_not_registered(tmp_path: Path) -> None:

@@ -188,8 +188,10 @@ def test_an_open_engine_keeps_the_old_version_if_the_new_one_cannot_be_loaded(
     assert model["version"] == 1
     assert "version 2: model.onnx is not the file that was registered" in model["problem"]
     assert caplog.text.count("SHA-256 differs; version 1 serves") == 1
-    with pytest.raises(InvalidArgument, match="SHA-256 differs"):
+    with pytest.raises(Unavailable, match="SHA-256 differs"):
         engine.predict("m", {"user_id": 1, "amount": 1.0}, version=2)
+    with st.Engine.open(engine.store.path) as other, pytest.raises(Unavailable, match="SHA-256 differs"):
+        version(other)
     path.write_bytes(whole)
     engine.deploy("m", file(3.0), promote=False)  # a change of the catalog: it is tried again
     assert version(engine) == 2

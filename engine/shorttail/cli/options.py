@@ -9,11 +9,28 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from shorttail.config import LIMITS
+from shorttail.errors import InvalidArgument
 
 if TYPE_CHECKING:
     from shorttail.client import Client
     from shorttail.engine import Engine
     from shorttail.store import Store
+
+
+class Seconds(click.types.StringParamType):
+    """A length of time such as 90s or 10m, in seconds. A number alone is seconds."""
+
+    name = "time"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        from shorttail.define.durations import parse_duration
+
+        text = f"{value}s" if str(value).isdecimal() else str(value)
+        try:
+            return parse_duration(text, "", "90s or 10m") / 1e6
+        except InvalidArgument:
+            self.fail(f"{value!r} is not a time; write 90s or 10m", param, ctx)
+
 
 F = TypeVar("F", bound=Callable[..., Any])
 

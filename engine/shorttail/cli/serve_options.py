@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import click
 
+from shorttail.cli.options import Seconds
 from shorttail.config import LIMITS
 
 
@@ -80,6 +81,16 @@ OPTIONS: Final = [
         default=LIMITS.hang_deadline_s,
         show_default=True,
         help="Kill and replace a worker whose event loop is blocked for this many seconds.",
+    ),
+    click.option(
+        "--start-timeout",
+        "start_timeout_s",
+        type=Seconds(),
+        metavar="TIME",
+        default=f"{LIMITS.start_timeout_s:g}s",
+        show_default=True,
+        help="Kill a worker that is not ready in this time, such as 5m. The model that it was loading is not loaded"
+        " again; the other models serve.",
     ),
     click.option(
         "--p99-budget-ms",
@@ -157,6 +168,7 @@ NAMES: Final = [
     "frame_deadline_s",
     "write_deadline_s",
     "hang_deadline_s",
+    "start_timeout_s",
     "p99_budget_ms",
     "bulk",
     "pin_cpus",

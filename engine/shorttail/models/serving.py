@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from shorttail._native import runs
 from shorttail.config import LIMITS
 from shorttail.define.catalog import TENSOR_TYPES, Catalog, ModelEntry, Share, VersionInfo
 from shorttail.define.models import column_label
@@ -78,7 +79,7 @@ def run_key(model: str, version: int) -> int:
 
 
 class Banned(Unavailable):
-    """Processes died while they ran this version, so it is not run any more."""
+    """Processes died while they ran or loaded this version, so it is not run any more."""
 
 
 def open_version(
@@ -206,7 +207,7 @@ class Versions:
         self._asked: dict[Key, None] = {}  # versions that requests named; the most recent is last
         self._failed: dict[Key, tuple[int, ShorttailError]] = {}  # (version of the catalog at the attempt, error)
         self._loading: set[Key] = set()
-        self._banned: frozenset[int] = frozenset()  # run_key of versions in whose runs workers died
+        self._banned: frozenset[int] = frozenset()  # run_key of versions in which workers died
         self._threads: tuple[ThreadPoolExecutor, ThreadPoolExecutor] | None = None  # normal and low priority
         self._changed: Callable[[], object] = lambda: None
 
@@ -230,7 +231,7 @@ class Versions:
     def serving(self, name: str) -> Serving:
         """Return the versions that answer requests for the model now. Loads missing versions, here or in background.
 
-        Raises NotFound; Unavailable while the first version loads in the background; the errors of `load_version`.
+        Raises NotFound; Unavailable while the first version loads in the background, or if it could not be loaded.
         """
         entry = self._store.catalog.model(name)
         target = self._target(name, entry)
@@ -243,7 +244,7 @@ class Versions:
         elif before is not None and before.current in self.runners and before.current.version in entry.versions:
             now = before
         elif current in self._failed:
-            raise self._failed[current][1]
+            raise Unavailable(self._failed[current][1].message)
         else:
             raise Unavailable(f"model '{name}' version {current.version} is being loaded; send it again")
         if now != before:
@@ -257,7 +258,7 @@ class Versions:
         """Return the key of a version that a request names, and load it if needed.
 
         The last LIMITS.versions_asked such versions stay loaded.
-        Raises NotFound; Unavailable while it loads in the background; the errors of `load_version`.
+        Raises NotFound; Unavailable while it loads in the background, or if it could not be loaded.
         """
         entry = self._store.catalog.model(name)
         entry.version(version)
@@ -272,7 +273,7 @@ class Versions:
         if key in self.runners:
             return key
         if key in self._failed:
-            raise self._failed[key][1]
+            raise Unavailable(self._failed[key][1].message)
         raise Unavailable(f"model '{name}' version {version} is being loaded; send it again")
 
     def serving_now(self, name: str) -> Serving | None:
@@ -280,7 +281,7 @@ class Versions:
         return self._serving.get(name)
 
     def ban(self, banned: frozenset[int]) -> None:
-        """Stop running these versions (`run_key`), because processes died in their runs. Others are not affected."""
+        """Stop running these versions (`run_key`), because processes died in them. Others are not affected."""
         if banned != self._banned:
             self._banned = banned
             self._failed = {key: error for key, error in self._failed.items() if not isinstance(error[1], Banned)}
@@ -343,8 +344,8 @@ class Versions:
             self._failed[key] = (
                 self._store.catalog_version,
                 Banned(
-                    f"model '{key.model}' version {key.version} is not run any more: server processes died in its runs;"
-                    " deploy another version, or reload the server to try it again"
+                    f"model '{key.model}' version {key.version} is not run any more: server processes died in it, or"
+                    " hung; deploy another version, or reload the server to try it again"
                 ),
             )
             return
@@ -363,6 +364,7 @@ class Versions:
 
     def _load(self, key: Key, info: VersionInfo, catalog: Catalog) -> Runner | ShorttailError:
         path = model_path(self._store.path, key.model, key.version)
+        place = runs.begin_load(run_key(key.model, key.version))  # if this process dies now, the supervisor knows why
         try:
             return load_version(path, info, catalog, key.version, key.settings, self._device)
         except ShorttailError as error:
@@ -370,6 +372,8 @@ class Versions:
         except Exception as error:  # the loading thread must always report an outcome: requests wait for it
             text = " ".join(str(error).split())[:300]
             return Internal(f"model '{key.model}' version {key.version}: {type(error).__name__}: {text}")
+        finally:
+            runs.end_load(place)
 
     def _record(self, key: Key, catalog_version: int, outcome: Runner | ShorttailError) -> None:
         """Keep the outcome of an attempt to load a version. catalog_version: of the catalog at the attempt."""

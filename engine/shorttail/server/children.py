@@ -37,7 +37,8 @@ class Child:
     control: a socket on which the child sends one line of JSON when it is ready; it closes when the child ends. share:
     a worker's connections; None for the writer. said: the line: what is served, or {"error": why} from a writer that
     cannot open the store. killed_for: why the supervisor killed it. runs: what a worker runs now. is_successor: it will
-    replace a worker, and is not ready yet. retires: another worker has replaced it.
+    replace a worker, and is not ready yet. retires: another worker has replaced it. excused: it died in a model that
+    was banned for it, so a worker that is started again may live.
     """
 
     number: int
@@ -51,6 +52,7 @@ class Child:
     killed_for: str = ""
     is_successor: bool = False
     retires: bool = False
+    excused: bool = False
 
     def __str__(self) -> str:
         return f"{name_of(self.number)} (pid {self.process.pid})"
@@ -67,6 +69,10 @@ class Child:
         """Another worker has replaced this one: it is not restarted when it ends."""
         self.retires = True
 
+    def excuse(self) -> None:
+        """A model that it ran or loaded is banned for its death."""
+        self.excused = True
+
     def hear(self) -> bool:
         """Read what the child sends on its control socket. Returns False if the child has ended."""
         try:
@@ -82,13 +88,13 @@ class Child:
                 self.share.heard_s = time.monotonic()
         return bool(received)
 
-    def hangs(self, now_s: float, deadline_s: float) -> str:
-        """Why the child must be killed, or "": its loop was silent for deadline_s, or it is not ready in time."""
+    def hangs(self, now_s: float, settings: ServerSettings) -> str:
+        """Why the child must be killed, or "": its loop was silent for too long, or it is not ready in time."""
         if self.said is None:
-            late = now_s - self.started_s > LIMITS.start_timeout_s
-            return f"it was not ready after {LIMITS.start_timeout_s:g} s" if late else ""
-        hung = self.share is not None and now_s - self.share.heard_s > deadline_s
-        return f"it hung for {deadline_s:g} s" if hung else ""
+            late = now_s - self.started_s > settings.start_timeout_s
+            return f"it was not ready after {settings.start_timeout_s:g} s" if late else ""
+        hung = self.share is not None and now_s - self.share.heard_s > settings.hang_deadline_s
+        return f"it hung for {settings.hang_deadline_s:g} s" if hung else ""
 
     def close(self) -> int:
         """Wait until the child ends, and return its exit code."""

@@ -62,23 +62,25 @@ def reload(supervisor: ReloadingSupervisor) -> None:
 
 
 def replace(supervisor: ReloadingSupervisor, number: int) -> bool:
-    """Replace the worker of this number. Returns False if the new worker did not start; then the old one stays."""
-    try:
-        successor = supervisor.start_successor(number)
-    except OSError as error:
-        supervisor.say(
-            "warning", f"reload stopped: no process can be started: {error.strerror}; the old workers continue"
-        )
-        return False
-    deadline_s = time.monotonic() + LIMITS.start_timeout_s
-    while not successor.said and successor in supervisor.others and time.monotonic() < deadline_s:
-        supervisor.wait(deadline_s)
-    if not successor.said:
-        if successor in supervisor.others:
-            successor.process.kill()
-            _wait_for_end(supervisor, successor, LIMITS.stop_grace_s)
-        supervisor.say("warning", f"reload stopped: the new worker {number} did not start; the old one continues")
-        return False
+    """Replace the worker of this number. Returns False if the new worker did not start; then the old one stays.
+
+    A new worker that dies in a model which is banned for it is started again.
+    """
+    while True:
+        try:
+            successor = supervisor.start_successor(number)
+        except OSError as error:
+            supervisor.say(
+                "warning", f"reload stopped: no process can be started: {error.strerror}; the old workers continue"
+            )
+            return False
+        while not successor.said and successor in supervisor.others:  # it is killed if it is not ready in time
+            supervisor.wait()
+        if successor.said:
+            break
+        if not successor.excused:
+            supervisor.say("warning", f"reload stopped: the new worker {number} did not start; the old one continues")
+            return False
     old = supervisor.succeed(successor)
     if old is not None:
         with contextlib.suppress(OSError):

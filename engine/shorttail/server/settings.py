@@ -31,6 +31,7 @@ class ServerSettings:
     frame_deadline_s: int = LIMITS.frame_deadline_s
     write_deadline_s: int = LIMITS.write_deadline_s
     hang_deadline_s: int = LIMITS.hang_deadline_s
+    start_timeout_s: float = LIMITS.start_timeout_s
     p99_budget_ms: float = LIMITS.p99_budget_ms
     pin_cpus: bool = False
     bulk: bool = True  # large requests are answered by a process of their own

@@ -115,14 +115,19 @@ class Supervisor:
         self.starting = True
         self.reload_wanted = False
         self.looked_s = 0.0  # when workers that hang were last looked for
+        self.check = False
+        self.told: set[str] = set()  # why models are not served, as far as the log says it
 
     def run(self, check: bool) -> int:
         self.signals.register(self.selector)
+        self.check = check
         try:
-            self._start_all(check)
+            self._start_all()
             if check:
                 for child in self.children.values():
                     child.process.wait()
+                if self.served["unavailable"]:
+                    return 1
                 print(f"ok · {self._contents()}", flush=True)
                 return 0
             if self.settings.bulk:
@@ -132,6 +137,7 @@ class Supervisor:
                 if self.reload_wanted:
                     self.reload_wanted = False
                     self.launcher.deaths.forget()
+                    self.told.clear()
                     rolling.reload(self)
                     if BULK in self.children:
                         self.children[BULK].process.terminate()
@@ -152,18 +158,16 @@ class Supervisor:
 
     # -- starting ----------------------------------------------------------------------------------------------
 
-    def _start_all(self, check: bool) -> None:
+    def _start_all(self) -> None:
         """Start the writer and one worker, then the other workers. So a store that does not load is reported once."""
-        deadline_s = time.monotonic() + LIMITS.start_timeout_s
-        if not check:
+        if not self.check:
             self._start(WRITER)
-        for numbers in ([1], range(2, 1 if check else self.n_workers + 1)):
+        for numbers in ([1], range(2, 1 if self.check else self.n_workers + 1)):
             for number in numbers:
-                self._start(number, check=check)
-            while not all(worker.said for worker in self.workers()):
-                if time.monotonic() > deadline_s:
-                    raise Unavailable(f"a worker was not ready after {LIMITS.start_timeout_s:g} s")
-                self._wait(deadline_s)
+                self._start(number)
+            # A worker that died in a model is started again without that model.
+            while self.restarts.due_s.keys() - {WRITER} or not all(worker.said for worker in self.workers()):
+                self.wait()
         self.starting = False
 
     def _announce(self) -> None:
@@ -177,16 +181,18 @@ class Supervisor:
 
     def _contents(self) -> str:
         models = ", ".join(f"{model['name']} v{model['version']}" for model in self.served["models"])
-        return f"models: {models or 'none'} · views: {', '.join(self.served['views']) or 'none'}"
+        missing = ", ".join(self.served["unavailable"])
+        text = f"models: {models or 'none'} · views: {', '.join(self.served['views']) or 'none'}"
+        return f"{text} · not loaded: {missing}" if missing else text
 
     def _note(self, text: str) -> None:
         """Write a line for log collectors alone: a person at a terminal does not need it."""
         if self.settings.log == "json":
             self.say("info", text)
 
-    def _start(self, number: int, *, check: bool = False) -> None:
+    def _start(self, number: int) -> None:
         try:
-            child = self.launcher.start(number, check=check)
+            child = self.launcher.start(number, check=self.check)
         except OSError as error:
             raise Unavailable(f"a process cannot be started: {error.strerror}") from None
         self._take_in(child)
@@ -256,6 +262,7 @@ class Supervisor:
                 self.served = self.served or child.said
                 if child.number != BULK:
                     self.acceptor.add(child.share)
+            self._tell_unavailable(child)
             return
         code = self._bury(child)
         if child.is_successor or child.retires:
@@ -268,12 +275,19 @@ class Supervisor:
         elif child.number == WRITER:
             # If the store cannot be opened, the worker reports it.
             self._plan_restart(child, code, silent=self.starting)
-        elif not self.starting or child.said:
+        elif not self.starting or child.said or child.excused:
             self._plan_restart(child, code)
         else:
             if code != 1:  # with 1 it has logged why
-                self.say("error", f"a worker died while it started: {how_it_ended(code)}")
+                self.say("error", f"a worker died while it started: {child.killed_for or how_it_ended(code)}")
             raise StartFailed
+
+    def _tell_unavailable(self, child: Child) -> None:
+        """Log which models a worker that is ready cannot serve, and why. Workers that say the same are logged once."""
+        for reason in (child.said or {}).get("unavailable", {}).values():
+            if reason not in self.told:
+                self.told.add(reason)
+                self.say("error", reason)
 
     def _bury(self, child: Child) -> int:
         """Forget a child whose control socket has closed, and return its exit code."""
@@ -289,11 +303,18 @@ class Supervisor:
         return child.close()
 
     def _note_death(self, child: Child) -> None:
-        """Note the models in whose runs a worker died, and ban a model that has killed several."""
-        deaths = self.launcher.deaths
-        hung_s = self.settings.hang_deadline_s if child.killed_for else 0.0
-        guilty = bool(child.killed_for) or -child.process.wait() in DEADLY
-        if child.runs is not None and guilty and deaths.note(child.runs.died_in(hung_s)):
+        """Note the models in whose runs or loads a worker died, and ban a model that has killed workers."""
+        if child.runs is None:
+            return
+        deaths, signum, hung_s = self.launcher.deaths, -child.process.wait(), 0.0
+        if child.killed_for:  # of a worker that was not ready in time, the load that took most of that time is meant
+            hung_s = self.settings.hang_deadline_s if child.said else self.settings.start_timeout_s / 2
+        if child.killed_for or signum in DEADLY:
+            banned = deaths.note(child.runs.died_in(hung_s))
+        else:
+            banned = signum == signal.SIGKILL and not child.said and deaths.note_killed(child.runs.died_in().loads)
+        if banned:
+            child.excuse()
             for other in [*self.children.values(), *self.others]:
                 if other.runs is not None:
                     other.runs.ban(deaths.banned)
@@ -313,14 +334,18 @@ class Supervisor:
         if now_s - self.looked_s > STOOD_STILL_S:
             self._forgive(now_s)
         self.looked_s = now_s
-        for worker in self.workers():
-            if not worker.killed_for and (reason := worker.hangs(now_s, self.settings.hang_deadline_s)):
+        for worker in self._watched():
+            if not worker.killed_for and (reason := worker.hangs(now_s, self.settings)):
                 worker.killed_for = f"{reason}, and was killed"
                 worker.process.kill()
 
+    def _watched(self) -> list[Child]:
+        """The workers, and the successors of workers."""
+        return [*self.workers(), *(child for child in self.others if child.is_successor)]
+
     def _forgive(self, now_s: float) -> None:
         """Restart the time-outs of all workers: the whole machine or container may have been paused."""
-        for worker in self.workers():
+        for worker in self._watched():
             if worker.share is not None:
                 worker.share.heard_s = now_s
             if not worker.said:

@@ -14,7 +14,6 @@ import asyncio
 import contextlib
 import gc
 import json
-import logging
 import math
 import signal
 import socket
@@ -32,7 +31,6 @@ from shorttail.config import LIMITS
 from shorttail.engine import Engine
 from shorttail.errors import InvalidArgument, ShorttailError
 from shorttail.models.raw import refusal
-from shorttail.models.serving import Banned
 from shorttail.observe import logs, stderr
 from shorttail.server import bulk, bulk_link, handover, limits, security
 from shorttail.server.batcher import Batcher
@@ -45,8 +43,6 @@ from shorttail.server.writer_link import WriterLink
 if TYPE_CHECKING:
     from shorttail.pipeline import Plan
     from shorttail.server.http.app import HttpServer
-
-log = logging.getLogger(__name__)
 
 # A worker that stops reads from each connection for this long, so that requests that were sent before are answered.
 LAST_READS_S: Final = 0.1
@@ -100,21 +96,19 @@ def _no_params(method: str, params: list[Any]) -> None:
 def load(store: str, device: str, pretouch: bool = False, lock_memory: bool = False) -> tuple[Engine, dict[str, Any]]:
     """Open the store and compile the plan of every model, so that no request waits for that.
 
-    Returns the engine, and what it serves: {"models": [{"name", "version"}], "views": [name]}.
+    Returns the engine, and what it serves: {"models": [{"name", "version"}], "views": [name], "unavailable": {name of a
+    model that cannot be served: why}}.
     """
     engine = Engine.open(store, device=device, pretouch=pretouch, lock_memory=lock_memory)
     engine.ban(runs.banned())
-    models = engine.models()
-    for model in models:
+    models, unavailable = [], {}
+    for model in engine.models():
         try:
             engine.plan_for_model(model["name"])
-        except Banned as error:
-            log.warning("%s", error.message)
-    served = {
-        "models": [{"name": model["name"], "version": model["version"]} for model in models],
-        "views": [view["name"] for view in engine.views()],
-    }
-    return engine, served
+            models.append({"name": model["name"], "version": model["version"]})
+        except ShorttailError as error:
+            unavailable[model["name"]] = error.message
+    return engine, {"models": models, "views": [view["name"] for view in engine.views()], "unavailable": unavailable}
 
 
 async def serve(

@@ -33,7 +33,9 @@ async def livez(server: HttpServer, request: web.Request, call: HttpCall) -> web
 
 async def readyz(server: HttpServer, request: web.Request, call: HttpCall) -> web.Response:
     reason = server.not_ready
-    return web.Response(text=f"{reason or 'ok'}\n", status=503 if reason else 200)
+    # A model that cannot answer has a probe of its own; the others serve.
+    lines = [reason or "ok", *(f"not loaded: {name}" for name in server.engine.unavailable())]
+    return web.Response(text="\n".join(lines) + "\n", status=503 if reason else 200)
 
 
 async def metrics(server: HttpServer, request: web.Request, call: HttpCall) -> web.Response:

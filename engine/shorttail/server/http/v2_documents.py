@@ -81,11 +81,16 @@ def model_config(catalog: Catalog, name: str, version: int | None) -> dict[str, 
     }
 
 
-def repository_index(catalog: Catalog, ready: bool) -> list[dict[str, Any]]:
-    """Return an entry per model, with its current version and whether the server is ready."""
-    state = "READY" if ready else "UNAVAILABLE"
+def repository_index(catalog: Catalog, unavailable: Mapping[str, str], not_ready: str) -> list[dict[str, Any]]:
+    """Return an entry per model, with its current version and whether it can answer. unavailable: name -> why not."""
+    reasons = {name: not_ready or unavailable.get(name, "") for name in catalog.models}
     return [
-        {"name": name, "version": str(entry.current), "state": state, "reason": ""}
+        {
+            "name": name,
+            "version": str(entry.current),
+            "state": "UNAVAILABLE" if reasons[name] else "READY",
+            "reason": reasons[name],
+        }
         for name, entry in catalog.models.items()
     ]
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 
 from shorttail.config import VERSION
-from shorttail.errors import Unavailable
+from shorttail.errors import ShorttailError
 from shorttail.server.http import v2, v2_documents
 from shorttail.server.http.app import HttpCall, HttpServer
 from shorttail.server.http.json import json_response
@@ -34,9 +34,12 @@ def model_readiness(server: HttpServer, name: str, version: int | None = None) -
     reason = server.not_ready
     if not reason and version in (None, entry.current):
         try:
-            server.engine.plan_for_model(name)
-        except Unavailable as error:
+            serves = server.engine.plan_for_model(name).version
+        except ShorttailError as error:
             reason = error.message
+        else:
+            if version not in (None, serves):
+                reason = f"model '{name}' version {version} is not loaded; version {serves} serves"
     return _readiness({"name": name}, reason)
 
 
@@ -52,7 +55,8 @@ async def metadata(server: HttpServer, request: web.Request, call: HttpCall) -> 
 
 
 async def index(server: HttpServer, request: web.Request, call: HttpCall) -> web.Response:
-    return json_response(v2_documents.repository_index(_catalog(server), not server.not_ready))
+    catalog, unavailable = _catalog(server), server.engine.unavailable()
+    return json_response(v2_documents.repository_index(catalog, unavailable, server.not_ready))
 
 
 async def model(server: HttpServer, request: web.Request, call: HttpCall) -> web.Response:
