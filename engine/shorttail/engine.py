@@ -61,13 +61,15 @@ class Engine:
         pretouch: bool = False,
         lock_memory: bool = False,
         max_clock_skew: str | timedelta | None = None,
+        code: bool = True,
     ) -> Engine:
         """Open the store at `path`.
 
         create: make the store if there is none. device: "cuda" or "cuda:N" runs models on that GPU, except compiled
         forests. pretouch: map the store's file and build all directories now, so that no request waits for that.
         lock_memory: the same, and keep the file in memory, also as it grows. max_clock_skew: how far event times may be
-        ahead of the clock, such as "5m". The store keeps it, for all processes; a new store has "1h".
+        ahead of the clock, such as "5m". The store keeps it, for all processes; a new store has "1h". code: False runs
+        none of the store's on-demand functions; models that need them are unavailable.
 
         Raises NotFound if there is no store and create is False, InvalidArgument if this host lacks what the device
         needs or the skew is no positive time, ResourceExhausted if the system does not allow that much locked memory
@@ -77,7 +79,7 @@ class Engine:
         if where.kind == "cuda":
             check_cuda(where)
         skew_us = None if max_clock_skew is None else parse_duration(max_clock_skew, "max_clock_skew", "'1h' or '5m'")
-        store = Store.open(path, create=create)
+        store = Store.open(path, create=create, code=code)
         try:
             if skew_us not in (None, store.catalog.max_clock_skew_us):
                 store.set_max_clock_skew(skew_us)
@@ -295,7 +297,7 @@ class Engine:
             if any(asked.get(name) != dtype for name, dtype in needed.items()):
                 return None
             plan = planning.compile_model(self._store, shadow.model, shadow.version, runner, key, asked)
-        except (NotFound, InvalidArgument):
+        except (NotFound, InvalidArgument, Unavailable):
             return None
         ours, other = entry.version(current.version), entry.version(shadow.version)
         same_values = ours.model.inputs == other.model.inputs and ours.replacements == other.replacements
@@ -341,9 +343,8 @@ class Engine:
     ) -> list[Change]:
         """Validate definitions (a file's path, or objects) and register all of them, or none if one is wrong.
 
-        dry_run: only return the changes. reset: empty the views whose schema changes. vet_timeout: how long a trial
-        of a model's file may take, such as "10m" (LIMITS.vet_s by default). Raises InvalidArgument, NotFound, Internal,
-        DeadlineExceeded, ResourceExhausted.
+        dry_run: only return the changes. reset: empty the views whose schema changes. vet_timeout: how long a model's
+        file may be tried ("10m"). Raises InvalidArgument, NotFound, Internal, DeadlineExceeded, ResourceExhausted.
         """
         from shorttail.registry.apply import apply
 

@@ -25,6 +25,7 @@ from shorttail.models.load import Runner
 from shorttail.models.missing import marker, replaced_in_requests, required_columns
 from shorttail.models.signature import key_columns, request_columns
 from shorttail.ondemand.compile import compile_on_demand, copy_function
+from shorttail.ondemand.trust import check_code
 from shorttail.pipeline import Plan, Shadow
 from shorttail.store import Store
 
@@ -49,6 +50,7 @@ def compile_model(
     number = entry.current if version is None else version
     info = entry.version(number)
     model = info.model
+    check_code(model, store.runs_code)
     given = request or request_columns(catalog, model, runner.inputs)
     builder = PlanBuilder(store, given, required_columns(catalog, info), replaced_in_requests(info), info.replacements)
     tensors = info.inputs if model.is_raw else None

@@ -256,4 +256,5 @@ PREPARATIONS: dict[str, Callable[[Story, Shared], None]] = {
     "on-demand.md": on_demand,
     "operations.md": operations,
     "protocol.md": demo,
+    "security.md": quick_start,
 }

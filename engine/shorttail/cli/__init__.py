@@ -20,6 +20,7 @@ from shorttail.cli.models import models
 from shorttail.cli.operate import backup, stat, verify
 from shorttail.cli.options import (
     answerer,
+    code_option,
     json_option,
     load_options,
     opened,
@@ -231,6 +232,7 @@ def materialize(views: tuple[str, ...], store: str, memory_mib: int, allow_shrin
 )
 @click.option("--pretouch", is_flag=True, help="Map the store's file into memory before the first request.")
 @click.option("--lock-memory", is_flag=True, help="As --pretouch, and lock the file in memory (see ulimit -l).")
+@code_option
 @settings_options
 @click.option("--check", is_flag=True, help="Open the store, load the models, and exit.")
 def serve(
@@ -242,6 +244,7 @@ def serve(
     device: str,
     pretouch: bool,
     lock_memory: bool,
+    no_code: bool,
     check: bool,
     settings: ServerSettings,
 ) -> int:
@@ -266,6 +269,7 @@ def serve(
         device=device,
         pretouch=pretouch,
         lock_memory=lock_memory,
+        code=not no_code,
         check=check,
         settings=settings,
     )
@@ -276,9 +280,16 @@ def serve(
 @click.argument("values", nargs=-1, metavar="COLUMN=VALUE...")
 @source_options
 @click.option("--version", type=int, help="Version of the model; without it, the current version.")
+@code_option
 @json_option
 def predict(
-    model: str, values: tuple[str, ...], store: str | None, server: str | None, version: int | None, as_json: bool
+    model: str,
+    values: tuple[str, ...],
+    store: str | None,
+    server: str | None,
+    version: int | None,
+    no_code: bool,
+    as_json: bool,
 ) -> None:
     """Run MODEL on keys and request columns.
 
@@ -294,7 +305,7 @@ def predict(
     from shorttail.define.text import parse_columns
     from shorttail.models.raw import refusal
 
-    with answerer(store, server) as source:
+    with answerer(store, server, not no_code) as source:
         by_name = {item["name"]: item for item in source.models()}
         if model not in by_name:
             raise NotFound(f"no model {quoted(model)}{suggestion(model, by_name, 'models')}")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from shorttail.cli.options import json_option, opened, vet_option
+from shorttail.cli.options import code_option, json_option, opened, vet_option
 from shorttail.cli.output import echo_line, print_json, print_table
 from shorttail.errors import ShorttailError
 
@@ -162,7 +162,8 @@ def runs_as(store: Store, name: str, version: int) -> str:
 @models_command("show")
 @click.argument("name")
 @click.option("--version", type=int, help="Version of the model; without it, the version that serves.")
-def models_show(store: str | None, as_json: bool, name: str, version: int | None) -> None:
+@code_option
+def models_show(store: str | None, as_json: bool, name: str, version: int | None, no_code: bool) -> None:
     """Show a version of the model NAME.
 
     Shows its inputs and outputs, the columns of a request, how it runs on this host and why, and how long
@@ -176,7 +177,7 @@ def models_show(store: str | None, as_json: bool, name: str, version: int | None
     from shorttail.models.settings import tuned
     from shorttail.registry.versions import describe
 
-    with Engine.open(required_store(store)) as engine:
+    with Engine.open(required_store(store), code=not no_code) as engine:
         engine.refresh()
         shown = describe(engine.store.catalog, name, version)
         info = engine.store.catalog.model(name).version(version)

@@ -55,6 +55,15 @@ def vet_option(command: F) -> F:
     )(command)
 
 
+def code_option(command: F) -> F:
+    """Add --no-code, of commands that run the on-demand functions of a store."""
+    return click.option(
+        "--no-code",
+        is_flag=True,
+        help="Run no Python code that the store holds; models that need its on-demand functions are unavailable.",
+    )(command)
+
+
 def load_options(command: F) -> F:
     """Add --memory-mib and --allow-shrink, of commands that replace the rows of a view."""
     command = click.option(
@@ -114,14 +123,17 @@ def opened(path: str, create: bool = False) -> Iterator[Store]:
 
 
 @contextlib.contextmanager
-def answerer(store: str | None, server: str | None) -> Iterator[Engine | Client]:
-    """Yield an engine on the store, or a client of the server. Both have the methods of queries."""
+def answerer(store: str | None, server: str | None, code: bool = True) -> Iterator[Engine | Client]:
+    """Yield an engine on the store, or a client of the server. Both have the methods of queries.
+
+    code: as for Engine.open.
+    """
     if (store is None) == (server is None):
         raise click.UsageError("give either --store STORE or --server ADDR", click.get_current_context())
     if store is not None:
         from shorttail.engine import Engine
 
-        with Engine.open(store) as engine:
+        with Engine.open(store, code=code) as engine:
             yield engine
     else:
         assert server is not None

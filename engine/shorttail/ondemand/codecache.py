@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 
 MAGIC = b"shorttail code 1\n"
 SUFFIX = ".code"
+KNOWN = ".known"
 
 
 def directory() -> Path:
@@ -70,6 +71,20 @@ def load(key: str) -> bytes | None:
         log.warning("a cached function is damaged and will be compiled again: %s", folder / f"{key}{SUFFIX}")
         return None
     return body
+
+
+def note(key: str) -> bool:
+    """Note a key (hexadecimal digits) for good. Returns whether it was not noted before, also if it cannot be noted."""
+    folder = private_directory()
+    if folder is None:
+        return True
+    try:
+        os.close(os.open(folder / f"{key}{KNOWN}", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    except FileExistsError:
+        return False
+    except OSError as error:
+        log.warning("the cache of compiled functions cannot be written: %s: %s", folder, error)
+    return True
 
 
 def store(key: str, body: bytes) -> None:

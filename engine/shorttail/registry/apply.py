@@ -15,13 +15,13 @@ from shorttail.config import LIMITS
 from shorttail.define.catalog import Catalog, ModelEntry, VersionInfo
 from shorttail.define.collect import Definitions, collect
 from shorttail.define.models import Model
-from shorttail.define.ondemand import OnDemandFeature
 from shorttail.define.views import FeatureView
 from shorttail.errors import InvalidArgument, NotFound, ResourceExhausted
 from shorttail.models.golden import GoldenRows
 from shorttail.models.signature import ModelFile, check_inputs, column_width
 from shorttail.models.trial import trial_limit_s
 from shorttail.models.vetting import vet
+from shorttail.ondemand.trust import functions_of, note_known
 from shorttail.registry import versions as registry
 from shorttail.registry.examples import read_examples
 
@@ -319,14 +319,13 @@ def check_shares(catalog: Catalog, name: str, entry: ModelEntry) -> None:
 
 def compile_functions(definitions: Definitions) -> None:
     """Compile every on-demand function once. Raises InvalidArgument for a function that does not compile."""
-    columns = [column for model in definitions.models.values() for column in model.columns]
-    features = [feature for column in columns if isinstance(column, OnDemandFeature) for feature in column.walk()]
-    functions = dict.fromkeys(feature.function for feature in features)
+    functions = dict.fromkeys(function for model in definitions.models.values() for function in functions_of(model))
     if functions:
         from shorttail.ondemand.compile import compile_on_demand
 
         for function in functions:
             compile_on_demand(function)
+        note_known(functions)  # they are the user's own
 
 
 def plural(number: int, noun: str) -> str:

@@ -30,6 +30,7 @@ from shorttail.models.signature import (
 )
 from shorttail.models.trial import trial_limit_s
 from shorttail.models.vetting import vet, with_findings
+from shorttail.ondemand.trust import check_code
 from shorttail.registry.examples import digest, read_examples
 from shorttail.store import Store
 from shorttail.store.files import model_path, sync_folder, write_durably
@@ -159,6 +160,8 @@ def deploy(
         check_canary(store.catalog, entry, info, next_version(entry))
     vetted, golden = info, None
     if entry.version().sha256 != file.sha256:
+        if info.model.examples is not None:  # they are put together with the model's functions
+            check_code(info.model, store.runs_code)
         golden = read_examples(store.catalog, info)
         with file.on_disk() as copy:
             vetted = vet(store.catalog, info, next_version(entry), copy, golden=golden, limit_s=file.vet_s)

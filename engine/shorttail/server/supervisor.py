@@ -54,19 +54,21 @@ def serve(
     device: str = "cpu",
     pretouch: bool = False,
     lock_memory: bool = False,
+    code: bool = True,
     check: bool = False,
     settings: ServerSettings | None = None,
 ) -> int:
     """Serve a store until SIGTERM or SIGINT, and return the exit code of the command.
 
     port: 0 takes a free port. uds: path of a Unix socket to listen on as well. device: "cpu", "cuda" or "cuda:N", where
-    models run that are not compiled forests. pretouch, lock_memory: see Engine.open. check: load everything, say what
-    would be served, and exit. settings: security, limits and CPUs. Errors are one line on stderr. Must be called in the
-    main thread, because it handles signals.
+    models run that are not compiled forests. pretouch, lock_memory, code: see Engine.open. check: load everything, say
+    what would be served, and exit. settings: security, limits and CPUs. Errors are one line on stderr. Must be called
+    in the main thread, because it handles signals.
     """
     settings = settings or ServerSettings()
     stderr.log_as_json(settings.log)
-    options = [*(["--pretouch"] if pretouch else []), *(["--lock-memory"] if lock_memory else [])]
+    given = {"--pretouch": pretouch, "--lock-memory": lock_memory, "--no-code": not code}
+    options = [option for option, wanted in given.items() if wanted]
     # A single worker accepts by itself, except with TLS: it would not know of connections that are still in their
     # handshake, and a reload would cut them. It knows those that the supervisor gave to it.
     accepts = workers == 1 and settings.tls_cert is None

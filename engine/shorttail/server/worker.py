@@ -93,13 +93,15 @@ def _no_params(method: str, params: list[Any]) -> None:
         raise InvalidArgument(f"{method} takes no params: []")
 
 
-def load(store: str, device: str, pretouch: bool = False, lock_memory: bool = False) -> tuple[Engine, dict[str, Any]]:
+def load(
+    store: str, device: str, pretouch: bool = False, lock_memory: bool = False, code: bool = True
+) -> tuple[Engine, dict[str, Any]]:
     """Open the store and compile the plan of every model, so that no request waits for that.
 
     Returns the engine, and what it serves: {"models": [{"name", "version"}], "views": [name], "unavailable": {name of a
     model that cannot be served: why}}.
     """
-    engine = Engine.open(store, device=device, pretouch=pretouch, lock_memory=lock_memory)
+    engine = Engine.open(store, device=device, pretouch=pretouch, lock_memory=lock_memory, code=code)
     engine.ban(runs.banned())
     models, unavailable = [], {}
     for model in engine.models():
@@ -294,6 +296,7 @@ def main() -> int:
     parser.add_argument("--device", default="cpu", help="where models run that are no forests")
     parser.add_argument("--pretouch", action="store_true", help="map the store's file before serving")
     parser.add_argument("--lock-memory", action="store_true", help="and keep it in memory")
+    parser.add_argument("--no-code", action="store_true", help="run no on-demand functions")
     parser.add_argument("--check", action="store_true", help="load, report, exit")
     parser.add_argument("--channel-fd", type=int, required=True)
     parser.add_argument("--runs-fd", type=int, default=-1, help="the page in which each model run is noted")
@@ -315,7 +318,7 @@ def main() -> int:
         runs.share(args.runs_fd)
     control = socket.socket(fileno=args.control_fd)
     try:
-        engine, served = load(args.store, args.device, args.pretouch, args.lock_memory)
+        engine, served = load(args.store, args.device, args.pretouch, args.lock_memory, not args.no_code)
     except ShorttailError as error:
         logs.log_now(settings.log, "error", error.message)
         return 1
