@@ -21,13 +21,13 @@ from shorttail.models.serving import Key, Versions, follow
 from shorttail.models.session import ModelFailed
 from shorttail.models.signature import request_columns
 from shorttail.pipeline import BatchResult, Plan, PlanOutdated, Shadow
+from shorttail.registry import describe
 from shorttail.registry import versions as registry
 from shorttail.results import Features, Prediction, RowCount
 from shorttail.store import Store
 
 if TYPE_CHECKING:
     from shorttail._native.columns import Columns
-    from shorttail.define.catalog import ModelEntry
     from shorttail.define.collect import Definitions
     from shorttail.define.dtypes import DType
     from shorttail.registry.apply import Change
@@ -467,33 +467,7 @@ class Engine:
         {}.
         """
         self.refresh()
-        return [self._describe(name, entry) for name, entry in self._store.catalog.models.items()]
-
-    def _describe(self, name: str, entry: ModelEntry) -> dict[str, Any]:
-        serving = self._versions.serving_now(name)
-        number = serving.current.version if serving and serving.current.version in entry.versions else entry.current
-        info = entry.version(number)
-        runner = self._versions.runners.get(serving.current) if serving else None
-        canary, shadow = (serving.canary, serving.shadow) if serving else (None, None)
-        try:
-            columns = request_columns(self._store.catalog, info.model, info.inputs)
-        except (NotFound, InvalidArgument):  # it served until the views changed, and what comes next is being loaded
-            columns = {}
-        takes: dict[str, Any] = {"columns": {column: dtype.name for column, dtype in columns.items()}}
-        if info.model.is_raw:
-            takes["tensors"] = {tensor.name: tensor.text for tensor in info.inputs}
-        return {
-            "name": name,
-            "version": number,
-            **takes,
-            "outputs": [tensor.name for tensor in info.outputs],
-            "runs": runner.description if runner else None,
-            "batching": info.batching,
-            "batching_why": info.batching_why or None,
-            "canary": {"version": canary[0].version, "percent": canary[1]} if canary else None,
-            "shadow": {"version": shadow[0].version, "percent": shadow[1]} if shadow else None,
-            "problem": self._versions.problem(name),
-        }
+        return describe.models(self._store.catalog, self._versions)
 
     def views(self) -> list[dict[str, Any]]:
         """[{"name", "keys": {column: type}, "features": {feature: type}, "columns": {feature: column}, "timestamp"}].
@@ -501,13 +475,4 @@ class Engine:
         columns: of the features that have another name in rows that are pushed. timestamp: a column, or None.
         """
         self.refresh()
-        return [
-            {
-                "name": view.name,
-                "keys": {key: dtype.name for key, dtype in view.keys.items()},
-                "features": {feature.name: feature.dtype.name for feature in view.features},
-                "columns": {feature.name: feature.column for feature in view.features if feature.column},
-                "timestamp": view.timestamp,
-            }
-            for view in self._store.catalog.views.values()
-        ]
+        return describe.views(self._store.catalog)
