@@ -37,7 +37,7 @@ def model_metadata(catalog: Catalog, name: str, version: int | None) -> dict[str
     return {
         "name": name,
         "versions": [str(number) for number in sorted(entry.versions)],
-        "platform": "onnx",
+        "platform": "onnx_onnxv1",
         "inputs": tensors
         if is_raw
         else [
