@@ -50,6 +50,7 @@ def vet_option(command: F) -> F:
     return click.option(
         "--vet-timeout",
         metavar="TIME",
+        callback=lambda context, parameter, value: f"{value}s" if value and value.isdecimal() else value,
         show_default=f"{LIMITS.vet_s:g}s",
         help="Time that a trial of a model's file may take, such as 10m; it is ended then.",
     )(command)
