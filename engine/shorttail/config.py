@@ -33,7 +33,7 @@ class Limits:
     loop_bytes: int = 1 << 20  # of MessagePack, and of tensors over HTTP
     loop_elements: int = 131_072  # array items and map pairs of a MessagePack request
     loop_uncommon_values: int = 4096  # values that Python has to convert
-    loop_references: int = 1024  # features of a list that has no plan yet
+    loop_references: int = 512  # features of a list that has no plan yet
     loop_values: int = 262_144  # rows times the values of a row that are looked up, copied and computed
     loop_text_bytes: int = 32 << 10  # of JSON
     loop_csv_bytes: int = 2 << 10  # of CSV
