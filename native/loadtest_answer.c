@@ -54,11 +54,13 @@ static void count_rpc_text(struct lt_generator *g, const char *text, size_t size
         lt_count_error(g, "ERROR", 5, text, size);
 }
 
-/* Count an RPC error: a map {"code": ..., "message": ...}, a string, or any other value. */
+/* Count an RPC error: a map {"code": ..., "message": ...}, a string, [number, string], or any other value. */
 static void count_rpc_error(struct lt_generator *g, const uint8_t *p)
 {
     struct mp_value v, item, code = {.kind = MP_NIL}, message = {.kind = MP_NIL};
     const uint8_t *next = mp_read(p, &v);
+    if (v.kind == MP_ARRAY && v.size == 2 && mp_read(next, &item) && item.kind == MP_INT)
+        mp_read(mp_skip(next), &v);
     if (v.kind == MP_STR) {
         count_rpc_text(g, (const char *)v.body, v.size);
         return;

@@ -78,7 +78,7 @@ include "wire_batch.pxi"
 
 _LIMITS = frozenset((
     "access", "auth", "max_connections", "max_peer_connections", "idle_deadline_s", "frame_deadline_s",
-    "write_deadline_s", "auth_deadline_s", "target_ns", "burst_ns", "errors_as_text",
+    "write_deadline_s", "auth_deadline_s", "target_ns", "burst_ns", "error_form",
 ))
 
 

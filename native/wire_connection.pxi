@@ -34,9 +34,24 @@ cdef tuple _stranger_error(int found):
     return _scan_error(found)
 
 
-cdef bytes _packed_error(str code, str message, bint as_text):
-    """Encode an error: a map, or a text for clients that cannot read a map there."""
-    error = f"{code}: {message}" if as_text else {"code": code, "message": message}
+cdef enum:  # the form of errors: ERROR_FORMS of server/settings.py
+    ERROR_MAP = 0       # {"code": code, "message": message}
+    ERROR_STRING = 1    # "CODE: message"
+    ERROR_LIST = 2      # [number of the code in gRPC, "CODE: message"]
+
+cdef dict _GRPC = {
+    "INVALID_ARGUMENT": 3, "DEADLINE_EXCEEDED": 4, "NOT_FOUND": 5, "PERMISSION_DENIED": 7, "RESOURCE_EXHAUSTED": 8,
+    "INTERNAL": 13, "UNAVAILABLE": 14, "UNAUTHENTICATED": 16,
+}
+
+
+cdef bytes _packed_error(str code, str message, int form):
+    """Encode an error in one of the forms above."""
+    error = {"code": code, "message": message}
+    if form == ERROR_STRING:
+        error = f"{code}: {message}"
+    elif form == ERROR_LIST:
+        error = [_GRPC.get(code, 2), f"{code}: {message}"]
     return msgpack.packb(error, unicode_errors="replace")
 
 
@@ -368,7 +383,7 @@ cdef class Connection:
             mp_put_byte(&self.out, 0xC0)
         else:
             mp_put_int(&self.out, msgid)
-        _put_bytes(&self.out, _packed_error(code, message, self.router.errors_as_text))
+        _put_bytes(&self.out, _packed_error(code, message, self.router.error_form))
         _reserve(&self.out, 1)
         mp_put_byte(&self.out, 0xC0)
         return self.schedule_write()

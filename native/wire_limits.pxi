@@ -18,14 +18,14 @@ cdef Py_ssize_t SWEEP_CONNECTIONS = 512     # checked by one call of Router.swee
 # If a turn begins less than this after the last one ended, its requests arrived while the last turn ran.
 cdef int64_t BACK_TO_BACK_NS = 50_000
 
-# What follows the msgid in the reply to a request that admission refuses, by Router.errors_as_text. Encoded once: to
-# refuse a request has to cost far less than to answer it.
+# What follows the msgid in the reply to a request that admission refuses, by Router.error_form. Encoded once: to refuse
+# a request has to cost far less than to answer it.
 cdef str OVERLOADED_MESSAGE = "the server is overloaded; send it again later"
 cdef tuple OVERLOADED_REPLIES = tuple([
-    _packed_error("RESOURCE_EXHAUSTED", OVERLOADED_MESSAGE, as_text) + b"\xC0" for as_text in (False, True)])
+    _packed_error("RESOURCE_EXHAUSTED", OVERLOADED_MESSAGE, form) + b"\xC0" for form in range(3)])
 cdef str EXPIRED_MESSAGE = "the deadline passed before the request was read"
 cdef tuple EXPIRED_REPLIES = tuple([
-    _packed_error("DEADLINE_EXCEEDED", EXPIRED_MESSAGE, as_text) + b"\xC0" for as_text in (False, True)])
+    _packed_error("DEADLINE_EXCEEDED", EXPIRED_MESSAGE, form) + b"\xC0" for form in range(3)])
 
 # Rough cost of a batch and of a row apart from the model: the turn of the event loop, lookups, replies.
 cdef double BATCH_OVERHEAD_NS = 50_000

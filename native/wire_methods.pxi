@@ -72,7 +72,7 @@ cdef int _refuse_cheaply(Connection connection, WireRoute route, int why, uint32
     mp_put_raw(&connection.out, <const uint8_t *>b"\x94\x01", 2)
     mp_put_int(&connection.out, msgid)
     replies = OVERLOADED_REPLIES if why == OVERLOADED else EXPIRED_REPLIES
-    _put_bytes(&connection.out, <bytes>replies[connection.router.errors_as_text])
+    _put_bytes(&connection.out, <bytes>replies[connection.router.error_form])
     return connection.schedule_write()
 
 

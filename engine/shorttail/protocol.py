@@ -106,9 +106,14 @@ def read_response(message: Any) -> tuple[int, ShorttailError | None, Any]:
 
 
 def _read_error(error: Any) -> ShorttailError:
-    """Return the exception of an error: a map, or the string "CODE: message" (`serve --rpc-errors string`)."""
+    """Return the exception of an error in any of the forms of `serve --rpc-errors`.
+
+    A map of code and message, "CODE: message", or [number, "CODE: message"].
+    """
     if isinstance(error, dict):
         return from_code(str(error.get("code", "INTERNAL")), str(error.get("message", error)))
+    if isinstance(error, list) and len(error) == 2:
+        error = error[1]
     code, colon, message = str(error).partition(": ")
     return from_code(code, message) if colon and code in BY_CODE else Internal(str(error))
 

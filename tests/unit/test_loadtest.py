@@ -29,16 +29,18 @@ def seed() -> int:
 def test_errors_are_counted_by_code() -> None:
     def answer(request: list[Any]) -> bytes:
         kind = request[1] >> 6 & 7
-        if kind > 4:
+        if kind > 5:
             return good(request)
         errors = {"message": "full\nup", "code": "RESOURCE_EXHAUSTED"}, "odd", {"x": [1], "code": "INTERNAL"}
-        return reply(request[1], error=(*errors, "NOT_FOUND: no model: x", "odd: OR: even")[kind])
+        more = "NOT_FOUND: no model: x", "odd: OR: even", [14, "UNAVAILABLE: stopping"]
+        return reply(request[1], error=(*errors, *more)[kind])
 
     with rpc_server(answer) as fake:
         step = load_on(fake.address)
     assert not step.fatal
-    assert set(step.errors) == {"RESOURCE_EXHAUSTED", "ERROR", "INTERNAL", "NOT_FOUND"}
+    assert set(step.errors) == {"RESOURCE_EXHAUSTED", "ERROR", "INTERNAL", "NOT_FOUND", "UNAVAILABLE"}
     assert step.errors["NOT_FOUND"].message == "no model: x"
+    assert step.errors["UNAVAILABLE"].message == "stopping"
     assert step.errors["RESOURCE_EXHAUSTED"].message == "full up"
     assert step.errors["ERROR"].message in ("odd", "odd: OR: even")
     assert sum(error.count for error in step.errors.values()) == step.outcomes["error"] > 0

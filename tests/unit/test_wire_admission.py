@@ -185,16 +185,18 @@ def test_a_request_past_its_deadline_is_refused_as_it_is_read(measured):
     assert measured.replies(connection)[-1][2]["message"] == "the deadline passed before the request was read"
 
 
-def test_refusals_are_texts_where_errors_are(measured):
-    measured.router.limit(errors_as_text=True)
+@pytest.mark.parametrize("form", [1, 2])
+def test_refusals_have_the_form_of_errors(measured, form):
+    measured.router.limit(error_form=form)
     deadline_ms = 300.25 * measured.route.row_cost_ns / 1e6
     message = [0, 1, "predict", ["double", {"key": 1, "amount": 0}, {"deadline_ms": deadline_ms}]]
     connection = measured.connect()
     connection.data_received(msgpack.packb(message) * 1000)
     measured.loop.turn()
-    errors = {reply[2] for reply in measured.replies(connection) if reply[2] is not None}
-    assert "RESOURCE_EXHAUSTED: the server is overloaded; send it again later" in errors
-    assert all(isinstance(error, str) for error in errors)
+    errors = [reply[2] for reply in measured.replies(connection) if reply[2] is not None]
+    said = "RESOURCE_EXHAUSTED: the server is overloaded; send it again later"
+    assert (said if form == 1 else [8, said]) in errors
+    assert {type(error) for error in errors} == {str if form == 1 else list}
 
 
 def test_batches_without_a_waiting_caller_do_not_change_the_cost(measured):

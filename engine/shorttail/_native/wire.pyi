@@ -61,7 +61,7 @@ class Router:
     forward: Callable[..., object] | None
     access: int
     auth: Callable[[list[Any]], int] | None
-    errors_as_text: bool
+    error_form: int
     max_connections: int
     max_peer_connections: int
     idle_deadline_s: int

@@ -115,11 +115,11 @@ OPTIONS: Final = [
     ),
     click.option(
         "--rpc-errors",
-        type=click.Choice(["map", "string"]),
+        type=click.Choice(["map", "string", "list"]),
         default="map",
         show_default=True,
-        help="Form of the errors of MessagePack-RPC: a map of code and message, or the string 'CODE: message' for"
-        " clients that read only strings (Go's net/rpc codecs, pynvim, Neovim).",
+        help="Form of the errors of MessagePack-RPC, for clients that cannot read a map there: a string (Go's net/rpc"
+        " codecs, Neovim), or a list of a number and a string (pynvim, Neovim).",
     ),
     click.option(
         "--http/--no-http", default=True, show_default=True, help="Serve HTTP: health probes, metrics, inference."

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 from shorttail._native.wire import Router
 from shorttail.config import LIMITS
 from shorttail.server import security
-from shorttail.server.settings import ServerSettings
+from shorttail.server.settings import ERROR_FORMS, ServerSettings
 
 if TYPE_CHECKING:
     from shorttail.engine import Engine
@@ -48,7 +48,7 @@ def configure(router: Router, settings: ServerSettings) -> None:
         auth_deadline_s=LIMITS.stranger_deadline_s,
         target_ns=TARGET_SHARE * budget_ns,
         burst_ns=BURST_SHARE * budget_ns,
-        errors_as_text=settings.rpc_errors == "string",
+        error_form=ERROR_FORMS.index(settings.rpc_errors),
     )
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Final, Self
 
 from shorttail.config import DEFAULT_HOST, LIMITS
 from shorttail.observe.logs import Format
 
-RpcErrors = Literal["map", "string"]
+# The forms of errors of MessagePack-RPC: native/wire_connection.pxi uses their numbers.
+ERROR_FORMS: Final = ("map", "string", "list")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,7 @@ class ServerSettings:
     p99_budget_ms: float = LIMITS.p99_budget_ms
     pin_cpus: bool = False
     bulk: bool = True  # large requests are answered by a process of their own
-    rpc_errors: RpcErrors = "map"  # the form of errors of MessagePack-RPC
+    rpc_errors: str = "map"  # one of ERROR_FORMS
     busy_poll_us: int | None = None  # None: adaptive, see limits.BusyPoll
     http: bool = True
     http_port: int | None = None  # None: inherited.wanted_port
