@@ -33,24 +33,30 @@ cdef struct step_t:
 
 
 cdef class TransformProgram:
-    """TransformProgram(steps): on-demand functions that run in order; a step may read the output of earlier steps.
+    """TransformProgram(steps, failures=None): on-demand functions that run in order; a step may read the output of earlier steps.
 
     steps: (address, arguments, output) per function. An argument is (buffer number, dtype, width); the output is
     (buffer number, dtype, width, column offset). A width is the number of elements per row: 1 for scalars. The machine
-    code at the addresses must outlive the program. Threads may share a program. Raises ValueError for a null address.
+    code at the addresses must outlive the program. Threads may share a program. failures: for each step a list of two
+    ints, to which `run` adds the rows that failed and those whose vector has a wrong length; steps and programs may
+    share a list. Raises ValueError for a null address.
     """
     cdef step_t *step
     cdef place_t *place
     cdef Py_ssize_t n_steps, n_places
     cdef readonly object steps
-    # The number of rows so far whose function gave no value.
+    cdef readonly tuple failures  # for each step [rows that failed, rows of a wrong length]
+    # The same of all steps together: the number of rows so far whose function gave no value.
     cdef readonly int64_t failed_rows    # because it failed, such as by an index outside a vector
     cdef readonly int64_t wrong_lengths  # because it returned a vector of a wrong length
 
-    def __cinit__(self, steps):
+    def __cinit__(self, steps, failures=None):
         cdef Py_ssize_t s, p = 0
         self.steps = tuple(steps)
         self.n_steps = len(self.steps)
+        self.failures = tuple([[0, 0] for _ in self.steps] if failures is None else failures)
+        if len(self.failures) != self.n_steps:
+            raise ValueError("a step needs its list of failures")
         self.n_places = sum(len(arguments) + 1 for _, arguments, _ in self.steps)
         self.step = <step_t *>calloc(max(1, self.n_steps), sizeof(step_t))
         self.place = <place_t *>calloc(max(1, self.n_places), sizeof(place_t))
@@ -79,15 +85,16 @@ cdef class TransformProgram:
         buffers: the plan's arrays, C-contiguous, [rows] or [rows, width]. Raises Internal if an array does not have the
         type and width for which the program was made.
         """
-        # The table of a step: the addresses of its arguments and its output, then the width of the output array.
+        # The table of a step: the addresses of its arguments and its output, the width of the output array, and the
+        # result of its function.
         cdef intptr_t stack[STACK_SLOTS]
         cdef intptr_t *table = stack
         cdef cnp.ndarray array
         cdef place_t *place
         cdef Py_ssize_t p, s, last, width = 1, slot = 0
         cdef int64_t failed = 0
-        if self.n_places + self.n_steps > STACK_SLOTS:
-            table = <intptr_t *>malloc((self.n_places + self.n_steps) * sizeof(intptr_t))
+        if self.n_places + 2 * self.n_steps > STACK_SLOTS:
+            table = <intptr_t *>malloc((self.n_places + 2 * self.n_steps) * sizeof(intptr_t))
             if table is NULL:
                 raise MemoryError
         try:
@@ -105,25 +112,44 @@ cdef class TransformProgram:
                     table[slot] = <intptr_t>cnp.PyArray_DATA(array) + place.offset * cnp.PyArray_ITEMSIZE(array)
                     slot += 1
                 table[slot] = width  # of the output, which is the step's last place
-                slot += 1
+                table[slot + 1] = 0
+                slot += 2
             if rows * self.n_steps <= FEW_VALUES:
                 failed = self._run(table, rows)
             else:
                 with nogil:
                     failed = self._run(table, rows)
+            if failed:
+                self._count(table)
         finally:
             if table is not stack:
                 free(table)
-        self.failed_rows += failed & 0xFFFFFFFF
-        self.wrong_lengths += failed >> 32
 
-    cdef int64_t _run(self, const intptr_t *table, Py_ssize_t rows) noexcept nogil:
+    cdef int64_t _run(self, intptr_t *table, Py_ssize_t rows) noexcept nogil:
+        """Run all steps; return 0 if no row failed."""
         cdef Py_ssize_t s
-        cdef int64_t failed, total = 0
+        cdef int64_t failed = 0
+        cdef int64_t *result
         cdef void *exception = NULL
         for s in range(self.n_steps):
-            failed = 0
-            self.step[s].loop(&failed, &exception, table, rows)
-            total += failed
-            table += self.step[s].n_places + 1
-        return total
+            result = <int64_t *>&table[self.step[s].n_places + 1]
+            self.step[s].loop(result, &exception, table, rows)
+            failed |= result[0]
+            table += self.step[s].n_places + 2
+        return failed
+
+    cdef int _count(self, const intptr_t *table) except -1:
+        """Count the rows that the steps' results say have failed."""
+        cdef Py_ssize_t s
+        cdef int64_t result
+        cdef list failures
+        for s in range(self.n_steps):
+            result = table[self.step[s].n_places + 1]
+            table += self.step[s].n_places + 2
+            if result:
+                failures = self.failures[s]
+                failures[0] += result & 0xFFFFFFFF
+                failures[1] += result >> 32
+                self.failed_rows += result & 0xFFFFFFFF
+                self.wrong_lengths += result >> 32
+        return 0

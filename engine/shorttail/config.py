@@ -102,6 +102,7 @@ class Limits:
 
     # Logs.
     log_lines_per_s: int = 50  # lines about failed and slow requests, per worker
+    repeated_line_s: float = 10.0  # between two lines that say that connections are refused
     traceparent_bytes: int = 128  # a longer header is ignored; version 00 has 55 bytes
     traced_failures: int = 50  # failed requests with a traceparent that get a log line each, per 100 ms
 

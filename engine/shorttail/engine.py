@@ -327,6 +327,11 @@ class Engine:
         return self._versions.is_loading
 
     @property
+    def runners(self) -> list[tuple[Key, Any]]:
+        """The versions that are loaded."""
+        return list(self._versions.runners.items())
+
+    @property
     def plans_version(self) -> int:
         """A number that grows when existing plans have to be compiled again."""
         return self._store.catalog_version + self._versions.changes

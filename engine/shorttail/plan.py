@@ -95,6 +95,7 @@ class BufferBuilder:
     def __init__(self) -> None:
         self.buffers: list[Buffer] = []
         self.transforms: list[tuple[int, list[tuple[int, Any, int]], tuple[int, Any, int, int]]] = []
+        self.functions: list[str] = []  # the names of the functions in `transforms`
         self.arguments: dict[tuple[str | OnDemandFeature, str], int] = {}  # (argument, type) -> buffer
 
     def fill(self, reference: str, buffer: int, offset: int, marker: bytes | None = None) -> None:
@@ -147,6 +148,7 @@ class BufferBuilder:
         target = self.buffers[buffer].dtype
         address = compile_on_demand(function, target)
         self.transforms.append((address, arguments, (buffer, target, function.returns.width, offset)))
+        self.functions.append(feature.function.name)
 
     def argument(self, argument: str | OnDemandFeature, dtype: DType) -> int:
         """The buffer that holds an argument in that type. If the argument is on-demand, an earlier step fills it."""
@@ -221,6 +223,7 @@ class PlanBuilder(BufferBuilder):
             lookups.append(Lookup(self.store.layout(view_name), keys, operations, view.ttl_us))
         # The lookup writes statuses view by view; the answer has them in the order of the request.
         gathered = [operation[1:3] for operations in self.gathers.values() for operation in operations]
+        failures = None if runner is None else [runner.counts.of_function(name) for name in self.functions]
         row_of = {place: row for row, place in enumerate(gathered)}
         status_rows = [row_of[buffer, column or 0] for buffer, column in feature_places]
         in_order = status_rows == list(range(len(status_rows)))
@@ -238,7 +241,7 @@ class PlanBuilder(BufferBuilder):
             lookups=tuple(lookups),
             buffers=tuple(self.buffers),
             copy=CopyColumns(self.copies) if self.copies else None,
-            transforms=TransformProgram(self.transforms) if self.transforms else None,
+            transforms=TransformProgram(self.transforms, failures) if self.transforms else None,
             runner=runner,
             feature_names=feature_names,
             feature_places=feature_places,

@@ -117,7 +117,7 @@ sys.stdin.readline()
     assert found["shorttail_connections", ("protocol", "rpc")] == 0  # gauges count living processes only
 
     recorder = memory.claim()  # takes the region of a process that ended
-    assert memory.regions == 5
+    assert memory.regions == 7
     assert len(memory.processes()) == 2
     recorder.requests(recorder.slot(PREDICT, "fraud"), 0, "OK")
     assert samples(memory)["shorttail_requests_total", *labels] == 11

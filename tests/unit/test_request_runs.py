@@ -13,6 +13,7 @@ from hypothesis import strategies as some
 
 from shorttail.config import LIMITS
 from shorttail.errors import Internal, InvalidArgument
+from shorttail.models.load import RunCounts
 from shorttail.models.request_runs import BadShare, PartRun, RequestRows, best_size
 from shorttail.models.session import ModelFailed, RunTimedOut
 from shorttail.server.senders import Senders
@@ -37,13 +38,14 @@ class FakeRunner:
     def __init__(self, by_request=False):
         self.by_request = by_request
         self.runs = []
+        self.counts = RunCounts()
         self.is_bad = lambda x: x == BAD
 
     def cost_us(self, rows):
         return 10.0 + 2.0 * rows
 
-    def note_failure(self, took_us):
-        pass
+    def note_failure(self, took_us, error):
+        self.counts.note(error)
 
     def run(self, inputs):
         [x] = inputs
@@ -195,7 +197,8 @@ def test_a_model_that_gives_other_rows_than_it_got_is_said_to_fail():
         loop_rows_max=0,
         output_names=["y"],
         run=lambda inputs: [np.zeros(1)],
-        note_failure=lambda took_us: None,
+        note_failure=lambda took_us, error: None,
+        counts=RunCounts(),
         explain=lambda error, worked: error,
     )
     parts = run_in_parts(runner, [np.zeros(4)], 4, [RequestRows(0, 0, 2), RequestRows(1, 2, 2)], most=1)
@@ -230,6 +233,8 @@ def test_the_senders_that_are_remembered_are_bounded():
 
 
 def test_an_unknown_failure_is_not_blamed_on_a_request():
-    runner = SimpleNamespace(by_request=False, loop_rows_max=0, output_names=["y"], run=lambda inputs: 1 // 0)
+    runner = SimpleNamespace(
+        by_request=False, loop_rows_max=0, output_names=["y"], run=lambda inputs: 1 // 0, counts=RunCounts()
+    )
     with pytest.raises(ZeroDivisionError):
         run_in_parts(runner, [np.zeros(2)], 2, [RequestRows(0, 0, 1), RequestRows(1, 1, 1)])

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -44,6 +45,35 @@ FAILURE_US: Final = 50.0  # of a run that fails, before one is measured: most of
 QUICK_RUNS: Final = 100
 
 
+@dataclass(slots=True)
+class RunCounts:
+    """What went wrong with a loaded version so far, in this process; /metrics shows it.
+
+    failed, timed_out: runs that ended with an error, or for the model's run_timeout. left_loop: runs on an event loop
+    that were ended for its short limit and made again in a thread. in_parts: runs of batches whose requests do not all
+    share a run. refused_again: requests refused without a run, because the same rows were refused just before.
+    functions: name of an on-demand function -> [rows for which it failed, rows for which its vector had a wrong
+    length].
+    """
+
+    failed: int = 0
+    timed_out: int = 0
+    left_loop: int = 0
+    in_parts: int = 0
+    refused_again: int = 0
+    functions: dict[str, list[int]] = field(default_factory=dict)
+
+    def note(self, error: ShorttailError) -> None:
+        """Count a run that raised this error. Rows that were refused before a run are no failure of the model."""
+        if isinstance(error, RunTimedOut):
+            self.timed_out += 1
+        elif isinstance(error, ModelFailed) and not isinstance(error, RowsRefused):
+            self.failed += 1
+
+    def of_function(self, name: str) -> list[int]:
+        return self.functions.setdefault(name, [0, 0])
+
+
 class Runner:
     """A loaded model, as a plan runs it.
 
@@ -52,7 +82,8 @@ class Runner:
     may call `run`; None if every thread may. measured_us: rows of a batch -> microseconds, filled by `warm`.
     loop_rows_max: the most rows that may run on an event loop; a larger batch would stall it. slow_runs: how many runs
     in a row have held up the event loop. by_request: each request has a run of its own, because the answer for a row
-    depends on the other rows of the run. unwarmed: why no example could run, in one line, "" if one did.
+    depends on the other rows of the run. unwarmed: why no example could run, in one line, "" if one did. counts: of
+    what went wrong.
     """
 
     def __init__(
@@ -78,6 +109,7 @@ class Runner:
         self._loop_rows_warm = self.loop_rows_max  # as warm-up measured it
         self.slow_runs = self._quick_runs = 0  # in a row
         self.failure_us = FAILURE_US  # of a run that fails
+        self.counts = RunCounts()
         self._example: list[Array] | None = None  # one that the model has run
         self._worked_ns = 0  # when the example ran last
 
@@ -145,8 +177,9 @@ class Runner:
         if self.executor is None:
             self.loop_rows_max = self._loop_rows_warm = self._rows_within(LIMITS.loop_stall_us)
 
-    def note_failure(self, took_us: float) -> None:
-        """Note how long a run took that failed. A long one counts as at most twice the average."""
+    def note_failure(self, took_us: float, error: ShorttailError) -> None:
+        """Note an error of a run, and how long the run took. A long one counts as at most twice the average."""
+        self.counts.note(error)
         self.failure_us += 0.1 * (min(took_us, 2 * self.failure_us) - self.failure_us)
 
     def note_slow(self, ended: bool = False) -> None:
@@ -156,6 +189,7 @@ class Runner:
         time, so the model leaves the loop at once.
         """
         self.slow_runs += 1
+        self.counts.left_loop += ended
         if ended or self.slow_runs >= SLOW_RUNS:
             self.loop_rows_max = self.slow_runs = self._quick_runs = 0
 

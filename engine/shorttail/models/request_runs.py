@@ -192,6 +192,7 @@ class PartRun:
                 others.append(request)
             else:
                 self.failures[request.number] = error
+                self.runner.counts.refused_again += 1
         self.requests = others
 
     @property
@@ -206,6 +207,7 @@ class PartRun:
         next step makes the same run again, which should be in a thread.
         """
         part = self.halves.pop() if self.halves else self._next_part()
+        self.runner.counts.in_parts += 1
         start_ns = time.perf_counter_ns()
         try:
             self.parts.append(self._run(part))
@@ -213,7 +215,7 @@ class PartRun:
             if on_loop and isinstance(error, RunTimedOut):
                 self.halves.append(part)
                 raise
-            self.runner.note_failure((time.perf_counter_ns() - start_ns) / 1e3)
+            self.runner.note_failure((time.perf_counter_ns() - start_ns) / 1e3, error)
             self._failed(part, error)
         else:
             self.bad.learn(0, len(part), self.parts[-1].rows)

@@ -68,6 +68,23 @@ def _plain(value: Any) -> str:
     return text if text.isprintable() and " " not in text else json.dumps(text)
 
 
+class Seldom:
+    """Limits lines of one kind to one in LIMITS.repeated_line_s, and adds up what the others would have said."""
+
+    def __init__(self) -> None:
+        self._next_s = 0.0
+        self._untold = 0
+
+    def count(self, n: int) -> int:
+        """Note n more events, 0 or more. Returns the events to tell in a line now; 0: write no line now."""
+        self._untold += n
+        if not self._untold or time.monotonic() < self._next_s:
+            return 0
+        self._next_s = time.monotonic() + LIMITS.repeated_line_s
+        told, self._untold = self._untold, 0
+        return told
+
+
 class RequestLog:
     """The log of failed and slow requests of one worker. note() keeps lines in memory; write() writes them.
 

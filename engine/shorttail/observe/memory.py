@@ -1,8 +1,9 @@
 """The metrics counters of all processes of a server, in one shared memory file.
 
-The supervisor makes the file and its workers inherit it. The worker that answers a request for /metrics adds up the
-counters of all processes. Each process writes its own region (native/metrics.pyx describes the layout). When a process
-ends, its successor continues to count in the same region, so no counter decreases while the server runs.
+The supervisor makes the file and its children inherit it. The worker that answers a request for /metrics adds up the
+counters of all processes. Each process writes its own region (native/metrics.pyx describes the layout), and its own
+table of counters with labels (tallies.py). When a process ends, its successor continues to count in the same region,
+so no counter decreases while the server runs. The tables follow the regions, in the same order.
 """
 
 from __future__ import annotations
@@ -18,9 +19,12 @@ from typing import Final
 from shorttail._native import metrics as native
 from shorttail._native.metrics import Recorder
 from shorttail.errors import Internal, ResourceExhausted
+from shorttail.observe import tallies
+from shorttail.observe.tallies import Labels, Tallies
 
 REGION_BYTES: Final = 8 * native.REGION_WORDS
-SUPERVISOR: Final = 0  # the supervisor's region; workers use the others
+# Whose region it is: there is one supervisor, one writer and one bulk worker; workers use the others.
+SUPERVISOR, WRITER, BULK, FIRST_WORKER = 0, 1, 2, 3
 
 # The words of a region's header. Gauges are valid only while the region's process runs.
 HEADER: Final = (
@@ -39,11 +43,46 @@ HEADER: Final = (
     "sent_bytes",
     "http_received_bytes",
     "http_sent_bytes",
+    "refused",  # connections, because there were too many
+    "http_refused",
+    "cut",  # connections, by a deadline or to make room for others
+    "http_cut",
+    "handshakes_failed",
+    "file_shortages",
+    "requests_shed",
+    "waiting_rows",
+    "waiting_bytes",
+    "large_in_flight",
+    "http_large_in_flight",
+    "suspects",
+    "unexpected_errors",
     "gc_collections",
     "gc_pause_ns",
     "log_lines_dropped",
     "worker_restarts",
     "writer_restarts",
+    "bulk_restarts",
+    "hung_workers",
+    "banned_models",
+    "queued_rows",  # of the writer
+    "queued_bytes",
+    "writes_refused",
+)
+# These do not outlive the process.
+GAUGES: Final = (
+    "connections",
+    "http_connections",
+    "in_flight",
+    "http_in_flight",
+    "heartbeat_ns",
+    "waiting_rows",
+    "waiting_bytes",
+    "large_in_flight",
+    "http_large_in_flight",
+    "suspects",
+    "banned_models",
+    "queued_rows",
+    "queued_bytes",
 )
 WORD: Final = {name: number for number, name in enumerate(HEADER)}
 
@@ -78,6 +117,21 @@ class Process:
     header: dict[str, int]
     living: bool
 
+    @property
+    def is_worker(self) -> bool:
+        """Whether it is a worker, and not the supervisor, the writer or the bulk worker."""
+        return self.region >= FIRST_WORKER
+
+    @property
+    def has_loop(self) -> bool:
+        """Whether it is a worker or the bulk worker, which has the event loop of a worker too."""
+        return self.region >= BULK
+
+    @property
+    def name(self) -> str:
+        """The value of the label `worker`."""
+        return "bulk" if self.region == BULK else str(self.region - FIRST_WORKER + 1)
+
 
 class MetricsMemory:
     """The shared memory file. It exists as long as a process has it open.
@@ -88,18 +142,21 @@ class MetricsMemory:
     def __init__(self, fd: int):
         self.fd = fd
         self.map = mmap.mmap(fd, os.fstat(fd).st_size)
-        self.words = memoryview(self.map).cast("Q")
-        self.regions = len(self.words) // native.REGION_WORDS
+        words = memoryview(self.map).cast("Q")
+        self.regions = len(words) // (native.REGION_WORDS + tallies.TABLE_WORDS)
+        self.words = words[: self.regions * native.REGION_WORDS]
+        self._tables = words[self.regions * native.REGION_WORDS :]
+        self.region = -1  # that this process has claimed
 
     @classmethod
     def create(cls, workers: int) -> MetricsMemory:
-        """Make the file for a supervisor and `workers` workers.
+        """Make the file for `workers` workers, and for the supervisor, the writer and the bulk worker.
 
         There are two regions per worker, because a replacement may start while its predecessor is still stopping.
         Raises ResourceExhausted if there is no memory for them: a write to a page without memory would end in SIGBUS.
         """
         fd = os.memfd_create("shorttail-metrics")
-        size_bytes = REGION_BYTES * (1 + 2 * workers)
+        size_bytes = (REGION_BYTES + 8 * tallies.TABLE_WORDS) * (FIRST_WORKER + 2 * workers)
         try:
             os.posix_fallocate(fd, 0, size_bytes)
         except OSError as error:
@@ -112,24 +169,36 @@ class MetricsMemory:
         """Map the file that a parent process made."""
         return cls(fd)
 
-    def claim(self, first: int = SUPERVISOR + 1) -> Recorder:
-        """Claim the first free region, starting at `first`, until this process ends. Return a Recorder for it.
+    def claim(self, only: int | None = None) -> Recorder:
+        """Claim a region until this process ends: `only` this one, or a worker's. Return a Recorder for it.
 
         The claim is a lock on the file's range, which the system releases when the process ends in any way. Raises
         Internal if no region is free.
         """
-        for region in range(first, self.regions):
+        for region in range(FIRST_WORKER, self.regions) if only is None else [only]:
             try:
                 fcntl.lockf(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, region * REGION_BYTES)
             except OSError:
                 continue
             recorder = Recorder(self.words, region)
-            for name in ("connections", "http_connections", "in_flight", "http_in_flight", "heartbeat_ns"):
+            for name in GAUGES:
                 recorder.put(WORD[name], 0)
             recorder.put(WORD["started_ns"], time.time_ns())
             recorder.put(WORD["pid"], os.getpid())
+            self.region = region
             return recorder
         raise Internal(f"all {self.regions} regions for metrics are in use by running processes")
+
+    def tallies(self) -> Tallies:
+        """Return the table of this process, which belongs to the region that it has claimed."""
+        return Tallies(self._table(self.region))
+
+    def _table(self, region: int) -> memoryview:
+        return self._tables[region * tallies.TABLE_WORDS : (region + 1) * tallies.TABLE_WORDS]
+
+    def tallied(self) -> dict[tuple[int, Labels], list[int]]:
+        """Return the counters with labels of all processes: {(the kind's number, labels): values}."""
+        return tallies.summed([self._table(region) for region in range(self.regions)])
 
     def processes(self) -> list[Process]:
         """Return the header of every region that was ever claimed."""

@@ -7,7 +7,6 @@ read. So no client waits for a worker that hangs, has died, or is busy, while an
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import math
 import selectors
@@ -19,16 +18,17 @@ from collections.abc import Callable, Iterable
 from typing import Final
 
 from shorttail.server import handover
+from shorttail.server.accepting import RAISE, SpareFile
 from shorttail.server.listen import start_listening
 
 ACCEPT: Final = "accept"  # the selector's data for a listening socket
-ACCEPTED_AT_ONCE: Final = 64  # then other events are handled
-NO_ROOM: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+NO_FILES: Final = f"the process that accepts may open no more files; {RAISE}"
 NO_ROOM_REST_S: Final = 0.01
 PATIENCE_S: Final = 0.02  # a connection that a worker has not read after this time is given to another worker
 WAITING_MAX: Final = 256  # connections that are kept while no worker is ready
 
-Given = tuple[bytes, socket.socket]  # a message of handover.py
+# A message of handover.py. None: the system has closed the socket, because this process could open no file for it.
+Given = tuple[bytes, socket.socket | None]
 
 
 class WorkerShare:
@@ -74,24 +74,24 @@ class WorkerShare:
         self._given -= len(taken)
         self._given_bytes -= sum(len(data) for data, _ in taken)
         self._unread.clear()
-        return [(data, sock) for data, sock in taken if sock is not None]
+        return taken
 
-    def hear(self, pass_on: Callable[[bytes, socket.socket], None]) -> None:
+    def hear(self, pass_on: Callable[[bytes, socket.socket | None], None]) -> None:
         """Read the worker's messages. pass_on: called with each connection that the worker gives away."""
         for data, sock in _receive(self.channel):
-            if sock is not None:
-                pass_on(data, sock)
-            elif len(data) == handover.REPORT.size:
+            if sock is None and len(data) == handover.REPORT.size:
                 self._connections, self._received = handover.REPORT.unpack(data)
                 self.heard_s = time.monotonic()
                 self.is_late = False
+            else:
+                pass_on(data, sock)
 
     def close(self) -> None:
         self.channel.close()
         self.worker_end.close()
 
 
-def _receive(end: socket.socket) -> Iterable[tuple[bytes, socket.socket | None]]:
+def _receive(end: socket.socket) -> Iterable[Given]:
     """Read all messages that wait at one end of a channel."""
     while True:
         try:
@@ -106,12 +106,20 @@ def _receive(end: socket.socket) -> Iterable[tuple[bytes, socket.socket | None]]
 class Acceptor:
     """Gives each connection to the ready worker that has the fewest.
 
-    listeners: the bound sockets to accept from; empty if the worker accepts itself.
+    listeners: the bound sockets to accept from; empty if the worker accepts itself. refused: called with the reason
+    when connections are closed because no process can take them, and with their number.
     """
 
-    def __init__(self, selector: selectors.BaseSelector, listeners: list[socket.socket]):
+    def __init__(
+        self,
+        selector: selectors.BaseSelector,
+        listeners: list[socket.socket],
+        refused: Callable[[str, int], object],
+    ):
         self.selector = selector
         self.listeners = listeners
+        self.refused = refused
+        self.spare = SpareFile()
         self.ready: list[WorkerShare] = []
         self.due_s = math.inf  # when to look for connections that a worker has not read
         self._accepts = False
@@ -134,16 +142,19 @@ class Acceptor:
         self._accept_while(bool(self.ready))
 
     def accept(self, listener: socket.socket) -> None:
-        for _ in range(ACCEPTED_AT_ONCE):
-            try:
-                connection, _ = listener.accept()
-            except OSError as error:  # no connection waits, or its client has gone
-                if error.errno in NO_ROOM:
-                    time.sleep(NO_ROOM_REST_S)  # the selector would report the listener again at once
-                return
+        before = self.spare.turned_away
+        accepted, rest = self.spare.accept(listener)
+        for connection in accepted:
             self.give(bytes([handover.FRESH]), connection)
+        if turned_away := self.spare.turned_away - before:
+            self.refused(NO_FILES, turned_away)
+        if rest:
+            time.sleep(NO_ROOM_REST_S)  # the selector would report the listener again at once
 
-    def give(self, data: bytes, connection: socket.socket) -> None:
+    def give(self, data: bytes, connection: socket.socket | None) -> None:
+        if connection is None:
+            self.refused(NO_FILES, 1)
+            return
         if not self.ready and len(self._waiting) < WAITING_MAX:
             self._waiting.append((data, connection))
             return
@@ -152,7 +163,8 @@ class Acceptor:
                 if share.give(data, connection):
                     self.due_s = min(self.due_s, time.monotonic() + PATIENCE_S)
                     return
-        # Every worker is far behind: the connection is closed, which its client sees at once.
+        # The connection is closed, which its client sees at once.
+        self.refused("no worker takes connections: all are far behind", 1)
 
     def look(self) -> None:
         """Give connections that a worker leaves unread to a worker that reads. Called when `due_s` has come."""
@@ -173,7 +185,8 @@ class Acceptor:
 
     def close(self) -> None:
         for _, connection in self._waiting:
-            connection.close()
+            if connection is not None:
+                connection.close()
         self._waiting = []
 
     def _accept_while(self, wanted: bool) -> None:

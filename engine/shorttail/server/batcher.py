@@ -140,7 +140,8 @@ class Batcher:
         except RunTimedOut:
             runner.note_slow(ended=True)
             return Ran.TOO_SLOW
-        except ModelFailed:
+        except ModelFailed as error:
+            runner.counts.note(error)
             bad_share(batch.route, runner).learn(1, batch.n_requests, batch.n_rows)
             return Ran.FAILED
         if bad is not None:

@@ -25,9 +25,11 @@ class ErrorLog:
     def __init__(self, form: Format = "text") -> None:
         self.form = form
         self.seen: Counter[str] = Counter()
+        self.total = 0  # exceptions so far
         self._traces: dict[str, str] = {}
 
     def __call__(self, error: Exception) -> None:
+        self.total += 1
         frames = traceback.extract_tb(error.__traceback__)
         place = f" ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno})" if frames else ""  # noqa: PTH119
         if len(self.seen) < 100:  # texts that differ from call to call must not fill the memory

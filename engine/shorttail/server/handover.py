@@ -18,16 +18,16 @@ import os
 import socket
 import ssl
 import struct
-from typing import Any, Final
+from typing import Final
 
 from shorttail._native.wire import Connection, Router
+from shorttail.server.accepting import serve_socket
 
 FRESH: Final = 255
 # A connection moves with at most this much of an unfinished request. If more was read, the worker waits for its end.
 HELD_BYTES: Final = 64 << 10
 MESSAGE_BYTES: Final = HELD_BYTES + 1
 REPORT: Final = struct.Struct("<QQ")
-HANDSHAKE_S: Final = 10.0
 POLL_S: Final = 0.002
 REPORT_S: Final = 0.25  # a worker reports at least this often
 
@@ -48,6 +48,8 @@ class Channel:
         self.router = router
         self.tls = tls
         self.given = 0
+        self.lost = 0  # of those given: this process could open no file for them, so the system has closed them
+        self.failed_handshakes = 0
         self._reported = (-1, -1)
         self._reported_s = 0.0
         self._tasks: set[asyncio.Task[None]] = set()
@@ -78,6 +80,9 @@ class Channel:
             if not data:  # the supervisor has ended; the control socket closes too
                 self.loop.remove_reader(self.end)
                 return
+            if not fds:
+                self.given += 1
+                self.lost += 1
             for fd in fds:
                 self.given += 1
                 task = self.loop.create_task(self._adopt(socket.socket(fileno=fd), data[0], data[1:]))
@@ -89,14 +94,10 @@ class Channel:
         connection = Connection(self.router, tls is not None)
         if access != FRESH:
             connection.carry(held, access)
-        options: dict[str, Any] = {} if tls is None else {"ssl": tls, "ssl_handshake_timeout": HANDSHAKE_S}
         try:
-            if sock.family != socket.AF_UNIX:
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            connected: Any = self.loop.connect_accepted_socket  # a Connection has all of asyncio.Protocol but its name
-            await connected(lambda: connection, sock, **options)
-        except OSError:  # the client has gone, or does not speak TLS
-            sock.close()
+            await serve_socket(self.loop, sock, connection, tls)
+        except OSError:
+            self.failed_handshakes += 1
 
     async def hand_over_all(self, until_s: float) -> None:
         """Give each connection away as soon as all its requests are answered. until_s: limit by the loop's clock."""

@@ -37,16 +37,20 @@ class Inherited:
                 self.listener, self._name = bind_http(host, http_port, settings, bind=bind)
             except ShorttailError as error:
                 raise type(error)(error.message.replace("--port", "--http-port")) from None
-        self.memory = MetricsMemory.create(workers + 1)  # the bulk worker counts too
+        self.memory = MetricsMemory.create(workers)
         self._recorder = self.memory.claim(SUPERVISOR)
 
     def __str__(self) -> str:
         text = f" · http on {self._name}" if self._name else ""
         return f"{text}, which asks for no token (--trust-network)" if text and self._trusts else text
 
-    def restarted(self, *, writer: bool) -> None:
-        """Count a restart of the writer or of a worker."""
-        self._recorder.add(WORD["writer_restarts" if writer else "worker_restarts"], 1)
+    def count(self, word: str, n: int = 1) -> None:
+        """Add to a counter of the supervisor, a word of observe.memory.HEADER."""
+        self._recorder.add(WORD[word], n)
+
+    def show(self, word: str, value: int) -> None:
+        """Set a gauge of the supervisor, a word of observe.memory.HEADER."""
+        self._recorder.put(WORD[word], value)
 
     def close(self) -> None:
         """Close the supervisor's copy of the socket; workers close theirs."""

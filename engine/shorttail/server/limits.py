@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import math
 import os
 import resource
 import time
@@ -14,13 +15,17 @@ from typing import TYPE_CHECKING, Final
 from shorttail._native.wire import Router
 from shorttail.config import LIMITS
 from shorttail.server import security
+from shorttail.server.accepting import RAISE
 from shorttail.server.settings import ERROR_FORMS, ServerSettings
 
 if TYPE_CHECKING:
     from shorttail.engine import Engine
 
-# Files that a worker has open besides its connections: the store, models, its own sockets.
+# Files that a worker may have open besides its connections: the store, models, its own sockets, and a socket for each
+# request that it passes on to the bulk worker.
 OTHER_FILES: Final = 512
+# Of these, so many are kept free where the system allows too few files for all connections.
+SPARE_FILES: Final = 32
 # An accepted request waits for one turn (or running batch), and then for its own turn. Each of the two may take
 # BURST_SHARE of the P99 budget. In an overload turns are kept at TARGET_SHARE of it, because longer turns would only
 # make every request late (native/wire_limits.pxi).
@@ -34,13 +39,13 @@ M_MMAP_THRESHOLD: Final = (-3, 4 << 20)
 POLL_MEMORY: Final = 0.1  # the weight of the last turn in the moving average that decides whether to poll
 
 
-def configure(router: Router, settings: ServerSettings) -> None:
+def configure(router: Router, settings: ServerSettings, max_connections: int) -> None:
     """Set the router's access, limits and form of errors. Raises InvalidArgument for an unusable token file."""
     if settings.token_file is not None:
         router.limit(auth=security.Tokens.read(settings.token_file).authenticate, access=security.NONE)
     budget_ns = settings.p99_budget_ms * 1e6
     router.limit(
-        max_connections=settings.max_connections,
+        max_connections=max_connections,
         max_peer_connections=settings.max_peer_connections,
         idle_deadline_s=settings.idle_deadline_s,
         frame_deadline_s=settings.frame_deadline_s,
@@ -57,13 +62,49 @@ def sweep(router: Router) -> None:
     router.sweep(1 + int(time.monotonic()))
 
 
-def allow_files(count: int) -> None:
-    """Raise this process's limit of open files to `count` plus OTHER_FILES, as far as the system allows."""
+def files_wanted(settings: ServerSettings, *, http: bool) -> int:
+    """Return how many files a worker may open with these settings."""
+    return settings.max_connections + http * (LIMITS.http_connections + LIMITS.http_reserve) + OTHER_FILES
+
+
+def files_warning(settings: ServerSettings, *, http: bool) -> str:
+    """Return a line that says that the system allows a worker too few files, "" if it allows enough."""
+    hard, wanted = _most_files(), files_wanted(settings, http=http)
+    if hard >= wanted:
+        return ""
+    return (
+        f"the system allows a process {hard:.0f} open files, and --max-connections {settings.max_connections} needs up"
+        f" to {wanted}: it takes fewer connections; {RAISE}, or give a smaller --max-connections"
+    )
+
+
+def allow_files(settings: ServerSettings, *, http: bool) -> None:
+    """Raise this process's limit of open files to what the settings need, as far as the system allows."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = count + OTHER_FILES if hard == resource.RLIM_INFINITY else min(count + OTHER_FILES, hard)
+    wanted = int(min(files_wanted(settings, http=http), _most_files()))
     if soft != resource.RLIM_INFINITY and soft < wanted:
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def connections_of(settings: ServerSettings, *, http: bool) -> tuple[int, int]:
+    """Return how many connections of MessagePack-RPC and of HTTP this worker takes: fewer where files are scarce.
+
+    Each protocol gets half of the files, and what the other one does not need. Call it when the store is open: what is
+    open now, and SPARE_FILES, are left for other things.
+    """
+    rpc, of_http = settings.max_connections, http * (LIMITS.http_connections + LIMITS.http_reserve)
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if soft == resource.RLIM_INFINITY or soft >= files_wanted(settings, http=http):
+        return rpc, of_http
+    files = max(2, soft - len(os.listdir("/proc/self/fd")) - SPARE_FILES)  # noqa: PTH208
+    of_http = min(of_http, max(files // 2, files - rpc))
+    return min(rpc, files - of_http), of_http
+
+
+def _most_files() -> float:
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    return math.inf if hard == resource.RLIM_INFINITY else hard
 
 
 def return_memory() -> None:

@@ -154,6 +154,7 @@ class ModelThreads:
         if time.perf_counter_ns() - prepared.batch.started_ns < 1e3 * LIMITS.loop_stall_us:
             prepared.runner.note_quick(in_thread=True)
         if isinstance(error, ModelFailed):
+            prepared.runner.counts.note(error)
             prepared.split()
             lane.appendleft(prepared)
             self.start(key, lane)

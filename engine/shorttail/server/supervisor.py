@@ -26,7 +26,8 @@ from typing import Any, Final, cast
 from shorttail.config import DEFAULT_HOST, DEFAULT_PORT, LIMITS
 from shorttail.errors import ShorttailError, Unavailable
 from shorttail.observe import logs, stderr
-from shorttail.server import acceptor, bulk, rolling, security
+from shorttail.observe.logs import Seldom
+from shorttail.server import acceptor, bulk, limits, rolling, security
 from shorttail.server.acceptor import Acceptor
 from shorttail.server.bulk import BULK, BulkSockets
 from shorttail.server.children import WRITER, Child, Launcher, Restarts, how_it_ended
@@ -40,6 +41,7 @@ WAIT_MAX_S: Final = 0.25
 # If the supervisor looks at its workers this long after the last time, it did not run itself, so perhaps no process
 # did.
 STOOD_STILL_S: Final = 0.75
+WORKER: Final = "worker_restarts"
 # The signals that say something against the model that a worker ran. SIGKILL does not: somebody else sent it.
 DEADLY: Final = (signal.SIGSEGV, signal.SIGFPE, signal.SIGBUS, signal.SIGILL, signal.SIGABRT)
 
@@ -108,7 +110,10 @@ class Supervisor:
         self.signals = signals
         self.selector = selectors.DefaultSelector()
         self.bulk = BulkSockets(self.selector, [launcher.private.bulk, launcher.private.bulk_http])
-        self.acceptor = Acceptor(self.selector, [] if launcher.accepts else launcher.listeners.sockets)
+        self.acceptor = Acceptor(
+            self.selector, [] if launcher.accepts else launcher.listeners.sockets, self.note_refused
+        )
+        self._refused = Seldom()
         self.restarts = Restarts()
         self.systemd = Notifier()
         self.children: dict[int, Child] = {}
@@ -135,11 +140,14 @@ class Supervisor:
             if self.settings.bulk:
                 self.bulk.watch()
             self._announce()
+            if warning := limits.files_warning(self.settings, http=self.launcher.inherited.listener is not None):
+                self.say("warning", warning)
             while True:
                 if self.reload_wanted:
                     self.reload_wanted = False
                     self.launcher.deaths.forget()
                     self.told.clear()
+                    self.launcher.inherited.show("banned_models", 0)
                     rolling.reload(self)
                     if BULK in self.children:
                         self.children[BULK].process.terminate()
@@ -154,6 +162,14 @@ class Supervisor:
 
     def say(self, level: str, text: str) -> None:
         logs.log_now(self.settings.log, level, text)
+
+    def note_refused(self, reason: str, n: int) -> None:
+        """Count connections that were closed because no process can take them, and say so now and then."""
+        self.launcher.inherited.count("refused", n)
+        if reason == acceptor.NO_FILES:
+            self.launcher.inherited.count("file_shortages", n)
+        if told := self._refused.count(n):
+            self.say("warning", f"{told} connection{'s' * (told != 1)} closed: {reason}")
 
     def workers(self) -> list[Child]:
         return [child for child in self.children.values() if child.number != WRITER]
@@ -317,6 +333,7 @@ class Supervisor:
             banned = signum == signal.SIGKILL and not child.said and deaths.note_killed(child.runs.died_in().loads)
         if banned:
             child.excuse()
+            self.launcher.inherited.show("banned_models", len(deaths.banned))
             for other in [*self.children.values(), *self.others]:
                 if other.runs is not None:
                     other.runs.ban(deaths.banned)
@@ -324,7 +341,7 @@ class Supervisor:
     def _plan_restart(self, child: Child, code: int, *, silent: bool = False) -> None:
         wait_s = self.restarts.plan(child.number, time.monotonic() - child.started_s)
         if not silent:
-            self.launcher.inherited.restarted(writer=child.number == WRITER)
+            self.launcher.inherited.count({WRITER: "writer_restarts", BULK: "bulk_restarts"}.get(child.number, WORKER))
             reason = child.killed_for or (child.said or {}).get("error") or how_it_ended(code)
             self.say("warning", f"{child} died: {reason}; starting it again in {wait_s:g} s")
 
@@ -339,6 +356,7 @@ class Supervisor:
         for worker in self._watched():
             if not worker.killed_for and (reason := worker.hangs(now_s, self.settings)):
                 worker.killed_for = f"{reason}, and was killed"
+                self.launcher.inherited.count("hung_workers")
                 worker.process.kill()
 
     def _watched(self) -> list[Child]:

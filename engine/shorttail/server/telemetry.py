@@ -8,35 +8,120 @@ from __future__ import annotations
 import gc
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from shorttail._native.metrics import METHODS, PROTOCOLS
-from shorttail.observe.logs import RequestLog, trace_ids
+from shorttail.observe.logs import RequestLog, Seldom, trace_ids
 from shorttail.observe.memory import WORD, MetricsMemory
+from shorttail.observe.tallies import FUNCTIONS, LARGEST_DIFFERENCE, RUNS, SHADOWS, Kind, Labels, float_bits
+from shorttail.server.accepting import RAISE
 from shorttail.server.settings import ServerSettings
 
 if TYPE_CHECKING:
     from shorttail._native.wire import Router
     from shorttail.engine import Engine
     from shorttail.pipeline import BatchResult
+    from shorttail.server.accepting import Entrance, SpareFile
+    from shorttail.server.bulk_link import BulkLink
+    from shorttail.server.errorlog import ErrorLog
+    from shorttail.server.handover import Channel
     from shorttail.server.http.app import HttpServer
+    from shorttail.server.shadow import ShadowThread
 
 RPC: Final = PROTOCOLS.index("rpc")
 PREDICT: Final = METHODS.index("predict")
 FEATURES: Final = METHODS.index("get_online_features")
 
+# Attributes of the native Router -> words of the process header.
+ROUTER_COUNTERS: Final = {
+    "accepted": "connections_total",
+    "received_bytes": "received_bytes",
+    "sent_bytes": "sent_bytes",
+    "refused": "refused",
+    "timed_out": "cut",
+    "shed": "requests_shed",
+}
+ROUTER_GAUGES: Final = {"in_flight": "in_flight", "waiting_rows": "waiting_rows", "waiting_bytes": "waiting_bytes"}
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """The parts of a worker that count."""
+
+    engine: Engine
+    router: Router
+    http: HttpServer | None
+    shadows: ShadowThread
+    large: BulkLink
+    channel: Channel
+    entrances: list[Entrance]
+    spare: SpareFile
+    faults: ErrorLog
+
+    def counters(self) -> dict[str, int]:
+        """Return {word of the process header: count of this process so far}."""
+        router, http, channel = self.router, self.http, self.channel
+        counts = {word: int(getattr(router, name)) for name, word in ROUTER_COUNTERS.items()}
+        counts["handshakes_failed"] = channel.failed_handshakes + sum(door.failed_handshakes for door in self.entrances)
+        counts["file_shortages"] = channel.lost + self.spare.turned_away
+        counts["unexpected_errors"] = self.faults.total
+        if http is not None:
+            counts["http_connections_total"] = http.connections.opened
+            counts["http_refused"] = http.connections.refused
+            counts["http_cut"] = http.connections.cut + http.bodies.timed_out
+            counts["http_received_bytes"] = http.received_bytes
+            counts["http_sent_bytes"] = http.sent_bytes
+        return counts
+
+    def gauges(self) -> dict[str, int]:
+        """Return {word of the process header: its value now}."""
+        router, http = self.router, self.http
+        values = {word: int(getattr(router, name)) for name, word in ROUTER_GAUGES.items()}
+        values |= {"connections": len(router.connections), "generation": max(0, self.engine.store.generation)}
+        values |= {"large_in_flight": len(self.large.calls), "suspects": len(router.suspects)}
+        if http is not None:
+            values |= {"http_connections": len(http.connections), "http_in_flight": http.in_flight}
+            values["http_large_in_flight"] = http.bulk.in_flight if http.bulk is not None else 0
+        return values
+
+    def tallies(self) -> Iterator[tuple[Kind, Labels, Any]]:
+        """Yield (kind, labels, the object that counts) of the counters with labels."""
+        for key, runner in self.engine.runners:
+            yield RUNS, (key.model,), runner.counts
+            for function, failed in list(runner.counts.functions.items()):
+                yield FUNCTIONS, (key.model, function), failed
+        for (model, _, version), state in list(self.shadows.states.items()):
+            yield SHADOWS, (model, str(version)), state.counts
+
+
+def counts_of(kind: Kind, counting: Any) -> list[int]:
+    """Return the counts so far of an object that `Sources.tallies` yields."""
+    if kind is FUNCTIONS:
+        return list(counting)
+    return [getattr(counting, name) for name in kind.values if name != "largest_difference"]
+
 
 class Telemetry:
-    """The counters and the request log of one worker. fd: the shared memory; -1 counts for this process alone."""
+    """The counters and the request log of one worker.
 
-    def __init__(self, fd: int = -1, settings: ServerSettings | None = None):
+    fd: the shared memory; -1 counts for this process alone. region: of that memory; None is any worker's.
+    """
+
+    def __init__(self, fd: int = -1, settings: ServerSettings | None = None, region: int | None = None):
         settings = settings or ServerSettings()
         self.memory = MetricsMemory.attach(fd) if fd >= 0 else MetricsMemory.create(1)
-        self.recorder = self.memory.claim()
+        self.recorder = self.memory.claim(region)
+        self.tallies = self.memory.tallies()
         self.log = RequestLog(settings.log, settings.slow_ms * 1000, settings.log_failed)
         self.slow_ns = self.log.slow_ns or 1 << 62
         self._last: dict[str, int] = {}
+        # Objects that count, by id -> (kind, labels, the object, its counts at the last tick). A version that is loaded
+        # again has another object, which counts from 0.
+        self._tallied: dict[int, tuple[Kind, Labels, Any, list[int]]] = {}
+        self._max_connections = settings.max_connections
+        self._refused, self._closed = Seldom(), Seldom()
         self._newest_ns = time.monotonic_ns()
         self._gc_started_ns = 0
 
@@ -97,28 +182,50 @@ class Telemetry:
         text = "slow request" if code == "OK" else "request failed"
         self.log.note(level, text, **fields, **trace_ids(_text(trace)))
 
-    def tick(self, engine: Engine, router: Router, http: HttpServer | None) -> None:
+    def tick(self, sources: Sources) -> None:
         """Bring the shared memory up to date, and log the requests that failed since the last call."""
         put = self.recorder.put
         now_ns = time.monotonic_ns()
         put(WORD["heartbeat_ns"], now_ns)
-        if engine.store.is_newest:
+        if sources.engine.store.is_newest:
             self._newest_ns = now_ns
         put(WORD["reader_age_us"], (now_ns - self._newest_ns) // 1000)
-        put(WORD["generation"], max(0, engine.store.generation))
-        put(WORD["connections"], len(router.connections))
-        put(WORD["in_flight"], router.in_flight)
-        self._count("connections_total", router.accepted)
-        self._count("received_bytes", router.received_bytes)
-        self._count("sent_bytes", router.sent_bytes)
+        for word, value in sources.gauges().items():
+            put(WORD[word], value)
+        counters = sources.counters()
+        self._refusals(sources, counters)
+        for word, total in counters.items():
+            self._count(word, total)
         self._count("log_lines_dropped", self.log.dropped_in_all)
-        if http is not None:
-            put(WORD["http_connections"], len(http.connections))
-            put(WORD["http_in_flight"], http.in_flight)
-            self._count("http_connections_total", http.connections.opened)
-            self._count("http_received_bytes", http.received_bytes)
-            self._count("http_sent_bytes", http.sent_bytes)
-        self._failures(router)
+        self._tally(sources)
+        self._failures(sources.router)
+
+    def _refusals(self, sources: Sources, counters: Mapping[str, int]) -> None:
+        """Log now and then what too few files do to connections. HTTP logs by itself (server/http/connection.py)."""
+        refused = counters["refused"] - self._last.get("refused", 0)
+        if sources.router.max_connections < self._max_connections and (n := self._refused.count(refused)):
+            most = sources.router.max_connections
+            text = f"connections refused: this process may open so few files that it takes {most} of them; {RAISE}"
+            self.log.note("warning", text, protocol="rpc", connections=n)
+        if n := self._closed.count(counters["file_shortages"] - self._last.get("file_shortages", 0)):
+            self.log.note("warning", f"connections closed: this process may open no more files; {RAISE}", connections=n)
+
+    def _tally(self, sources: Sources) -> None:
+        """Add what the counters with labels grew by. Those that are gone are read for the last time."""
+        before, self._tallied = self._tallied, {}
+        for kind, labels, counting in sources.tallies():
+            _, _, _, last = before.pop(id(counting), (kind, labels, counting, [0] * len(kind.values)))
+            self._tallied[id(counting)] = kind, labels, counting, self._tally_one(kind, labels, counting, last)
+        for kind, labels, counting, last in before.values():
+            self._tally_one(kind, labels, counting, last)
+
+    def _tally_one(self, kind: Kind, labels: Labels, counting: Any, last: list[int]) -> list[int]:
+        counts = counts_of(kind, counting)
+        if counts != last and any(counts):
+            self.tallies.add(kind, labels, [now - then for now, then in zip(counts, last, strict=False)])
+            if kind is SHADOWS:
+                self.tallies.put(kind, labels, LARGEST_DIFFERENCE, float_bits(counting.largest_difference))
+        return counts
 
     def _failures(self, router: Router) -> None:
         """Count failed requests of MessagePack-RPC. Log a line for each traced one, and one per kind for the others."""

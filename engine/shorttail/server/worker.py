@@ -32,12 +32,14 @@ from shorttail.engine import Engine
 from shorttail.errors import InvalidArgument, ShorttailError
 from shorttail.models.raw import refusal
 from shorttail.observe import logs, stderr
+from shorttail.observe.memory import BULK
 from shorttail.server import bulk, bulk_link, handover, limits, security
+from shorttail.server.accepting import Entrance, SpareFile
 from shorttail.server.batcher import Batcher
 from shorttail.server.errorlog import ErrorLog, one_line
 from shorttail.server.listen import start_listening
 from shorttail.server.settings import ServerSettings
-from shorttail.server.telemetry import Telemetry
+from shorttail.server.telemetry import Sources, Telemetry
 from shorttail.server.writer_link import WriterLink
 
 if TYPE_CHECKING:
@@ -48,7 +50,6 @@ if TYPE_CHECKING:
 LAST_READS_S: Final = 0.1
 # The supervisor waits this much longer for a worker than the worker waits for its connections.
 STOP_MARGIN_S: Final = 1.0
-BACKLOG: Final = 1024
 
 
 class RpcPlans:
@@ -136,7 +137,11 @@ async def serve(
     faults = ErrorLog(telemetry.log.form)
     router = Router(loop, RpcPlans(engine), handlers(engine, lambda: batcher.shadows.describe(engine.models())))
     bulk_http = None if is_bulk else sockets / "bulk-http"
-    http = http_server(engine, router, telemetry, faults, settings, bulk_http) if http_listeners else None
+    spare = SpareFile()
+    rpc_connections, http_connections = limits.connections_of(settings, http=bool(http_listeners))
+    http = None
+    if http_listeners:
+        http = http_server(engine, router, telemetry, faults, settings, bulk_http, http_connections)
     batcher = Batcher(router, engine, faults, telemetry, http.batches if http is not None else None)
     engine.load_in_background(lambda: batcher.model_threads.tell(batcher.follow_catalog))
     link = WriterLink(str(sockets / "writer"), loop, telemetry.wrote)
@@ -144,7 +149,7 @@ async def serve(
     large = bulk_link.BulkLink(str(sockets / "bulk"), loop)
     if not is_bulk:
         router.connect(bulk=large.forward if settings.bulk else bulk_link.refuse)
-    limits.configure(router, settings)
+    limits.configure(router, settings, rpc_connections)
     tls = security.server_context(settings)
     channel = handover.Channel(channel_end, loop, router, tls)
     if settings.busy_poll_us != 0:
@@ -153,12 +158,13 @@ async def serve(
     idle = bulk.Idle(stop)
     loop.add_signal_handler(signal.SIGTERM, stop.set)
     loop.add_reader(control, told, loop, control, stop, retire)
-    servers = [await listen(loop, listener, router, tls) for listener in listeners]
+    entrances = [listen(loop, listener, router, tls, spare) for listener in listeners]
     if http is not None:
         for listener in http_listeners:
             start_listening(listener, "--http-port")
-        await http.start(http_listeners, tls)
+        entrances += await http.start(http_listeners, tls, spare)
     telemetry.watch_gc()
+    sources = Sources(engine, router, http, batcher.shadows, large, channel, entrances, spare, faults)
 
     async def housekeeping() -> None:
         while True:
@@ -174,7 +180,7 @@ async def serve(
                     batcher.follow_catalog()
                 limits.sweep(router)
                 channel.report()
-                telemetry.tick(engine, router, http)
+                telemetry.tick(sources)
                 if is_bulk:
                     idle.look(router, http)
             except Exception as error:
@@ -193,12 +199,12 @@ async def serve(
     await stop.wait()
     if http is not None:
         http.drain()
-    for server in servers:
-        server.close()
+    for entrance in entrances:
+        entrance.close()
     if retire.is_set():
         await channel.hand_over_all(loop.time() + LIMITS.stop_grace_s / 2)
     await asyncio.gather(drain(router, link), *([http.stop(LIMITS.stop_grace_s - STOP_MARGIN_S)] if http else []))
-    telemetry.tick(engine, router, http)
+    telemetry.tick(sources)
     for task in tasks:
         task.cancel()
     batcher.close()
@@ -217,10 +223,11 @@ def http_server(
     faults: ErrorLog,
     settings: ServerSettings,
     bulk_path: Path | None,
+    connections: int,
 ) -> HttpServer:
     """The HTTP server of this worker, with its routes. It needs the extra `http`, so it is imported only here.
 
-    bulk_path: of the bulk worker's socket for HTTP; None in the bulk worker itself.
+    bulk_path: of the bulk worker's socket for HTTP; None in the bulk worker itself. connections: how many there may be.
     """
     from shorttail.server.http.app import HttpServer
     from shorttail.server.http.batches import HttpBatches
@@ -232,7 +239,16 @@ def http_server(
     batches = HttpBatches(engine, router)
     proxy = None if bulk_path is None else BulkProxy(str(bulk_path) if settings.bulk else None)
     return HttpServer(
-        engine, batches, telemetry.memory, telemetry.recorder, telemetry.log, faults, add_routes, access, proxy
+        engine,
+        batches,
+        telemetry.memory,
+        telemetry.recorder,
+        telemetry.log,
+        faults,
+        add_routes,
+        access,
+        proxy,
+        connections,
     )
 
 
@@ -251,20 +267,17 @@ def told(loop: asyncio.AbstractEventLoop, control: socket.socket, stop: asyncio.
     stop.set()
 
 
-async def listen(
-    loop: asyncio.AbstractEventLoop, listener: socket.socket, router: Router, tls: ssl.SSLContext | None
-) -> asyncio.AbstractServer:
-    """Accept connections from a listening socket. A Unix socket never uses TLS: its file mode says who may connect."""
-    create: Any = loop.create_unix_server if listener.family == socket.AF_UNIX else loop.create_server
+def listen(
+    loop: asyncio.AbstractEventLoop,
+    listener: socket.socket,
+    router: Router,
+    tls: ssl.SSLContext | None,
+    spare: SpareFile,
+) -> Entrance:
+    """Accept connections of MessagePack-RPC from a bound socket."""
     start_listening(listener)
-    if listener.family == socket.AF_UNIX:
-        tls = None
-    options: dict[str, Any] = {} if tls is None else {"ssl": tls, "ssl_handshake_timeout": handover.HANDSHAKE_S}
-    # uvloop sets TCP_NODELAY on what it accepts.
-    server: asyncio.AbstractServer = await create(
-        lambda: Connection(router, tls is not None), sock=listener, backlog=BACKLOG, **options
-    )
-    return server
+    secure = tls is not None and listener.family != socket.AF_UNIX
+    return Entrance(loop, listener, lambda: Connection(router, secure), tls, spare)
 
 
 async def drain(router: Router, link: WriterLink) -> None:
@@ -312,7 +325,7 @@ def main() -> int:
     stderr.log_as_json(settings.log)
     if args.cpu is not None:
         limits.pin(args.cpu)
-    limits.allow_files(settings.max_connections)
+    limits.allow_files(settings, http=bool(args.http_fd))
     limits.return_memory()
     if args.runs_fd >= 0:
         runs.share(args.runs_fd)
@@ -332,7 +345,7 @@ def main() -> int:
         listeners = [socket.socket(fileno=fd) for fd in args.listen_fd]
         channel = socket.socket(fileno=args.channel_fd)
         http = [socket.socket(fileno=fd) for fd in args.http_fd]
-        telemetry = Telemetry(args.metrics_fd, settings)
+        telemetry = Telemetry(args.metrics_fd, settings, region=BULK if args.bulk else None)
         sockets = Path(args.sockets)
         try:
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

@@ -41,8 +41,10 @@ from shorttail.errors import (
 )
 from shorttail.observe import logs, stderr
 from shorttail.observe.logs import Format
+from shorttail.observe.memory import MetricsMemory
 from shorttail.results import RowCount
 from shorttail.server.errorlog import ErrorLog, one_line
+from shorttail.server.writer_counts import Outcome, WriterCounts
 from shorttail.server.writer_link import NIL, READY, REQUEST_BYTES, failed
 from shorttail.sources.rows import column_batch, key_arrays
 from shorttail.store import Delete, Edit, Store, Upsert
@@ -52,8 +54,6 @@ READ_BYTES: Final = 1 << 20
 # How long the writer waits, when it stops, until workers have read their last answers.
 LAST_WRITES_S: Final = 2.0
 BACKLOG: Final = 1024
-
-Outcome = int | ShorttailError
 
 
 @dataclass(slots=True, eq=False)
@@ -72,12 +72,18 @@ class Request:
 
 
 class Writer:
-    """The queue of requests, and their commits. fault: called with every exception that is not a ShorttailError."""
+    """The queue of requests, and their commits.
 
-    def __init__(self, store: Store, loop: asyncio.AbstractEventLoop, fault: ErrorLog):
+    fault: called with every exception that is not a ShorttailError. memory: where the writer counts, for /metrics.
+    """
+
+    def __init__(
+        self, store: Store, loop: asyncio.AbstractEventLoop, fault: ErrorLog, memory: MetricsMemory | None = None
+    ):
         self.store = store
         self.loop = loop
         self.fault = fault
+        self.counts = WriterCounts(memory or MetricsMemory.create(1))
         self.queue: deque[Request] = deque()
         self.queued_rows = 0
         self.queued_bytes = 0
@@ -106,9 +112,11 @@ class Writer:
             if self.queued_rows + rows > LIMITS.queued_rows:
                 raise ResourceExhausted(f"{self.queued_rows} rows wait to be written; send it again later")
         except ShorttailError as error:
+            self.counts.refused()
             worker.answer(number, error)
             return
         except Exception as error:
+            self.counts.refused()
             self.fault(error)
             worker.answer(number, Internal(f"{method}: {one_line(error)}"))
             return
@@ -135,7 +143,10 @@ class Writer:
             self._more.clear()
             group = self.next_group()
             if group:
-                for request, outcome in zip(group, await self.commit([r.edit for r in group]), strict=True):
+                edits = [request.edit for request in group]
+                outcomes = await self.commit(edits)
+                self.counts.committed(edits, outcomes)
+                for request, outcome in zip(group, outcomes, strict=True):
                     request.answer(outcome)
             elif not self.stopping:
                 await self._more.wait()
@@ -167,8 +178,11 @@ class Writer:
 
     async def commit(self, edits: Sequence[Edit]) -> Sequence[Outcome]:
         """Commit all edits together; if that fails and one edit may be the cause, commit each edit by itself."""
+        start_ns = time.perf_counter_ns()
         try:
-            return await self.loop.run_in_executor(self._thread, self.store.commit, edits)
+            outcomes = await self.loop.run_in_executor(self._thread, self.store.commit, edits)
+            self.counts.took(time.perf_counter_ns() - start_ns)
+            return outcomes
         except (ResourceExhausted, Unavailable) as error:
             return [error] * len(edits)
         except Exception as error:
@@ -258,11 +272,13 @@ class WorkerConnection(asyncio.Protocol):
         self.transport.write(b"\x94\x01" + msgpack.packb(number) + result)
 
 
-async def serve(store: Store, listener: socket.socket, control: socket.socket, log: Format = "text") -> None:
+async def serve(
+    store: Store, listener: socket.socket, control: socket.socket, memory: MetricsMemory, log: Format = "text"
+) -> None:
     """Commit requests until SIGTERM or the end of the supervisor, then those that are left."""
     loop = asyncio.get_running_loop()
     faults = ErrorLog(log)
-    writer = Writer(store, loop, faults)
+    writer = Writer(store, loop, faults, memory)
 
     def supervisor_gone() -> None:  # nothing is ever sent on this socket: readable means closed
         loop.remove_reader(control)
@@ -289,6 +305,7 @@ async def serve(store: Store, listener: socket.socket, control: socket.socket, l
                     store.refresh(force=True)  # an old snapshot would keep LMDB from using old pages again
             except Exception as error:
                 faults(error)
+            writer.counts.tick(writer.queued_rows, writer.queued_bytes, faults.total)
             faults.write(loop)
 
     chores = asyncio.create_task(housekeeping())
@@ -297,6 +314,7 @@ async def serve(store: Store, listener: socket.socket, control: socket.socket, l
     control.sendall(json.dumps({"ready": True}).encode() + b"\n")
     await writer.run()
     chores.cancel()
+    writer.counts.tick(writer.queued_rows, writer.queued_bytes, faults.total)
     server.close()
     await say_goodbye(writer)
     faults.write(loop)
@@ -318,6 +336,7 @@ def main() -> int:
     parser.add_argument("store")
     parser.add_argument("--control-fd", type=int, required=True)
     parser.add_argument("--listen-fd", type=int, required=True)
+    parser.add_argument("--metrics-fd", type=int, required=True)
     parser.add_argument("--log", choices=("text", "json"), default="text")
     args = parser.parse_args()
     stderr.log_as_json(args.log)
@@ -329,7 +348,8 @@ def main() -> int:
         control.sendall(json.dumps({"error": reason}).encode() + b"\n")  # the supervisor logs it if no worker does
         return 1
     with store, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(serve(store, socket.socket(fileno=args.listen_fd), control, args.log))
+        memory = MetricsMemory.attach(args.metrics_fd)
+        runner.run(serve(store, socket.socket(fileno=args.listen_fd), control, memory, args.log))
     control.detach()  # the supervisor takes a closed control socket for the end of this process: the system closes it
     return 0
 

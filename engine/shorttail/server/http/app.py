@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from aiohttp import web
 
 from shorttail._native.metrics import METHODS, STAGES, UNKNOWN, Recorder
+from shorttail.config import LIMITS
 from shorttail.errors import (
     InvalidArgument,
     PermissionDenied,
@@ -22,6 +23,7 @@ from shorttail.errors import (
     Unavailable,
 )
 from shorttail.observe.logs import RequestLog, trace_ids
+from shorttail.server.accepting import Entrance, SpareFile
 from shorttail.server.errorlog import one_line
 from shorttail.server.http.batches import HTTP, PREDICT, HttpBatches
 from shorttail.server.http.bodies import Bodies
@@ -39,7 +41,6 @@ Parsed = TypeVar("Parsed")
 OTHER: Final = METHODS.index("other")
 ENCODE: Final = STAGES.index("encode")
 TOTAL: Final = STAGES.index("total")
-BACKLOG: Final = 1024
 DEADLINE_MAX_MS: Final = 86_400_000  # a day; no caller waits longer
 STATUS: Final = {
     "INVALID_ARGUMENT": 400,
@@ -99,7 +100,8 @@ class HttpServer:
     batches: where predictions wait. memory: the counters that /metrics shows. recorder: counts the requests. log: takes
     lines about failed and slow requests. fault: called with every exception that is not a ShorttailError. add_routes:
     adds the routes (server/http/routes.py). access: returns the access level of a bearer token; None: requests need no
-    token. bulk: passes on large requests; None: this worker answers them itself.
+    token. bulk: passes on large requests; None: this worker answers them itself. connections: how many there may be,
+    with the reserve for probes.
     """
 
     def __init__(
@@ -113,6 +115,7 @@ class HttpServer:
         add_routes: Callable[[web.Application, HttpServer], None],
         access: Access | None = None,
         bulk: BulkProxy | None = None,
+        connections: int = LIMITS.http_connections + LIMITS.http_reserve,
     ):
         self.engine = engine
         self.memory = memory
@@ -122,17 +125,18 @@ class HttpServer:
         self.access = access
         self._add_routes = add_routes
         self.batches = batches
-        self.connections = Connections(self.note_refused)
+        self.connections = Connections(self.note_refused, connections)
         self.bulk = bulk
         self.bodies = Bodies(on_loop=bulk is not None)
         self.received_bytes = self.sent_bytes = 0
         self.in_flight = 0
         self.draining = False
-        self._servers: list[asyncio.AbstractServer] = []
         self._runner: web.AppRunner | None = None
 
-    async def start(self, listeners: list[socket.socket], tls: ssl.SSLContext | None = None) -> None:
-        """Listen on bound sockets."""
+    async def start(
+        self, listeners: list[socket.socket], tls: ssl.SSLContext | None, spare: SpareFile
+    ) -> list[Entrance]:
+        """Accept connections from sockets that listen. The caller closes the entrances before `stop`."""
         app = web.Application()
         self._add_routes(app, self)
         self._runner = runner = web.AppRunner(app, access_log=None, handle_signals=False)
@@ -140,21 +144,17 @@ class HttpServer:
         manager = runner.server
         assert manager is not None
         loop = asyncio.get_running_loop()
-        for listener in listeners:
-            server = await loop.create_server(
-                lambda: HttpConnection(self, manager, loop), sock=listener, backlog=BACKLOG, ssl=tls
-            )
-            self._servers.append(server)
+        return [
+            Entrance(loop, listener, lambda: HttpConnection(self, manager, loop), tls, spare) for listener in listeners
+        ]
 
     def drain(self) -> None:
         """Report "not ready" from now on, so that load balancers send no more. Requests are still answered."""
         self.draining = True
 
     async def stop(self, grace_s: float) -> None:
-        """Take no new connections, answer the requests in flight for up to grace_s seconds, and close."""
+        """Answer the requests in flight for up to grace_s seconds, and close."""
         self.draining = True
-        for server in self._servers:
-            server.close()
         cut_at = asyncio.get_running_loop().time() + grace_s
         while self.in_flight and asyncio.get_running_loop().time() < cut_at:
             await asyncio.sleep(0.01)

@@ -39,6 +39,7 @@ class Bodies:
 
     def __init__(self, on_loop: bool):
         self.on_loop = on_loop
+        self.timed_out = 0  # bodies that did not arrive in time
         self.reading_bytes = 0  # of all bodies that are being read, as far as they have arrived
 
     async def read(self, request: web.Request) -> bytes:
@@ -61,6 +62,7 @@ class Bodies:
             async with asyncio.timeout(LIMITS.http_read_s):
                 body = await self._receive(request, most)
         except TimeoutError:
+            self.timed_out += 1
             raise DeadlineExceeded(f"the body did not arrive within {LIMITS.http_read_s:g} s") from None
         except ConnectionError:
             raise InvalidArgument("the connection ended within the body") from None

@@ -152,7 +152,7 @@ class HttpConnection(web.RequestHandler):  # type: ignore[misc,unused-ignore]
 
     def _cut_if_silent(self) -> None:
         if not self._has_asked:
-            self.cut()
+            self._owner.connections.end(self)
 
     def cut(self) -> None:
         """Close the connection at once."""
@@ -171,15 +171,19 @@ def unquoted(message: str) -> str:
 class Connections:
     """The connections of a worker. Iterate over it, or take its length.
 
-    At LIMITS.http_connections a new connection takes the place of one that is idle: the one that is idle for longest,
-    of the address that has the most. So one client that opens thousands does not keep others out. If none is idle, up
-    to LIMITS.http_reserve more connections are accepted for probes and metrics alone. note: called with a line about
-    connections that were closed because of these limits.
+    most: how many there may be, with a reserve (LIMITS.http_reserve, at most a quarter of all). When the others are
+    taken, a new connection takes the place of one that is idle: the one that is idle for longest, of the address that
+    has the most. So one client that opens thousands does not keep others out. If none is idle, the new connection comes
+    into the reserve, for probes and metrics alone; beyond the reserve it is closed. note: called with
+    a line about connections that are refused. opened: connections so far. refused: those of them that were closed at
+    once, or came into the reserve. cut: those that were closed to make room, or because no request came in time.
     """
 
-    def __init__(self, note: Callable[[str], object]):
+    def __init__(self, note: Callable[[str], object], most: int):
         self.all: set[HttpConnection] = set()
-        self.opened = self.refused = 0
+        self.most = most
+        self.reserve = min(LIMITS.http_reserve, most // 4)
+        self.opened = self.refused = self.cut = 0
         self._by_address: Counter[str] = Counter()
         # Address -> its connections without a request in flight, the one that is idle for longest first.
         self._idle: dict[str, dict[HttpConnection, None]] = {}
@@ -194,13 +198,13 @@ class Connections:
         self.all.add(connection)
         self._by_address[connection.address] += 1
         self.is_idle(connection)
-        over = len(self.all) - LIMITS.http_connections
+        over = len(self.all) - (self.most - self.reserve)
         if over <= 0 or self._make_room(connection):
             return True
         self.refused += 1
         self._note(f"{len(self.all)} HTTP connections, none of them idle: only probes and metrics are answered on more")
         connection.in_reserve = True
-        return over <= LIMITS.http_reserve
+        return over <= self.reserve
 
     def is_idle(self, connection: HttpConnection) -> None:
         """No request of the connection is in flight."""
@@ -228,6 +232,10 @@ class Connections:
         if oldest is newcomer:
             return False
         self.remove(oldest)
-        oldest.cut()
-        self.refused += 1
+        self.end(oldest)
         return True
+
+    def end(self, connection: HttpConnection) -> None:
+        """Close a connection at once, and count it."""
+        self.cut += 1
+        connection.cut()

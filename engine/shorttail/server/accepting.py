@@ -1,0 +1,143 @@
+"""Accepts connections, also when the process may open no more files.
+
+Without a free file descriptor, accept() fails and the connection waits in the system's queue: its client hangs, and the
+event loop is woken for it again and again. So a process keeps a file open that it needs for nothing else, and closes it
+to accept such a connection and to close it, which its client sees at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import socket
+import ssl
+from collections.abc import Callable
+from typing import Any, Final
+
+ACCEPTED_AT_ONCE: Final = 64  # then other events are handled
+NO_ROOM: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+REST_S: Final = 0.1  # without a file to close: how long no connection is accepted
+HANDSHAKE_S: Final = 10.0
+RAISE: Final = "raise the limit (ulimit -n, or LimitNOFILE= of systemd)"
+
+
+class SpareFile:
+    """The file that is kept open. turned_away: connections that were closed, because no other file could be opened."""
+
+    def __init__(self) -> None:
+        self.turned_away = 0
+        self._fd = _open_any()
+
+    def accept(self, listener: socket.socket) -> tuple[list[socket.socket], bool]:
+        """Accept the connections that wait, at most ACCEPTED_AT_ONCE.
+
+        Returns them, and whether the listener should be left alone for a while, because not even closing the spare file
+        helped.
+        """
+        accepted: list[socket.socket] = []
+        for _ in range(ACCEPTED_AT_ONCE):
+            try:
+                accepted.append(listener.accept()[0])
+            except OSError as error:  # no connection waits, or its client has gone
+                if error.errno not in NO_ROOM:
+                    break
+                if not self._turn_away(listener):
+                    return accepted, True
+        return accepted, False
+
+    def _turn_away(self, listener: socket.socket) -> bool:
+        """Accept a connection and close it. Returns False if that was not possible either."""
+        if self._fd < 0:
+            self._fd = _open_any()
+        if self._fd < 0:
+            return False
+        os.close(self._fd)
+        try:
+            listener.accept()[0].close()
+            self.turned_away += 1
+        except OSError as error:
+            return error.errno not in NO_ROOM
+        finally:
+            self._fd = _open_any()
+        return True
+
+
+def _open_any() -> int:
+    """Open a file that is always there. Returns -1 if no file can be opened."""
+    try:
+        return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return -1
+
+
+async def serve_socket(
+    loop: asyncio.AbstractEventLoop, sock: socket.socket, protocol: Any, tls: ssl.SSLContext | None
+) -> None:
+    """Let a protocol serve an accepted connection. protocol: an asyncio.Protocol, or a Connection, which has all of it.
+
+    A Unix socket never uses TLS: its file mode says who may connect. Raises OSError if the client has gone, or does not
+    speak TLS; the socket is closed then.
+    """
+    options: dict[str, Any] = {}
+    if sock.family != socket.AF_UNIX and tls is not None:
+        options = {"ssl": tls, "ssl_handshake_timeout": HANDSHAKE_S}
+    try:
+        if sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        await loop.connect_accepted_socket(lambda: protocol, sock, **options)
+    except OSError:
+        sock.close()
+        raise
+
+
+class Entrance:
+    """Accepts the connections of a listening socket on the event loop, until `close`.
+
+    protocol: makes the protocol of a connection. spare: of this process. failed_handshakes: connections whose client
+    went before they were served, or does not speak TLS.
+    """
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        listener: socket.socket,
+        protocol: Callable[[], Any],
+        tls: ssl.SSLContext | None,
+        spare: SpareFile,
+    ):
+        self.loop = loop
+        self.listener = listener
+        self.protocol = protocol
+        self.tls = tls
+        self.spare = spare
+        self.failed_handshakes = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+        listener.setblocking(False)
+        loop.add_reader(listener, self._accept)
+
+    def _accept(self) -> None:
+        accepted, rest = self.spare.accept(self.listener)
+        for sock in accepted:
+            task = self.loop.create_task(self._serve(sock))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        if rest:
+            self.loop.remove_reader(self.listener)
+            self.loop.call_later(REST_S, self._resume)
+
+    def _resume(self) -> None:
+        if self.listener.fileno() >= 0:
+            self.loop.add_reader(self.listener, self._accept)
+
+    async def _serve(self, sock: socket.socket) -> None:
+        try:
+            await serve_socket(self.loop, sock, self.protocol(), self.tls)
+        except OSError:
+            self.failed_handshakes += 1
+
+    def close(self) -> None:
+        """Accept no more connections. Those that were accepted are served."""
+        if self.listener.fileno() >= 0:
+            self.loop.remove_reader(self.listener)
+            self.listener.close()
