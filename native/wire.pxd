@@ -149,7 +149,7 @@ cdef class Router:
     # Access: what a new connection may do, and the function that checks a token (server/security.py).
     cdef public int access
     cdef public object auth
-    cdef public int error_form      # of the errors in replies: wire_connection.pxi
+    cdef public int error_form      # of the errors in replies: wire_encode.pxi
     # Connections.
     cdef public Py_ssize_t max_connections, max_peer_connections    # 0: no limit
     cdef public int64_t idle_deadline_s, frame_deadline_s, write_deadline_s, auth_deadline_s

@@ -34,27 +34,6 @@ cdef tuple _stranger_error(int found):
     return _scan_error(found)
 
 
-cdef enum:  # the form of errors: ERROR_FORMS of server/settings.py
-    ERROR_MAP = 0       # {"code": code, "message": message}
-    ERROR_STRING = 1    # "CODE: message"
-    ERROR_LIST = 2      # [number of the code in gRPC, "CODE: message"]
-
-cdef dict _GRPC = {
-    "INVALID_ARGUMENT": 3, "DEADLINE_EXCEEDED": 4, "NOT_FOUND": 5, "PERMISSION_DENIED": 7, "RESOURCE_EXHAUSTED": 8,
-    "INTERNAL": 13, "UNAVAILABLE": 14, "UNAUTHENTICATED": 16,
-}
-
-
-cdef bytes _packed_error(str code, str message, int form):
-    """Encode an error in one of the forms above."""
-    error = {"code": code, "message": message}
-    if form == ERROR_STRING:
-        error = f"{code}: {message}"
-    elif form == ERROR_LIST:
-        error = [_GRPC.get(code, 2), f"{code}: {message}"]
-    return msgpack.packb(error, unicode_errors="replace")
-
-
 cdef class Connection:
     """Connection(router, secure=False): the asyncio protocol of one peer. secure: the transport is TLS."""
 

@@ -1,4 +1,4 @@
-# Encoding of results: from NumPy arrays into the output buffer of a connection, one request's rows at a time.
+# Encoding of results, from NumPy arrays into the output buffer of a connection, one request's rows at a time; and of errors.
 
 
 cdef int _reserve(mp_out *out, size_t bytes) except -1:
@@ -181,3 +181,24 @@ cdef int _put_objects(mp_out *out, const array_part *s, int dim, const uint8_t *
     else:
         raise Internal(f"a value of type {type(item).__name__} cannot be sent as a string")
     return 0
+
+
+cdef enum:  # the form of errors: ERROR_FORMS of server/settings.py
+    ERROR_MAP = 0       # {"code": code, "message": message}
+    ERROR_STRING = 1    # "CODE: message"
+    ERROR_LIST = 2      # [number of the code in gRPC, "CODE: message"]
+
+cdef dict _GRPC = {
+    "INVALID_ARGUMENT": 3, "DEADLINE_EXCEEDED": 4, "NOT_FOUND": 5, "PERMISSION_DENIED": 7, "RESOURCE_EXHAUSTED": 8,
+    "INTERNAL": 13, "UNAVAILABLE": 14, "UNAUTHENTICATED": 16,
+}
+
+
+cdef bytes _packed_error(str code, str message, int form):
+    """Encode an error in one of the forms above."""
+    error = {"code": code, "message": message}
+    if form == ERROR_STRING:
+        error = f"{code}: {message}"
+    elif form == ERROR_LIST:
+        error = [_GRPC.get(code, 2), f"{code}: {message}"]
+    return msgpack.packb(error, unicode_errors="replace")

@@ -10,7 +10,7 @@ from typing import Final, Self
 from shorttail.config import DEFAULT_HOST, LIMITS
 from shorttail.observe.logs import Format
 
-# The forms of errors of MessagePack-RPC: native/wire_connection.pxi uses their numbers.
+# The forms of errors of MessagePack-RPC: native/wire_encode.pxi uses their numbers.
 ERROR_FORMS: Final = ("map", "string", "list")
 
 
