@@ -10,7 +10,7 @@ import urllib.request
 
 import pytest
 from bad_models import deadly_to_load, endless, plant, sound, store_of
-from serving import SERVE, TIMEOUT_S, Server, environment_after, hang_up, replaced, until
+from serving import SERVE, TIMEOUT_S, environment_after, hang_up, replaced, until
 
 import shorttail as st
 from shorttail.store.files import model_path
@@ -139,10 +139,10 @@ def test_a_file_that_kills_the_worker_is_not_loaded_again(tmp_path, start):
 def test_a_file_that_never_loads_is_given_up(tmp_path, start):
     store = store_of(tmp_path, "good", "bad")
     plant(store, "bad", endless)
-    server = start("--http-port", "0", "--start-timeout", "8s", of=store)
+    server = start("--http-port", "0", "--start-timeout", "20s", of=store)
     check_that_bad_is_unavailable(server, "is not run any more: server processes died in it, or hung")
     assert re.match(
-        r"worker 1 \(pid \d+\) died: it was not ready after 8 s, and was killed; starting it again in 0\.1 s\n",
+        r"worker 1 \(pid \d+\) died: it was not ready after 20 s, and was killed; starting it again in 0\.1 s\n",
         server.log.read_text(),
     )
     assert server.stop() == 0
@@ -187,27 +187,47 @@ def test_a_start_timeout_is_a_time(store):
     assert "'soon' is not a time; write 90s or 10m" in done.stderr
 
 
-def test_a_version_that_kills_the_worker_while_it_serves(tmp_path):
-    """It was sound where it was applied. The worker loads it in the background, dies, and comes back without it."""
+def plant_second_version(store, make):
+    """Make a bad file version 2 of the model "bad", as if it had been sound where it was applied."""
+    plant(store, "bad", make)
+    with st.Engine.open(store) as engine:
+        path = model_path(store, "bad", 2)
+        path.parent.mkdir()
+        path.write_bytes(model_path(store, "bad", 1).read_bytes())
+        with engine.store.edit_catalog() as catalog:
+            entry = catalog.model("bad")
+            catalog.models["bad"] = entry.with_version(2, entry.version(1)).with_current(2)
+
+
+def test_a_version_that_kills_the_worker_while_it_serves(tmp_path, start):
+    """The worker loads it in the background, dies, and comes back without it."""
     store = store_of(tmp_path, "good", "bad")
-    server = Server(store, "--http-port", "0", log=tmp_path / "log")
-    try:
-        [pid] = server.workers()
-        plant(store, "bad", deadly_to_load)
-        with st.Engine.open(store) as engine:  # the same file in another version, which the running worker has to load
-            path = model_path(store, "bad", 2)
-            path.parent.mkdir()
-            path.write_bytes(model_path(store, "bad", 1).read_bytes())
-            with engine.store.edit_catalog() as catalog:
-                entry = catalog.model("bad")
-                catalog.models["bad"] = entry.with_version(2, entry.version(1)).with_current(2)
-        replaced(server, pid, 1)
-        until(lambda: "bad" in get(server, "/readyz")[1], server)
-        with server.connect() as peer:
-            assert peer.ask(*GOOD) == ANSWERED
-        assert server.stop() == 0
-    finally:
-        server.kill()
+    server = start("--http-port", "0", of=store)
+    [pid] = server.workers()
+    plant_second_version(store, deadly_to_load)
+    replaced(server, pid, 1)
+    with server.connect() as peer:
+        assert peer.ask(*GOOD) == ANSWERED
+    assert get(server, "/readyz") == (200, "ok\nnot loaded: bad\n")
+    assert server.stop() == 0
+
+
+def test_a_version_that_never_loads_while_the_worker_serves(tmp_path, start):
+    """The version before goes on, and later versions are loaded."""
+    store = store_of(tmp_path, "good", "bad")
+    server = start("--http-port", "0", "--start-timeout", "15s", of=store)
+    [pid] = server.workers()
+    plant_second_version(store, endless)
+    until(lambda: "gives it up" in server.log.read_text(), server)
+    with server.connect() as peer:
+        assert peer.ask(0, 1, "predict", ["bad", {"a": 0.0}]) == ANSWERED
+    with st.Engine.open(store) as engine:
+        assert engine.deploy("bad", other(tmp_path)) == 3
+        assert engine.deploy("good", other(tmp_path)) == 2
+    for path in ("/v2/models/bad/versions/3/ready", "/v2/models/good/versions/2/ready"):
+        until(lambda path=path: get(server, path)[0] == 200, server)
+    assert server.workers() == [pid]
+    assert server.log.read_text().startswith(f"worker 1 (pid {pid}) did not load a model in 15 s, and gives it up\n")
 
 
 def test_the_previous_version_serves_where_the_new_one_does_not_load(tmp_path, start):

@@ -260,10 +260,8 @@ from test_trial import hold_the_gil
 if {busy}:
     threading.Thread(target=try_file, args=[hold_the_gil], kwargs={{"model": "m", "limit_s": 60}}, daemon=True).start()
     time.sleep(0.5)  # not for synchronisation: in native code by then, usually
-if {forks} and (child := os.fork()) != 0:
-    print(child, flush=True)
-else:
-    print(0, flush=True)
+child = os.fork() if {forks} else 0
+os.write(1, b"%d\\n" % child)  # in one piece, because two processes write
 time.sleep(60)
 """
 
@@ -289,6 +287,21 @@ def test_it_ends_with_a_parent_that_exits() -> None:
     done = subprocess.run([*CHILD, code], capture_output=True, text=True, timeout=TIMEOUT_S)
     assert gone(int(done.stdout))
     assert done.stderr == ""
+
+
+def test_it_finds_packages_where_its_parent_has_found_them(tmp_path: Path) -> None:
+    """And a module that has the name of one that Python's start imports does not stop it."""
+    (tmp_path / "stat.py").write_text("raise RuntimeError('not this one')\n")
+    (tmp_path / "of_the_user.py").write_text("def f():\n    return 7\n")
+    code = f"""
+import sys
+sys.path.insert(0, {str(tmp_path)!r})
+import of_the_user
+from shorttail.models.trial import try_file
+print(try_file(of_the_user.f, model="m", limit_s=60))
+"""
+    done = subprocess.run([*CHILD, code], capture_output=True, text=True, timeout=TIMEOUT_S)
+    assert (done.stdout, done.stderr) == ("7\n", "")
 
 
 def test_importing_the_package_starts_nothing() -> None:

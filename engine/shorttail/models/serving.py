@@ -216,8 +216,13 @@ class Versions:
 
         changed: the loading thread calls it when another version may answer.
         """
-        self._threads = ThreadPoolExecutor(1, "load"), ThreadPoolExecutor(1, "load-low", initializer=lower_priority)
+        self._start_threads()
         self._changed = changed
+
+    def _start_threads(self) -> None:
+        for thread in self._threads or ():
+            thread.shutdown(wait=False, cancel_futures=True)
+        self._threads = ThreadPoolExecutor(1, "load"), ThreadPoolExecutor(1, "load-low", initializer=lower_priority)
 
     def close(self) -> None:
         """Stop loading and forget all loaded models. Needs no lock."""
@@ -287,6 +292,9 @@ class Versions:
             self._failed = {key: error for key, error in self._failed.items() if not isinstance(error[1], Banned)}
             for key in [key for key in self.runners if run_key(key.model, key.version) in banned]:
                 del self.runners[key]
+            if any(run_key(key.model, key.version) in banned for key in self._loading):
+                self._loading.clear()  # the thread may never end: what waits for it is loaded by another one
+                self._start_threads()
             self.changes += 1
 
     def problem(self, name: str) -> str | None:
@@ -377,6 +385,8 @@ class Versions:
 
     def _record(self, key: Key, catalog_version: int, outcome: Runner | ShorttailError) -> None:
         """Keep the outcome of an attempt to load a version. catalog_version: of the catalog at the attempt."""
+        if run_key(key.model, key.version) in self._banned:
+            return  # it was banned meanwhile
         if isinstance(outcome, Runner):
             info = self._store.catalog.models[key.model].versions.get(key.version)
             if outcome.unwarmed and not (

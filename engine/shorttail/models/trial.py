@@ -33,6 +33,8 @@ from shorttail.errors import DeadlineExceeded, Internal, InvalidArgument, Resour
 
 T = TypeVar("T")
 IDLE_S: Final = 10.0
+# The packages of this process, wherever it has them from: a notebook or a test may have changed its path.
+START: Final = "import sys; sys.path[:] = sys.argv[3:]; from shorttail.models.trial import main; main()"
 PACKAGE: Final = "shorttail"
 
 NICE: Final = 10  # a trial at low priority yields a CPU that an answering thread wants
@@ -88,11 +90,10 @@ class TrialProcess:
         end, self.lifeline = os.pipe()
         try:
             self.popen = subprocess.Popen(
-                [sys.executable, "-P", "-m", __name__, str(theirs.fileno()), str(end)],
+                [sys.executable, "-P", "-c", START, str(theirs.fileno()), str(end), *map(str, sys.path)],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,  # the output of a command is an interface
                 pass_fds=[theirs.fileno(), end],
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
                 process_group=0,  # Ctrl-C in a terminal then reaches the parent alone
             )
         except OSError as error:
@@ -245,8 +246,9 @@ def end_with_parent(lifeline: int) -> None:
     fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
 
 
-def main(connection: Connection, lifeline: int) -> None:
+def main() -> None:
     """Run jobs until the parent ends."""
+    connection, lifeline = Connection(int(sys.argv[1])), int(sys.argv[2])
     end_with_parent(lifeline)
     resource.setrlimit(
         resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1])
@@ -266,7 +268,3 @@ def main(connection: Connection, lifeline: int) -> None:
         except Exception as error:
             message = pickled(error)
         connection.send_bytes(message)
-
-
-if __name__ == "__main__":
-    main(Connection(int(sys.argv[1])), int(sys.argv[2]))

@@ -56,8 +56,11 @@ class RunsPage:
         latest_ns = time.monotonic_ns() - int(1e9 * hung_s)
         runs = self._begun(SLOTS_AT, slots, latest_ns)
         loads = self._begun(LOADS_AT, places, latest_ns)
-        loading = self._begun(LOADS_AT, range(LOADS), latest_ns)
-        return DiedIn(runs, loads | (runs & loading))  # a load ends with runs of the model
+        return DiedIn(runs, loads | (runs & self.loading(hung_s)))  # a load ends with runs of the model
+
+    def loading(self, since_s: float) -> set[int]:
+        """Return the keys of the models that the worker has been loading for so long."""
+        return self._begun(LOADS_AT, range(LOADS), time.monotonic_ns() - int(1e9 * since_s))
 
     def _begun(self, at: int, places: Iterable[int], latest_ns: int) -> set[int]:
         """Return the keys of the pairs (key, start) at these places that began at latest_ns or before."""

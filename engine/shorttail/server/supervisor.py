@@ -31,6 +31,7 @@ from shorttail.server import acceptor, bulk, limits, rolling, security
 from shorttail.server.acceptor import Acceptor
 from shorttail.server.bulk import BULK, BulkSockets
 from shorttail.server.children import WRITER, Child, Launcher, Restarts, how_it_ended
+from shorttail.server.deaths import DiedIn
 from shorttail.server.inherited import Inherited
 from shorttail.server.listen import Listeners, PrivateSockets
 from shorttail.server.settings import ServerSettings
@@ -333,10 +334,14 @@ class Supervisor:
             banned = signum == signal.SIGKILL and not child.said and deaths.note_killed(child.runs.died_in().loads)
         if banned:
             child.excuse()
-            self.launcher.inherited.show("banned_models", len(deaths.banned))
-            for other in [*self.children.values(), *self.others]:
-                if other.runs is not None:
-                    other.runs.ban(deaths.banned)
+            self._tell_banned()
+
+    def _tell_banned(self) -> None:
+        """Tell every worker which models it must not run."""
+        self.launcher.inherited.show("banned_models", len(self.launcher.deaths.banned))
+        for child in [*self.children.values(), *self.others]:
+            if child.runs is not None:
+                child.runs.ban(self.launcher.deaths.banned)
 
     def _plan_restart(self, child: Child, code: int, *, silent: bool = False) -> None:
         wait_s = self.restarts.plan(child.number, time.monotonic() - child.started_s)
@@ -358,6 +363,16 @@ class Supervisor:
                 worker.killed_for = f"{reason}, and was killed"
                 self.launcher.inherited.count("hung_workers")
                 worker.process.kill()
+            elif worker.said and worker.runs is not None:
+                self._give_up_loads(worker, worker.runs.loading(self.settings.start_timeout_s))
+
+    def _give_up_loads(self, worker: Child, loads: set[int]) -> None:
+        """Ban models that a worker which serves has been loading for too long: it loads the next ones then."""
+        if loads and self.launcher.deaths.note(DiedIn(set(), loads)):
+            self.say(
+                "warning", f"{worker} did not load a model in {self.settings.start_timeout_s:g} s, and gives it up"
+            )
+            self._tell_banned()
 
     def _watched(self) -> list[Child]:
         """The workers, and the successors of workers."""
