@@ -145,8 +145,8 @@ def test_features_of_many_rows_are_those_of_few(server, client):
     few = client.get_online_features(names, {"user_id": users})
     many = client.get_online_features(names, {"user_id": users * 5000})
     assert many.feature_names == names
-    for place in range(len(names)):
-        column, part = many[place], few[place]
+    for name in names[:4]:
+        column, part = many[name], few[name]
         assert len(column) == 15_000
         for at in (0, 14_997):
             assert repr(column[at : at + 3].tolist()) == repr(part.tolist())
@@ -544,7 +544,7 @@ def test_only_the_user_of_the_server_reaches_the_sockets_of_the_bulk_worker(serv
 
 def test_connections_that_were_idle_make_room_for_new_ones(store, tmp_path):
     (tmp_path / "limits").mkdir()
-    env = environment_with(tmp_path / "limits", http_connections=8, http_reserve=2)
+    env = environment_with(tmp_path / "limits", http_connections=6, http_reserve=2)
     one = Server(store, log=tmp_path / "log", env=env)
     try:
         with contextlib.ExitStack() as stack:
@@ -561,11 +561,11 @@ def test_connections_that_were_idle_make_room_for_new_ones(store, tmp_path):
 
 def test_probes_and_metrics_are_answered_when_all_connections_are_busy(store, tmp_path):
     (tmp_path / "limits").mkdir()
-    env = environment_with(tmp_path / "limits", http_connections=4, http_reserve=3)
+    env = environment_with(tmp_path / "limits", http_connections=6, http_reserve=2)
     one = Server(store, log=tmp_path / "log", env=env)
     try:
         with contextlib.ExitStack() as stack:
-            for _ in range(4):
+            for _ in range(6):
                 peer = Asking(one, stack)
                 peer.begin(100, "Expect: 100-continue")
                 assert peer.answer() == (100, b"")

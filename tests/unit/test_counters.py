@@ -69,6 +69,7 @@ NOT_SHOWN = {
     "Router.access": SETTING,
     "Router.auth_deadline_s": SETTING,
     "Router.bulk": "a function",
+    "Router.error_form": SETTING,
     "Router.deferred_bytes": "it is 0 between the turns of the event loop",
     "Router.frame_deadline_s": SETTING,
     "Router.idle_deadline_s": SETTING,

@@ -198,8 +198,11 @@ class Connections:
         self.all.add(connection)
         self._by_address[connection.address] += 1
         self.is_idle(connection)
-        over = len(self.all) - (self.most - self.reserve)
-        if over <= 0 or self._make_room(connection):
+        usual = self.most - self.reserve
+        while len(self.all) > usual and self._make_room(connection):
+            pass
+        over = len(self.all) - usual
+        if over <= 0:
             return True
         self.refused += 1
         self._note(f"{len(self.all)} HTTP connections, none of them idle: only probes and metrics are answered on more")
