@@ -1,4 +1,5 @@
-# Encoding of results, from NumPy arrays into the output buffer of a connection, one request's rows at a time; and of errors.
+# Encoding of results, from NumPy arrays into the output buffer of a connection, the rows of one request at a time; and
+# of errors.
 
 
 cdef int _reserve(mp_out *out, size_t bytes) except -1:
