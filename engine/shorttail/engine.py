@@ -116,7 +116,7 @@ class Engine:
         A scalar beside arrays is repeated. version: the version to ask; None is the current one. While the model has a
         canary, the keys of the first row decide whether the canary answers. docs/types.md says what a column takes.
         A model without `inputs` takes {input of its file: NumPy array}, and gives its outputs in their own shapes.
-        Raises NotFound, InvalidArgument, Internal.
+        Raises NotFound, InvalidArgument, Internal; Unavailable if the version cannot be loaded.
         """
         route = self._route(("predict", model, version))
         if route.plan.tensors is not None:

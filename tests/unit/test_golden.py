@@ -19,7 +19,7 @@ from sklearn.ensemble import RandomForestClassifier
 
 import shorttail as st
 from shorttail.config import LIMITS
-from shorttail.errors import InvalidArgument, NotFound
+from shorttail.errors import InvalidArgument, NotFound, Unavailable
 from shorttail.models.golden import FILE, GoldenRows
 from shorttail.registry import versions as registry
 from shorttail.store.files import model_path
@@ -165,12 +165,12 @@ def test_the_examples_are_compared_when_a_version_is_loaded(engine: st.Engine, t
     good = GoldenRows.read(kept)
     good.expected["output_probability"][3] = 0.5
     kept.write_bytes(good.to_bytes())
-    with pytest.raises(InvalidArgument, match="model 'm' version 1: examples: output 'output_probability' of row 3"):
+    with pytest.raises(Unavailable, match="model 'm' version 1: examples: output 'output_probability' of row 3"):
         engine.predict("m", {"user_id": 1, "a": 1.0, "c": 2.0})
     kept.unlink()
     with (
         st.Engine.open(engine.store.path) as other,
-        pytest.raises(InvalidArgument, match="its examples cannot be read"),
+        pytest.raises(Unavailable, match="its examples cannot be read"),
     ):
         other.predict("m", {"user_id": 1, "a": 1.0, "c": 2.0})
 

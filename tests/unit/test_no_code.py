@@ -19,6 +19,7 @@ import shorttail as st
 from shorttail.define.catalog import Share
 from shorttail.define.ondemand import OnDemand, OnDemandFeature
 from shorttail.errors import Unavailable
+from shorttail.ondemand import compile as compiler
 from shorttail.ondemand import trust
 from shorttail.registry.versions import deploy
 
@@ -156,6 +157,25 @@ def test_a_shadow_that_needs_code_does_not_stop_the_version_that_serves(store: P
         with engine.store.edit_catalog() as catalog:
             catalog.models["m"] = replace(catalog.model("m"), shadow=Share(1, 100.0))
         assert engine.predict("m", {"a": 0.0}).version == 2
+
+
+def test_a_function_that_does_not_compile_is_compiled_once(
+    store: Path, tmp_path: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It makes its model unavailable, and no further request pays for the attempt."""
+    plant_source(store, "def twice(x):\n    return x.no_such_thing\n")
+    tried: list[OnDemand] = []
+    compile_it = compiler.machine_code
+    monkeypatch.setattr(
+        compiler, "machine_code", lambda function, *rest: tried.append(function) or compile_it(function, *rest)
+    )
+    with st.Engine.open(store) as engine:
+        for _ in range(3):
+            with pytest.raises(Unavailable, match=r"model 'm' version 1: on-demand function 'twice'"):
+                engine.predict("m", {"a": 0.0})
+        assert list(engine.unavailable()) == ["m"]
+        assert engine.predict("plain", {"user_id": 1}).version == 1
+    assert len(tried) == 1
 
 
 @pytest.mark.parametrize(

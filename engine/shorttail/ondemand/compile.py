@@ -33,6 +33,8 @@ from shorttail.ondemand import codecache, numerics
 FREE = "NRT_MemInfo_call_dtor"
 
 _addresses: dict[tuple[OnDemand, str], int] = {}
+# Why functions of stores do not compile here, so that no further request tries it.
+_refusals: dict[tuple[OnDemand, str], str] = {}
 _lock = threading.RLock()  # LLVM and Numba have state that all threads of the process share
 
 
@@ -78,9 +80,16 @@ def _load_or_compile(function: OnDemand, target: np.dtype[Any]) -> int:
         import_module("numba")
     except ImportError:
         raise missing from None
-    code = machine_code(function, target, symbol)
-    address = load_object(code, symbol)
-    check_length(function, target, address)
+    if (refusal := _refusals.get((function, target.name))) is not None:
+        raise InvalidArgument(refusal)
+    try:
+        code = machine_code(function, target, symbol)
+        address = load_object(code, symbol)
+        check_length(function, target, address)
+    except InvalidArgument as error:
+        if function.origin is None:  # the text of others depends on where they were written
+            _refusals[function, target.name] = error.message
+        raise
     codecache.store(key, code)
     return address
 
