@@ -12,7 +12,7 @@ import errno
 import os
 import socket
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from typing import Any, Final
 
 ACCEPTED_AT_ONCE: Final = 64  # then other events are handled
@@ -29,22 +29,22 @@ class SpareFile:
         self.turned_away = 0
         self._fd = _open_any()
 
-    def accept(self, listener: socket.socket) -> tuple[list[socket.socket], bool]:
-        """Accept the connections that wait, at most ACCEPTED_AT_ONCE.
+    def accept(self, listener: socket.socket, take: Callable[[socket.socket], object]) -> bool:
+        """Accept the connections that wait, at most ACCEPTED_AT_ONCE, and call `take` with each.
 
-        Returns them, and whether the listener should be left alone for a while, because not even closing the spare file
-        helped.
+        Returns False if the listener should be left alone for a while, because not even closing the spare file helped.
         """
-        accepted: list[socket.socket] = []
         for _ in range(ACCEPTED_AT_ONCE):
             try:
-                accepted.append(listener.accept()[0])
-            except OSError as error:  # no connection waits, or its client has gone
+                connection, _ = listener.accept()
+            except OSError as error:
                 if error.errno not in NO_ROOM:
-                    break
+                    return True  # no connection waits, or its client has gone
                 if not self._turn_away(listener):
-                    return accepted, True
-        return accepted, False
+                    return False
+            else:
+                take(connection)
+        return True
 
     def _turn_away(self, listener: socket.socket) -> bool:
         """Accept a connection and close it. Returns False if that was not possible either."""
@@ -91,11 +91,32 @@ async def serve_socket(
         raise
 
 
+class Room:
+    """How many connections a process may have at a moment, those included that it refuses and has not closed yet.
+
+    A connection that is refused gets an error, and is closed when its client has read it, or after a second. A client
+    that connects again and again must not use up the files meanwhile. connections: that there are. refused: connections
+    that were closed at once.
+    """
+
+    def __init__(self, connections: Sized, most: int):
+        self.connections = connections
+        self.most = most
+        self.refused = 0
+
+    def takes(self, coming: int) -> bool:
+        """Whether there is room for one more. coming: those that are accepted and not among the connections yet."""
+        if len(self.connections) + coming < self.most:
+            return True
+        self.refused += 1
+        return False
+
+
 class Entrance:
     """Accepts the connections of a listening socket on the event loop, until `close`.
 
-    protocol: makes the protocol of a connection. spare: of this process. failed_handshakes: connections whose client
-    went before they were served, or does not speak TLS.
+    protocol: makes the protocol of a connection. spare: of this process. room: for its connections. failed_handshakes:
+    connections whose client went before they were served, or does not speak TLS.
     """
 
     def __init__(
@@ -105,26 +126,31 @@ class Entrance:
         protocol: Callable[[], Any],
         tls: ssl.SSLContext | None,
         spare: SpareFile,
+        room: Room,
     ):
         self.loop = loop
         self.listener = listener
         self.protocol = protocol
         self.tls = tls
         self.spare = spare
+        self.room = room
         self.failed_handshakes = 0
         self._tasks: set[asyncio.Task[None]] = set()
         listener.setblocking(False)
         loop.add_reader(listener, self._accept)
 
     def _accept(self) -> None:
-        accepted, rest = self.spare.accept(self.listener)
-        for sock in accepted:
-            task = self.loop.create_task(self._serve(sock))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-        if rest:
+        if not self.spare.accept(self.listener, self._take):
             self.loop.remove_reader(self.listener)
             self.loop.call_later(REST_S, self._resume)
+
+    def _take(self, sock: socket.socket) -> None:
+        if not self.room.takes(len(self._tasks)):
+            sock.close()
+            return
+        task = self.loop.create_task(self._serve(sock))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def _resume(self) -> None:
         if self.listener.fileno() >= 0:

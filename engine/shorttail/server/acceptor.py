@@ -143,12 +143,10 @@ class Acceptor:
 
     def accept(self, listener: socket.socket) -> None:
         before = self.spare.turned_away
-        accepted, rest = self.spare.accept(listener)
-        for connection in accepted:
-            self.give(bytes([handover.FRESH]), connection)
+        goes_on = self.spare.accept(listener, lambda connection: self.give(bytes([handover.FRESH]), connection))
         if turned_away := self.spare.turned_away - before:
             self.refused(NO_FILES, turned_away)
-        if rest:
+        if not goes_on:
             time.sleep(NO_ROOM_REST_S)  # the selector would report the listener again at once
 
     def give(self, data: bytes, connection: socket.socket | None) -> None:

@@ -21,7 +21,7 @@ import struct
 from typing import Final
 
 from shorttail._native.wire import Connection, Router
-from shorttail.server.accepting import serve_socket
+from shorttail.server.accepting import Room, serve_socket
 
 FRESH: Final = 255
 # A connection moves with at most this much of an unfinished request. If more was read, the worker waits for its end.
@@ -42,8 +42,16 @@ def pair() -> tuple[socket.socket, socket.socket]:
 class Channel:
     """A worker's end of its channel."""
 
-    def __init__(self, end: socket.socket, loop: asyncio.AbstractEventLoop, router: Router, tls: ssl.SSLContext | None):
+    def __init__(
+        self,
+        end: socket.socket,
+        loop: asyncio.AbstractEventLoop,
+        router: Router,
+        tls: ssl.SSLContext | None,
+        room: Room,
+    ):
         self.end = end
+        self.room = room
         self.loop = loop
         self.router = router
         self.tls = tls
@@ -85,6 +93,9 @@ class Channel:
                 self.lost += 1
             for fd in fds:
                 self.given += 1
+                if data[0] == FRESH and not self.room.takes(len(self._tasks)):
+                    os.close(fd)
+                    continue
                 task = self.loop.create_task(self._adopt(socket.socket(fileno=fd), data[0], data[1:]))
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)

@@ -94,12 +94,23 @@ def connections_of(settings: ServerSettings, *, http: bool) -> tuple[int, int]:
     open now, and SPARE_FILES, are left for other things.
     """
     rpc, of_http = settings.max_connections, http * (LIMITS.http_connections + LIMITS.http_reserve)
-    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    if soft == resource.RLIM_INFINITY or soft >= files_wanted(settings, http=http):
+    if not _is_scarce(settings, http=http):
         return rpc, of_http
-    files = max(2, soft - len(os.listdir("/proc/self/fd")) - SPARE_FILES)  # noqa: PTH208
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    files = max(2, files - len(os.listdir("/proc/self/fd")) - SPARE_FILES)  # noqa: PTH208
     of_http = min(of_http, max(files // 2, files - rpc))
     return min(rpc, files - of_http), of_http
+
+
+def refused_at_once(settings: ServerSettings, *, http: bool) -> int:
+    """Return how many connections beyond the limit may wait until their clients have read why they are refused."""
+    return (SPARE_FILES if _is_scarce(settings, http=http) else OTHER_FILES) // 2
+
+
+def _is_scarce(settings: ServerSettings, *, http: bool) -> bool:
+    """Whether this process may open fewer files than the settings need."""
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return soft != resource.RLIM_INFINITY and soft < files_wanted(settings, http=http)
 
 
 def _most_files() -> float:

@@ -140,9 +140,9 @@ class Supervisor:
                 return 0
             if self.settings.bulk:
                 self.bulk.watch()
-            self._announce()
             if warning := limits.files_warning(self.settings, http=self.launcher.inherited.listener is not None):
                 self.say("warning", warning)
+            self._announce()
             while True:
                 if self.reload_wanted:
                     self.reload_wanted = False

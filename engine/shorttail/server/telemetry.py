@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from shorttail._native.wire import Router
     from shorttail.engine import Engine
     from shorttail.pipeline import BatchResult
-    from shorttail.server.accepting import Entrance, SpareFile
+    from shorttail.server.accepting import Entrance, Room, SpareFile
     from shorttail.server.bulk_link import BulkLink
     from shorttail.server.errorlog import ErrorLog
     from shorttail.server.handover import Channel
@@ -58,18 +58,20 @@ class Sources:
     channel: Channel
     entrances: list[Entrance]
     spare: SpareFile
+    room: Room
     faults: ErrorLog
 
     def counters(self) -> dict[str, int]:
         """Return {word of the process header: count of this process so far}."""
         router, http, channel = self.router, self.http, self.channel
         counts = {word: int(getattr(router, name)) for name, word in ROUTER_COUNTERS.items()}
+        counts["refused"] += self.room.refused
         counts["handshakes_failed"] = channel.failed_handshakes + sum(door.failed_handshakes for door in self.entrances)
         counts["file_shortages"] = channel.lost + self.spare.turned_away
         counts["unexpected_errors"] = self.faults.total
         if http is not None:
             counts["http_connections_total"] = http.connections.opened
-            counts["http_refused"] = http.connections.refused
+            counts["http_refused"] = http.connections.refused + http.room.refused
             counts["http_cut"] = http.connections.cut + http.bodies.timed_out
             counts["http_received_bytes"] = http.received_bytes
             counts["http_sent_bytes"] = http.sent_bytes

@@ -34,7 +34,7 @@ from shorttail.models.raw import refusal
 from shorttail.observe import logs, stderr
 from shorttail.observe.memory import BULK
 from shorttail.server import bulk, bulk_link, handover, limits, security
-from shorttail.server.accepting import Entrance, SpareFile
+from shorttail.server.accepting import Entrance, Room, SpareFile
 from shorttail.server.batcher import Batcher
 from shorttail.server.errorlog import ErrorLog, one_line
 from shorttail.server.listen import start_listening
@@ -151,20 +151,21 @@ async def serve(
         router.connect(bulk=large.forward if settings.bulk else bulk_link.refuse)
     limits.configure(router, settings, rpc_connections)
     tls = security.server_context(settings)
-    channel = handover.Channel(channel_end, loop, router, tls)
+    room = Room(router.connections, rpc_connections + limits.refused_at_once(settings, http=http is not None))
+    channel = handover.Channel(channel_end, loop, router, tls, room)
     if settings.busy_poll_us != 0:
         router.connect(run=limits.BusyPoll(loop, batcher.run, engine, settings.busy_poll_us).run)
     stop, retire = asyncio.Event(), asyncio.Event()
     idle = bulk.Idle(stop)
     loop.add_signal_handler(signal.SIGTERM, stop.set)
     loop.add_reader(control, told, loop, control, stop, retire)
-    entrances = [listen(loop, listener, router, tls, spare) for listener in listeners]
+    entrances = [listen(loop, listener, router, tls, spare, room) for listener in listeners]
     if http is not None:
         for listener in http_listeners:
             start_listening(listener, "--http-port")
         entrances += await http.start(http_listeners, tls, spare)
     telemetry.watch_gc()
-    sources = Sources(engine, router, http, batcher.shadows, large, channel, entrances, spare, faults)
+    sources = Sources(engine, router, http, batcher.shadows, large, channel, entrances, spare, room, faults)
 
     async def housekeeping() -> None:
         while True:
@@ -273,11 +274,12 @@ def listen(
     router: Router,
     tls: ssl.SSLContext | None,
     spare: SpareFile,
+    room: Room,
 ) -> Entrance:
     """Accept connections of MessagePack-RPC from a bound socket."""
     start_listening(listener)
     secure = tls is not None and listener.family != socket.AF_UNIX
-    return Entrance(loop, listener, lambda: Connection(router, secure), tls, spare)
+    return Entrance(loop, listener, lambda: Connection(router, secure), tls, spare, room)
 
 
 async def drain(router: Router, link: WriterLink) -> None:

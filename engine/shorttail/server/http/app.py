@@ -23,7 +23,7 @@ from shorttail.errors import (
     Unavailable,
 )
 from shorttail.observe.logs import RequestLog, trace_ids
-from shorttail.server.accepting import Entrance, SpareFile
+from shorttail.server.accepting import Entrance, Room, SpareFile
 from shorttail.server.errorlog import one_line
 from shorttail.server.http.batches import HTTP, PREDICT, HttpBatches
 from shorttail.server.http.bodies import Bodies
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 Parsed = TypeVar("Parsed")
 
+CLOSING: Final = 8  # connections that are closed for their number and have not ended yet
 OTHER: Final = METHODS.index("other")
 ENCODE: Final = STAGES.index("encode")
 TOTAL: Final = STAGES.index("total")
@@ -126,6 +127,7 @@ class HttpServer:
         self._add_routes = add_routes
         self.batches = batches
         self.connections = Connections(self.note_refused, connections)
+        self.room = Room(self.connections, connections + CLOSING)
         self.bulk = bulk
         self.bodies = Bodies(on_loop=bulk is not None)
         self.received_bytes = self.sent_bytes = 0
@@ -145,7 +147,8 @@ class HttpServer:
         assert manager is not None
         loop = asyncio.get_running_loop()
         return [
-            Entrance(loop, listener, lambda: HttpConnection(self, manager, loop), tls, spare) for listener in listeners
+            Entrance(loop, listener, lambda: HttpConnection(self, manager, loop), tls, spare, self.room)
+            for listener in listeners
         ]
 
     def drain(self) -> None:

@@ -171,18 +171,18 @@ def unquoted(message: str) -> str:
 class Connections:
     """The connections of a worker. Iterate over it, or take its length.
 
-    most: how many there may be, with a reserve (LIMITS.http_reserve, at most a quarter of all). When the others are
-    taken, a new connection takes the place of one that is idle: the one that is idle for longest, of the address that
-    has the most. So one client that opens thousands does not keep others out. If none is idle, the new connection comes
-    into the reserve, for probes and metrics alone; beyond the reserve it is closed. note: called with
-    a line about connections that are refused. opened: connections so far. refused: those of them that were closed at
-    once, or came into the reserve. cut: those that were closed to make room, or because no request came in time.
+    most: how many there may be, with a reserve of LIMITS.http_reserve, or of a quarter if they are few. When the others
+    are taken, a new connection takes the place of one that is idle: the one that is idle for longest, of the address
+    that has the most. So one client that opens thousands does not keep others out. If none is idle, the new connection
+    comes into the reserve, for probes and metrics alone; beyond the reserve it is closed. note: called with a line
+    about connections that are refused. opened: connections so far. refused: those of them that were closed at once, or
+    came into the reserve. cut: those that were closed to make room, or because no request came in time.
     """
 
     def __init__(self, note: Callable[[str], object], most: int):
         self.all: set[HttpConnection] = set()
         self.most = most
-        self.reserve = min(LIMITS.http_reserve, most // 4)
+        self.reserve = LIMITS.http_reserve if most > LIMITS.http_connections else min(LIMITS.http_reserve, most // 4)
         self.opened = self.refused = self.cut = 0
         self._by_address: Counter[str] = Counter()
         # Address -> its connections without a request in flight, the one that is idle for longest first.
