@@ -347,7 +347,8 @@ class Bench:
                 sent[0] += send()
                 sent[1] += 1
 
-        cpu_s = self.cpu_s()
+        cpu_s, before = self.cpu_s(), self.memory()
+        self.forget_peak()
         with loadgen.pinned(self.cpu):
             thread = threading.Thread(target=attack)
             thread.start()
@@ -366,6 +367,7 @@ class Bench:
             "p99_us": beside.latency.percentile(99) / 1e3,
             "quiet_p99_us": quiet.latency.percentile(99) / 1e3,
             "p99_ratio": beside.latency.percentile(99) / quiet.latency.percentile(99),
+            "held_a_byte": max(0.0, self.peak() - before) * max(1, sent[1]) / max(1, sent[0]),
             "failed": sum(error.count for error in beside.errors.values()),
             "mib": mib / max(1, sent[1]),
             "requests": sent[1],
@@ -389,6 +391,20 @@ class Bench:
             for line in Path(f"/proc/{pid}/status").read_text().splitlines():
                 if line.startswith("RssAnon"):
                     found += int(line.split()[1]) * 1024
+        return found
+
+    def forget_peak(self) -> None:
+        """Let the peak of each process's memory begin at what it has now (proc(5), clear_refs)."""
+        for pid in self._children():
+            Path(f"/proc/{pid}/clear_refs").write_text("5")
+
+    def peak(self) -> int:
+        """Sum of the peaks of the processes' anonymous memory, as far as the system tells it."""
+        found = 0
+        for pid in self._children():
+            status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+            of_files = sum(int(status[name].split()[0]) for name in ("RssFile", "RssShmem"))
+            found += 1024 * (int(status["VmHWM"].split()[0]) - of_files)
         return found
 
     def _children(self) -> list[int]:
@@ -450,7 +466,7 @@ def show(figures: Mapping[str, Any]) -> None:
         print(
             f"{name:18} {of['mib']:6.2f} {of['requests']:9.0f} {of['pause_ms']:6.1f} ms {of['longest_ms']:6.1f}"
             f" ({of['quiet_longest_ms']:.1f}) {of['p99_us']:9.0f} / {of['quiet_p99_us']:.0f} us"
-            f" = {of['p99_ratio']:.2f} {of['loop_ms_a_mib']:8.2f} {of['ms_a_mib']:8.2f} {of['failed']:7.0f}"
+            f" = {of['p99_ratio']:.2f} {of['loop_ms_a_mib']:8.2f} {of['ms_a_mib']:8.2f} {of['held_a_byte']:5.1f} {of['failed']:5.0f}"
         )
 
 

@@ -20,6 +20,7 @@ class Limits:
     frame_bytes: int = 16 << 20  # one whole MessagePack message
     nesting_depth: int = 8  # [0, id, method, [model, {column: [[...]]}, {...}]] needs 6
     declared_elements: int = 4_000_000  # array items and map pairs that one message declares
+    json_containers: int = 1_000_000  # arrays and objects in a body of JSON
     rows_per_request: int = 16_384
     string_bytes: int = 65_535  # one string value in a request or in a row
     name_bytes: int = 255  # one name in UTF-8, which is also what file systems take as the name of a folder
