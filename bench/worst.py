@@ -459,14 +459,14 @@ def write(path: Path, node: onnx.NodeProto, kind: int, width: int) -> str:
 
 def show(figures: Mapping[str, Any]) -> None:
     print(
-        "case                  MiB  requests  pause    longest (quiet)    P99 / quiet    ms a MiB: loop, all   failed"
+        "case                  MiB     n  pause  longest (quiet) ms   P99 / quiet us   ms a MiB: loop, all  held  failed"
     )
     for name, case in figures["cases"].items():
         of = {key: value["median"] for key, value in case.items()}
         print(
-            f"{name:18} {of['mib']:6.2f} {of['requests']:9.0f} {of['pause_ms']:6.1f} ms {of['longest_ms']:6.1f}"
-            f" ({of['quiet_longest_ms']:.1f}) {of['p99_us']:9.0f} / {of['quiet_p99_us']:.0f} us"
-            f" = {of['p99_ratio']:.2f} {of['loop_ms_a_mib']:8.2f} {of['ms_a_mib']:8.2f} {of['held_a_byte']:5.1f} {of['failed']:5.0f}"
+            f"{name:18} {of['mib']:6.2f} {of['requests']:5.0f} {of['pause_ms']:6.1f} {of['longest_ms']:8.1f}"
+            f" ({of['quiet_longest_ms']:.1f}) {of['p99_us']:9.0f} / {of['quiet_p99_us']:.0f} = {of['p99_ratio']:.2f}"
+            f" {of['loop_ms_a_mib']:9.2f} {of['ms_a_mib']:8.2f} {of['held_a_byte']:5.1f} {of['failed']:5.0f}"
         )
 
 
