@@ -459,7 +459,7 @@ def write(path: Path, node: onnx.NodeProto, kind: int, width: int) -> str:
 
 def show(figures: Mapping[str, Any]) -> None:
     print(
-        "case                  MiB     n  pause  longest (quiet) ms   P99 / quiet us   ms a MiB: loop, all  held  failed"
+        "case                  MiB     n  pause  longest (quiet) ms   P99 / quiet us   ms a MiB: loop, all held failed"
     )
     for name, case in figures["cases"].items():
         of = {key: value["median"] for key, value in case.items()}
