@@ -250,6 +250,35 @@ def test_a_vector_of_a_wrong_length_gives_nan_for_its_row() -> None:
     found, program = run(part, np.ones((3, 5), np.float32), [1, 2, 0])
     np.testing.assert_array_equal(found, [[1], [np.nan], [np.nan]])
     assert program.wrong_lengths == 2
+    assert program.failures == ([0, 2],)
+
+
+@pytest.mark.parametrize("rows", [8, 600])  # of few values the GIL is kept
+@pytest.mark.parametrize("steps", [1, 3, 90])  # the table of many steps is not on the stack
+def test_failures_are_counted_for_each_step(steps: int, rows: int) -> None:
+    """Step n fails in the rows whose index is at least 5 - n % 5. Every third step shares a list with the first."""
+    address = compile_on_demand(element, np.dtype(np.float32))
+    vectors, indices = np.ones((rows, 5), np.float32), np.arange(rows, dtype=np.int64) % 10
+    lists = [[0, 0] for _ in range(steps)]
+    shared = [lists[0 if n % 3 == 0 else n] for n in range(steps)]
+    columns = [indices + n % 5 for n in range(steps)]
+    outputs = [np.empty(rows, np.float32) for _ in range(steps)]
+    program = TransformProgram(
+        [
+            (address, [(0, np.float32, 5), (1 + n, np.int64, 1)], (1 + steps + n, np.float32, 1, 0))
+            for n in range(steps)
+        ],
+        shared,
+    )
+    for _ in range(2):
+        program.run([vectors, *columns, *outputs], rows)
+    failed = [2 * int((column > 4).sum()) for column in columns]
+    assert [int(np.isnan(output).sum()) * 2 for output in outputs] == failed
+    assert lists[0] == [sum(failed[::3]), 0]
+    assert [lists[n][0] for n in range(steps) if n % 3] == [failed[n] for n in range(steps) if n % 3]
+    assert (program.failed_rows, program.wrong_lengths) == (sum(failed), 0)
+    with pytest.raises(ValueError, match="a step needs its list of failures"):
+        TransformProgram(program.steps, [])
 
 
 def test_the_runner_refuses_arrays_of_another_type_or_shape() -> None:

@@ -12,7 +12,7 @@ import errno
 import os
 import socket
 import ssl
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Collection
 from typing import Any, Final
 
 ACCEPTED_AT_ONCE: Final = 64  # then other events are handled
@@ -95,21 +95,29 @@ class Room:
     """How many connections a process may have at a moment, those included that it refuses and has not closed yet.
 
     A connection that is refused gets an error, and is closed when its client has read it, or after a second. A client
-    that connects again and again must not use up the files meanwhile. connections: that there are. refused: connections
-    that were closed at once.
+    that connects again and again must not use up the files meanwhile. connections: the protocols of those that there
+    are. refused: connections that were closed at once.
     """
 
-    def __init__(self, connections: Sized, most: int):
+    def __init__(self, connections: Collection[Any], most: int):
         self.connections = connections
         self.most = most
         self.refused = 0
+        self._coming: set[Any] = set()  # protocols that may not be among the connections yet
 
-    def takes(self, coming: int) -> bool:
-        """Whether there is room for one more. coming: those that are accepted and not among the connections yet."""
-        if len(self.connections) + coming < self.most:
-            return True
-        self.refused += 1
-        return False
+    def takes(self, protocol: Any) -> bool:
+        """Whether there is room for one more. Then it counts, until `settled`, also before it is a connection."""
+        if len(self.connections) + len(self._coming) >= self.most:
+            self._coming = {coming for coming in self._coming if coming not in self.connections}
+        if len(self.connections) + len(self._coming) >= self.most:
+            self.refused += 1
+            return False
+        self._coming.add(protocol)
+        return True
+
+    def settled(self, protocol: Any) -> None:
+        """Note that a protocol is among the connections, or will never be."""
+        self._coming.discard(protocol)
 
 
 class Entrance:
@@ -145,10 +153,11 @@ class Entrance:
             self.loop.call_later(REST_S, self._resume)
 
     def _take(self, sock: socket.socket) -> None:
-        if not self.room.takes(len(self._tasks)):
+        protocol = self.protocol()
+        if not self.room.takes(protocol):
             sock.close()
             return
-        task = self.loop.create_task(self._serve(sock))
+        task = self.loop.create_task(self._serve(sock, protocol))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -156,11 +165,13 @@ class Entrance:
         if self.listener.fileno() >= 0:
             self.loop.add_reader(self.listener, self._accept)
 
-    async def _serve(self, sock: socket.socket) -> None:
+    async def _serve(self, sock: socket.socket, protocol: Any) -> None:
         try:
-            await serve_socket(self.loop, sock, self.protocol(), self.tls)
+            await serve_socket(self.loop, sock, protocol, self.tls)
         except OSError:
             self.failed_handshakes += 1
+        finally:
+            self.room.settled(protocol)
 
     def close(self) -> None:
         """Accept no more connections. Those that were accepted are served."""

@@ -93,22 +93,27 @@ class Channel:
                 self.lost += 1
             for fd in fds:
                 self.given += 1
-                if data[0] == FRESH and not self.room.takes(len(self._tasks)):
-                    os.close(fd)
-                    continue
-                task = self.loop.create_task(self._adopt(socket.socket(fileno=fd), data[0], data[1:]))
-                self._tasks.add(task)
-                task.add_done_callback(self._tasks.discard)
+                self._take(socket.socket(fileno=fd), data[0], data[1:])
 
-    async def _adopt(self, sock: socket.socket, access: int, held: bytes) -> None:
+    def _take(self, sock: socket.socket, access: int, held: bytes) -> None:
         tls = None if sock.family == socket.AF_UNIX or access != FRESH else self.tls
         connection = Connection(self.router, tls is not None)
         if access != FRESH:
             connection.carry(held, access)
+        elif not self.room.takes(connection):
+            sock.close()
+            return
+        task = self.loop.create_task(self._adopt(sock, connection, tls))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _adopt(self, sock: socket.socket, connection: Connection, tls: ssl.SSLContext | None) -> None:
         try:
             await serve_socket(self.loop, sock, connection, tls)
         except OSError:
             self.failed_handshakes += 1
+        finally:
+            self.room.settled(connection)
 
     async def hand_over_all(self, until_s: float) -> None:
         """Give each connection away as soon as all its requests are answered. until_s: limit by the loop's clock."""

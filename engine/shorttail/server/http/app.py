@@ -127,7 +127,7 @@ class HttpServer:
         self._add_routes = add_routes
         self.batches = batches
         self.connections = Connections(self.note_refused, connections)
-        self.room = Room(self.connections, connections + CLOSING)
+        self.room = Room(self.connections.all, connections + CLOSING)
         self.bulk = bulk
         self.bodies = Bodies(on_loop=bulk is not None)
         self.received_bytes = self.sent_bytes = 0
