@@ -482,6 +482,7 @@ def peak_bytes(pid):
         ("br", b"x", 415),
         ("gzip, gzip", b"x", 415),
     ],
+    ids=["plain", "cut", "more", "plain deflate", "unknown", "twice"],
 )
 def test_a_body_that_is_not_compressed_as_it_says_is_refused(server, encoding, body, status):
     found, answer = ask(server, "POST", INFER, body, Content_Encoding=encoding)
