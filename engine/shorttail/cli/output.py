@@ -68,9 +68,9 @@ def print_json(document: Any) -> None:
 
 
 def plain(value: Any) -> Any:
-    """Return a document that JSON can hold: NaN and infinities become null."""
+    """Return a document that JSON can hold: NaN becomes null, and infinities their names, as over HTTP."""
     if isinstance(value, float) and not math.isfinite(value):
-        return None
+        return None if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     if isinstance(value, dict):
         return {name: plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
