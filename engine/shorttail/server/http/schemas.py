@@ -191,8 +191,8 @@ SCHEMAS: Final[dict[str, Schema]] = {
 # Request headers, by name.
 HEADERS: Final[dict[str, tuple[str, Schema]]] = {
     "X-Deadline-Ms": (
-        "How long the caller waits, in milliseconds.",
-        {"type": "number", "exclusiveMinimum": 0},
+        "How long the caller waits, in milliseconds. Less than a second is taken too; a deadline that passes is 504.",
+        {"type": "integer", "minimum": 1000, "maximum": 86_400_000},
     ),
     "X-Request-Id": ("Written to the log.", {"type": "string"}),
     "traceparent": ("The trace of the request (W3C Trace Context), written to the log.", {"type": "string"}),
