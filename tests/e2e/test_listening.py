@@ -196,3 +196,10 @@ def test_a_platform_starts_a_container_and_asks_it(store, tmp_path, platform):
         assert {health, predict} <= document["paths"].keys()
     finally:
         assert container.stop() == 0
+
+
+@pytest.mark.parametrize(("variable", "value"), [("AIP_HEALTH_ROUTE", "health"), ("AIP_PREDICT_ROUTE", "/{x}"),
+                                                 ("AIP_HTTP_PORT", "http")])  # fmt: skip
+def test_a_wrong_variable_of_a_platform_is_an_error(store, monkeypatch, variable, value):
+    monkeypatch.setenv(variable, value)
+    assert refused("--store", str(store), "--port", "0").startswith(f"error: the environment's {variable} is '{value}'")

@@ -12,6 +12,7 @@ from typing import Final
 
 from aiohttp import web
 
+from shorttail.errors import InvalidArgument
 from shorttail.server.http import openapi, platform_routes, v2, v2_routes
 from shorttail.server.http.app import HttpCall, HttpServer
 from shorttail.server.http.exposition import CONTENT_TYPE, exposition
@@ -48,15 +49,22 @@ async def describe(server: HttpServer, request: web.Request, call: HttpCall) -> 
 
 
 def operations() -> list[Operation]:
-    """Return all operations of a server with the present environment."""
+    """Return all operations of a server with the present environment. Raises InvalidArgument."""
     found = [*OPERATIONS, *_of_models()]
-    taken = {operation.path for operation in found}
-    health, predict = os.environ.get("AIP_HEALTH_ROUTE"), os.environ.get("AIP_PREDICT_ROUTE")
-    if health and health not in taken:
-        found.append(_ping(health))
-    if predict and predict not in taken:
-        found.append(_invocations(predict))
+    taken = {(operation.method, operation.path) for operation in found}
+    asked = [("AIP_HEALTH_ROUTE", _ping), ("AIP_PREDICT_ROUTE", _invocations)]
+    for operation in [make(path) for variable, make in asked if (path := _path_of(variable))]:
+        if (operation.method, operation.path) not in taken:
+            found.append(operation)
     return found
+
+
+def _path_of(variable: str) -> str:
+    """Return the path in a variable of the environment; "" without one. Raises InvalidArgument."""
+    path = os.environ.get(variable, "")
+    if path and (not path.startswith("/") or "{" in path or "}" in path):
+        raise InvalidArgument(f"the environment's {variable} is {path!r:.60}, which is not a path such as /health")
+    return path
 
 
 def _ping(path: str) -> Operation:
@@ -103,6 +111,7 @@ def _of_models() -> Iterator[Operation]:
             takes={JSON: ref("InferRequest"), OCTETS: BYTES},
             fails=RUNS,
             headers=(v2.HEADER_BYTES,),
+            response_headers=(v2.HEADER_BYTES,),
         )
 
 
