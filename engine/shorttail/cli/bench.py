@@ -16,6 +16,7 @@ import click
 
 from shorttail.cli.output import print_json
 from shorttail.config import LIMITS
+from shorttail.define.inputs import read_input
 from shorttail.errors import InvalidArgument, NotFound, ShorttailError
 
 if TYPE_CHECKING:
@@ -162,7 +163,8 @@ def check_writable(what: str, path: Path) -> None:
         raise InvalidArgument(f"{what}: this is a folder; give the name of a file")
     is_new = not path.exists()
     with writing(what):
-        path.open("ab").close()
+        # Without O_NONBLOCK this would wait until somebody reads, if it is a FIFO.
+        os.close(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o644))
         if is_new:
             path.unlink()
 
@@ -311,9 +313,10 @@ def make_workload(options: dict[str, Any], seed: int, is_http: bool) -> Workload
     body = None
     if options["body"]:
         try:
-            body = Path(options["body"]).read_text()
-        except OSError as error:
-            raise NotFound(f"--body {options['body']}: cannot be read: {os.strerror(error.errno or 0)}") from None
+            body = read_input(options["body"]).decode()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+            raise NotFound(f"--body {options['body']}: cannot be read: {reason}") from None
     return Workload(
         predict=options["predict"],
         features=[item.strip() for item in csv_row("--features", options["features"] or "") if item],

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import ssl
 from pathlib import Path
 
+from shorttail.define.inputs import read_input
 from shorttail.errors import InvalidArgument
 from shorttail.protocol import Address
 
@@ -24,12 +24,19 @@ def client_context(tls: TLS) -> ssl.SSLContext | None:
     if isinstance(tls, ssl.SSLContext):
         return tls
     try:
-        context = ssl.create_default_context(cafile=None if tls is True else os.fspath(tls))
+        context = ssl.create_default_context() if tls is True else _trusting(read_input(tls).decode("ascii", "ignore"))
     except OSError as error:
         reason = "no certificates in PEM form" if isinstance(error, ssl.SSLError) else (error.strerror or "").lower()
         raise InvalidArgument(f"tls={tls!r}: {reason}; give the path of a CA certificate") from None
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     return context
+
+
+def _trusting(certificates: str) -> ssl.SSLContext:
+    """Return a context that trusts only these certificates. Raises ssl.SSLError if there is none."""
+    if not certificates.strip():
+        raise ssl.SSLError  # without certificates, ssl would trust those of the system
+    return ssl.create_default_context(cadata=certificates)
 
 
 def secured(

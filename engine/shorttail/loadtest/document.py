@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from shorttail.config import VERSION
+from shorttail.define.inputs import read_input
 from shorttail.errors import InvalidArgument, NotFound
 from shorttail.loadtest.findings import findings, server
 from shorttail.loadtest.result import FORMAT, Step
@@ -112,11 +113,11 @@ def describe_load(load: Load, target: Target) -> dict[str, Any]:
 def read_document(path: str) -> dict[str, Any]:
     """Read a run that `--json` printed. Raises NotFound, InvalidArgument."""
     try:
-        document = json.loads(Path(path).read_text())
+        document = json.loads(read_input(path))
     except FileNotFoundError:
         raise NotFound(f"{path}: there is no such file; write one with `shorttail bench ... --json > {path}`") from None
     except (OSError, ValueError) as error:
-        raise InvalidArgument(f"{path}: cannot be read as JSON: {error}") from None
+        raise InvalidArgument(f"{path}: cannot be read as JSON: {getattr(error, 'strerror', None) or error}") from None
     if not isinstance(document, Mapping) or document.get("tool") != "shorttail bench" or not document.get("steps"):
         raise InvalidArgument(f"{path} is not a result of `shorttail bench --json`")
     if document["format"] != FORMAT:

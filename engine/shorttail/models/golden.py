@@ -18,6 +18,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from shorttail.define.inputs import read_input
 from shorttail.errors import InvalidArgument, ShorttailError
 
 Array = NDArray[Any]
@@ -54,7 +55,7 @@ class GoldenRows:
     def read(cls, path: Path) -> GoldenRows:
         """Read a version's FILE. Raises InvalidArgument if it is gone or damaged."""
         try:
-            with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as held:
+            with np.load(io.BytesIO(read_input(path)), allow_pickle=False) as held:
                 texts = json.loads(held["texts"].tobytes())
                 named = {name: _from_json(held[name]) if name in texts else held[name] for name in held.files}
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from shorttail.config import LIMITS
 from shorttail.define.catalog import TENSOR_TYPES, Catalog, TensorInfo, VersionInfo
 from shorttail.define.dtypes import DType, Float64, Vector
+from shorttail.define.inputs import read_input
 from shorttail.define.refusal import Refused
 from shorttail.errors import InvalidArgument
 from shorttail.models.golden import GoldenRows
@@ -28,7 +29,7 @@ def digest(path: str | None, model_name: str) -> str:
     if path is None:
         return ""
     try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        return hashlib.sha256(read_input(path)).hexdigest()
     except OSError as error:
         raise InvalidArgument(f"model '{model_name}': examples: cannot read {path}: {error.strerror}") from None
 

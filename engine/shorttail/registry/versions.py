@@ -33,7 +33,7 @@ from shorttail.models.vetting import vet, with_findings
 from shorttail.ondemand.trust import check_code
 from shorttail.registry.examples import digest, read_examples
 from shorttail.store import Store
-from shorttail.store.files import model_path, sync_folder, write_durably
+from shorttail.store.files import check_own, make_folder, model_path, sync_folder, write_durably
 
 
 def inspect(catalog: Catalog, model: Model, file: ModelFile, known: VersionInfo | None = None) -> VersionInfo:
@@ -80,14 +80,17 @@ def write_version(
 ) -> None:
     """Write a version's folder durably: its file, its manifest and its examples.
 
-    The caller is inside the catalog's transaction, which keeps other processes out. Raises ResourceExhausted.
+    The caller is inside the catalog's transaction, which keeps other processes out. Raises ResourceExhausted, and
+    InvalidArgument if the model's folder is a symbolic link.
     """
     folder = model_path(store_path, info.model.name, number).parent
+    check_own(folder.parent)
     unfinished = folder.with_name(f".{number}.unfinished")
     try:
         for leftover in (unfinished, folder):
             shutil.rmtree(leftover, ignore_errors=True)
-        unfinished.mkdir(parents=True)
+        make_folder(folder.parent)
+        unfinished.mkdir(mode=0o755)
         write_durably(unfinished / "model.onnx", file.data)
         write_durably(unfinished / "manifest.json", manifest(number, info, file))
         if golden is not None:

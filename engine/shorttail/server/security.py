@@ -9,6 +9,7 @@ import ssl
 from pathlib import Path
 from typing import Any, Final, Self
 
+from shorttail.define.inputs import check_regular, read_input
 from shorttail.errors import InvalidArgument, Unauthenticated
 from shorttail.server.settings import ServerSettings
 
@@ -66,6 +67,7 @@ def _digest(token: str) -> bytes:
 def read_tokens(path: str) -> dict[str, int]:
     """Read a token file: token -> access. Raises InvalidArgument."""
     try:
+        check_regular(path)  # every worker reads it
         with Path(path).open(encoding="utf-8") as file:
             mode = os.fstat(file.fileno()).st_mode
             text = file.read(FILE_BYTES)
@@ -96,7 +98,7 @@ def read_tokens(path: str) -> dict[str, int]:
 def client_token(path: str) -> str:
     """The token for a client: a file's only word, or the token of a server's token file that allows most."""
     try:
-        words = Path(path).read_text(encoding="utf-8").split()
+        words = read_input(path).decode().split()
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidArgument(f"token file {path}: {getattr(error, 'strerror', None) or 'it is not UTF-8'}") from None
     if len(words) == 1:
@@ -118,6 +120,13 @@ def server_context(settings: ServerSettings) -> ssl.SSLContext | None:
             if value is not None:
                 raise InvalidArgument(f"{option} needs --tls-cert, the server's own certificate")
         return None
+    files = {"--tls-cert": settings.tls_cert, "--tls-key": settings.tls_key, "--tls-client-ca": settings.tls_client_ca}
+    for option, path in files.items():
+        if path is not None and Path(path).exists():
+            try:
+                check_regular(path)  # every worker reads it
+            except OSError as error:
+                raise InvalidArgument(f"{option} {path}: {error.strerror}") from None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     key = settings.tls_key or settings.tls_cert

@@ -15,6 +15,7 @@ import pyarrow.dataset
 import pyarrow.fs
 
 from shorttail.define.dtypes import DType
+from shorttail.define.inputs import check_regular
 from shorttail.define.values import from_arrow
 from shorttail.errors import InvalidArgument, NotFound
 from shorttail.sources.csv import csv_format, from_texts
@@ -111,6 +112,10 @@ class FilePart:
         self.origin = str(path)
         self.kind = FORMATS.get(path.suffix.lower(), "parquet")
         self._format = csv_format(names) if self.kind == "csv" else BINARY[self.kind]
+        try:
+            check_regular(path)  # it is read twice: for its columns, and for its rows
+        except OSError as error:
+            raise InvalidArgument(f"{path}: {error.strerror}") from None
         try:
             fragment = self._fragment()
             self._schema = fragment.physical_schema

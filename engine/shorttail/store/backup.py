@@ -21,7 +21,7 @@ import lmdb
 from shorttail.define.catalog import Catalog
 from shorttail.errors import Internal, InvalidArgument, NotFound, PermissionDenied, ResourceExhausted, ShorttailError
 from shorttail.store.environment import Environment
-from shorttail.store.files import model_path, sync_folder
+from shorttail.store.files import check_own, make_folder, model_path, sync_folder
 from shorttail.store.mapping import plan_map
 from shorttail.store.opening import LMDB_ENGINE, translate_errors
 from shorttail.store.snapshot import Snapshot
@@ -148,6 +148,9 @@ def _copy_models(store: Path, folder: Path, catalog: Catalog) -> int:
                 raise NotFound(
                     f"model '{name}': store '{store}' lacks the files of version {number}; run `shorttail verify`"
                 )
+            for path in (source.parent, source, *source.rglob("*")):
+                check_own(path)
+            make_folder(target.parent)
             shutil.copytree(source, target)
             with (target / "model.onnx").open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != info.sha256:

@@ -28,6 +28,7 @@ from shorttail._native.columns import Columns
 from shorttail._native.pages import Directory, Layout, Lookup, Tree, lookup
 from shorttail.config import LIMITS
 from shorttail.define.catalog import Catalog, TableInfo
+from shorttail.define.inputs import check_regular, read_input
 from shorttail.define.views import FeatureView
 from shorttail.errors import ShorttailError
 from shorttail.results import Status
@@ -328,9 +329,10 @@ def check_models(path: Path, catalog: Catalog) -> None:
             n += 1
             file = model_path(path, name, number)
             try:
+                check_regular(file)
                 with file.open("rb") as data:
                     found = hashlib.file_digest(data, "sha256").hexdigest()
-                manifest = json.loads((file.parent / "manifest.json").read_bytes())
+                manifest = json.loads(read_input(file.parent / "manifest.json"))
             except (OSError, ValueError) as error:
                 emit("problem", f"model '{name}' version {number}: {error}")
                 continue

@@ -25,6 +25,7 @@ from shorttail.config import LIMITS
 from shorttail.errors import Internal, InvalidArgument, Unavailable
 from shorttail.store.checksums import KEY as CHECKSUMS_KEY
 from shorttail.store.checksums import Checksums, entry_checksum
+from shorttail.store.files import make_folder
 from shorttail.store.lmdb_file import PAGE_BYTES
 from shorttail.store.lmdb_handle import FORMAT_KEY, LmdbHandle
 from shorttail.store.lmdb_handle import Transaction as Transaction
@@ -102,7 +103,7 @@ class Environment:
             check_directory(path, create)
             with translate_errors(path):
                 if create:
-                    path.mkdir(parents=True, exist_ok=True)
+                    make_folder(path)
                 handle = LmdbHandle(path, create)
                 try:
                     environment = cls(handle, map_generation(path / "generation"))

@@ -385,7 +385,7 @@ class _ProgressCounter:
 def _load_lock(environment: Environment) -> Iterator[None]:
     """Hold the store's load lock, which only one process can hold. The system releases it if the process dies."""
     with translate_errors(environment.path):
-        fd = os.open(environment.path / "load.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        fd = os.open(environment.path / "load.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
         yield

@@ -14,7 +14,7 @@ import lmdb
 
 from shorttail.config import LIMITS
 from shorttail.errors import InvalidArgument, NotFound, PermissionDenied, ResourceExhausted, ShorttailError
-from shorttail.store.files import open_reserved
+from shorttail.store.files import check_own, open_reserved
 from shorttail.store.lmdb_file import PAGE_BYTES, structure_problems
 from shorttail.store.mapping import MAP_VARIABLE, map_full_error, plan_map
 
@@ -43,6 +43,7 @@ def check_directory(path: Path, create: bool) -> None:
         if not path.is_dir():
             raise InvalidArgument(f"'{path}' is a file, not a store; a store is a directory")
         names = {entry.name for entry in path.iterdir()}
+        check_own_files(path)
         size = data.stat().st_size if "data.mdb" in names else None
     except PermissionError as error:
         raise _permission_denied(path) from error
@@ -58,6 +59,12 @@ def check_directory(path: Path, create: bool) -> None:
     elif size < 2 * PAGE_BYTES and not (create and size == 0 and "generation" not in names):
         # The exception: a process that was killed while it made the store leaves an empty file and LMDB's lock.
         raise damaged_store(path, f"data.mdb has {size} bytes")
+
+
+def check_own_files(path: Path) -> None:
+    """Raise InvalidArgument if one of a store's files is a symbolic link, a FIFO, a device or a socket."""
+    for name in sorted(_OWN_FILES):
+        check_own(path / name)
 
 
 def open_lmdb(path: Path, create: bool) -> Any:

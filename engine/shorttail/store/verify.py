@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from shorttail.errors import Internal, ShorttailError, from_code
-from shorttail.store.opening import check_directory, translate_errors
+from shorttail.store.opening import check_directory, check_own_files, translate_errors
 
 Progress = Callable[[int, int | None], None]  # receives (pages checked, pages in total)
 
@@ -56,6 +56,7 @@ def verify(path: str | os.PathLike[str], progress: Progress | None = None) -> Re
     with translate_errors(path):
         if not (path / "data.mdb").is_file():
             check_directory(path, create=False)
+        check_own_files(path)
     report = Report(str(path))
     command = [sys.executable, "-P", "-m", "shorttail.store.checks", str(path)]
     pipe = subprocess.PIPE
