@@ -203,6 +203,14 @@ int ftruncate(int fd, off_t n)
 
 int ftruncate64(int fd, off_t n) { return ftruncate(fd, n); }
 
+int posix_fallocate(int fd, off_t at, off_t n)
+{
+    REAL(int, posix_fallocate, int, off_t, off_t);
+    return fails(fate_of_fd(fd)) ? errno : real(fd, at, n); /* which returns the error itself */
+}
+
+int posix_fallocate64(int fd, off_t at, off_t n) { return posix_fallocate(fd, at, n); }
+
 int truncate(const char *path, off_t n)
 {
     REAL(int, truncate, const char *, off_t);

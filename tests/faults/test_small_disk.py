@@ -216,6 +216,7 @@ def test_commands_on_a_full_disk(disk: SmallDisk, tmp_path: Path) -> None:
         ["load", "stats", tmp_path / "rows.parquet", "--store", store, "--memory-mib", "16"],
         ["models", "deploy", "total", tmp_path / "next.onnx", "--store", store],
         ["apply", tmp_path / "more.py", "--store", store],
+        ["delete", "stats", "user_id=1", "--store", store],
         ["backup", copy, "--store", store],
         ["apply", tmp_path / "definitions.py", "--store", disk.folder / "new"],
     ]
