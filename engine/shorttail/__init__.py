@@ -6,7 +6,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from shorttail.config import VERSION
-from shorttail.define.dtypes import Bool, Float32, Float64, Int32, Int64, String, Timestamp, Vector
 from shorttail.errors import (
     DeadlineExceeded,
     Internal,
@@ -21,6 +20,7 @@ from shorttail.errors import (
 
 if TYPE_CHECKING:
     from shorttail.client import AsyncClient, Client
+    from shorttail.define.dtypes import Bool, Float32, Float64, Int32, Int64, String, Timestamp, Vector
     from shorttail.define.entities import Entity
     from shorttail.define.models import Model
     from shorttail.define.ondemand import on_demand
@@ -33,6 +33,7 @@ __version__ = VERSION
 
 # Imported when first used: a client process needs neither LMDB nor ONNX Runtime, and a command should start at once.
 _LAZY = {
+    **dict.fromkeys(("Bool", "Float32", "Float64", "Int32", "Int64", "String", "Timestamp", "Vector"), "define.dtypes"),
     "AsyncClient": "client",
     "Client": "client",
     "Engine": "engine",

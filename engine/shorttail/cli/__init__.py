@@ -36,13 +36,19 @@ from shorttail.cli.store_settings import as_duration, settings, skew_change
 from shorttail.cli.tune import tune
 from shorttail.config import DEFAULT_HOST, DEFAULT_PORT, VERSION
 from shorttail.errors import InvalidArgument, NotFound, ShorttailError, printable
+from shorttail.server.signals import keep_running
 
 if TYPE_CHECKING:
     from shorttail.server.settings import ServerSettings
 
 
 def main() -> None:
-    """Run the command line. Exit code 0: done; 1: failed, with a line `error: ...` on stderr; 2: wrong usage."""
+    """Run the command line.
+
+    Exit code 0: done; 1: failed, with a line `error: ...` on stderr; 2: wrong usage; 130: Ctrl-C.
+    """
+    keep_running()
+    os.umask(os.umask(0o022) | 0o022)  # nothing that a command or a server makes can be written by others
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal's encoding lacks must not fail
     try:

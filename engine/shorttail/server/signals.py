@@ -1,21 +1,41 @@
-"""Signals as events of the supervisor's selector, so that a signal never interrupts code between two lines."""
+"""What signals do: events of the supervisor's selector, and nothing that ends a process by surprise."""
 
 from __future__ import annotations
 
+import contextlib
+import faulthandler
+import io
 import selectors
 import signal
 import socket
+import sys
 from types import TracebackType
 from typing import Final
 
-STOP: Final = frozenset({signal.SIGTERM, signal.SIGINT})
+STOP: Final = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGQUIT})
 RELOAD: Final = frozenset({signal.SIGHUP})
+
+
+def keep_running() -> None:
+    """Let SIGUSR1 write the stacks of all threads to stderr, and ignore SIGUSR2, in a command or a server."""
+    with contextlib.suppress(io.UnsupportedOperation, AttributeError, RuntimeError):  # there may be no stderr
+        faulthandler.register(signal.SIGUSR1, sys.__stderr__ or 2, all_threads=True)
+    with contextlib.suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+
+
+def only_sigterm() -> None:
+    """Do the same in a child of the supervisor, and ignore the signals by which the supervisor is told what to do."""
+    keep_running()
+    for number in (STOP | RELOAD) - {signal.SIGTERM}:
+        signal.signal(number, signal.SIG_IGN)
 
 
 class Signals:
     """A context manager for the main thread: inside it, STOP and RELOAD signals only become events.
 
-    Enter it before anything is created that the default action of a signal would leave behind.
+    So they never interrupt code between two lines. Enter it before anything is created that the default action of a
+    signal would leave behind.
     """
 
     def __enter__(self) -> Signals:

@@ -61,7 +61,7 @@ def serve(
     check: bool = False,
     settings: ServerSettings | None = None,
 ) -> int:
-    """Serve a store until SIGTERM or SIGINT, and return the exit code of the command.
+    """Serve a store until SIGTERM, SIGINT or SIGQUIT, and return the exit code of the command.
 
     port: 0 takes a free port. uds: path of a Unix socket to listen on as well. device: "cpu", "cuda" or "cuda:N", where
     models run that are not compiled forests. pretouch, lock_memory, code: see Engine.open. check: load everything, say
@@ -98,7 +98,11 @@ class StartFailed(Exception):
 
 
 class Stopped(Exception):
-    """SIGTERM or SIGINT was received."""
+    """A signal of STOP was received. interrupted: it was SIGINT, from Ctrl-C."""
+
+    def __init__(self, interrupted: bool):
+        super().__init__()
+        self.interrupted = interrupted
 
 
 class Supervisor:
@@ -155,8 +159,9 @@ class Supervisor:
                 self.wait()
         except StartFailed:
             return 1
-        except Stopped:
-            return self._stop()
+        except Stopped as stopped:
+            code = self._stop()
+            return 130 if self.starting and stopped.interrupted else code
         finally:
             self._kill()  # the children that are left, however the run ends
             self.selector.close()
@@ -270,7 +275,7 @@ class Supervisor:
     def _hear_signals(self) -> None:
         signals = self.signals.take()
         if signals & STOP:
-            raise Stopped
+            raise Stopped(signal.SIGINT in signals)
         self.reload_wanted |= bool(signals & RELOAD)
 
     def _hear(self, child: Child) -> None:

@@ -39,6 +39,7 @@ from shorttail.server.batcher import Batcher
 from shorttail.server.errorlog import ErrorLog, one_line
 from shorttail.server.listen import start_listening
 from shorttail.server.settings import ServerSettings
+from shorttail.server.signals import only_sigterm
 from shorttail.server.telemetry import Sources, Telemetry
 from shorttail.server.writer_link import WriterLink
 
@@ -319,6 +320,7 @@ def main() -> int:
     parser.add_argument("--http-fd", type=int, action="append", default=[])
     parser.add_argument("--settings", metavar="JSON", required=True)
     parser.add_argument("--cpu", type=int, help="the CPU to run on")
+    only_sigterm()
     args = parser.parse_args()
     settings = ServerSettings.from_json(args.settings)
     if args.bulk:

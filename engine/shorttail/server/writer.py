@@ -44,6 +44,7 @@ from shorttail.observe.logs import Format
 from shorttail.observe.memory import MetricsMemory
 from shorttail.results import RowCount
 from shorttail.server.errorlog import ErrorLog, one_line
+from shorttail.server.signals import only_sigterm
 from shorttail.server.writer_counts import Outcome, WriterCounts
 from shorttail.server.writer_link import NIL, READY, REQUEST_BYTES, failed
 from shorttail.sources.rows import column_batch, key_arrays
@@ -338,6 +339,7 @@ def main() -> int:
     parser.add_argument("--listen-fd", type=int, required=True)
     parser.add_argument("--metrics-fd", type=int, required=True)
     parser.add_argument("--log", choices=("text", "json"), default="text")
+    only_sigterm()
     args = parser.parse_args()
     stderr.log_as_json(args.log)
     control = socket.socket(fileno=args.control_fd)
