@@ -40,7 +40,9 @@ alias.symlink_to(Path("native").resolve())
 sources = {
     "columns": [],
     "route": [],
-    "pages": [f"native/{part}.c" for part in ("crc32c", "page", "lookup", "tree", "merge", "load", "writeback")],
+    "pages": [
+        f"native/{part}.c" for part in ("crc32c", "page", "lookup", "tree", "structure", "merge", "load", "writeback")
+    ],
     "forest": [f"native/forest_{part}.c" for part in ("run", "build", "pack", "plain", "avx2", "avx512")],
     "wire": [],
     "runs": [],

@@ -14,7 +14,7 @@ from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF, Py_INCREF
 from cpython.unicode cimport PyUnicode_DecodeUTF8
 from libc.errno cimport errno
-from libc.stdint cimport INT64_MIN, UINT64_MAX, int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport INT64_MIN, UINT64_MAX, int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcpy, memset
 
@@ -122,21 +122,32 @@ cdef extern from "crc32c.h" nogil:
 cdef extern from "tree.h" nogil:
     enum: ST_CHANGE_BYTES
     enum: ST_TREE_GONE, ST_TREE_UNKNOWN
+    ctypedef struct st_map:
+        const uint8_t *base
+        uint64_t n_pages
+        int spare
     ctypedef struct st_tree:
         const uint8_t *base
         uint64_t n_pages
+        uint32_t depth
     ctypedef struct st_directory:
         const uint8_t **pages
         uint32_t depth
     ctypedef struct st_fault:
         const char *what
         uint64_t key
-    int st_tree_open(st_tree *, const uint8_t *, uint64_t)
+    int st_tree_open(st_tree *, const st_map *, uint64_t)
+    int st_tree_find(const st_tree *, const uint8_t *, uint32_t, const uint8_t **, uint64_t *)
     int st_tree_bucket(const st_tree *, uint32_t, uint64_t, uint64_t *, const uint8_t **, uint64_t *)
     int st_populate(const uint8_t *, size_t)
     int64_t st_directory_build(const st_tree *, const st_layout *, uint32_t, st_directory *, st_fault *)
     int64_t st_directory_update(const st_tree *, const st_layout *, uint32_t, const uint8_t *, size_t, st_directory *,
                                 st_fault *)
+
+cdef extern from "structure.h" nogil:
+    const char *st_structure_path(const st_tree *, const uint8_t *, uint32_t, uint64_t *)
+    const char *st_structure_check(const st_tree *, int, int *, uint64_t *)
+    int st_structure_may_free(const st_map *, const uint8_t *, uint64_t, uint32_t)
 
 cdef extern from "load.h" nogil:
     enum: ST_LOAD_OK, ST_LOAD_NO_MEMORY, ST_LOAD_ROW_TOO_LONG
@@ -207,6 +218,7 @@ cdef enum:
 
 
 include "pages_layout.pxi"
+include "pages_tree.pxi"
 include "pages_rows.pxi"
 include "pages_lookup.pxi"
 include "pages_load.pxi"

@@ -1,4 +1,4 @@
-# Layout, Tree and Directory. Part of pages.pyx.
+# Layout and Directory. Part of pages.pyx.
 
 cdef uint64_t _key_of(bytes bucket_key) except? 1:
     if len(bucket_key) != 8:
@@ -81,51 +81,6 @@ cdef class Layout:
         PyBuffer_Release(&view)
         if wrong is not NULL:
             raise ValueError(wrong.decode())
-
-
-cdef class Tree:
-    """Tree(value, txn_id): LMDB's B+tree as of a read transaction, read directly in the map. See tree.h.
-
-    value: a buffer, any value that the transaction returned. The tree owns no memory, so the transaction must stay open
-    while it is used. Raises ValueError if the pages are not LMDB 0.9's.
-    """
-    cdef st_tree c
-    cdef readonly bint gone  # two commits have overwritten the meta page with its root: begin a new transaction
-
-    def __cinit__(self, value, uint64_t txn_id):
-        cdef Py_buffer view
-        PyObject_GetBuffer(value, &view, PyBUF_SIMPLE)
-        cdef int outcome = st_tree_open(&self.c, <const uint8_t *>view.buf, txn_id)
-        PyBuffer_Release(&view)
-        if outcome == ST_TREE_UNKNOWN:
-            raise ValueError("its pages are not pages of LMDB 0.9 with 4096 bytes")
-        self.gone = outcome == ST_TREE_GONE
-
-    @property
-    def map_bytes(self):
-        """The number of bytes, from the start of the map, that this snapshot uses."""
-        return self.c.n_pages * ST_PAGE_BYTES
-
-    def populate(self):
-        """Map all pages of the file into this process now, instead of by a page fault at the first use of each.
-
-        Reads pages that are not in memory from disk. Releases the GIL. Returns False if the system cannot do it.
-        """
-        cdef int failed
-        with nogil:
-            failed = st_populate(self.c.base, self.c.n_pages * ST_PAGE_BYTES)
-        return failed == 0
-
-    def lock(self, uint64_t from_bytes=0):
-        """Lock the map in memory, starting at byte from_bytes. Raises OSError, such as for a too low memlock limit."""
-        cdef int failed
-        cdef uint64_t bytes = self.c.n_pages * ST_PAGE_BYTES
-        if from_bytes >= bytes:
-            return
-        with nogil:
-            failed = mlock(<void *>(self.c.base + from_bytes), bytes - from_bytes)
-        if failed:
-            raise OSError(errno, os.strerror(errno))
 
 
 cdef class Directory:

@@ -5,102 +5,60 @@
 #include <string.h>
 #include <sys/mman.h>
 
-#include "row.h"
+#include "lmdb_page.h"
 
 #ifndef MADV_POPULATE_READ
 #define MADV_POPULATE_READ 22 /* since Linux 5.14; older kernels return an error */
 #endif
 
 enum {
-    META_MAGIC = 16, META_VERSION = 20, META_PAGE_BYTES = 40, META_DEPTH = 94, META_ROOT = 128, META_LAST_PAGE = 136,
-    META_TXN_ID = 144, /* byte offsets in a meta page; the main database's record starts at 88 */
-    PAGE_FLAGS = 10, PAGE_LOWER = 12, PAGE_COUNT = 12, PAGE_HEADER = 16,
-    FLAG_BRANCH = 1, FLAG_LEAF = 2, FLAG_OVERFLOW = 4, FLAG_META = 8,
-    NODE_HEADER = 8, NODE_BIG = 1, /* the value is in overflow pages */
+    META_MAGIC = 16, META_VERSION = 20, META_FREE_LIST = 40, META_ENTRIES = 88, META_LAST_PAGE = 136,
+    META_TXN_ID = 144, META_BYTES = 152, /* byte offsets in a meta page */
     LEVELS_MAX = 32,
     PREFETCH_PAGES = 12,
     LINE = 64,
     POPULATE_PAGES_MIN = 4096,
     READ_BYTES = 128 << 10,
 };
-static const uint32_t MAGIC = 0xBEEFC0DE;
+static const uint32_t MAGIC = 0xBEEFC0DE, INTEGER_KEYS = 8;
 
-typedef struct {
-    const uint8_t *key;
-    uint32_t key_bytes;
-    const uint8_t *node;
-} node_t;
-
-int st_tree_open(st_tree *t, const uint8_t *value, uint64_t txn_id)
+/* Read a tree's record: pad u32 | flags u16 | depth u16 | pages of branches, leaves and values | entries | root. 0, or
+ * -1 if LMDB cannot have written it. pad: LMDB keeps the page size in the free list's. */
+static int read_record(const uint8_t *at, uint32_t pad, uint32_t flags, uint64_t n_pages, st_record *r)
 {
-    /* A value is in a leaf page or starts 16 bytes into its first overflow page. Each page begins with its number. */
-    const uint8_t *page = (const uint8_t *)((uintptr_t)value & ~(uintptr_t)(ST_PAGE_BYTES - 1));
-    t->base = page - st_load64(page) * ST_PAGE_BYTES;
-    const uint8_t *meta = t->base + (txn_id & 1) * ST_PAGE_BYTES;
-    if (st_load64(meta) != (txn_id & 1) || st_load16(meta + PAGE_FLAGS) != FLAG_META ||
-        st_load32(meta + META_MAGIC) != MAGIC || st_load32(meta + META_VERSION) != 1 ||
-        st_load32(meta + META_PAGE_BYTES) != ST_PAGE_BYTES)
-        return ST_TREE_UNKNOWN;
+    *r = (st_record){.depth = st_load16(at + 6), .branch_pages = st_load64(at + 8), .leaf_pages = st_load64(at + 16),
+                     .value_pages = st_load64(at + 24), .entries = st_load64(at + 32), .root = st_load64(at + 40)};
+    if (st_load32(at) != pad || st_load16(at + 4) != flags) return -1;
+    if (!r->depth)
+        return r->root == UINT64_MAX && !r->branch_pages && !r->leaf_pages && !r->value_pages && !r->entries ? 0 : -1;
+    return r->depth <= LEVELS_MAX && r->root >= FIRST_PAGE && r->root < n_pages && r->leaf_pages && r->entries ? 0 : -1;
+}
+
+int st_tree_open(st_tree *t, const st_map *map, uint64_t txn_id)
+{
+    uint8_t copy[META_BYTES];
+    if (map->n_pages < FIRST_PAGE) return ST_TREE_UNKNOWN;
+    const uint8_t *meta = map->base + (txn_id & 1) * ST_PAGE_BYTES;
     /* Another process may be writing this page. So, as in a seqlock, the transaction id is compared before and after.
      * */
     const uint64_t *id = (const uint64_t *)(const void *)(meta + META_TXN_ID);
     if (__atomic_load_n(id, __ATOMIC_ACQUIRE) != txn_id) return ST_TREE_GONE;
-    t->depth = st_load16(meta + META_DEPTH);
-    t->root = st_load64(meta + META_ROOT);
-    t->n_pages = st_load64(meta + META_LAST_PAGE) + 1;
+    memcpy(copy, meta, sizeof copy);
     __atomic_thread_fence(__ATOMIC_ACQUIRE);
     if (__atomic_load_n(id, __ATOMIC_ACQUIRE) != txn_id) return ST_TREE_GONE;
-    return t->depth <= LEVELS_MAX ? ST_TREE_OK : ST_TREE_UNKNOWN;
-}
-
-static const uint8_t *page_at(const st_tree *t, uint64_t number, uint32_t level)
-{
-    if (number < 2 || number >= t->n_pages) return NULL;
-    const uint8_t *page = t->base + number * ST_PAGE_BYTES;
-    uint32_t kind = level + 1 == t->depth ? FLAG_LEAF : FLAG_BRANCH;
-    if (st_load64(page) != number || !(st_load16(page + PAGE_FLAGS) & kind)) return NULL;
-    uint32_t lower = st_load16(page + PAGE_LOWER);
-    return lower >= PAGE_HEADER && lower <= ST_PAGE_BYTES ? page : NULL;
-}
-
-static uint32_t count_of(const uint8_t *page) { return (st_load16(page + PAGE_LOWER) - PAGE_HEADER) / 2u; }
-
-static int node_at(const uint8_t *page, uint32_t i, node_t *node)
-{
-    uint32_t offset = st_load16(page + PAGE_HEADER + 2 * i);
-    if (offset < PAGE_HEADER || offset + NODE_HEADER > ST_PAGE_BYTES) return -1;
-    node->node = page + offset;
-    node->key_bytes = st_load16(node->node + 6);
-    node->key = node->node + NODE_HEADER;
-    return offset + NODE_HEADER + node->key_bytes <= ST_PAGE_BYTES ? 0 : -1;
-}
-
-static uint64_t child_of(const node_t *node)
-{
-    return st_load32(node->node) | (uint64_t)st_load16(node->node + 4) << 32;
-}
-
-/* The value of a node, or NULL if it does not lie inside its page or the file. */
-static const uint8_t *value_of(const st_tree *t, const uint8_t *page, const node_t *node, uint64_t *bytes)
-{
-    const uint8_t *data = node->key + node->key_bytes;
-    *bytes = st_load32(node->node);
-    if (!(st_load16(node->node + 4) & NODE_BIG))
-        return (size_t)(data - page) + *bytes <= ST_PAGE_BYTES ? data : NULL;
-    if (data + 8 > page + ST_PAGE_BYTES) return NULL;
-    uint64_t number = st_load64(data), n = (PAGE_HEADER + *bytes + ST_PAGE_BYTES - 1) / ST_PAGE_BYTES;
-    if (number < 2 || number >= t->n_pages || n > t->n_pages - number) return NULL;
-    return t->base + number * ST_PAGE_BYTES + PAGE_HEADER;
-}
-
-/* Whether a value's first overflow page has the right number, flags and page count. This check is not in value_of(), so
- * that a list of pages can be made without a cache miss on each of them. */
-static int is_overflow(const st_tree *t, const uint8_t *value, uint64_t bytes)
-{
-    const uint8_t *page = value - PAGE_HEADER;
-    return st_load64(page) == (uint64_t)(page - t->base) / ST_PAGE_BYTES &&
-           st_load16(page + PAGE_FLAGS) & FLAG_OVERFLOW &&
-           st_load32(page + PAGE_COUNT) >= (PAGE_HEADER + bytes + ST_PAGE_BYTES - 1) / ST_PAGE_BYTES;
+    if (st_load64(copy) != (txn_id & 1) || st_load16(copy + PAGE_FLAGS) != FLAG_META ||
+        st_load32(copy + META_MAGIC) != MAGIC || st_load32(copy + META_VERSION) != 1)
+        return ST_TREE_UNKNOWN;
+    uint64_t last = st_load64(copy + META_LAST_PAGE);
+    if (last >= UINT64_MAX / ST_PAGE_BYTES) return ST_TREE_UNKNOWN;
+    *t = (st_tree){.base = map->base, .n_pages = last + 1, .spare = map->spare, .txn_id = txn_id};
+    if (read_record(copy + META_FREE_LIST, ST_PAGE_BYTES, INTEGER_KEYS, t->n_pages, &t->free_list) ||
+        read_record(copy + META_ENTRIES, 0, 0, t->n_pages, &t->entries))
+        return ST_TREE_UNKNOWN;
+    t->n_mapped = t->n_pages < map->n_pages ? t->n_pages : map->n_pages;
+    t->depth = t->entries.depth;
+    t->root = t->entries.root;
+    return ST_TREE_OK;
 }
 
 static int compare(const node_t *node, const uint8_t *key, uint32_t key_bytes)
@@ -134,8 +92,7 @@ static int64_t child_index(const uint8_t *page, const uint8_t *key, uint32_t key
     return i < count_of(page) && compare(&node, key, key_bytes) == 0 ? i : i - 1;
 }
 
-/* Return 1 and the value of a key, 0 if the key does not exist, or -1 if the tree is damaged. */
-static int find(const st_tree *t, const uint8_t *key, uint32_t key_bytes, const uint8_t **value, uint64_t *bytes)
+int st_tree_find(const st_tree *t, const uint8_t *key, uint32_t key_bytes, const uint8_t **value, uint64_t *bytes)
 {
     uint64_t number = t->root;
     node_t node;
@@ -151,9 +108,11 @@ static int find(const st_tree *t, const uint8_t *key, uint32_t key_bytes, const 
         }
         i = lower_bound(page, 0, key, key_bytes);
         if (i < 0) return -1;
-        if (i == count_of(page) || node_at(page, (uint32_t)i, &node) || compare(&node, key, key_bytes)) return 0;
+        if (i == count_of(page)) return 0;
+        if (node_at(page, (uint32_t)i, &node)) return -1;
+        if (compare(&node, key, key_bytes)) return 0;
         *value = value_of(t, page, &node, bytes);
-        return *value ? 1 : -1;
+        return *value && (!(flags_of(&node) & NODE_BIG) || is_overflow(t, *value, *bytes)) ? 1 : -1;
     }
     return 0;
 }
@@ -264,7 +223,7 @@ void st_tree_prefetch(const st_tree *t, uint32_t table_id, uint64_t hash)
         if (i < 0 || node_at(page, (uint32_t)i, &node)) return;
         number = child_of(&node);
     }
-    if (!t->depth || number >= t->n_pages) return;
+    if (!t->depth || number >= t->n_mapped) return;
     const uint8_t *leaf = t->base + number * ST_PAGE_BYTES;
     for (size_t at = 0; at < ST_PAGE_BYTES; at += LINE) __builtin_prefetch(leaf + at);
 }
@@ -283,7 +242,7 @@ int st_tree_bucket(const st_tree *t, uint32_t table_id, uint64_t hash, uint64_t 
         return 0;
     *key = bucket_key(node.key + ST_PAGE_KEY_BYTES - ST_BUCKET_KEY_BYTES);
     *image = value_of(t, page, &node, bytes);
-    return *image && *bytes >= ST_PAGE_BYTES - PAGE_HEADER && is_overflow(t, *image, *bytes) ? 1 : -1;
+    return *image && *bytes >= ST_PAGE_BYTES - PAGE_HEADER && is_freeable(t, *image, *bytes) ? 1 : -1;
 }
 
 /* ---- directories ----------------------------------------------------------------------------------------------- */
@@ -412,7 +371,7 @@ int64_t st_directory_update(const st_tree *t, const st_layout *layout, uint32_t 
         if (memcmp(change, key + 1, ST_CHANGE_BYTES - ST_BUCKET_KEY_BYTES)) continue;
         memcpy(key + 1, change, ST_CHANGE_BYTES);
         uint64_t bytes, bucket = bucket_key(change + ST_CHANGE_BYTES - ST_BUCKET_KEY_BYTES);
-        int found = find(t, key, ST_PAGE_KEY_BYTES, &image, &bytes);
+        int found = st_tree_find(t, key, ST_PAGE_KEY_BYTES, &image, &bytes);
         if (found < 0) return fail(fault, DAMAGED, bucket);
         if (!found) continue;
         const char *wrong = bytes < ST_PAGE_BYTES - PAGE_HEADER ? DAMAGED

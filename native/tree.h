@@ -1,9 +1,8 @@
-/* Reads LMDB's B+tree directly in the map, to list all buckets of a table and to find the buckets that a commit
- * changed. Through py-lmdb, each key would cost a Python call.
+/* Reads LMDB's B+tree directly in the map: to find an entry, to list all buckets of a table, and to find the buckets
+ * that a commit changed. Through py-lmdb, each key would cost a Python call, and LMDB would follow a damaged page.
  *
- * The layout is LMDB's data format 1 (LMDB 0.9; struct MDB_meta, MDB_page and MDB_node in its mdb.c). LMDB checks the
- * format version when it opens the file. Every offset is checked against the bounds of its page and of the file, so a
- * damaged file gives an error instead of a read out of bounds. Pages of a snapshot do not change as long as its read
+ * lmdb_page.h describes the layout. Every offset is checked against the bounds of its page and of the map, so a damaged
+ * file gives an error instead of a read out of bounds. Pages of a snapshot do not change as long as its read
  * transaction is open.
  */
 #ifndef SHORTTAIL_TREE_H
@@ -18,11 +17,29 @@ enum {
     ST_DIRECTORY_DEPTH_MAX = 32, /* a directory of 2^32 entries has 32 GiB */
 };
 
+/* The data file in memory: LMDB's map of it, or another one. */
+typedef struct {
+    const uint8_t *base;
+    uint64_t n_pages; /* that may be read */
+    int spare;        /* values may have more pages than they need: LMDB leaves them if a value shrinks in one commit */
+} st_map;
+
+/* What a meta page says of a tree: of the database, or of the list of free pages. */
+typedef struct {
+    uint32_t depth; /* levels; 0: empty */
+    uint64_t root;  /* page number */
+    uint64_t branch_pages, leaf_pages, value_pages, entries;
+} st_record;
+
 typedef struct {
     const uint8_t *base; /* start of the map */
     uint64_t n_pages;    /* pages of the file in this snapshot */
+    uint64_t n_mapped;   /* those of them that may be read; fewer if the file lacks unused pages at its end */
     uint64_t root;       /* page number of the root */
     uint32_t depth;      /* levels of the tree; 0: the database is empty */
+    int spare;           /* as in st_map */
+    uint64_t txn_id;
+    st_record entries, free_list;
 } st_tree;
 
 typedef struct {
@@ -38,13 +55,16 @@ typedef struct {
 
 enum { ST_TREE_OK = 0, ST_TREE_GONE = 1, ST_TREE_UNKNOWN = 2 };
 
-/* Open the tree of the read transaction with this id. value: the address of any value that the transaction returned.
- * ST_TREE_GONE: two commits were made since the transaction began, so both meta pages are overwritten and none names
- * its root any more. ST_TREE_UNKNOWN: the pages are not pages of LMDB 0.9 with 4096 bytes. */
-int st_tree_open(st_tree *tree, const uint8_t *value, uint64_t txn_id);
+/* Open the tree of the read transaction with this id. ST_TREE_GONE: two commits were made since the transaction began,
+ * so both meta pages are overwritten and none names its root any more. ST_TREE_UNKNOWN: the meta page is not one of
+ * LMDB 0.9 with pages of 4096 bytes, or is damaged. */
+int st_tree_open(st_tree *tree, const st_map *map, uint64_t txn_id);
 
-/* Find the bucket of a table that a hash belongs to. Returns 1 and its key, its image and the image's size; 0 if the
- * table is empty; -1 if the tree is damaged. */
+/* Find the value of a key. Returns 1, 0 if there is no such key, or -1 if the tree is damaged. */
+int st_tree_find(const st_tree *tree, const uint8_t *key, uint32_t key_bytes, const uint8_t **value, uint64_t *bytes);
+
+/* Find the bucket of a table that a hash belongs to, whose pages LMDB may free. Returns 1 and its key, its image and
+ * the image's size; 0 if the table is empty; -1 if the tree is damaged. */
 int st_tree_bucket(const st_tree *tree, uint32_t table_id, uint64_t hash, uint64_t *key, const uint8_t **image,
                    uint64_t *bytes);
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import mmap
+import os
 import tempfile
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shorttail._native.columns import Columns
-from shorttail._native.pages import Directory, Gate, GenerationWord, Layout, Lookup, SortedRows, Tree, lookup
+from shorttail._native.pages import Directory, Gate, GenerationWord, Layout, Lookup, Map, SortedRows, Tree, lookup
 from shorttail.define import dtypes
 from shorttail.define.catalog import TableInfo
 from shorttail.define.entities import Entity
@@ -33,8 +36,9 @@ class Pages:
 
     def __init__(self) -> None:
         with tempfile.TemporaryDirectory(prefix="pages-") as folder:  # the file lives on as long as it is open
-            path = str(Path(folder) / "data")
-            self.environment = lmdb.open(path, subdir=False, map_size=1 << 28, sync=False, lock=False)
+            self.environment = lmdb.open(folder, map_size=1 << 28, sync=False, lock=False)
+            self.file = os.open(Path(folder) / "data.mdb", os.O_RDONLY)
+        weakref.finalize(self, os.close, self.file)
         self.reader: lmdb.Transaction | None = None
 
     def write(self, pages: Mapping[bytes, Any], table_id: int = 1, keep: bool = False) -> None:
@@ -43,7 +47,6 @@ class Pages:
         with self.environment.begin(write=True) as txn:
             if not keep:
                 txn.drop(self.environment.open_db(None, txn), delete=False)
-            txn.put(b"format", b"any value of the map")
             for key, image in pages.items():
                 txn.put(page_key(table_id, key), bytes(image))
 
@@ -51,7 +54,8 @@ class Pages:
         """As of now. It and its pages last until the next write()."""
         self.close()
         self.reader = self.environment.begin(buffers=True)
-        return Tree(self.reader.get(b"format"), self.reader.id())
+        self.map = Map(mmap.mmap(self.file, 0, prot=mmap.PROT_READ))
+        return Tree(self.map, self.reader.id())
 
     def close(self) -> None:
         if self.reader is not None:

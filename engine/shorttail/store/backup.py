@@ -103,6 +103,7 @@ def _destination_exists(destination: Path) -> InvalidArgument:
 
 
 def _copy(environment: Environment, folder: Path, destination: Path, compact: bool) -> Backup:
+    environment.handle.check_structure(values=True)  # LMDB copies what it finds, and trusts each page
     try:
         with environment.read():  # an open read transaction keeps LmdbHandle from reopening LMDB during the copy
             environment.handle.env.copy(str(folder), compact=compact)

@@ -3,9 +3,8 @@
 The process prints one JSON pair per line: ["problem", text], ["note", text], ["doing", text], ["progress", [pages
 checked, pages in total]], ["error", [code, message]], or [field, value] for a field of verify.Report.
 
-First the file is read without mapping it. The tables are read in the map only if LMDB's structure is sound. A read
-transaction stays open during all checks: it keeps writers from reusing pages that are being read, at the price of a
-file that may grow.
+First LMDB's structure is checked without LMDB; the tables are read only if it is sound. A read transaction stays open
+during all checks: it keeps writers from reusing pages that are being read, at the price of a file that may grow.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -43,14 +41,13 @@ from shorttail.store.environment import (
     table_pages,
 )
 from shorttail.store.files import model_path
-from shorttail.store.lmdb_file import header_problems
+from shorttail.store.lmdb_file import header_problems, mapped, structure_problems
 from shorttail.store.lmdb_handle import ROOT_TRIES
 from shorttail.store.mapping import plan_map
 from shorttail.store.opening import LMDB_ENGINE, reserve_lock_file, translate_errors
 from shorttail.store.stat import count_table_pages
 from shorttail.store.table import Array, decode_keys, make_layout, row_dtype
 
-STRUCTURE_TRIES = 3  # a page that was written during the check may look damaged; a second look finds it sound
 SHOWN_PER_VIEW = 20  # problems; the rest is only counted
 PROGRESS_PAGES = 2048
 BATCH_ROWS = 8192
@@ -84,11 +81,12 @@ def check(path: Path) -> None:
             lib_version=LMDB_ENGINE,
         ) as env,
     ):
+        emit("doing", "LMDB's structure")
         with env.begin():  # no page of this commit or a later one is reused while this transaction is open
-            problems = find_structure_problems(env, path)
+            problems = structure_problems(path)
         if problems:
             return emit_structure_problems(problems)
-        with open_tree(env) as (txn, tree):
+        with open_tree(env, path) as (txn, tree):
             catalog = check_entries(txn)
             if catalog is not None:
                 total_pages = env.stat()["overflow_pages"]
@@ -102,28 +100,12 @@ def emit_structure_problems(problems: list[str]) -> None:
     emit("note", "the tables were not read, as LMDB's structure is damaged")
 
 
-def find_structure_problems(env: Any, path: Path) -> list[str]:
-    """Return the problems of LMDB's structure, found by a process that does not map the file."""
-    emit("doing", "LMDB's structure")
-    for _ in range(STRUCTURE_TRIES):
-        before = env.info()["last_txnid"]
-        command = [sys.executable, "-P", "-m", "shorttail.store.lmdb_file", str(path)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            return [(done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]]
-        problems: list[str] = json.loads(done.stdout)
-        if not problems or env.info()["last_txnid"] == before:
-            break
-    return problems
-
-
 @contextmanager
-def open_tree(env: Any) -> Iterator[tuple[Transaction, Tree]]:
+def open_tree(env: Any, path: Path) -> Iterator[tuple[Transaction, Tree]]:
     """Yield a read transaction and its tree. If no try succeeds, emit a problem and yield nothing."""
     for _ in range(ROOT_TRIES):
-        with env.begin(buffers=True) as txn:
-            anything = next(iter(txn.cursor()), (None, b""))[1]
-            tree = Tree(anything, txn.id())
+        with env.begin(buffers=True) as txn, mapped(path) as (data, _):
+            tree = Tree(data, txn.id())
             if not tree.gone:
                 yield txn, tree
                 return
@@ -180,8 +162,11 @@ def check_log(txn: Transaction) -> None:
         emit("problem", f"the change log lacks some of the commits {oldest} to {last}")
     if sum(lengths) != log_bytes or any(length % 12 for length in lengths):
         emit("problem", "an entry of the change log has a wrong length")
-    sums = Checksums.unpack(txn.get(CHECKSUMS_KEY))
-    if sums is None:
+    value = txn.get(CHECKSUMS_KEY)
+    sums = Checksums.unpack(value)
+    if value is not None and sums is None:
+        emit("problem", "the checksums of the catalog and the change log have a wrong length")
+    elif sums is None:
         emit("note", "no checksums of the catalog and the change log yet; the next commit writes them")
     else:
         now = Checksums.of(txn.get(b"catalog"), state, entries)

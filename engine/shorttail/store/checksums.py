@@ -1,6 +1,6 @@
 """Checksums of the catalog, the state and the change log. (Each page image of a table holds its own checksum.)
 
-LMDB stores no checksums. Writers keep these up to date, and only `verify` compares them.
+LMDB stores no checksums. Writers keep these up to date. Opening a store compares the first two, and `verify` all.
 """
 
 from __future__ import annotations

@@ -26,18 +26,17 @@ from shorttail.errors import Internal, InvalidArgument, Unavailable
 from shorttail.store.checksums import KEY as CHECKSUMS_KEY
 from shorttail.store.checksums import Checksums, entry_checksum
 from shorttail.store.files import make_folder
-from shorttail.store.lmdb_file import PAGE_BYTES
-from shorttail.store.lmdb_handle import FORMAT_KEY, LmdbHandle
+from shorttail.store.lmdb_file import CATALOG_KEY, FORMAT_KEY, PAGE_BYTES, STATE_KEY
+from shorttail.store.lmdb_handle import LmdbHandle
 from shorttail.store.lmdb_handle import Transaction as Transaction
 from shorttail.store.mapping import map_full_error, usable_pages
-from shorttail.store.opening import check_directory, map_generation, no_store, translate_errors
+from shorttail.store.opening import check_directory, damaged_store, map_generation, no_store, translate_errors
 
 FORMAT_VERSION = 2
 BUCKET_KEY_BYTES = 8
 PAGE_HEADER_BYTES = 16
 INLINE_BYTES = 2038 - 8 - 9  # longest log entry that LMDB keeps in its tree: the longest node less its header and key
 
-_CATALOG, _STATE_KEY = b"catalog", b"state"
 _STATE = struct.Struct("<QQQ")  # number of the last commit, number of the oldest commit in the log, bytes of the log
 _LOG_KEY = struct.Struct(">cQ")  # big-endian, so that LMDB orders the log by commit number
 _TABLE_KEY = struct.Struct(">cI")
@@ -134,20 +133,20 @@ class Environment:
             )
 
     def _check_format(self, create: bool) -> None:
-        version = self._format()
+        version = self._value(FORMAT_KEY)
         if version is None and create and not self.handle.env.stat()["entries"]:
             with self.write() as writer:
                 writer.txn.put(FORMAT_KEY, str(FORMAT_VERSION).encode(), overwrite=False)
                 writer.changed(_CATALOG_CHANGE)
-            version = self._format()
+            version = self._value(FORMAT_KEY)
         if version is None and not self.handle.env.stat()["entries"]:
             raise no_store(self.path)  # it was being made when the disk was full, or the process was killed
-        if version is None:
+        if version is None and self._value(STATE_KEY) is None:
             raise InvalidArgument(
                 f"'{self.path}' is an LMDB database but not a shorttail store; choose another path for --store"
             )
-        if not version.isdigit():
-            raise InvalidArgument(f"store '{self.path}' is damaged; restore it from a backup")
+        if version is None or not version.isdigit():
+            raise damaged_store(self.path, f"its format is {version!r}")
         if int(version) != FORMAT_VERSION:
             remedy = (
                 "upgrade shorttail" if int(version) > FORMAT_VERSION else "make a new store, by apply and materialize"
@@ -157,48 +156,48 @@ class Environment:
             )
         self._is_store = True
 
-    def _format(self) -> bytes | None:
-        with self.read() as txn:
-            value = txn.get(FORMAT_KEY)
+    def _value(self, key: bytes) -> bytes | None:
+        """Return the value of a key, the path to which was checked before LMDB was opened."""
+        txn = self.handle.begin_read()
+        try:
+            value = txn.get(key)
             return None if value is None else bytes(value)
+        finally:
+            self.handle.end_read(txn)
 
     # -- read transactions -----------------------------------------------------------------------------------------
 
     @contextmanager
     def read(self) -> Iterator[Transaction]:
-        """Yield a read transaction that ends with the `with` block. Its values are memoryviews of the map."""
+        """Yield a read transaction that ends with the `with` block. Its values are memoryviews of the map.
+
+        The first call checks the structure of the file, through which LMDB walks: see LmdbHandle.check_structure().
+        """
         self.check_process()  # before recover(), which takes a lock that may be held for ever in a forked child
         if not self.is_writing():
             self.handle.recover()
-        txn = self._begin_read()
+        self.handle.check_structure()
+        txn = self.handle.begin_read()
         try:
             yield txn
         finally:
             self.handle.end_read(txn)
 
     def read_tree(self) -> tuple[Transaction, Tree]:
-        """Begin a read transaction; return it and its B+tree, which native code reads without LMDB.
-
-        End the transaction by handle.end_read(). Raises Unavailable if handle.recover() must be called first, and
-        Overwritten if the map does not hold this store any more.
-        """
+        """Begin a read transaction and return it with its tree: see LmdbHandle.read_tree()."""
         self.check_process()
         return self.handle.read_tree()
 
-    def _begin_read(self) -> Transaction:
-        self.check_process()
-        return self.handle.begin_read()
-
-    def read_catalog_json(self, txn: Transaction) -> bytes | None:
+    def read_catalog_json(self, txn: Transaction | Tree) -> bytes | None:
         """Return the JSON of the catalog as of a transaction; None in a store without a catalog."""
-        value = txn.get(_CATALOG)
+        value = txn.get(CATALOG_KEY)
         return None if value is None else bytes(value)
 
-    def sequence(self, txn: Transaction) -> int:
+    def sequence(self, txn: Transaction | Tree) -> int:
         """Return the number of the last commit as of a transaction."""
         return self._state(txn)[0]
 
-    def changes_since(self, txn: Transaction, sequence: int) -> bytes | None:
+    def changes_since(self, txn: Transaction | Tree, sequence: int) -> bytes | None:
         """Return the log entries of all commits after `sequence`, joined as Directory.update() takes them.
 
         Returns None if the log no longer holds them all.
@@ -206,11 +205,13 @@ class Environment:
         last, oldest, _ = self._state(txn)
         if last < sequence or oldest > sequence + 1:
             return None
-        entries = [txn.get(_log_key(number)) for number in range(sequence + 1, last + 1)]
+        entries: list[Any] = [txn.get(_log_key(number)) for number in range(sequence + 1, last + 1)]
         return None if None in entries else b"".join(entries)
 
-    def _state(self, txn: Transaction) -> tuple[int, int, int]:
-        value = txn.get(_STATE_KEY)
+    def _state(self, txn: Transaction | Tree) -> tuple[int, int, int]:
+        value = txn.get(STATE_KEY)
+        if value is not None and len(value) != _STATE.size:
+            raise damaged_store(self.path, "the state of the change log has a wrong length")
         return (0, 1, 0) if value is None else _STATE.unpack(value)
 
     # -- writing ---------------------------------------------------------------------------------------------------
@@ -220,8 +221,8 @@ class Environment:
         """Yield a write transaction, which is durable when the `with` block has ended. An exception in it undoes all.
 
         Waits until the current writer, in any process, has finished. Raises ResourceExhausted when the disk or the map
-        is full, Unavailable when the store at the path is another one, and Internal when this thread is already in
-        write().
+        is full, Unavailable when the store at the path is another one, InvalidArgument for a damaged file, and Internal
+        when this thread is already in write().
         """
         self.check_process()
         if self.is_writing():
@@ -229,6 +230,7 @@ class Environment:
         self.handle.recover()
         with self.handle.write_lock, translate_errors(self.path):
             self.handle.check_files()
+            self.handle.check_structure()
             txn = self.handle.begin_write()
             self._writing_thread = threading.get_ident()
             try:
@@ -303,12 +305,16 @@ class WriteTransaction:
         return self._environment.read_catalog_json(self.txn)
 
     def put_catalog(self, document: bytes) -> None:
-        self.txn.put(_CATALOG, document)
+        self._take(CATALOG_KEY)
+        self.txn.put(CATALOG_KEY, document)
         self._changes.add(_CATALOG_CHANGE)
 
     def put_page(self, table_id: int, bucket_key: bytes, image: bytes) -> None:
         """Write a page and enter it in the change log."""
         key = page_key(table_id, bucket_key)
+        before = self._take(key)
+        if before is not None and len(before) > len(image):
+            self.txn.delete(key)  # otherwise LMDB keeps all pages of a value that was written in this transaction
         self.txn.put(key, image)
         self.n_pages += 1
         self.changed(key)
@@ -340,7 +346,9 @@ class WriteTransaction:
 
     def delete_page(self, table_id: int, bucket_key: bytes) -> None:
         """Delete the page of a bucket that was merged into its sibling. The sibling's log entry tells readers."""
-        self.txn.delete(page_key(table_id, bucket_key))
+        key = page_key(table_id, bucket_key)
+        self._take(key)
+        self.txn.delete(key)
 
     def changed(self, key: bytes) -> None:
         """Enter a changed page in the change log. Not needed for a table that the catalog does not name yet."""
@@ -366,6 +374,13 @@ class WriteTransaction:
         page: memoryview | None = self.txn.get(page_key(table_id, bucket_key))
         return page
 
+    def _take(self, key: bytes) -> memoryview | None:
+        """Return the value of a key whose pages LMDB may free now. Raises InvalidArgument for a damaged file."""
+        value: memoryview | None = self.txn.get(key)
+        if value is not None and not self._environment.handle.may_free(value, key):
+            raise damaged_store(self.path, f"the pages of the value of {key!r} are not its own")
+        return value
+
     def grown_pages(self) -> int:
         """Return by how many pages this transaction has made the tables and the catalog larger."""
         count: int = self.txn.stat()["overflow_pages"] - self._value_pages
@@ -386,7 +401,7 @@ class WriteTransaction:
         log_bytes += len(entry)
         log_sum = known.log ^ entry_checksum(_log_key(last), entry)
         while oldest <= last and (last - oldest >= LIMITS.change_log_commits or log_bytes > LIMITS.change_log_bytes):
-            value = self.txn.get(_log_key(oldest))
+            value = self._take(_log_key(oldest))
             if value is not None:
                 self._value_pages -= value_pages(value)
                 log_bytes -= len(value)
@@ -394,7 +409,7 @@ class WriteTransaction:
                 self.txn.delete(_log_key(oldest))
             oldest += 1
         state = _STATE.pack(last, oldest, log_bytes)
-        self.txn.put(_STATE_KEY, state)
+        self.txn.put(STATE_KEY, state)
         catalog_sum = crc32c(self.get_catalog() or b"") if _CATALOG_CHANGE in self._changes else known.catalog
         self.txn.put(CHECKSUMS_KEY, Checksums(catalog_sum, crc32c(state), log_sum).pack())
         return True
@@ -451,17 +466,23 @@ def drop_table(environment: Environment, table_id: int) -> None:
 
     Each commit deletes LIMITS.drop_commit_pages, so that other writers do not wait until a large table is deleted. The
     last commit deletes nothing and enters the change log. LMDB uses a page again when every reader is at a later commit
-    than the one that deleted it, and a reader moves only to a commit in the change log.
+    than the one that deleted it, and a reader moves only to a commit in the change log. Damaged pages are left.
     """
     prefix, left, dropped = table_prefix(table_id), True, 0
+    start = prefix
     while left:
         with environment.write() as writer:
             cursor = writer.txn.cursor()
-            left = cursor.set_range(prefix) and bytes(cursor.key()).startswith(prefix)
+            left = cursor.set_range(start) and bytes(cursor.key()).startswith(prefix)
             for _ in range(LIMITS.drop_commit_pages if left else 0):
-                dropped += cursor.delete()
-                if not bytes(cursor.key()).startswith(prefix):
+                key = bytes(cursor.key())
+                if not key.startswith(prefix):
                     break
+                if environment.handle.may_free(cursor.value(), key):
+                    dropped += cursor.delete()
+                else:
+                    start = key + b"\0"
+                    cursor.next()
             if dropped and not left:
                 writer.changed(_CATALOG_CHANGE)
 

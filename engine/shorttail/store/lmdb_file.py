@@ -1,62 +1,84 @@
-"""Checks of LMDB's data file by ordinary reads, without a map.
+"""Checks of LMDB's data file, before LMDB itself follows what the file says.
 
-Reading past the end of a damaged file is then an error, whereas touching a missing page in a map kills the process.
+LMDB trusts the file: a wrong number in a page makes it read outside its map, overwrite pages that are in use, or abort.
+So three checks come first, in a map of the file of our own: opening checks what opening reads, the first transaction in
+which LMDB walks through pages checks all of them (native/structure.c), and `verify` also the header of each value.
 
-py-lmdb's verifier checks the structure. This module adds checks of the fields that a store fixes, of the order of the
-two meta pages, and of whether the file holds the end of each value. While others write, the result is consistent if the
-caller holds a read transaction: no page of that commit or of a later one is reused.
-
-`python -m shorttail.store.lmdb_file STORE` prints the problems as JSON. Use a process of its own: when a process that
-has LMDB open opens and closes LMDB's files in another way, closing them releases LMDB's file locks.
+While others write, a check is consistent if the caller holds a read transaction: no page of that commit or of a later
+one is reused. Without one, a check that fails is repeated, because a page may have been reused meanwhile.
 """
 
 from __future__ import annotations
 
-import json
+import mmap
 import struct
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
-from lmdb.verify import VerifyError, verify
+from shorttail._native.pages import Map, Tree
+from shorttail.store.checksums import KEY as CHECKSUMS_KEY
+from shorttail.store.checksums import Checksums
 
 PAGE_BYTES = 4096
 HEADER_TRIES = 5  # a meta page, or the length of the file, may be read while a writer changes it
+BUSY_TRIES = 100  # tries during which others commit
 TRY_WAIT_S = 0.02
+FORMAT_KEY, CATALOG_KEY, STATE_KEY = b"format", b"catalog", b"state"
 
 # The fields of a meta page and their values in a store: struct MDB_meta of LMDB 0.9, data format 1, after a page header
 # of 16 bytes. LMDB keeps the page size and the flags in the record of the free list's database.
-_META = struct.Struct("<QHH4x II16x IHH40x IHHQQQQQ QQ")
+_META = struct.Struct("<QHH4x IIQ8x IHH40x IHH32xQQ Q")
 _MAGIC, _VERSION, _META_FLAG, _INTEGER_KEYS = 0xBEEFC0DE, 1, 8, 8
-_NO_PAGE = (1 << 64) - 1
-_BRANCH, _LEAF, _BIG = 1, 2, 1
-_STATE_KEY = b"state"
 
 
 @dataclass(frozen=True, slots=True)
 class Meta:
-    """The fields of a meta page, which describe one commit."""
+    """The fields of a meta page, which describe one commit. depth: of the tree; 0 for an empty database."""
 
     number: int
     depth: int
-    root: int
     n_pages: int
     txn_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class DataFile:
+    """A data file in memory, and its two meta pages."""
+
+    map: Map
+    n_pages: int  # that the file has
+    newer: Meta
+    older: Meta
 
 
 class Damaged(Exception):
     """Raised when the file is not a valid LMDB file. The message says why."""
 
 
-def read_metas(file: BinaryIO) -> tuple[Meta, Meta]:
-    """Return both meta pages, the newer one first. Raises Damaged unless they hold what LMDB writes for a store."""
-    file.seek(0)
-    head = file.read(2 * PAGE_BYTES)
-    if len(head) < 2 * PAGE_BYTES:
-        raise Damaged(f"data.mdb has {len(head)} bytes")
+@contextmanager
+def mapped(path: Path) -> Iterator[tuple[Map, mmap.mmap]]:
+    """Map the data file of the store at path for the `with` block. Raises OSError and Damaged."""
+    with (path / "data.mdb").open("rb") as file:
+        size = file.seek(0, 2)
+        if size < 2 * PAGE_BYTES:
+            raise Damaged(f"data.mdb has {size} bytes")
+        with mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ) as memory:
+            found = Map(memory)
+            try:
+                yield found, memory
+            finally:
+                found.release()
+
+
+def read_metas(head: bytes) -> tuple[Meta, Meta]:
+    """Return both meta pages, the newer one first. Raises Damaged unless they hold what LMDB writes for a store.
+
+    head: the first two pages of the file.
+    """
     metas = [_parse_meta(head[number * PAGE_BYTES :], number) for number in (0, 1)]
     newer, older = sorted(metas, key=lambda meta: -meta.txn_id)
     if newer.txn_id - older.txn_id > 1 or (newer.txn_id and newer.txn_id & 1 != newer.number):
@@ -65,13 +87,13 @@ def read_metas(file: BinaryIO) -> tuple[Meta, Meta]:
 
 
 def _parse_meta(page: bytes, number: int) -> Meta:
-    own, _, flags, magic, version, page_bytes, free_flags, _, pad, db_flags, depth, *rest = _META.unpack_from(page)
-    _, _, _, _, root, last_page, txn_id = rest
-    if (own, flags & _META_FLAG, magic, version) != (number, _META_FLAG, _MAGIC, _VERSION):
+    own, _, flags, magic, version, address, page_bytes, free_flags, _, *rest = _META.unpack_from(page)
+    pad, db_flags, depth, _, last_page, txn_id = rest
+    if (own, flags, magic, version, address) != (number, _META_FLAG, _MAGIC, _VERSION, 0):
         raise Damaged(f"meta page {number} is not a meta page of LMDB 0.9")
     if (page_bytes, free_flags, pad, db_flags) != (PAGE_BYTES, _INTEGER_KEYS, 0, 0):
         raise Damaged(f"meta page {number} does not belong to a store with pages of {PAGE_BYTES} bytes")
-    return Meta(number, depth, root, last_page + 1, txn_id)
+    return Meta(number, depth, last_page + 1, txn_id)
 
 
 def header_problems(path: Path) -> list[str]:
@@ -79,96 +101,115 @@ def header_problems(path: Path) -> list[str]:
 
     Reads only the meta pages. Works while others write.
     """
-    for _ in range(HEADER_TRIES):
-        try:
-            with (path / "data.mdb").open("rb") as file:
-                size = file.seek(0, 2)
-                newer, _ = read_metas(file)
-            if newer.n_pages <= max(2 * (size // PAGE_BYTES), 1 << 20):
-                return []
-            problem = f"meta page {newer.number} claims {newer.n_pages} pages in a file of {size} bytes"
-        except Damaged as error:
-            problem = str(error)
-        time.sleep(TRY_WAIT_S)
-    return [problem]
+    return _problems(path, lambda file: None)
+
+
+def opening_problems(path: Path) -> list[str]:
+    """Return why LMDB must not open the file, or what opening a store reads is damaged. Raises OSError.
+
+    Reads a few pages: the meta pages and those on the way to the catalog, the state and their checksums. Only if the
+    file lacks unused pages at its end, all pages of the trees are read. Works while others write.
+    """
+    return _problems(path, _check_opening)
 
 
 def structure_problems(path: Path) -> list[str]:
     """Return the problems of the file as of its last commit: meta pages, both trees, free list, length. Raises OSError.
 
-    Reads every page except the second and later pages of a value. Must not be called while this process has LMDB open
-    on the file.
+    Reads every page except the second and later pages of a value.
     """
-    if problems := header_problems(path):
-        return problems
-    try:
-        problems = verify(str(path))  # type: ignore[no-untyped-call]
-    except VerifyError as error:
-        problems = [str(error)]
-    return problems or _missing_ends(path) or _lost_commit(path)
+    return _problems(path, _check_all)
 
 
-def _missing_ends(path: Path) -> list[str]:
-    """Return a problem if the file lacks the end of a value. Trusts the structure, which must have been checked."""
-    with (path / "data.mdb").open("rb") as file:
-        size = file.seek(0, 2)
-        newer, _ = read_metas(file)
-        if size >= newer.n_pages * PAGE_BYTES:
-            return []
-        end = max((first + n for first, n in _extents(file, newer)), default=0)
-    return [f"data.mdb has {size} bytes of {end * PAGE_BYTES}"] if size < end * PAGE_BYTES else []
+def _problems(path: Path, check: Callable[[DataFile], None]) -> list[str]:
+    """Return the message of Damaged or ValueError that a check of the file raises at every try."""
+    problem, tries = "", 0
+    for _ in range(BUSY_TRIES):
+        head = b""
+        try:
+            with mapped(path) as (found, memory):
+                head = memory[: 2 * PAGE_BYTES]
+                newer, older = read_metas(head)
+                n_pages = len(memory) // PAGE_BYTES
+                if newer.n_pages > max(2 * n_pages, 1 << 20):
+                    raise Damaged(f"meta page {newer.number} claims {newer.n_pages} pages in a file of {n_pages}")
+                check(DataFile(found, n_pages, newer, older))
+                return []
+        except (Damaged, ValueError) as error:
+            problem = str(error)
+        with (path / "data.mdb").open("rb") as file:
+            busy = bool(head) and file.read(2 * PAGE_BYTES) != head  # a commit: a page may have been reused meanwhile
+        tries += not busy
+        if tries == HEADER_TRIES:
+            break
+        time.sleep(0 if busy else TRY_WAIT_S)
+    return [problem]
 
 
-def _extents(file: BinaryIO, meta: Meta) -> Iterator[tuple[int, int]]:
-    """Yield (first page, number of pages) of each value in overflow pages."""
-    pending = [meta.root] if meta.root != _NO_PAGE else []
-    while pending:
-        file.seek(pending.pop() * PAGE_BYTES)
-        page = file.read(PAGE_BYTES)
-        flags, lower = struct.unpack_from("<HH", page, 10)
-        for offset in _offsets(page, lower):
-            low, high, key_bytes = struct.unpack_from("<IHH", page, offset)
-            if flags & _BRANCH:
-                pending.append(low | high << 32)
-            elif flags & _LEAF and high & _BIG:
-                (first,) = struct.unpack_from("<Q", page, offset + 8 + key_bytes)
-                yield first, (16 + low + PAGE_BYTES - 1) // PAGE_BYTES
+def _check_all(file: DataFile) -> None:
+    """Check all that LMDB follows, and the header of each value."""
+    _tree(file, file.newer).check(values=True)
+    _check_order(file)
 
 
-def _lost_commit(path: Path) -> list[str]:
-    """Return a problem if a damaged commit number makes the older meta page look like the newer one."""
-    with (path / "data.mdb").open("rb") as file:
-        newer, older = read_metas(file)
-        counted = [_commits_counted(file, meta) for meta in (newer, older)]
-    if None in counted or counted[0] >= counted[1]:  # type: ignore[operator]
-        return []
-    return [f"meta page {newer.number} has the number of the last commit, but the content of an older one"]
+def _check_opening(file: DataFile) -> None:
+    tree = _tree(file, file.newer)
+    if file.n_pages < file.newer.n_pages:
+        # Pages that were allocated and freed in one commit are never written. Are all missing pages of that kind?
+        try:
+            tree.check(values=True)
+        except ValueError as error:
+            raise Damaged(f"data.mdb has {file.n_pages} of {file.newer.n_pages} pages; {error}") from None
+    for key in (FORMAT_KEY, CATALOG_KEY, STATE_KEY, CHECKSUMS_KEY):
+        tree.check_path(key)
+    value = tree.get(CHECKSUMS_KEY)
+    sums = Checksums.unpack(value)
+    if sums is None:
+        if value is not None:
+            raise Damaged("its checksums have a wrong length")
+        return
+    now = Checksums.of(tree.get(CATALOG_KEY), tree.get(STATE_KEY), ())
+    if (sums.catalog, sums.state) != (now.catalog, now.state):
+        raise Damaged("the catalog or the state of the change log has a wrong checksum")
 
 
-def _commits_counted(file: BinaryIO, meta: Meta) -> int | None:
+def _tree(file: DataFile, meta: Meta) -> Tree:
+    tree = Tree(file.map, meta.txn_id)
+    if tree.gone:
+        raise Damaged("the meta page was written meanwhile")
+    return tree
+
+
+def _check_order(file: DataFile) -> None:
+    """Raise Damaged if a damaged commit number makes the older meta page look like the newer one.
+
+    Not for opening: when its disk fails, LMDB leaves a meta page like that, and the store must be opened again.
+    """
+    newer, older = _commits_counted(file, file.newer), _commits_counted(file, file.older)
+    if newer is not None and older is not None and newer < older:
+        number = file.newer.number
+        raise Damaged(f"meta page {number} has the number of the last commit, but the content of an older one")
+
+
+def _commits_counted(file: DataFile, meta: Meta) -> int | None:
     """Return the commit number in `state` as of a meta page; None if its pages have been reused meanwhile."""
-    number = meta.root
     try:
-        for _ in range(meta.depth):
-            file.seek(number * PAGE_BYTES)
-            page = file.read(PAGE_BYTES)
-            flags, lower = struct.unpack_from("<HH", page, 10)
-            nodes = [(offset, *struct.unpack_from("<IHH", page, offset)) for offset in _offsets(page, lower)]
-            keys = [page[offset + 8 : offset + 8 + n] for offset, _, _, n in nodes]
-            if flags & _LEAF:
-                at = nodes[keys.index(_STATE_KEY)][0] + 8 + len(_STATE_KEY)
-                return int.from_bytes(page[at : at + 8], "little")
-            child = max(i for i, key in enumerate(keys) if i == 0 or key <= _STATE_KEY)
-            number = nodes[child][1] | nodes[child][2] << 32
-    except (ValueError, OverflowError, OSError, struct.error):
-        pass
-    return None
+        state = _tree(file, meta).get(STATE_KEY)
+    except (Damaged, ValueError):
+        return None
+    return None if state is None else int.from_bytes(state[:8], "little")
 
 
-def _offsets(page: bytes, lower: int) -> tuple[int, ...]:
-    """Return the offsets of the nodes in a page. lower: the end of the array of offsets."""
-    return struct.unpack_from(f"<{(lower - 16) // 2}H", page, 16)
+def find_map(path: Path, txn: Any, map_bytes: int) -> Map | None:
+    """Return LMDB's own map of the file, by an entry whose place in the file is known. None: try a newer transaction.
 
-
-if __name__ == "__main__":
-    print(json.dumps(structure_problems(Path(sys.argv[1]))))
+    txn: an open read transaction with buffers. map_bytes: the size of the map. Raises Damaged and ValueError.
+    """
+    with mapped(path) as (found, _):
+        tree = Tree(found, txn.id())
+        if tree.gone:
+            return None
+        offset = tree.offset(FORMAT_KEY)
+    if offset is None:
+        raise Damaged("it has no format")
+    return Map.around(txn.get(FORMAT_KEY), offset, map_bytes)

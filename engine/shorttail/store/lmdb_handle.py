@@ -10,21 +10,22 @@ import os
 import threading
 import time
 import weakref
-from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 import lmdb
 
-from shorttail._native.pages import Tree, Writeback
+from shorttail._native.pages import Map, Tree, Writeback
 from shorttail.errors import ResourceExhausted, ShorttailError, Unavailable
+from shorttail.store.lmdb_file import FORMAT_KEY, Damaged, find_map
 from shorttail.store.open_files import OpenFiles, Overwritten, changed_store
-from shorttail.store.opening import open_lmdb, translate_errors
+from shorttail.store.opening import damaged_store, open_lmdb, translate_errors
 
-FORMAT_KEY = b"format"
-ROOT_TRIES = 100  # two commits after a snapshot was taken, the meta page that names its root is overwritten: try again
 EARLY_PAGES = 128  # a commit with at least this many pages uses a Writeback thread, which starts disk writes early
 POLL_S = 0.005
+ROOT_TRIES = 100  # two commits after a snapshot was taken, the meta page that names its root is overwritten: try again
 REOPEN_WAIT_S = 0.1  # wait for active reads: they take milliseconds, except a scan that its caller left open
 
 Transaction = Any  # lmdb.Transaction: py-lmdb's stubs are not used
@@ -61,6 +62,8 @@ class LmdbHandle:
         self._n_reads = 0  # open read transactions
         self._reads = threading.Condition()  # guards _readers, _n_reads, and env while it is replaced
         self._broken = False  # LMDB refuses all transactions until it is reopened
+        self._map: Map | None = None  # LMDB's, once it was found
+        self._checked = False  # LMDB may follow all pages
 
     def watch(self, reader: Reader) -> None:
         """Register a reader, whose transaction is released when LMDB must be reopened."""
@@ -80,21 +83,40 @@ class LmdbHandle:
             return txn
 
     def read_tree(self) -> tuple[Transaction, Tree]:
-        """Begin a read transaction; return it and its B+tree. Raises what begin_read() raises, and Overwritten."""
+        """Begin a read transaction; return it and its B+tree, which native code reads without LMDB.
+
+        End the transaction by end_read(). Raises what begin_read() raises, Overwritten if the map does not hold this
+        store any more, and InvalidArgument for a damaged file.
+        """
         if self.files.change() != "overwritten":
             for _ in range(ROOT_TRIES):
                 txn = self.begin_read()
                 try:
-                    value = txn.get(FORMAT_KEY)
-                    tree = None if value is None else Tree(value, txn.id())
+                    tree = self._tree(txn)
                 except BaseException:
                     self.end_read(txn)
                     raise
-                if tree is not None and not tree.gone:
+                if tree is not None:
                     return txn, tree
                 self.end_read(txn)
         # So many commits do not follow each other that fast, and every store has a format.
         raise changed_store(self.path, "overwritten")
+
+    def _tree(self, txn: Transaction) -> Tree | None:
+        """Return the tree of a read transaction; None if it is gone, or not that of a store."""
+        was_sound = self._map is not None
+        with self.damage():
+            if self._map is None:
+                self._map = find_map(self.path, txn, self.env.info()["map_size"])
+            if self._map is None:
+                return None
+            try:
+                tree = Tree(self._map, txn.id())
+                return None if tree.gone or tree.get(FORMAT_KEY) is None else tree
+            except ValueError:
+                if was_sound:
+                    return None
+                raise
 
     # -- the files -------------------------------------------------------------------------------------------------
 
@@ -156,6 +178,35 @@ class LmdbHandle:
         with self._reads:
             self._n_reads -= 1
             self._reads.notify_all()
+
+    @contextmanager
+    def damage(self) -> Iterator[None]:
+        """Translate errors about damaged pages to InvalidArgument, and others as translate_errors() does."""
+        with translate_errors(self.path):
+            try:
+                yield
+            except (Damaged, ValueError) as error:
+                raise damaged_store(self.path, str(error)) from None
+
+    def check_structure(self, values: bool = False) -> None:
+        """Check all pages of LMDB's trees, unless that was done before. LMDB must not walk through them otherwise.
+
+        It reads about one page per hundred pages of tables. values: also check the header of each value, whatever was
+        done before. Raises InvalidArgument for a damaged file.
+        """
+        if (self._checked and not values) or not self.env.stat()["entries"]:
+            return
+        txn, tree = self.read_tree()
+        try:
+            with self.damage():
+                tree.check(values)
+        finally:
+            self.end_read(txn)
+        self._checked = True
+
+    def may_free(self, value: Any, key: bytes) -> bool:
+        """Return whether LMDB may free the pages of the value of a key. False: they are damaged."""
+        return self._map is None or self._map.may_free(value, len(key))  # no map: the store is being made
 
     def begin_write(self) -> Transaction:
         """Begin a write transaction. The caller holds write_lock until the transaction ends."""
@@ -224,5 +275,6 @@ class LmdbHandle:
                 for reader in readers:
                     reader.release()
                 self.env.close()
+                self._map, self._checked = None, False
                 self.env = open_lmdb(self.path, create=False)
                 self._broken = False

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import mmap
 import os
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,11 +17,13 @@ import lmdb
 from shorttail.config import LIMITS
 from shorttail.errors import InvalidArgument, NotFound, PermissionDenied, ResourceExhausted, ShorttailError
 from shorttail.store.files import check_own, open_reserved
-from shorttail.store.lmdb_file import PAGE_BYTES, structure_problems
+from shorttail.store.lmdb_file import PAGE_BYTES, opening_problems
 from shorttail.store.mapping import MAP_VARIABLE, map_full_error, plan_map
 
 LMDB_ENGINE = 0  # LMDB 0.9: the size of page images depends on its page header of 16 bytes
 _LOCK_BYTES = 128 + 64 * LIMITS.readers  # of lock.mdb: LMDB's mutexes and counters, and a cache line for each reader
+
+LOCK_MAGIC, LOCK_BYTES_PER_READER = 0xBEEFC0DE, 64  # of lock.mdb: struct MDB_txninfo, MDB_reader
 
 _OWN_FILES = {"data.mdb", "lock.mdb", "generation", "load.lock", "models"}
 _NETWORK_FILESYSTEMS = ("nfs", "cifs", "smb", "fuse.sshfs", "afs", "ceph")
@@ -68,19 +72,35 @@ def check_own_files(path: Path) -> None:
 
 
 def open_lmdb(path: Path, create: bool) -> Any:
-    """Return the open lmdb.Environment of a store. Raises InvalidArgument if the file is truncated, and lmdb.Error."""
+    """Return the open lmdb.Environment of a store. Raises InvalidArgument if the file is damaged, and lmdb.Error.
+
+    LMDB follows what the file says, wherever that leads, so all that opening reads is checked before LMDB opens it.
+    """
+    data = path / "data.mdb"
+    if data.exists() and data.stat().st_size and (problems := opening_problems(path)):
+        raise damaged_store(path, problems[0])
+    check_lock_file(path)
     env = _lmdb_environment(path, create)
-    size, needed = (path / "data.mdb").stat().st_size, (env.info()["last_pgno"] + 1) * PAGE_BYTES
-    if size >= needed:
-        env.reader_check()  # frees the reader slots of killed processes, so that their pages can be reused
-        return env
-    # A file is too short if it was truncated: touching a missing page in the map then kills the process. It is also too
-    # short if only unused pages are missing (see Environment._extend_file). structure_problems() tells which, by
-    # reading the whole file, but LMDB must not have the file open meanwhile.
-    env.close()
-    if structure_problems(path):
-        raise damaged_store(path, f"data.mdb has {size} bytes of {needed}")
-    return _lmdb_environment(path, create)
+    env.reader_check()  # frees the reader slots of killed processes, so that their pages can be reused
+    return env
+
+
+def check_lock_file(path: Path) -> None:
+    """Raise InvalidArgument if LMDB's lock file is damaged while other processes use it. Otherwise LMDB makes it anew.
+
+    Call it only while this process does not have LMDB open on the store: closing the file releases LMDB's locks.
+    """
+    with suppress(FileNotFoundError), (path / "lock.mdb").open("rb") as file:
+        wanted = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 1, 0)  # struct flock: LMDB's users share byte 0
+        kind = struct.unpack_from("h", fcntl.fcntl(file, fcntl.F_GETLK, wanted))[0]
+        if kind == fcntl.F_UNLCK:
+            return
+        magic = int.from_bytes(file.read(4), "little")
+        if magic != LOCK_MAGIC or os.fstat(file.fileno()).st_size < LIMITS.readers * LOCK_BYTES_PER_READER:
+            raise InvalidArgument(
+                f"store '{path}': lock.mdb is truncated or damaged, and other processes use it; stop all processes "
+                "that have the store open, then open it again"
+            )
 
 
 def reserve_lock_file(path: Path) -> None:

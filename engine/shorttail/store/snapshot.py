@@ -222,14 +222,15 @@ class Snapshot:
             self.release()  # its addresses lead to other content
             raise
         try:
-            sequence = environment.sequence(txn)
-            if self._txn is not None and sequence == self._sequence:
-                environment.handle.end_read(txn)
-                self.gate.generation = generation
-                return False
-            catalog_json = environment.read_catalog_json(txn)
+            with environment.handle.damage():
+                sequence = environment.sequence(tree)
+                if self._txn is not None and sequence == self._sequence:
+                    environment.handle.end_read(txn)
+                    self.gate.generation = generation
+                    return False
+                catalog_json = environment.read_catalog_json(tree)
+                changes = None if self._sequence is None else environment.changes_since(tree, self._sequence)
             catalog = self._parse(catalog_json)
-            changes = None if self._sequence is None else environment.changes_since(txn, self._sequence)
         except BaseException:
             environment.handle.end_read(txn)
             raise
