@@ -15,7 +15,7 @@ help:
 	@echo "make demo    train, load, serve and query 2013's flights out of New York, end to end"
 	@echo "make build   install the package as it is now into .venv; native code that changed is compiled"
 	@echo "make test    lint, type-check and test the installed package"
-	@echo "make soak    thousands of killed processes and HTTP requests, 100,000 random steps of a store, in about a quarter of an hour"
+	@echo "make soak    thousands of killed processes and HTTP requests, 100,000 random steps of a store, all its bits flipped (an hour or two)"
 	@echo "make lint    ruff, mypy, stubtest, and the checks of deploy/ and .github/, alone"
 	@echo "make asan    test with kernels that watch their memory and arithmetic (ASan, UBSan)"
 	@echo "make fuzz    a million damaged frames against the server, then libFuzzer against the codec (an hour and a half)"
