@@ -42,7 +42,7 @@ class Pushing(Server):
     def worker_path(self):
         """The Unix socket on which the writer accepts workers."""
         arguments = Path(f"/proc/{self.workers()[0]}/cmdline").read_text().split("\0")
-        return Path(arguments[arguments.index("--writer") + 1])
+        return Path(arguments[arguments.index("--sockets") + 1]) / "writer"
 
 
 def tiers(peer, *users):

@@ -90,15 +90,15 @@ def allow_files(settings: ServerSettings, *, http: bool) -> None:
 def connections_of(settings: ServerSettings, *, http: bool) -> tuple[int, int]:
     """Return how many connections of MessagePack-RPC and of HTTP this worker takes: fewer where files are scarce.
 
-    Each protocol gets half of the files, and what the other one does not need. Call it when the store is open: what is
-    open now, and SPARE_FILES, are left for other things.
+    HTTP gets a quarter of the files, MessagePack-RPC the others, and each what the other one does not need. Call it
+    when the store is open: what is open now, and SPARE_FILES, are left for other things.
     """
     rpc, of_http = settings.max_connections, http * (LIMITS.http_connections + LIMITS.http_reserve)
     if not _is_scarce(settings, http=http):
         return rpc, of_http
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     files = max(2, files - len(os.listdir("/proc/self/fd")) - SPARE_FILES)  # noqa: PTH208
-    of_http = min(of_http, max(files // 2, files - rpc))
+    of_http = min(of_http, max(files // 4, files - rpc, 1))
     return min(rpc, files - of_http), of_http
 
 

@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import gc
 import json
+import shutil
 import signal
 import socket
 import sys
@@ -284,10 +285,8 @@ async def serve(
     def supervisor_gone() -> None:  # nothing is ever sent on this socket: readable means closed
         loop.remove_reader(control)
         writer.stop()
-        with contextlib.suppress(OSError):  # the supervisor would have removed the socket and its folder
-            path = Path(listener.getsockname())
-            path.unlink()
-            path.parent.rmdir()
+        with contextlib.suppress(OSError):  # the supervisor would have removed the folder with all private sockets
+            shutil.rmtree(Path(listener.getsockname()).parent)
 
     loop.add_signal_handler(signal.SIGTERM, writer.stop)
     loop.add_reader(control, supervisor_gone)
