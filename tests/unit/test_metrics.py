@@ -6,14 +6,16 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from shorttail._native.metrics import BOUNDS_NS, METHODS, ROW_BOUNDS, SLOTS, STAGES, UNKNOWN, Recorder
 from shorttail.config import LIMITS
-from shorttail.observe.logs import RequestLog, format_line, trace_ids
+from shorttail.observe.logs import RequestLog, Seldom, format_line, trace_ids
 from shorttail.observe.memory import WORD, MetricsMemory
+from shorttail.server.accepting import Room
 from shorttail.server.http.exposition import exposition
 
 PREDICT = METHODS.index("predict")
@@ -228,3 +230,30 @@ def test_a_claimed_region_belongs_to_this_process(memory):
     (process,) = memory.processes()
     assert process.header["pid"] == os.getpid()
     assert process.living
+
+
+def test_lines_of_one_kind_come_seldom_and_say_how_many_there_were(monkeypatch):
+    now_s = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now_s)
+    seldom = Seldom()
+    assert seldom.count(0) == 0
+    assert seldom.count(2) == 2
+    assert [seldom.count(1), seldom.count(5), seldom.count(0)] == [0, 0, 0]
+    now_s += LIMITS.repeated_line_s
+    assert seldom.count(0) == 6
+    assert seldom.count(1) == 0
+
+
+def test_a_connection_takes_one_place_while_it_is_accepted_and_after():
+    connections: set = set()
+    room = Room(connections, 3)
+    assert [room.takes(name) for name in "abc"] == [True] * 3
+    connections |= {"a", "b"}  # they are among the connections, and their tasks have not ended
+    assert not room.takes("d")
+    room.settled("c")  # its client has gone
+    assert room.takes("e")
+    room.settled("a")
+    assert not room.takes("f")
+    connections.discard("b")
+    assert room.takes("g")
+    assert room.refused == 2

@@ -22,7 +22,7 @@ from shorttail.errors import (
     Unauthenticated,
     Unavailable,
 )
-from shorttail.observe.logs import RequestLog, trace_ids
+from shorttail.observe.logs import RequestLog, Seldom, trace_ids
 from shorttail.server.accepting import Entrance, Room, SpareFile
 from shorttail.server.errorlog import one_line
 from shorttail.server.http.batches import HTTP, PREDICT, HttpBatches
@@ -126,6 +126,7 @@ class HttpServer:
         self.access = access
         self._add_routes = add_routes
         self.batches = batches
+        self._refused = Seldom()
         self.connections = Connections(self.note_refused, connections)
         self.room = Room(self.connections.all, connections + CLOSING)
         self.bulk = bulk
@@ -261,8 +262,9 @@ class HttpServer:
         )
 
     def note_refused(self, text: str) -> None:
-        """Log that connections are refused."""
-        self.log.note("warning", text, protocol="http")
+        """Log now and then that connections are refused."""
+        if n := self._refused.count(1):
+            self.log.note("warning", text, protocol="http", connections=n)
 
     def note_garbage(self, error: str) -> None:
         """Log a request that is not HTTP."""
