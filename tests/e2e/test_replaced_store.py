@@ -194,6 +194,7 @@ def test_a_file_that_is_overwritten_in_place_is_not_read_any_more(start, tmp_pat
         until(lambda: readyz(server) == (503, f"{refused['message']}\n"), server)
         until(lambda: peer.ask(*PREDICT)[2] == refused, server)
         assert peer.ask(0, 4, "get_online_features", [["stats:tier"], {"user_id": [1, 7]}])[2] == refused
+        until(server.log.read_text, server)
     assert server.stop() == 0
     assert server.log.read_text() == f"error: {refused['message']}\n"
     assert tiers(store, [1, 7, 8]) == ["three", None, None]

@@ -169,10 +169,7 @@ class Environment:
 
     @contextmanager
     def read(self) -> Iterator[Transaction]:
-        """Yield a read transaction that ends with the `with` block. Its values are memoryviews of the map.
-
-        The first call checks the structure of the file, through which LMDB walks: see LmdbHandle.check_structure().
-        """
+        """Yield a read transaction for the `with` block; values are memoryviews. The first one checks the structure."""
         self.check_process()  # before recover(), which takes a lock that may be held for ever in a forked child
         if not self.is_writing():
             self.handle.recover()

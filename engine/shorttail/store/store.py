@@ -111,8 +111,14 @@ class Store(Snapshot):
 
     def newest_catalog(self) -> Catalog:
         """Return the catalog as of the last commit of any process. The caller must not change it."""
-        with self.environment.read() as txn:
-            return self._parse(self.environment.read_catalog_json(txn))
+        handle = self.environment.handle
+        with self.environment.read():  # reopens LMDB if its disk failed
+            txn, tree = handle.read_tree()  # raises that the file was overwritten, where LMDB would follow it
+            try:
+                with handle.damage():
+                    return self._parse(self.environment.read_catalog_json(tree))
+            finally:
+                handle.end_read(txn)
 
     # -- the catalog -----------------------------------------------------------------------------------------------
 
