@@ -149,7 +149,7 @@ def tiers(server: Server, users: list[int]) -> list[str | None]:
 
 def test_a_server_on_a_full_disk(disk: SmallDisk, tmp_path: Path) -> None:
     """Lookups go on, also in processes that start on the full disk, and so do pushes as soon as there is room."""
-    store, acknowledged = disk.folder / "store", list[int]()
+    store, acknowledged = disk.folder / "served", list[int]()
     make_store(tmp_path)
     disk.run("cp", "-r", tmp_path / "store", store)
     full = f"the disk of store '{store}' is full or failing; nothing was written"
