@@ -139,15 +139,22 @@ def test_no_connection_is_starved_under_overload(start):
     assert max(good) < 10 * min(good), (good, refused)
 
 
+def rows_of(count):
+    """Return the body of an infer request of so many rows that is small enough for the event loop."""
+    users = {"name": "user_id", "datatype": "INT64", "shape": [count], "data": [1] * count}
+    amount = {"name": "amount", "datatype": "FP32", "shape": [1], "data": [0.5]}
+    return json.dumps({"inputs": [users, amount]}, separators=(",", ":"))
+
+
 def test_http_is_under_the_same_admission(start):
-    """Of several large requests, one runs, one may wait, and the others are refused."""
+    """Of several requests of many rows, one runs, one may wait, and the others are refused."""
     server = start("--p99-budget-ms", "0.1")
-    body = json.dumps({"instances": [{"user_id": 1, "amount": 0.5}] * 3000, "parameters": {"model": "slow"}})
+    body = rows_of(3000)
 
     def ask(_=0):
         connection = http.client.HTTPConnection("127.0.0.1", http_port(server), timeout=TIMEOUT_S)
         try:
-            connection.request("POST", "/invocations", body, {"Content-Type": "application/json"})
+            connection.request("POST", "/v2/models/slow/infer", body, {"Content-Type": "application/json"})
             response = connection.getresponse()
             return response.status, response.getheader("Retry-After"), json.loads(response.read())
         finally:
@@ -160,7 +167,7 @@ def test_http_is_under_the_same_admission(start):
     assert 1 <= len(refused) < 8
     assert {(status, after) for status, after, _ in refused} == {(429, "1")}
     assert refused[0][2] == {"error": "the server is overloaded; send it again later"}
-    assert all(len(answer["predictions"]) == 3000 for status, _, answer in answers if status == 200)
+    assert all(answer["outputs"][0]["shape"][0] == 3000 for status, _, answer in answers if status == 200)
     assert ask()[0] == 200
 
 
@@ -172,9 +179,8 @@ def test_the_http_requests_in_flight_are_limited(store, tmp_path):
     def ask(model, rows):
         connection = http.client.HTTPConnection("127.0.0.1", http_port(server), timeout=TIMEOUT_S)
         try:
-            row = {"user_id": 1, "amount": 0.5}
-            body = json.dumps({"instances": [row] * rows, "parameters": {"model": model}})
-            connection.request("POST", "/invocations", body, {"Content-Type": "application/json"})
+            headers = {"Content-Type": "application/json"}
+            connection.request("POST", f"/v2/models/{model}/infer", rows_of(rows), headers)
             response = connection.getresponse()
             return response.status, json.loads(response.read())
         finally:

@@ -34,6 +34,8 @@ REPLY_BYTES = 64 << 20
 
 
 class Plan(SimpleNamespace):
+    row_values = 1
+
     def new_columns(self) -> Columns:
         return Columns(self.names, self.dtypes)
 

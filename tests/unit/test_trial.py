@@ -45,10 +45,18 @@ def pid_of_trial() -> int:
     return int(run(os.getpid))
 
 
-def processes() -> list[int]:
+_others: set[int] = set()  # children of this process that other tests have made
+
+
+def children() -> set[int]:
     """The children of this process, zombies too."""
     threads = Path("/proc/self/task").iterdir()
-    return [int(pid) for thread in threads for pid in (thread / "children").read_text().split()]
+    return {int(pid) for thread in threads for pid in (thread / "children").read_text().split()}
+
+
+def processes() -> list[int]:
+    """The children of this process that a test of this file has made, zombies too."""
+    return sorted(children() - _others)
 
 
 def is_trial(pid: int) -> bool:
@@ -73,6 +81,8 @@ def gone(pid: int) -> bool:
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:
     trial.end_idle()
+    _others.clear()
+    _others.update(children())
     yield
     trial.end_idle()
 
