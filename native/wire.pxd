@@ -192,6 +192,8 @@ cdef class Connection:
     cdef mp_out out                 # replies, until the end of this turn
     cdef mp_out partial             # the beginning of a message that has not arrived in full
     cdef mp_scan scan               # how far `partial`, or the data, has been checked
+    cdef size_t scanned             # bytes of `partial` that the scanner has seen
+    cdef bint resting               # is not read for a moment, because its message is large
     cdef WireRoute last_route       # of the last request: the next one often has the same
     cdef WireRoute route            # of the request that is being read; None: not known yet
     cdef readonly Py_ssize_t in_flight
@@ -224,6 +226,7 @@ cdef class Connection:
     cdef int keep_partial(self, const uint8_t *data, size_t size) except -1
     cdef int drop_buffer(self, mp_out *buffer) except -1
     cdef int count_peer(self) except -1
+    cdef int handle_partial(self) except -1
     cdef int drop_from_partial(self, size_t size) except -1
     cdef size_t handle_messages(self, const uint8_t *data, size_t size) except? 0
     cdef int refuse(self, str code, str reason) except -1

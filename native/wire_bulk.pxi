@@ -10,7 +10,7 @@ cdef uint32_t LOOP_REFERENCES = LIMITS.loop_references
 cdef Py_ssize_t REPLY_VALUES = LIMITS.reply_values
 cdef Py_ssize_t CALL_BYTES = LIMITS.call_bytes
 # A relayed reply is given to the transport in pieces of this size, so that no turn of the loop encrypts all of it.
-cdef Py_ssize_t PIECE_BYTES = 256 << 10
+cdef Py_ssize_t PIECE_BYTES = 128 << 10
 
 cdef mp_limits REPLY
 REPLY.frame_bytes = 16 * LIMITS.frame_bytes

@@ -34,6 +34,12 @@ cdef tuple _stranger_error(int found):
     return _scan_error(found)
 
 
+cdef size_t SLICE_BYTES = 32 << 10              # of an incomplete message, scanned at once
+cdef size_t LARGE_PARTIAL_BYTES = 128 << 10     # an incomplete message of this size is read slowly
+cdef int64_t LONG_SLICE_NS = 100_000
+cdef int REST_TURNS = 4
+
+
 cdef class Connection:
     """Connection(router, secure=False): the asyncio protocol of one peer. secure: the transport is TLS."""
 
@@ -129,7 +135,8 @@ cdef class Connection:
                 self.keep_partial(p + taken, size - taken)
         elif self.state == OPEN:
             self.keep_partial(p, size)
-            self.drop_from_partial(self.handle_messages(self.partial.data, self.partial.size))
+            if not self.resting:
+                self.handle_partial()
         self.router.reading = False
 
     def eof_received(self):
@@ -191,7 +198,7 @@ cdef class Connection:
         self.paused = False
         if self.relayed:
             self.router.loop.call_soon(self.write_relayed)
-        if not self.parked and not self.transport.is_closing():
+        if not self.parked and not self.resting and not self.transport.is_closing():
             self.transport.resume_reading()
 
     def finish(self):
@@ -212,6 +219,42 @@ cdef class Connection:
         _reserve(&self.partial, size)
         mp_put_raw(&self.partial, data, size)
         return 0
+
+    cdef int handle_partial(self) except -1:
+        """Handle the messages in `partial`. A large message is scanned in slices, and read no faster than that.
+
+        Otherwise the event loop would read one socket up to 32 times before it looks at the next, and scan for
+        milliseconds. After a slice that took long, the loop does other work for REST_TURNS times as long.
+        """
+        cdef size_t end, taken
+        cdef int64_t began_ns, took_ns
+        while self.state == OPEN:
+            began_ns = _now_ns()
+            end = min(self.partial.size, max(self.scanned, self.scan.position) + SLICE_BYTES)
+            taken = self.handle_messages(self.partial.data, end)
+            self.drop_from_partial(taken)
+            self.scanned = end - taken
+            if taken == 0 or self.partial.size == 0:
+                break
+        if self.state == OPEN and self.partial.size >= LARGE_PARTIAL_BYTES:
+            took_ns = _now_ns() - began_ns
+            self.resting = True
+            self.transport.pause_reading()
+            self.router.loop.call_later(REST_TURNS * took_ns / 1e9 if took_ns > LONG_SLICE_NS else 0.0, self.read_on)
+        return 0
+
+    def read_on(self):
+        """Go on with a large message after a rest."""
+        self.resting = False
+        if self.state == GONE:
+            return
+        if self.state == OPEN and self.scanned < self.partial.size:
+            _ensure_turn_begun(self.router)
+            self.router.reading = True
+            self.handle_partial()
+            self.router.reading = False
+        if not (self.resting or self.paused or self.parked or self.transport.is_closing()):
+            self.transport.resume_reading()
 
     cdef int drop_from_partial(self, size_t size) except -1:
         """Remove the first `size` bytes of `partial`: the messages that were handled."""
@@ -369,8 +412,9 @@ cdef class Connection:
 
     def write_relayed(self):
         """Give the next piece of a relayed reply to the transport. Nothing else is written until the reply has ended."""
-        if self.state == GONE or self.paused:
+        if self.state == GONE or self.paused or not self.relayed:
             return  # resume_writing calls again
+        began_ns = _now_ns()
         reply = self.relayed[0]
         piece = reply[:PIECE_BYTES]
         self.transport.write(piece)
@@ -381,7 +425,7 @@ cdef class Connection:
             del self.relayed[0]
             self.end_forwarded()
         if self.relayed:
-            self.router.loop.call_soon(self.write_relayed)
+            self.router.loop.call_later(REST_TURNS * (_now_ns() - began_ns) / 1e9, self.write_relayed)
         elif self.out.size:
             self.schedule_write()
         elif self.state != OPEN:

@@ -15,6 +15,8 @@ from shorttail._native.wire import BulkReply, Connection
 from shorttail.config import LIMITS
 from shorttail.errors import DeadlineExceeded, ResourceExhausted, ShorttailError, Unavailable
 
+PIECE_BYTES: Final = 128 << 10  # of a message or a reply, written at once
+REST_TURNS: Final = 4  # after a part of a reply the loop does other work for so many times as long
 REFUSED: Final = (
     "a request of this size would hold up all others, and the server was started with --no-bulk: send it in parts"
 )
@@ -60,6 +62,7 @@ class BulkCall(asyncio.Protocol):
         self._size = len(message)
         self._transport: asyncio.Transport | None = None
         self._has_ended = False
+        self._is_full = False  # what was written has not left yet
         link.bytes += self._size
         left_s = (deadline_ns - time.monotonic_ns()) / 1e9 if deadline_ns else LIMITS.start_timeout_s
         self._timer = link.loop.call_later(max(0.0, left_s), self._expire)
@@ -98,15 +101,36 @@ class BulkCall(asyncio.Protocol):
         if self._has_ended:
             self._transport.abort()
             return
-        self._transport.write(self.message)
-        self._transport.write_eof()
-        self.message = b""
+        self._transport.set_write_buffer_limits(high=PIECE_BYTES)
+        self.message = memoryview(self.message)
+        self._send_on()
+
+    def _send_on(self) -> None:
+        """Send the next piece of the message, and the others in later turns of the loop."""
+        if self._transport is None or self._has_ended or self._is_full or not len(self.message):
+            return
+        began_s = time.perf_counter()
+        self._transport.write(self.message[:PIECE_BYTES])
+        self.message = self.message[PIECE_BYTES:]
+        if len(self.message):
+            self.link.loop.call_later(REST_TURNS * (time.perf_counter() - began_s), self._send_on)
+        else:
+            self._transport.write_eof()
+
+    def pause_writing(self) -> None:
+        self._is_full = True
+
+    def resume_writing(self) -> None:
+        self._is_full = False
+        if len(self.message):
+            self.link.loop.call_soon(self._send_on)
 
     def data_received(self, data: bytes) -> None:
         if self._has_ended:
             return
         self._size += len(data)
         self.link.bytes += len(data)
+        began_s = time.perf_counter()
         try:
             whole = self.reply.feed(data)
         except ShorttailError as error:
@@ -116,6 +140,13 @@ class BulkCall(asyncio.Protocol):
             self._end()
             if self.connection is not None:
                 self.connection.relay_reply(self.reply)
+        elif self._transport is not None:  # the loop would read a socket up to 32 times before it looks at the next
+            self._transport.pause_reading()
+            self.link.loop.call_later(REST_TURNS * (time.perf_counter() - began_s), self._read_on)
+
+    def _read_on(self) -> None:
+        if self._transport is not None and not self._has_ended:
+            self._transport.resume_reading()
 
     def connection_lost(self, error: Exception | None) -> None:
         if self.connection is None and not self._has_ended:

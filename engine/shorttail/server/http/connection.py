@@ -21,7 +21,8 @@ SLICE_S: Final = 0.0002
 REST_TURNS: Final = 4
 SLICE_BYTES: Final = 2 << 10
 SLICE_BYTES_MIN: Final = 512
-SLICE_BYTES_MAX: Final = 256 << 10
+SLICE_BYTES_MAX: Final = 64 << 10
+LARGE_BYTES: Final = 64 << 10
 # What a reply says about bytes that are not HTTP. The parser's own text also quotes them, and they may hold a token.
 QUOTE_MARKS: Final = (": b'", ': b"', ": bytearray(", ":\n")
 
@@ -47,7 +48,16 @@ class HttpConnection(web.RequestHandler):  # type: ignore[misc,unused-ignore]
     probes and metrics.
     """
 
-    __slots__ = ("_first_request_timer", "_has_asked", "_held", "_owner", "_slice_bytes", "address", "in_reserve")
+    __slots__ = (
+        "_first_request_timer",
+        "_has_asked",
+        "_held",
+        "_owner",
+        "_rests",
+        "_slice_bytes",
+        "address",
+        "in_reserve",
+    )
 
     def __init__(self, owner: ConnectionOwner, manager: web.Server, loop: asyncio.AbstractEventLoop):
         super().__init__(
@@ -62,6 +72,7 @@ class HttpConnection(web.RequestHandler):  # type: ignore[misc,unused-ignore]
         self._first_request_timer: asyncio.TimerHandle | None = None
         self._has_asked = False  # a request has arrived
         self._held = b""  # bytes that have arrived and are not parsed
+        self._rests = False  # is not read for a moment
         self._slice_bytes = SLICE_BYTES
         self.address = ""
         self.in_reserve = False
@@ -84,7 +95,9 @@ class HttpConnection(web.RequestHandler):  # type: ignore[misc,unused-ignore]
 
     def data_received(self, data: bytes) -> None:
         self._owner.received_bytes += len(data)
-        if self._held:  # more may arrive although reading is paused
+        if not data:
+            super().data_received(data)  # aiohttp itself goes on with what it has
+        elif self._rests or self._held:  # more may arrive although reading is paused
             self._held += data
         elif len(data) <= SLICE_BYTES_MIN:
             super().data_received(data)
@@ -95,22 +108,40 @@ class HttpConnection(web.RequestHandler):  # type: ignore[misc,unused-ignore]
     def _parse_slice(self) -> None:
         """Parse a part of what has arrived, and the rest in later turns of the loop."""
         data = self._held
-        if not data or self.transport is None:
-            return
+        part, self._held = data[: self._slice_bytes], data[self._slice_bytes :]
         start_s = time.perf_counter()
-        super().data_received(data[: self._slice_bytes])
+        super().data_received(part)
         took_s = time.perf_counter() - start_s
-        self._held = data[self._slice_bytes :]
         if took_s > SLICE_S:
             self._slice_bytes = max(SLICE_BYTES_MIN, self._slice_bytes // 2)
         elif took_s < SLICE_S / 4:
             self._slice_bytes = min(SLICE_BYTES_MAX, self._slice_bytes * 2)
-        if self._held:
+        # Also if all is parsed: the loop would read a socket up to 32 times before it looks at the next.
+        if (self._held or len(data) >= LARGE_BYTES) and self.transport is not None:
+            self._rests = True
             self.transport.pause_reading()
             rest_s = REST_TURNS * took_s if took_s > SLICE_S else 0.0
-            asyncio.get_running_loop().call_later(rest_s, self._parse_slice)
-        elif not self._reading_paused:
-            self.transport.resume_reading()
+            asyncio.get_running_loop().call_later(rest_s, self._go_on)
+
+    def _go_on(self) -> None:
+        """After a rest, parse the next slice or read on, unless aiohttp wants no more for now."""
+        self._rests = False
+        if self._reading_paused or self._buffer_paused or self.transport is None:
+            return
+        if self._held:
+            self._parse_slice()
+        if not (self._rests or self._reading_paused or self._buffer_paused):
+            super()._resume_transport_reading()
+
+    def _resume_transport_reading(self) -> None:
+        """Called by aiohttp when it wants more: first what has arrived already."""
+        if self._rests:
+            return
+        if self._held:
+            self._rests = True
+            asyncio.get_running_loop().call_soon(self._go_on)
+        else:
+            super()._resume_transport_reading()
 
     def begin_request(self) -> None:
         """Note that a request has arrived, which ends the wait for the first one."""
