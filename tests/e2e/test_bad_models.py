@@ -87,7 +87,7 @@ def test_a_file_that_does_not_load_takes_no_other_model_down(tmp_path, start, da
     with st.Engine.open(store) as engine:
         engine.deploy("bad", other(tmp_path))
     until(lambda: get(server, "/v2/models/bad/ready")[0] == 200, server)
-    assert get(server, "/readyz") == (200, "ok\n")
+    until(lambda: get(server, "/readyz") == (200, "ok\n"), server)
     assert server.stop() == 0
 
 
@@ -242,7 +242,7 @@ def test_the_previous_version_serves_where_the_new_one_does_not_load(tmp_path, s
     until(lambda: "version 1 serves" in server.log.read_text(), server)
     assert get(server, "/v2/models/bad/versions/2/ready")[0] == 503
     assert get(server, "/v2/models/bad/ready")[0] == 200
-    assert get(server, "/readyz") == (200, "ok\n")
+    until(lambda: get(server, "/readyz") == (200, "ok\n"), server)
     with server.connect() as peer:
         assert peer.ask(0, 1, "predict", ["bad", {"a": 0.0}]) == ANSWERED
     assert server.stop() == 0

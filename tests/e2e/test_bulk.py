@@ -292,6 +292,7 @@ def test_a_bulk_worker_that_dies_fails_its_requests_and_no_others(store, start):
         for caller in callers:
             caller.start()
         assert peer.ask(*PREDICT) == PREDICTED
+        until(lambda: large_in_flight(one) == 2, one)
         os.kill(bulk, signal.SIGKILL)
         for caller in callers:
             caller.join()
@@ -302,6 +303,11 @@ def test_a_bulk_worker_that_dies_fails_its_requests_and_no_others(store, start):
             answer = patient.predict("wide", columns_of(9000))
         np.testing.assert_array_equal(answer.outputs["double"], doubled(9000))
     assert "bulk worker (pid" in one.log.read_text()
+
+
+def large_in_flight(server):
+    lines = ask(server, "GET", "/metrics")[1].decode().splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith("shorttail_large_requests_in_flight{"))
 
 
 def test_a_reload_replaces_the_bulk_worker(store, start):

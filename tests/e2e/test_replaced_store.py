@@ -146,6 +146,7 @@ def test_a_server_whose_store_comes_back_takes_writes_again(start, tmp_path):
         (tmp_path / "moved").rename(store)
         until(lambda: peer.ask(0, 3, "push", ["stats", row(8)])[2] is None, server)
         until(lambda: readyz(server) == (200, "ok\n"), server)
+        until(lambda: "takes writes" in server.log.read_text(), server)
     assert server.stop() == 0
     assert server.log.read_text() == (
         f"error: {message(store, 'deleted')}\nstore '{store}' is at its place again, and takes writes\n"
