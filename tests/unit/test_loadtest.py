@@ -93,7 +93,9 @@ def test_lost_connections_are_counted_and_opened_again() -> None:
 @pytest.mark.parametrize("unix", [False, True])
 def test_closed_loop_and_threads(tmp_path: Path, unix: bool) -> None:
     with rpc_server(path=str(tmp_path / "s") if unix else None) as fake:
-        step = load_on(fake.address, with_load(closed=True, pipeline=3, connections=5, threads=2, duration_s=2.0), rate=None)
+        step = load_on(
+            fake.address, with_load(closed=True, pipeline=3, connections=5, threads=2, duration_s=2.0), rate=None
+        )
         assert fake.n_connections == 5 + 1  # one to see whether somebody is there
     assert step.due == step.outcomes["good"] > 0
     assert step.lag.total == 0
