@@ -16,7 +16,7 @@ import msgpack
 import numpy as np
 import onnx
 import pytest
-from http_asking import Asking, ask, ask_json, http_port
+from http_asking import Asking, ask, ask_json
 from onnx import TensorProto, helper
 from serving import FEATURED, FEATURES, PREDICT, PREDICTED, Peer, Server, alive, environment_with, make_store, until
 
@@ -462,15 +462,16 @@ def test_a_length_above_the_limit_is_refused_at_once(server, length):
 
 
 def test_a_small_body_that_inflates_without_end_is_refused(server):
-    for encoding, bomb in (
-        ("gzip", gzip.compress(bytes(64 << 20))),
-        ("deflate", zlib.compress(bytes(64 << 20))),
-        ("gzip", gzip.compress(b" ") * 200_000),
-    ):
-        status, answer = ask(server, "POST", INFER, bomb, Content_Encoding=encoding)
-        assert status in (400, 413), answer
     (worker,) = server.workers()
-    assert peak_bytes(worker) < 400 << 20
+    before = peak_bytes(worker)
+    for encoding, bomb, status in (
+        ("gzip", gzip.compress(bytes(64 << 20)), 413),
+        ("deflate", zlib.compress(bytes(64 << 20)), 413),
+        ("gzip", gzip.compress(b" ") * 200_000, 400),
+    ):
+        found, answer = ask(server, "POST", INFER, bomb, Content_Encoding=encoding)
+        assert found == status, answer
+    assert peak_bytes(worker) - before < 32 << 20
 
 
 def peak_bytes(pid):
@@ -549,85 +550,7 @@ def test_only_the_user_of_the_server_reaches_the_sockets_of_the_bulk_worker(serv
     assert folder.stat().st_mode & 0o077 == 0
 
 
-def test_connections_that_were_idle_make_room_for_new_ones(store, tmp_path):
-    (tmp_path / "limits").mkdir()
-    env = environment_with(tmp_path / "limits", http_connections=6, http_reserve=2)
-    one = Server(store, log=tmp_path / "log", env=env)
-    try:
-        with contextlib.ExitStack() as stack:
-            idle = []
-            for _ in range(30):
-                idle.append(Asking(one, stack))
-                assert idle[-1].probe() == 200
-            assert ask_json(one, "GET", "/v2")[0] == 200
-            assert sum(is_open(peer.peer) for peer in idle) <= 8
-        assert one.stop() == 0
-    finally:
-        one.kill()
-
-
-def test_probes_and_metrics_are_answered_when_all_connections_are_busy(store, tmp_path):
-    (tmp_path / "limits").mkdir()
-    env = environment_with(tmp_path / "limits", http_connections=6, http_reserve=2)
-    one = Server(store, log=tmp_path / "log", env=env)
-    try:
-        with contextlib.ExitStack() as stack:
-            for _ in range(6):
-                peer = Asking(one, stack)
-                peer.begin(100, "Expect: 100-continue")
-                assert peer.answer() == (100, b"")
-            for path in ("/livez", "/readyz", "/metrics"):
-                assert ask(one, "GET", path)[0] == 200
-            status, answer = ask_json(one, "GET", "/v2")
-            assert (status, answer) == (503, {"error": "too many HTTP connections are open; connect again later"})
-            metrics = ask(one, "GET", "/metrics")[1].decode()
-        assert 'shorttail_connections_refused_total{protocol="http"}' in metrics
-        assert one.stop() == 0
-    finally:
-        one.kill()
-
-
-def is_open(peer):
-    peer.setblocking(False)
-    try:
-        return peer.recv(1) != b""
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-
-
-GARBAGE = [
-    b"GET / HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer SECRET\r\nAuthorization Bearer SECRET\r\n\r\n",
-    b"GET / HTTP/1.1\r\nAuthorization : Bearer SECRET\r\n\r\n",
-    b"POST /invocations HTTP/1.1\r\nAuthorization: Bearer SECRET\r\nTransfer-Encoding: chunked\r\n\r\nSECRET\r\n",
-    b"GET /SECRET SECRET HTTP/1.1\r\n\r\n",
-    b"SECRET / HTTP/1.1\r\n\r\n",
-    b"\x16\x03\x01SECRET\r\n\r\n",
-    b"GET /" + b"SECRET" * 2000 + b" HTTP/1.1\r\n\r\n",
-    b"GET / HTTP/1.1\r\nX: " + b"SECRET" * 2000 + b"\r\n\r\n",
-    b"GET / HTTP/SECRET\r\n\r\n",
-]
-
-
-@pytest.mark.parametrize("form", ["text", "json"])
-def test_garbage_fills_no_log_and_shows_no_secret(store, start, form):
-    one = start("--log-failed", "--log", form, of=store)
-    for _ in range(100):
-        for garbage in GARBAGE:
-            with socket.create_connection(("127.0.0.1", http_port(one))) as peer, contextlib.suppress(ConnectionError):
-                peer.sendall(garbage)
-                answer = peer.recv(4096)
-                assert answer.startswith(b"HTTP/1."), answer
-                assert answer.split()[1] == b"400", answer
-                assert b"SECRET" not in answer
-    one.stop()
-    log = one.log.read_text()
-    assert "SECRET" not in log
-    assert 0 < log.count("\n") < 100 * len(GARBAGE)
-
-
-def test_a_reader_that_stops_reading_is_cut_and_memory_returns(store, start):
+def test_a_reader_that_stops_reading_is_cut(store, start):
     one = start("--write-deadline-s", "1", of=store)
     (worker,) = one.workers()
     with Peer(one.address) as peer:

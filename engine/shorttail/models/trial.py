@@ -133,7 +133,10 @@ class TrialProcess:
         self.let_go()
 
     def let_go(self) -> None:
-        """Close the file descriptors; a forked child closes its copies so. The process ends if they were the last."""
+        """Close the file descriptors of the process, which ends when its last copies are closed.
+
+        A forked child calls this to close its own copies.
+        """
         if self.lifeline >= 0:
             self.connection.close()
             os.close(self.lifeline)

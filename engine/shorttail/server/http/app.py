@@ -9,7 +9,7 @@ import ssl
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final
 
 from aiohttp import web
 
@@ -35,8 +35,6 @@ from shorttail.server.http.parsed import TooLarge
 if TYPE_CHECKING:
     from shorttail.engine import Engine
     from shorttail.observe.memory import MetricsMemory
-
-Parsed = TypeVar("Parsed")
 
 CLOSING: Final = 8  # connections that are closed for their number and have not ended yet
 OTHER: Final = METHODS.index("other")

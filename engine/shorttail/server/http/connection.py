@@ -200,7 +200,7 @@ def unquoted(message: str) -> str:
 
 
 class Connections:
-    """The connections of a worker. Iterate over it, or take its length.
+    """The connections of a worker.
 
     most: how many there may be, with a reserve of LIMITS.http_reserve, or of a quarter if they are few. When the others
     are taken, a new connection takes the place of one that is idle: the one that is idle for longest, of the address
