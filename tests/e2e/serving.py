@@ -211,7 +211,7 @@ def until(condition, server):
 
 def replaced(server, pid, n):
     """Wait until another worker has replaced `pid` and there are n workers."""
-    until(lambda: len(server.workers()) == n and pid not in server.workers(), server)
+    until(lambda: len(found := server.workers()) == n and pid not in found, server)
 
 
 @contextlib.contextmanager
@@ -250,6 +250,14 @@ def alive(pid):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def pending(pid):
+    """Return the signals that wait for a process, because it is stopped. An ended process has none."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        [mask] = re.findall(r"ShdPnd:\s+(\w+)", Path(f"/proc/{pid}/status").read_text())
+        return {number for number in signal.valid_signals() if int(mask, 16) >> (number - 1) & 1}
+    return set()
 
 
 def children_of(pid):

@@ -14,7 +14,7 @@ import msgpack
 import numpy as np
 import pytest
 from http_asking import http_port
-from serving import until
+from serving import replaced, until
 
 import shorttail as st
 
@@ -150,7 +150,7 @@ def test_a_model_in_whose_runs_two_workers_died_is_not_run_any_more(failing, sta
         [pid] = server.workers()
         [answer] = ask_all(server, [("divide", {"a": SMALLEST, "b": 99})])
         assert isinstance(answer, st.ShorttailError)
-        until(lambda pid=pid: server.workers() and pid not in server.workers(), server)
+        replaced(server, pid, 1)
     until(lambda: "not run any more" in server.log.read_text(), server)
     refused, answered = ask_all(server, [("divide", {"a": 4, "b": 102}), ("gather", {"item": 4})])
     assert outcome(refused) == "UNAVAILABLE"
@@ -173,7 +173,7 @@ def test_a_model_is_not_blamed_for_workers_that_somebody_killed(failing, start):
             peer.send(msgpack.packb([0, 1, "predict", ["endless", {"x": 2e6}]]))
             time.sleep(0.28)  # in its run, in a thread
             os.kill(pid, signal.SIGKILL)
-        until(lambda pid=pid: server.workers() and pid not in server.workers(), server)
+        replaced(server, pid, 1)
     until(lambda: outcome(ask_all(server, [("endless", {"x": 2.0})])[0]) == [2.0], server)
     assert "not run any more" not in server.log.read_text()
 

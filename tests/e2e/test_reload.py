@@ -14,7 +14,7 @@ from pathlib import Path
 
 import msgpack
 import pytest
-from serving import PREDICT, PREDICTED, TIMEOUT_S, Peer, Server, hang_up, until
+from serving import PREDICT, PREDICTED, TIMEOUT_S, Peer, Server, alive, hang_up, pending, replaced, stopped, until
 
 import shorttail as st
 
@@ -105,10 +105,28 @@ def test_a_worker_that_is_killed_after_a_reload_is_started_again(start):
     hang_up(server)
     [worker] = server.workers()
     os.kill(worker, signal.SIGKILL)
-    until(lambda: server.workers() and server.workers() != [worker], server)
+    replaced(server, worker, 1)
     with server.connect() as peer:
         assert peer.ask(*PREDICT) == PREDICTED
     assert server.stop() == 0
+
+
+def test_a_stop_while_a_worker_serves_and_waits_for_the_writer(start):
+    """It is not ready yet for the supervisor, and has a request in flight."""
+    server = start()
+    [worker], [writer] = server.workers(), server.children("writer")
+    with stopped(writer):
+        os.kill(worker, signal.SIGKILL)
+        replaced(server, worker, 1)
+        [worker] = server.workers()
+        with server.connect() as peer:
+            assert peer.ask(*PREDICT) == PREDICTED
+            with stopped(worker):
+                peer.send(msgpack.packb(PREDICT))
+                server.process.send_signal(signal.SIGTERM)
+                until(lambda: signal.SIGTERM in pending(worker) or not alive(worker), server)
+            assert peer.reply() == PREDICTED
+    assert server.wait() == 0
 
 
 def test_a_stop_during_a_reload_ends_all_processes(start):

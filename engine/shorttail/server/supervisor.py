@@ -437,12 +437,13 @@ class Supervisor:
         return 0 if clean else 1
 
     def _end(self, children: Iterable[Child], deadline_s: float) -> bool:
-        """Send SIGTERM to children that do not retire already. True if all of them ended well and in time."""
+        """Send SIGTERM to children that do not retire already. True if all of them ended well and in time.
+
+        A child that is loading has no handler for SIGTERM and ends at once, which is well: it has nothing in flight.
+        """
         waiting, clean = set(children), True
         for child in waiting:
-            if child.said is None:
-                child.process.kill()  # it is not ready, so it has nothing in flight, and loading may take long
-            elif not child.retires:
+            if not child.retires:
                 child.process.send_signal(signal.SIGTERM)
         while waiting:
             events = self.selector.select(max(0.0, deadline_s - time.monotonic()))
@@ -460,7 +461,7 @@ class Supervisor:
                     child.share.hear(self.acceptor.give)
                 elif not child.hear():
                     waiting.discard(child)
-                    clean &= self._bury(child) == 0 or child.said is None
+                    clean &= self._bury(child) in (0, -signal.SIGTERM) or child.said is None
             self.systemd.beat()
         return clean
 
