@@ -56,7 +56,7 @@ cdef class WireRoute(Route):
     cdef readonly bint stale        # the catalog changed: the next request must find its plan again
     cdef bytes key                  # how requests name the route: a model name, or an encoded array of references
     cdef bint features              # get_online_features, not predict
-    cdef Py_ssize_t row_values      # Plan.row_values
+    cdef Py_ssize_t row_values, row_work    # of the Plan
     cdef int64_t asked_version      # the version in the request; -1: the current version
     cdef int64_t version
     cdef WireRoute canary           # answers the requests that `split` takes; None: no canary
@@ -161,6 +161,7 @@ cdef class Router:
     cdef list traced                # errors with a traceparent: (method, model, code, msgid, message, traceparent)
     cdef list sweeping              # connections that the current sweep has not checked yet
     cdef int64_t swept_s            # when the current sweep began
+    cdef bint dropping              # `drop_on` will be called
     # Admission: wire_limits.pxi.
     cdef public double target_ns, burst_ns  # budget of a turn, in ns of work: under overload, and otherwise
     cdef readonly double budget_cut_ns  # the budget of this turn is burst_ns - budget_cut_ns
@@ -224,7 +225,6 @@ cdef class Connection:
     cdef TakenMessage taken         # the buffer that was `partial`, while the messages in it are handled
     cdef list relayed               # replies of the bulk worker, less what was written of them
     cdef int keep_partial(self, const uint8_t *data, size_t size) except -1
-    cdef int drop_buffer(self, mp_out *buffer) except -1
     cdef int count_peer(self) except -1
     cdef int handle_partial(self) except -1
     cdef int drop_from_partial(self, size_t size) except -1

@@ -57,6 +57,8 @@ cdef Py_ssize_t FEATURE_LIST_BYTES = LIMITS.feature_list_bytes
 cdef Py_ssize_t PUSHES_PER_CONNECTION = LIMITS.pushes_per_connection
 cdef Py_ssize_t SPARE_BUFFER_BYTES = 1 << 20  # a buffer that grew above this is freed instead of reused
 
+cdef double DROP_REST_S = 0.0005
+
 cdef mp_limits MESSAGE
 MESSAGE.frame_bytes = LIMITS.frame_bytes
 MESSAGE.nesting_depth = LIMITS.nesting_depth
@@ -216,6 +218,14 @@ cdef class Router:
             self.swept_s = now_s
         for n in range(min(SWEEP_CONNECTIONS, len(self.sweeping))):
             _check_timeouts(self.sweeping.pop(), now_s, self)
+        if not self.dropping:
+            self.drop_on()
+
+    def drop_on(self):
+        """Give back a part of the memory of large messages, and what is left in later turns of the loop."""
+        self.dropping = mapped_drop_on()
+        if self.dropping:
+            self.loop.call_later(DROP_REST_S, self.drop_on)
 
     def forget_plans(self):
         """Forget all routes, because the catalog changed. Batches that wait still run by the plans they were read for.

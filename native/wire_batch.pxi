@@ -9,6 +9,7 @@ cdef class WireRoute:
         self.features = plan.kind == "features"
         self.version = plan.version
         self.row_values = plan.row_values
+        self.row_work = plan.row_work
         self.view_pieces = [msgpack.packb(name) for name in plan.view_names]
         self.defaults = bytes(plan.has_default)
         _init_cost(self)

@@ -54,7 +54,7 @@ cdef object _rest_of(Connection connection, const uint8_t *begin):
 
 cdef class TakenMessage:
     def __dealloc__(self):
-        free(self.buffer.data)
+        mapped_drop(&self.buffer)
 
     def __getbuffer__(self, Py_buffer *view, int flags):
         PyBuffer_FillInfo(view, self, self.buffer.data, self.size, True, flags)
@@ -67,7 +67,7 @@ cdef class BulkReply:
         mp_scan_reset(&self.scan)
 
     def __dealloc__(self):
-        free(self.buffer.data)
+        mapped_drop(&self.buffer)
 
     def __len__(self):
         return self.buffer.size
@@ -78,7 +78,7 @@ cdef class BulkReply:
     def feed(self, bytes data not None):
         """Append received bytes. Returns whether the reply is whole. Raises Internal for what is not one reply."""
         cdef int found
-        _reserve(&self.buffer, PyBytes_GET_SIZE(data))
+        _reserve_mapped(&self.buffer, PyBytes_GET_SIZE(data))
         mp_put_raw(&self.buffer, PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
         if self.whole:
             raise Internal("the bulk worker sent more than one reply")

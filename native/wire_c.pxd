@@ -1,4 +1,4 @@
-# Cython declarations of msgpack.h, tensor.h and utf8.h.
+# Cython declarations of msgpack.h, tensor.h, utf8.h and mapped.h.
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
@@ -79,3 +79,9 @@ cdef extern from "tensor.h" nogil:
 
 cdef extern from "utf8.h" nogil:
     bint is_utf8(const uint8_t *s, size_t n)
+
+
+cdef extern from "mapped.h" nogil:
+    int mapped_reserve(mp_out *b, size_t bytes)
+    void mapped_drop(mp_out *b)
+    bint mapped_drop_on()

@@ -52,7 +52,7 @@ cdef class Connection:
     def __dealloc__(self):
         free(self.out.data)
         if self.taken is None:
-            free(self.partial.data)
+            mapped_drop(&self.partial)
 
     # -- called by asyncio and by the server -------------------------------------------------------------------
 
@@ -74,8 +74,10 @@ cdef class Connection:
         self.state = GONE
         self.transport = None
         # Free the buffers now: requests that still run may hold references to the connection for a while.
-        self.drop_buffer(&self.out)
-        self.drop_buffer(&self.partial)
+        free(self.out.data)
+        memset(&self.out, 0, sizeof(mp_out))
+        if self.taken is None:
+            mapped_drop(&self.partial)
         while self.relayed:
             self.relayed.pop()
             self.end_forwarded()
@@ -84,12 +86,6 @@ cdef class Connection:
             self.router.peers[self.peer] -= 1
             if self.router.peers[self.peer] == 0:
                 del self.router.peers[self.peer]
-
-    cdef int drop_buffer(self, mp_out *buffer) except -1:
-        """Free a buffer and leave it empty."""
-        free(buffer.data)
-        memset(buffer, 0, sizeof(mp_out))
-        return 0
 
     cdef int count_peer(self) except -1:
         """Count this connection by its address, and refuse it if there are too many, in all or from that address."""
@@ -135,8 +131,8 @@ cdef class Connection:
                 self.keep_partial(p + taken, size - taken)
         elif self.state == OPEN:
             self.keep_partial(p, size)
-            if not self.resting:
-                self.handle_partial()
+        if self.scanned < self.partial.size and not self.resting and self.state == OPEN:
+            self.handle_partial()
         self.router.reading = False
 
     def eof_received(self):
@@ -216,7 +212,7 @@ cdef class Connection:
 
     cdef int keep_partial(self, const uint8_t *data, size_t size) except -1:
         """Append received bytes to `partial`: memory grows with what arrives, never with what a header declares."""
-        _reserve(&self.partial, size)
+        _reserve_mapped(&self.partial, size)
         mp_put_raw(&self.partial, data, size)
         return 0
 
@@ -226,18 +222,14 @@ cdef class Connection:
         Otherwise the event loop would read one socket up to 32 times before it looks at the next, and scan for
         milliseconds. After a slice that took long, the loop does other work for REST_TURNS times as long.
         """
-        cdef size_t end, taken
-        cdef int64_t began_ns, took_ns
+        cdef int64_t began_ns = _now_ns()
+        cdef int64_t took_ns = 0
         while self.state == OPEN:
-            began_ns = _now_ns()
-            end = min(self.partial.size, max(self.scanned, self.scan.position) + SLICE_BYTES)
-            taken = self.handle_messages(self.partial.data, end)
-            self.drop_from_partial(taken)
-            self.scanned = end - taken
-            if taken == 0 or self.partial.size == 0:
-                break
-        if self.state == OPEN and self.partial.size >= LARGE_PARTIAL_BYTES:
+            self.drop_from_partial(self.handle_messages(self.partial.data, self.partial.size))
             took_ns = _now_ns() - began_ns
+            if self.scanned == self.partial.size or took_ns > LONG_SLICE_NS:
+                break
+        if self.state == OPEN and (self.partial.size >= LARGE_PARTIAL_BYTES or self.scanned < self.partial.size):
             self.resting = True
             self.transport.pause_reading()
             self.router.loop.call_later(REST_TURNS * took_ns / 1e9 if took_ns > LONG_SLICE_NS else 0.0, self.read_on)
@@ -266,8 +258,7 @@ cdef class Connection:
         if self.partial.size:
             memmove(self.partial.data, self.partial.data + size, self.partial.size)
         elif self.partial.capacity > <size_t>SPARE_BUFFER_BYTES:
-            free(self.partial.data)
-            memset(&self.partial, 0, sizeof(mp_out))
+            mapped_drop(&self.partial)
         return 0
 
     cdef int leave_partial(self, size_t size) except -1:
@@ -281,14 +272,20 @@ cdef class Connection:
         return 0
 
     cdef size_t handle_messages(self, const uint8_t *data, size_t size) except? 0:
-        """Handle the complete messages at the start of `data` and return their bytes. No byte is scanned twice."""
+        """Handle the complete messages at the start of `data` and return their bytes. No byte is scanned twice.
+
+        The last message is scanned no further than SLICE_BYTES, to which `scanned` is set; call it again then.
+        """
         cdef size_t start = 0
-        cdef size_t length
+        cdef size_t length, end
         cdef int found
         while start < size and self.state == OPEN:
-            found = mp_scan_on(&self.scan, data + start, size - start, &MESSAGE if self.access else &STRANGER)
+            end = min(size - start, max(self.scanned, self.scan.position) + SLICE_BYTES)
+            found = mp_scan_on(&self.scan, data + start, end, &MESSAGE if self.access else &STRANGER)
             if found == MP_MORE:
+                self.scanned = end
                 return start
+            self.scanned = 0
             if found != MP_WHOLE:
                 code, reason = _scan_error(found) if self.access else _stranger_error(found)
                 self.refuse(code, reason)

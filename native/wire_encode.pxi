@@ -9,6 +9,13 @@ cdef int _reserve(mp_out *out, size_t bytes) except -1:
     return 0
 
 
+cdef int _reserve_mapped(mp_out *out, size_t bytes) except -1:
+    """Make room for `bytes` more bytes in a buffer that mapped_drop empties."""
+    if mapped_reserve(out, bytes) < 0:
+        raise MemoryError
+    return 0
+
+
 cdef int _put_bytes(mp_out *out, bytes piece) except -1:
     _reserve(out, len(piece))
     mp_put_raw(out, <const char *>piece, len(piece))

@@ -166,7 +166,7 @@ cdef int _enqueue(Connection connection, WireRoute route, const uint8_t *columns
         batch.columns.drop_last(rows)
         raise ResourceExhausted(f"{rows} rows of {route.row_values} values; at most {REPLY_VALUES} values are answered "
                                 f"at once: send it in parts")
-    if rows * route.row_values > LOOP_VALUES and connection.router.bulk is not None:
+    if rows * route.row_work > LOOP_VALUES and connection.router.bulk is not None:
         batch.columns.drop_last(rows)
         return _forward_bulk(connection, msgid, options)
     if route.canary is not None and rows and route.split.takes(batch.columns, batch.columns.n_rows - rows):

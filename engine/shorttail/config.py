@@ -35,7 +35,7 @@ class Limits:
     loop_elements: int = 131_072  # array items and map pairs of a MessagePack request
     loop_uncommon_values: int = 4096  # values that Python has to convert
     loop_references: int = 512  # features of a list that has no plan yet
-    loop_values: int = 262_144  # rows times the values of a row that are looked up, copied and computed
+    loop_values: int = 262_144  # rows times Plan.row_work: numbers that are looked up, copied and computed
     loop_text_bytes: int = 32 << 10  # of JSON
     loop_csv_bytes: int = 2 << 10  # of CSV
     loop_reply_values: int = 65_536  # of an answer in JSON or CSV

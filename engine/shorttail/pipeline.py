@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from shorttail.store import Store
 
 STATUS = np.dtype(np.uint8)
+TEXT_WORK: Final = 64
 NO_STATUSES = np.empty((0, 0), STATUS)
 
 
@@ -64,8 +65,17 @@ class Plan:
     @property
     def row_values(self) -> int:
         """Values of a row in the buffers, or in the answer if it has more: features may be asked for repeatedly."""
-        widths = [width or 1 for _, width in self.buffers]
-        asked = sum(widths[buffer] if column is None else 1 for buffer, column in self.feature_places)
+        return self._of_row(1)
+
+    @property
+    def row_work(self) -> int:
+        """What a row costs to look up, compute and answer: as row_values, but a text counts for TEXT_WORK numbers."""
+        return self._of_row(TEXT_WORK)
+
+    def _of_row(self, text: int) -> int:
+        values = [text if dtype.kind == "O" else 1 for dtype, _ in self.buffers]
+        widths = [value * (width or 1) for value, (_, width) in zip(values, self.buffers, strict=True)]
+        asked = sum((widths if column is None else values)[buffer] for buffer, column in self.feature_places)
         return max(sum(widths), asked)
 
     def new_columns(self) -> Columns:

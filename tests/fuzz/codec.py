@@ -34,7 +34,7 @@ REPLY_BYTES = 64 << 20
 
 
 class Plan(SimpleNamespace):
-    row_values = 1
+    row_values = row_work = 1
 
     def new_columns(self) -> Columns:
         return Columns(self.names, self.dtypes)

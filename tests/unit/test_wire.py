@@ -19,7 +19,7 @@ from shorttail.server.batcher import Batcher
 
 
 class FakePlan(SimpleNamespace):
-    row_values = 1
+    row_values = row_work = 1
 
     def new_columns(self):
         return Columns(self.names, self.dtypes)

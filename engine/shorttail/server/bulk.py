@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import dataclasses
-import gc
 import os
 import selectors
 import socket
@@ -25,6 +23,7 @@ from typing import TYPE_CHECKING, Final
 
 from shorttail.config import LIMITS
 from shorttail.server.settings import ServerSettings
+from shorttail.server.spare_memory import SpareMemory
 
 if TYPE_CHECKING:
     from shorttail._native.wire import Router
@@ -32,8 +31,7 @@ if TYPE_CHECKING:
 
 BULK: Final = -1  # the bulk worker's number; workers count from 1
 WANTED: Final = "bulk"  # the selector's data for its sockets
-NICE: Final = 19
-REST_S: Final = 1.0  # after this time without a request, memory is given back
+NICE: Final = 10
 P99_BUDGET_MS: Final = 2000.0  # of large requests
 
 
@@ -51,16 +49,9 @@ def settings_of(settings: ServerSettings) -> ServerSettings:
 
 
 def lower_priority() -> None:
-    """Let the other workers go first on a busy machine."""
+    """Let the other workers go first. On a busy machine a tenth of a CPU is left for large requests."""
     with contextlib.suppress(OSError):
         os.nice(NICE)
-
-
-def give_back_memory() -> None:
-    """Return free memory to the system, also from the middle of the heap."""
-    gc.collect()
-    with contextlib.suppress(AttributeError):  # another libc
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 class Idle:
@@ -69,15 +60,16 @@ class Idle:
     def __init__(self, stop: asyncio.Event):
         self.stop = stop
         self._busy_s = time.monotonic()
-        self._has_worked = False  # since memory was given back
+        self._memory = SpareMemory(1)
 
     def look(self, router: Router, http: HttpServer | None) -> None:
         now_s = time.monotonic()
+        worked_bytes = router.received_bytes + router.sent_bytes
+        if http is not None:
+            worked_bytes += http.received_bytes + http.sent_bytes
+        self._memory.look(worked_bytes)
         if router.connections or (http is not None and http.in_flight):
-            self._busy_s, self._has_worked = now_s, True
-        elif self._has_worked and now_s - self._busy_s > REST_S:
-            self._has_worked = False
-            give_back_memory()
+            self._busy_s = now_s
         elif now_s - self._busy_s > LIMITS.bulk_idle_s:
             self.stop.set()
 

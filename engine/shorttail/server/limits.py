@@ -7,10 +7,12 @@ import contextlib
 import ctypes
 import math
 import os
+import platform
 import resource
+import struct
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from shorttail._native.wire import Router
 from shorttail.config import LIMITS
@@ -18,24 +20,18 @@ from shorttail.server import security
 from shorttail.server.accepting import RAISE
 from shorttail.server.settings import ERROR_FORMS, ServerSettings
 
-if TYPE_CHECKING:
-    from shorttail.engine import Engine
-
 # Files that a worker may have open besides its connections: the store, models, its own sockets, and a socket for each
 # request that it passes on to the bulk worker.
 OTHER_FILES: Final = 512
 # Of these, so many are kept free where the system allows too few files for all connections.
 SPARE_FILES: Final = 32
+SCHED_SETATTR: Final = {"x86_64": 314, "aarch64": 274}  # the number of the system call sched_setattr(2)
+SLICE_NS: Final = 100_000  # the shortest that the system gives
 # An accepted request waits for one turn (or running batch), and then for its own turn. Each of the two may take
 # BURST_SHARE of the P99 budget. In an overload turns are kept at TARGET_SHARE of it, because longer turns would only
 # make every request late (native/wire_limits.pxi).
 BURST_SHARE: Final = 0.5
 TARGET_SHARE: Final = 0.04
-# Options of glibc's mallopt, with their values in bytes. malloc returns free memory at the end of the heap above
-# M_TRIM_THRESHOLD to the system. Blocks above M_MMAP_THRESHOLD get a mapping of their own; they are rare, so it costs
-# nothing.
-M_TRIM_THRESHOLD: Final = (-1, 4 << 20)
-M_MMAP_THRESHOLD: Final = (-3, 4 << 20)
 POLL_MEMORY: Final = 0.1  # the weight of the last turn in the moving average that decides whether to poll
 
 
@@ -118,17 +114,24 @@ def _most_files() -> float:
     return math.inf if hard == resource.RLIM_INFINITY else hard
 
 
-def return_memory() -> None:
-    """Let malloc return the memory of a few large answers. By default glibc may keep up to 64 MiB free."""
-    with contextlib.suppress(AttributeError):  # another libc
-        for option in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
-            ctypes.CDLL(None).mallopt(*option)
-
-
 def pin(cpu: int) -> None:
     """Pin this process to a CPU. Call it before any thread starts: a running thread would not be pinned."""
     with contextlib.suppress(OSError):  # the CPU is no longer available to this process
         os.sched_setaffinity(0, {cpu})
+
+
+def go_first() -> None:
+    """Ask the system for short slices for this thread: then it runs as soon as it wakes, on Linux 6.12 and later.
+
+    Otherwise a process that runs on its CPU first ends its own slice, of about 3 ms. What a thread gets in all does not
+    change. Call it before other threads start, which inherit it.
+    """
+    number = SCHED_SETATTR.get(platform.machine())
+    if number is not None and os.sched_getscheduler(0) == os.SCHED_OTHER:  # else an operator has chosen otherwise
+        nice = os.getpriority(os.PRIO_PROCESS, 0)
+        wanted = struct.pack("=IIQiIQQQ", 48, os.SCHED_OTHER, 0, nice, 0, SLICE_NS, 0, 0)  # struct sched_attr
+        with contextlib.suppress(AttributeError):  # another libc
+            ctypes.CDLL(None).syscall(number, 0, wanted, 0)
 
 
 class BusyPoll:
@@ -141,13 +144,19 @@ class BusyPoll:
 
     run: the turn that is run first; `run` of this object takes its place. spin_us: how long to look for more.
     None is LIMITS.adaptive_poll_us while most requests come within that of the turn before, as a hypervisor decides
-    whether to halt a CPU (halt_poll_ns of KVM). So a server that is asked now and then sleeps, and so does one
-    that loads a model: the thread that does it has what the loop leaves.
+    whether to halt a CPU (halt_poll_ns of KVM). So a server that is asked now and then sleeps. It also sleeps while
+    `leaves` is true: then a thread that loads a model, or the bulk worker, has what the loop leaves.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, run: Callable[[], object], engine: Engine, spin_us: int | None):
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        run: Callable[[], object],
+        leaves: Callable[[], bool],
+        spin_us: int | None,
+    ):
         self.loop = loop
-        self.engine = engine
+        self.leaves = leaves
         self.adaptive = spin_us is None
         self.spin_ns = 1000 * (LIMITS.adaptive_poll_us if spin_us is None else spin_us)
         self._soon = 0.0  # share of the turns, of late, that began within spin_ns of the one before
@@ -161,12 +170,12 @@ class BusyPoll:
             self._soon += ((time.monotonic_ns() < self._until_ns) - self._soon) * POLL_MEMORY
         self._run()
         self._until_ns = time.monotonic_ns() + self.spin_ns
-        if not self._spins and (not self.adaptive or (self._soon > 0.5 and not self.engine.is_loading)):
+        if not self._spins and (not self.adaptive or (self._soon > 0.5 and not self.leaves())):
             self._spins = True
             self.loop.call_soon(self._spin)
 
     def _spin(self) -> None:
-        if time.monotonic_ns() < self._until_ns and not (self.adaptive and self.engine.is_loading):
+        if time.monotonic_ns() < self._until_ns and not (self.adaptive and self.leaves()):
             os.sched_yield()  # whoever else wants this CPU comes first
             self.loop.call_soon(self._spin)
         else:

@@ -33,7 +33,7 @@ from shorttail.errors import InvalidArgument, ShorttailError
 from shorttail.models.raw import refusal
 from shorttail.observe import logs, stderr
 from shorttail.observe.memory import BULK
-from shorttail.server import bulk, bulk_link, handover, limits, security
+from shorttail.server import bulk, bulk_link, handover, limits, security, spare_memory
 from shorttail.server.accepting import Entrance, Room, SpareFile
 from shorttail.server.batcher import Batcher
 from shorttail.server.errorlog import ErrorLog, one_line
@@ -155,7 +155,15 @@ async def serve(
     room = Room(router.connections, rpc_connections + limits.refused_at_once(settings, http=http is not None))
     channel = handover.Channel(channel_end, loop, router, tls, room)
     if settings.busy_poll_us != 0:
-        router.connect(run=limits.BusyPoll(loop, batcher.run, engine, settings.busy_poll_us).run)
+        proxy = http.bulk if http is not None else None
+        router.connect(
+            run=limits.BusyPoll(
+                loop,
+                batcher.run,
+                lambda: bool(engine.is_loading or large.calls or (proxy is not None and proxy.in_flight)),
+                settings.busy_poll_us,
+            ).run
+        )
     stop, retire = asyncio.Event(), asyncio.Event()
     idle = bulk.Idle(stop)
     loop.add_signal_handler(signal.SIGTERM, stop.set)
@@ -326,11 +334,13 @@ def main() -> int:
     if args.bulk:
         settings = bulk.settings_of(settings)
         bulk.lower_priority()
+    else:
+        limits.go_first()
     stderr.log_as_json(settings.log)
     if args.cpu is not None:
         limits.pin(args.cpu)
     limits.allow_files(settings, http=bool(args.http_fd))
-    limits.return_memory()
+    spare_memory.return_memory()
     if args.runs_fd >= 0:
         runs.share(args.runs_fd)
     control = socket.socket(fileno=args.control_fd)

@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import gc
 import json
+import os
 import shutil
 import signal
 import socket
@@ -44,8 +45,10 @@ from shorttail.observe import logs, stderr
 from shorttail.observe.logs import Format
 from shorttail.observe.memory import MetricsMemory
 from shorttail.results import RowCount
+from shorttail.server import spare_memory
 from shorttail.server.errorlog import ErrorLog, one_line
 from shorttail.server.signals import only_sigterm
+from shorttail.server.spare_memory import SpareMemory
 from shorttail.server.writer_counts import Outcome, WriterCounts
 from shorttail.server.writer_link import NIL, READY, REQUEST_BYTES, failed
 from shorttail.sources.rows import column_batch, key_arrays
@@ -53,6 +56,8 @@ from shorttail.store import Delete, Edit, Store, Upsert
 
 # A message is kept in memory until it is whole; it is read in pieces of at most READ_BYTES.
 READ_BYTES: Final = 1 << 20
+NICE: Final = 5  # lookups go first: a push of megabytes keeps a CPU busy for many milliseconds
+SPARE_BYTES: Final = 1 << 20  # after requests of so many bytes, free memory is given back
 # How long the writer waits, when it stops, until workers have read their last answers.
 LAST_WRITES_S: Final = 2.0
 BACKLOG: Final = 1024
@@ -88,7 +93,7 @@ class Writer:
         self.counts = WriterCounts(memory or MetricsMemory.create(1))
         self.queue: deque[Request] = deque()
         self.queued_rows = 0
-        self.queued_bytes = 0
+        self.queued_bytes = self.taken_bytes = 0
         self.stopping = False
         self.workers: set[WorkerConnection] = set()
         self._more = asyncio.Event()
@@ -100,6 +105,7 @@ class Writer:
         """Queue a request, or answer it with the error that keeps it out."""
         _, number, method, params, deadline_ns = message
         size = len(params) + REQUEST_BYTES
+        self.taken_bytes += size
         try:
             if self.stopping:
                 raise Unavailable("the writer is stopping; send it again")
@@ -293,7 +299,7 @@ async def serve(
     server = await loop.create_unix_server(lambda: WorkerConnection(writer), sock=listener, backlog=BACKLOG)
 
     async def housekeeping() -> None:
-        changed = ""
+        changed, memory = "", SpareMemory(SPARE_BYTES)
         while True:
             await asyncio.sleep(LIMITS.idle_refresh_ms / 1000)
             try:
@@ -306,6 +312,7 @@ async def serve(
             except Exception as error:
                 faults(error)
             writer.counts.tick(writer.queued_rows, writer.queued_bytes, faults.total)
+            memory.look(writer.taken_bytes - writer.queued_bytes)
             faults.write(loop)
 
     chores = asyncio.create_task(housekeeping())
@@ -340,6 +347,9 @@ def main() -> int:
     parser.add_argument("--log", choices=("text", "json"), default="text")
     only_sigterm()
     args = parser.parse_args()
+    spare_memory.return_memory()
+    with contextlib.suppress(OSError):
+        os.nice(NICE)
     stderr.log_as_json(args.log)
     control = socket.socket(fileno=args.control_fd)
     try:

@@ -35,6 +35,7 @@ NOT_PASSED: Final = frozenset(
         "x-deadline-ms",
     }
 )
+PIECE_BYTES: Final = 64 << 10  # of a body, written at once
 DIED: Final = "the bulk worker died before it answered; send it again"
 
 
@@ -99,11 +100,12 @@ class BulkProxy:
 
 
 async def _body(request: web.Request) -> AsyncIterator[bytes]:
-    """Yield the body as it came. The bulk worker limits its size and its time."""
+    """Yield the body as it came, in pieces. The bulk worker limits its size and its time."""
     if RECEIVED in request:
         yield request[RECEIVED]
-    while chunk := await request.content.readany():
+    while chunk := await request.content.read(PIECE_BYTES):
         yield chunk
+        await asyncio.sleep(0)  # others come first, also when the next piece is here
 
 
 async def _pass_back(request: web.Request, answer: aiohttp.ClientResponse) -> web.StreamResponse:
@@ -111,8 +113,9 @@ async def _pass_back(request: web.Request, answer: aiohttp.ClientResponse) -> we
     response = web.StreamResponse(status=answer.status, headers=headers)
     await response.prepare(request)
     try:
-        async for piece in answer.content.iter_any():
+        async for piece in answer.content.iter_chunked(PIECE_BYTES):
             await response.write(piece)
+            await asyncio.sleep(0)
     except aiohttp.ClientError:
         if request.transport is not None:
             request.transport.abort()  # type: ignore[attr-defined,unused-ignore]

@@ -98,7 +98,7 @@ def finder(
 def check_work(server: HttpServer, plan: Plan, columns: Mapping[str, Any]) -> None:
     """Raise TooLarge if the event loop would take too long to look up and to compute so many rows."""
     rows = max((len(values) for values in columns.values() if isinstance(values, list | np.ndarray)), default=1)
-    if server.on_loop and rows * plan.row_values > LIMITS.loop_values:
+    if server.on_loop and rows * plan.row_work > LIMITS.loop_values:
         raise TooLarge
 
 
