@@ -34,7 +34,7 @@ cdef tuple _stranger_error(int found):
     return _scan_error(found)
 
 
-cdef size_t SLICE_BYTES = 32 << 10              # of an incomplete message, scanned at once
+cdef size_t SLICE_BYTES = 16 << 10              # of an incomplete message, scanned at once
 cdef size_t LARGE_PARTIAL_BYTES = 128 << 10     # an incomplete message of this size is read slowly
 cdef int64_t LONG_SLICE_NS = 100_000
 cdef int REST_TURNS = 4

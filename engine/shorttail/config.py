@@ -37,7 +37,8 @@ class Limits:
     loop_references: int = 512  # features of a list that has no plan yet
     loop_values: int = 262_144  # rows times Plan.row_work: numbers that are looked up, copied and computed
     loop_text_bytes: int = 32 << 10  # of JSON
-    loop_csv_bytes: int = 2 << 10  # of CSV
+    loop_csv_bytes: int = 8 << 10  # of CSV
+    loop_csv_fields: int = 512
     loop_reply_values: int = 65_536  # of an answer in JSON or CSV
     loop_reply_tensor_values: int = 1 << 20  # of an answer in tensors
 

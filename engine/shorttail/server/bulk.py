@@ -57,13 +57,14 @@ def lower_priority() -> None:
 class Idle:
     """Gives back memory after requests, and stops a bulk worker that had none for LIMITS.bulk_idle_s."""
 
-    def __init__(self, stop: asyncio.Event):
+    def __init__(self, stop: asyncio.Event, router: Router):
         self.stop = stop
+        self.router = router
         self._busy_s = time.monotonic()
-        self._memory = SpareMemory(1)
+        self._memory = SpareMemory(1, router.forget_plans)  # a route keeps the columns of its last batch
 
-    def look(self, router: Router, http: HttpServer | None) -> None:
-        now_s = time.monotonic()
+    def look(self, http: HttpServer | None) -> None:
+        now_s, router = time.monotonic(), self.router
         worked_bytes = router.received_bytes + router.sent_bytes
         if http is not None:
             worked_bytes += http.received_bytes + http.sent_bytes

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import gc
 import time
+from collections.abc import Callable
 from typing import Final
 
 # Options of glibc's mallopt, with their values in bytes. malloc returns free memory at the end of the heap above
@@ -31,10 +32,14 @@ def give_back_memory() -> None:
 
 
 class SpareMemory:
-    """Gives back memory when a process rests that has worked on `least_bytes` or more."""
+    """Gives back memory when a process rests that has worked on `least_bytes` or more.
 
-    def __init__(self, least_bytes: int):
+    forget: called before, to free what is only kept for the next request.
+    """
+
+    def __init__(self, least_bytes: int, forget: Callable[[], object] | None = None):
         self.least_bytes = least_bytes
+        self._forget = forget
         self._worked_bytes = self._given_at_bytes = 0
         self._busy_s = time.monotonic()
 
@@ -45,4 +50,6 @@ class SpareMemory:
             self._worked_bytes, self._busy_s = worked_bytes, now_s
         elif worked_bytes - self._given_at_bytes >= self.least_bytes and now_s - self._busy_s > REST_S:
             self._given_at_bytes = worked_bytes
+            if self._forget is not None:
+                self._forget()
             give_back_memory()

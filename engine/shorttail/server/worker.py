@@ -165,7 +165,7 @@ async def serve(
             ).run
         )
     stop, retire = asyncio.Event(), asyncio.Event()
-    idle = bulk.Idle(stop)
+    idle = bulk.Idle(stop, router)
     loop.add_signal_handler(signal.SIGTERM, stop.set)
     loop.add_reader(control, told, loop, control, stop, retire)
     entrances = [listen(loop, listener, router, tls, spare, room) for listener in listeners]
@@ -192,7 +192,7 @@ async def serve(
                 channel.report()
                 telemetry.tick(sources)
                 if is_bulk:
-                    idle.look(router, http)
+                    idle.look(http)
             except Exception as error:
                 faults(error)
             faults.write(loop)

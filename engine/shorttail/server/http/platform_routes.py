@@ -9,14 +9,14 @@ from urllib.parse import unquote
 
 from aiohttp import web
 
-from shorttail.config import VERSION
+from shorttail.config import LIMITS, VERSION
 from shorttail.errors import InvalidArgument, NotFound
 from shorttail.server.http import invocations, predictions
 from shorttail.server.http.app import HttpCall, HttpServer
 from shorttail.server.http.json import json_response
 from shorttail.server.http.media import CSV, JSON, JSON_LINES
 from shorttail.server.http.operations import answer_type_for, body_type_of, check_work, finder, one_header, written
-from shorttail.server.http.parsed import Answer, FindModel, ResponseBody
+from shorttail.server.http.parsed import Answer, FindModel, ResponseBody, TooLarge
 from shorttail.server.http.v2_routes import model_readiness
 
 TARGET_MODEL: Final = "X-Amzn-SageMaker-Target-Model"
@@ -68,7 +68,10 @@ async def _predict(
 ) -> web.Response:
     takes = body_type_of(request, formats)
     gives = answer_type_for(request, [takes, *formats])
-    asked = PARSERS[takes](await server.body(request), find_model)
+    body = await server.body(request)
+    if takes == CSV and server.on_loop and body.count(b",") + body.count(b"\n") > LIMITS.loop_csv_fields:
+        raise TooLarge
+    asked = PARSERS[takes](body, find_model)
     plan = server.engine.plan_for_model(asked.model, asked.version)
     check_work(server, plan, asked.columns)
     answer = await server.batches.predict(plan, asked.columns, call.deadline_ns, call.sender)
