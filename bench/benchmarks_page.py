@@ -32,6 +32,7 @@ OTHERS = (
     "serve",
     "overload",
     "bad_rows",
+    "worst",
     "connections",
     "forest",
     "ondemand",
