@@ -220,11 +220,20 @@ def stopped(*pids):
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
     try:
+        for pid in pids:
+            while not has_stopped(pid):
+                time.sleep(0.001)
         yield
     finally:
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)
+
+
+def has_stopped(pid):
+    """Whether all threads of a process are stopped. SIGSTOP takes a moment until then."""
+    states = [path.read_text().rpartition(")")[2].split()[0] for path in Path(f"/proc/{pid}/task").glob("*/stat")]
+    return all(state in "TZX" for state in states)
 
 
 def hang_up(server):
