@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -23,6 +24,7 @@ from shorttail.models.signature import request_columns
 from shorttail.pipeline import BatchResult, Plan, PlanOutdated, Shadow
 from shorttail.registry import describe
 from shorttail.registry import versions as registry
+from shorttail.registry.history import History
 from shorttail.results import Features, Prediction, RowCount
 from shorttail.store import Store
 
@@ -62,6 +64,7 @@ class Engine:
         lock_memory: bool = False,
         max_clock_skew: str | timedelta | None = None,
         code: bool = True,
+        by: str = "",
     ) -> Engine:
         """Open the store at `path`.
 
@@ -69,7 +72,8 @@ class Engine:
         forests. pretouch: map the store's file and build all directories now, so that no request waits for that.
         lock_memory: the same, and keep the file in memory, also as it grows. max_clock_skew: how far event times may be
         ahead of the clock, such as "5m". The store keeps it, for all processes; a new store has "1h". code: False runs
-        none of the store's on-demand functions; models that need them are unavailable.
+        none of the store's on-demand functions; models that need them are unavailable. by: who makes changes, for the
+        history ("ci", "alice"); "" is the user of the process.
 
         Raises NotFound if there is no store and create is False, InvalidArgument if this host lacks what the device
         needs or the skew is no positive time, ResourceExhausted if the system does not allow that much locked memory
@@ -79,7 +83,7 @@ class Engine:
         if where.kind == "cuda":
             check_cuda(where)
         skew_us = None if max_clock_skew is None else parse_duration(max_clock_skew, "max_clock_skew", "'1h' or '5m'")
-        store = Store.open(path, create=create, code=code)
+        store = Store.open(path, create=create, code=code, by=by)
         try:
             if skew_us not in (None, store.catalog.max_clock_skew_us):
                 store.set_max_clock_skew(skew_us)
@@ -406,6 +410,7 @@ class Engine:
         catalog = self._store.newest_catalog()
         definition, skew_us = catalog.view(view), catalog.max_clock_skew_us
         total: int | None  # unknown before CSV is read
+        origin: dict[str, Any] = {}
         if may_hold_objects(data):
             batch = column_batch(definition, data, skew_us, may_be_empty=True)
             batches, total = iter([batch]), len(batch)
@@ -414,6 +419,8 @@ class Engine:
 
             source = open_source(data, definition)
             batches, total = row_batches(source, definition, definition.timestamp, skew_us), source.rows
+            given = data if isinstance(data, list | tuple) else [data]
+            origin["from"] = [str(path) for path in given if isinstance(path, str | os.PathLike)]
         done = 0
 
         def report(rows: int) -> None:
@@ -422,7 +429,7 @@ class Engine:
             if progress is not None:
                 progress(done, total)
 
-        return self._store.load(view, batches, report, memory_bytes, allow_shrink)
+        return self._store.load(view, batches, report, memory_bytes, allow_shrink, origin)
 
     def push(self, view: str, rows: Any) -> RowCount:
         """Upsert rows: a dict of columns, or a pandas, polars or pyarrow table. They are durable when it returns.
@@ -460,6 +467,10 @@ class Engine:
         return self._store.refresh(force)
 
     # -- what there is ---------------------------------------------------------------------------------------
+
+    def history(self, name: str | None = None) -> History:
+        """What was changed, oldest first (docs/history.md). name: a view or a model; None: all. Raises NotFound."""
+        return History(self._store.history()).of(name)
 
     def models(self) -> list[dict[str, Any]]:
         """[{"name", "version", "columns": {column: type}, "outputs": [name], "runs": text, "batching",

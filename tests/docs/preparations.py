@@ -254,6 +254,7 @@ PREPARATIONS: dict[str, Callable[[Story, Shared], None]] = {
     "metrics.md": quick_start,
     "models.md": models,
     "on-demand.md": on_demand,
+    "history.md": quick_start,
     "operations.md": operations,
     "protocol.md": demo,
     "security.md": quick_start,

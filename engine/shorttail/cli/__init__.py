@@ -16,10 +16,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from shorttail.cli.bench import bench
+from shorttail.cli.history import history
 from shorttail.cli.models import models
 from shorttail.cli.operate import backup, stat, verify
 from shorttail.cli.options import (
     answerer,
+    by_option,
+    changed_by,
     code_option,
     json_option,
     load_options,
@@ -112,6 +115,7 @@ def cli() -> None:
     help="Let event times be so far ahead of the clock, such as 5m; a new store allows 1h.",
 )
 @vet_option
+@by_option
 @json_option
 def apply(
     definitions: str,
@@ -163,6 +167,7 @@ def apply(
 @click.argument("views", nargs=-1, metavar="[VIEW]...")
 @store_option
 @load_options
+@by_option
 @json_option
 def materialize(views: tuple[str, ...], store: str, memory_mib: int, allow_shrink: bool, as_json: bool) -> None:
     """Load views from their sources.
@@ -181,7 +186,7 @@ def materialize(views: tuple[str, ...], store: str, memory_mib: int, allow_shrin
     from shorttail.sources import batches  # noqa: F401  imported before the time is measured
 
     loaded = []
-    with Engine.open(store) as engine:
+    with Engine.open(store, by=changed_by()) as engine:
         engine.refresh()
         catalog = engine.store.catalog
         chosen = list(views) or [name for name, view in catalog.views.items() if view.source]
@@ -384,6 +389,7 @@ def batch_table(
 cli.add_command(backup)
 cli.add_command(bench)
 cli.add_command(delete)
+cli.add_command(history)
 cli.add_command(load)
 cli.add_command(models)
 cli.add_command(push)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from shorttail.cli.options import code_option, json_option, opened, vet_option
+from shorttail.cli.options import by_option, code_option, json_option, opened, vet_option
 from shorttail.cli.output import echo_line, print_json, print_table
 from shorttail.errors import ShorttailError
 
@@ -248,6 +248,7 @@ def show_lines(shown: dict[str, Any]) -> list[tuple[str, str]]:
 )
 @click.option("--examples", metavar="FILE", help="Rows with the outputs expected of this version, to compare.")
 @vet_option
+@by_option
 def models_deploy(
     store: str | None,
     as_json: bool,
@@ -301,6 +302,7 @@ def models_deploy(
 @click.argument("number", metavar="[VERSION]", type=int, required=False)
 @click.option("--version", type=int, help="Another way to give VERSION.")
 @vet_option
+@by_option
 def models_promote(
     store: str | None, as_json: bool, name: str, number: int | None, version: int | None, vet_timeout: str | None
 ) -> None:
@@ -325,6 +327,7 @@ def models_promote(
 @models_command("rollback")
 @click.argument("name")
 @vet_option
+@by_option
 def models_rollback(store: str | None, as_json: bool, name: str, vet_timeout: str | None) -> None:
     """Make the previous version of the model NAME serve again.
 
@@ -345,6 +348,7 @@ def models_rollback(store: str | None, as_json: bool, name: str, vet_timeout: st
 @click.argument("share", metavar="NAME=10%|NAME=off")
 @click.option("--version", type=int, help="Version to use; without it, the present canary, else the newest version.")
 @vet_option
+@by_option
 def models_canary(store: str | None, as_json: bool, share: str, version: int | None, vet_timeout: str | None) -> None:
     """Let a version answer a percentage of the requests.
 
@@ -379,6 +383,7 @@ def models_canary(store: str | None, as_json: bool, share: str, version: int | N
 )
 @click.option("--off", is_flag=True, help="End the shadow.")
 @vet_option
+@by_option
 def models_shadow(
     store: str | None,
     as_json: bool,

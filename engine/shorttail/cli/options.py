@@ -56,6 +56,22 @@ def vet_option(command: F) -> F:
     )(command)
 
 
+def by_option(command: F) -> F:
+    """Add --by, of commands that change a store. `opened` and `changed_by` use it."""
+    return click.option(
+        "--by",
+        metavar="LABEL",
+        expose_value=False,
+        callback=_keep,
+        help="Who changes the store, for its history, such as ci; without it, the user that runs the command.",
+    )(command)
+
+
+def changed_by() -> str:
+    """Return what --by says, "" without it."""
+    return click.get_current_context().meta.get("shorttail.by") or ""
+
+
 def code_option(command: F) -> F:
     """Add --no-code, of commands that run the on-demand functions of a store."""
     return click.option(
@@ -115,7 +131,7 @@ def opened(path: str, create: bool = False) -> Iterator[Store]:
     """Open a store for a command, at its latest commit, and close it afterwards."""
     from shorttail.store import Store
 
-    store = Store.open(path, create=create)
+    store = Store.open(path, create=create, by=changed_by())
     try:
         store.refresh()
         yield store

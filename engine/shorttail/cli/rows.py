@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from shorttail.cli.options import (
+    by_option,
+    changed_by,
     connect,
     json_option,
     load_options,
@@ -38,6 +40,7 @@ TIMEOUT_S = 60.0  # long, because a server may be busy with other writes
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
 @store_option
 @load_options
+@by_option
 @json_option
 def load(view: str, files: tuple[str, ...], store: str, memory_mib: int, allow_shrink: bool, as_json: bool) -> None:
     """Replace all rows of VIEW by the rows of files.
@@ -54,7 +57,7 @@ def load(view: str, files: tuple[str, ...], store: str, memory_mib: int, allow_s
     from shorttail.engine import Engine
     from shorttail.sources import batches  # noqa: F401  imported before the time is measured
 
-    with Engine.open(store) as engine, progress_bar(view) as progress:
+    with Engine.open(store, by=changed_by()) as engine, progress_bar(view) as progress:
         engine.refresh()
         start_s = time.perf_counter()
         count = engine.load(view, list(files), progress, memory_bytes=memory_mib << 20, allow_shrink=allow_shrink)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
-from shorttail.cli.options import json_option, opened, store_option
+from shorttail.cli.options import by_option, json_option, opened, store_option
 from shorttail.cli.output import print_json, print_table
 from shorttail.define.durations import duration_text, parse_duration
 
@@ -57,6 +57,7 @@ def settings_list(store: str, as_json: bool) -> None:
 @click.argument("name", type=click.Choice(list(NAMES)), metavar="NAME")
 @click.argument("value", callback=as_duration)
 @store_option
+@by_option
 @json_option
 def settings_set(name: str, value: int, store: str, as_json: bool) -> None:
     """Change the setting NAME of a store to VALUE.

@@ -5,9 +5,12 @@ Views and models that the file does not mention stay as they are.
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unicodedata import normalize
 
@@ -59,6 +62,7 @@ class Prepared:
     vetted: dict[str, VersionInfo] = field(default_factory=dict)  # versions that were loaded, run and examined
     warnings: list[Change] = field(default_factory=list)  # about these versions
     golden: dict[str, GoldenRows | None] = field(default_factory=dict)  # their examples
+    origin: dict[str, str] = field(default_factory=dict)  # the file of the definitions, and its sha256
 
 
 def prepare(definitions: Any, vet_timeout: str | timedelta | None = None) -> Prepared:
@@ -67,10 +71,22 @@ def prepare(definitions: Any, vet_timeout: str | timedelta | None = None) -> Pre
     This makes every check that needs no store. vet_timeout: as for `apply`. Raises NotFound, InvalidArgument.
     """
     vet_s = trial_limit_s(vet_timeout)
+    origin = origin_of(definitions)
     collected = collect(definitions)
     files = {name: ModelFile.read(model.path, name, vet_s) for name, model in collected.models.items()}
     compile_functions(collected)
-    return Prepared(collected, files)
+    return Prepared(collected, files, origin=origin)
+
+
+def origin_of(definitions: Any) -> dict[str, str]:
+    """Return {"file": path, "sha256": of it} for definitions that are a path; {} for objects."""
+    if not isinstance(definitions, str | os.PathLike):
+        return {}
+    path = Path(definitions).absolute()
+    try:
+        return {"file": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    except OSError:
+        return {}  # `collect` says why
 
 
 def apply(
@@ -94,11 +110,13 @@ def apply(
     vet_new(plan, prepared)
     if dry_run or (plan.catalog == store.catalog and not prepared.vetted):
         return plan.changes + prepared.warnings
-    with store.edit_catalog() as latest:
+    detail: dict[str, Any] = dict(prepared.origin)
+    with store.edit_catalog("applied", "", detail) as latest:
         # The changes are planned again, because another process may have committed meanwhile. The files are in memory
         # and checked, so this is quick.
         plan = plan_changes(latest, prepared, store.count, reset)
         vet_new(plan, prepared)
+        detail["changes"] = [[each.kind, each.what, each.detail] for each in plan.changes if each.kind in "+~-"]
         for name, vetted in prepared.vetted.items():
             entry = latest.models[name]
             latest.models[name] = registry.with_examined(entry, entry.current, vetted)

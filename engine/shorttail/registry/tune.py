@@ -141,7 +141,9 @@ def measure(targets: Sequence[tuple[dict[int, float], Runner]], example: Example
 
 def save(store: Store, tuning: Tuning) -> None:
     """Write the best settings into the catalog, for hosts like this one. Running engines use them once they refresh."""
-    with store.edit_catalog() as catalog:
+    with store.edit_catalog(
+        "tuned", f"model {tuning.model}", {"version": tuning.version, "host": tuning.host}
+    ) as catalog:
         entry = catalog.model(tuning.model)
         info = entry.version(tuning.version)
         info = replace(info, tuning={**info.tuning, tuning.host: tuning.best.settings.to_json()})

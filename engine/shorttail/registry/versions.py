@@ -168,11 +168,12 @@ def deploy(
         golden = read_examples(store.catalog, info)
         with file.on_disk() as copy:
             vetted = vet(store.catalog, info, next_version(entry), copy, golden=golden, limit_s=file.vet_s)
-    with store.edit_catalog() as catalog:
+    detail: dict[str, Any] = {"file": source, "sha256": file.sha256, "run": run}
+    with store.edit_catalog("deployed", f"model {name}", detail) as catalog:
         entry = catalog.model(name)
         number = entry.current
         if entry.version().sha256 != file.sha256:
-            number = next_version(entry)
+            number = detail["version"] = next_version(entry)
             info = with_findings(inspect(catalog, replace(entry.model, **changes), file), vetted)
             write_version(store.path, number, info, file, golden)
             grown = with_version(entry, number, info, promote and canary_percent is None)
@@ -183,16 +184,22 @@ def deploy(
     return number
 
 
-def promote(store: Store, name: str, version: int | None = None, vet_timeout: str | timedelta | None = None) -> int:
+def promote(
+    store: Store,
+    name: str,
+    version: int | None = None,
+    vet_timeout: str | timedelta | None = None,
+    action: str = "promoted",
+) -> int:
     """Make a version the current one, and end a canary. version: None takes the canary, else the newest version.
 
-    vet_timeout: as for `apply`. Returns the version that was current before. Raises NotFound; InvalidArgument or
-    Internal if the version does not load or run, or does not fit the views.
+    vet_timeout: as for `apply`. action: what the history calls it. Returns the version that was current before. Raises
+    NotFound; InvalidArgument or Internal if the version does not load or run, or does not fit the views.
     """
     store.refresh()
     number = version if version is not None else candidate(store.catalog.model(name))
     vetted = vet_stored(store, name, number, vet_timeout)
-    with store.edit_catalog() as catalog:
+    with store.edit_catalog(action, f"model {name}", {"version": number}) as catalog:
         entry = with_examined(catalog.model(name), number, vetted)
         check_version(store, catalog, entry, number)
         catalog.models[name] = entry.with_current(number)
@@ -217,7 +224,7 @@ def rollback(store: Store, name: str, vet_timeout: str | timedelta | None = None
     previous = store.catalog.model(name).previous
     if previous is None:
         raise InvalidArgument(f"model '{name}' has no earlier version to go back to")
-    promote(store, name, previous, vet_timeout)
+    promote(store, name, previous, vet_timeout, "rolled back")
     return previous
 
 
@@ -237,14 +244,15 @@ def set_canary(
     """
     store.refresh()
     if percent == 0:
-        with store.edit_catalog() as catalog:
+        with store.edit_catalog("ended the canary of", f"model {name}") as catalog:
             catalog.models[name] = replace(catalog.model(name), canary=None)
         store.refresh()
         return None
     check_percent(percent, f"model '{name}': canary")
     number = version if version is not None else candidate(store.catalog.model(name))
     vetted = vet_stored(store, name, number, vet_timeout)
-    with store.edit_catalog() as catalog:
+    detail = {"version": number, "percent": percent}
+    with store.edit_catalog("set a canary of", f"model {name}", detail) as catalog:
         entry = with_examined(catalog.model(name), number, vetted)
         check_version(store, catalog, entry, number)
         check_canary(catalog, entry, entry.version(number), number)
@@ -267,13 +275,13 @@ def set_shadow(
     """
     store.refresh()
     if version is None:
-        with store.edit_catalog() as catalog:
+        with store.edit_catalog("ended the shadow of", f"model {name}") as catalog:
             catalog.models[name] = replace(catalog.model(name), shadow=None)
         store.refresh()
         return None
     check_percent(percent, f"model '{name}': shadow")
     vetted = vet_stored(store, name, version, vet_timeout)
-    with store.edit_catalog() as catalog:
+    with store.edit_catalog("set a shadow of", f"model {name}", {"version": version, "percent": percent}) as catalog:
         entry = with_examined(catalog.model(name), version, vetted)
         check_version(store, catalog, entry, version)
         check_shadow(catalog, entry, entry.version(version), version)

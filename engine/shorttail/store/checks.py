@@ -30,6 +30,7 @@ from shorttail.define.inputs import check_regular, read_input
 from shorttail.define.views import FeatureView
 from shorttail.errors import ShorttailError
 from shorttail.results import Status
+from shorttail.store import history
 from shorttail.store.checksums import KEY as CHECKSUMS_KEY
 from shorttail.store.checksums import Checksums
 from shorttail.store.environment import (
@@ -41,6 +42,7 @@ from shorttail.store.environment import (
     table_pages,
 )
 from shorttail.store.files import model_path
+from shorttail.store.history import Event
 from shorttail.store.lmdb_file import header_problems, mapped, structure_problems
 from shorttail.store.lmdb_handle import ROOT_TRIES
 from shorttail.store.mapping import plan_map
@@ -121,9 +123,10 @@ def check_entries(txn: Transaction) -> Catalog | None:
         emit("problem", f"the store has format {shown!r}, and this shorttail reads {FORMAT_VERSION}")
         return None
     for key in keys_outside_tables(txn):
-        if key not in _KEYS and not (key[:1] == b"l" and len(key) == 9):
+        if key not in _KEYS and not (key[:1] in (b"l", b"h") and len(key) == 9):
             emit("problem", f"LMDB holds the unknown key {key!r}")
     check_log(txn)
+    check_history(txn)
     try:
         catalog = Catalog.from_json(txn.get(b"catalog"))
     except ShorttailError as error:
@@ -178,6 +181,17 @@ def check_log(txn: Transaction) -> None:
             if was != found:
                 emit("problem", f"{what} is damaged: its checksum is wrong")
     emit("commit", last)
+
+
+def check_history(txn: Transaction) -> None:
+    """Check that no event of the history is missing or damaged."""
+    for expected, (key, value) in enumerate(history.events(txn), 1):
+        try:
+            number = Event.decode(key, value).number
+        except (ValueError, TypeError) as error:
+            return emit("problem", f"event {expected} of the history is damaged: {error}")
+        if number != expected:
+            return emit("problem", f"the history lacks its event {expected}")
 
 
 class Tables:

@@ -8,15 +8,18 @@ from contextlib import contextmanager, suppress
 from shorttail.define.catalog import Catalog, TableInfo
 from shorttail.define.views import FeatureView
 from shorttail.errors import ResourceExhausted
+from shorttail.store import history
 from shorttail.store.environment import Environment, drop_table
+from shorttail.store.history import Event
 
 
 @contextmanager
-def edit_catalog(environment: Environment) -> Iterator[Catalog]:
+def edit_catalog(environment: Environment, event: Event | None = None) -> Iterator[Catalog]:
     """Yield a copy of the newest catalog; commit the changed copy when the `with` block ends without an exception.
 
-    Tables that the catalog no longer names are deleted afterwards. Other writers wait while the block runs, so it must
-    be short. Raises what Environment.write() raises.
+    event: what the history says of the change; None for a change that only this process needs to know. Tables that the
+    catalog no longer names are deleted afterwards. Other writers wait while the block runs, so it must be short. Raises
+    what Environment.write() raises.
     """
     with environment.write() as writer:
         before = Catalog.from_json(writer.get_catalog())
@@ -26,6 +29,8 @@ def edit_catalog(environment: Environment) -> Iterator[Catalog]:
         if document == before.to_json():
             return
         writer.put_catalog(document)
+        if event is not None:
+            history.append(writer.txn, event, before, catalog)
     kept = {table.id for table in catalog.tables.values()}
     for table in before.tables.values():
         if table.id not in kept:

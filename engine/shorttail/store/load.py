@@ -29,8 +29,10 @@ from shorttail.define.catalog import Catalog, TableInfo
 from shorttail.define.views import FeatureView
 from shorttail.errors import Internal, InvalidArgument, ResourceExhausted, ShorttailError
 from shorttail.results import RowCount
+from shorttail.store import history
 from shorttail.store.commits import edit_catalog, is_current
 from shorttail.store.environment import Environment, drop_table, table_ids
+from shorttail.store.history import Event
 from shorttail.store.lmdb_file import PAGE_BYTES
 from shorttail.store.opening import translate_errors
 from shorttail.store.table import UNTIMED, ColumnBatch, depth_to_grow, make_layout, source_columns, split_batches
@@ -54,6 +56,7 @@ def load(
     progress: Progress | None = None,
     memory_bytes: int | None = None,
     allow_shrink: bool = False,
+    event: Event | None = None,
 ) -> RowCount:
     """Replace all rows of a view by the rows in batches. Returns the number of rows stored, with the other counts.
 
@@ -65,7 +68,8 @@ def load(
 
     memory_bytes: the memory budget (default LIMITS.load_memory_bytes), without the batches themselves. Rows beyond it
     go to an unnamed file in the store's directory. progress: called with numbers of rows whose sum is the number of
-    rows given; a row counts half when it has been read and half when it has been written.
+    rows given; a row counts half when it has been read and half when it has been written. event: what the history says
+    of the load; the numbers of rows are added to it.
 
     Raises NotFound (the view), InvalidArgument (columns, the budget, or the view was changed meanwhile),
     ResourceExhausted (the disk) and Unavailable (the store at the path is another one).
@@ -87,14 +91,20 @@ def load(
                 table = _with_page_size(table, parts.rows)
                 n_rows = _write_table(environment, view, table, parts, counter)
                 shrinking.check(n_rows)
-            _replace_table(environment, view, old, table)
+            count = RowCount(n_rows, counter.read, parts.older, counter.read - n_rows - parts.older)
+            _replace_table(environment, view, old, table, event and _counted(event, count))
         except BaseException:
             with suppress(ShorttailError):  # on failure the next load deletes the leftovers
                 _drop_leftovers(environment)  # not drop_table(table.id): a failed commit may have put it in place
             raise
         with suppress(ResourceExhausted):
             drop_table(environment, old.id)
-        return RowCount(n_rows, counter.read, parts.older, counter.read - n_rows - parts.older)
+        return count
+
+
+def _counted(event: Event, count: RowCount) -> Event:
+    rows = {"rows": int(count), "given": count.given, "older": count.older, "duplicate": count.duplicate}
+    return replace(event, detail={**event.detail, **rows})
 
 
 @dataclass(frozen=True, slots=True)
@@ -433,11 +443,16 @@ def _with_page_size(table: TableInfo, rows: RowPartitions) -> TableInfo:
     return replace(table, page_bytes=page_bytes)
 
 
-def _replace_table(environment: Environment, view: FeatureView, old: TableInfo, table: TableInfo) -> None:
+def _replace_table(
+    environment: Environment, view: FeatureView, old: TableInfo, table: TableInfo, event: Event | None
+) -> None:
     """Give the view its new table in a durable commit. Raises InvalidArgument if the view or its table has changed."""
     with environment.write() as writer:
         catalog = Catalog.from_json(writer.get_catalog())
         if not is_current(catalog, view, old):
             raise InvalidArgument(f"feature view '{view.name}' was changed while it was loaded; load it again")
+        before = catalog.copy()
         catalog.tables[view.name] = table
         writer.put_catalog(catalog.to_json())
+        if event is not None:
+            history.append(writer.txn, event, before, catalog)

@@ -43,7 +43,7 @@ class Snapshot:
         # and never mutates it, so a holder of directories compares the dict's identity to know whether they are valid.
         self.directories: dict[str, Directory | None] = {}
         self._make_locks()
-        self.runs_code = True
+        self.runs_code, self.by = True, ""
         self.catalog = Catalog()
         self.catalog_version = 0  # grows with every change of the catalog, which makes plans stale
         self._parsed: tuple[bytes | None, Catalog] = (b"", self.catalog)  # the catalog with its JSON
@@ -60,10 +60,13 @@ class Snapshot:
         self._build_lock = threading.Lock()
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], create: bool = False, *, code: bool = True) -> Self:
-        """Open the store at path. code: its on-demand functions may run. Raises what Environment.open raises."""
+    def open(cls, path: str | os.PathLike[str], create: bool = False, *, code: bool = True, by: str = "") -> Self:
+        """Open the store at path. Raises what Environment.open raises.
+
+        code: its on-demand functions may run. by: who makes changes, for the history; "" is the user of the process.
+        """
         store = cls(Environment.open(path, create=create))
-        store.runs_code = code
+        store.runs_code, store.by = code, by
         try:
             store.environment.handle.watch(store)
             store.refresh(force=True)

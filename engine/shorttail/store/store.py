@@ -7,10 +7,12 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from shorttail.define.catalog import Catalog
+from shorttail.define.durations import duration_text
 from shorttail.errors import ShorttailError
 from shorttail.results import RowCount
-from shorttail.store import commits
+from shorttail.store import commits, history
 from shorttail.store.edits import Delete, Edit, TableDamaged, TableEdits, Upsert
+from shorttail.store.history import Event
 from shorttail.store.load import Progress, load
 from shorttail.store.snapshot import Snapshot
 from shorttail.store.table import (
@@ -122,13 +124,26 @@ class Store(Snapshot):
 
     # -- the catalog -----------------------------------------------------------------------------------------------
 
-    def edit_catalog(self) -> AbstractContextManager[Catalog]:
-        """Return a context that yields a copy of the newest catalog and commits it: see commits.edit_catalog()."""
-        return commits.edit_catalog(self.environment)
+    def edit_catalog(
+        self, action: str = "changed", subject: str = "", detail: dict[str, Any] | None = None
+    ) -> AbstractContextManager[Catalog]:
+        """Return a context that yields a copy of the newest catalog and commits it: see commits.edit_catalog().
+
+        action, subject, detail: as in history.Event. The detail may be filled within the context.
+        """
+        return commits.edit_catalog(self.environment, self._event(action, subject, detail))
+
+    def _event(self, action: str, subject: str, detail: dict[str, Any] | None = None) -> Event:
+        return Event(action, subject, self.by, detail={} if detail is None else detail)
+
+    def history(self) -> list[Event]:
+        """Return all events of the history, oldest first. Raises Internal if one is damaged."""
+        with self.environment.read() as txn:
+            return list(history.read(txn))
 
     def set_max_clock_skew(self, skew_us: int) -> None:
         """Set how far event times may be ahead of the clock, for all processes. A commit, unless it is so already."""
-        with self.edit_catalog() as catalog:
+        with self.edit_catalog("set", "max_clock_skew", {"to": duration_text(skew_us)}) as catalog:
             catalog.max_clock_skew_us = skew_us
         self.refresh()
 
@@ -141,9 +156,12 @@ class Store(Snapshot):
         progress: Progress | None = None,
         memory_bytes: int | None = None,
         allow_shrink: bool = False,
+        detail: dict[str, Any] | None = None,
     ) -> RowCount:
         """Replace all rows of a view by the rows in batches, at once for every reader. Returns the rows stored.
 
-        load.load() describes equal keys, concurrent upserts, memory_bytes, allow_shrink, progress and errors.
+        load.load() describes equal keys, concurrent upserts, memory_bytes, allow_shrink, progress and errors. detail:
+        what the history says of the load beside the numbers of rows.
         """
-        return load(self.environment, view_name, batches, progress, memory_bytes, allow_shrink)
+        event = self._event("loaded", f"view {view_name}", detail)
+        return load(self.environment, view_name, batches, progress, memory_bytes, allow_shrink, event)
