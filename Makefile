@@ -7,7 +7,7 @@ ASAN := .venv-asan
 FUZZ := .venv-fuzz
 FUZZ_SECONDS ?= 1200
 DIST := dist
-SOURCES := setup.py pyproject.toml README.md LICENSE $(shell find engine native -name '*.py' -o -name '*.p[yx][dix]' -o -name '*.[ch]' -o -name '*.html')
+SOURCES := setup.py pyproject.toml README.md LICENSE $(shell find engine native -name '*.py' -o -name '*.p[yx][dix]' -o -name '*.[ch]' -o -name '*.html' -o -path '*/templates/*.md')
 
 .PHONY: help demo build test soak lint bench asan fuzz wheel clean
 

@@ -1,9 +1,10 @@
-"""The wheel of `make wheel` works in an empty environment: the quick start runs without a compiler."""
+"""The wheel of `make wheel` works in an empty environment: the quick start, and what `shorttail init` makes."""
 
 from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,9 +13,14 @@ from pathlib import Path
 
 import pytest
 
+from shorttail.cli.init import TEMPLATES
+
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests" / "docs"))
+
+from story import Story  # noqa: E402
+
 QUICK_START = (ROOT / "docs" / "quickstart.md").read_text()
-EXTRAS = "arrow,numba"
 
 # The steps of the quick start with the client and with the embedded engine; there is no user 99999.
 ASK = """
@@ -78,18 +84,19 @@ def test_the_tag_of_the_wheel_is_manylinux(wheel: Path) -> None:
     assert re.fullmatch(rf"shorttail-[\d.]+-{python}-{python}-{platforms}\.whl", wheel.name)
 
 
-def install(wheel: Path, home: Path) -> None:
-    """Make an environment with the wheel, its extras and their requirements, without building any package."""
+def install(wheel: Path, home: Path, *packages: str) -> None:
+    """Make an environment with these packages, of which shorttail is the wheel, without building any package."""
     uv = shutil.which("uv", path=os.pathsep.join([str(Path(sys.prefix) / "bin"), os.environ["PATH"]]))
     venv.create(home, with_pip=uv is None)
     python = home / "bin" / "python"
     command = [uv, "pip", "install", "--python", python] if uv else [python, "-m", "pip", "install"]
-    run(*command, "--quiet", "--only-binary", ":all:", f"shorttail[{EXTRAS}] @ {wheel.as_uri()}", cwd=home)
+    named = [f"{name} @ {wheel.as_uri()}" if name.startswith("shorttail[") else name for name in packages]
+    run(*command, "--quiet", "--only-binary", ":all:", *named, cwd=home)
 
 
 def test_the_quick_start_runs_without_a_compiler(wheel: Path, tmp_path: Path) -> None:
     home = tmp_path / "env"
-    install(wheel, home)
+    install(wheel, home, "shorttail[arrow,numba]")
     run(sys.executable, "-c", example("skl2onnx"), cwd=tmp_path)  # writes the data and the model
     (tmp_path / "definitions.py").write_text(example("st.FeatureView("))
     (tmp_path / "ask.py").write_text(ASK)
@@ -101,3 +108,39 @@ def test_the_quick_start_runs_without_a_compiler(wheel: Path, tmp_path: Path) ->
     assert re.search(r"\+ model fraud +version 1", here("shorttail", "apply", "definitions.py", "--store", "store"))
     assert re.match(r"user_stats: 1,000 rows ", here("shorttail", "materialize", "--store", "store"))
     assert str(home) in here("python", "ask.py", str(home / "bin" / "shorttail"))
+
+
+@pytest.fixture(scope="module")
+def growing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One environment for all templates, because the first import of a package in an environment takes long."""
+    return tmp_path_factory.mktemp("growing") / "env"
+
+
+# Each needs all that the one before it needs, so none finds more in that environment than its README says.
+GROWING = ["blank", "churn", "ranking", "fraud"]
+
+
+@pytest.mark.parametrize("template", GROWING)
+def test_the_readme_of_a_template_runs_as_it_stands(
+    wheel: Path, growing: Path, template: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And its test passes, with what the README says to install and pytest."""
+    home, made = growing, tmp_path / "made"
+    readme = (ROOT / "engine" / "shorttail" / "templates" / template / "README.md").read_text()
+    (packages,) = re.findall(r"`pip install (.+?)`", readme)
+    install(wheel, home, *shlex.split(packages), "pytest")
+    python = home / "bin" / "python"
+    where = run(python, "-c", "import shorttail; print(*shorttail.__path__)", cwd=home).strip()
+    run(python, "-m", "compileall", "-q", f"{where}/templates", cwd=home)  # as pip does when it installs
+
+    run(home / "bin" / "shorttail", "init", "made", "--template", template, cwd=tmp_path)
+    assert not (made / "__pycache__").exists()
+    monkeypatch.chdir(made)
+    monkeypatch.setenv("PATH", str(home / "bin"))
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    Story(made / "README.md", made).run()
+    run(python, "-m", "pytest", "-q", "-W", "error", cwd=made)
+
+
+def test_all_templates_run() -> None:
+    assert sorted(GROWING) == sorted(TEMPLATES)

@@ -16,6 +16,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "engine" / "shorttail"
+TEMPLATES = PACKAGE / "templates"  # what `shorttail init` copies: programs of their own, not modules of the package
 
 # Rooms (top-level modules and folders), lowest first. A room imports only rooms on a line above its own.
 FLOORS = [
@@ -47,8 +48,8 @@ class Tree:
     """
 
     def __init__(self, changed: dict[str, str] | None = None):
-        texts = {str(path.relative_to(PACKAGE)): path.read_text() for path in sorted(PACKAGE.rglob("*.py"))}
-        texts |= changed or {}
+        modules = [path for path in sorted(PACKAGE.rglob("*.py")) if TEMPLATES not in path.parents]
+        texts = {str(path.relative_to(PACKAGE)): path.read_text() for path in modules} | (changed or {})
         self.files = {self.name(path): text for path, text in texts.items()}
         self.facts = {name: read(text) for name, text in self.files.items()}
         self.imports = {name: set(self._resolved(facts)) - {name} for name, facts in self.facts.items()}

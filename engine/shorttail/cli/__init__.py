@@ -17,6 +17,7 @@ import click
 
 from shorttail.cli.bench import bench
 from shorttail.cli.history import history
+from shorttail.cli.init import init
 from shorttail.cli.models import models
 from shorttail.cli.operate import backup, stat, verify
 from shorttail.cli.options import (
@@ -96,6 +97,7 @@ def cli() -> None:
     """Serve features and predictions of structured-data models with a short latency tail.
 
     \b
+    shorttail init churn                              make a folder to start from
     shorttail apply definitions.py --store store      register views and models
     shorttail materialize --store store               load the views from their sources
     shorttail serve --store store                     answer on 127.0.0.1:7711
@@ -390,6 +392,7 @@ cli.add_command(backup)
 cli.add_command(bench)
 cli.add_command(delete)
 cli.add_command(history)
+cli.add_command(init)
 cli.add_command(load)
 cli.add_command(models)
 cli.add_command(push)
