@@ -51,6 +51,13 @@ def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
     assert content(tmp_path) == content(SOURCES / "churn")
 
 
+@pytest.mark.parametrize(
+    ("name", "template"), [("fraud", "fraud"), ("./ranking", "ranking"), ("payments", "churn"), ("churn-2", "churn")]
+)
+def test_a_folder_named_as_a_template_gets_it(name: str, template: str, tmp_path: Path) -> None:
+    assert commands.run_well("init", name, folder=tmp_path).out.splitlines()[0].endswith(f" (template {template})")
+
+
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_a_readme_has_five_commands(template: str) -> None:
     _, five, rest = re.split(

@@ -21,12 +21,11 @@ TEMPLATES: Final = ["churn", "fraud", "ranking", "blank"]
 @click.option(
     "--template",
     type=click.Choice(TEMPLATES),
-    default=TEMPLATES[0],
-    show_default=True,
+    show_default="NAME if it is one of them, else churn",
     help="churn: one view and a model; fraud: two views, request columns and an on-demand function; ranking: a user"
     " and many items; blank: one view and no model.",
 )
-def init(name: str, template: str) -> None:
+def init(name: str, template: str | None) -> None:
     """Make the folder NAME with definitions, scripts that make data and train a model, a test and a README.
 
     The README leads in five commands from the data to a server. NAME may be an empty folder, such as `.`;
@@ -34,9 +33,11 @@ def init(name: str, template: str) -> None:
 
     \b
     Example:
-      shorttail init churn
+      shorttail init fraud
       shorttail init payments --template fraud
     """
+    if template is None:
+        template = Path(name).name if Path(name).name in TEMPLATES else TEMPLATES[0]
     texts = read_template(template)
     make_folder(name, texts)
     click.echo(f"{name}: {', '.join(texts)} (template {template})")
