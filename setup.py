@@ -41,7 +41,8 @@ sources = {
     "columns": [],
     "route": [],
     "pages": [
-        f"native/{part}.c" for part in ("crc32c", "page", "lookup", "tree", "structure", "merge", "load", "writeback")
+        f"native/{part}.c"
+        for part in ("crc32c", "page", "lookup", "tree", "structure", "merge", "overlay", "load", "writeback")
     ],
     "forest": [f"native/forest_{part}.c" for part in ("run", "build", "pack", "plain", "avx2", "avx512")],
     "wire": [],

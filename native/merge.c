@@ -118,7 +118,9 @@ int st_merge(st_merger *m, st_fault *fault)
         size_t n_all = merge_sorted(stored, n_stored, m->rows + m->next, n_new, all);
         st_lost before = m->lost;
         m->lost.stored = found->page;
-        n_all = st_dedupe(m->layout, all, n_all, m->now_us, &m->lost);
+        if (m->overlay) st_overlay_reset(m->overlay); /* its rows are in the images */
+        n_all = st_dedupe(m->layout, all, n_all, m->now_us, &m->lost, m->overlay);
+        if (n_all == SIZE_MAX) return fail(fault, NULL, key);
         int outcome = build(m, all, n_all, key, depth, &used);
         if (outcome < 0) return fail(fault, "it has more rows than a page image can hold", key);
         if (outcome == ST_MERGE_ROOM) {
@@ -135,4 +137,5 @@ void st_merge_free(st_merger *m)
     free(m->scratch);
     m->scratch = NULL;
     m->scratch_items = 0;
+    if (m->overlay) st_overlay_free(m->overlay);
 }

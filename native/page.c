@@ -1,6 +1,7 @@
 #include "page.h"
 
 #include "crc32c.h"
+#include "overlay.h"
 #include "row.h"
 
 /* ---- layout and rows ------------------------------------------------------------------------------------------- */
@@ -126,9 +127,25 @@ static void count_lost(const st_layout *l, const st_item *items, size_t start, s
     }
 }
 
+/* Lay each item with the key of items[start], up to the winner, over those before it that it replaces. All have times,
+ * and only items[start] may be a stored row. Returns 0 with the row that this makes, or -1 without memory. */
+static int overlay_items(const st_layout *l, const st_item *items, size_t start, size_t winner, const st_lost *lost,
+                         st_overlay *overlay, st_item *made)
+{
+    const st_item *last = &items[start];
+    st_overlay_start(overlay, l, last);
+    for (const st_item *item = last + 1; item <= &items[winner]; item++) {
+        if (event_time(l, item) < event_time(l, last) || !same_key(l, last, item)) continue;
+        last = item;
+        st_overlay_take(overlay, l, item, overlay->given[push_of(lost, item) - 1]);
+    }
+    return st_overlay_end(overlay, l, last, made);
+}
+
 /* Of the items start .. stop - 1, which have one hash, put the winner among those with the key of items[start] first,
- * and the items with other keys after it, in their order. Returns the new stop. */
-static size_t keep_one(const st_layout *l, st_item *items, size_t start, size_t stop, int64_t now_us, st_lost *lost)
+ * and the items with other keys after it, in their order. Returns the new stop, or SIZE_MAX without memory. */
+static size_t keep_one(const st_layout *l, st_item *items, size_t start, size_t stop, int64_t now_us, st_lost *lost,
+                       st_overlay *overlay)
 {
     size_t winner = start, first = start, left = start + 1; /* first: the first item of the present push */
     int64_t before_us = INT64_MIN;                          /* the latest time before the present push */
@@ -147,20 +164,22 @@ static size_t keep_one(const st_layout *l, st_item *items, size_t start, size_t 
     }
     count_lost(l, items, first, stop, winner, lost);
     st_item kept = items[winner];
+    if (overlay && overlay_items(l, items, start, winner, lost, overlay, &kept)) return SIZE_MAX;
     for (size_t i = start + 1; i < stop; i++)
         if (!same_key(l, &kept, &items[i])) items[left++] = items[i];
     items[start] = kept;
     return left;
 }
 
-size_t st_dedupe(const st_layout *l, st_item *items, size_t n, int64_t now_us, st_lost *lost)
+size_t st_dedupe(const st_layout *l, st_item *items, size_t n, int64_t now_us, st_lost *lost, st_overlay *overlay)
 {
     size_t kept = 0;
     for (size_t start = 0, next; start < n; start = next) {
         for (next = start + 1; next < n && items[next].hash == items[start].hash;) next++;
         for (size_t stop = next; start < stop; start++) {
             make_time(l, &items[start], now_us, INT64_MIN, lost);
-            if (stop - start > 1) stop = keep_one(l, items, start, stop, now_us, lost);
+            if (stop - start > 1 && (stop = keep_one(l, items, start, stop, now_us, lost, overlay)) == SIZE_MAX)
+                return SIZE_MAX;
             items[kept++] = items[start];
         }
     }

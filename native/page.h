@@ -1,6 +1,7 @@
 /* Pages of the feature tables: row layout, page images, and the batch lookup. docs/format.md describes the format.
  *
- * Nothing here allocates, calls LMDB or uses Python. Callers own all memory; every function may run without the GIL.
+ * Nothing here calls LMDB or uses Python. Callers own all memory, except the rows that an st_overlay makes; every
+ * function may run without the GIL.
  */
 #ifndef SHORTTAIL_PAGE_H
 #define SHORTTAIL_PAGE_H
@@ -155,7 +156,7 @@ void st_lookup(const st_view *views, size_t n_views, size_t n);
  * later push replaces was kept, and is not counted. */
 typedef struct {
     const uint8_t *stored; /* a page: its rows were stored before, and are not counted; NULL: all rows are given */
-    const uint8_t **pushes; /* the address of the first row of each push, sorted; NULL: all rows are of one push */
+    const uint8_t **pushes; /* the address of the first row of each push with rows, sorted; NULL: all are of one push */
     size_t n_pushes;
     const uint8_t **rows; /* NULL, or room for the rows that are counted: older ones at the front, others at the end */
     size_t n_rows;        /* the length of rows */
@@ -163,13 +164,18 @@ typedef struct {
     uint64_t n_duplicate; /* it has the same event time, and was given later */
 } st_lost;
 
+typedef struct st_overlay st_overlay; /* see overlay.h */
+
 /* Remove duplicates from sorted items: per key, keep the item with the latest event time, or the last of those. Returns
- * the number of items kept.
+ * the number of items kept, or SIZE_MAX without memory, which only an overlay needs.
+ *
+ * overlay: NULL if all rows give all features. Otherwise the features that a kept row does not give are those of the
+ * row that it replaces, and the item kept is a row that the overlay has made. A stored row gives all features.
  *
  * A given row of time ST_UNTIMED gets its time, in place: now_us, or 1 us more than the latest time of its key in the
  * store and in earlier pushes. So a clock that went back does not make a push older than what it replaces. now_us:
  * ST_UNTIMED if all rows have times. */
-size_t st_dedupe(const st_layout *layout, st_item *items, size_t n, int64_t now_us, st_lost *lost);
+size_t st_dedupe(const st_layout *layout, st_item *items, size_t n, int64_t now_us, st_lost *lost, st_overlay *overlay);
 
 uint32_t st_page_rows(const uint8_t *page);
 uint32_t st_page_depth(const uint8_t *page);

@@ -14,7 +14,7 @@ from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF, Py_INCREF
 from cpython.unicode cimport PyUnicode_DecodeUTF8
 from libc.errno cimport errno
-from libc.stdint cimport INT64_MIN, UINT64_MAX, int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
+from libc.stdint cimport INT64_MIN, SIZE_MAX, UINT64_MAX, int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcpy, memset
 
@@ -101,7 +101,11 @@ cdef extern from "page.h" nogil:
     st_convert st_conversion(uint32_t, uint32_t)
     uint32_t st_output_bytes(uint32_t)
     void st_lookup(const st_view *, size_t, size_t)
-    size_t st_dedupe(const st_layout *, st_item *, size_t, int64_t, st_lost *)
+    ctypedef struct st_overlay:
+        const uint8_t *const *given
+        const st_item **origins
+    size_t st_dedupe(const st_layout *, st_item *, size_t, int64_t, st_lost *,
+                     st_overlay *)
     uint32_t st_page_rows(const uint8_t *)
     uint32_t st_page_depth(const uint8_t *)
     uint32_t st_page_bytes(const uint8_t *)
@@ -115,6 +119,9 @@ cdef extern from "page.h" nogil:
     uint64_t st_heap_bytes(const st_layout *, const st_item *)
     void st_build(const st_layout *, const st_item *, size_t, uint32_t, uint32_t, uint8_t *, uint32_t)
     const char *st_check_page(const st_layout *, const uint8_t *, size_t, uint32_t, uint64_t)
+
+cdef extern from "overlay.h" nogil:
+    void st_overlay_reset(st_overlay *)
 
 cdef extern from "crc32c.h" nogil:
     uint32_t st_crc32c(const uint8_t *, size_t)
@@ -192,6 +199,7 @@ cdef extern from "merge.h" nogil:
         const st_item *rows
         size_t n
         int64_t now_us
+        st_overlay *overlay
         size_t next, looked
         uint8_t *arena
         size_t arena_bytes

@@ -256,7 +256,8 @@ cdef class RowRange:
             outcome = st_chunks_read(&self.owner.c, first, to, fd, self.buffer + buffer_at, self.unsorted)
             if outcome == 0:
                 st_sort(self.unsorted, self.items + self.n, n, self.counts)
-                self.n += st_dedupe(&self.owner.layout.c, self.items + self.n, n, ST_UNTIMED, &self.owner.lost)
+                self.n += st_dedupe(&self.owner.layout.c, self.items + self.n, n, ST_UNTIMED, &self.owner.lost,
+                                    NULL)
         return _load_outcome(outcome)
 
 

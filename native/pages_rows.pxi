@@ -1,13 +1,15 @@
 # SortedRows and join(), for upserts and deletes. Part of pages.pyx.
 
 cdef class SortedRows:
-    """SortedRows(layout, parts, pushes=(), now_us=None): rows to write or remove, sorted by hash.
+    """SortedRows(layout, parts, pushes=(), now_us=None, given=()): rows to write or remove, sorted by hash.
 
     parts: pairs (rows, arena) of buffers. rows: n * layout.row_bytes bytes in the row format; a string is a u32 offset
     into the arena and a u32 length. The buffers are kept and read in place. pushes: the number of rows of each push, in
     the order of the rows; a push does not extend over two parts. now_us: a merge writes the event times of rows that
-    have none (store.table.UNTIMED): now_us, or 1 us more than the time of the row that they replace. Raises ValueError
-    if a string lies outside its arena.
+    have none (store.table.UNTIMED): now_us, or 1 us more than the time of the row that they replace. given: for each
+    push, a bit for each feature that its rows give, as in a row's null bitmap, or None for all; () is None for each.
+    In a merge the other features keep the values of the row that is replaced; without one they stay as they are in the
+    rows. Raises ValueError if a string lies outside its arena.
     """
     cdef readonly Layout layout
     cdef st_item *items
@@ -15,9 +17,11 @@ cdef class SortedRows:
     cdef Py_buffer *views
     cdef size_t n_views
     cdef st_merger merger
+    cdef st_overlay overlay
+    cdef list bitmaps     # of the pushes, where some are partial
     cdef bytearray arena  # memory for the images of merge_all()
 
-    def __cinit__(self, Layout layout not None, parts, pushes=(), now_us=None):
+    def __cinit__(self, Layout layout not None, parts, pushes=(), now_us=None, given=()):
         cdef size_t total = 0, at = 0, v
         cdef st_item *unsorted
         cdef size_t *counts
@@ -50,27 +54,51 @@ cdef class SortedRows:
         finally:
             PyMem_Free(unsorted)
             PyMem_Free(counts)
-        if len(pushes) > 1:
-            self._mark(pushes)
+        partial = [bits for bits in given if bits is not None]
+        if len(pushes) > 1 or partial:
+            order = self._mark(pushes)
+            if partial:
+                self._overlay([given[k] for k in order])
 
-    cdef int _mark(self, pushes) except -1:
-        """Set the first row of each push."""
+    cdef list _mark(self, pushes):
+        """Set the first row of each push that has rows. Returns the numbers of these pushes, by their addresses."""
         cdef st_lost *lost = &self.merger.lost
         cdef size_t k, v = 0, at = 0
         first = []
-        for rows in pushes:
+        for k, rows in enumerate(pushes):
             while at == <size_t>self.views[v].len and v + 2 < self.n_views:
                 v, at = v + 2, 0
-            first.append(<size_t>self.views[v].buf + at)
+            if rows:
+                first.append((<size_t>self.views[v].buf + at, k))
             at += rows * self.layout.c.row_bytes
             if at > <size_t>self.views[v].len:
                 raise ValueError("a push has more rows than its part")
-        lost.pushes = <const uint8_t **>PyMem_Malloc(len(first) * sizeof(uint8_t *))
+        lost.pushes = <const uint8_t **>PyMem_Malloc((len(first) + 1) * sizeof(uint8_t *))
         if lost.pushes is NULL:
             raise MemoryError
-        for k, address in enumerate(sorted(first)):
+        first.sort()
+        for k, (address, _) in enumerate(first):
             lost.pushes[k] = <const uint8_t *><size_t>address
         lost.n_pushes = len(first)
+        return [number for _, number in first]
+
+    cdef int _overlay(self, list bitmaps) except -1:
+        """Keep features that are not given. bitmaps: of the pushes that have rows, as `given`, by their addresses."""
+        cdef const st_layout *c = &self.layout.c
+        cdef const uint8_t **given = <const uint8_t **>PyMem_Malloc((len(bitmaps) + 1) * sizeof(uint8_t *))
+        cdef size_t k
+        self.overlay.given = given
+        self.overlay.origins = <const st_item **>PyMem_Malloc((c.n_features + 1) * sizeof(st_item *))
+        if given is NULL or self.overlay.origins is NULL:
+            raise MemoryError
+        for k, bits in enumerate(bitmaps):
+            if bits is not None and len(bits) != c.null_bytes:
+                raise ValueError(f"push {k} has {len(bits)} bytes for {c.n_features} features")
+            given[k] = NULL
+            if bits is not None:
+                given[k] = <const uint8_t *>PyBytes_AS_STRING(bits)
+        self.bitmaps = bitmaps
+        self.merger.overlay = &self.overlay
         return 0
 
     def __dealloc__(self):
@@ -82,6 +110,8 @@ cdef class SortedRows:
         PyMem_Free(self.merger.lost.rows)
         PyMem_Free(self.merger.lost.pushes)
         PyMem_Free(self.merger.images)
+        PyMem_Free(<void *>self.overlay.given)
+        PyMem_Free(<void *>self.overlay.origins)
         st_merge_free(&self.merger)
 
     def __len__(self):
@@ -149,7 +179,7 @@ cdef class SortedRows:
         """Merge rows i, i + 1, ... into a bucket, as far as they belong to it. page: its image; None in an empty table.
 
         Returns (next i, [(bucket key, page image), ...]): one image, or several if the bucket was split. A stored row
-        is kept if its event time is later. Raises ValueError if the page is damaged or row i belongs to another bucket.
+        is kept if its event time is later, and features that rows do not give are kept. Raises ValueError if the page is damaged or row i belongs to another bucket.
         """
         cdef _Bucket bucket = _Bucket()
         cdef Py_buffer view
@@ -228,8 +258,12 @@ cdef class SortedRows:
             memcpy(both + bucket.n, self.items + i, n_new * sizeof(st_item))
             st_sort(both, both + n_all, n_all, counts)
             buckets = _Buckets(self.layout, table_id, depth_grow)
+            if self.merger.overlay is not NULL:
+                st_overlay_reset(self.merger.overlay)
             n_all = st_dedupe(&self.layout.c, both + (bucket.n + n_new), n_all, self.merger.now_us,
-                              &self.merger.lost)
+                              &self.merger.lost, self.merger.overlay)
+            if n_all == SIZE_MAX:
+                raise MemoryError
             buckets.start(both + (bucket.n + n_new), n_all, bucket.key, bucket.depth)
             images.extend(buckets)
             return 0

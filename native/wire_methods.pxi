@@ -208,7 +208,7 @@ cdef int _forward(Connection connection, str method, const uint8_t *params, uint
     if columns.kind != MP_MAP:
         raise InvalidArgument(f"{method} takes [view, {{column: value or array}}, {{option: value}}?]")
     if n == 3:
-        _options_of(connection, WRITE_OPTIONS, &options)
+        _options_of(connection, PUSH_OPTIONS if method == "push" else DELETE_OPTIONS, &options)
     if connection.forwarded >= PUSHES_PER_CONNECTION:
         raise ResourceExhausted(f"{connection.forwarded} requests of this connection wait to be written; "
                                 f"wait for their answers, then send it again")

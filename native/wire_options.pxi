@@ -1,8 +1,9 @@
 # The options of a request: the last param, a map.
 
 cdef enum:  # the options that a method takes besides deadline_ms and traceparent
-    WRITE_OPTIONS = 0       # none
+    DELETE_OPTIONS = 0      # none
     FEATURES_OPTIONS = 1    # encoding, priority
+    PUSH_OPTIONS = 2        # partial
     PREDICT_OPTIONS = 3     # encoding, statuses, version
 
 
@@ -71,11 +72,11 @@ cdef const uint8_t *_read_option(const mp_value *name, const uint8_t *p, int tak
         if milliseconds <= 0:
             raise DeadlineExceeded(f"deadline_ms {milliseconds:g}: the deadline had passed when the request came")
         options.deadline_ns = options.arrived_ns + <int64_t>(min(milliseconds, 1e9) * 1e6)
-    elif _is(name, b"priority", 8) and takes >= FEATURES_OPTIONS:
+    elif _is(name, b"priority", 8) and takes & FEATURES_OPTIONS:
         if v.kind != MP_INT or not 0 <= v.number.i <= 2:
             raise InvalidArgument(f"option 'priority' must be 0, 1 or 2; got {_shown(p, end)}")
         options.priority = <int>v.number.i
-    elif _is(name, b"encoding", 8) and takes >= FEATURES_OPTIONS:
+    elif _is(name, b"encoding", 8) and takes & FEATURES_OPTIONS:
         if v.kind == MP_STR and _is(&v, b"tensor", 6):
             options.flags |= AS_TENSORS
         elif v.kind != MP_STR or not _is(&v, b"list", 4):
@@ -89,6 +90,9 @@ cdef const uint8_t *_read_option(const mp_value *name, const uint8_t *p, int tak
             raise InvalidArgument(f"option 'statuses' must be true or false; got {_shown(p, end)}")
         if v.number.i:
             options.flags |= WANTS_STATUSES
+    elif _is(name, b"partial", 7) and takes == PUSH_OPTIONS:
+        if v.kind != MP_BOOL:  # the writer reads it
+            raise InvalidArgument(f"option 'partial' must be true or false; got {_shown(p, end)}")
     elif _is(name, b"traceparent", 11):
         if v.kind != MP_STR and v.kind != MP_NIL:
             raise InvalidArgument(f"option 'traceparent' must be a string; got {_shown(p, end)}")
@@ -96,7 +100,7 @@ cdef const uint8_t *_read_option(const mp_value *name, const uint8_t *p, int tak
             options.trace = v.body
             options.trace_bytes = v.size
     else:
-        known = ["", "encoding, priority, ", "", "encoding, priority, statuses, version, "][takes]
+        known = ["", "encoding, priority, ", "partial, ", "encoding, priority, statuses, version, "][takes]
         known = f"deadline_ms, {known}traceparent"
         raise InvalidArgument(f"unknown option {_short_text(name)!r}; options: {known}")
     return end

@@ -431,19 +431,21 @@ class Engine:
 
         return self._store.load(view, batches, report, memory_bytes, allow_shrink, origin)
 
-    def push(self, view: str, rows: Any) -> RowCount:
+    def push(self, view: str, rows: Any, *, partial: bool = False) -> RowCount:
         """Upsert rows: a dict of columns, or a pandas, polars or pyarrow table. They are durable when it returns.
 
         The view's timestamp column, else `event_time`, holds event times; without either they are now, or 1 us after
         that of the stored row if this is later. An event time that cannot be right is refused (docs/types.md). Other
-        columns are ignored. A row that is older than the stored row of its key is dropped. Returns the number of the
-        other rows given, with the numbers of older and duplicate rows. Raises NotFound, InvalidArgument,
+        columns are ignored. A row that is older than the stored row of its key is dropped. partial: the rows have only
+        some features, and no other columns; the rest keep what is stored, and are null in a new row. Returns the number
+        of the other rows given, with the numbers of older and duplicate rows. Raises NotFound, InvalidArgument,
         ResourceExhausted (disk).
         """
         from shorttail.sources.rows import column_batch
 
         catalog = self._store.newest_catalog()
-        return self._store.upsert(view, column_batch(catalog.view(view), rows, catalog.max_clock_skew_us))
+        batch = column_batch(catalog.view(view), rows, catalog.max_clock_skew_us, partial=partial)
+        return self._store.upsert(view, batch)
 
     def delete(self, view: str, keys: Mapping[str, Any]) -> int:
         """Delete the rows of these keys. Returns how many rows there were, once that is durable."""

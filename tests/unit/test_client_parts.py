@@ -122,6 +122,15 @@ def test_writes_are_split_in_their_order(run: Any, method: str) -> None:
         assert [sent["event_time"] for _, _, sent, _ in recorder.asked] == [0, 0, 0]
 
 
+@both
+def test_each_part_of_a_partial_push_is_partial(run: Any) -> None:
+    recorder = Recorder()
+    with serving(recorder) as address:
+        assert run(address, lambda c: c.push("v", {"x": np.arange(ROWS)}, partial=True)) == ROWS
+    assert recorder.rows() == PARTS
+    assert [options["partial"] for *_, options in recorder.asked] == [True] * len(PARTS)
+
+
 @pytest.mark.parametrize("rows", [1, MOST])
 @both
 def test_what_fits_is_one_request(run: Any, rows: int) -> None:

@@ -79,6 +79,17 @@ def test_delete_and_push_send_what_is_left_of_the_deadline(run: Any) -> None:
 
 
 @each
+def test_a_partial_push_says_so_and_a_whole_one_says_nothing(run: Any) -> None:
+    recorder = Recorder()
+    with serving(recorder) as address:
+        for options in ({"partial": True, "traceparent": "t"}, {"partial": False}, {}):
+            assert run(address, lambda c, options=options: c.push("stats", {"user_id": 1}, **options)) == 7
+    names = [list(params[2]) for _, params in recorder.seen]
+    assert names == [["partial", "traceparent", "deadline_ms"], ["deadline_ms"], ["deadline_ms"]]
+    assert recorder.seen[0][1][2]["partial"] is True
+
+
+@each
 @pytest.mark.parametrize(
     ("result", "counts"),
     [

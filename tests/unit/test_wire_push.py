@@ -99,6 +99,18 @@ def test_a_deadline_is_forwarded_as_a_time(served):
     assert served.taken[1][4] == 0
 
 
+@pytest.mark.parametrize("partial", [True, False])
+def test_only_a_push_may_be_partial(served, partial):
+    params = ["stats", {"key": 1}, {"partial": partial, "deadline_ms": 50}]
+    assert served.ask([0, 1, "push", params]) == []
+    assert served.taken[0][3] == msgpack.packb(params)  # the writer reads the option
+    for method, call in (("delete", params[:2]), ("get_online_features", [[], {}]), ("predict", ["total", {}])):
+        [reply] = served.ask([0, 2, method, [*call, {"partial": partial}]])
+        assert reply[2]["code"] == "INVALID_ARGUMENT"
+        assert reply[2]["message"].startswith("unknown option 'partial'; options: deadline_ms, ")
+    assert len(served.taken) == 1
+
+
 @pytest.mark.parametrize("refusal", [Unavailable("away"), ResourceExhausted("full")])
 def test_a_refused_push_is_not_in_flight(served, refusal):
     connection = served.connect()
@@ -118,7 +130,14 @@ def test_a_refused_push_is_not_in_flight(served, refusal):
         (["stats", {}, {}, 1], "INVALID_ARGUMENT", "push takes [view,"),
         ({}, "INVALID_ARGUMENT", "params of 'push' must be an array"),
         (["stats", {}, 5], "INVALID_ARGUMENT", "options must be a map"),
-        (["stats", {}, {"encoding": "list"}], "INVALID_ARGUMENT", "unknown option 'encoding'; options: deadline_ms"),
+        (
+            ["stats", {}, {"encoding": "list"}],
+            "INVALID_ARGUMENT",
+            "unknown option 'encoding'; options: deadline_ms, partial, traceparent",
+        ),
+        (["stats", {}, {"priority": 1}], "INVALID_ARGUMENT", "unknown option 'priority'"),
+        (["stats", {}, {"partial": 1}], "INVALID_ARGUMENT", "option 'partial' must be true or false; got 1"),
+        (["stats", {}, {"partial": None}], "INVALID_ARGUMENT", "option 'partial' must be true or false; got None"),
         (["stats", {}, {"statuses": True}], "INVALID_ARGUMENT", "unknown option 'statuses'"),
         (["stats", {}, {"deadline_ms": -1}], "DEADLINE_EXCEEDED", "deadline_ms -1"),
     ],

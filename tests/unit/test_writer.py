@@ -64,9 +64,10 @@ class Served:
         self.store, self.faults, self.worker = FakeStore(), ErrorLog(), FakeWorker()
         self.writer = Writer(self.store, loop, self.faults)
 
-    def send(self, number, method="push", view="stats", columns=None, deadline_ns=0):
+    def send(self, number, method="push", view="stats", columns=None, deadline_ns=0, **options):
         columns = {"user_id": number, "age": 1.0} if columns is None else columns
-        self.writer.take(self.worker, [0, number, method, msgpack.packb([view, columns]), deadline_ns])
+        params = [view, columns, options] if options else [view, columns]
+        self.writer.take(self.worker, [0, number, method, msgpack.packb(params), deadline_ns])
 
     async def finish(self):
         self.writer.stop()
@@ -96,6 +97,27 @@ async def test_queued_requests_are_one_commit(served):
     assert [len(edits) for edits in served.store.commits] == [101]
     assert isinstance(served.store.commits[0][100], Delete)
     assert (served.writer.queued_rows, served.writer.queued_bytes) == (0, 0)
+
+
+@serving
+async def test_pushes_of_different_features_are_one_commit(served):
+    features = [st.Feature(name, st.Float32) for name in ("age", "height")]
+    served.store.views["stats"] = st.FeatureView("stats", USER, features)
+    whole, age, height = (
+        {"user_id": 1, **values} for values in ({"age": 1.0, "height": 2.0}, {"age": 3.0}, {"height": 4.0})
+    )
+    served.send(0, columns=whole)
+    served.send(1, columns=age, partial=True)
+    served.send(2, columns=height, partial=True, deadline_ms=1000)
+    served.send(3, columns=whole, partial=True)
+    served.send(4, columns=age, partial=False)
+    served.send(5, columns=age)
+    answers = await served.finish()
+    [edits] = served.store.commits
+    assert [edit.batch.given for edit in edits] == [None, ("age",), ("height",), None]
+    for number in (4, 5):
+        assert isinstance(answers.pop(number), InvalidArgument)
+    assert answers == dict.fromkeys(range(4), 1)
 
 
 @serving
@@ -254,8 +276,10 @@ async def test_an_unexpected_exception_is_answered_and_logged(served):
 
 def test_params_may_hold_tensors_and_all_plain_values():
     tensor = protocol.pack_tensor(np.arange(6, dtype=np.float32).reshape(2, 3))
-    name, columns = read_params(msgpack.packb(["stats", {"a": tensor, "b": [1, None, "é", 2.5, True]}, {"x": 1}]))
-    assert (name, columns["b"]) == ("stats", [1, None, "é", 2.5, True])
+    given = ["stats", {"a": tensor, "b": [1, None, "é", 2.5, True]}]
+    for options in ([], [None], [{"partial": True}]):
+        name, columns, found = read_params(msgpack.packb(given + options))
+        assert (name, columns["b"], found) == ("stats", given[1]["b"], (options and options[0]) or {})
     np.testing.assert_array_equal(columns["a"], [[0, 1, 2], [3, 4, 5]])
 
 

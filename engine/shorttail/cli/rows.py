@@ -70,18 +70,23 @@ def load(view: str, files: tuple[str, ...], store: str, memory_mib: int, allow_s
 @click.command()
 @click.argument("view")
 @click.argument("file")
+@click.option("--partial", is_flag=True, help="Only some features: the others keep what is stored.")
 @source_options
 @json_option
-def push(view: str, file: str, store: str | None, server: str | None, as_json: bool) -> None:
+def push(view: str, file: str, partial: bool, store: str | None, server: str | None, as_json: bool) -> None:
     """Insert or replace rows of VIEW from a file.
 
     FILE is a Parquet, Arrow (.arrow, .feather) or CSV (.csv) file, a folder of such files, or a pattern such
     as 'day/*.parquet'. Its columns are matched by name. A row whose event time is older than that of the
     stored row is ignored. With --server, at most 4,096 rows are sent in a request.
 
+    With --partial, a file has the keys and only some features, and no columns that the view does not have. The
+    other features keep what is stored; in a new row they are null.
+
     \b
     Example:
       shorttail push user_stats today.parquet --store store
+      shorttail push user_stats tiers.csv --partial --store store
       shorttail push user_stats today.parquet --server 127.0.0.1:7711
     """
     from shorttail.results import RowCount
@@ -90,12 +95,12 @@ def push(view: str, file: str, store: str | None, server: str | None, as_json: b
     with open_writer(store, server) as writer:
         definition = writer.view(view)
         source = open_source(file, definition)
-        batches = row_batches(source, definition, definition.timestamp, writer.max_clock_skew_us)
+        batches = row_batches(source, definition, definition.timestamp, writer.max_clock_skew_us, partial)
         pushed, start_s = RowCount.total([]), time.perf_counter()
         try:
             with progress_bar(view) as progress:
                 for batch in batches:
-                    for count in writer.push(definition, batch):
+                    for count in writer.push(definition, batch, partial):
                         pushed = RowCount.total([pushed, count])
                         progress(pushed.given, source.rows)
         except ShorttailError as error:
@@ -172,7 +177,7 @@ class StoreWriter:
     def view(self, name: str) -> FeatureView:
         return self.store.catalog.view(name)
 
-    def push(self, view: FeatureView, batch: ColumnBatch) -> Iterator[RowCount]:
+    def push(self, view: FeatureView, batch: ColumnBatch, partial: bool) -> Iterator[RowCount]:
         yield self.store.upsert(view.name, batch)
 
     def delete(self, view: FeatureView, columns: dict[str, Any]) -> int:
@@ -210,11 +215,11 @@ class ServerWriter:
         source = ParquetSource("-", view["timestamp"]) if view["timestamp"] else None
         return FeatureView(name, Entity("entity", keys), features, source=source)
 
-    def push(self, view: FeatureView, batch: ColumnBatch) -> Iterator[RowCount]:
+    def push(self, view: FeatureView, batch: ColumnBatch, partial: bool) -> Iterator[RowCount]:
         """Send the batch, and yield the count of each request."""
         for start in range(0, len(batch), REQUEST_ROWS):
             for part in split_batch(batch.slice(start, start + REQUEST_ROWS)):
-                yield self.client.push(view.name, wire_columns(view, part))
+                yield self.client.push(view.name, wire_columns(view, part), partial=partial)
 
     def delete(self, view: FeatureView, columns: dict[str, Any]) -> int:
         return self.client.delete(view.name, columns)
@@ -253,7 +258,8 @@ def wire_columns(view: FeatureView, batch: ColumnBatch) -> dict[str, Any]:
     given: list[tuple[str, Any, Any]] = [
         (name, values, None) for name, values in zip(view.keys, batch.keys, strict=True)
     ]
-    given += [(feature.source_column, *column) for feature, column in zip(view.features, batch.features, strict=True)]
+    names = [view.features[f].source_column for f in batch.numbers(view)]
+    given += [(name, *column) for name, column in zip(names, batch.features, strict=True)]
     columns = {}
     for name, values, nulls in given:
         try:

@@ -103,7 +103,13 @@ class Client:
         return calls.read_features(self._call("get_online_features", params, deadline_ms))
 
     def push(
-        self, view: str, rows: Any, *, deadline_ms: float | None = None, traceparent: str | None = None
+        self,
+        view: str,
+        rows: Any,
+        *,
+        partial: bool = False,
+        deadline_ms: float | None = None,
+        traceparent: str | None = None,
     ) -> RowCount:
         """Insert or replace rows. Returns the number of rows that were not older, when they are durable.
 
@@ -114,12 +120,14 @@ class Client:
         in parts of which each is written completely or not at all: if one fails, those before it are written, and its
         error says where it begins.
 
+        partial: the rows have only some features, and no other columns. Of a row that is stored, the other features
+        stay; in a new row they are null.
         deadline_ms: if it passes before the rows are committed, the server writes nothing. After Unavailable, or after
         a DeadlineExceeded that did not come from the server, the rows may or may not be written. The client itself
         sends a push again only if the server certainly did not get it. A caller may push again, unless another writer
         may have written the same rows in between.
         """
-        params = calls.write_params(view, rows, traceparent)
+        params = calls.write_params(view, rows, traceparent, partial)
         if parts.is_long(params[1]):
             return self._in_parts(parts.push(params), deadline_ms)
         return calls.read_pushed(self._call("push", params, deadline_ms))

@@ -42,9 +42,9 @@ def features_params(features: Sequence[str], columns: Mapping[str, Any], tracepa
     return [list(features), encode_columns(columns), traced({"encoding": "tensor"}, traceparent)]
 
 
-def write_params(view: str, columns: Any, traceparent: str | None = None) -> list[Any]:
+def write_params(view: str, columns: Any, traceparent: str | None = None, partial: bool = False) -> list[Any]:
     """Return the params of push and delete."""
-    return [view, encode_columns(columns), traced({}, traceparent)]
+    return [view, encode_columns(columns), traced({"partial": True} if partial else {}, traceparent)]
 
 
 def traced(options: dict[str, Any], traceparent: str | None) -> dict[str, Any]:

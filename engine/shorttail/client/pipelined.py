@@ -107,10 +107,16 @@ class AsyncClient:
         return calls.read_features(await self._call("get_online_features", params, deadline_ms))
 
     async def push(
-        self, view: str, rows: Any, *, deadline_ms: float | None = None, traceparent: str | None = None
+        self,
+        view: str,
+        rows: Any,
+        *,
+        partial: bool = False,
+        deadline_ms: float | None = None,
+        traceparent: str | None = None,
     ) -> RowCount:
         """As Client.push. Pushes that run at the same time share a commit."""
-        params = calls.write_params(view, rows, traceparent)
+        params = calls.write_params(view, rows, traceparent, partial)
         if parts.is_long(params[1]):
             return await self._in_parts(parts.push(params), deadline_ms)
         return calls.read_pushed(await self._call("push", params, deadline_ms))

@@ -134,14 +134,14 @@ class Writer:
         self._more.set()
 
     def _read(self, method: str, params: bytes) -> Edit:
-        name, columns = read_params(params)
+        request = read_params(params)
         try:
             self.store.refresh()
-            return make_edit(self.store, method, name, columns)
+            return make_edit(self.store, method, *request)
         except (InvalidArgument, NotFound):
             if not self.store.refresh(force=True):
                 raise
-            return make_edit(self.store, method, name, columns)  # the definitions have just changed
+            return make_edit(self.store, method, *request)  # the definitions have just changed
 
     # -- commits ---------------------------------------------------------------------------------------------------
 
@@ -202,22 +202,22 @@ class Writer:
             return [Internal(f"view '{edits[0].view}': {one_line(error)}")]
 
 
-def read_params(params: bytes) -> tuple[str, dict[Any, Any]]:
-    """The view's name and the columns. The worker has checked that params hold a string and a map, and no more."""
+def read_params(params: bytes) -> tuple[str, dict[Any, Any], dict[Any, Any]]:
+    """Return the view's name, the columns and the options. The worker has checked all but the columns."""
     try:
-        name, columns = msgpack.unpackb(
+        name, columns, *options = msgpack.unpackb(
             params,
             ext_hook=protocol.unpack_ext,
             object_pairs_hook=_without_repetition,
             strict_map_key=False,
             max_array_len=LIMITS.declared_elements,
             max_map_len=LIMITS.declared_elements,
-        )[:2]
+        )
     except UnicodeDecodeError:
         raise InvalidArgument("a string is not valid UTF-8") from None
     except protocol.UNPACK_ERRORS as error:  # whole, but of no use: a map as a key, a timestamp of 5 bytes
         raise InvalidArgument(f"a map key or ext value that cannot be read: {error}") from None
-    return name, columns
+    return name, columns, (options[0] if options else None) or {}
 
 
 def _without_repetition(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
@@ -228,10 +228,11 @@ def _without_repetition(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
     return found
 
 
-def make_edit(store: Store, method: str, name: str, columns: dict[Any, Any]) -> Edit:
+def make_edit(store: Store, method: str, name: str, columns: dict[Any, Any], options: dict[Any, Any]) -> Edit:
     view = store.catalog.view(name)
     if method == "push":
-        return Upsert(name, column_batch(view, columns, store.catalog.max_clock_skew_us))
+        partial = bool(options.get("partial"))
+        return Upsert(name, column_batch(view, columns, store.catalog.max_clock_skew_us, partial=partial))
     return Delete(name, key_arrays(view, columns))
 
 

@@ -22,7 +22,7 @@ from shorttail.define.refusal import described_text
 from shorttail.define.values import Refused
 from shorttail.define.views import FeatureView
 from shorttail.errors import InvalidArgument
-from shorttail.sources.rows import time_column
+from shorttail.sources.rows import PUSH_PARTIAL, check_partial, names_of, time_column
 from shorttail.sources.source import BATCH_ROWS, Part, Source, column_names, first_line
 from shorttail.store import ColumnBatch
 from shorttail.store.table import UNTIMED, Texts
@@ -55,15 +55,22 @@ def open_source(data: Any, view: FeatureView) -> Source:
 
 
 def row_batches(
-    source: Source, view: FeatureView, timestamp: str | None, max_clock_skew_us: int | None
+    source: Source,
+    view: FeatureView,
+    timestamp: str | None,
+    max_clock_skew_us: int | None,
+    partial: bool | None = None,
 ) -> Iterator[ColumnBatch]:
     """Return the rows of a source for a view, batch by batch.
 
     timestamp: the column of event times, of any type that a Timestamp takes. With None, the event times come from
     `event_time` if the source has it, else the store makes them. max_clock_skew_us: how far event times may be ahead of
     the clock; None if a server judges that. Other columns are ignored. NaN is null. Where a part lacks a feature that
-    other parts have, it is null. Raises InvalidArgument, at once for a missing or repeated column and for a type that
-    cannot fit, and while iterating for a wrong value.
+    other parts have, it is null.
+
+    partial: True: a part gives only the features that it has, and may have no other columns; False: a push of whole
+    rows; None: a load. Raises InvalidArgument, at once for a missing or repeated column and for a type that cannot fit,
+    and while iterating for a wrong value.
     """
     if not source.parts:
         return iter(())
@@ -73,15 +80,19 @@ def row_batches(
         else:
             check_no_similar(source, NeededColumn(found, Timestamp, f"event times of view '{view.name}'", False))
     needed = key_columns(view)
+    for part in source.parts if partial else ():
+        check_partial(view, part.names, f"{part.origin}: ")
     for feature in view.features:
         role = f"feature '{feature.name}'" if feature.column else "feature"
-        needed.append(NeededColumn(feature.source_column, feature.dtype, f"{role} of view '{view.name}'", False))
+        text = f"{role} of view '{view.name}'"
+        hint = PUSH_PARTIAL if partial is False else ""
+        needed.append(NeededColumn(feature.source_column, feature.dtype, text, False, bool(partial), hint))
     if timestamp is not None:
         needed.append(NeededColumn(timestamp, Timestamp, f"timestamp of view '{view.name}'", True))
     check_columns(source, needed)
     columns = [column.name for column in needed]
     read = read_batches(source, columns, BATCH_ROWS)
-    return (column_batch(rows, view, timestamp, max_clock_skew_us) for rows in read)
+    return (column_batch(rows, view, timestamp, max_clock_skew_us, bool(partial)) for rows in read)
 
 
 def key_batches(source: Source, view: FeatureView, batch_rows: int) -> Iterator[list[list[Any]]]:
@@ -98,12 +109,17 @@ def key_batches(source: Source, view: FeatureView, batch_rows: int) -> Iterator[
 
 @dataclass(frozen=True, slots=True)
 class NeededColumn:
-    """A column that is read. role: for errors. everywhere: every part must have it; else it is null in some parts."""
+    """A column that is read. role: for errors. everywhere: every part must have it; else it is null in some parts.
+
+    optional: no part must have it. hint: the end of the error if it is absent.
+    """
 
     name: str
     dtype: DType
     role: str
     everywhere: bool
+    optional: bool = False
+    hint: str = ""
 
 
 def key_columns(view: FeatureView) -> list[NeededColumn]:
@@ -143,10 +159,10 @@ def check_absent(part: Part, column: NeededColumn, elsewhere: bool, others: set[
     name = column.name
     if similar := sorted(other for other in others if other.casefold() == name.casefold()):
         hint = f"there is '{similar[0]}', and case matters"
-    elif elsewhere and not column.everywhere:
+    elif column.optional or (elsewhere and not column.everywhere):
         return
     else:
-        hint = f"its columns: {', '.join(part.names)}"
+        hint = f"its columns: {', '.join(part.names)}{column.hint}"
     raise InvalidArgument(f"{part.origin}: no column '{name}' ({column.role}); {hint}")
 
 
@@ -168,15 +184,16 @@ def read_part(part: Part, columns: Sequence[str], batch_rows: int) -> Iterator[B
 
 
 def column_batch(
-    rows: BatchReader, view: FeatureView, timestamp: str | None, max_clock_skew_us: int | None
+    rows: BatchReader, view: FeatureView, timestamp: str | None, max_clock_skew_us: int | None, partial: bool
 ) -> ColumnBatch:
     keys = [rows.required(name, dtype, "key") for name, dtype in view.keys.items()]
     if timestamp is None:
         times = np.full(rows.batch.num_rows, UNTIMED, np.int64)
     else:
         times = rows.event_times(timestamp, max_clock_skew_us)
-    features = [rows.column(feature.source_column, feature.dtype) for feature in view.features]
-    return ColumnBatch(keys=keys, event_time_us=times, features=features)
+    given = [feature for feature in view.features if not partial or feature.source_column in rows.part.names]
+    features = [rows.column(feature.source_column, feature.dtype) for feature in given]
+    return ColumnBatch(keys=keys, event_time_us=times, features=features, given=names_of(view, given))
 
 
 @dataclass(frozen=True, slots=True)

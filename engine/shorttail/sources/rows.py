@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,15 +12,18 @@ from numpy.typing import NDArray
 from shorttail.config import LIMITS
 from shorttail.define.dtypes import DType, Timestamp
 from shorttail.define.event_times import ImpossibleTime, check_event_times
-from shorttail.define.names import decomposed, quoted
+from shorttail.define.names import decomposed, quoted, suggestion
 from shorttail.define.values import Refused, as_column
-from shorttail.define.views import FeatureView
+from shorttail.define.views import Feature, FeatureView
 from shorttail.errors import InvalidArgument
 from shorttail.sources.source import EVENT_TIME
 from shorttail.store import ColumnBatch
 from shorttail.store.table import UNTIMED
 
 Nulls = NDArray[np.bool_]
+
+# The end of the error for a feature that a push does not give.
+PUSH_PARTIAL: Final = ", or push with partial=True (--partial), which keeps what is stored"
 
 
 @dataclass(slots=True)
@@ -41,13 +44,16 @@ def time_column(view: FeatureView) -> str | None:
     return view.timestamp or (None if EVENT_TIME in view.source_columns else EVENT_TIME)
 
 
-def column_batch(view: FeatureView, rows: Any, max_clock_skew_us: int, may_be_empty: bool = False) -> ColumnBatch:
+def column_batch(
+    view: FeatureView, rows: Any, max_clock_skew_us: int, may_be_empty: bool = False, partial: bool = False
+) -> ColumnBatch:
     """Convert the rows of a push: every key and feature of the view, and event times if the rows have them.
 
     A feature comes from its source column. Event times come from the view's timestamp column, else from `event_time`;
     without either column the store makes them. Other columns are ignored. None and NaN are null. A scalar beside longer
     columns is repeated. max_clock_skew_us: how far event times may be ahead of the clock. may_be_empty: take no rows at
-    all, as a load does. Raises InvalidArgument naming the view and column.
+    all, as a load does. partial: take the keys and some features, and no other columns, among which a wrong name would
+    hide. Raises InvalidArgument naming the view and column.
     """
     given = as_columns(view, rows)
     timestamp = time_column(view)
@@ -57,11 +63,18 @@ def column_batch(view: FeatureView, rows: Any, max_clock_skew_us: int, may_be_em
     for name in given if absent else ():
         if name not in known and (hint := _mistaken(view, name, absent)):
             raise InvalidArgument(f"view '{view.name}' has no column {quoted(name)}; {hint}")
-    for name in needed:
+    features = view.features
+    if partial:
+        check_partial(view, given)
+        features = [feature for feature in features if feature.source_column in given]
+    for name in () if partial else needed:
         if name not in given:
-            raise InvalidArgument(f"view '{view.name}': column '{name}' is missing from the rows; they need: {needed}")
+            hint = "" if may_be_empty or name in view.keys else PUSH_PARTIAL
+            raise InvalidArgument(
+                f"view '{view.name}': column '{name}' is missing from the rows; they need: {needed}{hint}"
+            )
     columns = _key_columns(view, given)
-    for feature in view.features:
+    for feature in features:
         name = feature.source_column
         columns.append(read_column(f"view '{view.name}': column", name, feature.dtype, given[name]))
     if timestamp is not None and timestamp in given:
@@ -71,12 +84,41 @@ def column_batch(view: FeatureView, rows: Any, max_clock_skew_us: int, may_be_em
     count = align(view, columns)
     if not count and not may_be_empty:
         raise InvalidArgument(f"view '{view.name}': no rows; send at least one")
-    keys, features = columns[: len(view.keys)], columns[len(view.keys) : len(view.keys) + len(view.features)]
+    n_keys = len(view.keys)
     return ColumnBatch(
-        keys=[column.values for column in keys],
+        keys=[column.values for column in columns[:n_keys]],
         event_time_us=columns[-1].values if timestamp in given else np.full(count, UNTIMED, np.int64),
-        features=[(column.values, column.nulls) for column in features],
+        features=[(column.values, column.nulls) for column in columns[n_keys : n_keys + len(features)]],
+        given=names_of(view, features),
     )
+
+
+def names_of(view: FeatureView, features: Sequence[Feature]) -> tuple[str, ...] | None:
+    """Return the names of the features of a batch, as ColumnBatch.given; None if they are all of the view."""
+    return None if len(features) == len(view.features) else tuple(feature.name for feature in features)
+
+
+def check_partial(view: FeatureView, columns: Iterable[str], origin: str = "") -> None:
+    """Raise InvalidArgument unless the columns of partial rows are those of the view, with a feature among them.
+
+    Whole rows may have other columns: a wrong name then leaves a feature out, which is an error. Partial rows may leave
+    features out. origin: the start of the message, such as a file.
+    """
+    columns = list(columns)
+    known = dict.fromkeys([*view.keys, *view.source_columns])
+    if (timestamp := time_column(view)) is not None:
+        known[timestamp] = None
+    for name in columns:
+        if name not in known:
+            raise InvalidArgument(
+                f"{origin}view '{view.name}' has no column {quoted(name)}, and a partial push takes no others"
+                f"{suggestion(name, known, 'columns')}"
+            )
+    if not any(name in view.source_columns for name in columns):
+        raise InvalidArgument(
+            f"{origin}view '{view.name}': the rows have no feature; "
+            f"give at least one of: {', '.join(dict.fromkeys(view.source_columns))}"
+        )
 
 
 def _mistaken(view: FeatureView, name: str, absent: Sequence[str]) -> str:

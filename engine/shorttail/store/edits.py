@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
+import numpy as np
+
 from shorttail._native.pages import Layout, SortedRows, join
 from shorttail.define import clock
 from shorttail.define.catalog import TableInfo
@@ -14,7 +16,16 @@ from shorttail.define.views import FeatureView
 from shorttail.errors import Internal, InvalidArgument, ShorttailError
 from shorttail.results import RowCount
 from shorttail.store.environment import WriteTransaction
-from shorttail.store.table import Array, ColumnBatch, depth_to_grow, encode_keys, encode_rows, join_batches, make_layout
+from shorttail.store.table import (
+    Array,
+    ColumnBatch,
+    depth_to_grow,
+    encode_keys,
+    encode_rows,
+    given_features,
+    join_batches,
+    make_layout,
+)
 
 SMALL_ROWS = 256  # upserts of up to this many rows are encoded together with their neighbours
 PAGES_AT_ONCE = 256  # new page images that are held in memory before they are given to LMDB
@@ -22,7 +33,7 @@ PAGES_AT_ONCE = 256  # new page images that are held in memory before they are g
 
 @dataclass(frozen=True, slots=True)
 class Upsert:
-    """Insert rows into a view, or replace rows with equal keys."""
+    """Insert rows into a view, or replace rows with equal keys. Features that the batch does not give are kept."""
 
     view: str
     batch: ColumnBatch
@@ -55,7 +66,15 @@ class EditRun:
     upsert: bool
     numbers: list[int]
     sizes: list[int]  # rows of each edit
+    given: list[bytes | None]  # the features that each edit gives, a bit for each; None: all, or no upsert
     parts: list[tuple[Any, bytes]]  # (rows, string arena) of one or more edits
+
+    def extend(self, later: EditRun) -> None:
+        """Append the edits of a later run."""
+        self.numbers += later.numbers
+        self.sizes += later.sizes
+        self.given += later.given
+        self.parts += later.parts
 
 
 @dataclass(slots=True)
@@ -78,14 +97,15 @@ class TableEdits:
         encoding is mostly per column, not per row.
         """
         errors: dict[int, ShorttailError] = {}
-        for joinable, group in groupby(edits, key=lambda numbered: _is_small(numbered[1]) and not separately):
+        for joinable, group in groupby(edits, key=lambda numbered: _joinable(numbered[1], separately)):
             run = list(group)
             if joinable and self._encode_joined(run):
                 continue
             for number, edit in run:
                 try:
                     part = self._encode(edit)
-                    self._add(isinstance(edit, Upsert), [number], [len(part[0])], part, separately)
+                    given = self._given(edit.batch) if isinstance(edit, Upsert) else None
+                    self._add(isinstance(edit, Upsert), [number], [len(part[0])], given, part, separately)
                 except ShorttailError as error:
                     errors[number] = error
         return errors
@@ -100,8 +120,13 @@ class TableEdits:
             part = encode_rows(self.layout, self.view, joined)
         except InvalidArgument:
             return False  # the caller encodes each edit on its own and so finds the wrong one
-        self._add(True, [number for number, _ in run], list(map(len, batches)), part, False)
+        self._add(True, [number for number, _ in run], list(map(len, batches)), self._given(joined), part, False)
         return True
+
+    def _given(self, batch: ColumnBatch) -> bytes | None:
+        """Return a bit for each feature that the batch gives, as in a row's null bitmap; None if it gives all."""
+        given = given_features(self.view, batch)
+        return None if given is None else np.packbits(given, bitorder="little").tobytes()
 
     def _encode(self, edit: Edit) -> tuple[Any, bytes]:
         if isinstance(edit, Upsert):
@@ -109,14 +134,19 @@ class TableEdits:
         return _encode_keys(self.layout, self.view, edit.keys)
 
     def _add(
-        self, upsert: bool, numbers: list[int], sizes: list[int], part: tuple[Any, bytes], separately: bool
+        self,
+        upsert: bool,
+        numbers: list[int],
+        sizes: list[int],
+        given: bytes | None,
+        part: tuple[Any, bytes],
+        separately: bool,
     ) -> None:
+        run = EditRun(upsert, numbers, sizes, [given] * len(numbers), [part])
         if upsert and not separately and self.steps and self.steps[-1].upsert:
-            self.steps[-1].numbers += numbers
-            self.steps[-1].sizes += sizes
-            self.steps[-1].parts.append(part)
+            self.steps[-1].extend(run)
         else:
-            self.steps.append(EditRun(upsert, numbers, sizes, [part]))
+            self.steps.append(run)
 
     @property
     def numbers(self) -> Iterable[int]:
@@ -131,7 +161,7 @@ class TableEdits:
         now_us = clock.now_us()
         outcomes: dict[int, int] = {}
         for i, step in enumerate(self.steps):
-            rows = SortedRows(self.layout, step.parts, step.sizes, now_us)
+            rows = SortedRows(self.layout, step.parts, step.sizes, now_us, step.given)
             try:
                 if not step.upsert:
                     outcomes[step.numbers[0]] = self._remove(writer, rows)
@@ -212,8 +242,11 @@ def _row_counts(step: EditRun, lost: bytearray | None) -> Iterator[tuple[int, Ro
         at += size
 
 
-def _is_small(edit: Edit) -> bool:
-    return isinstance(edit, Upsert) and len(edit.batch) <= SMALL_ROWS
+def _joinable(edit: Edit, separately: bool) -> tuple[tuple[str, ...] | None] | None:
+    """Return what an edit shares with its neighbours that are encoded with it; None if it is encoded on its own."""
+    if separately or not isinstance(edit, Upsert) or len(edit.batch) > SMALL_ROWS:
+        return None
+    return (edit.batch.given,)
 
 
 def damaged_table(path: object, view_name: str, error: ValueError) -> Internal:

@@ -280,6 +280,8 @@ def _partition_rows(
 ) -> None:
     """Put all rows into partitions."""
     for piece in split_batches(batches, ADD_ROWS):
+        if piece.given is not None:
+            raise InvalidArgument(f"feature view '{view.name}': a load replaces whole rows, so give all their features")
         columns, at = source_columns(view, piece), 0
         while at < len(piece):
             try:

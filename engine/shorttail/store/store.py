@@ -34,9 +34,9 @@ class Store(Snapshot):
     def upsert(self, view_name: str, batch: ColumnBatch) -> RowCount:
         """Insert rows. A stored row with an equal key is replaced unless its event time is later. Returns their count.
 
-        Up to COMMIT_ROWS rows are written atomically; a longer batch takes several
-        commits of COMMIT_ROWS. Raises NotFound (view), InvalidArgument (columns), ResourceExhausted (disk) and Internal
-        (damaged table).
+        Features that the batch does not give keep the values of the row that is replaced. Up to COMMIT_ROWS rows are
+        written atomically; a longer batch takes several commits of COMMIT_ROWS. Raises NotFound (view), InvalidArgument
+        (columns), ResourceExhausted (disk) and Internal (damaged table).
         """
         if not len(batch):
             self.newest_catalog().view(view_name)  # an unknown view is an error even without rows

@@ -59,11 +59,15 @@ class ColumnBatch:
     (values, mask). values: an array [n] of the NumPy type of the feature's dtype, [n, width] for vectors, or strings as
     in keys. mask: bool [n], True where the feature is null, or None. None in an object array and NaN in a Float32 or
     Float64 feature are null too. Values under a mask are ignored. Arrays may be read-only.
+
+    given: the names of the features, in the order of `features`, if the rows are partial: in an upsert, the other
+    features of the view keep the values of the row that is replaced, and are null in a new row. None: all features.
     """
 
     keys: Sequence[Array | Texts]
     event_time_us: NDArray[np.int64]
     features: Sequence[tuple[Array | Texts, NDArray[np.bool_] | None]]
+    given: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.event_time_us)
@@ -74,17 +78,28 @@ class ColumnBatch:
             [column[start:stop] for column in self.keys],
             self.event_time_us[start:stop],
             [(values[start:stop], None if mask is None else mask[start:stop]) for values, mask in self.features],
+            self.given,
         )
 
+    def numbers(self, view: FeatureView) -> Sequence[int]:
+        """Return the number in the view of each feature of the batch. Raises InvalidArgument for an unknown name."""
+        if self.given is None:
+            return range(len(view.features))
+        for name in self.given:
+            if name not in view.feature_index:
+                raise InvalidArgument(f"feature view '{view.name}' has no feature '{name}', which the rows give")
+        return [view.feature_index[name] for name in self.given]
+
     def check(self, view: FeatureView) -> None:
-        """Raise InvalidArgument unless the number of columns fits the view and all columns have n values."""
-        if len(self.keys) != len(view.keys) or len(self.features) != len(view.features):
+        """Raise InvalidArgument unless the columns fit the view and all columns have n values."""
+        numbers = self.numbers(view)
+        if len(self.keys) != len(view.keys) or len(self.features) != len(numbers):
             raise InvalidArgument(
-                f"feature view '{view.name}' has {len(view.keys)} keys and {len(view.features)} features, but the rows "
+                f"feature view '{view.name}' has {len(view.keys)} keys and {len(numbers)} features, but the rows "
                 f"have {len(self.keys)} and {len(self.features)}"
             )
         columns = dict(zip(view.keys, self.keys, strict=True))
-        columns |= {f.name: values for f, (values, _) in zip(view.features, self.features, strict=True)}
+        columns |= {view.features[f].name: values for f, (values, _) in zip(numbers, self.features, strict=True)}
         for name, values in columns.items():
             if len(values) != len(self):
                 raise InvalidArgument(
@@ -97,12 +112,16 @@ class _NotJoinable(Exception):
 
 
 def join_batches(batches: Sequence[ColumnBatch]) -> ColumnBatch | None:
-    """Return the rows of all batches as one batch, in order; None if their columns differ in number, type or width."""
+    """Return the rows of all batches as one batch, in order; None if their columns differ in number, type or width.
+
+    All batches give the same features.
+    """
     try:
         return ColumnBatch(
             [_join(columns, batches) for columns in _column_groups([batch.keys for batch in batches])],
             _join([batch.event_time_us for batch in batches], batches),
             [_join_feature(columns, batches) for columns in _column_groups([batch.features for batch in batches])],
+            batches[0].given,
         )
     except _NotJoinable:
         return None
@@ -174,7 +193,7 @@ Source = tuple[Any, Any, Any]  # a column for RowPartitions.add(): (values, stri
 
 
 def source_columns(view: FeatureView, batch: ColumnBatch) -> list[Source]:
-    """Return keys, event time and features as native code takes them. Copies only arrays that need conversion.
+    """Return keys, event time and the features given as native code takes them. Copies only what needs conversion.
 
     Raises InvalidArgument for wrong columns.
     """
@@ -182,7 +201,8 @@ def source_columns(view: FeatureView, batch: ColumnBatch) -> list[Source]:
     columns = _key_columns(view, batch.keys)
     where = f"feature view '{view.name}': event times"
     columns.append((_numbers(batch.event_time_us, Int64, len(batch), where), None, None))
-    for feature, (values, mask) in zip(view.features, batch.features, strict=True):
+    for f, (values, mask) in zip(batch.numbers(view), batch.features, strict=True):
+        feature = view.features[f]
         where = f"feature view '{view.name}': column '{feature.name}'"
         nulls = None if mask is None else np.ascontiguousarray(mask, np.bool_)
         if nulls is not None and nulls.shape != (len(batch),):
@@ -287,13 +307,18 @@ class _Arena:
 
 
 def encode_rows(layout: Layout, view: FeatureView, batch: ColumnBatch) -> tuple[NDArray[np.void], bytes]:
-    """Return (rows in the row format, arena of their strings). Raises InvalidArgument for wrong columns."""
+    """Return (rows in the row format, arena of their strings). Features that the batch does not give are null.
+
+    Raises InvalidArgument for wrong columns.
+    """
     columns = source_columns(view, batch)
     n_keys = len(view.keys)
     rows, arena = _encode_keys(layout, view, columns[:n_keys])
     rows["time"] = columns[n_keys][0]
-    for f, (feature, column) in enumerate(zip(view.features, columns[n_keys + 1 :], strict=True)):
-        values, _, nulls = column
+    if (given := given_features(view, batch)) is not None:
+        rows["nulls"] = np.packbits(~given, bitorder="little")
+    for f, column in zip(batch.numbers(view), columns[n_keys + 1 :], strict=True):
+        feature, (values, _, nulls) = view.features[f], column
         if feature.dtype == String:
             rows[f"f{f}"] = arena.add(column, f"feature view '{view.name}': column '{feature.name}'")
         else:
@@ -305,6 +330,15 @@ def encode_rows(layout: Layout, view: FeatureView, batch: ColumnBatch) -> tuple[
         if nulls is not None:
             rows["nulls"][:, f // 8] |= nulls.astype(np.uint8) << (f % 8)
     return rows, b"".join(arena.parts)
+
+
+def given_features(view: FeatureView, batch: ColumnBatch) -> NDArray[np.bool_] | None:
+    """Return which features of the view the batch gives, as a bool each; None if it gives all."""
+    if batch.given is None:
+        return None
+    given = np.zeros(len(view.features), np.bool_)
+    given[batch.numbers(view)] = True
+    return None if given.all() else given
 
 
 def encode_keys(layout: Layout, view: FeatureView, keys: Sequence[Array]) -> tuple[NDArray[np.void], _Arena]:
