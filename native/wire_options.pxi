@@ -90,15 +90,15 @@ cdef const uint8_t *_read_option(const mp_value *name, const uint8_t *p, int tak
             raise InvalidArgument(f"option 'statuses' must be true or false; got {_shown(p, end)}")
         if v.number.i:
             options.flags |= WANTS_STATUSES
-    elif _is(name, b"partial", 7) and takes == PUSH_OPTIONS:
-        if v.kind != MP_BOOL:  # the writer reads it
-            raise InvalidArgument(f"option 'partial' must be true or false; got {_shown(p, end)}")
     elif _is(name, b"traceparent", 11):
         if v.kind != MP_STR and v.kind != MP_NIL:
             raise InvalidArgument(f"option 'traceparent' must be a string; got {_shown(p, end)}")
         if v.kind == MP_STR and TRACEPARENT_BYTES_MIN <= v.size <= TRACEPARENT_BYTES:
             options.trace = v.body
             options.trace_bytes = v.size
+    elif _is(name, b"partial", 7) and takes == PUSH_OPTIONS:
+        if v.kind != MP_BOOL:  # the writer reads it
+            raise InvalidArgument(f"option 'partial' must be true or false; got {_shown(p, end)}")
     else:
         known = ["", "encoding, priority, ", "partial, ", "encoding, priority, statuses, version, "][takes]
         known = f"deadline_ms, {known}traceparent"

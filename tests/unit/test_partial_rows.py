@@ -111,7 +111,7 @@ def test_pushes_of_different_features_share_a_commit(engine: st.Engine) -> None:
     outcomes = engine.store.commit(
         [
             edit(user_id=1, age=1.0, at=200),
-            edit(user_id=1, tier="one", at=150),  # older than the one before
+            edit(user_id=1, taste=[3, 4], at=150),  # older than the one before, and dropped though it gives another
             edit(user_id=[1, 2], tier=["two", "x" * 60_000], at=[200, 300]),
             edit(user_id=2, taste=[7, 8], at=250),  # older than the one before
             edit(user_id=2, taste=[8, 9], age=None, at=300),

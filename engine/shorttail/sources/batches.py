@@ -111,7 +111,7 @@ def key_batches(source: Source, view: FeatureView, batch_rows: int) -> Iterator[
 class NeededColumn:
     """A column that is read. role: for errors. everywhere: every part must have it; else it is null in some parts.
 
-    optional: no part must have it. hint: the end of the error if it is absent.
+    optional: parts may lack it, which then do not give it. hint: the end of the error if it is absent.
     """
 
     name: str

@@ -103,9 +103,7 @@ class TableEdits:
                 continue
             for number, edit in run:
                 try:
-                    part = self._encode(edit)
-                    given = self._given(edit.batch) if isinstance(edit, Upsert) else None
-                    self._add(isinstance(edit, Upsert), [number], [len(part[0])], given, part, separately)
+                    self._add(self._encode(number, edit), separately)
                 except ShorttailError as error:
                     errors[number] = error
         return errors
@@ -120,7 +118,8 @@ class TableEdits:
             part = encode_rows(self.layout, self.view, joined)
         except InvalidArgument:
             return False  # the caller encodes each edit on its own and so finds the wrong one
-        self._add(True, [number for number, _ in run], list(map(len, batches)), self._given(joined), part, False)
+        given = [self._given(joined)] * len(run)
+        self._add(EditRun(True, [number for number, _ in run], list(map(len, batches)), given, [part]), False)
         return True
 
     def _given(self, batch: ColumnBatch) -> bytes | None:
@@ -128,22 +127,15 @@ class TableEdits:
         given = given_features(self.view, batch)
         return None if given is None else np.packbits(given, bitorder="little").tobytes()
 
-    def _encode(self, edit: Edit) -> tuple[Any, bytes]:
+    def _encode(self, number: int, edit: Edit) -> EditRun:
         if isinstance(edit, Upsert):
-            return encode_rows(self.layout, self.view, edit.batch)
-        return _encode_keys(self.layout, self.view, edit.keys)
+            part = encode_rows(self.layout, self.view, edit.batch)
+            return EditRun(True, [number], [len(edit.batch)], [self._given(edit.batch)], [part])
+        part = _encode_keys(self.layout, self.view, edit.keys)
+        return EditRun(False, [number], [len(part[0])], [None], [part])
 
-    def _add(
-        self,
-        upsert: bool,
-        numbers: list[int],
-        sizes: list[int],
-        given: bytes | None,
-        part: tuple[Any, bytes],
-        separately: bool,
-    ) -> None:
-        run = EditRun(upsert, numbers, sizes, [given] * len(numbers), [part])
-        if upsert and not separately and self.steps and self.steps[-1].upsert:
+    def _add(self, run: EditRun, separately: bool) -> None:
+        if run.upsert and not separately and self.steps and self.steps[-1].upsert:
             self.steps[-1].extend(run)
         else:
             self.steps.append(run)
