@@ -47,7 +47,7 @@ typedef struct {
 typedef struct {
     uint64_t seed;   /* seed of the key hash */
     uint64_t second; /* second secret of the key hash, derived from seed */
-    uint32_t n_keys;
+    uint32_t n_keys; /* 0: all rows have the same key, so there is at most one */
     uint8_t key_is_string[ST_KEYS_MAX];
     uint32_t time_offset;
     uint32_t null_offset;

@@ -9,7 +9,8 @@ cdef uint64_t _key_of(bytes bucket_key) except? 1:
 cdef class Layout:
     """Layout(key_codes, features, seed, page_bytes=0): the byte offsets of a table's rows and pages.
 
-    key_codes: one dtype code (Int64 or String) per key column. features: (dtype code, width) per feature. seed: 64
+    key_codes: one dtype code (Int64 or String) per key column; without keys all rows have the same key, so a table has
+    at most one row. features: (dtype code, width) per feature. seed: 64
     bits, for the key hash. page_bytes: size of a page image, k * 4096 - 16; 0 chooses the smallest that holds 8 rows.
     Raises ValueError if there are too many keys or a row is too large.
     """
@@ -23,8 +24,8 @@ cdef class Layout:
         memset(&self.c, 0, sizeof(st_layout))
         self.key_codes = key_codes
         self.features = tuple((int(code), int(width)) for code, width in features)
-        if not 1 <= len(key_codes) <= ST_KEYS_MAX:
-            raise ValueError(f"a table has 1 to {ST_KEYS_MAX} key columns, not {len(key_codes)}")
+        if len(key_codes) > ST_KEYS_MAX:
+            raise ValueError(f"a table has at most {ST_KEYS_MAX} key columns, not {len(key_codes)}")
         cdef uint32_t n = len(self.features), f
         self.c.seed = seed
         self.c.n_keys = len(key_codes)

@@ -282,12 +282,12 @@ class Engine:
             raise Unavailable(f"model '{name}' version {entry.current} is being loaded; send it again") from None
 
     def _split(self, current: Key, asked: dict[str, DType], canary: Key, percent: float) -> Split:
-        """Split requests by the keys of the first view that feeds the model, or by all columns if there is no view."""
+        """Split requests by the keys of the first view that has keys, or by all columns if there is no such view."""
         catalog = self._store.catalog
         references = catalog.model(current.model).version(current.version).model.references
-        # Request columns begin with the keys of the first view that is mentioned.
-        first = next((name for name in references if not name.startswith("request:")), None)
-        keys = len(catalog.feature(first)[0].keys) if first else len(asked)
+        # Request columns begin with the keys of the first view with keys that is mentioned.
+        views = (catalog.feature(name)[0] for name in references if not name.startswith("request:"))
+        keys = next((len(view.keys) for view in views if view.keys), len(asked))
         # The salt depends on the version, so that the next canary gets other keys.
         salt = crc32c(f"{canary.model}:{canary.version}".encode())
         return Split(canary.version, percent, salt, keys)

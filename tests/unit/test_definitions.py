@@ -127,7 +127,7 @@ def test_a_default_of_another_type_is_refused(dtype: Any, default: Any) -> None:
     ("make", "message"),
     [
         (lambda: Entity("no/good", {"a": Int64}), "entity 'no/good': a name has no : and no /"),
-        (lambda: Entity("e", {}), "entity 'e': keys must map"),
+        (lambda: Entity("e", None), "entity 'e': keys must map"),
         (lambda: Entity("e", {"a": Float32}), "key 'a' is Float32; a key is Int64 or String"),
         (lambda: Feature("f", float), "is not a type; use st.Float32"),
         (lambda: view(name="request"), "the name 'request' is reserved for request columns"),
@@ -240,7 +240,7 @@ def test_an_edited_file_is_read_again_at_once(project: Path) -> None:
         ("x = 1 / 0", r"definitions.py:1: ZeroDivisionError: division by zero"),
         ("import nowhere_to_be_found", r"definitions.py:1: ModuleNotFoundError: No module"),
         ("raise SystemExit(3)", r"definitions.py:1: SystemExit: 3"),
-        ("import shorttail as st\nst.Entity('a b', {})", r"definitions.py:2: entity 'a b'"),
+        ("import shorttail as st\nst.Entity('a/b', {})", r"definitions.py:2: entity 'a/b'"),
         ("x = 3", r"definitions.py: it defines no entity"),
         (
             "import shorttail as st\na = st.Entity('e', {'k': st.Int64})\nb = st.Entity('e', {'k': st.String})",

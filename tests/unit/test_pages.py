@@ -83,8 +83,9 @@ class Table:
     def look(self, keys: list[tuple[Any, ...]], dtype: Any, now_us: int = 0) -> tuple[Any, ...]:
         """Look up all features that fit outputs of one type. Return (columns, view status, feature statuses)."""
         names = list(self.view.keys)
-        columns = Columns(names, list(self.view.keys.values()))
-        columns.append({name: [key[k] for key in keys] for k, name in enumerate(names)})
+        # A request column that is no key, because a request of no columns has a single row.
+        columns = Columns([*names, "x"], [*self.view.keys.values(), dtypes.Int64])
+        columns.append({name: [key[k] for key in keys] for k, name in enumerate(names)} | {"x": range(len(keys))})
         ops, at = [], 0
         for f, feature in enumerate(self.view.features):
             if (feature.dtype == dtypes.String) == (dtype is object):
@@ -200,7 +201,7 @@ KEYS: dict[int, Any] = {
 
 @st.composite
 def tables(draw: st.DrawFn) -> tuple[Table, list[tuple[Any, ...]]]:
-    key_types = draw(st.lists(st.sampled_from([dtypes.Int64, dtypes.String]), min_size=1, max_size=3))
+    key_types = draw(st.lists(st.sampled_from([dtypes.Int64, dtypes.String]), max_size=3))
     types = draw(st.lists(st.sampled_from(ALL_TYPES), min_size=1, max_size=12))
     features = [
         Feature(f"f{i}", dtype, default=draw(st.none() | VALUES[dtype.code].filter(lambda v: v == v and v is not None)))
@@ -327,6 +328,30 @@ def test_wrong_outputs_are_refused() -> None:
 
 
 # -- pages ---------------------------------------------------------------------------------------------------------
+
+
+def test_without_keys_every_row_has_the_same_key() -> None:
+    view = make_view([], [Feature(f"f{i}", dtypes.Float32) for i in range(70)] + [Feature("s", dtypes.String)])
+    table = Table(view, {(): (5, [*map(float, range(70)), "first"])})
+    ((bucket, page),) = table.pages
+    table.layout.check(page, bucket, 1)
+    assert table.layout.time_offset == 0
+    parts = [
+        encode_rows(table.layout, view, to_batch(view, {(): (time, [None] * 70 + [text])}))
+        for time, text in ((5, "x" * 5000), (4, "older"))
+    ]
+    _, merged = SortedRows(table.layout, parts).merge(0, bucket, page, 1, 40)
+    table.rows = {(): (5, [None] * 70 + ["x" * 5000])}
+    assert table.store(dict(merged)) == 1
+    assert table.directory.count_rows() == 1
+    for dtype in (np.float32, object):
+        assert_same(table, [()] * 100, dtype)
+    ((_, image),) = merged
+    stop, removed, image = SortedRows(table.layout, parts[:1]).remove(0, bucket, image, 1)
+    assert (stop, removed) == (1, 1)
+    table.rows = {}
+    table.store({bucket: image})
+    assert_same(table, [()] * 3, np.float32)
 
 
 def test_layout_sizes() -> None:

@@ -355,11 +355,11 @@ def features(arguments: tuple[str, ...], store: str | None, server: str | None, 
     values = [argument for argument in arguments if not is_reference(argument)]
     names = {reference.partition(":")[0] for reference in references}
     with answerer(store, server) as source:
-        keys: dict[str, str] = {}
-        for view in source.views():
-            if view["name"] in names:
-                keys |= view["keys"]
-        columns = parse_columns(values, keys, ", ".join(sorted(names)) or "a view") if keys else {}
+        known = {view["name"]: view["keys"] for view in source.views()}
+        columns: dict[str, Any] = {}
+        if names and names <= known.keys():  # else the error is about the references
+            keys = {column: dtype for name in names for column, dtype in known[name].items()}
+            columns = parse_columns(values, keys, ", ".join(sorted(names)))
         result = source.get_online_features(references, columns)
     found = result.to_dict()
     if as_json:

@@ -37,7 +37,7 @@ def stat(store: str, as_json: bool) -> None:
             [
                 [
                     view["view"],
-                    ", ".join(view["keys"]),
+                    ", ".join(view["keys"]) or "-",
                     view["features"],
                     view["rows"],
                     "-" if view["fill"] is None else f"{view['fill']:.0%}",

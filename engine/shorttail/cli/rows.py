@@ -122,7 +122,8 @@ def delete(
 ) -> None:
     """Delete rows of VIEW by their keys.
 
-    KEY=a,b,c deletes three rows. A key with a single value has it in all rows.
+    KEY=a,b,c deletes three rows. A key with a single value has it in all rows. A view without keys has one
+    row, which is deleted without KEY=VALUE.
 
     \b
     Example:
@@ -130,10 +131,13 @@ def delete(
       shorttail delete user_stats user_id=1,2,3 --server 127.0.0.1:7711
       shorttail delete user_stats --file gone.parquet --store store
     """
-    if bool(values) == (file is not None):
-        raise click.UsageError("give either KEY=VALUE... or --file FILE", click.get_current_context())
+    usage = click.UsageError("give either KEY=VALUE... or --file FILE", click.get_current_context())
+    if values and file is not None:
+        raise usage
     with open_writer(store, server) as writer:
         definition = writer.view(view)
+        if definition.keys and not values and file is None:
+            raise usage
         keys = rows = 0
         try:
             with progress_bar(view) as progress:
@@ -145,7 +149,8 @@ def delete(
             raise with_progress(error, rows, "deleted") from None
     if as_json:
         return print_json({"view": view, "keys": keys, "rows": rows})
-    click.echo(f"{view}: {rows:,} row{'' if rows == 1 else 's'} deleted of {keys:,} key{'' if keys == 1 else 's'}")
+    of = f" of {keys:,} key{'' if keys == 1 else 's'}" if definition.keys else ""
+    click.echo(f"{view}: {rows:,} row{'' if rows == 1 else 's'} deleted{of}")
 
 
 def with_progress(error: ShorttailError, rows: int, done: str) -> ShorttailError:
@@ -291,6 +296,8 @@ def key_columns(
         return
     from shorttail.sources.batches import key_batches, open_source
 
+    if not view.keys:
+        raise InvalidArgument(f"view '{view.name}' has no keys: delete its only row without --file")
     source = open_source(file, view)
     for arrays in key_batches(source, view, REQUEST_ROWS):
         yield len(arrays[0]), source.rows, dict(zip(view.keys, arrays, strict=True))

@@ -26,7 +26,8 @@ def check_dtype(dtype: object, what: str) -> DType:
 class Entity:
     """An entity, such as a user: the subject of the rows of feature views.
 
-    keys: key column -> type, Int64 or String; together they identify a row. Raises InvalidArgument.
+    keys: key column -> type, Int64 or String; together they identify a row. Without keys ({}) each view of the entity
+    has a single row, such as the exchange rate of today. Raises InvalidArgument.
     """
 
     name: str
@@ -36,7 +37,7 @@ class Entity:
     def __post_init__(self) -> None:
         check_name(self.name, "entity")
         check_text(self.description, f"entity '{self.name}': description")
-        if not isinstance(self.keys, Mapping) or not self.keys:
+        if not isinstance(self.keys, Mapping):
             raise InvalidArgument(f"entity '{self.name}': keys must map column names to types: {{'user_id': st.Int64}}")
         for key, dtype in self.keys.items():
             check_name(key, f"entity '{self.name}': key column")

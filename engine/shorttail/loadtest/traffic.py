@@ -301,6 +301,11 @@ def plan_rpc(workload: Workload, models: Sequence[Mapping[str, Any]], views: Seq
     own_keys = None
     if workload.push is not None and not workload.overwrite:
         view = by_view[workload.push]
+        if not view["keys"]:
+            raise InvalidArgument(
+                f"--push {workload.push}: the view has no keys, so a push replaces its only row: say"
+                " --overwrite-live-rows to do that"
+            )
         own_keys = OwnKeys(workload.push, dict(view["keys"]), next(iter(view["features"])), workload.seed)
     builder = Builder(workload, dtypes, views, own_keys)
     traffic = builder.traffic

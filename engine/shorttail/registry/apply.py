@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 from unicodedata import normalize
 
 from shorttail.config import LIMITS
 from shorttail.define.catalog import Catalog, ModelEntry, VersionInfo
 from shorttail.define.collect import Definitions, collect
+from shorttail.define.entities import Entity
 from shorttail.define.models import Model
 from shorttail.define.views import FeatureView
 from shorttail.errors import InvalidArgument, NotFound, ResourceExhausted
@@ -30,6 +31,8 @@ from shorttail.registry.examples import read_examples
 
 if TYPE_CHECKING:
     from shorttail.store import Store
+
+NO_KEYS: Final = "no keys"  # of an entity, in a change
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +138,7 @@ def plan_changes(catalog: Catalog, prepared: Prepared, count: Callable[[str], in
     definitions, plan = prepared.definitions, ChangePlan(catalog)
     known = {*catalog.views}, {*catalog.models}
     for name, entity in definitions.entities.items():
-        keys = ", ".join(f"{key} {dtype}" for key, dtype in entity.keys.items())
+        keys = show_keys(entity)
         old = catalog.entities.get(name)
         plan.note("+" if old is None else "=" if old == entity else "~", f"entity {name}", keys)
         plan.catalog.entities[name] = entity
@@ -191,7 +194,7 @@ def plan_view(
     plan.catalog.views[view.name] = view
     if old is None:
         plan.catalog.new_table(view.name)
-        plan.note("+", what, f"{', '.join(view.keys)} -> {plural(len(view.features), 'feature')}")
+        plan.note("+", what, f"{', '.join(view.keys) or NO_KEYS} -> {plural(len(view.features), 'feature')}")
         return
     schema = schema_changes(old, view)
     if schema:
@@ -212,8 +215,7 @@ def schema_changes(old: FeatureView, new: FeatureView) -> list[str]:
     """Describe the differences in the layout of rows. A table that holds rows cannot change its layout."""
     found = []
     if list(old.keys.items()) != list(new.keys.items()):
-        before, after = (", ".join(f"{key} {dtype}" for key, dtype in view.keys.items()) for view in (old, new))
-        found.append(f"keys {before} -> {after}")
+        found.append(f"keys {show_keys(old.entity)} -> {show_keys(new.entity)}")
     before_types = {feature.name: feature.dtype for feature in old.features}
     after_types = {feature.name: feature.dtype for feature in new.features}
     added = [name for name in after_types if name not in before_types]
@@ -344,6 +346,10 @@ def compile_functions(definitions: Definitions) -> None:
         for function in functions:
             compile_on_demand(function)
         note_known(functions)  # they are the user's own
+
+
+def show_keys(entity: Entity) -> str:
+    return ", ".join(f"{key} {dtype}" for key, dtype in entity.keys.items()) or NO_KEYS
 
 
 def plural(number: int, noun: str) -> str:

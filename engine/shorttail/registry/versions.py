@@ -312,6 +312,11 @@ def check_canary(catalog: Catalog, entry: ModelEntry, info: VersionInfo, number:
             " try the version as a shadow, or promote it"
         )
     current, other = columns_of_both(catalog, entry, info, number, "canary")
+    if not current and not other:
+        raise InvalidArgument(
+            f"model '{entry.model.name}' takes no columns of the request, so all requests are the same and a canary"
+            " cannot get a share of them; try the version as a shadow, or promote it"
+        )
     if current != other:
         names = ", ".join(sorted(name for name in {*current, *other} if current.get(name) != other.get(name)))
         raise InvalidArgument(

@@ -53,6 +53,7 @@ from shorttail.server.writer_counts import Outcome, WriterCounts
 from shorttail.server.writer_link import NIL, READY, REQUEST_BYTES, failed
 from shorttail.sources.rows import column_batch, key_arrays
 from shorttail.store import Delete, Edit, Store, Upsert
+from shorttail.store.table import count_keys
 
 # A message is kept in memory until it is whole; it is read in pieces of at most READ_BYTES.
 READ_BYTES: Final = 1 << 20
@@ -112,7 +113,7 @@ class Writer:
             if self.queued_bytes + size > LIMITS.queued_bytes:
                 raise ResourceExhausted(f"{self.queued_bytes} bytes wait to be written; send it again later")
             edit = self._read(method, params)
-            rows = len(edit.batch) if isinstance(edit, Upsert) else len(edit.keys[0])
+            rows = len(edit.batch) if isinstance(edit, Upsert) else count_keys(edit.keys)
             if rows > LIMITS.rows_per_request:
                 raise InvalidArgument(
                     f"{rows} rows in one request; at most {LIMITS.rows_per_request} are taken: send it in parts"

@@ -139,7 +139,8 @@ def key_arrays(view: FeatureView, keys: Mapping[str, Any]) -> list[NDArray[Any]]
     given = as_columns(view, keys)
     for name in given:
         if name not in view.keys:
-            raise InvalidArgument(f"view '{view.name}' has no key {quoted(name)}; keys: {', '.join(view.keys)}")
+            known = ", ".join(view.keys) or "none"
+            raise InvalidArgument(f"view '{view.name}' has no key {quoted(name)}; keys: {known}")
     columns = _key_columns(view, given)
     if not align(view, columns):
         raise InvalidArgument(f"view '{view.name}': no rows; send at least one")

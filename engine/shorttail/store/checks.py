@@ -48,7 +48,7 @@ from shorttail.store.lmdb_handle import ROOT_TRIES
 from shorttail.store.mapping import plan_map
 from shorttail.store.opening import LMDB_ENGINE, reserve_lock_file, translate_errors
 from shorttail.store.stat import count_table_pages
-from shorttail.store.table import Array, decode_keys, make_layout, row_dtype
+from shorttail.store.table import Array, count_rows, decode_keys, make_layout, row_dtype
 
 SHOWN_PER_VIEW = 20  # problems; the rest is only counted
 PROGRESS_PAGES = 2048
@@ -269,13 +269,13 @@ class _View:
             self.tables.count_page()
             try:
                 layout.check(page, bucket, self.table.id)
-                keys = decode_keys(layout, dtype, page)
+                keys, n = decode_keys(layout, dtype, page), count_rows(page)
             except (ValueError, UnicodeDecodeError) as error:
                 self.problem(str(error), bucket)
                 continue
             self.keys.append(keys)
-            self.buckets.append((bucket, len(keys[0])))
-            self.waiting += len(keys[0])
+            self.buckets.append((bucket, n))
+            self.waiting += n
             if self.waiting >= BATCH_ROWS:
                 self._look_up(columns, plan)
         if self.waiting:
@@ -283,12 +283,13 @@ class _View:
 
     def _look_up(self, columns: Columns, plan: Lookup) -> None:
         """Ask for the rows of the pages in hand as a client would."""
-        batch = [np.concatenate(parts) for parts in zip(*self.keys, strict=True)]
-        n = len(batch[0])
+        batch, n = [np.concatenate(parts) for parts in zip(*self.keys, strict=True)], self.waiting
+        if not batch and n > 1:
+            self.problem(f"{n} rows in a view without keys, which has one")
         for name, values in zip(columns.names, batch, strict=True):
             if len(batch) == 1 and values.dtype != object and len(np.unique(values)) < n:
                 self.problem(f"a row of key {name}={_repeated(values.tolist())!r} is there twice")
-        if len(batch) > 1 or batch[0].dtype == object:
+        if len(batch) > 1 or (batch and batch[0].dtype == object):
             rows = list(zip(*(values.tolist() for values in batch), strict=True))
             if len(set(rows)) < n:
                 self.problem(f"a row of key {_repeated(rows)!r} is there twice")
@@ -302,7 +303,7 @@ class _View:
         part = [values[start : start + LIMITS.rows_per_request] for values in batch]
         columns.reset()
         columns.append({name: values.tolist() for name, values in zip(columns.names, part, strict=True)})
-        statuses = np.full((1, len(part[0])), Status.NOT_FOUND, np.uint8)
+        statuses = np.full((1, columns.n_rows), Status.NOT_FOUND, np.uint8)
         lookup([self.directory], [plan], columns, [], statuses, 0)
         for row in np.nonzero(statuses[0] != Status.PRESENT)[0].tolist():
             self.problem("a row is not found by its key", self._bucket_of(start + row))

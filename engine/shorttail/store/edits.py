@@ -19,6 +19,7 @@ from shorttail.store.environment import WriteTransaction
 from shorttail.store.table import (
     Array,
     ColumnBatch,
+    count_keys,
     depth_to_grow,
     encode_keys,
     encode_rows,
@@ -41,7 +42,7 @@ class Upsert:
 
 @dataclass(frozen=True, slots=True)
 class Delete:
-    """Remove rows from a view. keys: one array [n] per key column."""
+    """Remove rows from a view. keys: one array [n] per key column; none for the only row of a view without keys."""
 
     view: str
     keys: Sequence[Array]
@@ -247,7 +248,7 @@ def damaged_table(path: object, view_name: str, error: ValueError) -> Internal:
 
 
 def _encode_keys(layout: Layout, view: FeatureView, keys: Sequence[Array]) -> tuple[Any, bytes]:
-    if len(keys) != len(view.keys) or any(len(column) != len(keys[0]) for column in keys):
+    if len(keys) != len(view.keys) or any(len(column) != count_keys(keys) for column in keys):
         raise InvalidArgument(
             f"feature view '{view.name}': give its {len(view.keys)} key columns ({', '.join(view.keys)}), of one length"
         )

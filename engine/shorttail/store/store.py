@@ -18,6 +18,7 @@ from shorttail.store.snapshot import Snapshot
 from shorttail.store.table import (
     Array,
     ColumnBatch,
+    count_keys,
     split_batches,
 )
 
@@ -46,10 +47,10 @@ class Store(Snapshot):
     def delete(self, view_name: str, keys: Sequence[Array]) -> int:
         """Remove the rows with the given keys. Returns the number of rows removed.
 
-        keys: one array [n] per key column. Up to COMMIT_ROWS keys are removed atomically; more take several commits.
-        Raises what upsert() raises.
+        keys: one array [n] per key column; none for the only row of a view without keys. Up to COMMIT_ROWS keys are
+        removed atomically; more take several commits. Raises what upsert() raises.
         """
-        removed, n_keys = 0, len(keys[0]) if keys else 0
+        removed, n_keys = 0, count_keys(keys)
         if not n_keys:
             self.newest_catalog().view(view_name)
         for start in range(0, n_keys, COMMIT_ROWS):

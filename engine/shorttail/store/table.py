@@ -53,12 +53,12 @@ class Texts:
 class ColumnBatch:
     """n rows of a view, as columns.
 
-    keys: one column per key of the entity. An Int64 key is an int64 array [n]; a String key is an object array [n] of
-    str, or Texts of length n. event_time_us: int64 [n], microseconds since 1970 UTC; UNTIMED where the store makes the
-    time: the present time, or 1 us more than the time of the row that it replaces. features: per feature of the view
-    (values, mask). values: an array [n] of the NumPy type of the feature's dtype, [n, width] for vectors, or strings as
-    in keys. mask: bool [n], True where the feature is null, or None. None in an object array and NaN in a Float32 or
-    Float64 feature are null too. Values under a mask are ignored. Arrays may be read-only.
+    keys: one column per key of the entity, which may have none. An Int64 key is an int64 array [n]; a String key is an
+    object array [n] of str, or Texts of length n. event_time_us: int64 [n], microseconds since 1970 UTC; UNTIMED where
+    the store makes the time: the present time, or 1 us more than the time of the row that it replaces. features: per
+    feature of the view (values, mask). values: an array [n] of the NumPy type of the feature's dtype, [n, width] for
+    vectors, or strings as in keys. mask: bool [n], True where the feature is null, or None. None in an object array and
+    NaN in a Float32 or Float64 feature are null too. Values under a mask are ignored. Arrays may be read-only.
 
     given: the names of the features, in the order of `features`, if the rows are partial: in an upsert, the other
     features of the view keep the values of the row that is replaced, and are null in a new row. None: all features.
@@ -313,7 +313,7 @@ def encode_rows(layout: Layout, view: FeatureView, batch: ColumnBatch) -> tuple[
     """
     columns = source_columns(view, batch)
     n_keys = len(view.keys)
-    rows, arena = _encode_keys(layout, view, columns[:n_keys])
+    rows, arena = _encode_keys(layout, view, columns[:n_keys], len(batch))
     rows["time"] = columns[n_keys][0]
     if (given := given_features(view, batch)) is not None:
         rows["nulls"] = np.packbits(~given, bitorder="little")
@@ -343,16 +343,21 @@ def given_features(view: FeatureView, batch: ColumnBatch) -> NDArray[np.bool_] |
 
 def encode_keys(layout: Layout, view: FeatureView, keys: Sequence[Array]) -> tuple[NDArray[np.void], _Arena]:
     """Return rows in which only the keys are set, and the arena of their strings. Raises InvalidArgument."""
-    return _encode_keys(layout, view, _key_columns(view, keys))
+    return _encode_keys(layout, view, _key_columns(view, keys), count_keys(keys))
 
 
-def _encode_keys(layout: Layout, view: FeatureView, columns: Sequence[Source]) -> tuple[NDArray[np.void], _Arena]:
+def count_keys(keys: Sequence[Array | Texts]) -> int:
+    """Return how many rows key columns name: without key columns one, the only row of a view without keys."""
+    return len(keys[0]) if keys else 1
+
+
+def _encode_keys(
+    layout: Layout, view: FeatureView, columns: Sequence[Source], n: int
+) -> tuple[NDArray[np.void], _Arena]:
     arena = _Arena()
-    rows = np.zeros(0, row_dtype(layout))
+    rows = np.zeros(n, row_dtype(layout))
     for k, ((name, dtype), column) in enumerate(zip(view.keys.items(), columns, strict=True)):
-        values, offsets, _ = column
-        if k == 0:
-            rows = np.zeros(len(values) if offsets is None else len(offsets) - 1, rows.dtype)
+        values = column[0]
         where = f"feature view '{view.name}': key '{name}'"
         rows[f"k{k}"] = values if dtype != String else arena.add(column, where)
     return rows, arena
@@ -381,8 +386,13 @@ def decode_keys(layout: Layout, dtype: np.dtype[Any], page: memoryview) -> list[
     return [_decode_column(page, rows[f"k{k}"], code) for k, code in enumerate(layout.key_codes)]
 
 
+def count_rows(page: memoryview) -> int:
+    """Return the number of rows of a page."""
+    return int.from_bytes(page[0:2], "little")
+
+
 def _rows_of(dtype: np.dtype[Any], page: memoryview) -> Array:
-    n = int.from_bytes(page[0:2], "little")
+    n = count_rows(page)
     tag_bytes = int.from_bytes(page[2:4], "little")
     return np.frombuffer(page, dtype, n, HEADER_BYTES + tag_bytes)
 

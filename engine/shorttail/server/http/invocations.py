@@ -81,7 +81,7 @@ def _instances(rows: Any, model: ModelColumns) -> dict[str, list[Any]]:
 
     An instance is a map of columns, a list in the order of the columns, or the value of the only column.
     """
-    rows = _checked_rows("instances", rows)
+    rows = _checked_rows("instances", rows, model)
     names = model.names
     if FEATURES not in names:
         rows = [_without_features(row) for row in rows]
@@ -107,7 +107,7 @@ def _without_features(row: Any) -> Any:
 
 def _records(rows: Any, model: ModelColumns) -> dict[str, list[Any]]:
     """Return the columns of dataframe_records. A column that a record lacks is missing there, as in pandas."""
-    rows = _checked_rows("dataframe_records", rows)
+    rows = _checked_rows("dataframe_records", rows, model)
     if not all(isinstance(row, dict) for row in rows):
         raise InvalidArgument("dataframe_records must be a list of maps of columns")
     names = dict.fromkeys(name for row in rows for name in row)
@@ -124,7 +124,7 @@ def _split(frame: Any, model: ModelColumns) -> dict[str, list[Any]]:
         raise InvalidArgument('dataframe_split must be {"columns": [name, ...], "data": [[value, ...], ...]}')
     if len(set(names)) != len(names):
         raise InvalidArgument(f"dataframe_split names a column twice: {', '.join(names)}")
-    rows = _checked_rows("dataframe_split: data", frame.get("data"))
+    rows = _checked_rows("dataframe_split: data", frame.get("data"), model)
     for number, row in enumerate(rows):
         if not isinstance(row, list) or len(row) != len(names):
             raise InvalidArgument(f"dataframe_split: row {number} of data must be a list: [{', '.join(names)}]")
@@ -150,12 +150,16 @@ FORMS: Final[dict[str, Callable[[Any, ModelColumns], dict[str, Any]]]] = {
 WANTED: Final = f'{{"instances": [{{column: value, ...}}, ...]}}, or have one of the keys {", ".join(FORMS)}'
 
 
-def _checked_rows(what: str, rows: Any) -> list[Any]:
+def _checked_rows(what: str, rows: Any, model: ModelColumns) -> list[Any]:
     if not isinstance(rows, list):
         raise InvalidArgument(f"{what} must be a list of rows")
     if not rows:
         raise InvalidArgument(f"{what} is empty: send at least one")
     _check_count(what, len(rows))
+    if len(rows) > 1 and not (model.names or model.takes_tensors):
+        raise InvalidArgument(
+            f"{what}: model '{model.model}' takes no columns, so a request has one row; got {len(rows)}"
+        )
     return rows
 
 
