@@ -10,7 +10,7 @@ cdef class WireRoute:
         self.version = plan.version
         self.row_values = plan.row_values
         self.row_work = plan.row_work
-        self.view_pieces = [msgpack.packb(name) for name in plan.view_names]
+        self.view_pieces = [msgpack.packb(name) for name in plan.lookup_names]
         self.defaults = bytes(plan.has_default)
         _init_cost(self)
         self.spare_batch = Batch(self, plan.new_columns())

@@ -20,7 +20,7 @@ from shorttail.models.device import CPU, Device, check_cuda
 from shorttail.models.raw import take_tensors
 from shorttail.models.serving import Key, Versions, follow
 from shorttail.models.session import ModelFailed
-from shorttail.models.signature import request_columns
+from shorttail.models.signature import key_columns, request_columns
 from shorttail.pipeline import BatchResult, Plan, PlanOutdated, Shadow
 from shorttail.registry import describe
 from shorttail.registry import versions as registry
@@ -128,7 +128,7 @@ class Engine:
         if route.plan.split is not None:
             route = self._route(self.plan_for_request(route.plan, columns).key)
         result, plan = self._ask(route, columns), route.plan
-        statuses = dict(zip(plan.view_names, result.view_statuses, strict=True))
+        statuses = dict(zip(plan.lookup_names, result.view_statuses, strict=True))
         return Prediction(model, result.version, dict(zip(result.names, result.values, strict=True)), statuses)
 
     def _predict_raw(self, plan: Plan, given: Mapping[str, Any]) -> Prediction:
@@ -142,7 +142,10 @@ class Engine:
         return Prediction(plan.model, plan.version, dict(result.outputs), {})
 
     def get_online_features(self, features: Sequence[str], columns: Mapping[str, Any]) -> Features:
-        """Look up "view:feature" references for {key column: value or values}. Raises NotFound, InvalidArgument."""
+        """Look up "view:feature" and "alias:view:feature" references for {key column: value or values}.
+
+        Raises NotFound, InvalidArgument.
+        """
         if isinstance(features, str):
             raise InvalidArgument(f"features must be a list of references: [{features!r}]")
         # Callers mostly ask for the same list again. To compare it takes a fifth of the time to hash it, and to hash it
@@ -286,8 +289,8 @@ class Engine:
         catalog = self._store.catalog
         references = catalog.model(current.model).version(current.version).model.references
         # Request columns begin with the keys of the first view with keys that is mentioned.
-        views = (catalog.feature(name)[0] for name in references if not name.startswith("request:"))
-        keys = next((len(view.keys) for view in views if view.keys), len(asked))
+        looked_up = (key_columns(catalog, [name]) for name in references)
+        keys = next((len(columns) for columns in looked_up if columns), len(asked))
         # The salt depends on the version, so that the next canary gets other keys.
         salt = crc32c(f"{canary.model}:{canary.version}".encode())
         return Split(canary.version, percent, salt, keys)
@@ -488,7 +491,8 @@ class Engine:
         return describe.models(self._store.catalog, self._versions)
 
     def views(self) -> list[dict[str, Any]]:
-        """[{"name", "keys": {column: type}, "features": {feature: type}, "columns": {feature: column}, "timestamp"}].
+        """[{"name", "keys": {column: type}, "features": {feature: type}, "columns": {feature: column}, "timestamp",
+        "aliases": {alias: {key column: request column}}}].
 
         columns: of the features that have another name in rows that are pushed. timestamp: a column, or None.
         """

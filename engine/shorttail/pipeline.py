@@ -47,8 +47,9 @@ class Plan:
     dtypes: tuple[DType, ...]
     required: tuple[str, ...]  # request columns that refuse a missing value
     instead: Mapping[str, Any]  # request column -> the value that replaces a missing value
-    view_names: tuple[str, ...]
-    lookups: tuple[Lookup, ...]  # one for each view
+    lookup_names: tuple[str, ...]  # "view" or "alias:view"; the names in the statuses of an answer
+    view_names: tuple[str, ...]  # for each lookup its view
+    lookups: tuple[Lookup, ...]
     buffers: tuple[Buffer, ...]  # the model's inputs come first, in the model's order
     copy: CopyColumns | None  # of request columns
     transforms: TransformProgram | None  # the on-demand functions
@@ -86,7 +87,7 @@ class Plan:
         """Return True if this plan can run a batch read for the plan `asked`, and its answer has the same form."""
         return (
             (self.names, self.dtypes) == (columns.names, columns.dtypes)
-            and self.view_names == asked.view_names
+            and self.lookup_names == asked.lookup_names
             and self.feature_types == asked.feature_types
             and self.has_default == asked.has_default
         )
@@ -110,7 +111,7 @@ class BatchResult:
     """The result of a batch of n rows; the first axis of every array is n, except in a request of a model's tensors.
 
     names, values: names and arrays of the outputs. Before `infer`, values are the model's input arrays.
-    view_statuses: uint8 [views, n]; feature_statuses: uint8 [features, n], or None for a model.
+    view_statuses: uint8 [lookups, n]; feature_statuses: uint8 [features, n], or None for a model.
     looked_up_ns, prepared_ns, inferred_ns: when each step ended, by time.perf_counter_ns; 0: the step was not run.
     """
 

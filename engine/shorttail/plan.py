@@ -17,7 +17,7 @@ from shorttail._native.transforms import TransformProgram
 from shorttail.define.catalog import Catalog, TensorInfo
 from shorttail.define.dtypes import DType
 from shorttail.define.models import Model
-from shorttail.define.names import split_reference
+from shorttail.define.names import REQUEST, split_reference
 from shorttail.define.ondemand import OnDemandFeature
 from shorttail.errors import InvalidArgument
 from shorttail.models.buffers import Buffer, input_buffer
@@ -67,7 +67,7 @@ def compile_features(store: Store, references: Sequence[str], key: tuple[Any, ..
         raise InvalidArgument("no features asked for: give at least one 'view:feature'")
     catalog = store.catalog
     found = [catalog.feature(reference) for reference in references]
-    builder = PlanBuilder(store, key_columns(view for view, _ in found))
+    builder = PlanBuilder(store, key_columns(catalog, references))
     # Features of one type share a matrix, so that one array is allocated for all of them and rows are copied in one
     # piece.
     widths = Counter(feature.dtype.name for _, feature in found if not feature.dtype.is_vector)
@@ -188,18 +188,19 @@ class PlanBuilder(BufferBuilder):
         self.required, self.instead, self.replacements = required, instead or {}, replacements or {}
         self.column_number = {name: number for number, name in enumerate(columns)}
         self.copies: list[tuple[int, int, int]] = []
-        self.gathers: dict[str, list[tuple[int, int, int, Any]]] = {}  # view -> operations of its lookup
+        # "view" or "alias:view" -> operations of that lookup
+        self.gathers: dict[str, list[tuple[int, int, int, Any]]] = {}
 
     def fill(self, reference: str, buffer: int, offset: int, marker: bytes | None = None) -> None:
-        view_name, name = split_reference(reference)
-        if view_name == "request":
+        lookup, name = split_reference(reference)
+        if lookup == REQUEST:
             self.copies.append((self.column_number[name], buffer, offset))
             return
         view, feature = self.catalog.feature(reference)
         default = self.replacements.get(reference, feature.default)
         if default is None:
             default = marker
-        self.gathers.setdefault(view_name, []).append((view.feature_index[name], buffer, offset, default))
+        self.gathers.setdefault(lookup, []).append((view.feature_index[name], buffer, offset, default))
 
     def finish(
         self,
@@ -215,13 +216,14 @@ class PlanBuilder(BufferBuilder):
         shadow: Shadow | None = None,
         tensors: tuple[TensorInfo, ...] | None = None,
     ) -> Plan:
-        lookups = []
+        lookups, view_names = [], []
         features = [self.catalog.feature(name)[1] for name in feature_names]
-        for view_name, operations in self.gathers.items():
-            view = self.catalog.views[view_name]
-            keys = [self.column_number[name] for name in view.keys]
-            lookups.append(Lookup(self.store.layout(view_name), keys, operations, view.ttl_us))
-        # The lookup writes statuses view by view; the answer has them in the order of the request.
+        for name, operations in self.gathers.items():
+            view, columns = self.catalog.looked_up(name)
+            keys = [self.column_number[column] for column in columns]
+            lookups.append(Lookup(self.store.layout(view.name), keys, operations, view.ttl_us))
+            view_names.append(view.name)
+        # Statuses are written lookup by lookup; the answer has them in the order of the request.
         gathered = [operation[1:3] for operations in self.gathers.values() for operation in operations]
         failures = None if runner is None else [runner.counts.of_function(name) for name in self.functions]
         row_of = {place: row for row, place in enumerate(gathered)}
@@ -237,7 +239,8 @@ class PlanBuilder(BufferBuilder):
             dtypes=tuple(self.columns.values()),
             required=self.required,
             instead=self.instead,
-            view_names=tuple(self.gathers),
+            lookup_names=tuple(self.gathers),
+            view_names=tuple(view_names),
             lookups=tuple(lookups),
             buffers=tuple(self.buffers),
             copy=CopyColumns(self.copies) if self.copies else None,

@@ -79,9 +79,9 @@ class RowCount(int):
 class Prediction:
     """The outputs of one model for the rows of one request.
 
-    outputs: name -> array, whose first axis is the rows; version: of the model that answered; statuses: view -> uint8
-    [rows] of `Status`, empty if the request to a server did not ask for statuses. The outputs of a model that takes
-    tensors have the shapes that the model gave them.
+    outputs: name -> array, whose first axis is the rows; version: of the model that answered; statuses: lookup ("view"
+    or "alias:view") -> uint8 [rows] of `Status`, empty if the request to a server did not ask for statuses. The outputs
+    of a model that takes tensors have the shapes that the model gave them.
     """
 
     __slots__ = ("model", "outputs", "statuses", "version")
@@ -192,10 +192,10 @@ class Features:
 
     @property
     def statuses(self) -> dict[str, Statuses]:
-        """View -> uint8 [rows]: PRESENT, NOT_FOUND or STALE."""
+        """Lookup ("view" or "alias:view") -> uint8 [rows]: PRESENT, NOT_FOUND or STALE."""
         by_view: dict[str, Statuses] = {}
         for name, row in self.feature_statuses.items():
-            view = name.partition(":")[0]
+            view = name.rpartition(":")[0]
             if view not in by_view:
                 by_view[view] = np.where(row == Status.NULL, np.uint8(Status.PRESENT), row)
         return by_view

@@ -47,12 +47,12 @@ class Engine:
         names = tuple(dict.fromkeys(name.split(",")))
         if not set(names) <= set(DTYPES) or version not in (None, 1):
             raise NotFound(f"unknown model {name!r} version {version}")
-        return plan("predict", name, names, view_names=("view",), feature_names=())
+        return plan("predict", name, names, lookup_names=("view",), feature_names=())
 
     def plan_for_features(self, references: tuple[str, ...]) -> Plan:
         if not references or not all(reference.startswith("view:") for reference in references):
             raise NotFound(f"unknown features {references!r}")
-        return plan("features", "", ("key",), view_names=("view",), feature_names=references)
+        return plan("features", "", ("key",), lookup_names=("view",), feature_names=references)
 
     def run(self, plan: Plan, columns: Columns) -> SimpleNamespace:
         statuses = np.arange(columns.n_rows, dtype=np.uint8) % 4

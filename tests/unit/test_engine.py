@@ -313,4 +313,5 @@ def test_models_and_views_tell_what_a_request_needs(engine: st.Engine) -> None:
         "features": {"open": "Bool", "rent": "Float64"},
         "columns": {},
         "timestamp": None,
+        "aliases": {},
     }

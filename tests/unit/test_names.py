@@ -162,9 +162,13 @@ def test_a_refusal_says_the_rule(name: Any, message: str) -> None:
     ("reference", "message"),
     [
         ("age", "'age' is not a feature reference; write 'view:feature' or 'request:column'"),
-        ("v:a:b", "'v:a:b' is not a feature reference (a name has no : and no /"),
+        ("a:v:f:g", "'a:v:f:g' is not a feature reference (it has more than three parts)"),
+        ("a:v:f/g", "'a:v:f/g' is not a feature reference (a name has no : and no /"),
+        ("a b:v:f", "'a b:v:f' is not a feature reference (the name of a view, an alias or a model has letters"),
+        ("request:v:f", "'request:v:f' is not a feature reference (columns of the request have no alias)"),
+        ("a:request:f", "'a:request:f' is not a feature reference (columns of the request have no alias)"),
         ("v :a", "'v :a' is not a feature reference (a name has no white space at its ends)"),
-        ("v w:a", "'v w:a' is not a feature reference (the name of a view or a model has letters"),
+        ("v w:a", "'v w:a' is not a feature reference (the name of a view, an alias or a model has letters"),
         (None, "None is not a feature reference; write"),
     ],
 )

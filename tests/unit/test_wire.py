@@ -44,14 +44,14 @@ class FakeEngine:
         if name == "named":
             names, dtypes = ("key", "name"), (Int64, String)
         return FakePlan(kind="predict", model=name, version=version or 2, names=names, dtypes=dtypes,
-                        view_names=("stats",), feature_names=(), has_default=(),
+                        lookup_names=("stats",), feature_names=(), has_default=(),
                         runner=None, split=None, shadow=None)  # fmt: skip
 
     def plan_for_features(self, references):
         self.compiled.append(references)
         if "v:none" in references:
             raise NotFound("unknown feature 'v:none'")
-        return FakePlan(kind="features", model="", version=0, names=("key",), dtypes=(Int64,), view_names=("v",),
+        return FakePlan(kind="features", model="", version=0, names=("key",), dtypes=(Int64,), lookup_names=("v",),
                         feature_names=references, feature_types=("Float64",) * len(references),
                         has_default=tuple(r == "v:given" for r in references),
                         runner=None, split=None, shadow=None)  # fmt: skip

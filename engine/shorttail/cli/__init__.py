@@ -343,23 +343,26 @@ def predict(
 def features(arguments: tuple[str, ...], store: str | None, server: str | None, as_json: bool) -> None:
     """Look up features by key.
 
-    KEY=a,b,c looks up three rows. A key with a single value has it in all rows.
+    KEY=a,b,c looks up three rows. A key with a single value has it in all rows. ALIAS:VIEW:FEATURE looks up
+    by the columns of an alias.
 
     \b
     Example:
       shorttail features user_stats:age user_stats:tier user_id=1,2,3 --store store
+      shorttail features buyer:user_stats:age buyer_id=1 --store store
     """
+    from shorttail.define.names import listed_lookups, lookup_of
     from shorttail.define.text import parse_columns
 
     references = [argument for argument in arguments if is_reference(argument)]
     values = [argument for argument in arguments if not is_reference(argument)]
-    names = {reference.partition(":")[0] for reference in references}
+    lookups = dict.fromkeys(map(lookup_of, references))
     with answerer(store, server) as source:
-        known = {view["name"]: view["keys"] for view in source.views()}
+        known = listed_lookups(source.views())
         columns: dict[str, Any] = {}
-        if names and names <= known.keys():  # else the error is about the references
-            keys = {column: dtype for name in names for column, dtype in known[name].items()}
-            columns = parse_columns(values, keys, ", ".join(sorted(names)))
+        if lookups and lookups.keys() <= known.keys():  # else the error is about the references
+            keys = {column: dtype for lookup in lookups for column, dtype in known[lookup].items()}
+            columns = parse_columns(values, keys, ", ".join(sorted(lookups)))
         result = source.get_online_features(references, columns)
     found = result.to_dict()
     if as_json:

@@ -1,4 +1,4 @@
-"""The catalog of a store: its entities, views, tables, models and model versions, kept as a single JSON document.
+"""The catalog of a store: its entities, aliases, views, tables and models, kept as a single JSON document.
 
 A catalog that readers use is never changed in place: a writer edits a copy() and commits the copy.
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 from shorttail.config import LIMITS
 from shorttail.define.dtypes import Bool, DType, Float32, Float64, Int32, Int64, String
-from shorttail.define.entities import Entity
+from shorttail.define.entities import Alias, Entity
 from shorttail.define.models import Model
 from shorttail.define.names import quoted, split_reference, suggestion
 from shorttail.define.views import Feature, FeatureView
@@ -212,6 +212,7 @@ class Catalog:
     models: dict[str, ModelEntry] = field(default_factory=dict)
     next_table_id: int = 1
     max_clock_skew_us: int = LIMITS.max_clock_skew_us
+    aliases: dict[str, Alias] = field(default_factory=dict)
 
     def copy(self) -> Catalog:
         """Return a copy whose dicts may be changed. The definitions in them are immutable and shared."""
@@ -221,10 +222,16 @@ class Catalog:
             views=dict(self.views),
             tables=dict(self.tables),
             models=dict(self.models),
+            aliases=dict(self.aliases),
         )
 
     def view(self, name: str) -> FeatureView:
         """Return a view. Raises NotFound that suggests a name."""
+        if alias := self.aliases.get(name):
+            known = ", ".join(f"{name}:{view}" for view in self.views_of(alias)) or "there are none yet"
+            raise NotFound(
+                f"no feature view '{name}': it is an alias of entity '{alias.entity.name}'; its views: {known}"
+            )
         if name not in self.views:
             raise NotFound(f"no feature view {quoted(name)}{suggestion(name, self.views, 'views')}")
         return self.views[name]
@@ -235,16 +242,40 @@ class Catalog:
             raise NotFound(f"no model {quoted(name)}{suggestion(name, self.models, 'models')}")
         return self.models[name]
 
+    def views_of(self, alias: Alias) -> list[str]:
+        """Return the names of the views that an alias can look up: those of its entity."""
+        return [name for name, view in self.views.items() if alias.fits(view.entity)]
+
+    def looked_up(self, lookup: str) -> tuple[FeatureView, list[str]]:
+        """Return the view of a lookup, "view" or "alias:view", and the request column of each of its keys, in order.
+
+        Raises NotFound that suggests a name.
+        """
+        name, _, view_name = lookup.rpartition(":")
+        if not name:
+            view = self.view(view_name)
+            return view, list(view.keys)
+        if name not in self.aliases:
+            raise NotFound(f"no alias {quoted(name)}{suggestion(name, self.aliases, 'aliases')}")
+        view, alias = self.view(view_name), self.aliases[name]
+        if not alias.fits(view.entity):
+            raise NotFound(
+                f"alias '{name}' is of entity '{alias.entity.name}' ({', '.join(alias.entity.keys)}), and feature view"
+                f" '{view_name}' of entity '{view.entity.name}' ({', '.join(view.keys)})"
+                f"{suggestion(view_name, self.views_of(alias), 'views of the alias')}"
+            )
+        return view, list(alias.request_columns(view.keys).values())
+
     def feature(self, reference: str) -> tuple[FeatureView, Feature]:
-        """Return the view and the feature that "view:feature" names.
+        """Return the view and the feature that "view:feature" or "alias:view:feature" names.
 
         Raises NotFound if one of them does not exist, InvalidArgument if the text is not a reference.
         """
-        view_name, name = split_reference(reference)
-        view = self.view(view_name)
+        lookup, name = split_reference(reference)
+        view, _ = self.looked_up(lookup)
         if name not in view.feature_index:
             known = suggestion(name, view.feature_index, "features")
-            raise NotFound(f"feature view '{view_name}' has no feature {quoted(name)}{known}")
+            raise NotFound(f"feature view '{view.name}' has no feature {quoted(name)}{known}")
         return view, view.features[view.feature_index[name]]
 
     def new_table(self, view_name: str) -> TableInfo:
@@ -265,6 +296,7 @@ class Catalog:
             "models": {name: entry.to_json() for name, entry in self.models.items()},
             "next_table_id": self.next_table_id,
             "max_clock_skew_us": self.max_clock_skew_us,
+            "aliases": [alias.to_json() for alias in self.aliases.values()],
         }
         return json.dumps(document, separators=(",", ":")).encode()
 
@@ -275,13 +307,16 @@ class Catalog:
             return cls()
         try:
             document = json.loads(bytes(data))
+            entities = {item["name"]: Entity.from_json(item) for item in document["entities"]}
             return cls(
-                {item["name"]: Entity.from_json(item) for item in document["entities"]},
+                entities,
                 {item["name"]: FeatureView.from_json(item) for item in document["views"]},
                 {name: TableInfo(*fields) for name, fields in document["tables"].items()},
                 {name: ModelEntry.from_json(item) for name, item in document["models"].items()},
                 document["next_table_id"],
-                document.get("max_clock_skew_us", LIMITS.max_clock_skew_us),  # stores of older versions have none
+                # Stores of older versions have neither of these.
+                document.get("max_clock_skew_us", LIMITS.max_clock_skew_us),
+                {item["name"]: Alias.from_json(item, entities) for item in document.get("aliases", ())},
             )
         except (ValueError, KeyError, TypeError) as error:
             raise Internal(f"the store's catalog is damaged ({error!r}); restore the store from a backup") from None

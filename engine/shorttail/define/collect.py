@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from shorttail.define.entities import Entity
+from shorttail.define.entities import Alias, Entity
 from shorttail.define.models import Model
 from shorttail.define.views import FeatureView
 from shorttail.errors import InvalidArgument, NotFound, ShorttailError
@@ -21,9 +21,10 @@ MODULE_NAME = "shorttail_definitions"  # __name__ in the executed file
 
 @dataclass
 class Definitions:
-    """The entities, views and models that a definitions file declares, by name. Their paths are absolute."""
+    """What a definitions file declares, by name. Paths of files are absolute."""
 
     entities: dict[str, Entity] = field(default_factory=dict)
+    aliases: dict[str, Alias] = field(default_factory=dict)
     views: dict[str, FeatureView] = field(default_factory=dict)
     models: dict[str, Model] = field(default_factory=dict)
 
@@ -42,7 +43,7 @@ def collect(source: str | os.PathLike[str] | Definitions | Any) -> Definitions:
     if not path.is_file():
         raise NotFound(f"{path}: there is no such definitions file")
     definitions = collect_objects(run_file(path), path.absolute().parent)
-    if not (definitions.entities or definitions.views or definitions.models):
+    if definitions == Definitions():
         raise InvalidArgument(f"{path}: it defines no entity, feature view or model at its top level")
     return definitions
 
@@ -83,11 +84,17 @@ def user_line(error: BaseException, filename: str) -> int:
 
 
 def collect_objects(objects: Any, folder: Path) -> Definitions:
-    """Return the definitions among these objects, with the entities of views. Relative paths start at `folder`."""
+    """Return the definitions among these objects, with the entities of views and aliases.
+
+    Relative paths start at `folder`.
+    """
     definitions = Definitions()
     for item in walk(objects, set()):
         if isinstance(item, Entity):
             add(definitions.entities, item, "entities")
+        elif isinstance(item, Alias):
+            add(definitions.entities, item.entity, "entities")
+            add(definitions.aliases, item, "aliases")
         elif isinstance(item, FeatureView):
             add(definitions.entities, item.entity, "entities")
             add(definitions.views, with_absolute_source(item, folder), "feature views")
@@ -99,7 +106,7 @@ def collect_objects(objects: Any, folder: Path) -> Definitions:
 
 def walk(value: Any, seen: set[int]) -> Iterator[Any]:
     """Yield every definition in `value`, which may be a list, tuple, set or dict of others. seen: ids to skip."""
-    if isinstance(value, Entity | FeatureView | Model):
+    if isinstance(value, Entity | Alias | FeatureView | Model):
         yield value
     elif isinstance(value, Mapping | list | tuple | set) and id(value) not in seen:
         seen.add(id(value))

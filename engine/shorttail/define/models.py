@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from shorttail.define.durations import parse_duration
-from shorttail.define.names import check_path_name, check_text, split_reference
+from shorttail.define.names import check_path_name, check_text, plain_name, split_reference
 from shorttail.define.ondemand import OnDemand, OnDemandFeature
 from shorttail.errors import InvalidArgument
 
 Json = dict[str, Any]
 Column = str | OnDemandFeature
-"""An entry of a model's inputs: "view:feature", "request:column" or an on-demand feature."""
+"""An entry of a model's inputs: "view:feature", "alias:view:feature", "request:column" or an on-demand feature."""
 BATCHING = {"rows": "shares runs between requests", "request": "runs one request at a time"}
 """How requests share the runs of a model, and what it is called."""
 
@@ -122,7 +122,7 @@ class Model:
 
     @property
     def references(self) -> list[str]:
-        """Each "view:feature" and "request:column" that the model reads, also as an argument, in order, each once."""
+        """Each feature and "request:column" that the model reads, also as an argument, in order, each once."""
         found: dict[str, None] = {}
         for column in self.columns:
             for reference in column.references if isinstance(column, OnDemandFeature) else (column,):
@@ -217,7 +217,7 @@ def check_missing(missing: object, references: Sequence[str], where: str) -> dic
         raise InvalidArgument(f"{where}: missing must be {{column: value}}, not {type(missing).__name__}")
     found: dict[str, Any] = {}
     for name, value in missing.items():
-        named = [item for item in references if name in (item, item.partition(":")[2])]
+        named = [item for item in references if name in (item, plain_name(item))]
         if not named:
             known = ", ".join(item.removeprefix("request:") for item in references)
             raise InvalidArgument(f"{where}: missing names {name!r}, which is not one of its columns: {known}")
@@ -226,7 +226,7 @@ def check_missing(missing: object, references: Sequence[str], where: str) -> dic
                 f"{where}: missing names {name!r}, which is {' and '.join(named)}; write one of these"
             )
         bare = named[0].removeprefix("request:")
-        is_plain = sum(bare in (item, item.partition(":")[2]) for item in references) == 1
+        is_plain = sum(bare in (item, plain_name(item)) for item in references) == 1
         kept = bare if is_plain else named[0]
         if kept in found:
             raise InvalidArgument(f"{where}: missing names {named[0]} twice")

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from difflib import get_close_matches
+from typing import Any, Final
 
 from shorttail.config import LIMITS
 from shorttail.define.refusal import short_repr
 from shorttail.errors import InvalidArgument
 
+REQUEST: Final = "request"  # the first part of "request:column"
 # Characters that Unicode counts as letters or marks, and that are not seen: fillers of Hangul and Khmer, variation
 # selectors, the grapheme joiner (those of Default_Ignorable_Code_Point that str.isprintable accepts).
 UNSEEN = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]")
@@ -29,7 +31,9 @@ def check_name(name: object, what: str) -> str:
 
 
 def check_path_name(name: object, what: str) -> str:
-    """Return the name of a view or a model if it is valid. It is safe as the name of a folder. Raises InvalidArgument.
+    """Return the name of a view, an alias or a model if it is valid. Raises InvalidArgument.
+
+    It is safe as the name of a folder; an alias is no folder, but shares its name space with the views.
 
     what: the beginning of the message.
     """
@@ -82,27 +86,67 @@ def _fault(name: str) -> str:
 
 
 def _path_fault(name: str) -> str:
-    """Return what is wrong with the name of a view or a model, "" if nothing is."""
+    """Return what is wrong with the name of a view, an alias or a model, "" if nothing is."""
     if fault := _fault(name):
         return fault
     # Python's identifiers are those of Unicode: letters, marks and digits of any script, and _.
     if not f"_{re.sub('[.-]', '_', name)}".isidentifier() or UNSEEN.search(name):
-        return "the name of a view or a model has letters and digits of any script, _, - and . (it becomes a folder)"
+        return "the name of a view, an alias or a model has letters and digits of any script, _, - and . only"
     if not (name[0].isalnum() or name[0] == "_") or name[-1] == ".":
-        return "the name of a view or a model begins with a letter, a digit or _, and does not end with a ."
+        return "the name of a view, an alias or a model begins with a letter, a digit or _, and does not end with a ."
     return ""
 
 
 def split_reference(reference: object) -> tuple[str, str]:
-    """Split "user_stats:age" into ("user_stats", "age"). Raises InvalidArgument unless both parts are valid names."""
-    view, colon, feature = reference.partition(":") if isinstance(reference, str) else ("", "", "")
-    fault = (_path_fault(view) or _fault(feature)) if colon else ""
-    if colon and not fault:
-        return view, feature
+    """Split "stats:age" into ("stats", "age"), and "buyer:stats:age" into ("buyer:stats", "age").
+
+    The first part is the name of a lookup: a view, or an alias and a view. Raises InvalidArgument unless all parts are
+    valid names.
+    """
+    parts = reference.split(":", 3) if isinstance(reference, str) else []
+    fault = ""
+    if len(parts) > 1:
+        *lookup, feature = parts if len(parts) < 4 else parts[:2]
+        fault = next(filter(None, (*map(_path_fault, lookup), _fault(feature))), "")
+        if len(parts) > 3:
+            fault = fault or "it has more than three parts"
+        elif len(parts) == 3 and REQUEST in lookup:
+            fault = fault or "columns of the request have no alias"
+        if not fault:
+            return ":".join(lookup), feature
     why = f" ({fault})" if fault else ""
     raise InvalidArgument(
         f"{quoted(reference)} is not a feature reference{why}; write 'view:feature' or 'request:column'"
     )
+
+
+def lookup_of(reference: str) -> str:
+    """Return the name of the lookup in a valid reference: "stats" or "buyer:stats"; "request" for a request column."""
+    return reference.rpartition(":")[0]
+
+
+def plain_name(reference: str) -> str:
+    """Return the last part of a valid reference: the name of a feature or a request column."""
+    return reference.rpartition(":")[2]
+
+
+def listed_lookups(views: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, str]]:
+    """Return the lookups that there are: {"view" or "alias:view": {request column of a key: name of its type}}.
+
+    views: as `Engine.views` lists them.
+    """
+    found = {}
+    for view in views:
+        found[view["name"]] = dict(view["keys"])
+        for alias, columns in view.get("aliases", {}).items():  # older servers have none
+            found[f"{alias}:{view['name']}"] = {columns[key]: dtype for key, dtype in view["keys"].items()}
+    return found
+
+
+def check_not_request(name: str, where: str) -> None:
+    """Raise InvalidArgument for a view or an alias that has the name by which references have request columns."""
+    if name == REQUEST:
+        raise InvalidArgument(f"{where}: the name 'request' is reserved for request columns; choose another name")
 
 
 def quoted(name: object) -> str:

@@ -19,7 +19,7 @@ from shorttail.errors import InvalidArgument
 
 Json = dict[str, Any]
 Argument = Union[str, "OnDemandFeature"]
-"""An argument of an on-demand function: "view:feature", "request:column", or another on-demand feature."""
+"""An argument of an on-demand function: a reference as in a model's inputs, or another on-demand feature."""
 
 
 @dataclass(frozen=True)

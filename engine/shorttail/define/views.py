@@ -14,7 +14,7 @@ from typing import Any
 from shorttail.define.dtypes import DType, parse_dtype
 from shorttail.define.durations import parse_duration
 from shorttail.define.entities import Entity, check_dtype
-from shorttail.define.names import check_name, check_path_name, check_text
+from shorttail.define.names import check_name, check_not_request, check_path_name, check_text
 from shorttail.define.refusal import Refused
 from shorttail.define.scalar import as_value
 from shorttail.define.sources import ParquetSource
@@ -100,8 +100,7 @@ class FeatureView:
     def __post_init__(self) -> None:
         check_path_name(self.name, "feature view")
         where = f"feature view '{self.name}'"
-        if self.name == "request":
-            raise InvalidArgument(f"{where}: the name 'request' is reserved for request columns; choose another name")
+        check_not_request(self.name, where)
         if not isinstance(self.entity, Entity):
             raise InvalidArgument(f"{where}: entity must be an st.Entity, not {self.entity!r}")
         if isinstance(self.features, str) or not isinstance(self.features, Sequence) or not self.features:

@@ -15,6 +15,7 @@ import numpy as np
 
 from shorttail.config import LIMITS
 from shorttail.define.dtypes import Bool, DType, Float64, Timestamp, parse_dtype
+from shorttail.define.names import listed_lookups, plain_name
 from shorttail.define.refusal import Refused
 from shorttail.define.text import csv_row, parse_field, split_argument
 from shorttail.errors import InvalidArgument, NotFound
@@ -170,7 +171,7 @@ def column_values(dtype: str, column: Any, read: Callable[[DType, Any], tuple[An
 
 
 def store_streams(path: str, draw: Draw, views: Sequence[Mapping[str, Any]], needed: set[str]) -> list[Stream]:
-    """Return streams of the keys in a store on this machine, for the views that the requests look up.
+    """Return streams of the keys in a store on this machine, for the lookups of the requests.
 
     A store holds rows in the order of their keys' hashes, so the first rows are a fair sample. Views with more key
     columns come first, because their keys must be drawn together.
@@ -181,24 +182,25 @@ def store_streams(path: str, draw: Draw, views: Sequence[Mapping[str, Any]], nee
     covered: set[str] = set()
     store = Store.open(path)
     try:
-        for view in sorted(views, key=lambda view: -len(view["keys"])):
-            keys = list(view["keys"])
-            if not set(keys) <= needed or set(keys) <= covered:
-                continue
+        counts = {view["name"]: len(view["keys"]) for view in views}
+        for lookup, keys in sorted(listed_lookups(views).items(), key=lambda item: -len(item[1])):
+            name = plain_name(lookup)
+            if not keys.keys() <= needed or keys.keys() <= covered or len(keys) < counts[name]:
+                continue  # an alias that gives two keys one column finds few rows of the store
             parts, rows = [], 0
-            for batch in store.scan(view["name"]):
+            for batch in store.scan(name):
                 parts.append(batch.keys)
                 rows += len(batch)
                 if rows >= LIMITS.bench_key_rows:
                     break
             if not rows:
-                raise InvalidArgument(f"--keys store:{path}: view '{view['name']}' has no rows yet")
+                raise InvalidArgument(f"--keys store:{path}: view '{name}' has no rows yet")
             columns: list[list[Any]] = [np.concatenate(pieces).tolist() for pieces in zip(*parts, strict=True)]
             tables: dict[str, Sequence[Any]] = {
                 key: values for key, values in zip(keys, columns, strict=True) if key not in covered
             }
-            streams.append(Stream(draw.kind, draw.exponent, rows, tables, text=f"store:{path}:{view['name']}"))
-            covered |= set(keys)
+            streams.append(Stream(draw.kind, draw.exponent, rows, tables, text=f"store:{path}:{lookup}"))
+            covered |= keys.keys()
     finally:
         store.close()
     if not streams:

@@ -13,7 +13,7 @@ import numpy as np
 
 from shorttail import protocol
 from shorttail.define.dtypes import Int32, Int64, Timestamp, parse_dtype
-from shorttail.define.names import suggestion
+from shorttail.define.names import listed_lookups, lookup_of, plain_name, suggestion
 from shorttail.define.values import Refused, as_value
 from shorttail.errors import InvalidArgument, NotFound
 from shorttail.loadtest.own_keys import OwnKeys
@@ -104,7 +104,7 @@ class Builder:
             self.dtypes |= {own_keys.name(column): dtype for column, dtype in own_keys.types.items()}
             self.streams.append(own_keys.stream())
         self.texts = parse_values(workload.values, dtypes)
-        self.keys = {key for view in views for key in view["keys"]}
+        self.keys = {column for columns in listed_lookups(views).values() for column in columns}
         groups = [Group(stream.draw, stream.n, stream.exponent) for stream in self.streams]
         self.traffic = Traffic([], groups=groups, streams=self.streams, own_keys=own_keys)
         self._numbers: dict[tuple[str, str], int] = {}
@@ -314,18 +314,20 @@ def plan_rpc(workload: Workload, models: Sequence[Mapping[str, Any]], views: Seq
 
 
 def feature_keys(references: Sequence[str], by_view: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Return the key columns (name -> type) of the views in references. Raises InvalidArgument, NotFound."""
+    """Return the key columns (name -> type) of the lookups in references. Raises InvalidArgument, NotFound."""
     keys: dict[str, str] = {}
+    lookups = listed_lookups(by_view.values())
     for reference in references:
-        name, colon, feature = reference.partition(":")
-        if not colon:
+        if ":" not in reference:
             raise InvalidArgument(f"--features '{reference}' is not a reference; write VIEW:FEATURE")
-        if name not in by_view:
-            raise NotFound(f"no feature view '{name}'{suggestion(name, by_view, 'views')}")
+        lookup, feature = lookup_of(reference), plain_name(reference)
+        if lookup not in lookups:
+            raise NotFound(f"no feature view '{lookup}'{suggestion(lookup, lookups, 'views')}")
+        name = plain_name(lookup)
         if feature not in by_view[name]["features"]:
             known = suggestion(feature, by_view[name]["features"], "features")
             raise NotFound(f"feature view '{name}' has no feature '{feature}'{known}")
-        keys |= by_view[name]["keys"]
+        keys |= lookups[lookup]
     return keys
 
 

@@ -30,10 +30,9 @@ from shorttail.define.dtypes import (
     Vector,
 )
 from shorttail.define.models import Column, Model, column_label, missing_reference
-from shorttail.define.names import quoted, split_reference
+from shorttail.define.names import REQUEST, lookup_of, quoted
 from shorttail.define.ondemand import OnDemandFeature
 from shorttail.define.values import Refused, as_value
-from shorttail.define.views import FeatureView
 from shorttail.errors import InvalidArgument, NotFound
 from shorttail.models.onnx_weights import names_without_shape, parse_model, take_in_weights
 from shorttail.models.raw import check_carried
@@ -252,21 +251,25 @@ def column_width(catalog: Catalog, column: Column, tensor: TensorInfo, entries: 
     return fixed if entries == 1 and fixed is not None else 1
 
 
-def key_columns(views: Iterable[FeatureView]) -> dict[str, DType]:
-    """Return the key columns that a request for these views must carry: name -> type.
+def key_columns(catalog: Catalog, references: Iterable[str]) -> dict[str, DType]:
+    """Return the key columns that a request for these references must carry: name -> type.
 
-    Raises InvalidArgument if two views give a key of the same name different types.
+    Raises NotFound for a view or an alias that does not exist, InvalidArgument if two lookups give a column of the same
+    name different types.
     """
     keys: dict[str, DType] = {}
     origin: dict[str, str] = {}
-    for view in views:
-        for name, dtype in view.keys.items():
+    for lookup in dict.fromkeys(map(lookup_of, references)):
+        if lookup == REQUEST:
+            continue
+        view, columns = catalog.looked_up(lookup)
+        for name, dtype in zip(columns, view.keys.values(), strict=True):
             if keys.setdefault(name, dtype) != dtype:
                 raise InvalidArgument(
-                    f"key '{name}' is {keys[name]} in view '{origin[name]}' but {dtype} in view '{view.name}';"
+                    f"key '{name}' is {keys[name]} in view '{origin[name]}' but {dtype} in view '{lookup}';"
                     " rename one, so that a request can carry both"
                 )
-            origin.setdefault(name, view.name)
+            origin.setdefault(name, lookup)
     return keys
 
 
@@ -294,9 +297,8 @@ def request_columns(catalog: Catalog, model: Model, inputs: Sequence[TensorInfo]
     of an on-demand function, or an input (Float64 for a float matrix, so that it takes integers too).
     Raises InvalidArgument if no single type fits all uses of a column.
     """
-    views = dict.fromkeys(split_reference(reference)[0] for reference in model.references)
     try:
-        columns = key_columns(catalog.view(view) for view in views if view != "request")
+        columns = key_columns(catalog, model.references)
     except InvalidArgument as error:
         raise InvalidArgument(f"model '{model.name}': {error.message}") from None
     for name, uses in request_uses(catalog, model, inputs).items():

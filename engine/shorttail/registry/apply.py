@@ -17,7 +17,7 @@ from unicodedata import normalize
 from shorttail.config import LIMITS
 from shorttail.define.catalog import Catalog, ModelEntry, VersionInfo
 from shorttail.define.collect import Definitions, collect
-from shorttail.define.entities import Entity
+from shorttail.define.entities import Alias, Entity
 from shorttail.define.models import Model
 from shorttail.define.views import FeatureView
 from shorttail.errors import InvalidArgument, NotFound, ResourceExhausted
@@ -142,6 +142,7 @@ def plan_changes(catalog: Catalog, prepared: Prepared, count: Callable[[str], in
         old = catalog.entities.get(name)
         plan.note("+" if old is None else "=" if old == entity else "~", f"entity {name}", keys)
         plan.catalog.entities[name] = entity
+    plan_aliases(plan, definitions)
     for view in definitions.views.values():
         plan_view(plan, catalog.views.get(view.name), view, count, reset)
     if len(plan.catalog.views) > LIMITS.views:
@@ -150,8 +151,35 @@ def plan_changes(catalog: Catalog, prepared: Prepared, count: Callable[[str], in
         plan_model(plan, model, prepared.files[model.name])
     check_folders("feature view", plan.catalog.views, known[0])
     check_folders("model", plan.catalog.models, known[1])
+    for name in plan.catalog.aliases.keys() & plan.catalog.views.keys():
+        raise InvalidArgument(
+            f"'{name}' is the name of both an alias and a feature view; references have either, so rename one"
+        )
     check_other_models(plan.catalog, definitions)
     return plan
+
+
+def plan_aliases(plan: ChangePlan, definitions: Definitions) -> None:
+    """Put the aliases into the new catalog, and the new entities into those that are there. Raises InvalidArgument."""
+    catalog = plan.catalog
+    for name, alias in definitions.aliases.items():
+        old = catalog.aliases.get(name)
+        detail = " -> ".join(dict.fromkeys(show_alias(item) for item in (old, alias) if item is not None))
+        plan.note("+" if old is None else "=" if show_alias(old) == show_alias(alias) else "~", f"alias {name}", detail)
+        catalog.aliases[name] = alias
+    for name, alias in catalog.aliases.items():
+        try:
+            catalog.aliases[name] = replace(alias, entity=catalog.entities[alias.entity.name])
+        except InvalidArgument as error:
+            raise InvalidArgument(
+                f"{error.message} ('{name}' is in the store but not in these definitions: add it, changed to fit)"
+            ) from None
+
+
+def show_alias(alias: Alias) -> str:
+    columns = alias.request_columns(alias.entity.keys).items()
+    shown = (key if column == key else f"{key} = {column}" for key, column in columns)
+    return f"{alias.entity.name} by {', '.join(shown)}"
 
 
 def check_folders(what: str, names: Iterable[str], known: set[str]) -> None:

@@ -53,6 +53,11 @@ def views(catalog: Catalog) -> list[dict[str, Any]]:
             "features": {feature.name: feature.dtype.name for feature in view.features},
             "columns": {feature.name: feature.column for feature in view.features if feature.column},
             "timestamp": view.timestamp,
+            "aliases": {
+                alias.name: alias.request_columns(view.keys)
+                for alias in catalog.aliases.values()
+                if alias.fits(view.entity)
+            },
         }
         for view in catalog.views.values()
     ]

@@ -14,6 +14,7 @@ from shorttail.config import LIMITS
 from shorttail.define.catalog import TENSOR_TYPES, Catalog, TensorInfo, VersionInfo
 from shorttail.define.dtypes import DType, Float64, Vector
 from shorttail.define.inputs import read_input
+from shorttail.define.names import plain_name
 from shorttail.define.refusal import Refused
 from shorttail.errors import InvalidArgument
 from shorttail.models.golden import GoldenRows
@@ -109,8 +110,8 @@ class ExampleTable:
     def input(self, reference: str, references: Sequence[str], dtype: DType, instead: Any) -> Array:
         """Return the values of a reference, with what replaces missing ones. instead: None if nothing does."""
         name = reference.removeprefix("request:")
-        plain = reference.partition(":")[2]
-        if not self.has(name) and sum(item.partition(":")[2] == plain for item in references) == 1:
+        plain = plain_name(reference)
+        if not self.has(name) and sum(plain_name(item) == plain for item in references) == 1:
             name = plain
         if not self.has(name):
             raise InvalidArgument(

@@ -138,7 +138,7 @@ class HttpBatch:
             parts = values
             if self.inputs is None:
                 part = slice(request.first, request.first + request.rows)
-                statuses = dict(zip(self.route.plan.view_names, result.view_statuses[:, part], strict=True))
+                statuses = dict(zip(self.route.plan.lookup_names, result.view_statuses[:, part], strict=True))
                 parts = [array[part] for array in values]
             request.answer.set_result(Answer(result.names, parts, statuses, result.version, request.rows))
 

@@ -41,7 +41,7 @@ FindModel = Callable[[str | None, int | None], ModelColumns]
 
 @dataclass(slots=True)
 class Answer:
-    """The answer to one request. values: an array for each name; statuses: view -> uint8 [rows].
+    """The answer to one request. values: an array for each name; statuses: lookup -> uint8 [rows].
 
     The first axis of an array is the rows. Arrays of a model that takes tensors have any shape, and `rows` is 1.
     """

@@ -27,7 +27,7 @@ Array = NDArray[Any]
 HEADER_BYTES: Final = "Inference-Header-Content-Length"
 ID_CHARS: Final = 256
 TIMEOUT_MAX_US: Final = 86_400_000_000  # a longer timeout is none that a server keeps
-STATUSES: Final = "statuses"  # a request parameter; it adds an output "statuses:VIEW" per view
+STATUSES: Final = "statuses"  # a request parameter; it adds an output "statuses:LOOKUP" per lookup
 
 
 @dataclass(frozen=True, slots=True)
