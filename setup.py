@@ -42,7 +42,7 @@ sources = {
     "route": [],
     "pages": [
         f"native/{part}.c"
-        for part in ("crc32c", "page", "lookup", "tree", "structure", "merge", "overlay", "load", "writeback")
+        for part in ("crc32c", "page", "lookup", "tree", "structure", "merge", "overlay", "load", "scan", "writeback")
     ],
     "forest": [f"native/forest_{part}.c" for part in ("run", "build", "pack", "plain", "avx2", "avx512")],
     "wire": [],

@@ -14,7 +14,7 @@ from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF, Py_INCREF
 from cpython.unicode cimport PyUnicode_DecodeUTF8
 from libc.errno cimport errno
-from libc.stdint cimport INT64_MIN, SIZE_MAX, UINT64_MAX, int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
+from libc.stdint cimport INT64_MIN, SIZE_MAX, UINT64_MAX, int32_t, int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcpy, memset
 
@@ -30,8 +30,7 @@ cnp.import_array()
 cdef extern from "page.h" nogil:
     enum: ST_KEYS_MAX, ST_PAGE_BYTES
     const int64_t ST_UNTIMED
-    enum: ST_STRING
-    enum: ST_VECTOR
+    enum: ST_STRING, ST_TIMESTAMP, ST_VECTOR, ST_WIDE_VECTOR
     enum: ST_OUT_FLOAT32, ST_OUT_FLOAT64, ST_OUT_INT64, ST_OUT_INT32, ST_OUT_BOOL, ST_OUT_OBJECT
     ctypedef struct st_field:
         uint32_t code, width, offset, bytes
@@ -209,6 +208,26 @@ cdef extern from "merge.h" nogil:
     int st_merge(st_merger *, st_fault *)
     void st_merge_free(st_merger *)
 
+cdef extern from "scan.h" nogil:
+    ctypedef struct st_scan_column:
+        uint32_t code, width, row_offset, null_byte, null_bit
+        size_t text_bytes
+        uint8_t *values
+        int32_t *ends
+        uint8_t *valid
+        size_t n_nulls
+    ctypedef struct st_scan:
+        const st_tree *tree
+        const st_layout *layout
+        uint32_t table_id, n_columns
+        st_scan_column *columns
+        size_t n_pages, n_rows
+        uint64_t all_pages, all_rows, all_bytes
+    int st_scan_gather(st_scan *, size_t, size_t, st_fault *)
+    int st_scan_gather_bucket(st_scan *, uint64_t, st_fault *)
+    void st_scan_fill(st_scan *)
+    void st_scan_free(st_scan *)
+
 cdef extern from *:
     """
     #include <sys/mman.h>
@@ -230,6 +249,7 @@ include "pages_tree.pxi"
 include "pages_rows.pxi"
 include "pages_lookup.pxi"
 include "pages_load.pxi"
+include "pages_scan.pxi"
 include "pages_writeback.pxi"
 
 

@@ -139,6 +139,7 @@ class Limits:
     shrink_rows_min: int = 1000  # a load of less than half of the rows of a view with at least so many is refused
     max_clock_skew_us: int = 3_600_000_000  # default of a store's setting: how far event times may be ahead
     idle_rest_ms: int = 1000  # how often snapshots that are stale and not in use are released
+    scan_idle_s: float = 30.0  # a scan from which no batch is taken for so long is ended
     reader_check_ms: int = 1000  # shortest time between two clean-ups of dead readers by a writer
     idle_refresh_ms: int = 100  # how often an idle worker moves its snapshot forward
 

@@ -109,7 +109,7 @@ class Prediction:
         name_0, name_1, ... An output with more dimensions is an object column of arrays. Column types are those of
         `Features.to_pandas`.
         """
-        pandas = _import("pandas", "to_pandas")
+        pandas = import_extra("pandas", "to_pandas")
         _check_rows(self.outputs, "to_pandas")
         names: list[str] = []
         columns: list[Any] = []
@@ -118,7 +118,7 @@ class Prediction:
             if array.shape[1:] == (1,):
                 parts = {name: array[:, 0]}
             names += parts
-            columns += [_pandas_column(part) for part in parts.values()]
+            columns += [pandas_column(part) for part in parts.values()]
         frame = pandas.DataFrame(dict(enumerate(columns)))
         frame.columns = names  # set afterwards: if two outputs give the same name, both columns stay
         return frame
@@ -130,7 +130,7 @@ class Prediction:
         A column has the type of its array, such as float or int64. An output [rows, 1] is a column of single values, an
         output [rows, n] a column of fixed_size_list[n]. Numbers may share memory with `outputs`.
         """
-        pyarrow = _import("pyarrow", "to_arrow")
+        pyarrow = import_extra("pyarrow", "to_arrow")
         _check_rows(self.outputs, "to_arrow")
         arrays = [array[:, 0] if array.shape[1:] == (1,) else array for array in self.outputs.values()]
         return pyarrow.table([_arrow_column(array) for array in arrays], names=list(self.outputs))
@@ -229,9 +229,9 @@ class Features:
         float32 and float64, with NaN for null. Vector(n) is an object column of float32 arrays [n] or None, Vector(n,
         Float64) of float64 arrays. Raises ImportError without pandas.
         """
-        pandas = _import("pandas", "to_pandas")
+        pandas = import_extra("pandas", "to_pandas")
         columns = self._columns()
-        return pandas.DataFrame({name: _pandas_column(values, nulls, kind) for name, values, nulls, kind in columns})
+        return pandas.DataFrame({name: pandas_column(values, nulls, kind) for name, values, nulls, kind in columns})
 
     def to_arrow(self) -> pyarrow.Table:
         """Return an Arrow table with a column for each feature; null where there is neither a value nor a default.
@@ -240,7 +240,7 @@ class Features:
         fixed_size_list<float>[n] for Vector(n), of double for Vector(n, Float64). Numbers may share memory with the
         arrays of `to_numpy`. Raises ImportError without pyarrow.
         """
-        pyarrow = _import("pyarrow", "to_arrow")
+        pyarrow = import_extra("pyarrow", "to_arrow")
         columns = self._columns()
         return pyarrow.table({name: _arrow_column(values, nulls, kind) for name, values, nulls, kind in columns})
 
@@ -283,7 +283,7 @@ def _type_of(values: NDArray[Any]) -> str:
 # Conversion of arrays to columns of pandas and Arrow
 
 
-def _import(package: str, method: str) -> Any:
+def import_extra(package: str, method: str) -> Any:
     """Import an optional package. Raises ImportError with the command that installs it."""
     try:
         return import_module(package)
@@ -294,7 +294,7 @@ def _import(package: str, method: str) -> Any:
         raise ImportError(f"{method} needs {package}: pip install 'shorttail[{extra}]'") from None
 
 
-def _pandas_column(values: NDArray[Any], missing: Mask | None = None, type_name: str = "") -> Any:
+def pandas_column(values: NDArray[Any], missing: Mask | None = None, type_name: str = "") -> Any:
     """Convert an array to a pandas array. Floats stay a NumPy array: a missing value is NaN already."""
     import pandas
 

@@ -346,7 +346,7 @@ def test_a_child_that_closes_what_its_parent_reads_leaves_the_parents_snapshot(t
     with st.Engine.open(path) as engine:
         engine.push("stats", {name: [values[0]] * 2000 for name, values in ROWS.items()} | {"user_id": range(2000)})
     with Store.open(path) as store:
-        scan = store.scan("stats")
+        scan = store.scan("stats", batch_rows=100)
         next(scan)
         readers = store.environment.handle.env.readers()
         assert readers.count("\n") == 3  # a line of titles, the snapshot and the scan

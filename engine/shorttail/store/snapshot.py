@@ -26,7 +26,8 @@ from shorttail.store.environment import Environment, table_pages
 from shorttail.store.memory import PageLock
 from shorttail.store.open_files import Overwritten
 from shorttail.store.opening import translate_errors
-from shorttail.store.table import ColumnBatch, decode_page, make_layout, row_dtype
+from shorttail.store.scan import BATCH_ROWS, Choose, TableScan, as_batch
+from shorttail.store.table import ColumnBatch, make_layout
 
 _NOTHING_SEEN = -1  # special values of Gate.generation; real generations count up from 0
 _CLOSED = -2
@@ -53,6 +54,7 @@ class Snapshot:
         self._tree: Any = None  # Tree
         self._page_lock = PageLock(environment.path)
         self._layouts: dict[str, Layout] = {}
+        self._scans: set[TableScan] = set()
 
     def _make_locks(self) -> None:
         self._lock = threading.Lock()  # held briefly, and while the snapshot moves
@@ -82,6 +84,8 @@ class Snapshot:
             if self.gate.generation == _CLOSED:
                 return
             self.gate.generation = _CLOSED
+            for scan in list(self._scans):  # their memory is LMDB's map
+                scan.close(self._closed())
             self.directories = {}
             if self._txn is not None:
                 self.environment.handle.end_read(self._txn)
@@ -112,12 +116,16 @@ class Snapshot:
     def path(self) -> str:
         return str(self.environment.path)
 
+    def _closed(self) -> InvalidArgument:
+        return InvalidArgument(f"store '{self.path}' is closed; open it again")
+
     def disown(self) -> None:
         """Free all locks, in a forked child: no thread that held one, or was inside, exists there.
 
         The environment refuses every use of the store; without this, a use could wait for ever instead.
         """
         self._make_locks()
+        self._scans = set()
         self.gate.inside = self.gate.waiting = self.gate.sleeping = 0
 
     # -- the snapshot ----------------------------------------------------------------------------------------------
@@ -216,7 +224,7 @@ class Snapshot:
         """
         environment = self.environment
         if self.gate.generation == _CLOSED:
-            raise InvalidArgument(f"store '{self.path}' is closed; open it again")
+            raise self._closed()
         generation = self._word.load()  # before the snapshot is taken, so that a commit in between is not missed
         try:
             with translate_errors(environment.path):
@@ -395,28 +403,36 @@ class Snapshot:
         finally:
             self.leave()
 
-    def scan(self, view_name: str) -> Iterator[ColumnBatch]:
-        """Yield all rows of a view, one batch per page, unordered, as of the newest commit when iteration starts.
+    def open_scan(self, view_name: str, choose: Choose | None = None, batch_rows: int = BATCH_ROWS) -> TableScan:
+        """Begin to read all rows of a view as of the newest commit. choose: which columns; None: all of them.
 
-        Checks every page in full. The scan has its own read transaction, so the caller may pause between batches, but
-        the file may grow meanwhile. Raises NotFound, and Internal if the table is damaged.
+        batch_rows: the most rows of a batch, but a batch has at least the rows of one page. Close the scan when done.
+        Raises NotFound; for other errors see TableScan.
         """
-        with self.environment.read() as txn:
-            catalog = Catalog.from_json(self.environment.read_catalog_json(txn))
-            view, table = catalog.view(view_name), catalog.tables[view_name]
-            layout = make_layout(view, table)
-            dtype = row_dtype(layout)
-            for key, page in table_pages(txn, table.id):
-                self.environment.check_process()
-                with self._name_table_in_errors(view_name):
-                    layout.check(page, key, table.id)
-                batch = decode_page(layout, dtype, page)
-                if len(batch):
-                    yield batch
+        if not self.is_open:
+            raise self._closed()
+        scan = TableScan(self.environment, view_name, choose, batch_rows)
+        with self._lock:
+            self._scans.add(scan)
+            if not self.is_open:  # closed meanwhile
+                scan.close(self._closed())
+        return scan
+
+    def scan(self, view_name: str, batch_rows: int = BATCH_ROWS) -> Iterator[ColumnBatch]:
+        """Yield all rows of a view, unordered, as of the newest commit when iteration starts: see open_scan()."""
+        with self.open_scan(view_name, batch_rows=batch_rows) as scan:
+            for columns in scan:
+                yield as_batch(columns, len(scan.view.keys))
+
+    def end_idle_scans(self) -> None:
+        """End the scans from which no batch is taken: see TableScan.end_if_idle()."""
+        for scan in list(self._scans):
+            if scan.end_if_idle():
+                self._scans.discard(scan)
 
 
 class _IdleThread:
-    """Releases stale snapshots that are not in use. One thread serves all open snapshots of this process."""
+    """Releases stale snapshots that are not in use, and idle scans. One thread serves all snapshots of a process."""
 
     def __init__(self) -> None:
         self._snapshots: weakref.WeakSet[Snapshot] = weakref.WeakSet()
@@ -446,6 +462,7 @@ class _IdleThread:
                 snapshot.release_if_stale()
                 snapshot.release_if_overwritten()
                 snapshot.lock_growth()
+                snapshot.end_idle_scans()
             del snapshot, snapshots  # these references would keep closed snapshots alive during the sleep
 
 

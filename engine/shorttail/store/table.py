@@ -366,22 +366,8 @@ def _encode_keys(
 # -- reading -------------------------------------------------------------------------------------------------------
 
 
-def decode_page(layout: Layout, dtype: np.dtype[Any], page: memoryview) -> ColumnBatch:
-    """Return a copy of the rows of a page. The page must have passed Layout.check(). dtype: row_dtype(layout)."""
-    rows = _rows_of(dtype, page)
-    keys = [_decode_column(page, rows[f"k{k}"], code) for k, code in enumerate(layout.key_codes)]
-    features: list[tuple[Array, NDArray[np.bool_] | None]] = []
-    for f, (code, _) in enumerate(layout.features):
-        mask = (rows["nulls"][:, f // 8] >> (f % 8) & 1).astype(np.bool_)
-        values = _decode_column(page, rows[f"f{f}"], code)
-        if code == String.code:
-            values[mask] = None
-        features.append((values, mask if mask.any() else None))
-    return ColumnBatch(keys, rows["time"].astype(np.int64), features)
-
-
 def decode_keys(layout: Layout, dtype: np.dtype[Any], page: memoryview) -> list[Array]:
-    """Return a copy of the key columns of a page, like decode_page()."""
+    """Return a copy of the key columns of a page, which must have passed Layout.check(). dtype: row_dtype(layout)."""
     rows = _rows_of(dtype, page)
     return [_decode_column(page, rows[f"k{k}"], code) for k, code in enumerate(layout.key_codes)]
 
