@@ -22,9 +22,10 @@ from shorttail.models.serving import Key, Versions, follow
 from shorttail.models.session import ModelFailed
 from shorttail.models.signature import key_columns, request_columns
 from shorttail.pipeline import BatchResult, Plan, PlanOutdated, Shadow
-from shorttail.registry import describe
 from shorttail.registry import versions as registry
+from shorttail.registry.cards import StoredModels, StoredViews
 from shorttail.registry.history import History
+from shorttail.registry.search import search
 from shorttail.results import Features, Prediction, RowCount
 from shorttail.store import Store
 
@@ -477,24 +478,17 @@ class Engine:
         """What was changed, oldest first (docs/history.md). name: a view or a model; None: all. Raises NotFound."""
         return History(self._store.history()).of(name)
 
-    def models(self) -> list[dict[str, Any]]:
-        """[{"name", "version", "columns": {column: type}, "outputs": [name], "runs": text, "batching",
-        "batching_why", "canary", "shadow", "problem"}] of the versions that serve.
+    @property
+    def views(self) -> StoredViews:
+        """The views by name: `engine.views["user_stats"].to_pandas(limit=20)`. Called, a list of what each takes."""
+        return StoredViews(self._store)
 
-        runs: what runs the model and why; None until it is loaded. batching: "rows" if requests share runs, "request"
-        if each has runs of its own; batching_why: the reason or a remark, or None. canary, shadow: {"version",
-        "percent"} or None; a server adds what its shadows were found to answer. problem: why what the catalog names
-        does not serve, or None. A model that takes tensors has "tensors" too: {input: type and shape}; its columns are
-        {}.
-        """
+    def search(self, word: str) -> list[dict[str, Any]]:
+        """Find entities, views, features and models by a part of a name, tag, owner or description: see search()."""
         self.refresh()
-        return describe.models(self._store.catalog, self._versions)
+        return search(self._store.catalog, word)
 
-    def views(self) -> list[dict[str, Any]]:
-        """[{"name", "keys": {column: type}, "features": {feature: type}, "columns": {feature: column}, "timestamp",
-        "aliases": {alias: {key column: request column}}}].
-
-        columns: of the features that have another name in rows that are pushed. timestamp: a column, or None.
-        """
-        self.refresh()
-        return describe.views(self._store.catalog)
+    @property
+    def models(self) -> StoredModels:
+        """The models by name: `engine.models["fraud"].show()`. Called, a list of what serves and what it takes."""
+        return StoredModels(self._store, self._versions)

@@ -109,7 +109,8 @@ def fresh(tmp_path: Path) -> Project:
 
 COMMANDS = ["apply", "materialize", "load", "push", "delete", "models", "serve", "predict", "features", "stat"]
 COMMANDS += ["verify", "backup", "init"]
-COMMANDS += ["models list", "models deploy", "models promote", "models rollback"]
+COMMANDS += ["models list", "models deploy", "models promote", "models rollback", "search", "history"]
+COMMANDS += ["views", "views list", "views show", "views get", "views scan"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

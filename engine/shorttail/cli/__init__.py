@@ -38,6 +38,7 @@ from shorttail.cli.rows import delete, load, push
 from shorttail.cli.serve_options import settings_options
 from shorttail.cli.store_settings import as_duration, settings, skew_change
 from shorttail.cli.tune import tune
+from shorttail.cli.views import search, views
 from shorttail.config import DEFAULT_HOST, DEFAULT_PORT, VERSION
 from shorttail.errors import InvalidArgument, NotFound, ShorttailError, printable
 from shorttail.server.signals import keep_running
@@ -399,7 +400,9 @@ cli.add_command(init)
 cli.add_command(load)
 cli.add_command(models)
 cli.add_command(push)
+cli.add_command(search)
 cli.add_command(settings)
 cli.add_command(tune)
 cli.add_command(stat)
 cli.add_command(verify)
+cli.add_command(views)

@@ -208,6 +208,7 @@ def show_lines(shown: dict[str, Any]) -> list[tuple[str, str]]:
         ("sha256", shown["sha256"]),
         ("description", shown["description"]),
         ("owner", shown["owner"]),
+        ("tags", ", ".join(shown["tags"])),
         ("run", shown["run"]),
         ("metrics", ", ".join(f"{name} {number:g}" for name, number in shown["metrics"].items())),
     ]
@@ -238,6 +239,13 @@ def show_lines(shown: dict[str, Any]) -> list[tuple[str, str]]:
 )
 @click.option("--owner", help="Owner of the version; without it, that of the current version.")
 @click.option("--description", help="Description of the version; without it, that of the current version.")
+@click.option(
+    "--tag",
+    "tags",
+    multiple=True,
+    metavar="TAG",
+    help="Tag; may be repeated. Without it, those of the current version.",
+)
 @click.option("--run", default="", metavar="LINK", help="Link to the training run: mlflow:ID or any URL.")
 @click.option(
     "--metric",
@@ -258,6 +266,7 @@ def models_deploy(
     canary: float | None,
     owner: str | None,
     description: str | None,
+    tags: tuple[str, ...],
     run: str,
     metrics: tuple[str, ...],
     examples: str | None,
@@ -282,7 +291,7 @@ def models_deploy(
             "--canary 0%: to register a version that answers nothing, use --no-promote", click.get_current_context()
         )
     about: dict[str, Any] = {"owner": owner, "description": description, "run": run, "metrics": parse_metrics(metrics)}
-    about |= {"examples": examples, "vet_timeout": vet_timeout}
+    about |= {"tags": tags or None, "examples": examples, "vet_timeout": vet_timeout}
     # A server may run on this host, and trying a model keeps a CPU busy for a while.
     with opened(required_store(store)) as target, low_priority():
         before = target.catalog.model(name).current

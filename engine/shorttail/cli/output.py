@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -38,13 +40,33 @@ def echo_line(text: str) -> None:
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Print a table with aligned columns. Columns of numbers are aligned to the right."""
+    """Print a table with aligned columns. Columns of numbers are aligned to the right.
+
+    A table that is wider than the terminal becomes records: a block of lines per row, one line per column.
+    """
     header, cells = [printable(name) for name in header], [[show(value) for value in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
+    room = terminal_columns()
+    if room is not None and cells and sum(widths) + 2 * (len(widths) - 1) > room:
+        return print_records(header, cells)
     right = [all(is_number(row[c]) for row in rows) and bool(rows) for c in range(len(header))]
     for line in (header, *cells):
         padded = [f"{cell:>{w}}" if r else f"{cell:<{w}}" for cell, w, r in zip(line, widths, right, strict=True)]
         echo_line("  ".join(padded))
+
+
+def print_records(header: Sequence[str], cells: Sequence[Sequence[str]]) -> None:
+    width = max(map(len, header))
+    for row, line in enumerate(cells):
+        if row:
+            click.echo("")
+        for name, cell in zip(header, line, strict=True):
+            echo_line(f"{name:<{width}}  {cell}")
+
+
+def terminal_columns() -> int | None:
+    """Return the width of the terminal that stdout is, None if stdout is a file or a pipe."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def is_number(value: Any) -> bool:

@@ -124,8 +124,7 @@ def add(found: dict[str, Any], item: Any, what: str) -> None:
 def with_absolute_source(view: FeatureView, folder: Path) -> FeatureView:
     if view.source is None:
         return view
-    source = replace(view.source, path=absolute(folder, view.source.path))
-    return FeatureView(view.name, view.entity, view.features, view.ttl, source, view.description, view.owner)
+    return replace(view, source=replace(view.source, path=absolute(folder, view.source.path)))
 
 
 def absolute(folder: Path, path: str) -> str:

@@ -5,12 +5,12 @@ An alias looks up the views of an entity by other columns of a request.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from shorttail.define.dtypes import DType, Int64, String, parse_dtype
-from shorttail.define.names import check_name, check_not_request, check_path_name, check_text, suggestion
+from shorttail.define.names import check_name, check_not_request, check_path_name, check_tags, check_text, suggestion
 from shorttail.errors import InvalidArgument
 
 Json = dict[str, Any]
@@ -30,15 +30,17 @@ class Entity:
     """An entity, such as a user: the subject of the rows of feature views.
 
     keys: key column -> type, Int64 or String; together they identify a row. Without keys ({}) each view of the entity
-    has a single row, such as the exchange rate of today. Raises InvalidArgument.
+    has a single row, such as the exchange rate of today. tags: words by which people find it. Raises InvalidArgument.
     """
 
     name: str
     keys: dict[str, DType]
     description: str = ""
+    tags: Sequence[str] = ()  # stored as a tuple
 
     def __post_init__(self) -> None:
         check_name(self.name, "entity")
+        object.__setattr__(self, "tags", check_tags(self.tags, f"entity '{self.name}'"))
         check_text(self.description, f"entity '{self.name}': description")
         if not isinstance(self.keys, Mapping):
             raise InvalidArgument(f"entity '{self.name}': keys must map column names to types: {{'user_id': st.Int64}}")
@@ -62,11 +64,13 @@ class Entity:
             "name": self.name,
             "keys": [[key, dtype.name] for key, dtype in self.keys.items()],
             "description": self.description,
+            "tags": list(self.tags),
         }
 
     @classmethod
     def from_json(cls, data: Json) -> Entity:
-        return cls(data["name"], {key: parse_dtype(name) for key, name in data["keys"]}, data["description"])
+        keys = {key: parse_dtype(name) for key, name in data["keys"]}
+        return cls(data["name"], keys, data["description"], data.get("tags", ()))  # stores of older versions have none
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from shorttail.define.durations import parse_duration
-from shorttail.define.names import check_path_name, check_text, plain_name, split_reference
+from shorttail.define.names import check_path_name, check_tags, check_text, plain_name, split_reference
 from shorttail.define.ondemand import OnDemand, OnDemandFeature
 from shorttail.errors import InvalidArgument
 
@@ -40,7 +40,7 @@ class Model:
     `run_timeout` ends a run of the model that takes longer: "200ms", "2s"; None is LIMITS.run_timeout_s.
     `examples` is the path of a Parquet, Arrow or CSV file of rows with the outputs that are expected for them; `apply`
     and every load of the model compare. It is relative to the definitions file. Its columns are request columns,
-    features ("view:feature") and outputs (docs/models.md).
+    features ("view:feature") and outputs (docs/models.md). `tags` are words by which people find the model.
     Raises InvalidArgument.
     """
 
@@ -56,10 +56,12 @@ class Model:
     batching: str | None = None
     run_timeout: str | None = None
     examples: str | None = None
+    tags: Sequence[str] = ()  # stored as a tuple
 
     def __post_init__(self) -> None:
         check_path_name(self.name, "model")
         where = f"model '{self.name}'"
+        object.__setattr__(self, "tags", check_tags(self.tags, where))
         if not isinstance(self.path, str | Path) or not str(self.path):
             raise InvalidArgument(f"{where}: path must be the path of an ONNX file")
         object.__setattr__(self, "path", str(self.path))
@@ -162,6 +164,7 @@ class Model:
             "batching": self.batching,
             "run_timeout": self.run_timeout,
             "examples": self.examples,
+            "tags": list(self.tags),
         }
 
     @classmethod
@@ -186,6 +189,7 @@ class Model:
             data.get("batching"),
             data.get("run_timeout"),
             data.get("examples"),
+            data.get("tags", ()),
         )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, Final
 
@@ -54,6 +54,19 @@ def check_text(value: object, what: str) -> None:
     """Raise InvalidArgument unless `value` is a string."""
     if not isinstance(value, str):
         raise InvalidArgument(f"{what} must be a string, not {short_repr(value)}")
+
+
+def check_tags(tags: object, what: str) -> tuple[str, ...]:
+    """Return tags as a tuple if they are a list of different names. Raises InvalidArgument.
+
+    what: the beginning of the message.
+    """
+    if isinstance(tags, str) or not isinstance(tags, Sequence):
+        raise InvalidArgument(f"{what}: tags must be a list of names, not {short_repr(tags)}")
+    found = dict.fromkeys(check_name(tag, f"{what}: tag") for tag in tags)
+    if len(found) < len(tags):
+        raise InvalidArgument(f"{what}: a tag is given twice: {', '.join(map(str, tags))}")
+    return tuple(found)
 
 
 def _checked(name: object, what: str, fault_of: Callable[[str], str]) -> str:

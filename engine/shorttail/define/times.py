@@ -65,6 +65,12 @@ def parse_time(text: str) -> int:
     return time_us - _offset_minutes(zone, text) * 60_000_000
 
 
+def time_text(time_us: int) -> str:
+    """Return microseconds since 1970 UTC as ISO 8601 text that parse_time reads: "2026-01-31T12:00:00.25Z"."""
+    text = str(np.datetime64(time_us, "us"))
+    return f"{text.rstrip('0').rstrip('.')}Z"
+
+
 def _offset_minutes(zone: str | None, text: str) -> int:
     if zone is None or zone == "Z":
         return 0

@@ -14,7 +14,7 @@ from typing import Any
 from shorttail.define.dtypes import DType, parse_dtype
 from shorttail.define.durations import parse_duration
 from shorttail.define.entities import Entity, check_dtype
-from shorttail.define.names import check_name, check_not_request, check_path_name, check_text
+from shorttail.define.names import check_name, check_not_request, check_path_name, check_tags, check_text
 from shorttail.define.refusal import Refused
 from shorttail.define.scalar import as_value
 from shorttail.define.sources import ParquetSource
@@ -28,7 +28,7 @@ class Feature:
     """A column of a view. `default` is the value where the row or its value is missing.
 
     `column` is its column in rows that are loaded or pushed, any text; without it, `name`. References and answers use
-    `name`. Raises InvalidArgument.
+    `name`. `tags` are words by which people find it. Raises InvalidArgument.
     """
 
     name: str
@@ -36,9 +36,11 @@ class Feature:
     default: Any = None
     description: str = ""
     column: str | None = None
+    tags: Sequence[str] = ()  # stored as a tuple
 
     def __post_init__(self) -> None:
         check_name(self.name, "feature")
+        object.__setattr__(self, "tags", check_tags(self.tags, f"feature '{self.name}'"))
         check_dtype(self.dtype, f"feature '{self.name}'")
         check_text(self.description, f"feature '{self.name}': description")
         object.__setattr__(self, "default", check_default(self.name, self.dtype, self.default))
@@ -57,12 +59,13 @@ class Feature:
             "default": list(self.default) if isinstance(self.default, tuple) else self.default,
             "description": self.description,
             "column": self.column,
+            "tags": list(self.tags),
         }
 
     @classmethod
     def from_json(cls, data: Json) -> Feature:
-        column = data.get("column")  # stores of older versions have none
-        return cls(data["name"], parse_dtype(data["dtype"]), data["default"], data["description"], column)
+        column, tags = data.get("column"), data.get("tags", ())  # stores of older versions have none
+        return cls(data["name"], parse_dtype(data["dtype"]), data["default"], data["description"], column, tags)
 
 
 def is_column(name: object) -> bool:
@@ -93,6 +96,7 @@ class FeatureView:
     source: ParquetSource | None = None
     description: str = ""
     owner: str = ""
+    tags: Sequence[str] = ()  # stored as a tuple
     ttl_us: int = field(init=False)
     feature_index: dict[str, int] = field(init=False, compare=False, repr=False)
     source_columns: list[str] = field(init=False, compare=False, repr=False)  # of the features; some may share one
@@ -120,6 +124,7 @@ class FeatureView:
             raise InvalidArgument(f"{where}: source must be an st.ParquetSource, not {self.source!r}")
         check_text(self.description, f"{where}: description")
         check_text(self.owner, f"{where}: owner")
+        object.__setattr__(self, "tags", check_tags(self.tags, where))
         object.__setattr__(self, "features", tuple(self.features))
         object.__setattr__(self, "ttl_us", parse_ttl(self.ttl, where))
         object.__setattr__(self, "feature_index", index)
@@ -146,6 +151,7 @@ class FeatureView:
             "source": self.source.to_json() if self.source else None,
             "description": self.description,
             "owner": self.owner,
+            "tags": list(self.tags),
         }
 
     @classmethod
@@ -158,6 +164,7 @@ class FeatureView:
             source=ParquetSource.from_json(data["source"]) if data["source"] else None,
             description=data["description"],
             owner=data["owner"],
+            tags=data.get("tags", ()),
         )
 
 

@@ -274,6 +274,9 @@ def setting_changes(old: FeatureView, new: FeatureView) -> list[str]:
     texts += [(old.description, new.description), (old.entity.description, new.entity.description)]
     if old.owner != new.owner or any(a != b for a, b in texts):
         found.append("descriptions")
+    tags = [(a.tags, b.tags) for a, b in both] + [(old.tags, new.tags), (old.entity.tags, new.entity.tags)]
+    if any(a != b for a, b in tags):
+        found.append("tags")
     return found
 
 

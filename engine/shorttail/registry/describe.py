@@ -1,4 +1,4 @@
-"""Describes the models and views of a store, as `Engine.models` and `Engine.views` return them."""
+"""Describes the models and views of a store, as `Engine.models()` and `Engine.views()` return them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def models(catalog: Catalog, versions: Versions) -> list[dict[str, Any]]:
-    """Return what Engine.models returns."""
+    """Return what StoredModels returns when it is called."""
     return [_model(catalog, versions, name, entry) for name, entry in catalog.models.items()]
 
 
@@ -45,7 +45,7 @@ def _model(catalog: Catalog, versions: Versions, name: str, entry: ModelEntry) -
 
 
 def views(catalog: Catalog) -> list[dict[str, Any]]:
-    """Return what Engine.views returns."""
+    """Return what StoredViews returns when it is called."""
     return [
         {
             "name": view.name,

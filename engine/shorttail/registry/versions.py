@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -134,6 +134,7 @@ def deploy(
     *,
     owner: str | None = None,
     description: str | None = None,
+    tags: Sequence[str] | None = None,
     run: str = "",
     metrics: Mapping[str, float] | None = None,
     canary_percent: float | None = None,
@@ -143,7 +144,7 @@ def deploy(
     """Register an ONNX file as the model's next version, with the current version's inputs. Returns its number.
 
     promote: the new version becomes the current one. canary_percent: it becomes a canary instead, which answers this
-    percentage of requests, and the current version answers the rest. owner, description: None keeps those of the
+    percentage of requests, and the current version answers the rest. owner, description, tags: None keeps those of the
     current version. run, metrics, examples: belong to this version alone. vet_timeout: as for `apply`. If the current
     version has the same file already, no version is made and the current number is returned. A version is registered
     only if it loads, runs and fits the views. Raises NotFound (no such model: apply its definition first),
@@ -151,7 +152,7 @@ def deploy(
     """
     store.refresh()
     source = str(Path(path).absolute())
-    given = {"owner": owner, "description": description}
+    given = {"owner": owner, "description": description, "tags": tags}
     expected = None if examples is None else str(Path(examples).absolute())
     changes: Any = {"path": source, "run": run, "metrics": metrics or {}, "examples": expected}
     changes |= {field: text for field, text in given.items() if text is not None}
@@ -409,6 +410,7 @@ def documentation(model: Model) -> dict[str, Any]:
     return {
         "description": model.description,
         "owner": model.owner,
+        "tags": list(model.tags),
         "run": model.run,
         "metrics": dict(model.metrics),
     }
