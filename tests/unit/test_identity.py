@@ -31,6 +31,7 @@ EFFECTS = {
             lambda: replace(VIEW, entity=replace(USER, keys={"user_id": st.String, "country": st.String})),
         ),
         "description": ("neither", lambda: replace(VIEW, entity=replace(USER, description="who"))),
+        "tags": ("neither", lambda: replace(VIEW, entity=replace(USER, tags=["pii"]))),
     },
     st.ParquetSource: {
         "path": ("neither", lambda: replace(VIEW, source=st.ParquetSource("moved.parquet", timestamp="at"))),
@@ -42,6 +43,7 @@ EFFECTS = {
         "default": ("answers", lambda: with_feature(default=2.5)),
         "description": ("neither", lambda: with_feature(description="in years")),
         "column": ("rows", lambda: with_feature(column="years")),
+        "tags": ("neither", lambda: with_feature(tags=["pii"])),
     },
     st.FeatureView: {
         "name": ("neither", lambda: replace(VIEW, name="profile")),
@@ -51,6 +53,7 @@ EFFECTS = {
         "source": ("rows", lambda: replace(VIEW, source=None)),
         "description": ("neither", lambda: replace(VIEW, description="")),
         "owner": ("neither", lambda: replace(VIEW, owner="")),
+        "tags": ("neither", lambda: replace(VIEW, tags=["pii"])),
     },
 }
 CASES = [(kind, name) for kind, effects in EFFECTS.items() for name in effects]

@@ -132,7 +132,8 @@ class StoredViews(Mapping[str, StoredView]):
         self._store = store
 
     def __call__(self) -> list[dict[str, Any]]:
-        """[{"name", "keys": {column: type}, "features": {feature: type}, "columns": {feature: column}, "timestamp"}].
+        """[{"name", "keys": {column: type}, "features": {feature: type}, "columns": {feature: column}, "timestamp",
+        "aliases": {alias: {key column: request column}}}].
 
         columns: of the features that have another name in rows that are pushed. timestamp: a column, or None.
         """
