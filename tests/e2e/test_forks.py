@@ -348,8 +348,12 @@ def test_a_child_that_closes_what_its_parent_reads_leaves_the_parents_snapshot(t
     with Store.open(path) as store:
         scan = store.scan("stats", batch_rows=100)
         next(scan)
-        readers = store.environment.handle.env.readers()
-        assert readers.count("\n") == 3  # a line of titles, the snapshot and the scan
+
+        def readers():  # a thread whose transaction has ended keeps its slot, with "-"
+            return [line for line in store.environment.handle.env.readers().splitlines() if not line.endswith("-")]
+
+        before = readers()
+        assert len(before) == 3  # a line of titles, the snapshot and the scan
 
         def leave():
             scan.close()
@@ -357,7 +361,7 @@ def test_a_child_that_closes_what_its_parent_reads_leaves_the_parents_snapshot(t
 
         assert in_child(leave) is None
         assert FORKED in in_child(lambda: len(list(scan)))
-        assert store.environment.handle.env.readers() == readers
+        assert readers() == before
         assert len(list(scan)) > 1
 
 

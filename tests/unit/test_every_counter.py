@@ -42,6 +42,9 @@ OF_ONE = "of one batch or connection, of which there are thousands; the sums are
 LOAD = "of a load, which no process of a server does; the command that loads prints it"
 LOCK = "the state of a lock, which changes a million times per second"
 NOT_SHOWN = {
+    "Scan.image_bytes": OF_ONE,
+    "Scan.pages": OF_ONE,
+    "Scan.rows": OF_ONE,
     "Batch.n_requests": OF_ONE,
     "Batch.n_rows": OF_ONE,
     "Batch.opened_ns": OF_ONE,

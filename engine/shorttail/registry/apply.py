@@ -86,10 +86,12 @@ def origin_of(definitions: Any) -> dict[str, str]:
     if not isinstance(definitions, str | os.PathLike):
         return {}
     path = Path(definitions).absolute()
+    if not path.is_file():
+        return {}  # what a command wrote into a pipe can be read once; of all else `collect` says what is wrong
     try:
         return {"file": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     except OSError:
-        return {}  # `collect` says why
+        return {}
 
 
 def apply(
