@@ -52,7 +52,7 @@ def read_template(template: str) -> dict[str, str]:
 
 
 def make_folder(name: str, texts: dict[str, str]) -> None:
-    """Make the folder, or take an empty one, and write the files into it. If that fails, nothing is left of it.
+    """Make the folder, or take an empty one, and write the files into it. A failure leaves no file behind.
 
     Raises InvalidArgument.
     """

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from shorttail.cli.options import by_option, code_option, json_option, opened, vet_option
+from shorttail.cli.options import (
+    by_option,
+    code_option,
+    json_option,
+    opened,
+    required_store,
+    subcommands_of,
+    vet_option,
+)
 from shorttail.cli.output import echo_line, print_json, print_table
 from shorttail.errors import ShorttailError
 
 if TYPE_CHECKING:
     from shorttail.define.catalog import Share
     from shorttail.store import Store
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 @click.group(invoke_without_command=True)
@@ -39,24 +44,7 @@ def models(context: click.Context, store: str | None, as_json: bool) -> None:
         context.invoke(models_list, store=store, as_json=as_json)
 
 
-def models_command(name: str) -> Callable[[F], click.Command]:
-    """Make a function a subcommand of `models`. Users may write --store before or after the subcommand."""
-
-    def decorate(function: F) -> click.Command:
-        option = click.option("--store", callback=inherited_store, metavar="STORE", help="Folder of the online store.")
-        return models.command(name)(option(json_option(function)))
-
-    return decorate
-
-
-def inherited_store(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
-    return value or (context.parent.params.get("store") if context.parent else None)
-
-
-def required_store(store: str | None) -> str:
-    if store is None:
-        raise click.UsageError("Missing option '--store'.", click.get_current_context())
-    return store
+models_command = subcommands_of(models)
 
 
 def parse_share(text: str) -> float:

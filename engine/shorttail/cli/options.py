@@ -40,6 +40,33 @@ def store_option(command: F) -> F:
     return click.option("--store", required=True, metavar="STORE", help="Folder of the online store.")(command)
 
 
+def subcommands_of(group: click.Group) -> Callable[[str], Callable[[F], click.Command]]:
+    """Return a decorator that takes a name and makes a function the subcommand of that name, with --store and --json.
+
+    Users may write --store before or after the subcommand.
+    """
+
+    def command(name: str) -> Callable[[F], click.Command]:
+        def decorate(function: F) -> click.Command:
+            text = "Folder of the online store."
+            option = click.option("--store", callback=inherited_store, metavar="STORE", help=text)
+            return group.command(name)(option(json_option(function)))
+
+        return decorate
+
+    return command
+
+
+def inherited_store(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    return value or (context.parent.params.get("store") if context.parent else None)
+
+
+def required_store(store: str | None) -> str:
+    if store is None:
+        raise click.UsageError("Missing option '--store'.", click.get_current_context())
+    return store
+
+
 def json_option(command: F) -> F:
     """Add the option --json."""
     return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)

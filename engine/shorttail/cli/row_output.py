@@ -46,7 +46,7 @@ def write_rows(rows: ViewRows, kind: str, output: str | None) -> int:
 
 
 def opened_for(output: str, path: Path) -> Any:
-    """Open the file at path, which is to become `output`, for writing. Raises InvalidArgument."""
+    """Open `path` for writing. It is renamed to `output` when it is whole. Raises InvalidArgument."""
     try:
         return path.open("wb")
     except OSError as error:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
 
 import click
 
-from shorttail.cli.models import inherited_store, required_store
-from shorttail.cli.options import json_option, opened, store_option
+from shorttail.cli.options import json_option, opened, required_store, store_option, subcommands_of
 from shorttail.cli.output import echo_line, print_json, print_table
 
-F = TypeVar("F", bound=Callable[..., Any])
 TABLE_ROWS = 20  # of `views scan` without --limit, if a table is printed
 FORMATS = ("table", "csv", "json", "parquet")
 SUFFIXES = {".csv": "csv", ".json": "json", ".parquet": "parquet"}
@@ -39,14 +35,7 @@ def views(context: click.Context, store: str | None, as_json: bool) -> None:
         context.invoke(views_list, store=store, as_json=as_json)
 
 
-def views_command(name: str) -> Callable[[F], click.Command]:
-    """Make a function a subcommand of `views`. Users may write --store before or after the subcommand."""
-
-    def decorate(function: F) -> click.Command:
-        option = click.option("--store", callback=inherited_store, metavar="STORE", help="Folder of the online store.")
-        return views.command(name)(option(json_option(function)))
-
-    return decorate
+views_command = subcommands_of(views)
 
 
 @views_command("list")

@@ -45,7 +45,7 @@ def _model(catalog: Catalog, versions: Versions, name: str, entry: ModelEntry) -
 
 
 def views(catalog: Catalog) -> list[dict[str, Any]]:
-    """Return what StoredViews returns when it is called."""
+    """Return the views of a catalog as a list of dicts, whose keys StoredViews.__call__ describes."""
     return [
         {
             "name": view.name,

@@ -74,7 +74,7 @@ def definition(view: FeatureView) -> Json:
 
 
 def measure(store: Store, name: str) -> tuple[FeatureView, Json]:
-    """Return a view, and of its rows: number, size in the file, oldest and newest event time, and the share of STALE.
+    """Return what a view is and what it holds: the rows, their size, oldest and newest event time, the share of STALE.
 
     Reads the event time of all rows, and checks their pages. Times are ISO 8601 text, None without rows.
     """
