@@ -292,6 +292,35 @@ def test_it_ends_when_its_parent_is_killed(busy: bool, forks: bool) -> None:
                 os.kill(child, signal.SIGKILL)
 
 
+KILLED_EARLY = """
+import os, signal, sys, threading, time
+from shorttail.models import trial
+sys.path[:0] = {folders!r}
+from test_trial import hold_the_gil
+send = trial.Connection.send_bytes
+def send_and_end(connection, job):
+    send(connection, job)
+    [process] = trial._processes
+    print(process.popen.pid, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+trial.Connection.send_bytes = send_and_end
+trial.try_file(hold_the_gil, model="m", limit_s=60)
+"""
+
+
+def test_it_ends_when_its_parent_is_killed_while_it_starts() -> None:
+    """The job is in the socket by then, and the lifeline is closed before the process looks at it."""
+    code = KILLED_EARLY.format(folders=[str(folder) for folder in Path(__file__).parents[:2]])
+    done = subprocess.run([*CHILD, code], capture_output=True, text=True, timeout=TIMEOUT_S)
+    pid = int(done.stdout)
+    assert (done.returncode, done.stderr) == (-signal.SIGKILL, "")
+    try:
+        until(lambda: gone(pid))
+    finally:
+        if not gone(pid):
+            os.kill(pid, signal.SIGKILL)
+
+
 def test_it_ends_with_a_parent_that_exits() -> None:
     code = "import os\nfrom shorttail.models.trial import try_file\nprint(try_file(os.getpid, model='m', limit_s=60))"
     done = subprocess.run([*CHILD, code], capture_output=True, text=True, timeout=TIMEOUT_S)
@@ -381,7 +410,7 @@ def test_ctrl_c_ends_a_trial(tmp_path: Path, kind: str) -> None:
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=TIMEOUT_S)
     assert (process.returncode, out, err.strip()) == (130, "", "error: interrupted")
-    assert gone(pid)
+    until(lambda: gone(pid))  # its start is not finished if Ctrl-C came as early as that
     with st.Engine.open(tmp_path / "store") as engine:
         assert engine.store.catalog.model("m").versions.keys() == {1}
 

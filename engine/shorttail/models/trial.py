@@ -13,6 +13,7 @@ import logging
 import os
 import pickle
 import resource
+import select
 import signal
 import subprocess
 import sys
@@ -96,9 +97,11 @@ class TrialProcess:
                 pass_fds=[theirs.fileno(), end],
                 process_group=0,  # Ctrl-C in a terminal then reaches the parent alone
             )
-        except OSError as error:
+        except BaseException as error:  # Ctrl-C too: the process may have started, and ends with its lifeline
             self.let_go()
-            raise ResourceExhausted(f"no process can be started to try a model: {error.strerror}") from None
+            if isinstance(error, OSError):
+                raise ResourceExhausted(f"no process can be started to try a model: {error.strerror}") from None
+            raise
         finally:
             theirs.close()
             os.close(end)
@@ -247,6 +250,10 @@ def end_with_parent(lifeline: int) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGIO])
     fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
     fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
+    closed = select.poll()
+    closed.register(lifeline, 0)  # a hang-up is always reported
+    if closed.poll(0):  # the parent ended before this, and the system told nobody
+        raise SystemExit
 
 
 def main() -> None:
