@@ -27,7 +27,7 @@ cdef class Split:
 
 
 cdef class Route:
-    """Route(plan): a plan in use, the directories of its views, and spare Columns.
+    """Route(plan): a plan in use, the directories of its tables, and spare Columns.
 
     Threads may share a route, because each method changes the route's state in one step under the GIL.
     """
@@ -38,14 +38,14 @@ cdef class Route:
         self.spare = []
 
     def directories_in(self, store):
-        """Return the directories of the plan's views; None where a table is empty.
+        """Return the directories of the plan's tables; None for an empty one.
 
         Call it between store.enter() and store.leave(), because the addresses in a directory are those of the snapshot.
         """
         held = store.directories
         if held is self.directories_of:
             return self.directories
-        directories = tuple([store.directory(view) for view in self.plan.view_names])
+        directories = tuple([store.table_directory(table) for table in self.plan.table_ids])
         # The store adds directories to this dict, and replaces the dict when it drops one: identity is enough to
         # compare.
         self.directories = directories

@@ -68,9 +68,7 @@ def make_store(path: Path, keys: Keys, text: bool = False) -> Store:
     store = Store.open(path, create=True)
     with store.edit_catalog() as catalog:
         definition = view(dtypes.String if text else dtypes.Int64)
-        catalog.entities["row"] = definition.entity
-        catalog.views["rows"] = definition
-        catalog.new_table("rows")
+        catalog.add(definition)
     store.load("rows", batches(keys, text))
     store.refresh()
     return store

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from shorttail import pipeline
 from shorttail import plan as planning
-from shorttail._native.pages import crc32c
-from shorttail._native.route import Route, Split
+from shorttail._native.route import Route
 from shorttail.config import LIMITS
 from shorttail.define.durations import parse_duration
 from shorttail.errors import InvalidArgument, NotFound, ShorttailError, Unavailable
@@ -20,8 +19,7 @@ from shorttail.models.device import CPU, Device, check_cuda
 from shorttail.models.raw import take_tensors
 from shorttail.models.serving import Key, Versions, follow
 from shorttail.models.session import ModelFailed
-from shorttail.models.signature import key_columns, request_columns
-from shorttail.pipeline import BatchResult, Plan, PlanOutdated, Shadow
+from shorttail.pipeline import BatchResult, Plan, PlanOutdated
 from shorttail.registry import versions as registry
 from shorttail.registry.cards import StoredModels, StoredViews
 from shorttail.registry.history import History
@@ -32,8 +30,8 @@ from shorttail.store import Store
 if TYPE_CHECKING:
     from shorttail._native.columns import Columns
     from shorttail.define.collect import Definitions
-    from shorttail.define.dtypes import DType
-    from shorttail.registry.apply import Change
+    from shorttail.registry.changes import Change
+    from shorttail.registry.planning import ChangePlan
 
 Progress = Callable[[int, int | None], None]  # called with the rows done, and the number of rows if it is known
 
@@ -231,8 +229,9 @@ class Engine:
         self.refresh()  # the model or view asked for may be newer than the snapshot
         with self._versions.lock:
             model = key[1] if key[0] == "predict" and key[2] is None else None
+            known = None if route is None or self._routes_of != self._versions.changes else route.plan
             try:
-                route = Route(self._compile(key))
+                route = Route((known and planning.renewed(self._store, known)) or self._compile(key))
             except Unavailable:
                 self._broken.add(model)
                 raise
@@ -273,9 +272,12 @@ class Engine:
         current, entry = serving.current, self._store.catalog.model(name)
         runner = self._versions.runners[current]
         try:
-            wanted = request_columns(self._store.catalog, entry.version(current.version).model, runner.inputs)
-            split = self._split(current, wanted, *serving.canary) if serving.canary is not None else None
-            shadow = self._shadow(current, wanted, *serving.shadow) if serving.shadow is not None else None
+            wanted = planning.columns_of(self._store.catalog, entry.version(current.version), runner)
+            canary, shadowed = serving.canary, serving.shadow
+            split = canary and planning.make_split(self._store.catalog, current, wanted, *canary)
+            shadow = shadowed and planning.make_shadow(
+                self._store, current, wanted, shadowed[0], self._versions.runners, shadowed[1]
+            )
             return planning.compile_model(
                 self._store, name, current.version, runner, key, wanted, split=split, shadow=shadow
             )
@@ -284,32 +286,6 @@ class Engine:
                 where = "" if error.message.startswith("model '") else f"model '{name}' version {entry.current}: "
                 raise Unavailable(f"{where}{error.message}") from error
             raise Unavailable(f"model '{name}' version {entry.current} is being loaded; send it again") from None
-
-    def _split(self, current: Key, asked: dict[str, DType], canary: Key, percent: float) -> Split:
-        """Split requests by the keys of the first view that has keys, or by all columns if there is no such view."""
-        catalog = self._store.catalog
-        references = catalog.model(current.model).version(current.version).model.references
-        # Request columns begin with the keys of the first view with keys that is mentioned.
-        looked_up = (key_columns(catalog, [name]) for name in references)
-        keys = next((len(columns) for columns in looked_up if columns), len(asked))
-        # The salt depends on the version, so that the next canary gets other keys.
-        salt = crc32c(f"{canary.model}:{canary.version}".encode())
-        return Split(canary.version, percent, salt, keys)
-
-    def _shadow(self, current: Key, asked: dict[str, DType], shadow: Key, percent: float) -> Shadow | None:
-        """The shadow's plan, or None if it does not fit. asked: the columns of requests for the current version."""
-        runners, entry = self._versions.runners, self._store.catalog.model(shadow.model)
-        runner, key = runners[shadow], ("shadow", *shadow[:2])
-        try:
-            needed = request_columns(self._store.catalog, entry.version(shadow.version).model, runner.inputs)
-            if any(asked.get(name) != dtype for name, dtype in needed.items()):
-                return None
-            plan = planning.compile_model(self._store, shadow.model, shadow.version, runner, key, asked)
-        except (NotFound, InvalidArgument, Unavailable):
-            return None
-        ours, other = entry.version(current.version), entry.version(shadow.version)
-        same_values = ours.model.inputs == other.model.inputs and ours.replacements == other.replacements
-        return Shadow(plan, percent / 100, same_values and runner.inputs == runners[current].inputs)
 
     # -- versions ----------------------------------------------------------------------------------------------
 
@@ -346,22 +322,36 @@ class Engine:
 
     # -- changing --------------------------------------------------------------------------------------------
 
+    def plan(
+        self, definitions: str | Path | Definitions | Iterable[object], *, prune: bool = False, accept: bool = False
+    ) -> ChangePlan:
+        """What `apply` with these arguments would change: `plan.changes`, `plan.errors`, `plan.id`. Writes nothing."""
+        from shorttail.registry.apply import plan
+        from shorttail.registry.planning import Options
+
+        return plan(self._store, definitions, Options(prune, accept))
+
     def apply(
         self,
         definitions: str | Path | Definitions | Iterable[object],
         *,
         dry_run: bool = False,
-        reset: bool = False,
+        prune: bool = False,
+        accept: bool = False,
+        plan: str = "",
         vet_timeout: str | timedelta | None = None,
     ) -> list[Change]:
         """Validate definitions (a file's path, or objects) and register all of them, or none if one is wrong.
 
-        dry_run: only return the changes. reset: empty the views whose schema changes. vet_timeout: how long a model's
-        file may be tried ("10m"). Raises InvalidArgument, NotFound, Internal, DeadlineExceeded, ResourceExhausted.
+        dry_run: only return the changes. prune: remove the views and models that are not among them. accept: let models
+        that are not deployed anew take changed definitions too. plan: the id of the plan that must be carried out.
+        vet_timeout: how long a model's file may be tried ("10m"). Raises InvalidArgument, NotFound, Internal,
+        DeadlineExceeded, ResourceExhausted.
         """
         from shorttail.registry.apply import apply
+        from shorttail.registry.planning import Options
 
-        return apply(self._store, definitions, dry_run=dry_run, reset=reset, vet_timeout=vet_timeout)
+        return apply(self._store, definitions, dry_run, vet_timeout, Options(prune, accept), plan)
 
     def materialize(
         self,
@@ -402,7 +392,7 @@ class Engine:
 
         Event times come from the view's timestamp column, else from `event_time`; without either they are now. One that
         cannot be right is refused (docs/types.md). Of rows of equal keys that of the latest event time stays. What is
-        pushed to the view during the load is replaced too.
+        pushed to the view during the load comes after its rows.
         memory_bytes: what the load may take in memory (default LIMITS.load_memory_bytes); rows beyond it wait in a file
         in the store's directory. allow_shrink: also load if no row is left, or less than half of 1,000 or more rows.
 
@@ -415,14 +405,16 @@ class Engine:
         definition, skew_us = catalog.view(view), catalog.max_clock_skew_us
         total: int | None  # unknown before CSV is read
         origin: dict[str, Any] = {}
+        read = catalog.read_definition(view)
         if may_hold_objects(data):
             batch = column_batch(definition, data, skew_us, may_be_empty=True)
-            batches, total = iter([batch]), len(batch)
+            batches, total, read = iter([batch]), len(batch), catalog.definition(view)
         else:
             from shorttail.sources.batches import open_source, row_batches  # these need PyArrow
 
-            source = open_source(data, definition)
-            batches, total = row_batches(source, definition, definition.timestamp, skew_us), source.rows
+            source, n = open_source(data, read.view), len(definition.features)
+            batches = row_batches(source, read.view, definition.timestamp, skew_us, needed_features=n)
+            total = source.rows
             given = data if isinstance(data, list | tuple) else [data]
             origin["from"] = [str(path) for path in given if isinstance(path, str | os.PathLike)]
         done = 0
@@ -433,7 +425,7 @@ class Engine:
             if progress is not None:
                 progress(done, total)
 
-        return self._store.load(view, batches, report, memory_bytes, allow_shrink, origin)
+        return self._store.load(view, batches, report, memory_bytes, allow_shrink, origin, read)
 
     def push(self, view: str, rows: Any, *, partial: bool = False) -> RowCount:
         """Upsert rows: a dict of columns, or a pandas, polars or pyarrow table. They are durable when it returns.

@@ -48,7 +48,7 @@ class Plan:
     required: tuple[str, ...]  # request columns that refuse a missing value
     instead: Mapping[str, Any]  # request column -> the value that replaces a missing value
     lookup_names: tuple[str, ...]  # "view" or "alias:view"; the names in the statuses of an answer
-    view_names: tuple[str, ...]  # for each lookup its view
+    table_ids: tuple[int, ...]  # for each lookup the table that it reads
     lookups: tuple[Lookup, ...]
     buffers: tuple[Buffer, ...]  # the model's inputs come first, in the model's order
     copy: CopyColumns | None  # of request columns
@@ -62,6 +62,7 @@ class Plan:
     split: Split | None = None  # the requests that a canary answers
     shadow: Shadow | None = None  # another version that runs on what was answered
     tensors: tuple[TensorInfo, ...] | None = None  # the inputs of a model that takes tensors; it has no columns
+    made_of: tuple[Any, ...] = ()  # what of the catalog it was compiled from: while that stays, so does the plan
 
     @property
     def row_values(self) -> int:

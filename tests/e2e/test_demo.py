@@ -49,7 +49,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     columns = list(run.model.columns)
     features = data.matrix(training, data.training_sources(training, out), columns)
     train.write_onnx(train.train(features, training["late"].to_numpy(), trees=30), out / "late.onnx")
-    for arguments in (["apply", str(definitions)], ["materialize"]):
+    for arguments in (["apply", str(definitions), "--create"], ["materialize"]):
         subprocess.run([*run.SHORTTAIL, *arguments, "--store", str(store)], check=True, timeout=120)
 
     print(f"sample drawn with SHORTTAIL_TEST_SEED={SEED}")

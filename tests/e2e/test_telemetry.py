@@ -58,7 +58,7 @@ def test_nothing_leaves_the_machine_and_the_home_stays_empty(home, environment, 
 
     (tmp_path / "definitions.py").write_text(DEFINITIONS)
     write_sum(tmp_path / "total.onnx", 1.0)
-    run("-m", "shorttail", "apply", "definitions.py", "--store", "store")
+    run("-m", "shorttail", "apply", "definitions.py", "--store", "store", "--create")
     with st.Engine.open(tmp_path / "store") as engine:
         engine.push("stats", ROWS)
     assert run("-c", EMBEDDED + WAITS) == "[11.5]\n"

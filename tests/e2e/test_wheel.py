@@ -105,7 +105,9 @@ def test_the_quick_start_runs_without_a_compiler(wheel: Path, tmp_path: Path) ->
     def here(program: str, *arguments: str) -> str:
         return run(home / "bin" / program, *arguments, cwd=tmp_path, PATH=str(home / "bin"), CC="/bin/false")
 
-    assert re.search(r"\+ model fraud +version 1", here("shorttail", "apply", "definitions.py", "--store", "store"))
+    assert re.search(
+        r"\+ model fraud +version 1", here("shorttail", "apply", "definitions.py", "--store", "store", "--create")
+    )
     assert re.match(r"user_stats: 1,000 rows ", here("shorttail", "materialize", "--store", "store"))
     assert str(home) in here("python", "ask.py", str(home / "bin" / "shorttail"))
 

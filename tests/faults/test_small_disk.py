@@ -218,7 +218,7 @@ def test_commands_on_a_full_disk(disk: SmallDisk, tmp_path: Path) -> None:
         ["apply", tmp_path / "more.py", "--store", store],
         ["delete", "stats", "user_id=1", "--store", store],
         ["backup", copy, "--store", store],
-        ["apply", tmp_path / "definitions.py", "--store", disk.folder / "new"],
+        ["apply", tmp_path / "definitions.py", "--store", disk.folder / "new", "--create"],
     ]
     for command in reading[:1]:  # makes the files that a copy lacks
         assert disk.run(*SHORTTAIL, *command).returncode == 0

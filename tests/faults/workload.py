@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import changing
 import numpy as np
 from numpy.typing import NDArray
 from small_disk import ROOM, FullDisk, free, mount_of
@@ -121,12 +122,9 @@ def batch_of(keys: list[int], step: int) -> ColumnBatch:
 def create(path: str | os.PathLike[str]) -> None:
     """Create a store that has seen step 0."""
     with Store.open(path, create=True) as store, store.edit_catalog() as catalog:
-        catalog.entities["user"] = USER
-        for name, view in VIEWS.items():
-            catalog.views[name] = replace(view, description="0")
-            catalog.new_table(name)
-        catalog.views["other"] = OTHER
-        catalog.new_table("other")
+        for view in VIEWS.values():
+            catalog.add(replace(view, description="0"))
+        catalog.add(OTHER)
 
 
 def create_before(path: str | os.PathLike[str], kind: str) -> int:
@@ -145,8 +143,7 @@ def take(store: Store, step: int) -> None:
     puts, deletes, extra = changed_keys(step)
     if kind == "catalog":
         with store.edit_catalog() as catalog:
-            catalog.views["extra"] = replace(VIEWS["extra"], description=str(step))
-            catalog.new_table("extra")
+            catalog.add(replace(VIEWS["extra"], description=str(step)))
     elif kind == "load":
         rows = batch_of([*puts, MARKER], step)
         store.load("stats", [rows.slice(at, at + 100) for at in range(0, len(rows), 100)])
@@ -232,7 +229,7 @@ def check_structure(store: Store) -> None:
     """Check that each page of each table in the catalog is valid, and that the buckets cover all hashes once."""
     with store.environment.read() as txn:
         for name, table in store.catalog.tables.items():
-            layout, expected_key = make_layout(store.catalog.views[name], table), 0
+            layout, expected_key = make_layout(store.catalog.stored(name)), 0
             for key, page in table_pages(txn, table.id):
                 layout.check(page, key, table.id)
                 assert int.from_bytes(key) == expected_key
@@ -510,6 +507,7 @@ def survive_while_scanned(report: Report, path: str) -> None:
 JOBS: dict[str, Callable[..., None]] = {
     job.__name__: job
     for job in (
+        *changing.JOBS,
         write,
         take_one,
         make,

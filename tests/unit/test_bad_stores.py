@@ -16,7 +16,7 @@ from test_store import make_store, rows, scores
 
 from shorttail.config import LIMITS, Limits
 from shorttail.errors import InvalidArgument, NotFound, ResourceExhausted
-from shorttail.store import Store, environment, mapping
+from shorttail.store import Store, leftovers, mapping
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def test_file_without_its_unused_last_pages_is_sound(path: Path) -> None:
     with make_store(path) as store:
         store.load("stats", [rows(range(5000))])
         store.refresh()
-        environment.drop_table(store.environment, store.catalog.tables["stats"].id)
+        leftovers.drop_table(store.environment, store.catalog.tables["stats"].id)
         info = store.environment.handle.env.info()
     data = path / "data.mdb"
     pages = data.stat().st_size // 4096

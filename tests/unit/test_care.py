@@ -46,9 +46,7 @@ def wide_store(path: Path, width: int) -> Store:
     user = Entity("user", keys={"id": dtypes.Int64})
     store = Store.open(path, create=True)
     with store.edit_catalog() as catalog:
-        catalog.entities["user"] = user
-        catalog.views["wide"] = FeatureView("wide", entity=user, features=[Feature("v", dtypes.Vector(width))])
-        catalog.new_table("wide")
+        catalog.add(FeatureView("wide", entity=user, features=[Feature("v", dtypes.Vector(width))]))
     return store
 
 

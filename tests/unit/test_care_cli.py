@@ -13,7 +13,7 @@ from test_cli import Project, write_project
 @pytest.fixture
 def project(tmp_path: Path) -> Project:
     project = write_project(tmp_path)
-    project.ok("apply", "definitions.py", "--store", "store")
+    project.ok("apply", "definitions.py", "--store", "store", "--create")
     project.ok("materialize", "--store", "store")
     return project
 

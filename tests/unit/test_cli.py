@@ -97,7 +97,7 @@ def write_project(folder: Path) -> Project:
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """A project with an applied and materialized store; its tests only read."""
     project = write_project(tmp_path_factory.mktemp("project"))
-    project.ok("apply", "definitions.py", "--store", "store")
+    project.ok("apply", "definitions.py", "--store", "store", "--create")
     project.ok("materialize", "--store", "store")
     return project
 
@@ -155,18 +155,21 @@ def test_apply_reports_changes(fresh: Project) -> None:
         "+ view route    origin, dest_id -> 1 feature",
         "+ model delay   version 1: 3 columns -> score",
     ]
-    dry = fresh.ok("apply", "definitions.py", "--store", "store", "--dry-run").out
+    dry = fresh.ok("apply", "definitions.py", "--store", "store", "--create", "--dry-run").out
     assert dry.splitlines() == [*expected, "5 changes; dry run, nothing written"]
     assert not (fresh.folder / "store").exists()
 
-    assert fresh.ok("apply", "definitions.py", "--store", "store").out.splitlines() == [*expected, "store: 5 changes"]
-    again = fresh.ok("apply", "definitions.py", "--store", "store", "--json").json
+    assert fresh.ok("apply", "definitions.py", "--store", "store", "--create").out.splitlines() == [
+        *expected,
+        "store: 5 changes",
+    ]
+    again = fresh.ok("apply", "definitions.py", "--store", "store", "--create", "--json").json
     assert {change["change"] for change in again["changes"]} == {"="}
 
 
 def test_wrong_definitions_create_no_store(fresh: Project) -> None:
     (fresh.folder / "definitions.py").write_text(DEFINITIONS.replace('"plane:year", ', ""))
-    message = fresh.fails("apply", "definitions.py", "--store", "store")
+    message = fresh.fails("apply", "definitions.py", "--store", "store", "--create")
     assert message == (
         "error: model 'delay': delay.onnx takes 3 columns (input 'x'), but inputs= lists 2;"
         " first: plane:seats, request:hour\n"
@@ -175,7 +178,7 @@ def test_wrong_definitions_create_no_store(fresh: Project) -> None:
 
 
 def test_materialize_reports_rows_and_rate(fresh: Project) -> None:
-    fresh.ok("apply", "definitions.py", "--store", "store")
+    fresh.ok("apply", "definitions.py", "--store", "store", "--create")
     assert re.fullmatch(
         r"plane: 3 rows in \d+\.\d\d s \([\d,]+ rows/s\); given 3, loaded 3, older 0, duplicate 0\n",
         fresh.ok("materialize", "--store", "store").out,
@@ -194,7 +197,7 @@ def test_materialize_reports_rows_and_rate(fresh: Project) -> None:
 
 
 def test_materialize_refuses_to_lose_rows_unless_told(fresh: Project) -> None:
-    fresh.ok("apply", "definitions.py", "--store", "store")
+    fresh.ok("apply", "definitions.py", "--store", "store", "--create")
     fresh.ok("materialize", "--store", "store")
     planes = pyarrow.parquet.read_table(fresh.folder / "planes.parquet")
     pyarrow.parquet.write_table(planes.slice(0, 0), fresh.folder / "planes.parquet")
@@ -208,7 +211,7 @@ def test_materialize_refuses_to_lose_rows_unless_told(fresh: Project) -> None:
 
 
 def test_load_replaces_the_rows_of_a_view_by_files(fresh: Project) -> None:
-    fresh.ok("apply", "definitions.py", "--store", "store")
+    fresh.ok("apply", "definitions.py", "--store", "store", "--create")
     (fresh.folder / "days").mkdir()
     for day in (1, 2, 3):
         rows = f"origin,dest_id,late,event_time\nEWR,7,{day}.5,{day}\nJFK,{day},,1\n"
@@ -226,20 +229,49 @@ def test_load_replaces_the_rows_of_a_view_by_files(fresh: Project) -> None:
     assert "no file matches days/*.parquet" in fresh.fails("load", "route", "days/*.parquet", "--store", "store")
 
 
-def test_a_schema_change_needs_reset(fresh: Project) -> None:
-    fresh.ok("apply", "definitions.py", "--store", "store")
+def test_a_plan_is_shown_and_carried_out(fresh: Project) -> None:
+    where = ("definitions.py", "--store", "store")
+    assert "there is no store at store; look at --store, or give --create to make one" in fresh.fails("apply", *where)
+    assert "no store at 'store'" in fresh.fails("plan", *where)
+    (fresh.folder / "store").mkdir()
+    fresh.ok("apply", *where)  # an empty folder is meant to become a store
     fresh.ok("materialize", "--store", "store")
-    changed = DEFINITIONS.replace('st.Feature("year", st.Int32)', 'st.Feature("year", st.Float32)')
-    (fresh.folder / "definitions.py").write_text(changed)
-    assert "holds 3 rows and its schema changes (retyped year Int32 -> Float32); --reset" in fresh.fails(
-        "apply", "definitions.py", "--store", "store"
+    assert (
+        fresh.ok("plan", *where, "--check")
+        .out.splitlines()[-1]
+        .endswith(": 0 new tables, 0 in place, 0 destroyed, 0 errors")
     )
-    out = fresh.ok("apply", "definitions.py", "--store", "store", "--reset").out
-    assert "~ view plane    retyped year Int32 -> Float32; 3 rows dropped" in out.splitlines()
+    narrower = DEFINITIONS.replace('st.Feature("year", st.Int32)', 'st.Feature("year", st.Bool)')
+    (fresh.folder / "definitions.py").write_text(narrower)
+    wrong = fresh.run("plan", *where)
+    assert (wrong.code, wrong.err) == (1, "")
+    message = "feature 'year' is Int32, and its values may not fit Bool"
+    assert any(line.startswith("! view plane") and message in line for line in wrong.out.splitlines())
+    assert message in fresh.fails("apply", *where)
+    wider = DEFINITIONS.replace('st.Feature("year", st.Int32)', 'st.Feature("year", st.Int64)')
+    (fresh.folder / "definitions.py").write_text(wider)
+    found = fresh.run("plan", *where, "--check", "--explain")
+    assert found.code == 3
+    shown = found.out.splitlines()
+    at = next(i for i, line in enumerate(shown) if line.startswith("~ view plane"))
+    assert shown[at].endswith("rows change: widened year Int32 -> Int64")
+    assert "    3 rows to write, about 1 s, " in shown[at + 1]
+    assert shown[at + 3 : at + 5] == [
+        "    widened year Int32 -> Int64: changes rows and answers",
+        "    model delay v1 moves: compatible",
+    ]
+    plan_id = shown[-1].split()[3].rstrip("`")
+    assert shown[-2].startswith(f"plan {plan_id}: 1 new table, 0 in place")
+    assert "plan 00000000 is not what would be done now" in fresh.fails("apply", *where, "--plan", "00000000")
+    assert fresh.ok("apply", *where, "--plan", plan_id, "--wait").out.splitlines()[-1] == "store: 1 change"
+    assert fresh.run("plan", *where, "--check").code == 0
+    document = fresh.ok("plan", *where, "--json").json
+    assert {change["change"] for change in document["changes"]} == {"="}
+    assert document["errors"] == []
 
 
 def test_push_writes_rows_of_a_file(fresh: Project) -> None:
-    fresh.ok("apply", "definitions.py", "--store", "store")
+    fresh.ok("apply", "definitions.py", "--store", "store", "--create")
     (fresh.folder / "routes.csv").write_text("origin,dest_id,late\nEWR,7,1.5\nJFK,8,\n")
     assert fresh.ok("push", "route", "routes.csv", "--store", "store").out.startswith("route: 2 rows in ")
     found = fresh.ok("features", "route:late", "origin=EWR,JFK", "dest_id=7,8", "--store", "store", "--json").json
@@ -344,7 +376,7 @@ def test_values_are_parsed_by_type(argument: str, dtype: str, value: Any) -> Non
 
 
 def test_versions_of_a_model(fresh: Project) -> None:
-    fresh.ok("apply", "definitions.py", "--store", "store")
+    fresh.ok("apply", "definitions.py", "--store", "store", "--create")
     write_model(fresh.folder / "new.onnx", bias=1000.0)
     out = fresh.ok("models", "deploy", "delay", "new.onnx", "--store", "store").out
     assert out == "delay version 2: version 2 serves\n"

@@ -151,8 +151,7 @@ def pairs() -> Iterator[Store]:
     folder = tempfile.mkdtemp(dir=memory if memory.is_dir() else None)
     with Store.open(Path(folder) / "store", create=True) as store:
         with store.edit_catalog() as catalog:
-            catalog.entities["pair"], catalog.views["pair"] = PAIR.entity, PAIR
-            catalog.new_table("pair")
+            catalog.add(PAIR)
         yield store
     shutil.rmtree(folder)
 
@@ -166,7 +165,7 @@ def key_columns(keys: list[int]) -> list[Any]:
 def test_the_store_keeps_what_the_rule_says(pairs: Store, has_other_rows: bool, commits: list[Commit]) -> None:
     """has_other_rows: 500 other keys are stored, so that the rows of a push lie in several pages."""
     with pairs.edit_catalog() as catalog:
-        catalog.new_table("pair")
+        catalog.add(PAIR)
     others = list(range(10, 510)) if has_other_rows else []
     if others:
         pairs.upsert("pair", ColumnBatch(key_columns(others), np.zeros(500, np.int64), [(np.array(others), None)]))
@@ -301,7 +300,7 @@ def test_the_command_shows_and_changes_the_setting(tmp_path: Path) -> None:
         "import shorttail as st\n"
         "v = st.FeatureView('v', st.Entity('e', {'id': st.Int64}), [st.Feature('x', st.Int64)])\n"
     )
-    apply = ["apply", str(definitions), "--store", store, "--max-clock-skew", "90m"]
+    apply = ["apply", str(definitions), "--store", store, "--create", "--max-clock-skew", "90m"]
     assert "~ setting max_clock_skew  1h -> 90m\n3 changes; dry run" in run_well(*apply, "--dry-run").out
     assert not Path(store).exists()
     assert "~ setting max_clock_skew  1h -> 90m\n" in run_well(*apply).out

@@ -261,15 +261,15 @@ def test_a_missing_file_is_reported(tmp_path: Path) -> None:
 
 
 def test_the_catalog_survives_json() -> None:
-    catalog = Catalog(entities={"user": USER}, views={"stats": view(ttl="1h")})
-    catalog.new_table("stats")
+    catalog = Catalog()
+    catalog.add(view(ttl="1h"))
     model = Model("m", "/m.onnx", ["stats:age"])
     tensor = TensorInfo("x", "float", (None, 1))
     version = VersionInfo(model, "00ff", 1, (tensor,), (tensor,))
     catalog.models["m"] = ModelEntry(2, 1, {1: version, 2: version})
     assert Catalog.from_json(catalog.to_json()) == catalog
     assert catalog.tables["stats"].id == 1
-    assert catalog.new_table("stats").id == 2
+    assert catalog.new_table(catalog.definition("stats")).id == 2
 
 
 def test_a_damaged_catalog_is_reported() -> None:

@@ -26,10 +26,8 @@ VIEWS = {name: FeatureView(name, entity=USER, features=[Feature("x", dtypes.Floa
 def store(tmp_path: Path) -> Iterator[Store]:
     with Store.open(tmp_path / "store", create=True) as store:
         with store.edit_catalog() as catalog:
-            catalog.entities["user"] = USER
-            for name, view in VIEWS.items():
-                catalog.views[name] = view
-                catalog.new_table(name)
+            for view in VIEWS.values():
+                catalog.add(view)
         store.refresh()
         yield store
 
@@ -166,9 +164,7 @@ def test_small_upserts_encoded_together_equal_separate_ones(tmp_path: Path) -> N
         for way in ("together", "alone"):
             with Store.open(tmp_path / name / way, create=True) as store:
                 with store.edit_catalog() as catalog:
-                    catalog.entities["thing"] = MIXED.entity
-                    catalog.views["mixed"] = MIXED
-                    catalog.new_table("mixed")
+                    catalog.add(MIXED)
                 store.refresh()
                 edits = [*several[:50], *extra, *several[50:]]
                 if way == "together":
@@ -255,8 +251,7 @@ def test_keys_of_one_hash_are_told_apart_and_counted(tmp_path: Path, monkeypatch
 
     with Store.open(tmp_path / "store", create=True) as store:
         with store.edit_catalog() as catalog:
-            catalog.entities["pair"], catalog.views["pair"] = PAIR.entity, PAIR
-            catalog.new_table("pair")
+            catalog.add(PAIR)
         for _ in range(20):
             drawn = [draw(int(random.integers(1, 30))) for _ in range(random.integers(1, 5))]
             outcomes = store.commit([Upsert("pair", batch) for batch, _ in drawn])

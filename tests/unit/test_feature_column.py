@@ -143,9 +143,8 @@ def test_another_column_of_a_feature_changes_no_rows(engine: st.Engine) -> None:
     engine.push("v", COLUMNS)
     other = st.Feature("avg_7d", st.Float32, column="avg 7 d")
     changes = engine.apply([view(other, *FEATURES[1:])])
-    assert [(change.kind, change.detail) for change in changes if change.what == "view v"] == [
-        ("~", "column of avg_7d")
-    ]
+    [(kind, detail)] = [(change.kind, change.detail) for change in changes if change.what == "view v"]
+    assert (kind, detail.partition("  ")[2]) == ("~", "column of avg_7d")
     assert engine.get_online_features(list(SERVED), {"id": [1, 2]}).to_dict() == SERVED
     assert engine.push("v", {"avg 7 d" if name == "7d_avg" else name: values for name, values in COLUMNS.items()}) == 2
     assert engine.views()[0]["columns"]["avg_7d"] == "avg 7 d"

@@ -200,7 +200,7 @@ def test_the_commands_compare_too(tmp_path: Path) -> None:
     pd.DataFrame(X, columns=list("abc")).assign(output_label=FITTED.predict(X)).to_csv(
         tmp_path / "examples.csv", index=False
     )
-    apply = ("apply", "definitions.py", "--store", "store")
+    apply = ("apply", "definitions.py", "--store", "store", "--create")
     assert commands.run_well(*apply, folder=tmp_path).out.startswith("+ model m  version 1: ")
     (tmp_path / "new.onnx").write_bytes(to_onnx(FITTED, X[:1], name="another").SerializeToString())
     deploy = ("models", "deploy", "m", "new.onnx", "--store", "store")

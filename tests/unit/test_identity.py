@@ -44,6 +44,7 @@ EFFECTS = {
         "description": ("neither", lambda: with_feature(description="in years")),
         "column": ("rows", lambda: with_feature(column="years")),
         "tags": ("neither", lambda: with_feature(tags=["pii"])),
+        "renamed_from": ("neither", lambda: with_feature(renamed_from="years")),
     },
     st.FeatureView: {
         "name": ("neither", lambda: replace(VIEW, name="profile")),

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from row_tables import layout_of
 
 from shorttail._native.pages import SortedRows
 from shorttail.define import dtypes
-from shorttail.define.catalog import TableInfo
 from shorttail.define.entities import Entity
 from shorttail.define.views import Feature, FeatureView
-from shorttail.store.table import encode_keys, make_layout
+from shorttail.store.table import encode_keys
 
 WORD = (1 << 64) - 1
 
@@ -50,7 +50,7 @@ parts = st.one_of(
 def test_hash_is_the_documented_one(seed: int, key: list[int | str]) -> None:
     names = {f"k{i}": dtypes.Int64 if isinstance(value, int) else dtypes.String for i, value in enumerate(key)}
     view = FeatureView("v", entity=Entity("e", keys=names), features=[Feature("x", dtypes.Float32)])
-    layout = make_layout(view, TableInfo(1, seed))
+    layout = layout_of(view, seed)
     columns = [np.array([value], np.int64 if isinstance(value, int) else object) for value in key]
     rows, arena = encode_keys(layout, view, columns)
     sorted_rows = SortedRows(layout, [(rows, b"".join(arena.parts))])

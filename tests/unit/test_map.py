@@ -130,5 +130,5 @@ def test_memlock_limit_is_reported(path: Path) -> None:
 def test_pretouch_builds_directories(path: Path) -> None:
     with Store.open(path) as store:
         store.pretouch()
-        assert list(store.directories) == ["stats"]
+        assert list(store.directories) == [store.catalog.tables["stats"].id]
         assert scores(store, [1, 2900]) == [1.0, None]

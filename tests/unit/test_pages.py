@@ -16,15 +16,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from row_tables import layout_of, stored
 
 from shorttail._native.columns import Columns
 from shorttail._native.pages import Directory, Gate, GenerationWord, Layout, Lookup, Map, SortedRows, Tree, lookup
 from shorttail.define import dtypes
-from shorttail.define.catalog import TableInfo
 from shorttail.define.entities import Entity
 from shorttail.define.views import Feature, FeatureView
 from shorttail.store.environment import page_key
-from shorttail.store.table import ColumnBatch, encode_rows, make_layout
+from shorttail.store.table import ColumnBatch, encode_rows
 
 PRESENT, NULL, NOT_FOUND, STALE = 0, 1, 2, 3
 ALL_TYPES = [*dtypes.SCALARS.values(), dtypes.Vector(5), dtypes.Vector(3, dtypes.Float64)]
@@ -68,8 +68,8 @@ class Table:
 
     def __init__(self, view: FeatureView, rows: dict[tuple[Any, ...], tuple[int, list[Any]]], seed: int = 7) -> None:
         self.view, self.rows = view, rows
-        self.layout = make_layout(view, TableInfo(1, seed))
-        parts = [encode_rows(self.layout, view, to_batch(view, rows))] if rows else []
+        self.layout = layout_of(view, seed)
+        parts = [encode_rows(self.layout, stored(view), to_batch(view, rows))] if rows else []
         self.pages = SortedRows(self.layout, parts).merge(0, bytes(8), None, 1, 40)[1] if rows else []
         self.directory = Directory(self.layout, 1)
         self.stored = Pages()
@@ -337,7 +337,7 @@ def test_without_keys_every_row_has_the_same_key() -> None:
     table.layout.check(page, bucket, 1)
     assert table.layout.time_offset == 0
     parts = [
-        encode_rows(table.layout, view, to_batch(view, {(): (time, [None] * 70 + [text])}))
+        encode_rows(table.layout, stored(view), to_batch(view, {(): (time, [None] * 70 + [text])}))
         for time, text in ((5, "x" * 5000), (4, "older"))
     ]
     _, merged = SortedRows(table.layout, parts).merge(0, bucket, page, 1, 40)
@@ -380,7 +380,7 @@ def test_merge_and_remove_leave_other_rows_unchanged() -> None:
     old = {(k,): (10, [k, f"old {k}"]) for k in range(40)}
     new = {(k,): (9 if k % 2 else 10, [-k, f"new {k}"]) for k in range(20, 300)}
     table = Table(view, old)
-    rows = SortedRows(table.layout, [encode_rows(table.layout, view, to_batch(view, new))])
+    rows = SortedRows(table.layout, [encode_rows(table.layout, stored(view), to_batch(view, new))])
     pages, at, splits = dict(table.pages), 0, 0
     while at < len(rows):
         key = max(k for k in pages if k <= rows.hash(at))
@@ -395,7 +395,7 @@ def test_merge_and_remove_leave_other_rows_unchanged() -> None:
     assert_same(table, [(k,) for k in range(310)], object)
 
     gone = {(k,): (0, [0, ""]) for k in range(0, 400, 3)}
-    rows = SortedRows(table.layout, [encode_rows(table.layout, view, to_batch(view, gone))])
+    rows = SortedRows(table.layout, [encode_rows(table.layout, stored(view), to_batch(view, gone))])
     at, count = 0, 0
     changed = {}
     while at < len(rows):
@@ -459,8 +459,8 @@ def test_directory_refuses_gaps_and_overlaps() -> None:
 
 def test_sorted_rows_refuse_strings_outside_the_arena() -> None:
     view = make_view([dtypes.String], [Feature("a", dtypes.Int64)])
-    layout = make_layout(view, TableInfo(1, 7))
-    rows, arena = encode_rows(layout, view, to_batch(view, {("abc",): (0, [1])}))
+    layout = layout_of(view, 7)
+    rows, arena = encode_rows(layout, stored(view), to_batch(view, {("abc",): (0, [1])}))
     with pytest.raises(ValueError, match="arena"):
         SortedRows(layout, [(rows, arena[:-1])])
 

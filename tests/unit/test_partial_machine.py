@@ -139,9 +139,8 @@ class PartialMachine(RuleBasedStateMachine):
         self.store = Store.open(Path(self.folder) / "store", create=True)
         self.rows: dict[str, dict[Any, Row]] = {name: {} for name in NAMES}
         with self.store.edit_catalog() as catalog:
-            for name, view in VIEWS.items():
-                catalog.entities[name], catalog.views[name] = view.entity, view
-                catalog.new_table(name)
+            for view in VIEWS.values():
+                catalog.add(view)
 
     def teardown(self) -> None:
         if hasattr(self, "store"):

@@ -209,11 +209,11 @@ def test_a_load_takes_whole_rows_and_does_not_speak_of_pushes(engine: st.Engine)
 def test_features_are_known_by_their_names_when_the_view_changes_before_the_commit(engine: st.Engine) -> None:
     batch = column_batch(VIEW, {"user_id": [1], "tier": ["new"]}, HOUR_US, partial=True)
     changed = st.FeatureView("stats", USER, [st.Feature("name", st.String), *FEATURES[:2]])
-    engine.apply([changed], reset=True)
+    engine.apply([changed])
     assert engine.store.commit([Upsert("stats", batch)]) == [1]
     answer = engine.get_online_features(["stats:name", "stats:tier"], {"user_id": [1]}).to_dict()
     assert answer == {"stats:name": [None], "stats:tier": ["new"]}
-    engine.apply([st.FeatureView("stats", USER, [st.Feature("name", st.String), FEATURES[0]])], reset=True)
+    engine.apply([st.FeatureView("stats", USER, [st.Feature("name", st.String), FEATURES[0]])])
     [error] = engine.store.commit([Upsert("stats", batch)])
     assert isinstance(error, InvalidArgument)
     assert error.message == "feature view 'stats' has no feature 'tier', which the rows give"

@@ -181,11 +181,13 @@ def test_a_default_of_the_feature_stands_before_the_vocabulary_and_after_the_mod
     assert y_of(engine, {"user_id": [2, 99]}) == [2, 2]
 
 
-def test_a_default_that_is_dropped_later_leaves_no_wrong_answer(engine: st.Engine, tmp_path: Path) -> None:
+def test_a_default_that_is_dropped_later_is_kept_until_that_is_accepted(engine: st.Engine, tmp_path: Path) -> None:
     model = st.Model("m", returned(tmp_path / "m.onnx", TensorProto.INT64), ["stats:visits"])
     engine.apply([features(visits=0), model])
     assert y_of(engine, {"user_id": [1, 2]}) == [5, 0]
     engine.apply([features()])
+    assert y_of(engine, {"user_id": [1, 2]}) == [5, 0]
+    engine.apply([features()], accept=True)
     with pytest.raises(InvalidArgument, match="stats:visits has no value at row 1"):
         engine.predict("m", {"user_id": [1, 2]})
 

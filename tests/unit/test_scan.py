@@ -82,7 +82,7 @@ def decoded(layout: Layout, page: memoryview) -> Iterator[Row]:
 def expected(store: Store, view: FeatureView) -> list[Row]:
     store.refresh()
     table = store.catalog.tables[view.name]
-    layout = make_layout(view, table)
+    layout = make_layout(store.catalog.stored(view.name))
     with store.environment.read() as txn:
         return [row for _, page in table_pages(txn, table.id) for row in decoded(layout, page)]
 
@@ -315,7 +315,7 @@ def test_strings_that_share_their_bytes_are_refused(store: Store) -> None:
     rows: Rows = [((key, ""), (0, (None,) * 8 + ("x" * length, None))) for key in range(n)]
     store.load("all", [batch_of(ALL, rows)])
     ((key, page),) = pages_of(store, "all")
-    layout = make_layout(ALL, store.catalog.tables["all"])
+    layout = make_layout(store.catalog.stored("all"))
     heap, first = page.index(b"x" * length * n), 8 + int.from_bytes(page[2:4], "little")
 
     def refer(n_bytes: int) -> None:
@@ -390,7 +390,7 @@ def test_a_closed_store_ends_its_scans(tmp_path: Path) -> None:
 
 
 def test_a_scan_of_a_tree_needs_columns_of_the_table(store: Store) -> None:
-    layout = make_layout(SMALL, store.catalog.tables["small"])
+    layout = make_layout(store.catalog.stored("small"))
     txn, tree = store.environment.read_tree()
     try:
         assert Scan(layout, tree, 1, [0]).read(10, 10) is None  # no table has this id's pages

@@ -21,7 +21,7 @@ from shorttail.define import dtypes
 from shorttail.define.entities import Entity
 from shorttail.define.views import Feature, FeatureView
 from shorttail.errors import Internal, InvalidArgument, NotFound
-from shorttail.store import ColumnBatch, Store, environment
+from shorttail.store import ColumnBatch, Store, environment, rebuild
 from shorttail.store import load as load_module
 
 USER = Entity("user", keys={"user_id": dtypes.Int64})
@@ -39,9 +39,7 @@ def rows(ids: Any, time_us: int = 0, version: int = 0) -> ColumnBatch:
 def make_store(path: Path) -> Store:
     store = Store.open(path, create=True)
     with store.edit_catalog() as catalog:
-        catalog.entities["user"] = USER
-        catalog.views["stats"] = VIEW
-        catalog.new_table("stats")
+        catalog.add(VIEW)
     store.refresh()
     return store
 
@@ -191,9 +189,9 @@ def test_loads_and_changed_schemas_leave_no_tables(store: Store) -> None:
     for i in range(8):
         store.load("stats", [rows(range(i, i + 3))])
         assert sorted(scanned(store)) == [i, i + 1, i + 2]
-    assert len(table_entries(store)) == 1
+    assert len(table_entries(store)) == 2, "the one before is kept, to go back to"
     with store.edit_catalog() as catalog:
-        catalog.new_table("stats")
+        catalog.add(VIEW)
     assert table_entries(store) == {}
     assert scores(store, [7]) == [None]
 
@@ -226,6 +224,9 @@ def test_failed_load_changes_nothing_and_leaves_nothing(store: Store, monkeypatc
         yield rows([2])
         raise OSError("the source went away")
 
+    def failing(*args: Any, **options: Any) -> None:
+        raise InvalidArgument("the view was changed")
+
     with pytest.raises(OSError, match="went away"):
         store.load("stats", broken())
     with pytest.raises(InvalidArgument, match="tier"):
@@ -233,15 +234,14 @@ def test_failed_load_changes_nothing_and_leaves_nothing(store: Store, monkeypatc
     assert scores(store, [1, 2]) == [1.0, None]
 
     monkeypatch.setattr(load_module, "LIMITS", Limits(load_commit_bytes=100_000))
-    killed = load_module.is_current
-    monkeypatch.setattr(load_module, "is_current", lambda *_: False)  # the load fails before its last commit
-    with pytest.raises(InvalidArgument, match="changed while it was loaded"):
-        store.load("stats", [rows(range(5000))])
-    monkeypatch.setattr(load_module, "is_current", killed)
+    with monkeypatch.context() as patched:
+        patched.setattr(rebuild.Rebuild, "put_in_place", failing)  # the load fails in its last commit
+        with pytest.raises(InvalidArgument, match="was changed"):
+            store.load("stats", [rows(range(5000))])
     assert scores(store, [1, 2]) == [1.0, None]
     assert list(table_entries(store).values()) == [1]
     store.load("stats", [rows([3])])
-    assert list(table_entries(store).values()) == [1]
+    assert list(table_entries(store).values()) == [1, 1]
     assert scores(store, [1, 3]) == [None, 3.0]
 
 
@@ -260,14 +260,15 @@ def test_killed_load_leaves_the_store_as_it_was(store: Store) -> None:
         "from shorttail.config import Limits\n"
         "t.load_module.LIMITS = Limits(load_commit_bytes=100_000)\n"
         "s = t.Store.open(sys.argv[1])\n"
-        "t.load_module.is_current = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "t.rebuild.Rebuild.put_in_place = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)\n"
         "s.load('stats', [t.rows(range(5000))])\n"
     )
     done = subprocess.run([sys.executable, "-c", code, store.path, str(Path(__file__).parent)], timeout=60)
     assert done.returncode == -signal.SIGKILL
     assert store.count("stats") == 100
     assert max(table_entries(store).values()) > 50
-    assert store.load("stats", [rows(range(10))]) == 10
+    for _ in range(2):  # the table before is kept
+        assert store.load("stats", [rows(range(10))]) == 10
     assert max(table_entries(store).values()) == 1
 
 
@@ -307,7 +308,7 @@ def test_counts_and_refresh_within_a_catalog_edit(store: Store) -> None:
         other.load("stats", [rows(range(10))])
         with store.edit_catalog() as catalog:
             assert store.count("stats") == 10
-            catalog.new_table("stats")
+            catalog.add(VIEW)
             with pytest.raises(Internal, match="within another"):
                 store.upsert("stats", rows([1]))
         assert store.count("stats") == other.count("stats") == 0

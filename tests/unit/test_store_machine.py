@@ -29,19 +29,19 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from row_tables import layout_of
 
 from shorttail._native.columns import Columns
 from shorttail._native.pages import Lookup, SortedRows, lookup
 from shorttail.config import LIMITS
 from shorttail.define import dtypes
-from shorttail.define.catalog import TableInfo
 from shorttail.define.entities import Entity
 from shorttail.define.views import Feature, FeatureView
 from shorttail.errors import InvalidArgument, NotFound
 from shorttail.results import RowCount, Status
 from shorttail.store import ColumnBatch, Delete, Store, Upsert, environment
 from shorttail.store import load as load_module
-from shorttail.store.table import encode_keys, make_layout
+from shorttail.store.table import encode_keys
 
 STEPS = int(os.environ.get("SHORTTAIL_MACHINE_STEPS", "3000"))
 STEPS_PER_EXAMPLE = 50
@@ -157,7 +157,7 @@ def pool(name: str, seed: int) -> list[Key]:
 def test_native_hashes_share_the_prefix(name: str) -> None:
     """The native code computes the same hashes for these keys."""
     view, keys = VIEWS[name], keys_with_one_prefix(name, SEEDS[1])
-    layout = make_layout(view, TableInfo(1, SEEDS[1]))
+    layout = layout_of(view, SEEDS[1])
     parts, arena = encode_keys(layout, view, key_columns(name, keys))
     rows = SortedRows(layout, [(parts, b"".join(arena.parts))])
     assert [int.from_bytes(rows.hash(i)) for i in range(len(rows))] == [key_hash(key, SEEDS[1]) for key in keys]
@@ -263,8 +263,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     def add(self, writer: int, name: str) -> None:
         with self.stores[writer].edit_catalog() as catalog:
-            catalog.entities[name], catalog.views[name] = VIEWS[name].entity, VIEWS[name]
-            catalog.new_table(name)
+            catalog.add(VIEWS[name])
         self.rows[name] = {}
 
     def drawn(self, name: str, draw: int, n: int) -> list[tuple[Key, Row]]:
@@ -418,7 +417,7 @@ class StoreMachine(RuleBasedStateMachine):
         if keep:  # so that most steps find their view
             return
         with self.stores[writer].edit_catalog() as catalog:
-            del catalog.views[name], catalog.tables[name]
+            catalog.drop_view(name)
         del self.rows[name]
 
     @invariant()

@@ -386,7 +386,9 @@ def test_the_commands_take_the_time_that_a_trial_may_last(tmp_path: Path) -> Non
     (tmp_path / "definitions.py").write_text(
         f'import shorttail as st\nm = st.Model("m", path={endless(tmp_path / "m.onnx")!r}, inputs=["request:a"])\n'
     )
-    done = commands.run("apply", "definitions.py", "--store", "store", "--vet-timeout", "2s", folder=tmp_path)
+    done = commands.run(
+        "apply", "definitions.py", "--store", "store", "--create", "--vet-timeout", "2s", folder=tmp_path
+    )
     assert (done.code, done.out) == (1, "")
     assert done.err.startswith("error: model 'm': trying its file took longer than 2 s")
     assert not (tmp_path / "store").exists()

@@ -358,7 +358,7 @@ def test_invalid_canaries_and_shadows_are_refused(engine: st.Engine, file: Calla
         registry.set_shadow(engine.store, "m", 1)
 
 
-def test_a_view_change_that_breaks_a_shadow_is_refused(
+def test_a_shadow_keeps_the_features_that_a_view_loses(
     engine: st.Engine, file: Callable[..., Path], tmp_path: Path
 ) -> None:
     other = st.Model("m", str(write(tmp_path / "two.onnx", 2.0)), ["stats:visits", "request:amount"])
@@ -366,8 +366,11 @@ def test_a_view_change_that_breaks_a_shadow_is_refused(
     registry.promote(engine.store, "m", 1)
     registry.set_shadow(engine.store, "m", 2)
     fewer = st.FeatureView("stats", entity=USER, features=[st.Feature("age", st.Float32)])
-    with pytest.raises((InvalidArgument, NotFound), match="`shorttail models shadow m --off` ends that"):
-        engine.apply([USER, fewer], reset=True)
+    engine.apply([USER, fewer])
+    row = {"user_id": 1, "amount": 1.0}
+    assert engine.predict("m", row, version=2).outputs["y"].tolist() == [[2.0, 2.0]]
+    with pytest.raises(NotFound, match="has no feature 'visits'"):
+        engine.apply([USER, fewer, other])
 
 
 # -- shadows -----------------------------------------------------------------------------------------------------------

@@ -79,7 +79,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (made / "definitions.py").write_text(DEFINITIONS)
     write_model(made / "delay.onnx", bias=0.0)
     pyarrow.parquet.write_table(table(), made / "users.parquet")
-    commands.run_well("apply", "definitions.py", "--store", "store", folder=made)
+    commands.run_well("apply", "definitions.py", "--store", "store", "--create", folder=made)
     commands.run_well("materialize", "--store", "store", folder=made)
     return made
 
@@ -559,8 +559,8 @@ def test_a_catalog_without_tags_is_read() -> None:
 
     item = st.Entity("item", keys={"id": st.Int64}, tags=["a"])
     view = st.FeatureView("v", entity=item, features=[st.Feature("x", st.Float64, tags=["b"])], tags=["c"])
-    catalog = Catalog({"item": item}, {"v": view})
-    catalog.new_table("v")
+    catalog = Catalog()
+    catalog.add(view)
 
     def without_tags(value: Any) -> Any:
         if isinstance(value, dict):

@@ -79,9 +79,7 @@ def test_large_and_small_commits_are_read_back(tmp_path: Path) -> None:
     n = 2 * EARLY_PAGES * ROWS_PER_PAGE
     with Store.open(tmp_path / "store", create=True) as store:
         with store.edit_catalog() as catalog:
-            catalog.entities["row"] = view.entity
-            catalog.views["rows"] = view
-            catalog.new_table("rows")
+            catalog.add(view)
         before = threads()
         for keys in (np.arange(n), np.arange(10)):
             values = [(np.full(len(keys), float(i + len(keys)), np.float32), None) for i in range(32)]

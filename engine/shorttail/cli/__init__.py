@@ -10,11 +10,11 @@ import io
 import os
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from shorttail.cli.apply import apply, plan
 from shorttail.cli.bench import bench
 from shorttail.cli.history import history
 from shorttail.cli.init import init
@@ -27,16 +27,14 @@ from shorttail.cli.options import (
     code_option,
     json_option,
     load_options,
-    opened,
     progress_bar,
     source_options,
     store_option,
-    vet_option,
 )
-from shorttail.cli.output import count_document, count_line, echo_line, print_json, print_table, status_notes
+from shorttail.cli.output import count_document, count_line, print_json, print_table, status_notes
 from shorttail.cli.rows import delete, load, push
 from shorttail.cli.serve_options import settings_options
-from shorttail.cli.store_settings import as_duration, settings, skew_change
+from shorttail.cli.store_settings import settings
 from shorttail.cli.tune import tune
 from shorttail.cli.views import search, views
 from shorttail.config import DEFAULT_HOST, DEFAULT_PORT, VERSION
@@ -99,71 +97,10 @@ def cli() -> None:
 
     \b
     shorttail init churn                              make a folder to start from
-    shorttail apply definitions.py --store store      register views and models
+    shorttail apply definitions.py --store store --create   register views and models
     shorttail materialize --store store               load the views from their sources
     shorttail serve --store store                     answer on 127.0.0.1:7711
     """
-
-
-@cli.command()
-@click.argument("definitions")
-@store_option
-@click.option("--dry-run", is_flag=True, help="Show the changes and write nothing.")
-@click.option("--reset", is_flag=True, help="Drop the rows of views whose schema changes; without it, refuse.")
-@click.option(
-    "--max-clock-skew",
-    "skew_us",
-    metavar="TIME",
-    callback=as_duration,
-    help="Let event times be so far ahead of the clock, such as 5m; a new store allows 1h.",
-)
-@vet_option
-@by_option
-@json_option
-def apply(
-    definitions: str,
-    store: str,
-    dry_run: bool,
-    reset: bool,
-    skew_us: int | None,
-    vet_timeout: str | None,
-    as_json: bool,
-) -> None:
-    """Register the views and models of a definitions file.
-
-    DEFINITIONS is a Python file. All of its definitions are registered, or none if any of them is wrong.
-    STORE is created if it does not exist. Views and models that the file does not mention are kept.
-
-    \b
-    Example:
-      shorttail apply definitions.py --store store
-    """
-    from shorttail.define.catalog import Catalog
-    from shorttail.registry import apply as applying
-
-    prepared, before = applying.prepare(definitions, vet_timeout), Catalog()
-    if not Path(store).exists():
-        # The definitions are checked against an empty catalog first, so that wrong ones create no folder.
-        plan = applying.plan_changes(Catalog(), prepared, lambda view: 0)
-        applying.vet_new(plan, prepared)
-        changes = plan.changes + prepared.warnings
-    if Path(store).exists() or not dry_run:
-        with opened(store, create=not dry_run) as target:
-            before = target.catalog
-            changes = applying.apply(target, prepared, dry_run=dry_run, reset=reset)
-            if skew_us is not None and not dry_run:
-                target.set_max_clock_skew(skew_us)
-    if skew_us is not None:
-        changes.append(skew_change(before, skew_us))
-    if as_json:
-        listed = [{"change": c.kind, "what": c.what, "detail": c.detail} for c in changes]
-        return print_json({"store": store, "dry_run": dry_run, "changes": listed})
-    width = max(len(change.what) for change in changes)
-    for change in changes:
-        echo_line(f"{change.kind} {change.what:<{width}}  {change.detail}")
-    count = sum(change.kind in "+~" for change in changes)
-    summary = f"{count} change{'' if count == 1 else 's'}" if count else "no changes"
-    click.echo(f"{summary}; dry run, nothing written" if dry_run else f"{store}: {summary}")
 
 
 @cli.command()
@@ -392,6 +329,7 @@ def batch_table(
     return [name for name, _ in shown], [list(row) for row in zip(*(values for _, values in shown), strict=False)]
 
 
+cli.add_command(apply)
 cli.add_command(backup)
 cli.add_command(bench)
 cli.add_command(delete)
@@ -399,6 +337,7 @@ cli.add_command(history)
 cli.add_command(init)
 cli.add_command(load)
 cli.add_command(models)
+cli.add_command(plan)
 cli.add_command(push)
 cli.add_command(search)
 cli.add_command(settings)

@@ -12,7 +12,7 @@ from shorttail.define.durations import duration_text, parse_duration
 
 if TYPE_CHECKING:
     from shorttail.define.catalog import Catalog
-    from shorttail.registry.apply import Change
+    from shorttail.registry.changes import Change
     from shorttail.store import Store
 
 NAMES: Final = {"max_clock_skew": "how far event times may be ahead of the clock of the process that takes them"}
@@ -77,7 +77,7 @@ def settings_set(name: str, value: int, store: str, as_json: bool) -> None:
 
 def skew_change(before: Catalog, skew_us: int) -> Change:
     """Return the line of the report of `apply` that says how it sets max_clock_skew."""
-    from shorttail.registry.apply import Change
+    from shorttail.registry.changes import Change
 
     old, new = duration_text(before.max_clock_skew_us), duration_text(skew_us)
     return (

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from shorttail.cli.options import json_option, opened, required_store, store_option, subcommands_of
+from shorttail.cli.options import by_option, json_option, opened, required_store, store_option, subcommands_of
 from shorttail.cli.output import echo_line, print_json, print_table
+
+if TYPE_CHECKING:
+    from shorttail.store import Store
 
 TABLE_ROWS = 20  # of `views scan` without --limit, if a table is printed
 FORMATS = ("table", "csv", "json", "parquet")
@@ -194,3 +198,36 @@ def search(word: str, store: str, as_json: bool) -> None:
         return echo_line(f"nothing in {store} has {word!r} in its name, tags, owner or description")
     header = ["kind", "name", "matched", "owner", "tags", "description"]
     print_table(header, [[", ".join(i[n]) if isinstance(i[n], list) else i[n] for n in header] for i in found])
+
+
+@views_command("rollback")
+@click.argument("view")
+@by_option
+def views_rollback(view: str, store: str | None, as_json: bool) -> None:
+    """Go back to the table that a view had before its last load.
+
+    That table was kept, with the deletes but without the pushes that came since. The table that serves now
+    is kept in its place until the next load, so a second rollback undoes the first.
+
+    \b
+    Example:
+      shorttail views rollback user_stats --store store
+    """
+    with opened(required_store(store)) as target:
+        since = [event for event in target.history() if (event.action, event.subject) == ("loaded", f"view {view}")]
+        loaded_us = since[-1].time_us if since else 0
+        target.catalog.view(view)
+        newer = rows_since(target, view, loaded_us)
+        then, now = target.rollback(view)
+    if as_json:
+        return print_json({"view": view, "rows": then, "rows_before": now, "newer_rows_left_out": newer})
+    click.echo(f"{view}: {then:,} rows instead of {now:,}")
+    if newer:
+        what = f"{newer:,} row{'s' * (newer != 1)}"
+        click.echo(f"{what} with event times after that load left out; what was pushed since is to be pushed again")
+
+
+def rows_since(store: Store, view: str, time_us: int) -> int:
+    """Return how many rows of a view have event times after a time."""
+    with store.open_scan(view, lambda found: [len(found.keys)]) as scan:
+        return sum(int((times.values > time_us).sum()) for (times,) in scan)

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import json
 import secrets
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from shorttail.config import LIMITS
 from shorttail.define.dtypes import Bool, DType, Float32, Float64, Int32, Int64, String
 from shorttail.define.entities import Alias, Entity
+from shorttail.define.identity import Definition, define
 from shorttail.define.models import Model
-from shorttail.define.names import quoted, split_reference, suggestion
+from shorttail.define.names import REQUEST, quoted, split_reference, suggestion
+from shorttail.define.tables import Column, Stored, TableInfo
 from shorttail.define.views import Feature, FeatureView
 from shorttail.errors import Internal, NotFound
 
@@ -29,19 +32,6 @@ TENSOR_TYPES: dict[str, DType] = {
     "bool": Bool,
     "string": String,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class TableInfo:
-    """The table that holds a view's rows. It has no pages until its first row is written.
-
-    id: from 1 on, never reused (in the change log 0 stands for the catalog). seed: of the hash of keys.
-    page_bytes: size of a page, 0 to let the layout choose it.
-    """
-
-    id: int
-    seed: int
-    page_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +70,8 @@ class VersionInfo:
     batching: "rows" if requests share runs, "request" if each has runs of its own. batching_why: the reason, in one
     line, "" if there is nothing to say, None if the version was never examined. replacements: the value that replaces a
     missing one, by "request:column" or "view:feature". forest_differs: why its compiled forest may not answer, as `vet`
-    found, "" if it may. examples_sha256: of the file of the model's examples, "" if it has none.
+    found, "" if it may. examples_sha256: of the file of the model's examples, "" if it has none. pins: view -> the id
+    of the definition of which it takes features; the newest one for a view that is not in it.
     """
 
     model: Model
@@ -94,6 +85,7 @@ class VersionInfo:
     replacements: dict[str, Any] = field(default_factory=dict)
     forest_differs: str = ""
     examples_sha256: str = ""
+    pins: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> Json:
         return {
@@ -108,6 +100,7 @@ class VersionInfo:
             "replacements": self.replacements,
             "forest_differs": self.forest_differs,
             "examples_sha256": self.examples_sha256,
+            "pins": self.pins,
         }
 
     @classmethod
@@ -125,6 +118,7 @@ class VersionInfo:
             data.get("replacements", {f"request:{name}": value for name, value in given.items()}),
             data.get("forest_differs", ""),
             data.get("examples_sha256", ""),
+            data.get("pins", {}),
         )
 
 
@@ -183,6 +177,13 @@ class ModelEntry:
         shadow = None if self.shadow and self.shadow.version == number else self.shadow
         return replace(self, current=number, previous=self.current, canary=None, shadow=shadow)
 
+    @property
+    def live(self) -> dict[int, VersionInfo]:
+        """The versions that answer, or may answer at once: current, previous, canary and shadow."""
+        shares = [share.version for share in (self.canary, self.shadow) if share is not None]
+        numbers = {self.current, self.previous, *shares}
+        return {number: info for number, info in self.versions.items() if number in numbers}
+
     def to_json(self) -> Json:
         return {
             "current": self.current,
@@ -203,7 +204,11 @@ class ModelEntry:
 class Catalog:
     """All definitions and settings of a store. The keys of each dict are names; every view has a table.
 
-    max_clock_skew_us: how far event times may be ahead of the clock of the process that takes them.
+    columns: the columns of each view's features, in their order. next_columns: the next free number of a column.
+    tables: what lookups read. filling: tables that a load is making, whose edits wait in a list. coming: tables that
+    are complete and take every edit, until they replace those in `tables`. previous: what `views rollback` returns to.
+    definitions: those that versions of models pin, by id. max_clock_skew_us: how far event times may be ahead of the
+    clock of the process that takes them.
     """
 
     entities: dict[str, Entity] = field(default_factory=dict)
@@ -213,17 +218,83 @@ class Catalog:
     next_table_id: int = 1
     max_clock_skew_us: int = LIMITS.max_clock_skew_us
     aliases: dict[str, Alias] = field(default_factory=dict)
+    columns: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    next_columns: dict[str, int] = field(default_factory=dict)
+    filling: dict[str, TableInfo] = field(default_factory=dict)
+    coming: dict[str, TableInfo] = field(default_factory=dict)
+    previous: dict[str, TableInfo] = field(default_factory=dict)
+    definitions: dict[str, Definition] = field(default_factory=dict)
 
     def copy(self) -> Catalog:
         """Return a copy whose dicts may be changed. The definitions in them are immutable and shared."""
+        own: dict[str, Any] = {each.name: getattr(self, each.name) for each in fields(self)}
+        dicts: dict[str, Any] = {name: dict(value) for name, value in own.items() if isinstance(value, dict)}
+        return replace(self, **dicts)
+
+    def definition(self, name: str) -> Definition:
+        """Return the newest definition of a view. Raises NotFound that suggests a name."""
+        return Definition(self.view(name), self.columns[name])
+
+    def stored(self, name: str) -> Stored:
+        """Return the newest definition of a view with the table that lookups read. Raises NotFound."""
+        return Stored(self.definition(name), self.tables[name])
+
+    def edited(self, name: str) -> dict[str, TableInfo]:
+        """Return the tables of a view, the one that lookups read first, by their role. Raises NotFound."""
+        self.view(name)
+        roles = {"tables": self.tables, "coming": self.coming, "filling": self.filling, "previous": self.previous}
+        return {role: tables[name] for role, tables in roles.items() if name in tables}
+
+    def all_tables(self) -> list[tuple[str, TableInfo]]:
+        """Return all tables, each with the name of its view: those that lookups read come first."""
+        roles = (self.tables, self.coming, self.filling, self.previous)
+        return [item for tables in roles for item in tables.items()]
+
+    def as_pinned(self, info: VersionInfo) -> Catalog:
+        """Return the catalog as a version of a model sees it: with the definitions that it pins."""
+        pins = {name: pin for name, pin in info.pins.items() if name in self.views and pin in self.definitions}
+        found = {name: self.definitions[pin] for name, pin in pins.items()}
+        if not found:
+            return self
         return replace(
             self,
-            entities=dict(self.entities),
-            views=dict(self.views),
-            tables=dict(self.tables),
-            models=dict(self.models),
-            aliases=dict(self.aliases),
+            views=self.views | {name: definition.view for name, definition in found.items()},
+            columns=self.columns | {name: definition.columns for name, definition in found.items()},
         )
+
+    def pin(self, info: VersionInfo) -> VersionInfo:
+        """Return a version that takes its features of the newest definitions of its views."""
+        lookups = {split_reference(reference)[0] for reference in info.model.references}
+        names = {lookup.rpartition(":")[2] for lookup in lookups} - {REQUEST}
+        return replace(info, pins={name: self.definition(name).id for name in sorted(names)})
+
+    def read_definition(self, name: str) -> Definition:
+        """Return the definition by which a view's source is read: the newest, and the features that are only pinned.
+
+        The latter have names of their own, and come last. Raises NotFound.
+        """
+        newest = self.definition(name)
+        features, columns = list(newest.view.features), list(newest.columns)
+        for pinned in self.definitions.values():
+            for number, feature in zip(pinned.columns, pinned.view.features, strict=True):
+                if pinned.view.name == name and number not in columns:
+                    own = f"{feature.name}_{number}"
+                    while own in (known.name for known in features) or own in newest.view.keys:
+                        own += "_"
+                    features.append(replace(feature, name=own, column=feature.source_column))
+                    columns.append(number)
+        return Definition(replace(newest.view, features=features), tuple(columns))
+
+    def with_kept_pins(self, info: VersionInfo) -> VersionInfo:
+        """Return a version that pins the newest definitions if one of those that it pins was forgotten."""
+        known = self.definitions.keys() | {self.definition(name).id for name in info.pins if name in self.views}
+        return info if known >= set(info.pins.values()) else self.pin(info)
+
+    def keep_pinned(self) -> None:
+        """Forget the definitions that no live version of a model pins."""
+        pins = {pin for entry in self.models.values() for info in entry.live.values() for pin in info.pins.values()}
+        newest = {self.definition(name).id for name in self.views}
+        self.definitions = {pin: each for pin, each in self.definitions.items() if pin in pins - newest}
 
     def view(self, name: str) -> FeatureView:
         """Return a view. Raises NotFound that suggests a name."""
@@ -241,6 +312,10 @@ class Catalog:
         if name not in self.models:
             raise NotFound(f"no model {quoted(name)}{suggestion(name, self.models, 'models')}")
         return self.models[name]
+
+    def set_version(self, name: str, number: int, info: VersionInfo) -> None:
+        """Replace a version of a model."""
+        self.models[name] = self.models[name].with_version(number, info)
 
     def views_of(self, alias: Alias) -> list[str]:
         """Return the names of the views that an alias can look up: those of its entity."""
@@ -278,25 +353,53 @@ class Catalog:
             raise NotFound(f"feature view '{view.name}' has no feature {quoted(name)}{known}")
         return view, view.features[view.feature_index[name]]
 
-    def new_table(self, view_name: str) -> TableInfo:
-        """Give the view a new, empty table, which replaces its present table."""
+    def new_table(self, definition: Definition, columns: Sequence[Column] = ()) -> TableInfo:
+        """Return a new, empty table for a view, which belongs to nothing yet. columns: more than the definition has."""
         # The seed has 63 bits, so that every JSON reader keeps it exact. It is random, so that nobody can choose keys
         # that collide.
-        table = TableInfo(self.next_table_id, secrets.randbits(63))
-        self.tables[view_name] = table
+        table = TableInfo.of(definition, self.next_table_id, secrets.randbits(63))
         self.next_table_id += 1
-        return table
+        return replace(table, columns=(*table.columns, *columns))
+
+    def add(self, view: FeatureView) -> None:
+        """Add a view with its entity and an empty table. A view of that name loses its rows."""
+        before = self.definition(view.name) if view.name in self.views else None
+        definition = define(view, before, self.next_columns.get(view.name, 0))
+        self.entities[view.entity.name] = view.entity
+        self.define(definition)
+        self.tables[view.name] = self.new_table(definition)
+        for tables in (self.coming, self.filling, self.previous):
+            tables.pop(view.name, None)
+
+    def define(self, definition: Definition) -> None:
+        """Make this the newest definition of its view."""
+        name = definition.view.name
+        if name in self.views:
+            before = self.definition(name)
+            self.definitions[before.id] = before  # until keep_pinned()
+        self.views[name], self.columns[name] = definition.view, definition.columns
+        self.next_columns[name] = max(self.next_columns.get(name, 0), *(number + 1 for number in definition.columns))
+
+    def drop_view(self, name: str) -> None:
+        """Remove a view with all its tables."""
+        roles = (self.tables, self.coming, self.filling, self.previous)
+        for each in (self.views, self.columns, self.next_columns, *roles):
+            each.pop(name, None)
 
     def to_json(self) -> bytes:
         """Return the catalog as the JSON document that the store keeps."""
+        roles = {"tables": self.tables, "filling": self.filling, "coming": self.coming, "previous": self.previous}
         document = {
             "entities": [entity.to_json() for entity in self.entities.values()],
             "views": [view.to_json() for view in self.views.values()],
-            "tables": {name: [table.id, table.seed, table.page_bytes] for name, table in self.tables.items()},
+            "columns": self.columns,
+            "next_columns": self.next_columns,
+            **{role: {name: table.to_json() for name, table in tables.items()} for role, tables in roles.items()},
             "models": {name: entry.to_json() for name, entry in self.models.items()},
             "next_table_id": self.next_table_id,
             "max_clock_skew_us": self.max_clock_skew_us,
             "aliases": [alias.to_json() for alias in self.aliases.values()],
+            "definitions": {pin: definition.to_json() for pin, definition in self.definitions.items()},
         }
         return json.dumps(document, separators=(",", ":")).encode()
 
@@ -308,15 +411,30 @@ class Catalog:
         try:
             document = json.loads(bytes(data))
             entities = {item["name"]: Entity.from_json(item) for item in document["entities"]}
+            views = {item["name"]: FeatureView.from_json(item) for item in document["views"]}
+            # A view of an older version has its columns in the order of its features.
+            older = {name: range(len(view.features)) for name, view in views.items()}
+            columns = {name: tuple(document.get("columns", older)[name]) for name in views}
+
+            def tables(role: str) -> dict[str, TableInfo]:
+                given = document.get(role, {}).items()
+                return {n: TableInfo.from_json(each, Definition(views[n], columns[n])) for n, each in given}
+
             return cls(
                 entities,
-                {item["name"]: FeatureView.from_json(item) for item in document["views"]},
-                {name: TableInfo(*fields) for name, fields in document["tables"].items()},
+                views,
+                tables("tables"),
                 {name: ModelEntry.from_json(item) for name, item in document["models"].items()},
                 document["next_table_id"],
-                # Stores of older versions have neither of these.
+                # Stores of older versions have none of the following.
                 document.get("max_clock_skew_us", LIMITS.max_clock_skew_us),
                 {item["name"]: Alias.from_json(item, entities) for item in document.get("aliases", ())},
+                columns,
+                document.get("next_columns", {name: len(numbers) for name, numbers in columns.items()}),
+                tables("filling"),
+                tables("coming"),
+                tables("previous"),
+                {pin: Definition.from_json(item) for pin, item in document.get("definitions", {}).items()},
             )
         except (ValueError, KeyError, TypeError) as error:
             raise Internal(f"the store's catalog is damaged ({error!r}); restore the store from a backup") from None

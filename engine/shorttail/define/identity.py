@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final
 
-from shorttail.define.dtypes import parse_dtype
+from shorttail.define.dtypes import DType
+from shorttail.define.names import quoted, suggestion
 from shorttail.define.views import Feature, FeatureView
+from shorttail.errors import NotFound
 
 Json = dict[str, Any]
 
@@ -76,27 +78,43 @@ def define(view: FeatureView, before: Definition | None, next_column: int) -> De
     """Give each feature of a view its column.
 
     A feature that `before` has, under its name or under the one that it is renamed from, keeps its column if its type
-    is the same. The others get new ones, from next_column on.
+    and what it is read from are the same. The others get new ones, from next_column on. Raises NotFound for a feature
+    that is renamed from one that there is not.
     """
     numbers = []
     for feature in view.features:
-        column = None if before is None else _kept(before, feature)
-        if column is None:
-            column, next_column = next_column, next_column + 1
-        numbers.append(column)
+        old = None if before is None else predecessor(before, feature)
+        if old is not None and before is not None and same_rows(old, feature, view.source is not None):
+            numbers.append(before.column_of(old.name))
+        else:
+            numbers.append(next_column)
+            next_column += 1
     return Definition(view, tuple(numbers))
 
 
-def _kept(before: Definition, feature: Feature) -> int | None:
-    index = before.view.feature_index.get(feature.name)
-    if index is None or before.view.features[index].dtype != feature.dtype:
-        return None
-    return before.columns[index]
+def predecessor(before: Definition, feature: Feature) -> Feature | None:
+    """Return the feature of the definition before that a feature continues; None for a new one. Raises NotFound."""
+    view = before.view
+    for name in (feature.name, feature.renamed_from):
+        if name in view.feature_index:
+            return view.features[view.feature_index[name]]
+    if feature.renamed_from is not None:
+        known = suggestion(feature.renamed_from, view.feature_index, "features")
+        raise NotFound(
+            f"feature view '{view.name}': feature '{feature.name}' is renamed from {quoted(feature.renamed_from)},"
+            f" which is not in the store{known}"
+        )
+    return None
 
 
-def widens(old: str, new: str) -> bool:
+def same_rows(old: Feature, new: Feature, is_loaded: bool) -> bool:
+    """Whether two features can share a column of a table. is_loaded: the view has a source, which gives it values."""
+    return old.dtype == new.dtype and (old.column == new.column or not is_loaded)
+
+
+def widens(old: DType, new: DType) -> bool:
     """Whether each value of a type is a value of another one, so that models can take the new one for the old."""
-    return new in WIDER.get(parse_dtype(old).name, ())
+    return new.name in WIDER.get(old.name, ())
 
 
 WIDER: Final = {

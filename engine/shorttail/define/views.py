@@ -28,7 +28,8 @@ class Feature:
     """A column of a view. `default` is the value where the row or its value is missing.
 
     `column` is its column in rows that are loaded or pushed, any text; without it, `name`. References and answers use
-    `name`. `tags` are words by which people find it. Raises InvalidArgument.
+    `name`. `tags` are words by which people find it. `renamed_from` is its name in the store until the definition is
+    applied; it keeps its values. Raises InvalidArgument.
     """
 
     name: str
@@ -37,9 +38,12 @@ class Feature:
     description: str = ""
     column: str | None = None
     tags: Sequence[str] = ()  # stored as a tuple
+    renamed_from: str | None = field(default=None, compare=False)  # it is not stored
 
     def __post_init__(self) -> None:
         check_name(self.name, "feature")
+        if self.renamed_from is not None:
+            check_name(self.renamed_from, f"feature '{self.name}': renamed_from")
         object.__setattr__(self, "tags", check_tags(self.tags, f"feature '{self.name}'"))
         check_dtype(self.dtype, f"feature '{self.name}'")
         check_text(self.description, f"feature '{self.name}': description")
@@ -120,6 +124,11 @@ class FeatureView:
                     f"{where}: '{feature.name}' is a key of entity '{self.entity.name}' and cannot also be a feature"
                 )
             index[feature.name] = len(index)
+        for feature in self.features:
+            if feature.renamed_from in index:
+                raise InvalidArgument(
+                    f"{where}: feature '{feature.name}' is renamed from '{feature.renamed_from}', which is still there"
+                )
         if self.source is not None and not isinstance(self.source, ParquetSource):
             raise InvalidArgument(f"{where}: source must be an st.ParquetSource, not {self.source!r}")
         check_text(self.description, f"{where}: description")

@@ -57,7 +57,7 @@ class Examples:
     @classmethod
     def of(cls, catalog: Catalog, info: VersionInfo, data: bytes, known: list[Array] | None = None) -> Examples:
         """Return examples for a version of a model. data: its ONNX file. known: rows on which the model has run."""
-        columns = info.model.inputs_by_name([tensor.name for tensor in info.inputs])
+        columns, catalog = info.model.inputs_by_name([tensor.name for tensor in info.inputs]), catalog.as_pinned(info)
         buffers = [input_buffer(catalog, tensor, columns[tensor.name])[0] for tensor in info.inputs]
         made = cls([tensor.name for tensor in info.inputs], buffers, data)
         made._rows = known or []

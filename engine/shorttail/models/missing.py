@@ -117,6 +117,7 @@ def required_columns(catalog: Catalog, info: VersionInfo) -> tuple[str, ...]:
     These columns feed the model, their type has no NaN (integers, bools, strings, times), and the version has no value
     that replaces a missing one. In floats and vectors a missing value is NaN, and a missing key matches no row.
     """
+    catalog = catalog.as_pinned(info)
     columns = request_columns(catalog, info.model, info.inputs)
     used = [
         name for name in request_uses(catalog, info.model, info.inputs) if f"request:{name}" not in info.replacements

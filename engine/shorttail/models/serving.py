@@ -125,6 +125,7 @@ def load_version(
     `load_runner`. golden: rows with expected outputs, None for those that are kept with the version.
     Raises NotFound, InvalidArgument or Internal; the message names the model and the version.
     """
+    catalog = catalog.as_pinned(info)
     try:
         if not path.is_file():
             raise NotFound(f"its file {path} is gone")

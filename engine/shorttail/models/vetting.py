@@ -64,6 +64,7 @@ def vet(
 
 def examine(catalog: Catalog, info: VersionInfo, number: int, path: Path, golden: GoldenRows | None) -> Found:
     """Do all of `vet` in this process. Raises the errors of `load_version`."""
+    catalog = catalog.as_pinned(info)
     info = replace(info, batching="request" if info.model.is_raw else info.model.batching or info.batching)
     settings = tuned(info.tuning)[0]
     runner = load_version(path, info, catalog, number, settings, every_leaf=True, golden=golden)

@@ -24,7 +24,7 @@ def _model(catalog: Catalog, versions: Versions, name: str, entry: ModelEntry) -
     runner = versions.runners.get(serving.current) if serving else None
     canary, shadow = (serving.canary, serving.shadow) if serving else (None, None)
     try:
-        columns = request_columns(catalog, info.model, info.inputs)
+        columns = request_columns(catalog.as_pinned(info), info.model, info.inputs)
     except (NotFound, InvalidArgument):  # it served until the views changed, and what comes next is being loaded
         columns = {}
     takes: dict[str, Any] = {"columns": {column: dtype.name for column, dtype in columns.items()}}

@@ -46,7 +46,7 @@ def read_examples(catalog: Catalog, info: VersionInfo) -> GoldenRows | None:
     where = f"model '{info.model.name}': examples"
     if info.model.is_raw:
         raise InvalidArgument(f"{where}: they have the columns of inputs=, and a model of raw tensors has none")
-    table = ExampleTable(info.model.examples, where)
+    table, catalog = ExampleTable(info.model.examples, where), catalog.as_pinned(info)
     types = request_columns(catalog, info.model, info.inputs)
     columns = {}
     for reference in info.model.references:

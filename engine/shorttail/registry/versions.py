@@ -52,14 +52,16 @@ def inspect(catalog: Catalog, model: Model, file: ModelFile, known: VersionInfo 
     check_inputs(catalog, model, inputs, file.path.name)
     replacements = find_replacements(catalog, model, inputs, file.data)
     model = replace(model, missing={name: replacements[missing_reference(name)] for name in model.missing})
-    return VersionInfo(
-        model,
-        file.sha256,
-        clock.now_us(),
-        inputs,
-        outputs,
-        replacements=replacements,
-        examples_sha256=digest(model.examples, model.name),
+    return catalog.pin(
+        VersionInfo(
+            model,
+            file.sha256,
+            clock.now_us(),
+            inputs,
+            outputs,
+            replacements=replacements,
+            examples_sha256=digest(model.examples, model.name),
+        )
     )
 
 
@@ -300,7 +302,7 @@ def check_percent(percent: float, where: str) -> None:
 def check_version(store: Store, catalog: Catalog, entry: ModelEntry, number: int) -> None:
     """Check that a version and its file exist and fit the present views. Raises NotFound, InvalidArgument."""
     info = entry.version(number)
-    check_inputs(catalog, info.model, info.inputs, f"version {number}")
+    check_inputs(catalog.as_pinned(info), info.model, info.inputs, f"version {number}")
     if not model_path(store.path, info.model.name, number).is_file():
         raise NotFound(f"model '{info.model.name}': the file of version {number} is gone from the store")
 
@@ -362,20 +364,21 @@ def columns_of_both(
             f"model '{entry.model.name}': version {number} is the current one; name another version as the {what}"
         )
     current = entry.version()
-    return request_columns(catalog, current.model, current.inputs), request_columns(catalog, info.model, info.inputs)
+    ours, other = (request_columns(catalog.as_pinned(each), each.model, each.inputs) for each in (current, info))
+    return ours, other
 
 
 def vet_stored(store: Store, name: str, number: int, vet_timeout: str | timedelta | None) -> VersionInfo:
     """Load, warm, check and examine a version of the store. Returns what `vet` returns, and raises its errors."""
-    info = store.catalog.model(name).version(number)
-    check_inputs(store.catalog, info.model, info.inputs, f"version {number}")
+    info = store.catalog.with_kept_pins(store.catalog.model(name).version(number))
+    check_inputs(store.catalog.as_pinned(info), info.model, info.inputs, f"version {number}")
     path = model_path(store.path, name, number)
     return vet(store.catalog, info, number, path, limit_s=trial_limit_s(vet_timeout))
 
 
 def with_examined(entry: ModelEntry, number: int, vetted: VersionInfo) -> ModelEntry:
-    """Return the entry with what `vet` found out about a version of it."""
-    return entry.with_version(number, with_findings(entry.version(number), vetted))
+    """Return the entry with what `vet` found out about a version of it, and the definitions that it was tried with."""
+    return entry.with_version(number, replace(with_findings(entry.version(number), vetted), pins=vetted.pins))
 
 
 def list_versions(catalog: Catalog) -> list[dict[str, Any]]:
@@ -428,7 +431,7 @@ def describe(catalog: Catalog, name: str, version: int | None = None) -> dict[st
     inputs = {tensor: [column_label(column) for column in entries] for tensor, entries in by_name.items()}
     if info.model.is_raw:
         inputs = {tensor.name: [f"tensor {tensor.text}"] for tensor in info.inputs}
-    columns = request_columns(catalog, info.model, info.inputs)
+    columns = request_columns(catalog.as_pinned(info), info.model, info.inputs)
     return {
         "name": name,
         "version": number,

@@ -60,6 +60,7 @@ def row_batches(
     timestamp: str | None,
     max_clock_skew_us: int | None,
     partial: bool | None = None,
+    needed_features: int | None = None,
 ) -> Iterator[ColumnBatch]:
     """Return the rows of a source for a view, batch by batch.
 
@@ -69,8 +70,9 @@ def row_batches(
     other parts have, it is null.
 
     partial: True: a part gives only the features that it has, and may have no other columns; False: a push of whole
-    rows; None: a load. Raises InvalidArgument, at once for a missing or repeated column and for a type that cannot fit,
-    and while iterating for a wrong value.
+    rows; None: a load. needed_features: so many of the view's features, the first, must be in a part; the others are
+    null where they are in none; None: all. Raises InvalidArgument, at once for a missing or repeated column and for a
+    type that cannot fit, and while iterating for a wrong value.
     """
     if not source.parts:
         return iter(())
@@ -82,11 +84,12 @@ def row_batches(
     needed = key_columns(view)
     for part in source.parts if partial else ():
         check_partial(view, part.names, f"{part.origin}: ")
-    for feature in view.features:
+    for number, feature in enumerate(view.features):
+        may_lack = bool(partial) or (needed_features is not None and number >= needed_features)
         role = f"feature '{feature.name}'" if feature.column else "feature"
         text = f"{role} of view '{view.name}'"
         hint = PUSH_PARTIAL if partial is False else ""
-        needed.append(NeededColumn(feature.source_column, feature.dtype, text, False, bool(partial), hint))
+        needed.append(NeededColumn(feature.source_column, feature.dtype, text, False, may_lack, hint))
     if timestamp is not None:
         needed.append(NeededColumn(timestamp, Timestamp, f"timestamp of view '{view.name}'", True))
     check_columns(source, needed)

@@ -25,12 +25,12 @@ import numpy as np
 from shorttail._native.columns import Columns
 from shorttail._native.pages import Directory, Layout, Lookup, Tree, lookup
 from shorttail.config import LIMITS
-from shorttail.define.catalog import Catalog, TableInfo
+from shorttail.define.catalog import Catalog
 from shorttail.define.inputs import check_regular, read_input
-from shorttail.define.views import FeatureView
+from shorttail.define.tables import Stored
 from shorttail.errors import ShorttailError
 from shorttail.results import Status
-from shorttail.store import history
+from shorttail.store import history, pending
 from shorttail.store.checksums import KEY as CHECKSUMS_KEY
 from shorttail.store.checksums import Checksums
 from shorttail.store.environment import (
@@ -53,6 +53,7 @@ from shorttail.store.table import Array, count_rows, decode_keys, make_layout, r
 SHOWN_PER_VIEW = 20  # problems; the rest is only counted
 PROGRESS_PAGES = 2048
 BATCH_ROWS = 8192
+NUMBERED = {b"l": 9, b"h": 9, pending.PREFIX: pending.KEY_BYTES}  # first byte of keys with a number -> their length
 _KEYS = {b"catalog", b"format", b"state", CHECKSUMS_KEY}
 
 
@@ -123,8 +124,10 @@ def check_entries(txn: Transaction) -> Catalog | None:
         emit("problem", f"the store has format {shown!r}, and this shorttail reads {FORMAT_VERSION}")
         return None
     for key in keys_outside_tables(txn):
-        if key not in _KEYS and not (key[:1] in (b"l", b"h") and len(key) == 9):
+        if key not in _KEYS and len(key) != NUMBERED.get(key[:1]):
             emit("problem", f"LMDB holds the unknown key {key!r}")
+    for problem in pending.check(txn):
+        emit("problem", problem)
     check_log(txn)
     check_history(txn)
     try:
@@ -135,8 +138,8 @@ def check_entries(txn: Transaction) -> Catalog | None:
     if catalog.tables.keys() != catalog.views.keys():
         emit("problem", "the catalog is damaged: its views and its tables differ")
         return None
-    ids = {table.id for table in catalog.tables.values()}
-    if len(ids) < len(catalog.tables) or max(ids, default=0) >= catalog.next_table_id:
+    ids = [table.id for _, table in catalog.all_tables()]
+    if len(set(ids)) < len(ids) or max(ids, default=0) >= catalog.next_table_id:
         emit("problem", "the catalog is damaged: two views share a table, or a table id is too large")
     return catalog
 
@@ -204,9 +207,12 @@ class Tables:
     def check(self, catalog: Catalog) -> None:
         for name, table in catalog.tables.items():
             emit("doing", f"view '{name}'")
-            _View(self, catalog.views[name], table).check()
+            _View(self, Stored(catalog.definition(name), table)).check()
             self.tables += 1
-        named = {table.id for table in catalog.tables.values()}
+        for what, tables in (("comes", catalog.coming), ("is kept for `views rollback`", catalog.previous)):
+            for name, table in tables.items():
+                _View(self, Stored(catalog.definition(name), table), f", which {what}").check()
+        named = {table.id for _, table in catalog.all_tables()}
         for table_id in table_ids(self.txn):
             if table_id not in named:
                 self._leftover(table_id)
@@ -226,8 +232,10 @@ class Tables:
 class _View:
     """Checks the table of one view."""
 
-    def __init__(self, tables: Tables, view: FeatureView, table: TableInfo) -> None:
-        self.tables, self.view, self.table = tables, view, table
+    def __init__(self, tables: Tables, stored: Stored, role: str = "") -> None:
+        """role: of a table that no lookup reads. Its damage is noted, and does no harm."""
+        self.tables, self.stored, self.view, self.table = tables, stored, stored.view, stored.table
+        self.role = role
         self.n_problems = 0
         self.directory: Directory | None = None
         # Pages whose rows are still to be looked up, until there are BATCH_ROWS rows:
@@ -241,11 +249,11 @@ class _View:
         if bucket is not None:
             where += f", bucket {bucket.hex()}"
         if self.n_problems <= SHOWN_PER_VIEW:
-            emit("problem", f"{where}: {what}")
+            emit("note" if self.role else "problem", f"{where}{self.role}: {what}")
 
     def check(self) -> None:
         try:
-            layout = make_layout(self.view, self.table)
+            layout = make_layout(self.stored)
         except ShorttailError as error:
             return self.problem(error.message)
         directory, wrong = Directory(layout, self.table.id), None
@@ -296,7 +304,7 @@ class _View:
         if self.directory is not None:
             for start in range(0, n, LIMITS.rows_per_request):
                 self._look_up_rows(columns, plan, batch, start)
-        self.tables.rows += n
+        self.tables.rows += 0 if self.role else n
         self.keys, self.buckets, self.waiting = [], [], 0
 
     def _look_up_rows(self, columns: Columns, plan: Lookup, batch: list[Array], start: int) -> None:

@@ -1,16 +1,16 @@
-"""Changes of the catalog, and the test whether edits that were encoded before a commit still fit the table."""
+"""Changes of the catalog, and the test whether what was encoded before a commit still fits the view."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
-from shorttail.define.catalog import Catalog, TableInfo
-from shorttail.define.views import FeatureView
-from shorttail.errors import ResourceExhausted
+from shorttail.define.catalog import Catalog
+from shorttail.define.tables import Stored
 from shorttail.store import history
-from shorttail.store.environment import Environment, drop_table
+from shorttail.store.environment import Environment
 from shorttail.store.history import Event
+from shorttail.store.leftovers import drop_unused
 
 
 @contextmanager
@@ -25,26 +25,25 @@ def edit_catalog(environment: Environment, event: Event | None = None) -> Iterat
         before = Catalog.from_json(writer.get_catalog())
         catalog = before.copy()
         yield catalog
+        catalog.keep_pinned()
         document = catalog.to_json()
         if document == before.to_json():
             return
         writer.put_catalog(document)
         if event is not None:
             history.append(writer.txn, event, before, catalog)
-    kept = {table.id for table in catalog.tables.values()}
-    for table in before.tables.values():
-        if table.id not in kept:
-            with suppress(ResourceExhausted):  # the catalog is already committed; the next load deletes the rest
-                drop_table(environment, table.id)
+    drop_unused(environment, before, catalog)
 
 
-def is_current(catalog: Catalog, view: FeatureView, table: TableInfo) -> bool:
-    """Return whether the catalog still gives the view this table, and the same keys and features (names and types)."""
-    now = catalog.views.get(view.name)
-    return now is not None and _same_columns(now, view) and catalog.tables[view.name] == table
+def is_current(catalog: Catalog, stored: Stored) -> bool:
+    """Whether the catalog still gives the view this table, and the same keys and features (names, types, columns)."""
+    name = stored.view.name
+    if name not in catalog.views:
+        return False
+    now = catalog.stored(name)
+    return now.table == stored.table and _rows(now) == _rows(stored)
 
 
-def _same_columns(a: FeatureView, b: FeatureView) -> bool:
-    return list(a.keys.items()) == list(b.keys.items()) and [(f.name, f.dtype) for f in a.features] == [
-        (f.name, f.dtype) for f in b.features
-    ]
+def _rows(stored: Stored) -> object:
+    view, columns = stored.view, stored.definition.columns
+    return list(view.keys.items()), [(f.name, f.dtype) for f in view.features], columns

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from shorttail._native.pages import Layout, SortedRows, join
-from shorttail.define import clock
-from shorttail.define.catalog import TableInfo
+from shorttail.define.tables import Stored, TableInfo
 from shorttail.define.views import FeatureView
 from shorttail.errors import Internal, InvalidArgument, ShorttailError
 from shorttail.results import RowCount
@@ -23,7 +22,7 @@ from shorttail.store.table import (
     depth_to_grow,
     encode_keys,
     encode_rows,
-    given_features,
+    given_columns,
     join_batches,
     make_layout,
 )
@@ -67,7 +66,7 @@ class EditRun:
     upsert: bool
     numbers: list[int]
     sizes: list[int]  # rows of each edit
-    given: list[bytes | None]  # the features that each edit gives, a bit for each; None: all, or no upsert
+    given: list[bytes | None]  # the columns that each edit gives, a bit for each; None: all, or no upsert
     parts: list[tuple[Any, bytes]]  # (rows, string arena) of one or more edits
 
     def extend(self, later: EditRun) -> None:
@@ -82,14 +81,21 @@ class EditRun:
 class TableEdits:
     """The edits of one table, in the order given."""
 
-    view: FeatureView
-    table: TableInfo
+    stored: Stored
     layout: Layout
     steps: list[EditRun] = field(default_factory=list)
 
     @classmethod
-    def of(cls, view: FeatureView, table: TableInfo) -> TableEdits:
-        return cls(view, table, make_layout(view, table))
+    def of(cls, stored: Stored) -> TableEdits:
+        return cls(stored, make_layout(stored))
+
+    @property
+    def view(self) -> FeatureView:
+        return self.stored.view
+
+    @property
+    def table(self) -> TableInfo:
+        return self.stored.table
 
     def encode(self, edits: Sequence[tuple[int, Edit]], separately: bool) -> dict[int, ShorttailError]:
         """Encode numbered edits into steps. Return the errors of edits with wrong columns, by number.
@@ -116,7 +122,7 @@ class TableEdits:
         if joined is None:
             return False
         try:
-            part = encode_rows(self.layout, self.view, joined)
+            part = encode_rows(self.layout, self.stored, joined)
         except InvalidArgument:
             return False  # the caller encodes each edit on its own and so finds the wrong one
         given = [self._given(joined)] * len(run)
@@ -124,13 +130,13 @@ class TableEdits:
         return True
 
     def _given(self, batch: ColumnBatch) -> bytes | None:
-        """Return a bit for each feature that the batch gives, as in a row's null bitmap; None if it gives all."""
-        given = given_features(self.view, batch)
+        """Return a bit for each column that the batch gives, as in a row's null bitmap; None if it gives all."""
+        given = given_columns(self.stored, batch)
         return None if given is None else np.packbits(given, bitorder="little").tobytes()
 
     def _encode(self, number: int, edit: Edit) -> EditRun:
         if isinstance(edit, Upsert):
-            part = encode_rows(self.layout, self.view, edit.batch)
+            part = encode_rows(self.layout, self.stored, edit.batch)
             return EditRun(True, [number], [len(edit.batch)], [self._given(edit.batch)], [part])
         part = _encode_keys(self.layout, self.view, edit.keys)
         return EditRun(False, [number], [len(part[0])], [None], [part])
@@ -145,13 +151,13 @@ class TableEdits:
     def numbers(self) -> Iterable[int]:
         return (number for step in self.steps for number in step.numbers)
 
-    def apply(self, writer: WriteTransaction) -> dict[int, int]:
+    def apply(self, writer: WriteTransaction, now_us: int, first: bool = True) -> dict[int, int]:
         """Apply all steps to the table. Raises TableDamaged.
 
-        Returns for each edit, by number, what became of the rows of an Upsert, or how many rows a Delete removed. Rows
-        without event times get them here, under the write lock, so that later commits have later times.
+        now_us: for rows without event times, taken under the write lock, so that later commits have later times. first:
+        whether the transaction has changed no page of the table yet. Returns for each edit, by number, what became of
+        the rows of an Upsert, or how many rows a Delete removed.
         """
-        now_us = clock.now_us()
         outcomes: dict[int, int] = {}
         for i, step in enumerate(self.steps):
             rows = SortedRows(self.layout, step.parts, step.sizes, now_us, step.given)
@@ -159,7 +165,7 @@ class TableEdits:
                 if not step.upsert:
                     outcomes[step.numbers[0]] = self._remove(writer, rows)
                     continue
-                if i == 0:
+                if i == 0 and first:
                     self._merge_into_committed(writer, rows)
                 else:
                     self._merge(writer, rows)
@@ -171,7 +177,7 @@ class TableEdits:
     def _merge_into_committed(self, writer: WriteTransaction, rows: SortedRows) -> None:
         """Merge the rows of the first step, reading buckets from the committed tree without a call to LMDB per bucket.
 
-        Only the first step can do this: later steps must see the pages that earlier steps wrote.
+        Only the first step of a transaction can do this: later steps must see the pages that earlier steps wrote.
         """
         depth_grow, at = self._depth_to_grow(writer, rows), 0
         with writer.committed_tree() as tree:

@@ -41,7 +41,7 @@ INLINE_BYTES = 2038 - 8 - 9  # longest log entry that LMDB keeps in its tree: th
 _STATE = struct.Struct("<QQQ")  # number of the last commit, number of the oldest commit in the log, bytes of the log
 _LOG_KEY = struct.Struct(">cQ")  # big-endian, so that LMDB orders the log by commit number
 _TABLE_KEY = struct.Struct(">cI")
-_CATALOG_CHANGE = bytes(4 + BUCKET_KEY_BYTES)  # a log entry with table id 0 says that the catalog changed
+CATALOG_CHANGE = bytes(4 + BUCKET_KEY_BYTES)  # a log entry with table id 0 says that the catalog changed
 
 
 def table_prefix(table_id: int) -> bytes:
@@ -138,7 +138,7 @@ class Environment:
         if version is None and create and not self.handle.env.stat()["entries"]:
             with self.write() as writer:
                 writer.txn.put(FORMAT_KEY, str(FORMAT_VERSION).encode(), overwrite=False)
-                writer.changed(_CATALOG_CHANGE)
+                writer.changed(CATALOG_CHANGE)
             version = self._value(FORMAT_KEY)
         if version is None and not self.handle.env.stat()["entries"]:
             raise no_store(self.path)  # it was being made when the disk was full, or the process was killed
@@ -305,7 +305,7 @@ class WriteTransaction:
     def put_catalog(self, document: bytes) -> None:
         self._take(CATALOG_KEY)
         self.txn.put(CATALOG_KEY, document)
-        self._changes.add(_CATALOG_CHANGE)
+        self._changes.add(CATALOG_CHANGE)
 
     def put_page(self, table_id: int, bucket_key: bytes, image: bytes) -> None:
         """Write a page and enter it in the change log."""
@@ -342,6 +342,15 @@ class WriteTransaction:
         count: int = self.txn.stat()["entries"]
         return count
 
+    def put_value(self, key: bytes, value: bytes) -> None:
+        """Write an entry that no reader follows."""
+        self._take(key)
+        self.txn.put(key, value)
+
+    def delete_value(self, key: bytes) -> None:
+        self._take(key)
+        self.txn.delete(key)
+
     def delete_page(self, table_id: int, bucket_key: bytes) -> None:
         """Delete the page of a bucket that was merged into its sibling. The sibling's log entry tells readers."""
         key = page_key(table_id, bucket_key)
@@ -350,7 +359,7 @@ class WriteTransaction:
 
     def changed(self, key: bytes) -> None:
         """Enter a changed page in the change log. Not needed for a table that the catalog does not name yet."""
-        self._changes.add(key[-len(_CATALOG_CHANGE) :])
+        self._changes.add(key[-len(CATALOG_CHANGE) :])
 
     def find_bucket(self, table_id: int, row_hash: bytes) -> tuple[bytes, memoryview | None]:
         """Return (bucket key, page) of the bucket that a row's hash belongs to; the page is None in an empty table.
@@ -408,7 +417,7 @@ class WriteTransaction:
             oldest += 1
         state = _STATE.pack(last, oldest, log_bytes)
         self.txn.put(STATE_KEY, state)
-        catalog_sum = crc32c(self.get_catalog() or b"") if _CATALOG_CHANGE in self._changes else known.catalog
+        catalog_sum = crc32c(self.get_catalog() or b"") if CATALOG_CHANGE in self._changes else known.catalog
         self.txn.put(CHECKSUMS_KEY, Checksums(catalog_sum, crc32c(state), log_sum).pack())
         return True
 
@@ -457,32 +466,6 @@ def table_ids(txn: Transaction) -> list[int]:
             break
         found.append(table_id)
     return found
-
-
-def drop_table(environment: Environment, table_id: int) -> None:
-    """Delete all pages of a table that the catalog no longer names.
-
-    Each commit deletes LIMITS.drop_commit_pages, so that other writers do not wait until a large table is deleted. The
-    last commit deletes nothing and enters the change log. LMDB uses a page again when every reader is at a later commit
-    than the one that deleted it, and a reader moves only to a commit in the change log. Damaged pages are left.
-    """
-    prefix, left, dropped = table_prefix(table_id), True, 0
-    start = prefix
-    while left:
-        with environment.write() as writer:
-            cursor = writer.txn.cursor()
-            left = cursor.set_range(start) and bytes(cursor.key()).startswith(prefix)
-            for _ in range(LIMITS.drop_commit_pages if left else 0):
-                key = bytes(cursor.key())
-                if not key.startswith(prefix):
-                    break
-                if environment.handle.may_free(cursor.value(), key):
-                    dropped += cursor.delete()
-                else:
-                    start = key + b"\0"
-                    cursor.next()
-            if dropped and not left:
-                writer.changed(_CATALOG_CHANGE)
 
 
 def _after_fork() -> None:

@@ -147,10 +147,11 @@ class LmdbHandle:
 
     # -- readers ---------------------------------------------------------------------------------------------------
 
-    def wait_for_readers(self, wait_s: float) -> None:
+    def wait_for_readers(self, wait_s: float) -> bool:
         """Wait until no reader of any process is at an earlier commit than the last, or until wait_s have passed.
 
-        This process's own readers are moved. Then LMDB can use the pages again that earlier commits freed.
+        Return whether they all are. This process's own readers are moved. Then LMDB can use the pages again that
+        earlier commits freed.
         """
         end_s = time.monotonic() + wait_s
         with translate_errors(self.path):
@@ -160,15 +161,25 @@ class LmdbHandle:
                     readers = list(self._readers)
                 for reader in readers:
                     reader.release_if_stale()
-                if min(self._snapshots(), default=last) >= last or time.monotonic() >= end_s:
-                    return
+                if min(self._snapshots(), default=last) >= last:
+                    return True
+                if time.monotonic() >= end_s:
+                    return False
                 time.sleep(POLL_S)
+
+    def other_processes(self) -> set[int]:
+        """Return the ids of the other processes that have the store open."""
+        return {pid for pid, _ in self._slots()} - {self.pid}
 
     def _snapshots(self) -> list[int]:
         """Return the number of the LMDB commit that each reader of any process is at."""
+        return [int(commit) for _, commit in self._slots() if commit.isdigit()]
+
+    def _slots(self) -> list[tuple[int, str]]:
+        """Return the process of each reader, and the number of the LMDB commit that it is at, "-" for none."""
         with self._reads:
             lines = [line.split() for line in self.env.readers().splitlines()]
-        return [int(fields[2]) for fields in lines if len(fields) == 3 and fields[2].isdigit()]
+        return [(int(fields[0]), fields[2]) for fields in lines if len(fields) == 3 and fields[0].isdigit()]
 
     def end_read(self, txn: Transaction) -> None:
         """End a read transaction. In a forked child, nothing: the transaction is its parent's, in shared memory."""

@@ -1,18 +1,16 @@
-"""Bulk load: replaces all rows of a view at once by writing a new table beside the old one.
+"""Bulk load: turns any number of rows into the pages of a new table, within a memory budget.
 
 First, every row goes into a partition, chosen by the top bits of its key's hash. Partitions are in memory; rows beyond
 the memory budget go to a file. Then each partition is sorted and turned into pages, in the order of the hashes, so that
-LMDB can append them. A thread commits finished pages while the next pages are built. A last, small commit replaces the
-old table by the new one.
+LMDB can append them. A thread commits finished pages while the next pages are built. rebuild.py gives the table to its
+view.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
-import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -22,20 +20,14 @@ from typing import Self
 
 import numpy as np
 
-from shorttail._native.pages import Directory, Layout, PageImages, RowPartitions, RowRange
+from shorttail._native.pages import Layout, PageImages, RowPartitions, RowRange
 from shorttail.config import LIMITS
-from shorttail.define import clock
-from shorttail.define.catalog import Catalog, TableInfo
-from shorttail.define.views import FeatureView
-from shorttail.errors import Internal, InvalidArgument, ResourceExhausted, ShorttailError
-from shorttail.results import RowCount
-from shorttail.store import history
-from shorttail.store.commits import edit_catalog, is_current
-from shorttail.store.environment import Environment, drop_table, table_ids
-from shorttail.store.history import Event
+from shorttail.define.tables import Stored, TableInfo
+from shorttail.errors import Internal, InvalidArgument, ResourceExhausted
+from shorttail.store.environment import Environment
 from shorttail.store.lmdb_file import PAGE_BYTES
 from shorttail.store.opening import translate_errors
-from shorttail.store.table import UNTIMED, ColumnBatch, depth_to_grow, make_layout, source_columns, split_batches
+from shorttail.store.table import UNTIMED, ColumnBatch, Source, depth_to_grow, make_layout, split_batches, table_columns
 
 ADD_ROWS = 65_536  # rows partitioned between two progress reports
 PARTITION_BITS = 8  # 256 partitions: as many write positions as a core's L2 cache and TLB hold
@@ -47,97 +39,6 @@ ROWS_PER_PAGE_MIN = 8
 YIELD_S = 0.001
 
 Progress = Callable[[int], object]  # receives the number of rows done since its last call
-
-
-def load(
-    environment: Environment,
-    view_name: str,
-    batches: Iterable[ColumnBatch],
-    progress: Progress | None = None,
-    memory_bytes: int | None = None,
-    allow_shrink: bool = False,
-    event: Event | None = None,
-) -> RowCount:
-    """Replace all rows of a view by the rows in batches. Returns the number of rows stored, with the other counts.
-
-    Of several rows with equal keys, the row with the latest event time is stored; if the event times are equal too, the
-    row that was given last. Rows without event times get the time at which the load began. The rows go into a new
-    table, which replaces the old table in one commit at the end: readers see either all new rows or none, and a failed
-    load changes nothing. Upserts and deletes during the load go to the old table and are lost. Other writers wait at
-    most for one commit of LIMITS.load_commit_bytes at a time. Only one load per store runs at a time; other loads wait.
-
-    memory_bytes: the memory budget (default LIMITS.load_memory_bytes), without the batches themselves. Rows beyond it
-    go to an unnamed file in the store's directory. progress: called with numbers of rows whose sum is the number of
-    rows given; a row counts half when it has been read and half when it has been written. event: what the history says
-    of the load; the numbers of rows are added to it.
-
-    Raises NotFound (the view), InvalidArgument (columns, the budget, or the view was changed meanwhile),
-    ResourceExhausted (the disk) and Unavailable (the store at the path is another one).
-    """
-    budget = Budget.of(memory_bytes)
-    environment.handle.check_files()  # before a file is made in a store's folder
-    with _load_lock(environment):
-        _drop_leftovers(environment)
-        catalog = _committed_catalog(environment)
-        view, old = catalog.view(view_name), catalog.tables[view_name]
-        shrinking = Shrinking(view_name, 0 if allow_shrink else _count_rows(environment, view, old))
-        table = _new_table(environment)
-        try:
-            with ExitStack() as files:
-                counter = _ProgressCounter(progress)
-                parts = Partitions(make_layout(view, table), budget, environment.path, view_name, files)
-                _partition_rows(parts, view, timed(batches, clock.now_us()), counter)
-                shrinking.check(counter.read)  # before anything is written; equal keys are not known yet
-                table = _with_page_size(table, parts.rows)
-                n_rows = _write_table(environment, view, table, parts, counter)
-                shrinking.check(n_rows)
-            count = RowCount(n_rows, counter.read, parts.older, counter.read - n_rows - parts.older)
-            _replace_table(environment, view, old, table, event and _counted(event, count))
-        except BaseException:
-            with suppress(ShorttailError):  # on failure the next load deletes the leftovers
-                _drop_leftovers(environment)  # not drop_table(table.id): a failed commit may have put it in place
-            raise
-        with suppress(ResourceExhausted):
-            drop_table(environment, old.id)
-        return count
-
-
-def _counted(event: Event, count: RowCount) -> Event:
-    rows = {"rows": int(count), "given": count.given, "older": count.older, "duplicate": count.duplicate}
-    return replace(event, detail={**event.detail, **rows})
-
-
-@dataclass(frozen=True, slots=True)
-class Shrinking:
-    """Refuses a load that would leave a view with much fewer rows: such loads often read a file that was cut off.
-
-    A load without rows is refused if any rows are served. A load of less than half of the rows that are served is
-    refused if these are LIMITS.shrink_rows_min or more: entities come and go by a few percent from load to load, while
-    small tables are edited by hand.
-    """
-
-    view_name: str
-    served: int
-
-    def check(self, rows: int) -> None:
-        """Raise InvalidArgument if a load of so many rows is refused."""
-        if (self.served and not rows) or (self.served >= LIMITS.shrink_rows_min and 2 * rows < self.served):
-            raise InvalidArgument(
-                f"view '{self.view_name}': the load has {rows:,} row{'' if rows == 1 else 's'}, and {self.served:,} "
-                "are served; nothing was changed; if so few are right, give allow_shrink=True (--allow-shrink)"
-            )
-
-
-def _count_rows(environment: Environment, view: FeatureView, table: TableInfo) -> int:
-    """Return the number of rows of a table; 0 if it is damaged, so that a load can replace it."""
-    txn, tree = environment.read_tree()
-    try:
-        directory = Directory(make_layout(view, table), table.id)
-        return directory.count_rows() if directory.build(tree) else 0
-    except ValueError:
-        return 0
-    finally:
-        environment.handle.end_read(txn)
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,49 +176,67 @@ def timed(batches: Iterable[ColumnBatch], now_us: int) -> Iterator[ColumnBatch]:
         yield replace(batch, event_time_us=np.where(untimed, now_us, batch.event_time_us)) if untimed.any() else batch
 
 
-def _partition_rows(
-    parts: Partitions, view: FeatureView, batches: Iterable[ColumnBatch], counter: _ProgressCounter
+def partition_rows(
+    parts: Partitions, pieces: Iterable[tuple[Sequence[Source], int]], view_name: str, counter: ProgressCounter
 ) -> None:
-    """Put all rows into partitions."""
-    for piece in split_batches(batches, ADD_ROWS):
-        if piece.given is not None:
-            raise InvalidArgument(f"feature view '{view.name}': a load replaces whole rows, so give all their features")
-        columns, at = source_columns(view, piece), 0
-        while at < len(piece):
+    """Put all rows into partitions. pieces: the columns of a row, in the order of the table, and how many rows."""
+    for columns, n_rows in pieces:
+        at = 0
+        while at < n_rows:
             try:
-                at = parts.rows.add(columns, at, len(piece))
+                at = parts.rows.add(columns, at, n_rows)
             except ValueError as error:
-                raise InvalidArgument(f"feature view '{view.name}': {error}") from None
-            if at < len(piece):
+                raise InvalidArgument(f"feature view '{view_name}': {error}") from None
+            if at < n_rows:
                 parts.spill()
-        counter.read += len(piece)
+        counter.read += n_rows
         counter.report()
 
 
-def _write_table(
-    environment: Environment, view: FeatureView, table: TableInfo, parts: Partitions, counter: _ProgressCounter
-) -> int:
-    """Write the new table, which the catalog does not name yet, in several commits. Return its number of rows."""
+def given_rows(stored: Stored, batches: Iterable[ColumnBatch], now_us: int) -> Iterator[tuple[Sequence[Source], int]]:
+    """Yield the rows of batches as `partition_rows` takes them. Rows without event times have now_us.
+
+    Raises InvalidArgument for partial rows and wrong columns.
+    """
+    for piece in split_batches(timed(batches, now_us), ADD_ROWS):
+        if piece.given is not None:
+            raise InvalidArgument(
+                f"feature view '{stored.view.name}': a load replaces whole rows, so give all their features"
+            )
+        yield table_columns(stored, piece), len(piece)
+
+
+def write_table(environment: Environment, stored: Stored, parts: Partitions, counter: ProgressCounter) -> int:
+    """Write the new table in several commits. Return its number of rows."""
     if not len(parts.rows):
         return 0
-    layout = make_layout(view, table)
+    layout, name = make_layout(stored), stored.view.name
     depth_grow = depth_to_grow(parts.rows.image_bytes // layout.page_bytes + 1)
-    with PageWriter(environment, layout, table.id, parts.budget.commit_bytes, counter) as writer:
+    with PageWriter(environment, layout, stored.table.id, parts.budget.commit_bytes, counter) as writer:
         for rows, first, depth in parts.ranges(layout.page_bytes):
             try:
                 writer.add(rows, first, depth, depth_grow)
             except ValueError as error:
-                raise InvalidArgument(f"feature view '{view.name}': {error}") from None
+                raise InvalidArgument(f"feature view '{name}': {error}") from None
         writer.finish()
     counter.finish()
     return writer.n_rows
+
+
+def with_page_size(table: TableInfo, rows: RowPartitions) -> TableInfo:
+    """Return the table with a page size that fits at least ROWS_PER_PAGE_MIN average rows, strings included."""
+    page_bytes = rows.layout.page_bytes
+    needed = ROWS_PER_PAGE_MIN * rows.image_bytes // max(1, len(rows)) + 64
+    while page_bytes < needed:
+        page_bytes += PAGE_BYTES
+    return replace(table, page_bytes=page_bytes)
 
 
 class PageWriter:
     """Builds pages of a table while a thread commits the pages built before: a commit mostly waits for the disk."""
 
     def __init__(
-        self, environment: Environment, layout: Layout, table_id: int, commit_bytes: int, counter: _ProgressCounter
+        self, environment: Environment, layout: Layout, table_id: int, commit_bytes: int, counter: ProgressCounter
     ) -> None:
         self.n_rows = 0
         self._environment = environment
@@ -372,7 +291,7 @@ class PageWriter:
         time.sleep(YIELD_S)  # the write lock is not fair: without this pause, waiting writers may never get it
 
 
-class _ProgressCounter:
+class ProgressCounter:
     """Counts rows that were read and written, and reports them to the caller's progress function."""
 
     def __init__(self, progress: Progress | None) -> None:
@@ -391,70 +310,3 @@ class _ProgressCounter:
         if self._progress is not None and rows > self._reported:
             self._progress(rows - self._reported)
             self._reported = rows
-
-
-@contextmanager
-def _load_lock(environment: Environment) -> Iterator[None]:
-    """Hold the store's load lock, which only one process can hold. The system releases it if the process dies."""
-    with translate_errors(environment.path):
-        fd = os.open(environment.path / "load.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        fcntl.flock(fd, fcntl.LOCK_UN)  # to close it is not enough: a child forked meanwhile has the descriptor too
-        os.close(fd)
-
-
-def _drop_leftovers(environment: Environment) -> None:
-    """Delete the tables that the catalog does not name: they are left from killed loads or from removed views.
-
-    Waits until the next load can use their pages again, so that loads that fail again and again do not grow the file.
-    """
-    # A write transaction, although nothing is written: if a writer dies right after its commit, readers miss that
-    # commit until the next write transaction starts. A reader could then take the newest table for a leftover.
-    with environment.write() as writer:
-        present = table_ids(writer.txn)
-        used = {table.id for table in Catalog.from_json(writer.get_catalog()).tables.values()}
-    leftovers = [table_id for table_id in present if table_id not in used]
-    for table_id in leftovers:
-        drop_table(environment, table_id)
-    if leftovers:
-        environment.handle.wait_for_readers(2 * LIMITS.idle_rest_ms / 1000)
-
-
-def _committed_catalog(environment: Environment) -> Catalog:
-    with environment.read() as txn:
-        return Catalog.from_json(environment.read_catalog_json(txn))
-
-
-def _new_table(environment: Environment) -> TableInfo:
-    """Reserve a table id in the catalog and return the new table, which belongs to no view yet."""
-    with edit_catalog(environment) as catalog:
-        table = TableInfo(catalog.next_table_id, secrets.randbits(63))
-        catalog.next_table_id += 1
-    return table
-
-
-def _with_page_size(table: TableInfo, rows: RowPartitions) -> TableInfo:
-    """Return the table with a page size that fits at least ROWS_PER_PAGE_MIN average rows, strings included."""
-    page_bytes = rows.layout.page_bytes
-    needed = ROWS_PER_PAGE_MIN * rows.image_bytes // max(1, len(rows)) + 64
-    while page_bytes < needed:
-        page_bytes += PAGE_BYTES
-    return replace(table, page_bytes=page_bytes)
-
-
-def _replace_table(
-    environment: Environment, view: FeatureView, old: TableInfo, table: TableInfo, event: Event | None
-) -> None:
-    """Give the view its new table in a durable commit. Raises InvalidArgument if the view or its table has changed."""
-    with environment.write() as writer:
-        catalog = Catalog.from_json(writer.get_catalog())
-        if not is_current(catalog, view, old):
-            raise InvalidArgument(f"feature view '{view.name}' was changed while it was loaded; load it again")
-        before = catalog.copy()
-        catalog.tables[view.name] = table
-        writer.put_catalog(catalog.to_json())
-        if event is not None:
-            history.append(writer.txn, event, before, catalog)

@@ -30,7 +30,7 @@ _NETWORK_FILESYSTEMS = ("nfs", "cifs", "smb", "fuse.sshfs", "afs", "ceph")
 
 
 def no_store(path: Path) -> NotFound:
-    return NotFound(f"no store at '{path}'; create it with `shorttail apply DEFINITIONS --store {path}`")
+    return NotFound(f"no store at '{path}'; create it with `shorttail apply DEFINITIONS --store {path} --create`")
 
 
 def check_directory(path: Path, create: bool) -> None:

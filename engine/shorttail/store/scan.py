@@ -84,9 +84,19 @@ class TableScan:
     """
 
     def __init__(
-        self, environment: Environment, view_name: str, choose: Choose | None = None, batch_rows: int = BATCH_ROWS
+        self,
+        environment: Environment,
+        view_name: str,
+        choose: Choose | None = None,
+        batch_rows: int = BATCH_ROWS,
+        *,
+        whole: bool = False,
     ) -> None:
-        """Called by Snapshot.open_scan() only. Raises NotFound for an unknown view, and what `choose` raises."""
+        """Called by Snapshot.open_scan(), which ends it, and by loads.
+
+        whole: yield keys, event time and all columns of the table in its order, also those that no feature has. Raises
+        NotFound for an unknown view, and what `choose` raises.
+        """
         self._environment = environment
         self._batch_rows = batch_rows
         self._lock = threading.Lock()  # held while a batch is read, and while the transaction ends
@@ -98,12 +108,17 @@ class TableScan:
         try:
             with environment.handle.damage():
                 catalog = Catalog.from_json(environment.read_catalog_json(tree))
-            self.view, table = catalog.view(view_name), catalog.tables[view_name]
-            layout = make_layout(self.view, table)
-            all_types = [*self.view.keys.values(), Timestamp, *(feature.dtype for feature in self.view.features)]
-            chosen = range(len(all_types)) if choose is None else choose(self.view)
-            self._dtypes = [all_types[number] for number in chosen]
-            self._scan = Scan(layout, tree, table.id, chosen)
+            stored = catalog.stored(view_name)
+            self.view, layout, before = stored.view, make_layout(stored), len(stored.view.keys) + 1
+            columns = [column.dtype for column in stored.table.columns]
+            places = range(len(columns)) if whole else [stored.place(feature.name) for feature in self.view.features]
+            types = [*self.view.keys.values(), Timestamp, *(columns[place] for place in places)]
+            numbers = [*range(before), *(before + place for place in places)]
+            chosen = range(len(numbers)) if choose is None else choose(self.view)
+            if not set(chosen) <= set(range(len(numbers))):
+                raise IndexError(f"view '{view_name}' has columns 0 to {len(numbers) - 1}, not {list(chosen)}")
+            self._dtypes = [types[number] for number in chosen]
+            self._scan = Scan(layout, tree, stored.table.id, [numbers[number] for number in chosen])
         except BaseException:
             self._end()
             raise

@@ -20,12 +20,14 @@ from typing import Any, Self
 from shorttail._native.pages import Directory, Gate, Layout
 from shorttail.config import LIMITS
 from shorttail.define.catalog import Catalog
+from shorttail.define.tables import Stored
 from shorttail.errors import InvalidArgument, ShorttailError, Unavailable
 from shorttail.store.edits import damaged_table
 from shorttail.store.environment import Environment, table_pages
 from shorttail.store.memory import PageLock
 from shorttail.store.open_files import Overwritten
 from shorttail.store.opening import translate_errors
+from shorttail.store.preparing import prepare
 from shorttail.store.scan import BATCH_ROWS, Choose, TableScan, as_batch
 from shorttail.store.table import ColumnBatch, make_layout
 
@@ -40,9 +42,9 @@ class Snapshot:
         """Called by open() only."""
         self.environment = environment
         self.gate = Gate(environment.word, _NOTHING_SEEN)  # counts the threads between enter() and leave()
-        # The directory of each view, None for an empty table. Entries are only added. Dropping a view replaces the dict
-        # and never mutates it, so a holder of directories compares the dict's identity to know whether they are valid.
-        self.directories: dict[str, Directory | None] = {}
+        # By the table's id, None for an empty table. Entries are only added. Dropping one replaces the dict, so a
+        # holder of directories compares the dict's identity to know whether they are valid.
+        self.directories: dict[int, Directory | None] = {}
         self._make_locks()
         self.runs_code, self.by = True, ""
         self.catalog = Catalog()
@@ -53,7 +55,8 @@ class Snapshot:
         self._txn: Any = None  # None while the snapshot is released
         self._tree: Any = None  # Tree
         self._page_lock = PageLock(environment.path)
-        self._layouts: dict[str, Layout] = {}
+        self._layouts: dict[int, Layout] = {}
+        self._tables: dict[int, str] = {}  # the view of each table that is looked up, or is about to be
         self._scans: set[TableScan] = set()
 
     def _make_locks(self) -> None:
@@ -304,34 +307,52 @@ class Snapshot:
         return known if document == known_document else Catalog.from_json(document)
 
     def _take_catalog(self, catalog: Catalog, catalog_json: bytes | None) -> None:
-        """Set the snapshot's catalog. Drop the layouts and directories of views whose table or features changed."""
+        """Set the snapshot's catalog. Drop the layouts and directories of tables that it does not name any more."""
         if catalog_json == self._parsed[0]:
             return
-        before = self.catalog
-        for name in list(self._layouts):
-            same_table = catalog.tables.get(name) == before.tables[name]
-            if not same_table or catalog.views[name].features != before.views[name].features:
-                self._layouts.pop(name)
-                self._drop_directory(name)
+        new = {name: table for name, table in catalog.coming.items() if table.id not in self._tables}
+        used = [Stored(catalog.definition(n), t) for n, t in new.items() if catalog.tables[n].id in self.directories]
+        self._tables = {table.id: name for role in (catalog.tables, catalog.coming) for name, table in role.items()}
+        for table_id in self._layouts.keys() - self._tables.keys():
+            del self._layouts[table_id]
+            self._drop_directory(table_id)
         self.catalog, self._parsed = catalog, (catalog_json, catalog)
         self.catalog_version += 1
+        if used:
+            prepare(self.environment, used, self.take_directory)
+
+    def take_directory(self, table_id: int, directory: Directory, sequence: int) -> bool:
+        """Take a directory that was built elsewhere as of that commit. Return whether it could be brought up to date.
+
+        Raises ValueError for a damaged table, and what enter() raises.
+        """
+        with self.exclusive():
+            self._advance()
+            changes = self.environment.changes_since(self._tree, sequence)
+            if changes is None:
+                return False
+            if table_id in self._tables:
+                directory.update(self._tree, changes)
+                self._layouts.setdefault(table_id, directory.layout)
+                self.directories[table_id] = directory
+            return True
 
     def _patch(self, changes: bytes | None) -> None:
         """Move the directories to the present snapshot by the log entries in `changes`; None drops all directories."""
         if changes is None:
             self.directories = {}  # each directory is built again at the next lookup
             return
-        for name, directory in list(self.directories.items()):
+        for table_id, directory in list(self.directories.items()):
             if directory is None:  # an empty table's directory is quick to build
-                self._drop_directory(name)
+                self._drop_directory(table_id)
                 continue
             try:
                 directory.update(self._tree, changes)
             except ValueError:
-                self._drop_directory(name)  # the next lookup in this view builds it and raises the error
+                self._drop_directory(table_id)  # the next lookup in this table builds it and raises the error
 
-    def _drop_directory(self, view_name: str) -> None:
-        self.directories = {name: held for name, held in self.directories.items() if name != view_name}
+    def _drop_directory(self, table_id: int) -> None:
+        self.directories = {held: directory for held, directory in self.directories.items() if held != table_id}
 
     def pretouch(self, lock: bool = False) -> None:
         """Map all pages of the file and build all directories now, so that the first lookups need not.
@@ -348,8 +369,7 @@ class Snapshot:
 
     def lock_growth(self) -> None:
         """Lock the growth of the file since pretouch(lock=True). May be slow, so an idle timer calls it."""
-        tree = self._tree
-        if tree is not None:
+        if (tree := self._tree) is not None:
             self._page_lock.follow(tree)
 
     @contextmanager
@@ -362,28 +382,34 @@ class Snapshot:
 
     def layout(self, view_name: str) -> Layout:
         """Return the row layout of a view's table. Raises NotFound."""
-        layout = self._layouts.get(view_name)
+        stored = self.catalog.stored(view_name)
+        layout = self._layouts.get(stored.table.id)
         if layout is None:
-            view = self.catalog.view(view_name)
-            layout = self._layouts[view_name] = make_layout(view, self.catalog.tables[view_name])
+            layout = self._layouts[stored.table.id] = make_layout(stored)
         return layout
 
     def directory(self, view_name: str) -> Directory | None:
-        """Return the directory of a view's table in the present snapshot; None if the table is empty.
+        """Return the directory of a view's table: see table_directory(). Raises NotFound too."""
+        self.catalog.view(view_name)
+        return self.table_directory(self.catalog.tables[view_name].id)
 
-        Call it between enter() and leave(). The first call for a view reads the header of each of its pages. Raises
-        NotFound, and Internal if the table is damaged.
+    def table_directory(self, table_id: int) -> Directory | None:
+        """Return the directory of a table that the catalog looks up, in the present snapshot; None if it is empty.
+
+        Call it between enter() and leave(). The first call for a table reads the header of each of its pages. Raises
+        Internal if the table is damaged.
         """
         try:
-            return self.directories[view_name]
+            return self.directories[table_id]
         except KeyError:
             with self._build_lock:
-                if view_name not in self.directories:
-                    self.directories[view_name] = self._build(view_name)
-            return self.directories[view_name]
+                if table_id not in self.directories:
+                    self.directories[table_id] = self._build(table_id)
+            return self.directories[table_id]
 
-    def _build(self, view_name: str) -> Directory | None:
-        directory = Directory(self.layout(view_name), self.catalog.tables[view_name].id)
+    def _build(self, table_id: int) -> Directory | None:
+        view_name = self._tables[table_id]
+        directory = Directory(self.layout(view_name), table_id)
         with self._name_table_in_errors(view_name):
             return directory if directory.build(self._tree) else None
 
@@ -391,17 +417,12 @@ class Snapshot:
 
     def count(self, view_name: str) -> int:
         """Return the number of rows of a view as of the newest commit; inside a write, as of that write."""
-        writer = self.environment.writer
-        if writer is not None:
+        if (writer := self.environment.writer) is not None:
             table = Catalog.from_json(writer.get_catalog()).tables[view_name]
-            pages = table_pages(writer.txn, table.id)
-            return sum(int.from_bytes(page[:2], "little") for _, page in pages)
-        self.enter()
-        try:
+            return sum(int.from_bytes(page[:2], "little") for _, page in table_pages(writer.txn, table.id))
+        with self.reading():
             directory = self.directory(view_name)
             return directory.count_rows() if directory is not None else 0
-        finally:
-            self.leave()
 
     def open_scan(self, view_name: str, choose: Choose | None = None, batch_rows: int = BATCH_ROWS) -> TableScan:
         """Begin to read all rows of a view as of the newest commit. choose: which columns; None: all of them.

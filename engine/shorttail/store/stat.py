@@ -46,7 +46,7 @@ def store_stats(store: Snapshot) -> Stats:
             "oldest_snapshot_commits_behind": max(
                 (reader["commits_behind"] for reader in readers if reader["snapshots"]), default=None
             ),
-            "leftover_tables": _leftovers(txn, {table.id for table in store.catalog.tables.values()}),
+            "leftover_tables": _leftovers(txn, {table.id for _, table in store.catalog.all_tables()}),
             "views": views,
         }
 

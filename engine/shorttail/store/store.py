@@ -6,21 +6,28 @@ from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+from shorttail.define import clock
 from shorttail.define.catalog import Catalog
 from shorttail.define.durations import duration_text
-from shorttail.errors import ShorttailError
+from shorttail.define.identity import Definition
+from shorttail.errors import InvalidArgument, ShorttailError
 from shorttail.results import RowCount
 from shorttail.store import commits, history
-from shorttail.store.edits import Delete, Edit, TableDamaged, TableEdits, Upsert
+from shorttail.store.edits import Delete, Edit, TableDamaged, Upsert
+from shorttail.store.environment import table_pages
 from shorttail.store.history import Event
-from shorttail.store.load import Progress, load
+from shorttail.store.leftovers import forget_dead
+from shorttail.store.load import Progress
+from shorttail.store.rebuild import load
 from shorttail.store.snapshot import Snapshot
 from shorttail.store.table import (
     Array,
     ColumnBatch,
     count_keys,
+    count_rows,
     split_batches,
 )
+from shorttail.store.view_edits import ViewEdits
 
 COMMIT_ROWS = 65_536  # rows in one commit: longer upserts and deletes are split, so that dirty pages fit LMDB's list
 
@@ -74,43 +81,44 @@ class Store(Snapshot):
         outcomes: dict[int, int | ShorttailError] = {}
         waiting, separately = list(range(len(edits))), False
         while waiting:
-            tables = self._encode(edits, waiting, separately, outcomes)
+            views = self._encode(edits, waiting, separately, outcomes)
             waiting = []
             try:
                 with self.environment.write() as writer:
-                    for table in tables:
-                        if commits.is_current(self._parse(writer.get_catalog()), table.view, table.table):
-                            outcomes |= table.apply(writer)
+                    catalog, now_us = forget_dead(writer, self._parse(writer.get_catalog())), clock.now_us()
+                    for view in views:
+                        if view.is_current(catalog):
+                            outcomes |= view.apply(writer, now_us)
                         else:
-                            waiting += table.numbers  # a load has replaced the table: encode for the new one
+                            waiting += view.numbers  # it has another table: encode for that one
             except TableDamaged as fault:
                 # The whole transaction is aborted and repeated: without the edit that found the damage or, if a step of
                 # several edits found it, with every edit encoded separately.
                 separately = len(fault.numbers) > 1
                 if not separately:
                     outcomes[fault.numbers[0]] = fault.error
-                waiting = [i for table in tables for i in table.numbers if separately or i != fault.numbers[0]]
+                waiting = [i for view in views for i in view.numbers if separately or i != fault.numbers[0]]
             waiting.sort()
         self.release_if_stale()  # a process that only writes must not hold on to its first snapshot
         return [outcomes[i] for i in range(len(edits))]
 
     def _encode(
         self, edits: Sequence[Edit], numbers: list[int], separately: bool, outcomes: dict[int, int | ShorttailError]
-    ) -> list[TableEdits]:
-        """Encode the numbered edits, grouped by table, before the write lock is taken. Adds errors to outcomes."""
+    ) -> list[ViewEdits]:
+        """Encode the numbered edits, grouped by view, before the write lock is taken. Adds errors to outcomes."""
         catalog = self.newest_catalog()
         by_view: dict[str, list[tuple[int, Edit]]] = {}
         for number in numbers:
             by_view.setdefault(edits[number].view, []).append((number, edits[number]))
-        tables = []
-        for view, numbered in by_view.items():
+        views = []
+        for name, numbered in by_view.items():
             try:
-                table = TableEdits.of(catalog.view(view), catalog.tables[view])
-                outcomes |= table.encode(numbered, separately)
-                tables.append(table)
+                view, errors = ViewEdits.encode(catalog, name, numbered, separately)
+                outcomes |= errors
+                views.append(view)
             except ShorttailError as error:
                 outcomes |= {number: error for number, _ in numbered}
-        return [table for table in tables if table.steps]
+        return [view for view in views if view.numbers]
 
     def newest_catalog(self) -> Catalog:
         """Return the catalog as of the last commit of any process. The caller must not change it."""
@@ -132,9 +140,10 @@ class Store(Snapshot):
 
         action, subject, detail: as in history.Event. The detail may be filled within the context.
         """
-        return commits.edit_catalog(self.environment, self._event(action, subject, detail))
+        return commits.edit_catalog(self.environment, self.event(action, subject, detail))
 
-    def _event(self, action: str, subject: str, detail: dict[str, Any] | None = None) -> Event:
+    def event(self, action: str, subject: str, detail: dict[str, Any] | None = None) -> Event:
+        """Return an event for the history, of this store's user."""
         return Event(action, subject, self.by, detail={} if detail is None else detail)
 
     def history(self) -> list[Event]:
@@ -148,6 +157,37 @@ class Store(Snapshot):
             catalog.max_clock_skew_us = skew_us
         self.refresh()
 
+    def rollback(self, view_name: str) -> tuple[int, int]:
+        """Let lookups read the table that a view had before its last load. Returns its rows, and those of the other.
+
+        The other table is kept instead, so that a second call undoes the first. Raises NotFound, and InvalidArgument if
+        there is no such table.
+        """
+        detail: dict[str, Any] = {}
+        with self.edit_catalog("rolled back", f"view {view_name}", detail) as catalog:
+            stored = catalog.stored(view_name)
+            table = catalog.previous.get(view_name)
+            if table is None:
+                raise InvalidArgument(
+                    f"feature view '{view_name}' has no earlier table: one is kept from a load until the next load, or"
+                    " until the view's rows change"
+                )
+            if not set(stored.definition.columns) <= table.place.keys():
+                raise InvalidArgument(
+                    f"feature view '{view_name}' has features that its earlier table lacks; apply the definitions of"
+                    " that time first"
+                )
+            now = self.count(view_name)
+            catalog.tables[view_name], catalog.previous[view_name] = table, stored.table
+            detail["rows"] = self._count_table(table.id)
+        self.refresh()
+        return detail["rows"], now
+
+    def _count_table(self, table_id: int) -> int:
+        writer = self.environment.writer
+        assert writer is not None
+        return sum(count_rows(page) for _, page in table_pages(writer.txn, table_id))
+
     # -- bulk load -------------------------------------------------------------------------------------------------
 
     def load(
@@ -158,11 +198,13 @@ class Store(Snapshot):
         memory_bytes: int | None = None,
         allow_shrink: bool = False,
         detail: dict[str, Any] | None = None,
+        read: Definition | None = None,
     ) -> RowCount:
         """Replace all rows of a view by the rows in batches, at once for every reader. Returns the rows stored.
 
-        load.load() describes equal keys, concurrent upserts, memory_bytes, allow_shrink, progress and errors. detail:
-        what the history says of the load beside the numbers of rows.
+        rebuild.load() describes equal keys, concurrent upserts, memory_bytes, allow_shrink, progress and errors.
+        detail: what the history says of the load beside the numbers of rows. read: the definition whose features the
+        batches have; None: the newest.
         """
-        event = self._event("loaded", f"view {view_name}", detail)
-        return load(self.environment, view_name, batches, progress, memory_bytes, allow_shrink, event)
+        event = self.event("loaded", f"view {view_name}", detail)
+        return load(self.environment, view_name, batches, progress, memory_bytes, allow_shrink, event, read)

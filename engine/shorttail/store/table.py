@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from shorttail._native.pages import Layout, first_bad_string
 from shorttail.config import LIMITS
-from shorttail.define.catalog import TableInfo
 from shorttail.define.dtypes import WIDE_VECTOR_CODE, DType, Int64, String
+from shorttail.define.tables import Stored
 from shorttail.define.views import FeatureView
 from shorttail.errors import InvalidArgument
 
@@ -156,14 +156,15 @@ def _join_feature(
     return values, _join(given, batches)
 
 
-def make_layout(view: FeatureView, table: TableInfo) -> Layout:
+def make_layout(stored: Stored) -> Layout:
     """Return the row layout of a view's table. Raises InvalidArgument if its rows are too long."""
-    keys = bytes(dtype.code for dtype in view.keys.values())
-    features = [(feature.dtype.code, feature.dtype.width) for feature in view.features]
+    table = stored.table
+    keys = bytes(dtype.code for dtype in table.keys)
+    columns = [(column.dtype.code, column.dtype.width) for column in table.columns]
     try:
-        return Layout(keys, features, table.seed, table.page_bytes)
+        return Layout(keys, columns, table.seed, table.page_bytes)
     except ValueError as error:
-        raise InvalidArgument(f"feature view '{view.name}': {error}") from None
+        raise InvalidArgument(f"feature view '{stored.view.name}': {error}") from None
 
 
 def row_dtype(layout: Layout) -> np.dtype[Any]:
@@ -212,6 +213,36 @@ def source_columns(view: FeatureView, batch: ColumnBatch) -> list[Source]:
         else:
             columns.append((_numbers(values, feature.dtype, len(batch), where), None, nulls))
     return columns
+
+
+def table_columns(stored: Stored, batch: ColumnBatch) -> list[Source]:
+    """Return keys, event time and the columns of the table as native code takes them; null where no feature gives one.
+
+    Raises InvalidArgument for wrong columns.
+    """
+    given = source_columns(stored.view, batch)
+    n_before = len(stored.view.keys) + 1
+    columns: list[Source | None] = [None] * len(stored.table.columns)
+    for f, column in zip(batch.numbers(stored.view), given[n_before:], strict=True):
+        for place in stored.places[f]:
+            columns[place] = widened(column, stored.table.columns[place].dtype)
+    return given[:n_before] + [
+        null_column(column.dtype, len(batch)) if found is None else found
+        for column, found in zip(stored.table.columns, columns, strict=True)
+    ]
+
+
+def widened(column: Source, dtype: DType) -> Source:
+    """Return a column in a type that each of its values fits."""
+    values, offsets, nulls = column
+    return (values, offsets, nulls) if offsets is not None else (np.ascontiguousarray(values, dtype.numpy), None, nulls)
+
+
+def null_column(dtype: DType, n: int) -> Source:
+    """Return a column of n nulls."""
+    if dtype == String:
+        return b"", np.zeros(n + 1, np.int32), np.ones(n, np.bool_)
+    return np.zeros((n, dtype.width) if dtype.is_vector else n, dtype.numpy), None, np.ones(n, np.bool_)
 
 
 def _key_columns(view: FeatureView, keys: Sequence[Array | Texts]) -> list[Source]:
@@ -306,38 +337,39 @@ class _Arena:
         return np.stack([starts, lengths], axis=1).astype(np.uint32)
 
 
-def encode_rows(layout: Layout, view: FeatureView, batch: ColumnBatch) -> tuple[NDArray[np.void], bytes]:
-    """Return (rows in the row format, arena of their strings). Features that the batch does not give are null.
+def encode_rows(layout: Layout, stored: Stored, batch: ColumnBatch) -> tuple[NDArray[np.void], bytes]:
+    """Return (rows in the row format of the table, arena of their strings). What the batch does not give is null.
 
     Raises InvalidArgument for wrong columns.
     """
+    view = stored.view
     columns = source_columns(view, batch)
     n_keys = len(view.keys)
     rows, arena = _encode_keys(layout, view, columns[:n_keys], len(batch))
     rows["time"] = columns[n_keys][0]
-    if (given := given_features(view, batch)) is not None:
+    if (given := given_columns(stored, batch)) is not None:
         rows["nulls"] = np.packbits(~given, bitorder="little")
     for f, column in zip(batch.numbers(view), columns[n_keys + 1 :], strict=True):
         feature, (values, _, nulls) = view.features[f], column
         if feature.dtype == String:
-            rows[f"f{f}"] = arena.add(column, f"feature view '{view.name}': column '{feature.name}'")
-        else:
-            if feature.dtype.is_float and (nan := np.isnan(values)).any():
-                nulls = nan if nulls is None else nan | nulls
-            rows[f"f{f}"] = values
+            values = arena.add(column, f"feature view '{view.name}': column '{feature.name}'")
+        elif feature.dtype.is_float and (nan := np.isnan(values)).any():
+            nulls = nan if nulls is None else nan | nulls
+        for place in stored.places[f]:
+            rows[f"f{place}"] = values  # in the type of the column, which may be wider
             if nulls is not None:
-                rows[f"f{f}"][nulls] = 0
-        if nulls is not None:
-            rows["nulls"][:, f // 8] |= nulls.astype(np.uint8) << (f % 8)
+                rows[f"f{place}"][nulls] = 0
+                rows["nulls"][:, place // 8] |= nulls.astype(np.uint8) << (place % 8)
     return rows, b"".join(arena.parts)
 
 
-def given_features(view: FeatureView, batch: ColumnBatch) -> NDArray[np.bool_] | None:
-    """Return which features of the view the batch gives, as a bool each; None if it gives all."""
-    if batch.given is None:
+def given_columns(stored: Stored, batch: ColumnBatch) -> NDArray[np.bool_] | None:
+    """Return which columns of the table a batch gives, as a bool each; None if it gives all."""
+    if batch.given is None and stored.is_whole:
         return None
-    given = np.zeros(len(view.features), np.bool_)
-    given[batch.numbers(view)] = True
+    given = np.zeros(len(stored.table.columns), np.bool_)
+    for f in batch.numbers(stored.view):
+        given[list(stored.places[f])] = True
     return None if given.all() else given
 
 

@@ -32,7 +32,7 @@ def model_metadata(catalog: Catalog, name: str, version: int | None) -> dict[str
     entry = catalog.model(name)
     info = entry.version(version)
     is_raw = info.model.is_raw
-    columns = request_columns(catalog, info.model, info.inputs)
+    columns = request_columns(catalog.as_pinned(info), info.model, info.inputs)
     tensors = [_tensor(tensor, is_raw) for tensor in info.inputs]
     return {
         "name": name,

@@ -1,0 +1,65 @@
+"""The edits of a view, encoded for each of its tables that takes them.
+
+Lookups read one table. A table that is about to replace it takes the same edits; one that is being filled gets them
+later, from a list. The table that `views rollback` returns to takes deletes alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from shorttail.define.catalog import Catalog
+from shorttail.define.tables import Stored, TableInfo
+from shorttail.errors import ShorttailError
+from shorttail.store import pending
+from shorttail.store.commits import is_current
+from shorttail.store.edits import Delete, Edit, TableEdits
+from shorttail.store.environment import WriteTransaction
+
+
+@dataclass(slots=True)
+class ViewEdits:
+    """The edits of one view, in the order given. tables: the encoded edits by the role of the table in the catalog."""
+
+    stored: Stored
+    roles: dict[str, TableInfo]
+    tables: dict[str, TableEdits]
+
+    @classmethod
+    def encode(
+        cls, catalog: Catalog, name: str, edits: Sequence[tuple[int, Edit]], separately: bool
+    ) -> tuple[ViewEdits, dict[int, ShorttailError]]:
+        """Encode numbered edits, and return the errors of those that are wrong by number. Raises NotFound.
+
+        separately: see TableEdits.encode().
+        """
+        stored, roles = catalog.stored(name), catalog.edited(name)
+        found = cls(stored, roles, {})
+        errors: dict[int, ShorttailError] = {}
+        for role, table in roles.items():
+            taken = [(n, edit) for n, edit in edits if role != "previous" or isinstance(edit, Delete)]
+            encoded = TableEdits.of(Stored(stored.definition, table))
+            errors |= encoded.encode([item for item in taken if item[0] not in errors], separately)
+            if encoded.steps:
+                found.tables[role] = encoded
+        return found, errors
+
+    @property
+    def numbers(self) -> list[int]:
+        """The numbers of the edits that are not wrong."""
+        return list(self.tables["tables"].numbers) if "tables" in self.tables else []
+
+    def is_current(self, catalog: Catalog) -> bool:
+        """Whether the edits still fit the view and all its tables."""
+        return is_current(catalog, self.stored) and catalog.edited(self.stored.view.name) == self.roles
+
+    def apply(self, writer: WriteTransaction, now_us: int) -> dict[int, int]:
+        """Apply the edits to all tables. now_us, and the result: see TableEdits.apply(). Raises TableDamaged."""
+        outcomes = self.tables["tables"].apply(writer, now_us)
+        for role, edits in self.tables.items():
+            if role == "filling":
+                pending.append(writer, edits, now_us)
+            elif role != "tables":
+                edits.apply(writer, now_us)
+        return outcomes
