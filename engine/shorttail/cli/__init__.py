@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from shorttail.cli.bench import bench
+from shorttail.cli.erase import delete_entity
 from shorttail.cli.history import history
 from shorttail.cli.init import init
 from shorttail.cli.models import models
@@ -395,6 +396,7 @@ def batch_table(
 cli.add_command(backup)
 cli.add_command(bench)
 cli.add_command(delete)
+cli.add_command(delete_entity)
 cli.add_command(history)
 cli.add_command(init)
 cli.add_command(load)

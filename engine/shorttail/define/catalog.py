@@ -225,6 +225,15 @@ class Catalog:
             aliases=dict(self.aliases),
         )
 
+    def entity(self, name: str) -> Entity:
+        """Return an entity. Raises NotFound that suggests a name."""
+        if name not in self.entities:
+            alias = self.aliases.get(name)
+            hint = suggestion(name, self.entities, "entities") if alias is None else ""
+            of = f": it is an alias of entity '{alias.entity.name}'" if alias is not None else ""
+            raise NotFound(f"no entity {quoted(name)}{of}{hint}")
+        return self.entities[name]
+
     def view(self, name: str) -> FeatureView:
         """Return a view. Raises NotFound that suggests a name."""
         if alias := self.aliases.get(name):

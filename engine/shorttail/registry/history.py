@@ -63,6 +63,10 @@ def line(event: Event) -> str:
         said.append(detail["to"])
     if "percent" in detail:
         said.append(f"{detail['percent']:g}%")
+    if "path" in detail:
+        said.append(f"commit {detail['commit']} to {detail['path']}")
+    if "keys" in detail:
+        said.append(f"{detail['keys']:,} key{'' if detail['keys'] == 1 else 's'}")
     if "rows" in detail:
         lost = [f"{detail[kind]:,} {kind}" for kind in ("older", "duplicate") if detail.get(kind)]
         rows = f"{detail['rows']:,} row{'' if detail['rows'] == 1 else 's'}"

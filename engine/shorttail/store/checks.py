@@ -16,6 +16,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from shorttail.define.inputs import check_regular, read_input
 from shorttail.define.views import FeatureView
 from shorttail.errors import ShorttailError
 from shorttail.results import Status
-from shorttail.store import history
+from shorttail.store import erased, history
 from shorttail.store.checksums import KEY as CHECKSUMS_KEY
 from shorttail.store.checksums import Checksums
 from shorttail.store.environment import (
@@ -123,10 +124,12 @@ def check_entries(txn: Transaction) -> Catalog | None:
         emit("problem", f"the store has format {shown!r}, and this shorttail reads {FORMAT_VERSION}")
         return None
     for key in keys_outside_tables(txn):
-        if key not in _KEYS and not (key[:1] in (b"l", b"h") and len(key) == 9):
+        if key not in _KEYS and key[:1] != erased.PREFIX and not (key[:1] in (b"l", b"h") and len(key) == 9):
             emit("problem", f"LMDB holds the unknown key {key!r}")
     check_log(txn)
     check_history(txn)
+    for problem in erased.problems(erased_entries(txn)):
+        emit("problem", problem)
     try:
         catalog = Catalog.from_json(txn.get(b"catalog"))
     except ShorttailError as error:
@@ -150,6 +153,15 @@ def keys_outside_tables(txn: Transaction) -> Iterator[bytes]:
         yield bytes(key)
     if cursor.set_range(b"u"):
         yield from (bytes(key) for key in cursor.iternext(keys=True, values=False))
+
+
+def erased_entries(txn: Transaction) -> list[tuple[bytes, bytes]]:
+    """Return the entries of the lists of erased keys."""
+    cursor = txn.cursor()
+    if not cursor.set_range(erased.PREFIX):
+        return []
+    entries = ((bytes(key), bytes(value)) for key, value in cursor)
+    return list(takewhile(lambda entry: entry[0][:1] == erased.PREFIX, entries))
 
 
 def check_log(txn: Transaction) -> None:

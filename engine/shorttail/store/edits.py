@@ -16,6 +16,7 @@ from shorttail.define.views import FeatureView
 from shorttail.errors import Internal, InvalidArgument, ShorttailError
 from shorttail.results import RowCount
 from shorttail.store.environment import WriteTransaction
+from shorttail.store.erased import Erased
 from shorttail.store.table import (
     Array,
     ColumnBatch,
@@ -25,6 +26,7 @@ from shorttail.store.table import (
     encode_rows,
     given_features,
     join_batches,
+    key_sources,
     make_layout,
 )
 
@@ -66,7 +68,8 @@ class EditRun:
 
     upsert: bool
     numbers: list[int]
-    sizes: list[int]  # rows of each edit
+    sizes: list[int]  # rows of each edit, without those that are erased
+    erased: list[int]  # rows of each edit that are left out because their keys were erased after their events
     given: list[bytes | None]  # the features that each edit gives, a bit for each; None: all, or no upsert
     parts: list[tuple[Any, bytes]]  # (rows, string arena) of one or more edits
 
@@ -74,6 +77,7 @@ class EditRun:
         """Append the edits of a later run."""
         self.numbers += later.numbers
         self.sizes += later.sizes
+        self.erased += later.erased
         self.given += later.given
         self.parts += later.parts
 
@@ -85,11 +89,12 @@ class TableEdits:
     view: FeatureView
     table: TableInfo
     layout: Layout
+    erased: Erased  # the keys of the view's entity
     steps: list[EditRun] = field(default_factory=list)
 
     @classmethod
-    def of(cls, view: FeatureView, table: TableInfo) -> TableEdits:
-        return cls(view, table, make_layout(view, table))
+    def of(cls, view: FeatureView, table: TableInfo, erased: Erased) -> TableEdits:
+        return cls(view, table, make_layout(view, table), erased)
 
     def encode(self, edits: Sequence[tuple[int, Edit]], separately: bool) -> dict[int, ShorttailError]:
         """Encode numbered edits into steps. Return the errors of edits with wrong columns, by number.
@@ -116,12 +121,26 @@ class TableEdits:
         if joined is None:
             return False
         try:
-            part = encode_rows(self.layout, self.view, joined)
+            step = self._upserts([number for number, _ in run], joined, list(map(len, batches)))
         except InvalidArgument:
             return False  # the caller encodes each edit on its own and so finds the wrong one
-        given = [self._given(joined)] * len(run)
-        self._add(EditRun(True, [number for number, _ in run], list(map(len, batches)), given, [part]), False)
+        self._add(step, False)
         return True
+
+    def _upserts(self, numbers: list[int], batch: ColumnBatch, sizes: list[int]) -> EditRun:
+        """Encode a batch with the rows of several edits, without those that are erased. sizes: rows of each edit."""
+        rows, arena = encode_rows(self.layout, self.view, batch)
+        lost = [0] * len(sizes)
+        if (mask := self._erased_rows(batch)) is not None:
+            lost = [int(part.sum()) for part in np.split(mask, np.cumsum(sizes)[:-1])]
+            rows, sizes = rows[~mask], [size - gone for size, gone in zip(sizes, lost, strict=True)]
+        return EditRun(True, numbers, sizes, lost, [self._given(batch)] * len(sizes), [(rows, arena)])
+
+    def _erased_rows(self, batch: ColumnBatch) -> Array | None:
+        if self.erased.is_empty:
+            return None
+        keys = dict(zip(self.view.keys, key_sources(self.view, batch.keys), strict=True))
+        return self.erased.mask(keys, batch.event_time_us)
 
     def _given(self, batch: ColumnBatch) -> bytes | None:
         """Return a bit for each feature that the batch gives, as in a row's null bitmap; None if it gives all."""
@@ -130,10 +149,9 @@ class TableEdits:
 
     def _encode(self, number: int, edit: Edit) -> EditRun:
         if isinstance(edit, Upsert):
-            part = encode_rows(self.layout, self.view, edit.batch)
-            return EditRun(True, [number], [len(edit.batch)], [self._given(edit.batch)], [part])
+            return self._upserts([number], edit.batch, [len(edit.batch)])
         part = _encode_keys(self.layout, self.view, edit.keys)
-        return EditRun(False, [number], [len(part[0])], [None], [part])
+        return EditRun(False, [number], [len(part[0])], [0], [None], [part])
 
     def _add(self, run: EditRun, separately: bool) -> None:
         if run.upsert and not separately and self.steps and self.steps[-1].upsert:
@@ -229,9 +247,9 @@ class TableEdits:
 def _row_counts(step: EditRun, lost: bytearray | None) -> Iterator[tuple[int, RowCount]]:
     """Yield (number, count of rows) of each edit of a step. lost: see SortedRows.lost()."""
     at = 0
-    for number, size in zip(step.numbers, step.sizes, strict=True):
+    for number, size, erased in zip(step.numbers, step.sizes, step.erased, strict=True):
         part = lost[at : at + size] if lost else b""
-        yield number, RowCount.pushed(size, part.count(1), part.count(2))
+        yield number, RowCount.pushed(size + erased, part.count(1) + erased, part.count(2))
         at += size
 
 

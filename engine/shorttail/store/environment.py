@@ -2,9 +2,8 @@
 
 A store is a directory with data.mdb and lock.mdb (LMDB), generation (8 bytes of shared memory that count commits),
 load.lock (locked by a bulk load while it runs) and models/. LMDB holds one database. Its keys are "format", "catalog",
-"state" and "sums"; "l" + commit number: what that commit changed; "h" + number: an event of the history; "t" + table
-id + bucket key: a page of a table.
-docs/format.md describes everything.
+"state" and "sums"; "l" + commit number: what that commit changed; "h" + number: an event of the history; "e" + entity +
+number: keys that were erased; "t" + table id + bucket key: a page of a table. docs/format.md describes everything.
 
 One process must never open the same LMDB environment twice, so environments are shared: see Environment.open.
 """

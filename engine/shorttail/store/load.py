@@ -32,6 +32,7 @@ from shorttail.results import RowCount
 from shorttail.store import history
 from shorttail.store.commits import edit_catalog, is_current
 from shorttail.store.environment import Environment, drop_table, table_ids
+from shorttail.store.erased import Erased
 from shorttail.store.history import Event
 from shorttail.store.lmdb_file import PAGE_BYTES
 from shorttail.store.opening import translate_errors
@@ -60,11 +61,13 @@ def load(
 ) -> RowCount:
     """Replace all rows of a view by the rows in batches. Returns the number of rows stored, with the other counts.
 
-    Of several rows with equal keys, the row with the latest event time is stored; if the event times are equal too, the
-    row that was given last. Rows without event times get the time at which the load began. The rows go into a new
-    table, which replaces the old table in one commit at the end: readers see either all new rows or none, and a failed
-    load changes nothing. Upserts and deletes during the load go to the old table and are lost. Other writers wait at
-    most for one commit of LIMITS.load_commit_bytes at a time. Only one load per store runs at a time; other loads wait.
+    Of several rows with equal keys, the row with the latest event time is stored; if the event times are equal too,
+    the row that was given last. Rows without event times get the time at which the load began. Rows whose keys were
+    erased (erased.py) after their events are dropped, and counted as older. The rows go into a new table, which
+    replaces the old table in one commit at the end: readers see either all new rows or none, and a failed load
+    changes nothing. If keys of the entity were erased meanwhile, the load fails. Upserts and deletes during the
+    load go to the old table and are lost. Other writers wait at most for one commit of LIMITS.load_commit_bytes at
+    a time. Only one load per store runs at a time; other loads wait.
 
     memory_bytes: the memory budget (default LIMITS.load_memory_bytes), without the batches themselves. Rows beyond it
     go to an unnamed file in the store's directory. progress: called with numbers of rows whose sum is the number of
@@ -80,19 +83,21 @@ def load(
         _drop_leftovers(environment)
         catalog = _committed_catalog(environment)
         view, old = catalog.view(view_name), catalog.tables[view_name]
+        erased = Erased.newest(environment, view.entity.name)
         shrinking = Shrinking(view_name, 0 if allow_shrink else _count_rows(environment, view, old))
         table = _new_table(environment)
         try:
             with ExitStack() as files:
                 counter = _ProgressCounter(progress)
                 parts = Partitions(make_layout(view, table), budget, environment.path, view_name, files)
-                _partition_rows(parts, view, timed(batches, clock.now_us()), counter)
-                shrinking.check(counter.read)  # before anything is written; equal keys are not known yet
+                gone = _partition_rows(parts, view, timed(batches, clock.now_us()), counter, erased)
+                shrinking.check(counter.read - gone)  # before anything is written; equal keys are not known yet
                 table = _with_page_size(table, parts.rows)
                 n_rows = _write_table(environment, view, table, parts, counter)
                 shrinking.check(n_rows)
-            count = RowCount(n_rows, counter.read, parts.older, counter.read - n_rows - parts.older)
-            _replace_table(environment, view, old, table, event and _counted(event, count))
+            older = parts.older + gone
+            count = RowCount(n_rows, counter.read, older, counter.read - n_rows - older)
+            _replace_table(environment, view, old, table, erased, event and _counted(event, count))
         except BaseException:
             with suppress(ShorttailError):  # on failure the next load deletes the leftovers
                 _drop_leftovers(environment)  # not drop_table(table.id): a failed commit may have put it in place
@@ -276,22 +281,29 @@ def timed(batches: Iterable[ColumnBatch], now_us: int) -> Iterator[ColumnBatch]:
 
 
 def _partition_rows(
-    parts: Partitions, view: FeatureView, batches: Iterable[ColumnBatch], counter: _ProgressCounter
-) -> None:
-    """Put all rows into partitions."""
+    parts: Partitions, view: FeatureView, batches: Iterable[ColumnBatch], counter: _ProgressCounter, erased: Erased
+) -> int:
+    """Put all rows into partitions that are not erased. Return the number of those that are."""
+    n_erased = 0
     for piece in split_batches(batches, ADD_ROWS):
         if piece.given is not None:
             raise InvalidArgument(f"feature view '{view.name}': a load replaces whole rows, so give all their features")
         columns, at = source_columns(view, piece), 0
-        while at < len(piece):
-            try:
-                at = parts.rows.add(columns, at, len(piece))
-            except ValueError as error:
-                raise InvalidArgument(f"feature view '{view.name}': {error}") from None
-            if at < len(piece):
-                parts.spill()
+        mask = erased.mask(dict(zip(view.keys, columns, strict=False)), columns[len(view.keys)][0])
+        gone = [] if mask is None else np.flatnonzero(mask).tolist()
+        for stop in (*gone, len(piece)):
+            while at < stop:
+                try:
+                    at = parts.rows.add(columns, at, len(piece), stop)
+                except ValueError as error:
+                    raise InvalidArgument(f"feature view '{view.name}': {error}") from None
+                if at < stop:
+                    parts.spill()
+            at = stop + 1
+        n_erased += len(gone)
         counter.read += len(piece)
         counter.report()
+    return n_erased
 
 
 def _write_table(
@@ -446,13 +458,26 @@ def _with_page_size(table: TableInfo, rows: RowPartitions) -> TableInfo:
 
 
 def _replace_table(
-    environment: Environment, view: FeatureView, old: TableInfo, table: TableInfo, event: Event | None
+    environment: Environment,
+    view: FeatureView,
+    old: TableInfo,
+    table: TableInfo,
+    erased: Erased,
+    event: Event | None,
 ) -> None:
-    """Give the view its new table in a durable commit. Raises InvalidArgument if the view or its table has changed."""
+    """Give the view its new table in a durable commit. Raises InvalidArgument if the view or its table has changed.
+
+    The same if keys were erased since `erased` was read.
+    """
     with environment.write() as writer:
         catalog = Catalog.from_json(writer.get_catalog())
         if not is_current(catalog, view, old):
             raise InvalidArgument(f"feature view '{view.name}' was changed while it was loaded; load it again")
+        if not erased.is_current(writer.txn):
+            raise InvalidArgument(
+                f"keys of entity '{view.entity.name}' were erased while feature view '{view.name}' was loaded; load it "
+                "again"
+            )
         before = catalog.copy()
         catalog.tables[view.name] = table
         writer.put_catalog(catalog.to_json())

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 from shorttail.define.catalog import Catalog
 from shorttail.define.durations import duration_text
+from shorttail.define.views import FeatureView
 from shorttail.errors import ShorttailError
 from shorttail.results import RowCount
 from shorttail.store import commits, history
 from shorttail.store.edits import Delete, Edit, TableDamaged, TableEdits, Upsert
+from shorttail.store.environment import Environment
+from shorttail.store.erased import Erased
+from shorttail.store.erasing import Erasure, erase
 from shorttail.store.history import Event
 from shorttail.store.load import Progress, load
 from shorttail.store.snapshot import Snapshot
@@ -31,6 +35,11 @@ class Store(Snapshot):
     Any number of Stores may be open on one path, in this and other processes; writers take turns. Thread-safe; for
     lookups see Snapshot.enter(). A write does not move the snapshot: the next enter() or refresh() shows its rows.
     """
+
+    def __init__(self, environment: Environment) -> None:
+        """Called by open() only."""
+        super().__init__(environment)
+        self._erased: dict[str, Erased] = {}  # entity -> the list as of its last upsert
 
     def upsert(self, view_name: str, batch: ColumnBatch) -> RowCount:
         """Insert rows. A stored row with an equal key is replaced unless its event time is later. Returns their count.
@@ -57,6 +66,12 @@ class Store(Snapshot):
             removed += self._commit_one(Delete(view_name, [column[start : start + COMMIT_ROWS] for column in keys]))
         return removed
 
+    def delete_entity(self, entity: str, keys: Mapping[str, Array]) -> Erasure:
+        """Delete the rows of these keys in every view of an entity, and keep them away: see erasing.erase()."""
+        erasure = erase(self.environment, entity, keys, self._event("deleted", f"entity {entity}"))
+        self.release_if_stale()
+        return erasure
+
     def _commit_one(self, edit: Edit) -> Any:
         (outcome,) = self.commit([edit])
         if isinstance(outcome, ShorttailError):
@@ -79,10 +94,11 @@ class Store(Snapshot):
             try:
                 with self.environment.write() as writer:
                     for table in tables:
-                        if commits.is_current(self._parse(writer.get_catalog()), table.view, table.table):
+                        catalog = self._parse(writer.get_catalog())
+                        if commits.is_current(catalog, table.view, table.table) and table.erased.is_current(writer.txn):
                             outcomes |= table.apply(writer)
                         else:
-                            waiting += table.numbers  # a load has replaced the table: encode for the new one
+                            waiting += table.numbers  # the table was replaced, or keys were erased: encode again
             except TableDamaged as fault:
                 # The whole transaction is aborted and repeated: without the edit that found the damage or, if a step of
                 # several edits found it, with every edit encoded separately.
@@ -105,12 +121,17 @@ class Store(Snapshot):
         tables = []
         for view, numbered in by_view.items():
             try:
-                table = TableEdits.of(catalog.view(view), catalog.tables[view])
+                table = TableEdits.of(catalog.view(view), catalog.tables[view], self._newest_erased(catalog.view(view)))
                 outcomes |= table.encode(numbered, separately)
                 tables.append(table)
             except ShorttailError as error:
                 outcomes |= {number: error for number, _ in numbered}
         return [table for table in tables if table.steps]
+
+    def _newest_erased(self, view: FeatureView) -> Erased:
+        name = view.entity.name
+        self._erased[name] = Erased.newest(self.environment, name, self._erased.get(name))
+        return self._erased[name]
 
     def newest_catalog(self) -> Catalog:
         """Return the catalog as of the last commit of any process. The caller must not change it."""

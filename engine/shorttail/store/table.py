@@ -198,7 +198,7 @@ def source_columns(view: FeatureView, batch: ColumnBatch) -> list[Source]:
     Raises InvalidArgument for wrong columns.
     """
     batch.check(view)
-    columns = _key_columns(view, batch.keys)
+    columns = key_sources(view, batch.keys)
     where = f"feature view '{view.name}': event times"
     columns.append((_numbers(batch.event_time_us, Int64, len(batch), where), None, None))
     for f, (values, mask) in zip(batch.numbers(view), batch.features, strict=True):
@@ -214,7 +214,8 @@ def source_columns(view: FeatureView, batch: ColumnBatch) -> list[Source]:
     return columns
 
 
-def _key_columns(view: FeatureView, keys: Sequence[Array | Texts]) -> list[Source]:
+def key_sources(view: FeatureView, keys: Sequence[Array | Texts]) -> list[Source]:
+    """Return key columns as native code takes them. Raises InvalidArgument for wrong ones."""
     columns: list[Source] = []
     for (name, dtype), values in zip(view.keys.items(), keys, strict=True):
         where = f"feature view '{view.name}': key '{name}'"
@@ -343,7 +344,7 @@ def given_features(view: FeatureView, batch: ColumnBatch) -> NDArray[np.bool_] |
 
 def encode_keys(layout: Layout, view: FeatureView, keys: Sequence[Array]) -> tuple[NDArray[np.void], _Arena]:
     """Return rows in which only the keys are set, and the arena of their strings. Raises InvalidArgument."""
-    return _encode_keys(layout, view, _key_columns(view, keys), count_keys(keys))
+    return _encode_keys(layout, view, key_sources(view, keys), count_keys(keys))
 
 
 def count_keys(keys: Sequence[Array | Texts]) -> int:
