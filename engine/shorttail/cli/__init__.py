@@ -19,6 +19,7 @@ from shorttail.cli.bench import bench
 from shorttail.cli.erase import delete_entity
 from shorttail.cli.history import history
 from shorttail.cli.init import init
+from shorttail.cli.lineage import lineage
 from shorttail.cli.models import models
 from shorttail.cli.operate import backup, stat, verify
 from shorttail.cli.options import (
@@ -399,6 +400,7 @@ cli.add_command(delete)
 cli.add_command(delete_entity)
 cli.add_command(history)
 cli.add_command(init)
+cli.add_command(lineage)
 cli.add_command(load)
 cli.add_command(models)
 cli.add_command(push)

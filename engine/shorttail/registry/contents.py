@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from shorttail.registry.cards import StoredModels, StoredViews
 from shorttail.registry.history import History
+from shorttail.registry.lineage import Lineage, lineage
 from shorttail.registry.search import search
 from shorttail.store import Store
 
@@ -32,6 +33,11 @@ class StoreContents:
         """Find entities, views, features and models by a part of a name, tag, owner or description: see search()."""
         self._store.refresh()
         return search(self._store.catalog, word)
+
+    def lineage(self, name: str) -> Lineage:
+        """What `name` comes from, and what comes from it: see lineage(). Printed, it is a tree. Raises NotFound."""
+        self._store.refresh()
+        return lineage(self._store.catalog, name)
 
     @property
     def models(self) -> StoredModels:
