@@ -44,17 +44,18 @@ from shorttail.store.environment import (
 )
 from shorttail.store.files import model_path
 from shorttail.store.history import Event
-from shorttail.store.lmdb_file import header_problems, mapped, structure_problems
+from shorttail.store.lmdb_file import SETTINGS_KEY, header_problems, mapped, structure_problems
 from shorttail.store.lmdb_handle import ROOT_TRIES
 from shorttail.store.mapping import plan_map
 from shorttail.store.opening import LMDB_ENGINE, reserve_lock_file, translate_errors
+from shorttail.store.settings import decode
 from shorttail.store.stat import count_table_pages
 from shorttail.store.table import Array, count_rows, decode_keys, make_layout, row_dtype
 
 SHOWN_PER_VIEW = 20  # problems; the rest is only counted
 PROGRESS_PAGES = 2048
 BATCH_ROWS = 8192
-_KEYS = {b"catalog", b"format", b"state", CHECKSUMS_KEY}
+_KEYS = {b"catalog", b"format", b"state", CHECKSUMS_KEY, SETTINGS_KEY}
 
 
 def emit(kind: str, value: Any) -> None:
@@ -128,6 +129,9 @@ def check_entries(txn: Transaction) -> Catalog | None:
             emit("problem", f"LMDB holds the unknown key {key!r}")
     check_log(txn)
     check_history(txn)
+    value = txn.get(SETTINGS_KEY)
+    if value is not None and decode(bytes(value)) is None:
+        emit("problem", "the settings are damaged; the defaults hold until `shorttail settings set` writes them again")
     for problem in erased.problems(erased_entries(txn)):
         emit("problem", problem)
     try:

@@ -91,6 +91,7 @@ def erase(environment: Environment, name: str, keys: Mapping[str, Array], event:
             number = history.last_number(writer.txn)
             writer.put_catalog(now.to_json())  # the same: so that the commit counts also if there were no rows
             commit = environment.sequence(writer.txn) + 1
+        environment.handle.sync()  # a receipt is not undone, whatever the store's durability
         with environment.read() as txn:
             earlier = (found for found in history.read(txn) if found.number < number)
             backups = [found for found in earlier if found.action == BACKED_UP]

@@ -9,15 +9,18 @@ from typing import Any
 from shorttail.define.catalog import Catalog
 from shorttail.define.durations import duration_text
 from shorttail.define.views import FeatureView
-from shorttail.errors import ShorttailError
+from shorttail.errors import InvalidArgument, ShorttailError
 from shorttail.results import RowCount
 from shorttail.store import commits, history
 from shorttail.store.edits import Delete, Edit, TableDamaged, TableEdits, Upsert
-from shorttail.store.environment import Environment
+from shorttail.store.environment import Environment, count_pages
 from shorttail.store.erased import Erased
 from shorttail.store.erasing import Erasure, erase
 from shorttail.store.history import Event
+from shorttail.store.lmdb_file import PAGE_BYTES, SETTINGS_KEY
 from shorttail.store.load import Progress, load
+from shorttail.store.mapping import size_text, usable_pages
+from shorttail.store.settings import StoreSettings
 from shorttail.store.snapshot import Snapshot
 from shorttail.store.table import (
     Array,
@@ -168,6 +171,33 @@ class Store(Snapshot):
         with self.edit_catalog("set", "max_clock_skew", {"to": duration_text(skew_us)}) as catalog:
             catalog.max_clock_skew_us = skew_us
         self.refresh()
+
+    def set_setting(self, name: str, text: str) -> None:
+        """Change a setting of StoreSettings for all processes. text: as a user writes it; "default" unsets it.
+
+        Raises InvalidArgument for a wrong value, and a map_size that the store has passed already.
+        """
+        with self.environment.write() as writer:
+            before = StoreSettings.of(writer.txn)
+            changed = before.with_value(name, text)
+            if changed == before:
+                return
+            used = count_pages(writer.txn)
+            if changed.map_size is not None and used > usable_pages(changed.map_size):
+                raise InvalidArgument(
+                    f"map_size {text!r}: {size_text(used * PAGE_BYTES)} of store '{self.path}' are in use, and deletes "
+                    "need some room; give more, or delete rows first"
+                )
+            writer.txn.put(SETTINGS_KEY, changed.encode())
+            catalog = self._parse(writer.get_catalog())
+            event = self._event("set", name, {"to": changed.shown()[name]})
+            history.append(writer.txn, event, catalog, catalog)
+        self.environment.handle.sync()
+
+    def settings(self) -> StoreSettings:
+        """Return the settings that the catalog does not have, as of the last commit."""
+        with self.environment.read() as txn:
+            return StoreSettings.of(txn)
 
     # -- bulk load -------------------------------------------------------------------------------------------------
 
