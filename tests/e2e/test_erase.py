@@ -1,4 +1,4 @@
-"""delete-entity while `shorttail serve` runs: the server has no row any more, and pushes through it do not undo that."""
+"""delete-entity while `shorttail serve` runs: the row is gone, and a push through the server does not bring it back."""
 
 import pytest
 from commands import run_well

@@ -74,6 +74,7 @@ def test_rows_go_from_every_view_in_one_commit_with_a_receipt(engine: st.Engine)
         assert receipt.commit == engine.store.environment.sequence(txn) == commits + 1
     last = engine.history()[-1]
     assert (receipt.event, last.who, line(last)) == (last.number, "alice", "deleted entity user: 3 keys, 4 rows")
+    assert [event.number for event in engine.history("user")] == [last.number]
     assert last.detail == {"keys": 3, "rows": 4, "views": receipt.rows, "hashes": receipt.hashes}  # and no key
     assert verify(engine.store.path).ok
 

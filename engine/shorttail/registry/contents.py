@@ -21,7 +21,10 @@ class StoreContents:
     _versions: Versions
 
     def history(self, name: str | None = None) -> History:
-        """What was changed, oldest first (docs/history.md). name: a view or a model; None: all. Raises NotFound."""
+        """What was changed, oldest first (docs/history.md). Raises NotFound.
+
+        name: a view, a model or an entity; None: all.
+        """
         return History(self._store.history()).of(name)
 
     @property
