@@ -35,7 +35,7 @@ _FILTER_SHARE: Final = 64  # slots of the filter per hash: it lets one of so man
 Hashes = NDArray[np.uint64]  # [n, 2]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Erased:
     """The erased keys of an entity as of a commit. Immutable; threads may share it.
 
