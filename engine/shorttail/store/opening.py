@@ -82,12 +82,16 @@ def open_lmdb(path: Path, create: bool) -> Any:
         raise damaged_store(path, problems[0])
     check_lock_file(path)
     env = _lmdb_environment(path, create, StoreSettings())
-    with env.begin() as txn:
-        settings = StoreSettings.of(txn)
+    try:
+        env.reader_check()  # frees the reader slots of killed processes, so that their pages can be reused
+        with env.begin() as txn:
+            settings = StoreSettings.of(txn)
+    except BaseException:
+        env.close()
+        raise
     if settings.durability == "system" or (settings.map_size or 0) > env.info()["map_size"]:
         env.close()  # only an open store tells its settings, and LMDB takes these when it opens it
         env = _lmdb_environment(path, create, settings)
-    env.reader_check()  # frees the reader slots of killed processes, so that their pages can be reused
     return env
 
 
