@@ -41,8 +41,8 @@ sources = {
     "columns": [],
     "route": [],
     "pages": [
-        f"native/{part}.c"
-        for part in ("crc32c", "page", "lookup", "tree", "structure", "merge", "overlay", "load", "scan", "writeback")
+        *(f"native/{part}.c" for part in ("crc32c", "page", "lookup", "tree", "structure", "merge", "overlay", "load")),
+        *(f"native/{part}.c" for part in ("secret_hash", "scan", "writeback")),
     ],
     "forest": [f"native/forest_{part}.c" for part in ("run", "build", "pack", "plain", "avx2", "avx512")],
     "wire": [],

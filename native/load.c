@@ -133,22 +133,16 @@ int st_load_put(st_load *l, const st_item *item)
 
 /* ---- columns into rows ----------------------------------------------------------------------------------------- */
 
-static inline uint64_t offset_of(const st_source *s, size_t i)
-{
-    return s->offset_bytes == 8 ? st_load64((const uint8_t *)s->offsets + 8 * i)
-                                : st_load32((const uint8_t *)s->offsets + 4 * i);
-}
-
 static inline uint32_t string_length(const st_source *s, size_t i)
 {
-    return s->nulls && s->nulls[i] ? 0 : (uint32_t)(offset_of(s, i + 1) - offset_of(s, i));
+    return s->nulls && s->nulls[i] ? 0 : (uint32_t)(st_source_offset(s, i + 1) - st_source_offset(s, i));
 }
 
 size_t st_source_check(const st_source *s, size_t n, size_t n_values, size_t length_max)
 {
     for (size_t i = 0; i < n; i++) {
         if (s->nulls && s->nulls[i]) continue;
-        uint64_t start = offset_of(s, i), end = offset_of(s, i + 1);
+        uint64_t start = st_source_offset(s, i), end = st_source_offset(s, i + 1);
         if (start > end || end > n_values || end - start > length_max) return i;
         if (!is_utf8(s->values + start, end - start)) return i;
     }
@@ -232,7 +226,7 @@ static uint64_t hash_of(const st_layout *l, const st_source *sources, const uint
     uint64_t h = l->seed;
     for (uint32_t k = 0; k < l->n_keys; k++) {
         const st_source *s = &sources[k];
-        h = l->key_is_string[k] ? st_hash_string(l, h, s->values + offset_of(s, i), string_length(s, i))
+        h = l->key_is_string[k] ? st_hash_string(l, h, s->values + st_source_offset(s, i), string_length(s, i))
                                 : st_hash_int(l, h, st_load64(row + 8 * k));
     }
     return st_hash_end(l, h);
@@ -259,7 +253,7 @@ static int scatter_row(st_load *load, const st_source *const *strings, size_t b,
     if (wrong) return wrong;
     memcpy(p->row_end, load->block + b * l->row_bytes, l->row_bytes);
     for (uint32_t s = 0; s < l->n_strings; s++)
-        put_string(p, p->row_end + l->string_offsets[s], strings[s]->values + offset_of(strings[s], i),
+        put_string(p, p->row_end + l->string_offsets[s], strings[s]->values + st_source_offset(strings[s], i),
                    string_length(strings[s], i));
     p->row_end += l->row_bytes;
     return ST_LOAD_OK;

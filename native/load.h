@@ -11,7 +11,7 @@
 #ifndef SHORTTAIL_LOAD_H
 #define SHORTTAIL_LOAD_H
 
-#include "page.h"
+#include "row.h"
 
 /* One column of a batch of rows: a key, the event time, or a feature. */
 typedef struct {
@@ -20,6 +20,13 @@ typedef struct {
     uint32_t offset_bytes; /* size of an offset: 4 or 8 */
     const uint8_t *nulls;  /* one byte per row, not 0 if null; NULL: no nulls. NaN in a float column is null as well */
 } st_source;
+
+/* The offset of string i in the values of a column of strings. */
+static inline uint64_t st_source_offset(const st_source *s, size_t i)
+{
+    return s->offset_bytes == 8 ? st_load64((const uint8_t *)s->offsets + 8 * i)
+                                : st_load32((const uint8_t *)s->offsets + 4 * i);
+}
 
 typedef struct st_chunk {
     struct st_chunk *next;

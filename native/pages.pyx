@@ -184,6 +184,9 @@ cdef extern from "load.h" nogil:
     int st_chunks_read(const st_load *, const st_chunk *, const st_chunk *, int, uint8_t *, st_item *)
     void st_partition_punch(const st_partition *, int)
 
+cdef extern from "secret_hash.h" nogil:
+    void st_secret_hashes(const uint8_t *, const st_source *, size_t, size_t, uint8_t *)
+
 cdef extern from "merge.h" nogil:
     enum: ST_PAGE_KEY_BYTES
     enum: ST_MERGE_ROOM
@@ -249,6 +252,7 @@ include "pages_tree.pxi"
 include "pages_rows.pxi"
 include "pages_lookup.pxi"
 include "pages_load.pxi"
+include "pages_secret.pxi"
 include "pages_scan.pxi"
 include "pages_writeback.pxi"
 

@@ -102,27 +102,27 @@ cdef class RowPartitions:
             raise IndexError(f"no partitions {first} to {last}")
         return 0
 
-    def add(self, columns, size_t start, size_t n):
-        """Add rows start .. n - 1 of a batch of n rows. Return the next row to add: less than n if memory is full.
+    def add(self, columns, size_t start, size_t n, last=None):
+        """Add rows start .. last - 1 of a batch of n rows. Return the next row to add: less than last if memory is full.
 
         columns: (values, offsets, nulls) for each key, the event time, and each feature, in this order. values: a
         buffer of n contiguous values with offsets None; or of UTF-8 bytes, with a buffer of n + 1 offsets of 4 or 8
         bytes. nulls: a buffer of n bytes, not 0 where the value is null, or None. NaN in a Float32 or Float64 feature
-        is null as well. Each call adds at least some rows. Strings must have passed first_bad_string(). Releases the
-        GIL. Raises ValueError if a buffer has a wrong length.
+        is null as well. last: None is n. Each call adds at least some rows. Strings must have passed
+        first_bad_string(). Releases the GIL. Raises ValueError if a buffer has a wrong length.
         """
         cdef const st_layout *c = &self.layout.c
         cdef _Sources sources = _Sources()
-        cdef size_t i
+        cdef size_t i, stop = n if last is None else last
         cdef int outcome
-        if len(columns) != c.n_keys + 1 + c.n_features or start >= n:
-            raise ValueError(f"expected {c.n_keys + 1 + c.n_features} columns and a row from 0 to {n - 1}, "
-                             f"got {len(columns)} columns and row {start}")
+        if len(columns) != c.n_keys + 1 + c.n_features or not start < stop <= n:
+            raise ValueError(f"expected {c.n_keys + 1 + c.n_features} columns and rows from 0 to {n - 1}, "
+                             f"got {len(columns)} columns and rows {start} to {stop - 1}")
         sources.hold(columns)
         for i, (values, offsets, nulls) in enumerate(columns):
             self._hold(sources, i, n, values, offsets, nulls)
         with nogil:
-            outcome = st_load_add(&self.c, sources.sources, &start, n)
+            outcome = st_load_add(&self.c, sources.sources, &start, stop)
         sources.release()
         _load_outcome(outcome)
         return start

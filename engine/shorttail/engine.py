@@ -21,9 +21,7 @@ from shorttail.models.serving import Key, Versions, follow
 from shorttail.models.session import ModelFailed
 from shorttail.pipeline import BatchResult, Plan, PlanOutdated
 from shorttail.registry import versions as registry
-from shorttail.registry.cards import StoredModels, StoredViews
-from shorttail.registry.history import History
-from shorttail.registry.search import search
+from shorttail.registry.contents import StoreContents
 from shorttail.results import Features, Prediction, RowCount
 from shorttail.store import Store
 
@@ -32,11 +30,12 @@ if TYPE_CHECKING:
     from shorttail.define.collect import Definitions
     from shorttail.registry.changes import Change
     from shorttail.registry.planning import ChangePlan
+    from shorttail.store.erasing import Erasure
 
 Progress = Callable[[int, int | None], None]  # called with the rows done, and the number of rows if it is known
 
 
-class Engine:
+class Engine(StoreContents):
     """A store that is open in this process: `Engine.open(path)`. A context manager. Threads may share an engine.
 
     A forked child may only close the engine of its parent, and any other use there raises InvalidArgument. An engine
@@ -449,6 +448,19 @@ class Engine:
 
         return self._store.delete(view, key_arrays(self._store.catalog.view(view), keys))
 
+    def delete_entity(self, entity: str, keys: Mapping[str, Any]) -> Erasure:
+        """Delete the rows of these keys in every view of an entity, in one commit, and keep them away.
+
+        keys: {key column: value or values}; {} for an entity without keys. Loads and pushes drop rows of the keys whose
+        event times are not after the deletion. Returns the receipt, once all is durable. Raises NotFound,
+        InvalidArgument, ResourceExhausted (disk), Internal (a damaged table); nothing is deleted then.
+        """
+        from shorttail.sources.rows import key_arrays
+
+        definition = self._store.newest_catalog().entity(entity)
+        arrays = key_arrays(definition, keys)
+        return self._store.delete_entity(entity, dict(zip(definition.keys, arrays, strict=True)))
+
     def deploy(self, model: str, path: str | Path, **options: Any) -> int:
         """Register an ONNX file as the next version of `model` and make it current. Returns the version.
 
@@ -463,24 +475,3 @@ class Engine:
         force: ask LMDB even if no commit was counted.
         """
         return self._store.refresh(force)
-
-    # -- what there is ---------------------------------------------------------------------------------------
-
-    def history(self, name: str | None = None) -> History:
-        """What was changed, oldest first (docs/history.md). name: a view or a model; None: all. Raises NotFound."""
-        return History(self._store.history()).of(name)
-
-    @property
-    def views(self) -> StoredViews:
-        """The views by name: `engine.views["user_stats"].to_pandas(limit=20)`. Called, a list of what each takes."""
-        return StoredViews(self._store)
-
-    def search(self, word: str) -> list[dict[str, Any]]:
-        """Find entities, views, features and models by a part of a name, tag, owner or description: see search()."""
-        self.refresh()
-        return search(self._store.catalog, word)
-
-    @property
-    def models(self) -> StoredModels:
-        """The models by name: `engine.models["fraud"].show()`. Called, a list of what serves and what it takes."""
-        return StoredModels(self._store, self._versions)

@@ -44,7 +44,8 @@ class RowCount(int):
 
     The number itself is: of a load, the rows loaded; of a push, the rows given that were not older. given: all rows.
     older: rows that were dropped because a row of the same key has a later event time, in the store (push only) or
-    among the rows given. duplicate: rows whose key and event time were given again after them. loaded: the others.
+    among the rows given, or because the key was erased after the event (Engine.delete_entity). duplicate: rows whose
+    key and event time were given again after them. loaded: the others.
     """
 
     given: int

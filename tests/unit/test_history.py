@@ -163,7 +163,7 @@ def test_the_command(engine, tmp_path):
     assert "model total  version 1 (sha256 " in done.output
     done = CliRunner().invoke(cli, ["history", "stat", "--store", store])
     assert done.exit_code == 1
-    assert "no view or model 'stat'; did you mean 'stats'?" in str(done.exception)
+    assert "the history has nothing of 'stat'; did you mean 'stats'?" in str(done.exception)
     done = CliRunner().invoke(cli, ["history", "--at", "yesterday", "--store", store])
     assert done.exit_code == 2
     assert "'yesterday' is not a time; write 2026-11-20T10:00" in done.output

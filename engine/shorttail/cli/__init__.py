@@ -16,8 +16,10 @@ import click
 
 from shorttail.cli.apply import apply, plan
 from shorttail.cli.bench import bench
+from shorttail.cli.erase import delete_entity
 from shorttail.cli.history import history
 from shorttail.cli.init import init
+from shorttail.cli.lineage import lineage
 from shorttail.cli.models import models
 from shorttail.cli.operate import backup, stat, verify
 from shorttail.cli.options import (
@@ -333,8 +335,10 @@ cli.add_command(apply)
 cli.add_command(backup)
 cli.add_command(bench)
 cli.add_command(delete)
+cli.add_command(delete_entity)
 cli.add_command(history)
 cli.add_command(init)
+cli.add_command(lineage)
 cli.add_command(load)
 cli.add_command(models)
 cli.add_command(plan)

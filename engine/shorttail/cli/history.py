@@ -26,9 +26,9 @@ def as_time(context: click.Context, parameter: click.Parameter, value: str | Non
 @click.option("--limit", metavar="N", type=click.IntRange(1), default=50, show_default=True, help="Newest events.")
 @json_option
 def history(name: str | None, store: str, at: datetime | None, limit: int, as_json: bool) -> None:
-    """Show what was changed: applied, deployed, promoted, rolled back, loaded or set.
+    """Show what was changed: applied, deployed, promoted, rolled back, loaded, set, backed up or deleted.
 
-    NAME is a view or a model; without it, all is shown. The newest event is the last line.
+    NAME is a view, a model or an entity; without it, all is shown. The newest event is the last line.
 
     \b
     Example:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from shorttail.cli.options import json_option, opened, store_option
+from shorttail.cli.options import by_option, changed_by, json_option, opened, store_option
 from shorttail.cli.output import print_json, print_table
 
 
@@ -132,6 +132,7 @@ def verify(store: str, as_json: bool) -> int:
 @click.argument("destination")
 @store_option
 @click.option("--as-is", is_flag=True, help="Copy free pages too: a larger file, and less CPU time.")
+@by_option
 @json_option
 def backup(destination: str, store: str, as_is: bool, as_json: bool) -> None:
     """Copy a store to a new folder.
@@ -147,8 +148,10 @@ def backup(destination: str, store: str, as_is: bool, as_json: bool) -> None:
     from shorttail.store.mapping import size_text
 
     start_s = time.perf_counter()
-    done = backing_up.backup(store, destination, compact=not as_is)
+    done = backing_up.backup(store, destination, compact=not as_is, by=changed_by())
     seconds = time.perf_counter() - start_s
+    if done.unnoted:
+        click.echo(f"warning: the history of {store} does not tell of this backup: {done.unnoted}", err=True)
     if as_json:
         return print_json({**backing_up.as_json(done), "seconds": round(seconds, 6)})
     held = f"{counted(done.views, 'view')}, {counted(done.model_versions, 'model version')}"

@@ -296,6 +296,15 @@ class Catalog:
         newest = {self.definition(name).id for name in self.views}
         self.definitions = {pin: each for pin, each in self.definitions.items() if pin in pins - newest}
 
+    def entity(self, name: str) -> Entity:
+        """Return an entity. Raises NotFound that suggests a name."""
+        if name not in self.entities:
+            alias = self.aliases.get(name)
+            hint = suggestion(name, self.entities, "entities") if alias is None else ""
+            of = f": it is an alias of entity '{alias.entity.name}'" if alias is not None else ""
+            raise NotFound(f"no entity {quoted(name)}{of}{hint}")
+        return self.entities[name]
+
     def view(self, name: str) -> FeatureView:
         """Return a view. Raises NotFound that suggests a name."""
         if alias := self.aliases.get(name):

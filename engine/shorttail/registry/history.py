@@ -9,21 +9,21 @@ from shorttail.define.names import quoted, suggestion
 from shorttail.errors import InvalidArgument, NotFound
 from shorttail.store.history import Event
 
-KINDS = ("view", "model")
+KINDS = ("view", "model", "entity")
 
 
 class History(list[Event]):
     """Events of a store, oldest first."""
 
     def of(self, name: str | None) -> History:
-        """Return the events that concern a view or a model; all for None. Raises NotFound for a name that never was."""
+        """Return the events that concern a view, a model or an entity; all for None. Raises NotFound for no events."""
         if name is None:
             return self
         wanted = {f"{kind} {name}" for kind in KINDS}
         found = [event for event in self if event.subject in wanted or wanted & event.answers.keys()]
         if not found:
-            known = {what.partition(" ")[2] for event in self for what in event.answers}
-            raise NotFound(f"the history has no view or model {quoted(name)}{suggestion(name, sorted(known), 'names')}")
+            known = {what.partition(" ")[2] for event in self for what in (event.subject, *event.answers)} - {""}
+            raise NotFound(f"the history has nothing of {quoted(name)}{suggestion(name, sorted(known), 'names')}")
         return History(found)
 
     def at(self, time: datetime) -> dict[str, dict[str, Any]]:
@@ -63,6 +63,10 @@ def line(event: Event) -> str:
         said.append(detail["to"])
     if "percent" in detail:
         said.append(f"{detail['percent']:g}%")
+    if "path" in detail:
+        said.append(f"commit {detail['commit']} to {detail['path']}")
+    if "keys" in detail:
+        said.append(f"{detail['keys']:,} key{'' if detail['keys'] == 1 else 's'}")
     if "rows" in detail:
         lost = [f"{detail[kind]:,} {kind}" for kind in ("older", "duplicate") if detail.get(kind)]
         rows = f"{detail['rows']:,} row{'' if detail['rows'] == 1 else 's'}"

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from shorttail.config import LIMITS
 from shorttail.define.dtypes import DType, Timestamp
+from shorttail.define.entities import Entity
 from shorttail.define.event_times import ImpossibleTime, check_event_times
 from shorttail.define.names import decomposed, quoted, suggestion
 from shorttail.define.values import Refused, as_column
@@ -134,28 +135,35 @@ def _mistaken(view: FeatureView, name: str, absent: Sequence[str]) -> str:
     return decomposed(name, absent).removeprefix("; ")
 
 
-def key_arrays(view: FeatureView, keys: Mapping[str, Any]) -> list[NDArray[Any]]:
-    """Return an array [n] for each key column of the view: int64, or objects (str). Raises InvalidArgument."""
-    given = as_columns(view, keys)
+def key_arrays(owner: FeatureView | Entity, keys: Mapping[str, Any]) -> list[NDArray[Any]]:
+    """Return an array [n] for each key column of a view or an entity: int64, or objects (str).
+
+    Raises InvalidArgument.
+    """
+    given = as_columns(owner, keys)
     for name in given:
-        if name not in view.keys:
-            known = ", ".join(view.keys) or "none"
-            raise InvalidArgument(f"view '{view.name}' has no key {quoted(name)}; keys: {known}")
-    columns = _key_columns(view, given)
-    if not align(view, columns):
-        raise InvalidArgument(f"view '{view.name}': no rows; send at least one")
+        if name not in owner.keys:
+            known = ", ".join(owner.keys) or "none"
+            raise InvalidArgument(f"{_shown(owner)} has no key {quoted(name)}; keys: {known}")
+    columns = _key_columns(owner, given)
+    if not align(owner, columns):
+        raise InvalidArgument(f"{_shown(owner)}: no rows; send at least one")
     return [column.values for column in columns]
 
 
-def _key_columns(view: FeatureView, given: Mapping[str, Any]) -> list[PushedColumn]:
+def _shown(owner: FeatureView | Entity) -> str:
+    return f"{'entity' if isinstance(owner, Entity) else 'view'} '{owner.name}'"
+
+
+def _key_columns(owner: FeatureView | Entity, given: Mapping[str, Any]) -> list[PushedColumn]:
     columns = []
-    for name, dtype in view.keys.items():
+    for name, dtype in owner.keys.items():
         if name not in given:
-            raise InvalidArgument(f"view '{view.name}': key column '{name}' is missing; keys: {', '.join(view.keys)}")
-        column = read_column(f"view '{view.name}': key", name, dtype, given[name])
+            raise InvalidArgument(f"{_shown(owner)}: key column '{name}' is missing; keys: {', '.join(owner.keys)}")
+        column = read_column(f"{_shown(owner)}: key", name, dtype, given[name])
         if column.nulls is not None:
             raise InvalidArgument(
-                f"view '{view.name}': key '{name}' is null at row {int(np.argmax(column.nulls))}; a key needs a value"
+                f"{_shown(owner)}: key '{name}' is null at row {int(np.argmax(column.nulls))}; a key needs a value"
             )
         columns.append(column)
     return columns
@@ -180,7 +188,7 @@ def check_rows(view: FeatureView, columns: Sequence[PushedColumn]) -> None:
             raise InvalidArgument(f"view '{view.name}': column '{column.name}' has numbers where vectors are expected")
 
 
-def align(view: FeatureView, columns: Sequence[PushedColumn]) -> int:
+def align(owner: FeatureView | Entity, columns: Sequence[PushedColumn]) -> int:
     """Repeat the scalars, so that all columns have the same length, and return that length. Raises InvalidArgument."""
     count = next((len(column.values) for column in columns if not column.is_scalar), 1)
     for column in columns:
@@ -189,26 +197,26 @@ def align(view: FeatureView, columns: Sequence[PushedColumn]) -> int:
             column.nulls = None if column.nulls is None else np.repeat(column.nulls, count)
         elif len(column.values) != count:
             raise InvalidArgument(
-                f"view '{view.name}': column '{column.name}' has {len(column.values)} values where others have {count}"
+                f"{_shown(owner)}: column '{column.name}' has {len(column.values)} values where others have {count}"
             )
     return count
 
 
-def as_columns(view: FeatureView, rows: Any) -> Mapping[str, Any]:
+def as_columns(owner: FeatureView | Entity, rows: Any) -> Mapping[str, Any]:
     """Return {name: column} of rows, in the forms that `as_column` takes. Raises InvalidArgument."""
     if isinstance(rows, Mapping):
-        return by_name(view, ((str(name), column) for name, column in rows.items()))
+        return by_name(owner, ((str(name), column) for name, column in rows.items()))
     if hasattr(rows, "column_names"):  # pyarrow.Table, RecordBatch
-        return by_name(view, zip(rows.column_names, rows.columns, strict=True))
+        return by_name(owner, zip(rows.column_names, rows.columns, strict=True))
     if hasattr(rows, "get_columns"):  # polars
-        return by_name(view, ((column.name, column) for column in rows.get_columns()))
+        return by_name(owner, ((column.name, column) for column in rows.get_columns()))
     if is_pandas(rows):
         columns = {str(name) for name in rows.columns}
-        levels = [name for name in rows.index.names if name in view.keys and name not in columns]
+        levels = [name for name in rows.index.names if name in owner.keys and name not in columns]
         frame = ((str(name), rows.iloc[:, i]) for i, name in enumerate(rows.columns))
-        return by_name(view, [*((name, rows.index.get_level_values(name)) for name in levels), *frame])
+        return by_name(owner, [*((name, rows.index.get_level_values(name)) for name in levels), *frame])
     raise InvalidArgument(
-        f"view '{view.name}': rows of type {type(rows).__name__}; give a dict of columns, pandas, polars or pyarrow"
+        f"{_shown(owner)}: rows of type {type(rows).__name__}; give a dict of columns, pandas, polars or pyarrow"
     )
 
 
@@ -223,12 +231,12 @@ def may_hold_objects(rows: Any) -> bool:
     return hasattr(rows, "get_columns") and any(str(kind) == "Object" for kind in rows.dtypes)
 
 
-def by_name(view: FeatureView, columns: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+def by_name(owner: FeatureView | Entity, columns: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     """Return {name: column}. Raises InvalidArgument if a name occurs twice."""
     found: dict[str, Any] = {}
     for name, column in columns:
         if name in found:
-            raise InvalidArgument(f"view '{view.name}': column '{name}' is there twice")
+            raise InvalidArgument(f"{_shown(owner)}: column '{name}' is there twice")
         found[name] = column
     return found
 

@@ -12,7 +12,7 @@ import os
 import shutil
 import stat
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,10 @@ import lmdb
 
 from shorttail.define.catalog import Catalog
 from shorttail.errors import Internal, InvalidArgument, NotFound, PermissionDenied, ResourceExhausted, ShorttailError
+from shorttail.store import history
 from shorttail.store.environment import Environment
 from shorttail.store.files import check_own, make_folder, model_path, sync_folder
+from shorttail.store.history import BACKED_UP, Event
 from shorttail.store.mapping import plan_map
 from shorttail.store.opening import LMDB_ENGINE, translate_errors
 from shorttail.store.snapshot import Snapshot
@@ -31,22 +33,34 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 @dataclass(frozen=True)
 class Backup:
-    """The result of a backup. commit: the number of the last commit in the copy. bytes: the size of all its files."""
+    """The result of a backup. commit: the number of the last commit in the copy. bytes: the size of all its files.
+
+    unnoted: why the store's history does not tell of the backup, such as a full disk; "" if it does.
+    """
 
     path: str
     commit: int
     views: int
     model_versions: int
     bytes: int
+    unnoted: str = ""
 
 
 def backup(
-    store: Snapshot | str | os.PathLike[str], destination: str | os.PathLike[str], *, compact: bool = True
+    store: Snapshot | str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    *,
+    compact: bool = True,
+    by: str = "",
 ) -> Backup:
     """Copy a store to a new folder. The copy is durable on disk when this function returns.
 
     store: an open store or a path. destination: a path that does not exist yet. compact: True leaves free pages out and
-    writes each table's pages in order; False copies the file as it is, which takes less CPU.
+    writes each table's pages in order; False copies the file as it is, which takes less CPU. by: who makes the backup,
+    for the history; "" is who changes the open store, or the user of the process.
+
+    When the copy is made, the store's history tells of it, so that `delete-entity` knows which copies may still hold a
+    row. The history in the copy does not.
 
     Other processes can serve and write the store during the copy. LMDB cannot reuse pages that are freed during the
     copy, so the store's file may grow.
@@ -56,15 +70,15 @@ def backup(
     verify). After an error no file is left behind.
     """
     if isinstance(store, Snapshot):
-        return _backup(store.environment, Path(destination), compact)
+        return _backup(store.environment, Path(destination), compact, by or store.by)
     environment = Environment.open(store)
     try:
-        return _backup(environment, Path(destination), compact)
+        return _backup(environment, Path(destination), compact, by)
     finally:
         environment.close()
 
 
-def _backup(environment: Environment, destination: Path, compact: bool) -> Backup:
+def _backup(environment: Environment, destination: Path, compact: bool, by: str) -> Backup:
     environment.handle.check_files()  # LMDB copies the file that is open, and models come from the path
     _check_destination(environment.path, destination)
     try:
@@ -86,7 +100,19 @@ def _backup(environment: Environment, destination: Path, compact: bool) -> Backu
             raise
     except OSError as error:
         raise _translate_os_error(destination, error) from error
+    try:
+        _note(
+            environment, Event(BACKED_UP, "", by, detail={"path": str(destination.absolute()), "commit": done.commit})
+        )
+    except ShorttailError as error:  # a store whose disk is full needs its backup all the more
+        return replace(done, unnoted=error.message)
     return done
+
+
+def _note(environment: Environment, event: Event) -> None:
+    with environment.write() as writer:
+        catalog = Catalog.from_json(writer.get_catalog())
+        history.append(writer.txn, event, catalog, catalog)
 
 
 def _check_destination(store: Path, destination: Path) -> None:

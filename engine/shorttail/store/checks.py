@@ -16,6 +16,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from shorttail.define.inputs import check_regular, read_input
 from shorttail.define.tables import Stored
 from shorttail.errors import ShorttailError
 from shorttail.results import Status
-from shorttail.store import history, pending
+from shorttail.store import erased, history, pending
 from shorttail.store.checksums import KEY as CHECKSUMS_KEY
 from shorttail.store.checksums import Checksums
 from shorttail.store.environment import (
@@ -43,10 +44,11 @@ from shorttail.store.environment import (
 )
 from shorttail.store.files import model_path
 from shorttail.store.history import Event
-from shorttail.store.lmdb_file import header_problems, mapped, structure_problems
+from shorttail.store.lmdb_file import SETTINGS_KEY, header_problems, mapped, structure_problems
 from shorttail.store.lmdb_handle import ROOT_TRIES
 from shorttail.store.mapping import plan_map
 from shorttail.store.opening import LMDB_ENGINE, reserve_lock_file, translate_errors
+from shorttail.store.settings import decode
 from shorttail.store.stat import count_table_pages
 from shorttail.store.table import Array, count_rows, decode_keys, make_layout, row_dtype
 
@@ -54,7 +56,7 @@ SHOWN_PER_VIEW = 20  # problems; the rest is only counted
 PROGRESS_PAGES = 2048
 BATCH_ROWS = 8192
 NUMBERED = {b"l": 9, b"h": 9, pending.PREFIX: pending.KEY_BYTES}  # first byte of keys with a number -> their length
-_KEYS = {b"catalog", b"format", b"state", CHECKSUMS_KEY}
+_KEYS = {b"catalog", b"format", b"state", CHECKSUMS_KEY, SETTINGS_KEY}
 
 
 def emit(kind: str, value: Any) -> None:
@@ -124,12 +126,17 @@ def check_entries(txn: Transaction) -> Catalog | None:
         emit("problem", f"the store has format {shown!r}, and this shorttail reads {FORMAT_VERSION}")
         return None
     for key in keys_outside_tables(txn):
-        if key not in _KEYS and len(key) != NUMBERED.get(key[:1]):
+        if key not in _KEYS and key[:1] != erased.PREFIX and len(key) != NUMBERED.get(key[:1]):
             emit("problem", f"LMDB holds the unknown key {key!r}")
     for problem in pending.check(txn):
         emit("problem", problem)
     check_log(txn)
     check_history(txn)
+    value = txn.get(SETTINGS_KEY)
+    if value is not None and decode(bytes(value)) is None:
+        emit("problem", "the settings are damaged; the defaults hold until `shorttail settings set` writes them again")
+    for problem in erased.problems(erased_entries(txn)):
+        emit("problem", problem)
     try:
         catalog = Catalog.from_json(txn.get(b"catalog"))
     except ShorttailError as error:
@@ -153,6 +160,15 @@ def keys_outside_tables(txn: Transaction) -> Iterator[bytes]:
         yield bytes(key)
     if cursor.set_range(b"u"):
         yield from (bytes(key) for key in cursor.iternext(keys=True, values=False))
+
+
+def erased_entries(txn: Transaction) -> list[tuple[bytes, bytes]]:
+    """Return the entries of the lists of erased keys."""
+    cursor = txn.cursor()
+    if not cursor.set_range(erased.PREFIX):
+        return []
+    entries = ((bytes(key), bytes(value)) for key, value in cursor)
+    return list(takewhile(lambda entry: entry[0][:1] == erased.PREFIX, entries))
 
 
 def check_log(txn: Transaction) -> None:

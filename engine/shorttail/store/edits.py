@@ -15,6 +15,7 @@ from shorttail.define.views import FeatureView
 from shorttail.errors import Internal, InvalidArgument, ShorttailError
 from shorttail.results import RowCount
 from shorttail.store.environment import WriteTransaction
+from shorttail.store.erased import Erased
 from shorttail.store.table import (
     Array,
     ColumnBatch,
@@ -24,6 +25,7 @@ from shorttail.store.table import (
     encode_rows,
     given_columns,
     join_batches,
+    key_sources,
     make_layout,
 )
 
@@ -65,7 +67,8 @@ class EditRun:
 
     upsert: bool
     numbers: list[int]
-    sizes: list[int]  # rows of each edit
+    sizes: list[int]  # rows of each edit, without those that are erased
+    erased: list[int]  # rows of each edit that are left out because their keys were erased after their events
     given: list[bytes | None]  # the columns that each edit gives, a bit for each; None: all, or no upsert
     parts: list[tuple[Any, bytes]]  # (rows, string arena) of one or more edits
 
@@ -73,6 +76,7 @@ class EditRun:
         """Append the edits of a later run."""
         self.numbers += later.numbers
         self.sizes += later.sizes
+        self.erased += later.erased
         self.given += later.given
         self.parts += later.parts
 
@@ -83,11 +87,12 @@ class TableEdits:
 
     stored: Stored
     layout: Layout
+    erased: Erased  # the keys of the view's entity
     steps: list[EditRun] = field(default_factory=list)
 
     @classmethod
-    def of(cls, stored: Stored) -> TableEdits:
-        return cls(stored, make_layout(stored))
+    def of(cls, stored: Stored, erased: Erased) -> TableEdits:
+        return cls(stored, make_layout(stored), erased)
 
     @property
     def view(self) -> FeatureView:
@@ -122,12 +127,26 @@ class TableEdits:
         if joined is None:
             return False
         try:
-            part = encode_rows(self.layout, self.stored, joined)
+            step = self._upserts([number for number, _ in run], joined, list(map(len, batches)))
         except InvalidArgument:
             return False  # the caller encodes each edit on its own and so finds the wrong one
-        given = [self._given(joined)] * len(run)
-        self._add(EditRun(True, [number for number, _ in run], list(map(len, batches)), given, [part]), False)
+        self._add(step, False)
         return True
+
+    def _upserts(self, numbers: list[int], batch: ColumnBatch, sizes: list[int]) -> EditRun:
+        """Encode a batch with the rows of several edits, without those that are erased. sizes: rows of each edit."""
+        rows, arena = encode_rows(self.layout, self.stored, batch)
+        lost = [0] * len(sizes)
+        if (mask := self._erased_rows(batch)) is not None:
+            lost = [int(part.sum()) for part in np.split(mask, np.cumsum(sizes)[:-1])]
+            rows, sizes = rows[~mask], [size - gone for size, gone in zip(sizes, lost, strict=True)]
+        return EditRun(True, numbers, sizes, lost, [self._given(batch)] * len(sizes), [(rows, arena)])
+
+    def _erased_rows(self, batch: ColumnBatch) -> Array | None:
+        if self.erased.is_empty:
+            return None
+        keys = dict(zip(self.view.keys, key_sources(self.view, batch.keys), strict=True))
+        return self.erased.mask(keys, batch.event_time_us)
 
     def _given(self, batch: ColumnBatch) -> bytes | None:
         """Return a bit for each column that the batch gives, as in a row's null bitmap; None if it gives all."""
@@ -136,10 +155,9 @@ class TableEdits:
 
     def _encode(self, number: int, edit: Edit) -> EditRun:
         if isinstance(edit, Upsert):
-            part = encode_rows(self.layout, self.stored, edit.batch)
-            return EditRun(True, [number], [len(edit.batch)], [self._given(edit.batch)], [part])
+            return self._upserts([number], edit.batch, [len(edit.batch)])
         part = _encode_keys(self.layout, self.view, edit.keys)
-        return EditRun(False, [number], [len(part[0])], [None], [part])
+        return EditRun(False, [number], [len(part[0])], [0], [None], [part])
 
     def _add(self, run: EditRun, separately: bool) -> None:
         if run.upsert and not separately and self.steps and self.steps[-1].upsert:
@@ -235,9 +253,9 @@ class TableEdits:
 def _row_counts(step: EditRun, lost: bytearray | None) -> Iterator[tuple[int, RowCount]]:
     """Yield (number, count of rows) of each edit of a step. lost: see SortedRows.lost()."""
     at = 0
-    for number, size in zip(step.numbers, step.sizes, strict=True):
+    for number, size, erased in zip(step.numbers, step.sizes, step.erased, strict=True):
         part = lost[at : at + size] if lost else b""
-        yield number, RowCount.pushed(size, part.count(1), part.count(2))
+        yield number, RowCount.pushed(size + erased, part.count(1) + erased, part.count(2))
         at += size
 
 

@@ -2,9 +2,8 @@
 
 A store is a directory with data.mdb and lock.mdb (LMDB), generation (8 bytes of shared memory that count commits),
 load.lock (locked by a bulk load while it runs) and models/. LMDB holds one database. Its keys are "format", "catalog",
-"state" and "sums"; "l" + commit number: what that commit changed; "h" + number: an event of the history; "t" + table
-id + bucket key: a page of a table.
-docs/format.md describes everything.
+"state" and "sums"; "l" + commit number: what that commit changed; "h" + number: an event of the history; "e" + entity +
+number: keys that were erased; "t" + table id + bucket key: a page of a table. docs/format.md describes everything.
 
 One process must never open the same LMDB environment twice, so environments are shared: see Environment.open.
 """
@@ -30,13 +29,12 @@ from shorttail.store.files import make_folder
 from shorttail.store.lmdb_file import CATALOG_KEY, FORMAT_KEY, PAGE_BYTES, STATE_KEY
 from shorttail.store.lmdb_handle import LmdbHandle
 from shorttail.store.lmdb_handle import Transaction as Transaction
-from shorttail.store.mapping import map_full_error, usable_pages
+from shorttail.store.mapping import map_full_error, usable_pages, value_pages
 from shorttail.store.opening import check_directory, damaged_store, map_generation, no_store, translate_errors
+from shorttail.store.settings import StoreSettings
 
 FORMAT_VERSION = 2
 BUCKET_KEY_BYTES = 8
-PAGE_HEADER_BYTES = 16
-INLINE_BYTES = 2038 - 8 - 9  # longest log entry that LMDB keeps in its tree: the longest node less its header and key
 
 _STATE = struct.Struct("<QQQ")  # number of the last commit, number of the oldest commit in the log, bytes of the log
 _LOG_KEY = struct.Struct(">cQ")  # big-endian, so that LMDB orders the log by commit number
@@ -252,8 +250,11 @@ class Environment:
 
     def _check_room(self, writer: WriteTransaction) -> None:
         """Raise ResourceExhausted if the write makes tables larger and leaves too few free pages for later deletes."""
-        if writer.grown_pages() > 0 and count_pages(writer.txn) > usable_pages(self.handle.env.info()["map_size"]):
-            raise map_full_error(self.path)
+        if writer.grown_pages() <= 0:
+            return
+        map_bytes, map_size = self.handle.env.info()["map_size"], StoreSettings.of(writer.txn).map_size
+        if count_pages(writer.txn) > usable_pages(map_bytes, map_size):
+            raise map_full_error(self.path, map_size if map_size and map_size < map_bytes else None)
 
     def is_writing(self) -> bool:
         """Return whether this thread is inside write()."""
@@ -407,7 +408,10 @@ class WriteTransaction:
         self._value_pages += value_pages(entry)
         log_bytes += len(entry)
         log_sum = known.log ^ entry_checksum(_log_key(last), entry)
-        while oldest <= last and (last - oldest >= LIMITS.change_log_commits or log_bytes > LIMITS.change_log_bytes):
+        settings = StoreSettings.of(self.txn)
+        commits_most = settings.log_commits or LIMITS.change_log_commits
+        bytes_most = settings.log_bytes or LIMITS.change_log_bytes
+        while oldest <= last and (last - oldest >= commits_most or log_bytes > bytes_most):
             value = self._take(_log_key(oldest))
             if value is not None:
                 self._value_pages -= value_pages(value)
@@ -420,11 +424,6 @@ class WriteTransaction:
         catalog_sum = crc32c(self.get_catalog() or b"") if CATALOG_CHANGE in self._changes else known.catalog
         self.txn.put(CHECKSUMS_KEY, Checksums(catalog_sum, crc32c(state), log_sum).pack())
         return True
-
-
-def value_pages(value: Any) -> int:
-    """Return the number of overflow pages that LMDB uses for the value of a log entry."""
-    return 0 if len(value) <= INLINE_BYTES else (len(value) + PAGE_HEADER_BYTES + PAGE_BYTES - 1) // PAGE_BYTES
 
 
 def count_pages(txn: Transaction) -> int:

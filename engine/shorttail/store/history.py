@@ -23,6 +23,7 @@ from shorttail.store.lmdb_handle import Transaction
 Json = dict[str, Any]
 
 PREFIX: Final = b"h"
+BACKED_UP: Final = "backed up"  # the action of the event of a backup, whose detail has its path and its commit
 _NUMBER: Final = struct.Struct(">Q")
 _SUM: Final = struct.Struct("<I")
 

@@ -27,7 +27,7 @@ PAGE_BYTES = 4096
 HEADER_TRIES = 5  # a meta page, or the length of the file, may be read while a writer changes it
 BUSY_TRIES = 100  # tries during which others commit
 TRY_WAIT_S = 0.02
-FORMAT_KEY, CATALOG_KEY, STATE_KEY = b"format", b"catalog", b"state"
+FORMAT_KEY, CATALOG_KEY, STATE_KEY, SETTINGS_KEY = b"format", b"catalog", b"state", b"settings"
 
 # The fields of a meta page and their values in a store: struct MDB_meta of LMDB 0.9, data format 1, after a page header
 # of 16 bytes. LMDB keeps the page size and the flags in the record of the free list's database.
@@ -107,8 +107,8 @@ def header_problems(path: Path) -> list[str]:
 def opening_problems(path: Path) -> list[str]:
     """Return why LMDB must not open the file, or what opening a store reads is damaged. Raises OSError.
 
-    Reads a few pages: the meta pages and those on the way to the catalog, the state and their checksums. Only if the
-    file lacks unused pages at its end, all pages of the trees are read. Works while others write.
+    Reads a few pages: the meta pages and those on the way to the catalog, the state, their checksums and the settings.
+    Only if the file lacks unused pages at its end, all pages of the trees are read. Works while others write.
     """
     return _problems(path, _check_opening)
 
@@ -160,7 +160,7 @@ def _check_opening(file: DataFile) -> None:
             tree.check(values=True)
         except ValueError as error:
             raise Damaged(f"data.mdb has {file.n_pages} of {file.newer.n_pages} pages; {error}") from None
-    for key in (FORMAT_KEY, CATALOG_KEY, STATE_KEY, CHECKSUMS_KEY):
+    for key in (FORMAT_KEY, CATALOG_KEY, STATE_KEY, CHECKSUMS_KEY, SETTINGS_KEY):
         tree.check_path(key)
     value = tree.get(CHECKSUMS_KEY)
     sums = Checksums.unpack(value)

@@ -246,6 +246,11 @@ class LmdbHandle:
                 ) from error
             raise
 
+    def sync(self) -> None:
+        """Flush the last commit to the disk, which LMDB does itself unless the store's durability is "system"."""
+        with translate_errors(self.path):
+            self.env.sync(True)
+
     @property
     def is_broken(self) -> bool:
         """Whether recover() must be called. Open read transactions stay usable."""

@@ -19,12 +19,14 @@ from types import TracebackType
 from typing import Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from shorttail._native.pages import Layout, PageImages, RowPartitions, RowRange
 from shorttail.config import LIMITS
 from shorttail.define.tables import Stored, TableInfo
 from shorttail.errors import Internal, InvalidArgument, ResourceExhausted
 from shorttail.store.environment import Environment
+from shorttail.store.erased import Erased
 from shorttail.store.lmdb_file import PAGE_BYTES
 from shorttail.store.opening import translate_errors
 from shorttail.store.table import UNTIMED, ColumnBatch, Source, depth_to_grow, make_layout, split_batches, table_columns
@@ -39,6 +41,8 @@ ROWS_PER_PAGE_MIN = 8
 YIELD_S = 0.001
 
 Progress = Callable[[int], object]  # receives the number of rows done since its last call
+Piece = tuple[Sequence[Source], int, NDArray[np.bool_] | None]
+"""Rows for a table: their columns in its order (keys, event time, columns), how many, and which are erased, if any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,25 +180,28 @@ def timed(batches: Iterable[ColumnBatch], now_us: int) -> Iterator[ColumnBatch]:
         yield replace(batch, event_time_us=np.where(untimed, now_us, batch.event_time_us)) if untimed.any() else batch
 
 
-def partition_rows(
-    parts: Partitions, pieces: Iterable[tuple[Sequence[Source], int]], view_name: str, counter: ProgressCounter
-) -> None:
-    """Put all rows into partitions. pieces: the columns of a row, in the order of the table, and how many rows."""
-    for columns, n_rows in pieces:
-        at = 0
-        while at < n_rows:
-            try:
-                at = parts.rows.add(columns, at, n_rows)
-            except ValueError as error:
-                raise InvalidArgument(f"feature view '{view_name}': {error}") from None
-            if at < n_rows:
-                parts.spill()
+def partition_rows(parts: Partitions, pieces: Iterable[Piece], view_name: str, counter: ProgressCounter) -> int:
+    """Put all rows into partitions that are not erased. Return the number of those that are."""
+    n_erased = 0
+    for columns, n_rows, erased in pieces:
+        at, gone = 0, [] if erased is None else np.flatnonzero(erased).tolist()
+        for stop in (*gone, n_rows):
+            while at < stop:
+                try:
+                    at = parts.rows.add(columns, at, n_rows, stop)
+                except ValueError as error:
+                    raise InvalidArgument(f"feature view '{view_name}': {error}") from None
+                if at < stop:
+                    parts.spill()
+            at = stop + 1
+        n_erased += len(gone)
         counter.read += n_rows
         counter.report()
+    return n_erased
 
 
-def given_rows(stored: Stored, batches: Iterable[ColumnBatch], now_us: int) -> Iterator[tuple[Sequence[Source], int]]:
-    """Yield the rows of batches as `partition_rows` takes them. Rows without event times have now_us.
+def given_rows(stored: Stored, batches: Iterable[ColumnBatch], now_us: int, erased: Erased) -> Iterator[Piece]:
+    """Yield the rows of batches. Those without event times have now_us. erased: the keys of the view's entity.
 
     Raises InvalidArgument for partial rows and wrong columns.
     """
@@ -203,7 +210,8 @@ def given_rows(stored: Stored, batches: Iterable[ColumnBatch], now_us: int) -> I
             raise InvalidArgument(
                 f"feature view '{stored.view.name}': a load replaces whole rows, so give all their features"
             )
-        yield table_columns(stored, piece), len(piece)
+        columns, keys = table_columns(stored, piece), list(stored.view.keys)
+        yield columns, len(piece), erased.mask(dict(zip(keys, columns, strict=False)), columns[len(keys)][0])
 
 
 def write_table(environment: Environment, stored: Stored, parts: Partitions, counter: ProgressCounter) -> int:

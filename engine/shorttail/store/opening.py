@@ -19,6 +19,7 @@ from shorttail.errors import InvalidArgument, NotFound, PermissionDenied, Resour
 from shorttail.store.files import check_own, open_reserved
 from shorttail.store.lmdb_file import PAGE_BYTES, opening_problems
 from shorttail.store.mapping import MAP_VARIABLE, map_full_error, plan_map
+from shorttail.store.settings import StoreSettings
 
 LMDB_ENGINE = 0  # LMDB 0.9: the size of page images depends on its page header of 16 bytes
 _LOCK_BYTES = 128 + 64 * LIMITS.readers  # of lock.mdb: LMDB's mutexes and counters, and a cache line for each reader
@@ -80,8 +81,17 @@ def open_lmdb(path: Path, create: bool) -> Any:
     if data.exists() and data.stat().st_size and (problems := opening_problems(path)):
         raise damaged_store(path, problems[0])
     check_lock_file(path)
-    env = _lmdb_environment(path, create)
-    env.reader_check()  # frees the reader slots of killed processes, so that their pages can be reused
+    env = _lmdb_environment(path, create, StoreSettings())
+    try:
+        env.reader_check()  # frees the reader slots of killed processes, so that their pages can be reused
+        with env.begin() as txn:
+            settings = StoreSettings.of(txn)
+    except BaseException:
+        env.close()
+        raise
+    if settings.durability == "system" or (settings.map_size or 0) > env.info()["map_size"]:
+        env.close()  # only an open store tells its settings, and LMDB takes these when it opens it
+        env = _lmdb_environment(path, create, settings)
     return env
 
 
@@ -115,12 +125,13 @@ def reserve_lock_file(path: Path) -> None:
     os.close(open_reserved(lock, size_bytes or _LOCK_BYTES))
 
 
-def _lmdb_environment(path: Path, create: bool) -> Any:
+def _lmdb_environment(path: Path, create: bool, settings: StoreSettings) -> Any:
     reserve_lock_file(path)
     try:
         return lmdb.open(
             str(path),
-            map_size=plan_map(path),
+            map_size=plan_map(path, settings.map_size),
+            metasync=settings.durability != "system",
             max_readers=LIMITS.readers,
             max_spare_txns=8,  # py-lmdb renews ended read transactions, which is cheaper than a new one
             create=create,

@@ -18,6 +18,7 @@ from shorttail.define.tables import Stored
 from shorttail.errors import Internal
 from shorttail.store.edits import EditRun, TableEdits
 from shorttail.store.environment import WriteTransaction
+from shorttail.store.erased import Erased
 from shorttail.store.lmdb_handle import Transaction
 from shorttail.store.table import row_dtype
 
@@ -47,11 +48,11 @@ def take(writer: WriteTransaction, stored: Stored, layout: Layout, entries: int,
     taken = taken_bytes = 0
     for key, value in list(_first(writer.txn, stored.table.id, entries, size_bytes)):
         now_us, steps = _decode(value, stored.view.name)
-        edits = TableEdits(stored, layout)
+        edits = TableEdits(stored, layout, Erased(stored.view.entity.name))  # what was erased is not in the list
         dtype = row_dtype(layout)
         for upsert, sizes, given, parts in steps:
             read = [(np.frombuffer(bytearray(rows), dtype), arena) for rows, arena in parts]
-            edits.steps.append(EditRun(upsert, list(range(len(sizes))), sizes, given, read))
+            edits.steps.append(EditRun(upsert, list(range(len(sizes))), sizes, [0] * len(sizes), given, read))
         edits.apply(writer, now_us, first=taken == 0)
         writer.delete_value(key)
         taken, taken_bytes = taken + 1, taken_bytes + len(value)

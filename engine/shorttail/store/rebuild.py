@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import fcntl
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Final
@@ -27,11 +27,13 @@ from shorttail.results import RowCount
 from shorttail.store import history, pending
 from shorttail.store.commits import is_current
 from shorttail.store.environment import Environment
+from shorttail.store.erased import Erased
 from shorttail.store.history import Event
 from shorttail.store.leftovers import drop_leftovers, drop_unused, load_lock
 from shorttail.store.load import (
     Budget,
     Partitions,
+    Piece,
     Progress,
     ProgressCounter,
     given_rows,
@@ -64,11 +66,12 @@ def load(
     """Replace all rows of a view by the rows in batches. Returns the number of rows stored, with the other counts.
 
     Of several rows with equal keys, the row with the latest event time is stored; if the event times are equal too, the
-    row that was given last. Rows without event times get the time at which the load began. The rows go into a new
-    table, which replaces the old table in one commit at the end: readers see either all new rows or none, and a failed
-    load changes nothing. Upserts and deletes during the load are applied to the old table, and to the new one after its
-    rows. Other writers wait at most for one commit of LIMITS.load_commit_bytes at a time. Only one load per store runs
-    at a time; other loads wait. The old table is kept for `views rollback`, until the next load.
+    row that was given last. Rows without event times get the time at which the load began. Rows whose keys were erased
+    (erased.py) after their events are dropped, and counted as older. The rows go into a new table, which replaces the
+    old table in one commit at the end: readers see either all new rows or none, and a failed load changes nothing.
+    Upserts and deletes during the load are applied to the old table, and to the new one after its rows. Other writers
+    wait at most for one commit of LIMITS.load_commit_bytes at a time. Only one load per store runs at a time; other
+    loads wait. The old table is kept for `views rollback`, until the next load.
 
     memory_bytes: the memory budget (default LIMITS.load_memory_bytes), without the batches themselves. Rows beyond it
     go to an unnamed file in the store's directory. progress: called with numbers of rows whose sum is the number of
@@ -150,20 +153,22 @@ class Rebuild:
         name = before.view.name
         stored, reading = Stored(rows.definition, table), Stored(rows.read or rows.definition, table)
         read_before = self.counter.read
+        erased = Erased.newest(self.environment, before.view.entity.name)  # what is erased later is deleted from it
         with ExitStack() as files:
             parts = Partitions(make_layout(stored), self.budget, self.environment.path, name, files)
             if scan is not None:
                 with scan:
                     partition_rows(parts, carried_rows(scan, before.table, table), name, self.counter)
-            partition_rows(parts, given_rows(reading, rows.batches, clock.now_us()), name, self.counter)
+            pieces = given_rows(reading, rows.batches, clock.now_us(), erased)
+            n_erased = partition_rows(parts, pieces, name, self.counter)
             given = self.counter.read - read_before
-            check(given)  # before anything is written; equal keys are not known yet
+            check(given - n_erased)  # before anything is written; equal keys are not known yet
             table = with_page_size(table, parts.rows)
             stored = Stored(rows.definition, table)
             n_rows = write_table(self.environment, stored, parts, self.counter)
             check(n_rows)
             self.pages += parts.rows.image_bytes // table.page_bytes if table.page_bytes else 0
-            older = parts.older
+            older = parts.older + n_erased
         self._catch_up(stored)
         self.tables[name] = table
         return RowCount(n_rows, given, older, given - n_rows - older)
@@ -255,20 +260,20 @@ class Rebuild:
             catalog.previous[view_name] = old
 
 
-def carried_rows(scan: TableScan, old: TableInfo, new: TableInfo) -> Iterator[tuple[Sequence[Source], int]]:
-    """Yield the rows of an old table with the columns of a new one, as partition_rows() takes them."""
+def carried_rows(scan: TableScan, old: TableInfo, new: TableInfo) -> Iterator[Piece]:
+    """Yield the rows of an old table with the columns of a new one."""
     n_before = len(old.keys) + 1
     for batch in scan:
         n = batch[0].n
         sources = [(column.values, column.ends, column.nulls()) for column in batch]
-        columns = sources[:n_before]
+        columns: list[Source] = sources[:n_before]
         for column in new.columns:
             place = old.place.get(column.number, None if column.was is None else old.place.get(column.was))
             if place is None:
                 columns.append(null_column(column.dtype, n))
             else:
                 columns.append(widened(sources[n_before + place], column.dtype))
-        yield columns, n
+        yield columns, n, None
 
 
 def committed_catalog(environment: Environment) -> Catalog:

@@ -24,7 +24,8 @@ from shorttail.define.dtypes import DType, Timestamp
 from shorttail.define.views import FeatureView
 from shorttail.errors import DeadlineExceeded, ShorttailError
 from shorttail.store.edits import damaged_table
-from shorttail.store.environment import PAGE_HEADER_BYTES, Environment
+from shorttail.store.environment import Environment
+from shorttail.store.mapping import PAGE_HEADER_BYTES
 from shorttail.store.table import Array, ColumnBatch, encode_keys, make_layout
 
 Choose = Callable[[FeatureView], Sequence[int]]

@@ -8,9 +8,10 @@ from typing import Any
 
 from shorttail.store.environment import Environment, Transaction, count_pages, log_entries, table_ids, table_prefix
 from shorttail.store.lmdb_file import PAGE_BYTES
+from shorttail.store.mapping import PAGE_HEADER_BYTES
+from shorttail.store.settings import StoreSettings
 from shorttail.store.snapshot import Snapshot
 
-PAGE_HEADER_BYTES = 16
 META_PAGES = 2
 
 Stats = dict[str, Any]
@@ -36,7 +37,7 @@ def store_stats(store: Snapshot) -> Stats:
             "max_clock_skew_us": store.catalog.max_clock_skew_us,
             "file_bytes": (environment.path / "data.mdb").stat().st_size,
             "free_bytes": max(info["last_pgno"] + 1 - used, 0) * PAGE_BYTES,
-            "map_bytes": info["map_size"],
+            "map_bytes": min(info["map_size"], StoreSettings.of(txn).map_size or info["map_size"]),
             "change_log": {
                 "oldest_commit": log[0][0] if log else None,
                 "commits": len(log),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -10,15 +10,21 @@ from shorttail.define import clock
 from shorttail.define.catalog import Catalog
 from shorttail.define.durations import duration_text
 from shorttail.define.identity import Definition
+from shorttail.define.views import FeatureView
 from shorttail.errors import InvalidArgument, ShorttailError
 from shorttail.results import RowCount
 from shorttail.store import commits, history
 from shorttail.store.edits import Delete, Edit, TableDamaged, Upsert
-from shorttail.store.environment import table_pages
+from shorttail.store.environment import Environment, count_pages, table_pages
+from shorttail.store.erased import Erased
+from shorttail.store.erasing import Erasure, erase
 from shorttail.store.history import Event
 from shorttail.store.leftovers import forget_dead
+from shorttail.store.lmdb_file import PAGE_BYTES, SETTINGS_KEY
 from shorttail.store.load import Progress
+from shorttail.store.mapping import size_text, usable_pages
 from shorttail.store.rebuild import load
+from shorttail.store.settings import StoreSettings
 from shorttail.store.snapshot import Snapshot
 from shorttail.store.table import (
     Array,
@@ -38,6 +44,11 @@ class Store(Snapshot):
     Any number of Stores may be open on one path, in this and other processes; writers take turns. Thread-safe; for
     lookups see Snapshot.enter(). A write does not move the snapshot: the next enter() or refresh() shows its rows.
     """
+
+    def __init__(self, environment: Environment) -> None:
+        """Called by open() only."""
+        super().__init__(environment)
+        self._erased: dict[str, Erased] = {}  # entity -> the list as of its last upsert
 
     def upsert(self, view_name: str, batch: ColumnBatch) -> RowCount:
         """Insert rows. A stored row with an equal key is replaced unless its event time is later. Returns their count.
@@ -64,6 +75,12 @@ class Store(Snapshot):
             removed += self._commit_one(Delete(view_name, [column[start : start + COMMIT_ROWS] for column in keys]))
         return removed
 
+    def delete_entity(self, entity: str, keys: Mapping[str, Array]) -> Erasure:
+        """Delete the rows of these keys in every view of an entity, and keep them away: see erasing.erase()."""
+        erasure = erase(self.environment, entity, keys, self.event("deleted", f"entity {entity}"))
+        self.release_if_stale()
+        return erasure
+
     def _commit_one(self, edit: Edit) -> Any:
         (outcome,) = self.commit([edit])
         if isinstance(outcome, ShorttailError):
@@ -87,10 +104,10 @@ class Store(Snapshot):
                 with self.environment.write() as writer:
                     catalog, now_us = forget_dead(writer, self._parse(writer.get_catalog())), clock.now_us()
                     for view in views:
-                        if view.is_current(catalog):
+                        if view.is_current(catalog, writer):
                             outcomes |= view.apply(writer, now_us)
                         else:
-                            waiting += view.numbers  # it has another table: encode for that one
+                            waiting += view.numbers  # it has another table, or keys were erased: encode again
             except TableDamaged as fault:
                 # The whole transaction is aborted and repeated: without the edit that found the damage or, if a step of
                 # several edits found it, with every edit encoded separately.
@@ -113,12 +130,19 @@ class Store(Snapshot):
         views = []
         for name, numbered in by_view.items():
             try:
-                view, errors = ViewEdits.encode(catalog, name, numbered, separately)
+                view, errors = ViewEdits.encode(
+                    catalog, name, numbered, separately, self._newest_erased(catalog.view(name))
+                )
                 outcomes |= errors
                 views.append(view)
             except ShorttailError as error:
                 outcomes |= {number: error for number, _ in numbered}
         return [view for view in views if view.numbers]
+
+    def _newest_erased(self, view: FeatureView) -> Erased:
+        name = view.entity.name
+        self._erased[name] = Erased.newest(self.environment, name, self._erased.get(name))
+        return self._erased[name]
 
     def newest_catalog(self) -> Catalog:
         """Return the catalog as of the last commit of any process. The caller must not change it."""
@@ -187,6 +211,33 @@ class Store(Snapshot):
         writer = self.environment.writer
         assert writer is not None
         return sum(count_rows(page) for _, page in table_pages(writer.txn, table_id))
+
+    def set_setting(self, name: str, text: str) -> None:
+        """Change a setting of StoreSettings for all processes. text: as a user writes it; "default" unsets it.
+
+        Raises InvalidArgument for a wrong value, and a map_size that the store has passed already.
+        """
+        with self.environment.write() as writer:
+            before = StoreSettings.of(writer.txn)
+            changed = before.with_value(name, text)
+            if changed == before:
+                return
+            used = count_pages(writer.txn)
+            if changed.map_size is not None and used > usable_pages(changed.map_size):
+                raise InvalidArgument(
+                    f"map_size {text!r}: {size_text(used * PAGE_BYTES)} of store '{self.path}' are in use, and deletes "
+                    "need some room; give more, or delete rows first"
+                )
+            writer.txn.put(SETTINGS_KEY, changed.encode())
+            catalog = self._parse(writer.get_catalog())
+            event = self.event("set", name, {"to": changed.shown()[name]})
+            history.append(writer.txn, event, catalog, catalog)
+        self.environment.handle.sync()
+
+    def settings(self) -> StoreSettings:
+        """Return the settings that the catalog does not have, as of the last commit."""
+        with self.environment.read() as txn:
+            return StoreSettings.of(txn)
 
     # -- bulk load -------------------------------------------------------------------------------------------------
 

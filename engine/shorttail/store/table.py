@@ -199,7 +199,7 @@ def source_columns(view: FeatureView, batch: ColumnBatch) -> list[Source]:
     Raises InvalidArgument for wrong columns.
     """
     batch.check(view)
-    columns = _key_columns(view, batch.keys)
+    columns = key_sources(view, batch.keys)
     where = f"feature view '{view.name}': event times"
     columns.append((_numbers(batch.event_time_us, Int64, len(batch), where), None, None))
     for f, (values, mask) in zip(batch.numbers(view), batch.features, strict=True):
@@ -245,7 +245,8 @@ def null_column(dtype: DType, n: int) -> Source:
     return np.zeros((n, dtype.width) if dtype.is_vector else n, dtype.numpy), None, np.ones(n, np.bool_)
 
 
-def _key_columns(view: FeatureView, keys: Sequence[Array | Texts]) -> list[Source]:
+def key_sources(view: FeatureView, keys: Sequence[Array | Texts]) -> list[Source]:
+    """Return key columns as native code takes them. Raises InvalidArgument for wrong ones."""
     columns: list[Source] = []
     for (name, dtype), values in zip(view.keys.items(), keys, strict=True):
         where = f"feature view '{view.name}': key '{name}'"
@@ -375,7 +376,7 @@ def given_columns(stored: Stored, batch: ColumnBatch) -> NDArray[np.bool_] | Non
 
 def encode_keys(layout: Layout, view: FeatureView, keys: Sequence[Array]) -> tuple[NDArray[np.void], _Arena]:
     """Return rows in which only the keys are set, and the arena of their strings. Raises InvalidArgument."""
-    return _encode_keys(layout, view, _key_columns(view, keys), count_keys(keys))
+    return _encode_keys(layout, view, key_sources(view, keys), count_keys(keys))
 
 
 def count_keys(keys: Sequence[Array | Texts]) -> int:
