@@ -58,7 +58,7 @@ def main() -> None:
         say(f"AUC {offline_auc:.6f}")
 
     with step("Register the definitions"):
-        shorttail("apply", DEMO / "definitions.py", "--store", OUT / "store")
+        shorttail("apply", DEMO / "definitions.py", "--store", OUT / "store", "--create")
     with step("Load the features into the store"):
         shorttail("materialize", "--store", OUT / "store")
 

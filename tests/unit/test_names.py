@@ -381,7 +381,7 @@ def test_terminal_codes_in_rows_are_escaped(tmp_path: Path) -> None:
     with st.Engine.open(tmp_path / "store", create=True) as engine:
         engine.apply([view])
         engine.push("v", {"k": ["a\nb"], "f": ["\x1b[2J"]})
-    out = run_well("features", "v:f", 'k="a\nb"', "--store", str(tmp_path / "store"), "--create").out
+    out = run_well("features", "v:f", 'k="a\nb"', "--store", str(tmp_path / "store")).out
     assert out.splitlines() == ["k     v:f", r"a\nb  \x1b[2J"]
 
 
@@ -401,7 +401,7 @@ def test_names_in_the_model_file_may_be_any_text(tmp_path: Path) -> None:
         engine.apply([model])
         assert engine.predict("m", {"a": [2.0]}).outputs["\x1b[31mp\n"].tolist() == [2.0]
     for command in (["models", "list"], ["models", "show", "m"], ["predict", "m", "a=1"]):
-        out = run_well(*command, "--store", str(tmp_path / "store"), "--create").out
+        out = run_well(*command, "--store", str(tmp_path / "store")).out
         assert all(line.isprintable() for line in out.split("\n"))
         assert r"\x1b[31mp\n" in out
     (tmp_path / "d.py").write_text(

@@ -275,11 +275,11 @@ def test_commands_make_nothing_that_others_can_write(open_umask: None, tmp_path:
     write_project(tmp_path)
     (tmp_path / "inside").mkdir(mode=0o755)
     for command in (
-        ["apply", "definitions.py", "--store", "inside/store", "--create"],
-        ["backup", "inside/copy", "--store", "inside/store", "--create"],
+        ["apply", "definitions.py", "--create"],
+        ["backup", "inside/copy"],
     ):
         done = subprocess.run(
-            [*SHORTTAIL, *command, "--store", "inside/store", "--create"],
+            [*SHORTTAIL, *command, "--store", "inside/store"],
             cwd=tmp_path,
             capture_output=True,
             text=True,

@@ -14,7 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -35,6 +35,7 @@ from shorttail.models.load import Runner, load_runner
 from shorttail.models.settings import RunSettings, tuned
 from shorttail.store import Store
 from shorttail.store.files import model_path
+from shorttail.store.preparing import not_ready
 
 log = logging.getLogger(__name__)
 
@@ -369,7 +370,8 @@ class Versions:
             self._loading.add(key)
             # ONNX Runtime's own threads would inherit, and keep, the low priority of the thread that starts them.
             low_priority = key.settings.threads == 1 and self._device == CPU
-            self._threads[low_priority].submit(self._load_in_background, *job)
+            # Held from here on, so that who waits for readers waits for this too.
+            self._threads[low_priority].submit(self._load_in_background, not_ready(self._store.environment), *job)
 
     def _load(self, key: Key, info: VersionInfo, catalog: Catalog) -> Runner | ShorttailError:
         path = model_path(self._store.path, key.model, key.version)
@@ -410,17 +412,20 @@ class Versions:
         if (known is None or known[1].message != outcome.message) and (before or other != key.version):
             log.warning("%s; version %d serves", outcome.message, other)
 
-    def _load_in_background(self, key: Key, info: VersionInfo, catalog: Catalog, catalog_version: int) -> None:
-        sys.setswitchinterval(LOADING_SWITCH_S)
-        try:
-            outcome = self._load(key, info, catalog)
-        finally:
-            sys.setswitchinterval(SWITCH_S)
-        with self.lock:
-            self._loading.discard(key)
-            self._record(key, catalog_version, outcome)
-            self.changes += 1
-        self._changed()
+    def _load_in_background(
+        self, held: ExitStack, key: Key, info: VersionInfo, catalog: Catalog, catalog_version: int
+    ) -> None:
+        with held:
+            sys.setswitchinterval(LOADING_SWITCH_S)
+            try:
+                outcome = self._load(key, info, catalog)
+            finally:
+                sys.setswitchinterval(SWITCH_S)
+            with self.lock:
+                self._loading.discard(key)
+                self._record(key, catalog_version, outcome)
+                self.changes += 1
+            self._changed()
 
 
 def lower_priority() -> None:

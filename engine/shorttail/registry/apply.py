@@ -29,6 +29,7 @@ from shorttail.registry.changes import Change, plural
 from shorttail.registry.examples import read_examples
 from shorttail.registry.planning import ChangePlan, NewTable, Options, Prepared, plan_changes
 from shorttail.store.load import Budget
+from shorttail.store.preparing import wait_until_ready
 from shorttail.store.rebuild import Filling, Rebuild, rebuilding
 
 if TYPE_CHECKING:
@@ -241,7 +242,7 @@ def stale_text(store: Store, name: str, before_us: int, after_us: int) -> str:
 
 def wait_for_readers(store: Store) -> bool:
     """Wait until every process that has the store open answers from the newest commit. Return False after WAIT_S."""
-    return store.environment.handle.wait_for_readers(WAIT_S)
+    return wait_until_ready(store.environment, WAIT_S)
 
 
 def vet_new(plan: ChangePlan, prepared: Prepared) -> None:

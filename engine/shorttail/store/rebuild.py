@@ -9,7 +9,6 @@ nothing has changed, and the next writer forgets the new tables (leftovers.py).
 
 from __future__ import annotations
 
-import fcntl
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -41,7 +40,7 @@ from shorttail.store.load import (
     with_page_size,
     write_table,
 )
-from shorttail.store.preparing import ready_file
+from shorttail.store.preparing import wait_until_ready
 from shorttail.store.scan import TableScan
 from shorttail.store.table import ColumnBatch, Source, make_layout, null_column, widened
 
@@ -50,7 +49,6 @@ PENDING_COMMIT_ENTRIES: Final = 256
 YIELD_S: Final = 0.001  # the write lock is not fair: without this pause, waiting writers may never get it
 READY_PAGES: Final = 4096  # the directory of a smaller table is built in less than a millisecond
 READY_WAIT_S: Final = 30.0
-POLL_S: Final = 0.01
 
 
 def load(
@@ -214,17 +212,8 @@ class Rebuild:
 
         A reader that was not ready builds the directory at its first lookup, which takes no time for a small table.
         """
-        if self.pages < READY_PAGES or not self.environment.handle.other_processes():
-            return
-        end_s = time.monotonic() + READY_WAIT_S
-        self.environment.handle.wait_for_readers(READY_WAIT_S)
-        time.sleep(2 * LIMITS.idle_refresh_ms / 1000)  # idle workers look for commits so often
-        with ready_file(self.environment) as fd:
-            while time.monotonic() < end_s:
-                with suppress(BlockingIOError):
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    return
-                time.sleep(POLL_S)
+        if self.pages >= READY_PAGES:
+            wait_until_ready(self.environment, READY_WAIT_S)
 
     def drop_previous(self, view_name: str) -> None:
         """Drop the table that `views rollback` would return to, so that a load finds its room free."""
