@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import secrets
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import astuple, dataclass, field, replace
+from typing import Any, Final
 
 from shorttail.config import LIMITS
 from shorttail.define.dtypes import Bool, DType, Float32, Float64, Int32, Int64, String
@@ -19,6 +19,8 @@ from shorttail.define.views import Feature, FeatureView
 from shorttail.errors import Internal, NotFound
 
 Json = dict[str, Any]
+
+PAGE_FORMAT: Final = 3  # of the pages of new tables
 
 # ONNX element type -> our type. A model with another type (float16, a map, a sequence) is refused at registration.
 TENSOR_TYPES: dict[str, DType] = {
@@ -36,12 +38,13 @@ class TableInfo:
     """The table that holds a view's rows. It has no pages until its first row is written.
 
     id: from 1 on, never reused (in the change log 0 stands for the catalog). seed: of the hash of keys.
-    page_bytes: size of a page, 0 to let the layout choose it.
+    page_bytes: size of a page, 0 to let the layout choose it. page_format: of its pages (docs/format.md).
     """
 
     id: int
     seed: int
     page_bytes: int = 0
+    page_format: int = 2  # of a table whose entry says nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,10 +283,14 @@ class Catalog:
 
     def new_table(self, view_name: str) -> TableInfo:
         """Give the view a new, empty table, which replaces its present table."""
+        table = self.tables[view_name] = self.reserve_table()
+        return table
+
+    def reserve_table(self) -> TableInfo:
+        """Return a new, empty table, which belongs to no view yet."""
         # The seed has 63 bits, so that every JSON reader keeps it exact. It is random, so that nobody can choose keys
         # that collide.
-        table = TableInfo(self.next_table_id, secrets.randbits(63))
-        self.tables[view_name] = table
+        table = TableInfo(self.next_table_id, secrets.randbits(63), page_format=PAGE_FORMAT)
         self.next_table_id += 1
         return table
 
@@ -292,7 +299,7 @@ class Catalog:
         document = {
             "entities": [entity.to_json() for entity in self.entities.values()],
             "views": [view.to_json() for view in self.views.values()],
-            "tables": {name: [table.id, table.seed, table.page_bytes] for name, table in self.tables.items()},
+            "tables": {name: list(astuple(table)) for name, table in self.tables.items()},
             "models": {name: entry.to_json() for name, entry in self.models.items()},
             "next_table_id": self.next_table_id,
             "max_clock_skew_us": self.max_clock_skew_us,

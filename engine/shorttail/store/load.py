@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -322,8 +321,9 @@ class PageWriter:
         self.n_rows = 0
         self._environment = environment
         self._counter = counter
-        self._building = PageImages(layout, table_id, commit_bytes)
-        self._writing = PageImages(layout, table_id, commit_bytes)
+        commit = last_commit(environment)
+        self._building = PageImages(layout, table_id, commit_bytes, commit)
+        self._writing = PageImages(layout, table_id, commit_bytes, commit)
         self._thread = ThreadPoolExecutor(1, "shorttail-load")
         self._commit: Future[None] | None = None
 
@@ -359,17 +359,28 @@ class PageWriter:
             self._counter.report()
 
     def _put(self, images: PageImages) -> None:
-        with self._environment.write() as writer:
-            cursor = writer.txn.cursor()
-            first_key, _ = next(iter(images))
-            # Appending is possible only at the end of LMDB's keys. A table that was made later has higher keys and may
-            # already have rows.
-            append = not cursor.last() or bytes(cursor.key()) < first_key
-            _, added = cursor.putmulti(images, append=append)
-            if added != len(images):
-                raise Internal(f"store '{self._environment.path}' took {added} of {len(images)} pages of a load")
-            writer.n_pages += added
-        time.sleep(YIELD_S)  # the write lock is not fair: without this pause, waiting writers may never get it
+        put_images(self._environment, images)
+
+
+def put_images(environment: Environment, images: PageImages) -> None:
+    """Commit pages of a table that the catalog does not name yet."""
+    with environment.write() as writer:
+        cursor = writer.txn.cursor()
+        first_key, _ = next(iter(images))
+        # Appending is possible only at the end of LMDB's keys. A table that was made later has higher keys and may
+        # already have rows.
+        append = not cursor.last() or bytes(cursor.key()) < first_key
+        _, added = cursor.putmulti(images, append=append)
+        if added != len(images):
+            raise Internal(f"store '{environment.path}' took {added} of {len(images)} pages of a new table")
+        writer.n_pages += added
+    time.sleep(YIELD_S)  # the write lock is not fair: without this pause, waiting writers may never get it
+
+
+def last_commit(environment: Environment) -> int:
+    """Return the number of the last commit."""
+    with environment.read() as txn:
+        return environment.sequence(txn)
 
 
 class _ProgressCounter:
@@ -431,8 +442,7 @@ def _committed_catalog(environment: Environment) -> Catalog:
 def _new_table(environment: Environment) -> TableInfo:
     """Reserve a table id in the catalog and return the new table, which belongs to no view yet."""
     with edit_catalog(environment) as catalog:
-        table = TableInfo(catalog.next_table_id, secrets.randbits(63))
-        catalog.next_table_id += 1
+        table = catalog.reserve_table()
     return table
 
 

@@ -161,7 +161,7 @@ def make_layout(view: FeatureView, table: TableInfo) -> Layout:
     keys = bytes(dtype.code for dtype in view.keys.values())
     features = [(feature.dtype.code, feature.dtype.width) for feature in view.features]
     try:
-        return Layout(keys, features, table.seed, table.page_bytes)
+        return Layout(keys, features, table.seed, table.page_bytes, table.page_format)
     except ValueError as error:
         raise InvalidArgument(f"feature view '{view.name}': {error}") from None
 
@@ -171,7 +171,7 @@ def row_dtype(layout: Layout) -> np.dtype[Any]:
 
     A string is (offset, length), uint32 each.
     """
-    scalar = {1: "u1", 2: "<i4", 3: "<i8", 4: "<f4", 5: "<f8", 6: ("<u4", (2,)), 7: "<i8"}
+    scalar = {1: "u1", 2: "<i4", 3: "<i8", 4: "<f4", 5: "<f8", 6: ("<u4", (2,)), 7: "<i8", 10: ("<u4", (2,))}
     fields: list[tuple[str, Any, int]] = [
         (f"k{k}", scalar[code], layout.key_offsets[k]) for k, code in enumerate(layout.key_codes)
     ]
