@@ -18,6 +18,7 @@ import click
 from shorttail.cli.bench import bench
 from shorttail.cli.history import history
 from shorttail.cli.init import init
+from shorttail.cli.migrate import migrate
 from shorttail.cli.models import models
 from shorttail.cli.operate import backup, stat, verify
 from shorttail.cli.options import (
@@ -398,6 +399,7 @@ cli.add_command(delete)
 cli.add_command(history)
 cli.add_command(init)
 cli.add_command(load)
+cli.add_command(migrate)
 cli.add_command(models)
 cli.add_command(push)
 cli.add_command(search)

@@ -137,6 +137,11 @@ def check_entries(txn: Transaction, path: Path) -> Catalog | None:
     if catalog.tables.keys() != catalog.views.keys():
         emit("problem", "the catalog is damaged: its views and its tables differ")
         return None
+    for name, table in catalog.tables.items():
+        if table.page_format != version:
+            emit(
+                "problem", f"the store has format {version}, and view '{name}' has pages of format {table.page_format}"
+            )
     ids = {table.id for table in catalog.tables.values()}
     if len(ids) < len(catalog.tables) or max(ids, default=0) >= catalog.next_table_id:
         emit("problem", "the catalog is damaged: two views share a table, or a table id is too large")

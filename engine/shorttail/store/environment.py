@@ -80,7 +80,6 @@ class Environment:
         self._users = 1
         self._is_store = False  # until _check_format() has found that it is one, or made it one
         self._writing_thread: int | None = None
-        self.migrating_thread: int | None = None  # it may write a store of an older format
         self._checked_s = time.monotonic()  # time of the last clean-up of LMDB's reader table
         self._writer: WriteTransaction | None = None
 
@@ -228,8 +227,7 @@ class Environment:
             try:
                 if self._is_store:
                     self.handle.check_content()
-                    if self.migrating_thread != threading.get_ident():
-                        check_writable(self.path, txn.get(FORMAT_KEY))
+                    check_writable(self.path, txn.get(FORMAT_KEY))
                 self._extend_file()
                 self._check_readers()
                 self._writer = writer = WriteTransaction(self, txn)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -10,6 +13,8 @@ from shorttail.store.opening import damaged_store
 
 FORMAT_VERSION: Final = 3
 OLDEST_FORMAT: Final = 2  # stores of formats before FORMAT_VERSION are read, and written only by `shorttail migrate`
+
+_thread = threading.local()  # `migrates` is True in a thread that may write stores of older formats
 
 
 def read_format(path: Path, value: Any) -> int:
@@ -32,10 +37,20 @@ def read_format(path: Path, value: Any) -> int:
 
 
 def check_writable(path: Path, value: Any) -> None:
-    """Raise InvalidArgument unless the store has the format that this shorttail writes. value: as for read_format()."""
+    """Raise InvalidArgument unless this thread may write a store of this format. value: as for read_format()."""
     version = read_format(path, value)
-    if version < FORMAT_VERSION:
+    if version < FORMAT_VERSION and not getattr(_thread, "migrates", False):
         raise InvalidArgument(
             f"store '{path}' has format {version}, which this shorttail only reads; run `shorttail migrate --store "
             f"{path}`"
         )
+
+
+@contextmanager
+def migrating() -> Iterator[None]:
+    """Let this thread write stores of older formats during the `with` block, to migrate one."""
+    _thread.migrates = True
+    try:
+        yield
+    finally:
+        _thread.migrates = False

@@ -75,8 +75,8 @@ def load(
     """
     budget = Budget.of(memory_bytes)
     environment.handle.check_files()  # before a file is made in a store's folder
-    with _load_lock(environment):
-        _drop_leftovers(environment)
+    with load_lock(environment):
+        drop_leftovers(environment)
         catalog = _committed_catalog(environment)
         view, old = catalog.view(view_name), catalog.tables[view_name]
         shrinking = Shrinking(view_name, 0 if allow_shrink else _count_rows(environment, view, old))
@@ -94,7 +94,7 @@ def load(
             _replace_table(environment, view, old, table, event and _counted(event, count))
         except BaseException:
             with suppress(ShorttailError):  # on failure the next load deletes the leftovers
-                _drop_leftovers(environment)  # not drop_table(table.id): a failed commit may have put it in place
+                drop_leftovers(environment)  # not drop_table(table.id): a failed commit may have put it in place
             raise
         with suppress(ResourceExhausted):
             drop_table(environment, old.id)
@@ -405,7 +405,7 @@ class _ProgressCounter:
 
 
 @contextmanager
-def _load_lock(environment: Environment) -> Iterator[None]:
+def load_lock(environment: Environment) -> Iterator[None]:
     """Hold the store's load lock, which only one process can hold. The system releases it if the process dies."""
     with translate_errors(environment.path):
         fd = os.open(environment.path / "load.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
@@ -417,7 +417,7 @@ def _load_lock(environment: Environment) -> Iterator[None]:
         os.close(fd)
 
 
-def _drop_leftovers(environment: Environment) -> None:
+def drop_leftovers(environment: Environment) -> None:
     """Delete the tables that the catalog does not name: they are left from killed loads or from removed views.
 
     Waits until the next load can use their pages again, so that loads that fail again and again do not grow the file.
