@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-from shorttail._native.pages import Directory, PageImages, PageRewrite
+from shorttail._native.pages import PageImages, PageRewrite
 from shorttail.config import LIMITS
 from shorttail.define.catalog import PAGE_FORMAT, Catalog, TableInfo
 from shorttail.define.views import FeatureView
@@ -26,6 +26,7 @@ from shorttail.store.history import Event
 from shorttail.store.lmdb_file import FORMAT_KEY, PAGE_BYTES
 from shorttail.store.load import drop_leftovers, last_commit, load_lock, put_images
 from shorttail.store.mapping import size_text, usable_pages
+from shorttail.store.stat import count_table_pages
 from shorttail.store.table import depth_to_grow, make_layout
 
 Progress = Callable[[int, int | None], None]  # receives (rows written, rows in total, which are not known)
@@ -137,8 +138,8 @@ def _rewrite_table(
     images = PageImages(make_layout(view, new), new.id, LIMITS.load_commit_bytes, commit)
     txn, tree = environment.read_tree()
     try:
-        buckets = Directory(layout, old.id).build(tree)
-        rewrite, done = PageRewrite(layout, old.id, tree, depth_to_grow(buckets)), False
+        depth_grow = depth_to_grow(count_table_pages(txn, old.id))
+        rewrite, done = PageRewrite(layout, old.id, tree, depth_grow), False
         while not done:
             done = rewrite.fill(images)
             if len(images):
