@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_pages import COMMIT, PAGE_FORMATS, Table, assert_same, make_view, tables
 
-from shorttail._native.pages import Layout, PageImages, PageRewrite
+from shorttail._native.pages import Layout, PageImages, PageRewrite, crc32c
 from shorttail.define import dtypes
 from shorttail.define.catalog import TableInfo
 from shorttail.define.views import Feature
@@ -122,6 +122,30 @@ def test_damage_and_layouts_that_do_not_fit_are_refused() -> None:
     assert not rewrite.fill(small)
     with pytest.raises(ValueError, match="another layout"):
         rewrite.fill(PageImages(in_format(table, 3), 2, 1 << 20))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data(), st.sampled_from(PAGE_FORMATS))
+def test_pages_of_any_bytes_are_refused_or_rewritten_to_sound_ones(data: st.DataObject, page_format: int) -> None:
+    """Damage that the checksum does not show, as a page would have that somebody made on purpose."""
+    view = make_view([dtypes.String], [Feature("a", dtypes.Int64), Feature("s", dtypes.String)])
+    table = Table(view, {(f"k{i}",): (i, [i, f"value {i}"]) for i in range(20)}, page_format=page_format)
+    ((key, page),) = table.pages
+    damaged, n = bytearray(page), int.from_bytes(page[2:4], "little")
+    near = st.integers(0, 8 + n + 20 * table.layout.row_bytes) | st.integers(len(page) - 60, len(page) - 5)
+    for at, value in data.draw(st.lists(st.tuples(near, st.integers(0, 255)), min_size=1, max_size=4)):
+        damaged[at] = value
+    damaged[-4:] = crc32c(damaged[:-4]).to_bytes(4, "little")
+    layout = in_format(table, 3)
+    table.stored.write({key: damaged})
+    try:
+        pages, _ = rewritten(table, layout)
+    except ValueError:
+        with pytest.raises(ValueError, match=r"\w"):
+            table.layout.check(damaged, key, 1)
+        return
+    for bucket, image in pages:
+        layout.check(image, bucket, 2)
 
 
 @pytest.mark.parametrize("page_format", PAGE_FORMATS)
