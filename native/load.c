@@ -210,7 +210,7 @@ static void fill_block(const st_load *load, const st_source *sources, size_t at,
     for (uint32_t f = 0; f < l->n_features; f++) {
         const st_source *s = &sources[l->n_keys + 1 + f];
         const st_field *field = &l->features[f];
-        if (field->code != ST_STRING) {
+        if (!st_is_string(field->code)) {
             const uint8_t *values = s->values + (size_t)field->bytes * at;
             prefetch_values(values + (size_t)field->bytes * n, field->bytes, n);
             put_values(block + field->offset, l->row_bytes, values, field->bytes, n);
@@ -236,7 +236,7 @@ static uint64_t hash_of(const st_layout *l, const st_source *sources, const uint
 static const st_source *string_source(const st_layout *l, const st_source *sources, uint32_t s)
 {
     for (uint32_t c = 0; c < l->n_keys + l->n_features; c++) {
-        int is_string = c < l->n_keys ? l->key_is_string[c] : l->features[c - l->n_keys].code == ST_STRING;
+        int is_string = c < l->n_keys ? l->key_is_string[c] : st_is_string(l->features[c - l->n_keys].code);
         if (is_string && s-- == 0) return &sources[c < l->n_keys ? c : c + 1];
     }
     return NULL;

@@ -75,7 +75,7 @@ static int build(st_merger *m, const st_item *items, size_t n, uint64_t key, uin
         image->offset = *used;
         image->bytes = (uint32_t)bucket.bytes;
         st_build(m->layout, items + bucket.start, bucket.stop - bucket.start, bucket.depth, m->table_id,
-                 m->arena + *used, (uint32_t)bucket.bytes);
+                 m->commit, m->arena + *used, (uint32_t)bucket.bytes);
         *used += bucket.bytes;
     }
     if (more < 0) return -1;

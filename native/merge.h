@@ -25,6 +25,7 @@ typedef struct {
     const st_tree *tree; /* the table before the merge */
     const st_layout *layout;
     uint32_t table_id;
+    uint64_t commit; /* the number of the commit that writes the images */
     uint32_t depth_grow; /* see st_splitter */
     const st_item *rows; /* sorted; of equal keys, in the order given */
     size_t n;

@@ -54,7 +54,7 @@ int st_overlay_end(st_overlay *overlay, const st_layout *l, const st_item *last,
         if (l->key_is_string[k]) bytes += string_length(last, 8 * k);
     for (uint32_t f = 0; f < l->n_features; f++) {
         whole &= overlay->origins[f] == last;
-        if (l->features[f].code == ST_STRING) bytes += string_length(overlay->origins[f], l->features[f].offset);
+        if (st_is_string(l->features[f].code)) bytes += string_length(overlay->origins[f], l->features[f].offset);
     }
     if (whole) {
         *made = *last;
@@ -72,7 +72,7 @@ int st_overlay_end(st_overlay *overlay, const st_layout *l, const st_item *last,
         uint32_t at = l->null_offset + f / 8;
         uint8_t bit = (uint8_t)(1u << (f % 8));
         row[at] = (uint8_t)((row[at] & ~bit) | (from->row[at] & bit));
-        if (field->code == ST_STRING)
+        if (st_is_string(field->code))
             heap = put_string(row, field->offset, from, heap);
         else
             memcpy(row + field->offset, from->row + field->offset, field->bytes);

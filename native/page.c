@@ -17,7 +17,8 @@ static uint32_t field_bytes(const st_field *f)
     }
 }
 
-enum { FRAME_BYTES = ST_HEADER_BYTES + ST_FOOTER_BYTES };
+/* The bytes of a page that hold neither tags nor rows nor strings. */
+static uint64_t frame_bytes(const st_layout *l) { return ST_HEADER_BYTES + l->end_bytes; }
 
 static uint64_t tag_bytes_for(uint64_t rows) { return (rows + ST_TAG_ALIGN - 1) / ST_TAG_ALIGN * ST_TAG_ALIGN; }
 
@@ -30,6 +31,7 @@ static uint64_t whole_pages(uint64_t bytes)
 int st_layout_finish(st_layout *l)
 {
     uint64_t at = 8u * l->n_keys;
+    l->end_bytes = ST_FOOTER_BYTES + (l->page_format > 2 ? ST_COMMIT_BYTES : 0);
     l->n_strings = 0;
     for (uint32_t k = 0; k < l->n_keys; k++)
         if (l->key_is_string[k]) l->string_offsets[l->n_strings++] = 8 * k;
@@ -41,15 +43,15 @@ int st_layout_finish(st_layout *l)
         st_field *field = &l->features[f];
         field->offset = (uint32_t)at;
         field->bytes = field_bytes(field);
-        if (field->code == ST_STRING) l->string_offsets[l->n_strings++] = field->offset;
+        if (st_is_string(field->code)) l->string_offsets[l->n_strings++] = field->offset;
         at += field->bytes;
         if (at > (64u << 20)) return -1;
     }
     l->row_bytes = (uint32_t)at;
     l->second = st_fold(l->seed ^ 0x2545f4914f6cdd1du, 0xd6e8feb86659fd93u) | 1;
-    if (!l->page_bytes) l->page_bytes = (uint32_t)whole_pages(FRAME_BYTES + ST_TAG_ALIGN + 8 * at);
-    uint64_t rows = (l->page_bytes - FRAME_BYTES) / (at + 1);
-    while (rows && FRAME_BYTES + tag_bytes_for(rows) + rows * at > l->page_bytes) rows--;
+    if (!l->page_bytes) l->page_bytes = (uint32_t)whole_pages(frame_bytes(l) + ST_TAG_ALIGN + 8 * at);
+    uint64_t rows = (l->page_bytes - frame_bytes(l)) / (at + 1);
+    while (rows && frame_bytes(l) + tag_bytes_for(rows) + rows * at > l->page_bytes) rows--;
     l->rows_per_page = (uint32_t)(rows < ST_ROWS_MAX ? rows : ST_ROWS_MAX);
     return rows ? 0 : -1;
 }
@@ -237,6 +239,10 @@ void st_sort(const st_item *from, st_item *to, size_t n, size_t *counts)
 uint32_t st_page_rows(const uint8_t *page) { return st_rows(page); }
 uint32_t st_page_depth(const uint8_t *page) { return st_depth(page); }
 uint32_t st_page_bytes(const uint8_t *page) { return st_image_bytes(page); }
+uint64_t st_page_commit(const st_layout *l, const uint8_t *page)
+{
+    return l->page_format > 2 ? st_load64(st_footer(page) - ST_COMMIT_BYTES) : 0;
+}
 
 uint32_t st_page_used_bytes(const st_layout *l, const uint8_t *page)
 {
@@ -284,7 +290,7 @@ static uint64_t bytes_if_one_page(const st_splitter *s, size_t start, size_t sto
     size_t rows = stop - start;
     if (rows > l->rows_per_page) return 0;
     if (l->n_strings) {
-        uint64_t bytes = FRAME_BYTES + tag_bytes_for(rows) + (uint64_t)rows * l->row_bytes;
+        uint64_t bytes = frame_bytes(l) + tag_bytes_for(rows) + (uint64_t)rows * l->row_bytes;
         for (size_t i = start; i < stop; i++) bytes += st_heap_bytes(l, &s->items[i]);
         if (bytes > l->page_bytes) return 0;
     }
@@ -293,7 +299,7 @@ static uint64_t bytes_if_one_page(const st_splitter *s, size_t start, size_t sto
 
 static uint64_t bytes_grown(const st_splitter *s, size_t start, size_t stop)
 {
-    uint64_t bytes = FRAME_BYTES + tag_bytes_for(stop - start) + (uint64_t)(stop - start) * s->layout->row_bytes;
+    uint64_t bytes = frame_bytes(s->layout) + tag_bytes_for(stop - start) + (uint64_t)(stop - start) * s->layout->row_bytes;
     for (size_t i = start; i < stop; i++) bytes += st_heap_bytes(s->layout, &s->items[i]);
     return whole_pages(bytes);
 }
@@ -328,15 +334,15 @@ int st_splitter_next(st_splitter *s, st_bucket *bucket)
     return 1;
 }
 
-void st_build(const st_layout *l, const st_item *items, size_t n, uint32_t depth, uint32_t table_id, uint8_t *image,
-              uint32_t bytes)
+void st_build(const st_layout *l, const st_item *items, size_t n, uint32_t depth, uint32_t table_id, uint64_t commit,
+              uint8_t *image, uint32_t bytes)
 {
     uint32_t tags = (uint32_t)tag_bytes_for(n > l->rows_per_page ? n : l->rows_per_page);
     /* Only a normal page without strings has space for the tags of a full page; other pages get just what they need. */
     if (l->n_strings || bytes != l->page_bytes) tags = (uint32_t)tag_bytes_for(n);
     memset(image, 0, bytes);
     uint8_t *row = image + ST_HEADER_BYTES + tags;
-    uint32_t heap = bytes - ST_FOOTER_BYTES;
+    uint32_t heap = bytes - l->end_bytes;
     for (size_t i = 0; i < n; i++, row += l->row_bytes) {
         image[ST_HEADER_BYTES + i] = st_tag(items[i].hash);
         memcpy(row, items[i].row, l->row_bytes);
@@ -352,8 +358,10 @@ void st_build(const st_layout *l, const st_item *items, size_t n, uint32_t depth
     st_store16(image, (uint16_t)n);
     st_store16(image + 2, (uint16_t)tags);
     image[4] = (uint8_t)depth;
+    image[5] = st_format_byte(l);
     st_store16(image + 6, (uint16_t)((bytes + ST_PAGE_OVERHEAD) / ST_PAGE_BYTES));
     uint8_t *footer = image + bytes - ST_FOOTER_BYTES;
+    if (l->page_format > 2) st_store64(footer - ST_COMMIT_BYTES, commit);
     st_store32(footer, table_id);
     st_store32(footer + 4, l->row_bytes);
     st_store32(footer + 8, heap);
@@ -364,13 +372,14 @@ void st_build(const st_layout *l, const st_item *items, size_t n, uint32_t depth
 
 const char *st_check_header(const st_layout *l, const uint8_t *page, size_t bytes, uint32_t table_id)
 {
-    if (bytes < FRAME_BYTES || st_image_bytes(page) != bytes) return "its length is not the one in its header";
+    if (bytes < frame_bytes(l) || st_image_bytes(page) != bytes) return "its length is not the one in its header";
+    if (page[5] != st_format_byte(l)) return "it has another page format";
     const uint8_t *footer = st_footer(page);
     if (table_id && st_load32(footer) != table_id) return "it belongs to another table";
     if (st_load32(footer + 4) != l->row_bytes) return "its rows have another layout";
     uint64_t n = st_rows(page), tags = st_tag_bytes(page), heap = st_load32(footer + 8);
     if (tags % ST_TAG_ALIGN || n > tags) return "it has more rows than tags";
-    if (ST_HEADER_BYTES + tags + n * l->row_bytes > heap || heap > bytes - ST_FOOTER_BYTES) return "its rows do not fit";
+    if (ST_HEADER_BYTES + tags + n * l->row_bytes > heap || heap > bytes - l->end_bytes) return "its rows do not fit";
     if (st_depth(page) > 60) return "its depth is too large";
     return NULL;
 }
@@ -387,7 +396,7 @@ const char *st_check_page(const st_layout *l, const uint8_t *page, size_t bytes,
         const uint8_t *row = st_row(l, page, i);
         for (uint32_t s = 0; s < l->n_strings; s++) {
             uint64_t at = st_load32(row + l->string_offsets[s]), length = st_load32(row + l->string_offsets[s] + 4);
-            if (at < heap || at + length > bytes - ST_FOOTER_BYTES) return "a string lies outside its heap";
+            if (at < heap || at + length > bytes - l->end_bytes) return "a string lies outside its heap";
         }
         uint64_t hash = st_hash_row(l, row, page);
         if (hash < key || hash > last) return "a row lies in the wrong bucket";

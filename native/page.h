@@ -15,7 +15,8 @@
 
 enum {
     ST_HEADER_BYTES = 8,
-    ST_FOOTER_BYTES = 16,
+    ST_FOOTER_BYTES = 16, /* of every page; in format 3 the number of a commit comes before it */
+    ST_COMMIT_BYTES = 8,
     ST_KEYS_MAX = 8,
     ST_TAG_ALIGN = 16,     /* tags are compared 16 at a time */
     ST_PAGE_BYTES = 4096,  /* an LMDB page */
@@ -27,8 +28,13 @@ enum {
 /* The event time of a given row that has none, as in shorttail.store.table.UNTIMED: the merge makes its time. */
 #define ST_UNTIMED INT64_MIN
 
-/* Type codes, as in shorttail.define.dtypes. */
-enum { ST_BOOL = 1, ST_INT32, ST_INT64, ST_FLOAT32, ST_FLOAT64, ST_STRING, ST_TIMESTAMP, ST_VECTOR, ST_WIDE_VECTOR };
+/* Formats of pages: format 3 has the number of the commit that wrote the page. */
+enum { ST_PAGE_FORMAT_OLDEST = 2, ST_PAGE_FORMAT = 3 };
+
+/* Type codes, as in shorttail.define.dtypes. A blob is a string of any bytes, which lookups and scans do not read. */
+enum {
+    ST_BOOL = 1, ST_INT32, ST_INT64, ST_FLOAT32, ST_FLOAT64, ST_STRING, ST_TIMESTAMP, ST_VECTOR, ST_WIDE_VECTOR, ST_BLOB
+};
 
 /* Element types of output columns. */
 enum { ST_OUT_FLOAT32, ST_OUT_FLOAT64, ST_OUT_INT64, ST_OUT_INT32, ST_OUT_BOOL, ST_OUT_OBJECT };
@@ -37,7 +43,7 @@ enum { ST_OUT_FLOAT32, ST_OUT_FLOAT64, ST_OUT_INT64, ST_OUT_INT32, ST_OUT_BOOL, 
 enum { ST_PRESENT = 0, ST_NULL = 1, ST_NOT_FOUND = 2, ST_STALE = 3 };
 
 typedef struct {
-    uint32_t code;   /* ST_BOOL .. ST_WIDE_VECTOR, which has doubles */
+    uint32_t code;   /* ST_BOOL .. ST_BLOB; a wide vector has doubles */
     uint32_t width;  /* elements */
     uint32_t offset; /* in the row */
     uint32_t bytes;
@@ -55,9 +61,11 @@ typedef struct {
     uint32_t row_bytes;
     uint32_t page_bytes;    /* size of a normal image: a multiple of 4096, minus 16 */
     uint32_t rows_per_page; /* most rows in such an image if they have no strings */
+    uint32_t page_format;   /* of its pages: ST_PAGE_FORMAT_OLDEST .. ST_PAGE_FORMAT */
+    uint32_t end_bytes;     /* of an image after its strings: the footer, and the number of the commit */
     uint32_t n_features;
     st_field *features;
-    uint32_t n_strings;       /* string columns, keys first */
+    uint32_t n_strings;       /* columns of strings or blobs, keys first */
     uint32_t *string_offsets; /* offset of each string reference in the row */
 } st_layout;
 
@@ -138,8 +146,8 @@ typedef struct {
     st_string *strings;       /* [n string ops, n] or NULL */
 } st_view;
 
-/* Compute all offsets and sizes. The caller has set n_keys, key_is_string, n_features, features[].code and .width, seed
- * and page_bytes (0: choose one), and string_offsets has room. Returns 0, or -1 if a row is too large. */
+/* Compute all offsets and sizes. The caller has set n_keys, key_is_string, n_features, features[].code and .width, seed,
+ * page_format and page_bytes (0: choose one), and string_offsets has room. Returns 0, or -1 if a row is too large. */
 int st_layout_finish(st_layout *layout);
 
 uint64_t st_hash_row(const st_layout *layout, const uint8_t *row, const uint8_t *heap);
@@ -180,6 +188,7 @@ size_t st_dedupe(const st_layout *layout, st_item *items, size_t n, int64_t now_
 uint32_t st_page_rows(const uint8_t *page);
 uint32_t st_page_depth(const uint8_t *page);
 uint32_t st_page_bytes(const uint8_t *page);
+uint64_t st_page_commit(const st_layout *layout, const uint8_t *page); /* 0 for a page of format 2 */
 uint32_t st_page_used_bytes(const st_layout *layout, const uint8_t *page); /* without the gap that rows could fill */
 /* Write the items of a page with their hashes to out, which has room for st_page_rows(page) items. */
 void st_page_items(const st_layout *layout, const uint8_t *page, st_item *out);
@@ -216,9 +225,10 @@ int st_splitter_next(st_splitter *s, st_bucket *bucket);
 /* The total length of a row's strings in bytes. */
 uint64_t st_heap_bytes(const st_layout *layout, const st_item *item);
 
-/* Write the image of a bucket. bytes: the size that st_splitter_next computed. */
+/* Write the image of a bucket. commit: its number, for a page of format 3. bytes: the size that st_splitter_next
+ * computed. */
 void st_build(const st_layout *layout, const st_item *items, size_t n, uint32_t depth, uint32_t table_id,
-              uint8_t *image, uint32_t bytes);
+              uint64_t commit, uint8_t *image, uint32_t bytes);
 
 /* Check that header and footer belong to an image of this size, layout and table (0: any table). Returns NULL, or what
  * is wrong. After this check, rows and tags are known to lie inside the image. */

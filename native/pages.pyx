@@ -28,9 +28,10 @@ from shorttail._native.columns cimport KIND_I64, KIND_STR, Columns, column_t
 cnp.import_array()
 
 cdef extern from "page.h" nogil:
-    enum: ST_KEYS_MAX, ST_PAGE_BYTES
+    enum: ST_KEYS_MAX, ST_PAGE_BYTES, ST_ROWS_MAX
+    enum: ST_PAGE_FORMAT_OLDEST, ST_PAGE_FORMAT
     const int64_t ST_UNTIMED
-    enum: ST_STRING, ST_TIMESTAMP, ST_VECTOR, ST_WIDE_VECTOR
+    enum: ST_STRING, ST_TIMESTAMP, ST_VECTOR, ST_WIDE_VECTOR, ST_BLOB
     enum: ST_OUT_FLOAT32, ST_OUT_FLOAT64, ST_OUT_INT64, ST_OUT_INT32, ST_OUT_BOOL, ST_OUT_OBJECT
     ctypedef struct st_field:
         uint32_t code, width, offset, bytes
@@ -39,6 +40,7 @@ cdef extern from "page.h" nogil:
         uint32_t n_keys, n_features, n_strings
         uint8_t *key_is_string
         uint32_t time_offset, null_offset, null_bytes, row_bytes, page_bytes, rows_per_page
+        uint32_t page_format
         st_field *features
         uint32_t *string_offsets
     ctypedef struct st_item:
@@ -83,6 +85,7 @@ cdef extern from "page.h" nogil:
         st_string *strings
     ctypedef struct st_splitter:
         const st_layout *layout
+        const st_item *items
     ctypedef struct st_bucket:
         uint64_t key
         uint32_t depth
@@ -108,6 +111,7 @@ cdef extern from "page.h" nogil:
     uint32_t st_page_rows(const uint8_t *)
     uint32_t st_page_depth(const uint8_t *)
     uint32_t st_page_bytes(const uint8_t *)
+    uint64_t st_page_commit(const st_layout *, const uint8_t *)
     uint32_t st_page_used_bytes(const st_layout *, const uint8_t *)
     void st_page_items(const st_layout *, const uint8_t *, st_item *)
     size_t st_sort_counts(size_t)
@@ -116,8 +120,11 @@ cdef extern from "page.h" nogil:
     void st_splitter_init(st_splitter *, const st_layout *, const st_item *, size_t, uint64_t, uint32_t, uint32_t)
     int st_splitter_next(st_splitter *, st_bucket *)
     uint64_t st_heap_bytes(const st_layout *, const st_item *)
-    void st_build(const st_layout *, const st_item *, size_t, uint32_t, uint32_t, uint8_t *, uint32_t)
+    void st_build(const st_layout *, const st_item *, size_t, uint32_t, uint32_t, uint64_t, uint8_t *, uint32_t)
     const char *st_check_page(const st_layout *, const uint8_t *, size_t, uint32_t, uint64_t)
+
+cdef extern from "row.h" nogil:
+    int st_is_string(uint32_t)
 
 cdef extern from "overlay.h" nogil:
     void st_overlay_reset(st_overlay *)
@@ -198,6 +205,7 @@ cdef extern from "merge.h" nogil:
         const st_tree *tree
         const st_layout *layout
         uint32_t table_id, depth_grow
+        uint64_t commit
         const st_item *rows
         size_t n
         int64_t now_us
@@ -224,6 +232,8 @@ cdef extern from "scan.h" nogil:
         const st_layout *layout
         uint32_t table_id, n_columns
         st_scan_column *columns
+        uint64_t next
+        const uint8_t **pages
         size_t n_pages, n_rows
         uint64_t all_pages, all_rows, all_bytes
     int st_scan_gather(st_scan *, size_t, size_t, st_fault *)
@@ -254,6 +264,7 @@ include "pages_lookup.pxi"
 include "pages_load.pxi"
 include "pages_secret.pxi"
 include "pages_scan.pxi"
+include "pages_rewrite.pxi"
 include "pages_writeback.pxi"
 
 

@@ -7,12 +7,12 @@ cdef uint64_t _key_of(bytes bucket_key) except? 1:
 
 
 cdef class Layout:
-    """Layout(key_codes, features, seed, page_bytes=0): the byte offsets of a table's rows and pages.
+    """Layout(key_codes, features, seed, page_bytes=0, page_format=3): the byte offsets of a table's rows and pages.
 
     key_codes: one dtype code (Int64 or String) per key column; without keys all rows have the same key, so a table has
     at most one row. features: (dtype code, width) per feature. seed: 64
     bits, for the key hash. page_bytes: size of a page image, k * 4096 - 16; 0 chooses the smallest that holds 8 rows.
-    Raises ValueError if there are too many keys or a row is too large.
+    page_format: of its pages, 2 or 3. Raises ValueError if there are too many keys or a row is too large.
     """
     cdef st_layout c
     cdef readonly tuple features      # (dtype code, width) per feature
@@ -20,13 +20,16 @@ cdef class Layout:
     cdef readonly list key_offsets    # bytes from the start of the row
     cdef readonly list feature_offsets
 
-    def __cinit__(self, bytes key_codes, features, seed, page_bytes=0):
+    def __cinit__(self, bytes key_codes, features, seed, page_bytes=0, page_format=ST_PAGE_FORMAT):
         memset(&self.c, 0, sizeof(st_layout))
         self.key_codes = key_codes
         self.features = tuple((int(code), int(width)) for code, width in features)
         if len(key_codes) > ST_KEYS_MAX:
             raise ValueError(f"a table has at most {ST_KEYS_MAX} key columns, not {len(key_codes)}")
+        if not ST_PAGE_FORMAT_OLDEST <= page_format <= ST_PAGE_FORMAT:
+            raise ValueError(f"pages have format {ST_PAGE_FORMAT_OLDEST} or {ST_PAGE_FORMAT}, not {page_format}")
         cdef uint32_t n = len(self.features), f
+        self.c.page_format = page_format
         self.c.seed = seed
         self.c.n_keys = len(key_codes)
         self.c.n_features = n
@@ -57,6 +60,10 @@ cdef class Layout:
         return self.c.page_bytes
 
     @property
+    def page_format(self):
+        return self.c.page_format
+
+    @property
     def rows_per_page(self):
         """The largest number of rows that fit in a page if they have no strings."""
         return self.c.rows_per_page
@@ -82,6 +89,14 @@ cdef class Layout:
         PyBuffer_Release(&view)
         if wrong is not NULL:
             raise ValueError(wrong.decode())
+
+    def commit(self, page):
+        """Return the number of the commit that wrote a page, which must have passed check(); 0 in format 2."""
+        cdef Py_buffer view
+        PyObject_GetBuffer(page, &view, PyBUF_SIMPLE)
+        cdef uint64_t number = st_page_commit(&self.c, <const uint8_t *>view.buf)
+        PyBuffer_Release(&view)
+        return number
 
 
 cdef class Directory:

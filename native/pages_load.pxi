@@ -131,7 +131,7 @@ cdef class RowPartitions:
         cdef const st_layout *c = &self.layout.c
         cdef st_source *source = &sources.sources[i]
         cdef bint is_string = c.key_is_string[i] if i < c.n_keys else (
-            i > c.n_keys and c.features[i - c.n_keys - 1].code == ST_STRING)
+            i > c.n_keys and st_is_string(c.features[i - c.n_keys - 1].code))
         cdef uint32_t width = 8 if i <= c.n_keys else c.features[i - c.n_keys - 1].bytes
         cdef Py_buffer *view = sources.view(values)
         source.values = <const uint8_t *>view.buf
@@ -216,6 +216,13 @@ cdef class RowPartitions:
         return rows
 
 
+cdef struct _Building:
+    # Buckets of which page images are built.
+    st_splitter splitter
+    st_bucket waiting  # a bucket whose image did not fit into the last PageImages
+    bint has_waiting
+
+
 cdef class RowRange:
     """The sorted rows of consecutive partitions, made by RowPartitions.take()."""
     cdef RowPartitions owner
@@ -224,9 +231,8 @@ cdef class RowRange:
     cdef size_t *counts
     cdef uint8_t *buffer  # chunks that were in the file
     cdef size_t n
-    cdef st_splitter splitter
-    cdef st_bucket waiting  # a bucket whose image did not fit into the last PageImages
-    cdef bint started, has_waiting
+    cdef _Building building
+    cdef bint started
 
     def __cinit__(self, RowPartitions owner not None):
         self.owner = owner
@@ -262,21 +268,24 @@ cdef class RowRange:
 
 
 cdef class PageImages:
-    """PageImages(layout, table_id, capacity_bytes): a buffer of page images of a new table, in the order of their keys.
+    """PageImages(layout, table_id, capacity_bytes, commit=0): page images of a new table, in the order of their keys.
 
-    Iteration yields (LMDB key, page image): 13 bytes, and a memoryview that is valid until clear().
+    commit: the number that each page gets: of the last commit before the first page, since that of the commit which puts
+    a page is not known while it is built. Iteration yields (LMDB key, page image): 13 bytes, and a memoryview that is valid until clear().
     """
     cdef readonly Layout layout
     cdef uint32_t table_id
+    cdef uint64_t commit
     cdef uint8_t *data
     cdef size_t capacity, used, n, n_max
     cdef uint64_t n_rows
     cdef uint64_t *keys
     cdef size_t *ends
 
-    def __cinit__(self, Layout layout not None, uint32_t table_id, size_t capacity_bytes):
+    def __cinit__(self, Layout layout not None, uint32_t table_id, size_t capacity_bytes, uint64_t commit=0):
         self.layout = layout
         self.table_id = table_id
+        self.commit = commit
         self.capacity = max(capacity_bytes, layout.c.page_bytes)
         self.n_max = self.capacity // layout.c.page_bytes
         self.data = <uint8_t *>malloc(self.capacity)
@@ -310,38 +319,46 @@ cdef class PageImages:
         depth_grow: from this depth on, a full bucket gets a longer image instead of a split. Releases the GIL. Raises
         ValueError if a row, or rows with one hash, do not fit in the longest image.
         """
-        cdef st_bucket *bucket = &rows.waiting
-        cdef int found = 1
         if not rows.started:
             _check_same_columns(self.layout, rows.owner.layout)
             if self.layout.c.seed != rows.owner.layout.c.seed:
                 raise ValueError("the rows were hashed with another seed")
-            st_splitter_init(&rows.splitter, &self.layout.c, rows.items, rows.n, first, depth, depth_grow)
+            st_splitter_init(&rows.building.splitter, &self.layout.c, rows.items, rows.n, first, depth, depth_grow)
             rows.started = True
-        elif rows.splitter.layout != &self.layout.c:
+        elif rows.building.splitter.layout != &self.layout.c:
             raise ValueError("earlier images of these rows were made with another layout")
-        if rows.has_waiting and self.n == 0 and bucket.bytes > self.capacity:
-            self._widen(bucket.bytes)
+        cdef int found
+        self._make_room(&rows.building)
         with nogil:
-            while True:
-                if not rows.has_waiting:
-                    found = st_splitter_next(&rows.splitter, bucket)
-                    if found != 1:
-                        break
-                    rows.has_waiting = True
-                if self.n == self.n_max or bucket.bytes > self.capacity - self.used:
-                    break
-                st_build(&self.layout.c, rows.items + bucket.start, bucket.stop - bucket.start, bucket.depth,
-                         self.table_id, self.data + self.used, <uint32_t>bucket.bytes)
-                self.used += bucket.bytes
-                self.keys[self.n] = bucket.key
-                self.ends[self.n] = self.used
-                self.n_rows += bucket.stop - bucket.start
-                self.n += 1
-                rows.has_waiting = False
-        if found < 0:
-            raise ValueError("a row, or all rows with one hash, do not fit in the longest page image")
-        return found == 0
+            found = self._build(&rows.building)
+        return _all_built(found)
+
+    cdef int _make_room(self, const _Building *b) except -1:
+        """Enlarge the empty buffer for a bucket that is waiting and larger than it."""
+        if b.has_waiting and self.n == 0 and b.waiting.bytes > self.capacity:
+            self._widen(b.waiting.bytes)
+        return 0
+
+    cdef int _build(self, _Building *b) noexcept nogil:
+        """Append the images of buckets. Return 0 after the last one, 1 without room, -1 if a bucket is too large."""
+        cdef st_bucket *bucket = &b.waiting
+        cdef int found
+        while True:
+            if not b.has_waiting:
+                found = st_splitter_next(&b.splitter, bucket)
+                if found != 1:
+                    return found
+                b.has_waiting = True
+            if self.n == self.n_max or bucket.bytes > self.capacity - self.used:
+                return 1
+            st_build(&self.layout.c, b.splitter.items + bucket.start, bucket.stop - bucket.start, bucket.depth,
+                     self.table_id, self.commit, self.data + self.used, <uint32_t>bucket.bytes)
+            self.used += bucket.bytes
+            self.keys[self.n] = bucket.key
+            self.ends[self.n] = self.used
+            self.n_rows += bucket.stop - bucket.start
+            self.n += 1
+            b.has_waiting = False
 
     cdef int _widen(self, size_t bytes) except -1:
         cdef uint8_t *data = <uint8_t *>realloc(self.data, bytes)
@@ -359,6 +376,13 @@ cdef class PageImages:
                 PyMemoryView_FromMemory(<char *>self.data + start, self.ends[i] - start, PyBUF_READ),
             )
             start = self.ends[i]
+
+
+cdef bint _all_built(int found) except *:
+    """Return whether PageImages._build() has built all images. Raises ValueError if it cannot build one."""
+    if found < 0:
+        raise ValueError("a row, or all rows with one hash, do not fit in the longest page image")
+    return found == 0
 
 
 def first_bad_string(values, offsets, nulls, size_t n, size_t length_max):

@@ -55,6 +55,8 @@ cdef class Lookup:
         for f, _, _, _ in self.ops:
             if not 0 <= f < <Py_ssize_t>layout.c.n_features:
                 raise ValueError(f"the table has no feature number {f}")
+            if layout.c.features[f].code == ST_BLOB:
+                raise ValueError(f"feature number {f} is a blob, which no lookup reads")
             self.n_strings += layout.c.features[f].code == ST_STRING
         self.used = <int *>PyMem_Malloc(max(1, 3 * len(self.ops)) * sizeof(int))
         if self.used is NULL:

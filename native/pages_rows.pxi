@@ -1,7 +1,7 @@
 # SortedRows and join(), for upserts and deletes. Part of pages.pyx.
 
 cdef class SortedRows:
-    """SortedRows(layout, parts, pushes=(), now_us=None, given=()): rows to write or remove, sorted by hash.
+    """SortedRows(layout, parts, pushes=(), now_us=None, given=(), commit=0): rows to write or remove, sorted by hash.
 
     parts: pairs (rows, arena) of buffers. rows: n * layout.row_bytes bytes in the row format; a string is a u32 offset
     into the arena and a u32 length. The buffers are kept and read in place. pushes: the number of rows of each push, in
@@ -9,7 +9,7 @@ cdef class SortedRows:
     have none (store.table.UNTIMED): now_us, or 1 us more than the time of the row that they replace. given: for each
     push, a bit for each feature that its rows give, as in a row's null bitmap, or None for all; () is None for each.
     In a merge the other features keep the values of the row that is replaced; without one they stay as they are in the
-    rows. Raises ValueError if a string lies outside its arena.
+    rows. commit: the number of the commit, which each page image gets. Raises ValueError if a string lies outside its arena.
     """
     cdef readonly Layout layout
     cdef st_item *items
@@ -21,12 +21,13 @@ cdef class SortedRows:
     cdef list bitmaps     # of the pushes, where some are partial
     cdef bytearray arena  # memory for the images of merge_all()
 
-    def __cinit__(self, Layout layout not None, parts, pushes=(), now_us=None, given=()):
+    def __cinit__(self, Layout layout not None, parts, pushes=(), now_us=None, given=(), uint64_t commit=0):
         cdef size_t total = 0, at = 0, v
         cdef st_item *unsorted
         cdef size_t *counts
         cdef int writable = PyBUF_SIMPLE if now_us is None else PyBUF_WRITABLE
         self.layout = layout
+        self.merger.commit = commit
         self.merger.now_us = ST_UNTIMED if now_us is None else now_us
         parts = list(parts)
         self.views = <Py_buffer *>PyMem_Malloc((2 * len(parts) + 1) * sizeof(Py_buffer))
@@ -257,7 +258,7 @@ cdef class SortedRows:
                 memcpy(both, bucket.items, bucket.n * sizeof(st_item))
             memcpy(both + bucket.n, self.items + i, n_new * sizeof(st_item))
             st_sort(both, both + n_all, n_all, counts)
-            buckets = _Buckets(self.layout, table_id, depth_grow)
+            buckets = _Buckets(self.layout, table_id, self.merger.commit, depth_grow)
             if self.merger.overlay is not NULL:
                 st_overlay_reset(self.merger.overlay)
             n_all = st_dedupe(&self.layout.c, both + (bucket.n + n_new), n_all, self.merger.now_us,
@@ -290,7 +291,7 @@ cdef class SortedRows:
             kept = st_without(&self.layout.c, bucket.items, bucket.n, self.items + i, bucket.stop - i, left)
             if kept == bucket.n:
                 return bucket.stop, 0, None
-            buckets = _Buckets(self.layout, table_id, bucket.depth)  # never splits: a long image stays long
+            buckets = _Buckets(self.layout, table_id, self.merger.commit, bucket.depth)  # never splits: a long image stays long
             buckets.start(left, kept, bucket.key, bucket.depth)
             return bucket.stop, bucket.n - kept, next(buckets)[1]
         finally:
@@ -298,11 +299,12 @@ cdef class SortedRows:
             PyBuffer_Release(&view)
 
 
-def join(Layout layout not None, uint32_t table_id, bytes bucket_key, page, bytes sibling_key, sibling):
+def join(Layout layout not None, uint32_t table_id, uint64_t commit, bytes bucket_key, page, bytes sibling_key,
+         sibling):
     """Return the image of two sibling buckets merged into one, or None if together they fill more than half a page.
 
     The limit of half a page (not counting strings) avoids that a few more rows split the bucket again. bucket_key,
-    page: of the sibling with the lower hashes. Raises ValueError if a page is damaged.
+    page: of the sibling with the lower hashes. commit: its number, which the image gets. Raises ValueError if a page is damaged.
     """
     cdef Py_buffer views[2]
     cdef const uint8_t *pages[2]
@@ -336,7 +338,8 @@ def join(Layout layout not None, uint32_t table_id, bytes bucket_key, page, byte
         if st_splitter_next(&splitter, &bucket) != 1 or bucket.stop != n or bucket.bytes != layout.c.page_bytes:
             return None
         image = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>bucket.bytes)
-        st_build(&layout.c, items, n, depth - 1, table_id, <uint8_t *>PyBytes_AS_STRING(image), <uint32_t>bucket.bytes)
+        st_build(&layout.c, items, n, depth - 1, table_id, commit, <uint8_t *>PyBytes_AS_STRING(image),
+                 <uint32_t>bucket.bytes)
         return image
     finally:
         PyMem_Free(items)
@@ -390,12 +393,14 @@ cdef class _Buckets:
     cdef object owner  # keeps the items alive
     cdef Layout layout
     cdef uint32_t table_id, depth_grow
+    cdef uint64_t commit
     cdef st_splitter splitter
     cdef const st_item *items
 
-    def __cinit__(self, Layout layout not None, uint32_t table_id, uint32_t depth_grow):
+    def __cinit__(self, Layout layout not None, uint32_t table_id, uint64_t commit, uint32_t depth_grow):
         self.layout = layout
         self.table_id = table_id
+        self.commit = commit
         self.depth_grow = depth_grow
 
     cdef void start(self, const st_item *items, size_t n, uint64_t key, uint32_t depth) noexcept:
@@ -414,5 +419,5 @@ cdef class _Buckets:
             raise ValueError("more rows share a bucket than a page image can hold")
         image = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>bucket.bytes)
         st_build(&self.layout.c, self.items + bucket.start, bucket.stop - bucket.start, bucket.depth, self.table_id,
-                 <uint8_t *>PyBytes_AS_STRING(image), <uint32_t>bucket.bytes)
+                 self.commit, <uint8_t *>PyBytes_AS_STRING(image), <uint32_t>bucket.bytes)
         return int(bucket.key).to_bytes(8, "big"), image

@@ -4,7 +4,8 @@ cdef class Scan:
     """Scan(layout, tree, table_id, columns): reads the rows of a table into columns, a batch of rows at a time.
 
     columns: the numbers of the columns to read; a table has its keys, its event time and its features, in this order,
-    counted from 0. The read transaction of the tree must be open during every call. Raises IndexError.
+    counted from 0. The read transaction of the tree must be open during every call. Raises IndexError for
+    another number, and ValueError for a blob.
     """
     cdef st_scan c
     cdef Layout layout
@@ -34,6 +35,8 @@ cdef class Scan:
                 column.code, column.row_offset = ST_TIMESTAMP, l.time_offset
             else:
                 f = numbers[i] - l.n_keys - 1
+                if l.features[f].code == ST_BLOB:
+                    raise ValueError(f"column number {numbers[i]} is a blob, which no scan reads")
                 column.code, column.width = l.features[f].code, l.features[f].width
                 column.row_offset = l.features[f].offset
                 column.null_byte, column.null_bit = l.null_offset + f // 8, 1 << (f % 8)

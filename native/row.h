@@ -14,9 +14,10 @@ static inline void st_store16(uint8_t *p, uint16_t v) { memcpy(p, &v, 2); }
 static inline void st_store32(uint8_t *p, uint32_t v) { memcpy(p, &v, 4); }
 static inline void st_store64(uint8_t *p, uint64_t v) { memcpy(p, &v, 8); }
 
-/* Header: rows u16 | tag bytes u16 | local depth u8 | zero u8 | LMDB pages u16. It is short so that LMDB's page header,
- * this header and up to 40 tags share one cache line: a lookup reads only that line and the row. All other fields are
- * in the footer: table id u32 | row bytes u32 | heap start u32 | CRC-32C u32 of all bytes before it. */
+/* Header: rows u16 | tag bytes u16 | local depth u8 | page format u8, 0 for format 2 | LMDB pages u16. It is short so that
+ * LMDB's page header, this header and up to 40 tags share one cache line: a lookup reads only that line and the row. All
+ * other fields are in the footer: table id u32 | row bytes u32 | heap start u32 | CRC-32C u32 of all bytes before it. In
+ * format 3, the number of the commit, u64, comes before the footer. */
 static inline uint32_t st_rows(const uint8_t *page) { return st_load16(page); }
 static inline uint32_t st_tag_bytes(const uint8_t *page) { return st_load16(page + 2); }
 static inline uint32_t st_depth(const uint8_t *page) { return page[4]; }
@@ -24,11 +25,15 @@ static inline uint32_t st_image_bytes(const uint8_t *page)
 {
     return st_load16(page + 6) * (uint32_t)ST_PAGE_BYTES - ST_PAGE_OVERHEAD;
 }
+static inline uint8_t st_format_byte(const st_layout *l) { return l->page_format > 2 ? (uint8_t)l->page_format : 0; }
 static inline const uint8_t *st_footer(const uint8_t *page) { return page + st_image_bytes(page) - ST_FOOTER_BYTES; }
 static inline const uint8_t *st_row(const st_layout *l, const uint8_t *page, uint32_t i)
 {
     return page + ST_HEADER_BYTES + st_tag_bytes(page) + (size_t)i * l->row_bytes;
 }
+
+/* Whether a value is a reference to bytes in the heap. */
+static inline int st_is_string(uint32_t code) { return code == ST_STRING || code == ST_BLOB; }
 
 #define ST_MIX_INT 0x9e3779b97f4a7c15u
 #define ST_MIX_LENGTH 0xd1b54a32d192ed03u

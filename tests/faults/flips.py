@@ -83,7 +83,7 @@ def places_below(data: bytes, tree: str, number: int) -> Iterator[Place]:
             if tree == "entries" and key[:1] == b"t":
                 (tags,) = struct.unpack_from("<H", data, start + HEADER + 2)
                 yield Place("image", start, start + HEADER + 8 + tags, True)
-                yield Place("image", stop - 16, stop, True)
+                yield Place("image", stop - 24, stop, True)
             else:
                 yield Place(f"{tree}: value", start, stop, True)
 
@@ -167,16 +167,23 @@ def copy(path: Path) -> Any:
 
 
 def write(path: Path) -> Any:
-    """Push, delete, load and change the catalog, and return what is read then and after opening the store again."""
+    """Push, delete, load and change the catalog, and return what is read then and after opening the store again.
+
+    A store of format 2 is migrated first.
+    """
     import workload
 
     import shorttail as st
     from shorttail.store import Store
     from shorttail.store.lmdb_file import structure_problems
+    from shorttail.store.migrate import migrate
+    from shorttail.store.stat import store_stats
 
     first = len(workload.CYCLE)
     with st.Engine.open(path) as engine:
         store = engine.store
+        if store_stats(store)["format"] == 2:
+            migrate(store.environment)
         for kind in ("edit", "shrink", "load", "catalog"):
             workload.take(store, workload.first_of(kind, first))
         engine.push("scored", {"user_id": [1, 2, 3], "event_time": np.full(3, 5), "a": [1.5, 2.5, 3.5]})

@@ -13,11 +13,14 @@ import random
 import time
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import onnx
+import pytest
 from extent import SOAK
 from flips import FlipServer, Place, make_store, places
+from format_2 import make_format_2, tables_of_format_2
 from onnx import TensorProto, helper
 from test_disk_full import DEFINITIONS
 
@@ -51,7 +54,8 @@ def choose(found: list[Place], rng: random.Random) -> list[Flip]:
     return flips
 
 
-def test_a_flipped_bit_is_found_or_does_no_harm(tmp_path: Path) -> None:
+@pytest.mark.parametrize("page_format", [2, 3])
+def test_a_flipped_bit_is_found_or_does_no_harm(tmp_path: Path, page_format: int) -> None:
     seed = int(os.environ.get("SHORTTAIL_FAULT_SEED", time.time_ns() % 1_000_000))
     print(f"SHORTTAIL_FAULT_SEED={seed}")
     ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", 1]) for name in ("x", "y")]
@@ -60,7 +64,10 @@ def test_a_flipped_bit_is_found_or_does_no_harm(tmp_path: Path) -> None:
     onnx.save_model(model, tmp_path / "score.onnx")
     (tmp_path / "definitions.py").write_text(DEFINITIONS)
     base = tmp_path / "base"
-    make_store(base, tmp_path / "definitions.py", FREED_COMMITS)
+    with tables_of_format_2() if page_format == 2 else nullcontext():
+        make_store(base, tmp_path / "definitions.py", FREED_COMMITS)
+    if page_format == 2:
+        make_format_2(base)
     found = places((base / "data.mdb").read_bytes())
     n_pages = Counter(place.kind for place in found if place.used)
     assert n_pages["entries: leaf"] > 2

@@ -36,6 +36,7 @@ from shorttail.store import ColumnBatch, Delete, Store, Upsert
 from shorttail.store.backup import backup
 from shorttail.store.environment import table_ids, table_pages
 from shorttail.store.files import model_path
+from shorttail.store.migrate import migrate
 from shorttail.store.table import make_layout
 
 Report = Callable[..., None]
@@ -266,6 +267,14 @@ def take_one(report: Report, path: str, step: int, fault: list[int]) -> None:
         report(done=step)
 
 
+def migrate_with(report: Report, path: str, fault: list[int]) -> None:
+    """Migrate a store with a fault, and report when it is done."""
+    with Store.open(path) as store:
+        Shim().arm(path, *fault)
+        done = migrate(store.environment)
+        report(done=done.rows)
+
+
 def make(report: Report, path: str, fault: list[int]) -> None:
     Shim().arm(path, *fault)
     create(path)
@@ -357,6 +366,33 @@ def survive_creation(report: Report, path: str, fault: list[int]) -> None:
     with Store.open(path) as store:
         take(store, 1)
         assert step_seen(look_up_all(store)) == 1
+    report(reached=reached, message=message)
+
+
+def survive_migration(report: Report, path: str, step: int, fault: list[int]) -> None:
+    """Migrate a store with a fault and then without. A failure must change nothing for stores that are open."""
+    mode, nth = fault
+    shim, message = fault_of(mode), None
+    with Store.open(path) as store, Store.open(path) as reader:
+        before = look_up_all(reader)
+        shim.arm(path, mode, nth)
+        try:
+            migrate(store.environment)
+        except ResourceExhausted as error:
+            message = error.message
+        reached = shim.reached(nth, message)
+        shim.disarm()
+        assert look_up_all(reader) == look_up_all(store) == scan_all(store) == before
+        migrate(store.environment)
+        assert look_up_all(reader) == scan_all(store) == before
+        take(store, step)
+        assert look_up_all(reader) == scan_all(store) == expected(step)
+        take(store, first_of("load", step + 1))
+        store.refresh()
+        check_structure(store)
+        with store.environment.read() as txn:
+            assert set(table_ids(txn)) <= {table.id for table in store.catalog.tables.values()}, "tables were left over"
+            assert bytes(txn.get(b"format")) == b"3"
     report(reached=reached, message=message)
 
 
@@ -511,12 +547,14 @@ JOBS: dict[str, Callable[..., None]] = {
         write,
         take_one,
         make,
+        migrate_with,
         check,
         read,
         watch_syncs,
         survive,
         survive_creation,
         survive_apply,
+        survive_migration,
         survive_opening,
         survive_backup,
         on_small_disk,

@@ -64,14 +64,14 @@ def test_what_is_no_store_is_refused(tmp_path: Path) -> None:
 def test_a_store_of_a_newer_format_is_refused(path: Path) -> None:
     with make_store(path) as store, store.environment.write() as writer:
         writer.txn.put(b"format", b"7")
-    with pytest.raises(InvalidArgument, match="format 7, and this shorttail reads 2; upgrade"):
+    with pytest.raises(InvalidArgument, match="format 7, and this shorttail reads 2 and 3; upgrade"):
         Store.open(path)
 
 
-def test_a_store_of_an_older_format_is_refused(path: Path) -> None:
+def test_a_store_of_a_format_that_is_too_old_is_refused(path: Path) -> None:
     with make_store(path) as store, store.environment.write() as writer:
         writer.txn.put(b"format", b"1")
-    with pytest.raises(InvalidArgument, match="format 1, and this shorttail reads 2; make a new store"):
+    with pytest.raises(InvalidArgument, match="format 1, and this shorttail reads 2 and 3; make a new store"):
         Store.open(path)
 
 

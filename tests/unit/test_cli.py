@@ -108,7 +108,7 @@ def fresh(tmp_path: Path) -> Project:
 
 
 COMMANDS = ["apply", "materialize", "load", "push", "delete", "models", "serve", "predict", "features", "stat"]
-COMMANDS += ["verify", "backup", "init"]
+COMMANDS += ["verify", "backup", "migrate", "init"]
 COMMANDS += ["models list", "models deploy", "models promote", "models rollback", "search", "history"]
 COMMANDS += ["views", "views list", "views show", "views get", "views scan"]
 

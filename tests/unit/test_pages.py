@@ -19,8 +19,20 @@ from hypothesis import strategies as st
 from row_tables import layout_of, stored
 
 from shorttail._native.columns import Columns
-from shorttail._native.pages import Directory, Gate, GenerationWord, Layout, Lookup, Map, SortedRows, Tree, lookup
+from shorttail._native.pages import (
+    Directory,
+    Gate,
+    GenerationWord,
+    Layout,
+    Lookup,
+    Map,
+    SortedRows,
+    Tree,
+    crc32c,
+    lookup,
+)
 from shorttail.define import dtypes
+from shorttail.define.catalog import PAGE_FORMAT
 from shorttail.define.entities import Entity
 from shorttail.define.views import Feature, FeatureView
 from shorttail.store.environment import page_key
@@ -29,6 +41,8 @@ from shorttail.store.table import ColumnBatch, encode_rows
 PRESENT, NULL, NOT_FOUND, STALE = 0, 1, 2, 3
 ALL_TYPES = [*dtypes.SCALARS.values(), dtypes.Vector(5), dtypes.Vector(3, dtypes.Float64)]
 INT64 = np.iinfo(np.int64)
+PAGE_FORMATS = [2, PAGE_FORMAT]
+COMMIT = 2**64 - 5  # of the pages of a Table
 
 
 class Pages:
@@ -66,11 +80,18 @@ class Pages:
 class Table:
     """A table: rows, their pages, and a directory."""
 
-    def __init__(self, view: FeatureView, rows: dict[tuple[Any, ...], tuple[int, list[Any]]], seed: int = 7) -> None:
-        self.view, self.rows = view, rows
-        self.layout = layout_of(view, seed)
+    def __init__(
+        self,
+        view: FeatureView,
+        rows: dict[tuple[Any, ...], tuple[int, list[Any]]],
+        seed: int = 7,
+        page_format: int = PAGE_FORMAT,
+    ) -> None:
+        self.view, self.rows, self.seed = view, rows, seed
+        self.layout = layout_of(view, seed, page_format=page_format)
         parts = [encode_rows(self.layout, stored(view), to_batch(view, rows))] if rows else []
-        self.pages = SortedRows(self.layout, parts).merge(0, bytes(8), None, 1, 40)[1] if rows else []
+        sorted_rows = SortedRows(self.layout, parts, commit=COMMIT)
+        self.pages = sorted_rows.merge(0, bytes(8), None, 1, 40)[1] if rows else []
         self.directory = Directory(self.layout, 1)
         self.stored = Pages()
         self.store(dict(self.pages))
@@ -79,6 +100,12 @@ class Table:
         """Have these pages and no others; returns the number of buckets."""
         self.stored.write(pages)
         return self.directory.build(self.stored.tree())
+
+    def move(self, layout: Layout, table_id: int, pages: dict[bytes, bytes]) -> None:
+        """Have the same rows in these pages of another table."""
+        self.layout, self.directory = layout, Directory(layout, table_id)
+        self.stored.write(pages, table_id)
+        self.directory.build(self.stored.tree())
 
     def look(self, keys: list[tuple[Any, ...]], dtype: Any, now_us: int = 0) -> tuple[Any, ...]:
         """Look up all features that fit outputs of one type. Return (columns, view status, feature statuses)."""
@@ -214,7 +241,8 @@ def tables(draw: st.DrawFn) -> tuple[Table, list[tuple[Any, ...]]]:
     values = st.tuples(*[st.none() | VALUES[dtype.code] for dtype in types]).map(list)
     rows = draw(st.dictionaries(key, st.tuples(st.integers(0, 100_000_000), values), max_size=30))
     wanted = draw(st.lists(st.tuples(*[st.none() | KEYS[dtype.code] for dtype in key_types]), min_size=1, max_size=40))
-    return Table(view, rows, seed=draw(st.integers(0, 2**64 - 1))), wanted
+    seed, page_format = draw(st.integers(0, 2**64 - 1)), draw(st.sampled_from(PAGE_FORMATS))
+    return Table(view, rows, seed, page_format), wanted
 
 
 @settings(max_examples=150, deadline=None)
@@ -366,27 +394,30 @@ def test_layout_sizes() -> None:
         Layout(bytes([3]) * 9, [(4, 1)], 1)
 
 
-def test_long_rows_get_longer_pages() -> None:
+@pytest.mark.parametrize("page_format", PAGE_FORMATS)
+def test_long_rows_get_longer_pages(page_format: int) -> None:
     view = make_view([dtypes.String], [Feature("s", dtypes.String)])
     rows = {(f"key {i}",): (0, [chr(97 + i % 26) * (i * 700)]) for i in range(60)}
-    table = Table(view, rows)
+    table = Table(view, rows, page_format=page_format)
     assert max(len(page) for _, page in table.pages) > 40_000
     assert all((len(page) + 16) % 4096 == 0 for _, page in table.pages)
     assert_same(table, [*rows, ("none",)], object)
 
 
-def test_merge_and_remove_leave_other_rows_unchanged() -> None:
+@pytest.mark.parametrize("page_format", PAGE_FORMATS)
+def test_merge_and_remove_leave_other_rows_unchanged(page_format: int) -> None:
     view = make_view([dtypes.Int64], [Feature("a", dtypes.Int64), Feature("s", dtypes.String)])
     old = {(k,): (10, [k, f"old {k}"]) for k in range(40)}
     new = {(k,): (9 if k % 2 else 10, [-k, f"new {k}"]) for k in range(20, 300)}
-    table = Table(view, old)
-    rows = SortedRows(table.layout, [encode_rows(table.layout, stored(view), to_batch(view, new))])
+    table = Table(view, old, page_format=page_format)
+    rows = SortedRows(table.layout, [encode_rows(table.layout, stored(view), to_batch(view, new))], commit=COMMIT + 1)
     pages, at, splits = dict(table.pages), 0, 0
     while at < len(rows):
         key = max(k for k in pages if k <= rows.hash(at))
         at, images = rows.merge(at, key, pages[key], 1, 40)
         splits += len(images) > 1
         pages.update(images)
+        assert {table.layout.commit(image) for _, image in images} == {COMMIT + 1 if page_format > 2 else 0}
     assert splits
     want = new | {k: row for k, row in old.items() if k not in new or new[k][0] < 10}
     assert table.store(pages) == len(pages)
@@ -395,7 +426,7 @@ def test_merge_and_remove_leave_other_rows_unchanged() -> None:
     assert_same(table, [(k,) for k in range(310)], object)
 
     gone = {(k,): (0, [0, ""]) for k in range(0, 400, 3)}
-    rows = SortedRows(table.layout, [encode_rows(table.layout, stored(view), to_batch(view, gone))])
+    rows = SortedRows(table.layout, [encode_rows(table.layout, stored(view), to_batch(view, gone))], commit=COMMIT + 2)
     at, count = 0, 0
     changed = {}
     while at < len(rows):
@@ -405,6 +436,7 @@ def test_merge_and_remove_leave_other_rows_unchanged() -> None:
         count += removed
         if image is not None:
             pages[key] = changed[key] = image
+            assert table.layout.commit(image) == (COMMIT + 2 if page_format > 2 else 0)
     table.stored.write(changed, keep=True)
     changes = b"".join(page_key(1, key)[1:] for key in changed)
     assert table.directory.update(table.stored.tree(), changes) == len(changed)
@@ -413,9 +445,10 @@ def test_merge_and_remove_leave_other_rows_unchanged() -> None:
     assert_same(table, [(k,) for k in range(310)], np.int64)
 
 
-def test_check_detects_every_changed_byte() -> None:
+@pytest.mark.parametrize("page_format", PAGE_FORMATS)
+def test_check_detects_every_changed_byte(page_format: int) -> None:
     view = make_view([dtypes.String], [Feature("a", dtypes.Int64), Feature("s", dtypes.String)])
-    table = Table(view, {(f"k{i}",): (i, [i, f"value {i}"]) for i in range(5)})
+    table = Table(view, {(f"k{i}",): (i, [i, f"value {i}"]) for i in range(5)}, page_format=page_format)
     (key, page), *others = table.pages
     assert not others
     table.layout.check(page, key, 1)
@@ -427,6 +460,38 @@ def test_check_detects_every_changed_byte() -> None:
     for cut in (0, 1, 7, 23, 24, 100, len(page) - 1):
         with pytest.raises(ValueError, match="length"):
             table.layout.check(page[:cut], key, 1)
+
+
+def test_a_page_of_format_3_ends_with_the_commit_and_the_footer_of_format_2() -> None:
+    view = make_view([dtypes.Int64], [Feature("s", dtypes.String)])
+    pages = {}
+    for page_format in PAGE_FORMATS:
+        table = Table(view, {(1,): (5, ["abc"])}, page_format=page_format)
+        ((_, pages[page_format]),) = table.pages
+        assert table.layout.page_format == page_format
+    old, new = pages[2], pages[3]
+    assert (old[5], new[5]) == (0, 3)
+    assert int.from_bytes(new[-24:-16], "little") == COMMIT
+    assert new[-16:-8] == old[-16:-8]  # the table's id and the bytes of a row
+    assert (old[-19:-16], new[-27:-24]) == (b"abc", b"abc")
+    for page, end in ((old, 16), (new, 24)):
+        assert int.from_bytes(page[-8:-4], "little") == len(page) - end - 3
+        assert int.from_bytes(page[-4:], "little") == crc32c(page[:-4])
+
+
+def test_a_page_of_the_other_format_is_refused() -> None:
+    view = make_view([dtypes.Int64], [Feature("a", dtypes.Int64)])
+    for page_format, other in ((2, 3), (3, 2)):
+        table = Table(view, {(k,): (0, [k]) for k in range(9)}, page_format=page_format)
+        ((key, page),) = table.pages
+        wrong = layout_of(view, 7, page_format=other)
+        with pytest.raises(ValueError, match="another page format"):
+            wrong.check(page, key, 1)
+        with pytest.raises(ValueError, match="another page format"):
+            Directory(wrong, 1).build(table.stored.tree())
+    for unknown in (1, 4):
+        with pytest.raises(ValueError, match=f"format 2 or 3, not {unknown}"):
+            Layout(bytes([3]), [(3, 1)], 1, page_format=unknown)
 
 
 def test_lookup_of_damaged_strings_stays_inside_the_page() -> None:

@@ -20,6 +20,7 @@ from shorttail.cli.erase import delete_entity
 from shorttail.cli.history import history
 from shorttail.cli.init import init
 from shorttail.cli.lineage import lineage
+from shorttail.cli.migrate import migrate
 from shorttail.cli.models import models
 from shorttail.cli.operate import backup, stat, verify
 from shorttail.cli.options import (
@@ -340,6 +341,7 @@ cli.add_command(history)
 cli.add_command(init)
 cli.add_command(lineage)
 cli.add_command(load)
+cli.add_command(migrate)
 cli.add_command(models)
 cli.add_command(plan)
 cli.add_command(push)

@@ -24,6 +24,7 @@ def stat(store: str, as_json: bool) -> None:
       shorttail stat --store store
     """
     from shorttail.define.durations import duration_text
+    from shorttail.store.format import FORMAT_VERSION
     from shorttail.store.mapping import size_text
     from shorttail.store.stat import store_stats
 
@@ -51,6 +52,8 @@ def stat(store: str, as_json: bool) -> None:
         click.echo("no views; register some with `shorttail apply`")
     file, free, room = (size_text(found[name]) for name in ("file_bytes", "free_bytes", "map_bytes"))
     click.echo(f"file: {file}, {free} of it free; may grow to {room}")
+    if found["format"] < FORMAT_VERSION:
+        click.echo(f"format: {found['format']}, which is only read; run `shorttail migrate --store {store}`")
     log = found["change_log"]
     since = "" if log["oldest_commit"] is None else f", the log of changes from {log['oldest_commit']} on"
     click.echo(f"commit: {found['commit']}{since} ({size_text(log['bytes'])})")

@@ -9,7 +9,7 @@ import json
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Final
 
 from shorttail.config import LIMITS
 from shorttail.define.dtypes import Bool, DType, Float32, Float64, Int32, Int64, String
@@ -22,6 +22,8 @@ from shorttail.define.views import Feature, FeatureView
 from shorttail.errors import Internal, NotFound
 
 Json = dict[str, Any]
+
+PAGE_FORMAT: Final = 3  # of the pages of new tables
 
 # ONNX element type -> our type. A model with another type (float16, a map, a sequence) is refused at registration.
 TENSOR_TYPES: dict[str, DType] = {
@@ -366,7 +368,7 @@ class Catalog:
         """Return a new, empty table for a view, which belongs to nothing yet. columns: more than the definition has."""
         # The seed has 63 bits, so that every JSON reader keeps it exact. It is random, so that nobody can choose keys
         # that collide.
-        table = TableInfo.of(definition, self.next_table_id, secrets.randbits(63))
+        table = TableInfo.of(definition, self.next_table_id, secrets.randbits(63), page_format=PAGE_FORMAT)
         self.next_table_id += 1
         return replace(table, columns=(*table.columns, *columns))
 

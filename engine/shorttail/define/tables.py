@@ -41,6 +41,7 @@ class TableInfo:
 
     id: from 1 on, never reused (in the change log 0 stands for the catalog). seed: of the hash of keys. keys: the types
     of its keys. columns: in the order of its rows. page_bytes: size of a page, 0 to let the layout choose it.
+    page_format: of its pages (docs/format.md).
     """
 
     id: int
@@ -48,13 +49,14 @@ class TableInfo:
     keys: tuple[DType, ...]
     columns: tuple[Column, ...]
     page_bytes: int = 0
+    page_format: int = 2  # of a table whose entry says nothing
 
     @classmethod
-    def of(cls, definition: Definition, table_id: int, seed: int, page_bytes: int = 0) -> Self:
+    def of(cls, definition: Definition, table_id: int, seed: int, page_bytes: int = 0, page_format: int = 2) -> Self:
         """Return a table with the columns of a definition, in the order of its features."""
         features = zip(definition.columns, definition.view.features, strict=True)
         columns = tuple(Column(number, feature.dtype) for number, feature in features)
-        return cls(table_id, seed, tuple(definition.view.keys.values()), columns, page_bytes)
+        return cls(table_id, seed, tuple(definition.view.keys.values()), columns, page_bytes, page_format)
 
     @cached_property
     def place(self) -> dict[int, int]:
@@ -70,7 +72,7 @@ class TableInfo:
 
     def to_json(self) -> list[Any]:
         keys, columns = [dtype.name for dtype in self.keys], [column.to_json() for column in self.columns]
-        return [self.id, self.seed, self.page_bytes, keys, columns]
+        return [self.id, self.seed, self.page_bytes, keys, columns, self.page_format]
 
     @classmethod
     def from_json(cls, data: Sequence[Any], definition: Definition) -> Self:
@@ -78,8 +80,9 @@ class TableInfo:
         table_id, seed, page_bytes, *rest = data
         if not rest:
             return cls.of(definition, table_id, seed, page_bytes)
-        keys, columns = rest
-        return cls(table_id, seed, tuple(map(parse_dtype, keys)), tuple(map(Column.from_json, columns)), page_bytes)
+        keys, columns, page_format = rest
+        types = tuple(map(parse_dtype, keys))
+        return cls(table_id, seed, types, tuple(map(Column.from_json, columns)), page_bytes, page_format)
 
 
 @dataclass(frozen=True)

@@ -36,13 +36,13 @@ from shorttail.store.checksums import KEY as CHECKSUMS_KEY
 from shorttail.store.checksums import Checksums
 from shorttail.store.environment import (
     BUCKET_KEY_BYTES,
-    FORMAT_VERSION,
     Transaction,
     log_entries,
     table_ids,
     table_pages,
 )
 from shorttail.store.files import model_path
+from shorttail.store.format import FORMAT_VERSION, read_format
 from shorttail.store.history import Event
 from shorttail.store.lmdb_file import SETTINGS_KEY, header_problems, mapped, structure_problems
 from shorttail.store.lmdb_handle import ROOT_TRIES
@@ -92,10 +92,10 @@ def check(path: Path) -> None:
         if problems:
             return emit_structure_problems(problems)
         with open_tree(env, path) as (txn, tree):
-            catalog = check_entries(txn)
+            catalog = check_entries(txn, path)
             if catalog is not None:
                 total_pages = env.stat()["overflow_pages"]
-                Tables(txn, tree, total_pages).check(catalog)
+                Tables(txn, tree, total_pages, last_commit(txn)).check(catalog)
                 check_models(path, catalog)
 
 
@@ -117,14 +117,16 @@ def open_tree(env: Any, path: Path) -> Iterator[tuple[Transaction, Tree]]:
     emit("problem", "commits follow each other too fast to read between them; run verify again")
 
 
-def check_entries(txn: Transaction) -> Catalog | None:
+def check_entries(txn: Transaction, path: Path) -> Catalog | None:
     """Check all entries outside tables. Return the catalog, or None if the tables cannot be read with it."""
     emit("doing", "the catalog")
-    version = txn.get(b"format")
-    if version is None or bytes(version) != str(FORMAT_VERSION).encode():
-        shown = None if version is None else bytes(version)
-        emit("problem", f"the store has format {shown!r}, and this shorttail reads {FORMAT_VERSION}")
+    try:
+        version = read_format(path, txn.get(b"format"))
+    except ShorttailError as error:
+        emit("problem", error.message)
         return None
+    if version < FORMAT_VERSION:
+        emit("note", f"the store has format {version}, which is only read; run `shorttail migrate --store {path}`")
     for key in keys_outside_tables(txn):
         if key not in _KEYS and key[:1] != erased.PREFIX and len(key) != NUMBERED.get(key[:1]):
             emit("problem", f"LMDB holds the unknown key {key!r}")
@@ -145,6 +147,11 @@ def check_entries(txn: Transaction) -> Catalog | None:
     if catalog.tables.keys() != catalog.views.keys():
         emit("problem", "the catalog is damaged: its views and its tables differ")
         return None
+    for name, table in catalog.all_tables():
+        if table.page_format != version:
+            emit(
+                "problem", f"the store has format {version}, and view '{name}' has pages of format {table.page_format}"
+            )
     ids = [table.id for _, table in catalog.all_tables()]
     if len(set(ids)) < len(ids) or max(ids, default=0) >= catalog.next_table_id:
         emit("problem", "the catalog is damaged: two views share a table, or a table id is too large")
@@ -213,11 +220,16 @@ def check_history(txn: Transaction) -> None:
             return emit("problem", f"the history lacks its event {expected}")
 
 
+def last_commit(txn: Transaction) -> int:
+    """Return the number of the last commit; 0 if the state is missing."""
+    return int.from_bytes((txn.get(b"state") or b"")[:8], "little")
+
+
 class Tables:
     """Checks every page of every table, and looks up every row by its key."""
 
-    def __init__(self, txn: Transaction, tree: Tree, total_pages: int) -> None:
-        self.txn, self.tree, self.total_pages = txn, tree, total_pages
+    def __init__(self, txn: Transaction, tree: Tree, total_pages: int, commit: int) -> None:
+        self.txn, self.tree, self.total_pages, self.commit = txn, tree, total_pages, commit
         self.pages = self.rows = self.tables = 0
 
     def check(self, catalog: Catalog) -> None:
@@ -297,6 +309,8 @@ class _View:
             except (ValueError, UnicodeDecodeError) as error:
                 self.problem(str(error), bucket)
                 continue
+            if layout.commit(page) > self.tables.commit:
+                self.problem("its commit number is greater than that of the last commit", bucket)
             self.keys.append(keys)
             self.buckets.append((bucket, n))
             self.waiting += n

@@ -178,7 +178,7 @@ class TableEdits:
         """
         outcomes: dict[int, int] = {}
         for i, step in enumerate(self.steps):
-            rows = SortedRows(self.layout, step.parts, step.sizes, now_us, step.given)
+            rows = SortedRows(self.layout, step.parts, step.sizes, now_us, step.given, writer.commit_number)
             try:
                 if not step.upsert:
                     outcomes[step.numbers[0]] = self._remove(writer, rows)
@@ -231,18 +231,14 @@ class TableEdits:
 
     def _join_siblings(self, writer: WriteTransaction, key: bytes, page: bytes) -> None:
         """Merge the bucket with its sibling, repeatedly, while the two together are small. So tables also shrink."""
-        table_id = self.table.id
+        table_id, commit = self.table.id, writer.commit_number
         while depth := page[4]:
-            at = int.from_bytes(key)
-            sibling_at = at ^ (1 << (64 - depth))
-            sibling_key = sibling_at.to_bytes(8)
+            sibling_key = (int.from_bytes(key) ^ (1 << (64 - depth))).to_bytes(8)
             sibling = writer.get_page(table_id, sibling_key)
             if sibling is None:
                 return
-            if at < sibling_at:
-                first, last, joined = key, sibling_key, join(self.layout, table_id, key, page, sibling_key, sibling)
-            else:
-                first, last, joined = sibling_key, key, join(self.layout, table_id, sibling_key, sibling, key, page)
+            (first, lower), (last, upper) = sorted([(key, page), (sibling_key, sibling)], key=lambda pair: pair[0])
+            joined = join(self.layout, table_id, commit, first, lower, last, upper)
             if joined is None:
                 return
             writer.delete_page(table_id, last)

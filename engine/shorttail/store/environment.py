@@ -1,9 +1,6 @@
 """One LMDB environment: opening it, its format version, transactions, the change log and the generation word.
 
-A store is a directory with data.mdb and lock.mdb (LMDB), generation (8 bytes of shared memory that count commits),
-load.lock (locked by a bulk load while it runs) and models/. LMDB holds one database. Its keys are "format", "catalog",
-"state" and "sums"; "l" + commit number: what that commit changed; "h" + number: an event of the history; "e" + entity +
-number: keys that were erased; "t" + table id + bucket key: a page of a table. docs/format.md describes everything.
+docs/format.md describes the files of a store and the keys in LMDB.
 
 One process must never open the same LMDB environment twice, so environments are shared: see Environment.open.
 """
@@ -26,14 +23,21 @@ from shorttail.errors import Internal, InvalidArgument, Unavailable
 from shorttail.store.checksums import KEY as CHECKSUMS_KEY
 from shorttail.store.checksums import Checksums, entry_checksum
 from shorttail.store.files import make_folder
+from shorttail.store.format import FORMAT_VERSION, check_writable, read_format
 from shorttail.store.lmdb_file import CATALOG_KEY, FORMAT_KEY, PAGE_BYTES, STATE_KEY
 from shorttail.store.lmdb_handle import LmdbHandle
 from shorttail.store.lmdb_handle import Transaction as Transaction
 from shorttail.store.mapping import map_full_error, usable_pages, value_pages
-from shorttail.store.opening import check_directory, damaged_store, map_generation, no_store, translate_errors
+from shorttail.store.opening import (
+    check_directory,
+    damaged_store,
+    map_generation,
+    no_store,
+    other_database,
+    translate_errors,
+)
 from shorttail.store.settings import StoreSettings
 
-FORMAT_VERSION = 2
 BUCKET_KEY_BYTES = 8
 
 _STATE = struct.Struct("<QQQ")  # number of the last commit, number of the oldest commit in the log, bytes of the log
@@ -141,18 +145,8 @@ class Environment:
         if version is None and not self.handle.env.stat()["entries"]:
             raise no_store(self.path)  # it was being made when the disk was full, or the process was killed
         if version is None and self._value(STATE_KEY) is None:
-            raise InvalidArgument(
-                f"'{self.path}' is an LMDB database but not a shorttail store; choose another path for --store"
-            )
-        if version is None or not version.isdigit():
-            raise damaged_store(self.path, f"its format is {version!r}")
-        if int(version) != FORMAT_VERSION:
-            remedy = (
-                "upgrade shorttail" if int(version) > FORMAT_VERSION else "make a new store, by apply and materialize"
-            )
-            raise InvalidArgument(
-                f"store '{self.path}' has format {int(version)}, and this shorttail reads {FORMAT_VERSION}; {remedy}"
-            )
+            raise other_database(self.path)
+        read_format(self.path, version)
         self._is_store = True
 
     def _value(self, key: bytes) -> bytes | None:
@@ -217,8 +211,8 @@ class Environment:
         """Yield a write transaction, which is durable when the `with` block has ended. An exception in it undoes all.
 
         Waits until the current writer, in any process, has finished. Raises ResourceExhausted when the disk or the map
-        is full, Unavailable when the store at the path is another one, InvalidArgument for a damaged file, and Internal
-        when this thread is already in write().
+        is full, Unavailable when the store at the path is another one, InvalidArgument for a damaged file and for a
+        store of an older format, and Internal when this thread is already in write().
         """
         self.check_process()
         if self.is_writing():
@@ -232,6 +226,7 @@ class Environment:
             try:
                 if self._is_store:
                     self.handle.check_content()
+                    check_writable(self.path, txn.get(FORMAT_KEY))
                 self._extend_file()
                 self._check_readers()
                 self._writer = writer = WriteTransaction(self, txn)
@@ -336,6 +331,11 @@ class WriteTransaction:
     @property
     def path(self) -> Path:
         return self._environment.path
+
+    @property
+    def commit_number(self) -> int:
+        """The number of this commit, which the pages that it writes get."""
+        return self._environment.sequence(self.txn) + 1
 
     @property
     def n_entries(self) -> int:

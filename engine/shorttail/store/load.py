@@ -249,8 +249,9 @@ class PageWriter:
         self.n_rows = 0
         self._environment = environment
         self._counter = counter
-        self._building = PageImages(layout, table_id, commit_bytes)
-        self._writing = PageImages(layout, table_id, commit_bytes)
+        commit = last_commit(environment)
+        self._building = PageImages(layout, table_id, commit_bytes, commit)
+        self._writing = PageImages(layout, table_id, commit_bytes, commit)
         self._thread = ThreadPoolExecutor(1, "shorttail-load")
         self._commit: Future[None] | None = None
 
@@ -286,17 +287,28 @@ class PageWriter:
             self._counter.report()
 
     def _put(self, images: PageImages) -> None:
-        with self._environment.write() as writer:
-            cursor = writer.txn.cursor()
-            first_key, _ = next(iter(images))
-            # Appending is possible only at the end of LMDB's keys. A table that was made later has higher keys and may
-            # already have rows.
-            append = not cursor.last() or bytes(cursor.key()) < first_key
-            _, added = cursor.putmulti(images, append=append)
-            if added != len(images):
-                raise Internal(f"store '{self._environment.path}' took {added} of {len(images)} pages of a load")
-            writer.n_pages += added
-        time.sleep(YIELD_S)  # the write lock is not fair: without this pause, waiting writers may never get it
+        put_images(self._environment, images)
+
+
+def put_images(environment: Environment, images: PageImages) -> None:
+    """Commit pages of a table that the catalog does not name yet."""
+    with environment.write() as writer:
+        cursor = writer.txn.cursor()
+        first_key, _ = next(iter(images))
+        # Appending is possible only at the end of LMDB's keys. A table that was made later has higher keys and may
+        # already have rows.
+        append = not cursor.last() or bytes(cursor.key()) < first_key
+        _, added = cursor.putmulti(images, append=append)
+        if added != len(images):
+            raise Internal(f"store '{environment.path}' took {added} of {len(images)} pages of a new table")
+        writer.n_pages += added
+    time.sleep(YIELD_S)  # the write lock is not fair: without this pause, waiting writers may never get it
+
+
+def last_commit(environment: Environment) -> int:
+    """Return the number of the last commit."""
+    with environment.read() as txn:
+        return environment.sequence(txn)
 
 
 class ProgressCounter:

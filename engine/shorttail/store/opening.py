@@ -34,6 +34,10 @@ def no_store(path: Path) -> NotFound:
     return NotFound(f"no store at '{path}'; create it with `shorttail apply DEFINITIONS --store {path} --create`")
 
 
+def other_database(path: Path) -> InvalidArgument:
+    return InvalidArgument(f"'{path}' is an LMDB database but not a shorttail store; choose another path for --store")
+
+
 def check_directory(path: Path, create: bool) -> None:
     """Raise NotFound, InvalidArgument or PermissionDenied if path is not a store.
 

@@ -7,7 +7,8 @@ from collections import defaultdict
 from typing import Any
 
 from shorttail.store.environment import Environment, Transaction, count_pages, log_entries, table_ids, table_prefix
-from shorttail.store.lmdb_file import PAGE_BYTES
+from shorttail.store.format import read_format
+from shorttail.store.lmdb_file import FORMAT_KEY, PAGE_BYTES
 from shorttail.store.mapping import PAGE_HEADER_BYTES
 from shorttail.store.settings import StoreSettings
 from shorttail.store.snapshot import Snapshot
@@ -33,6 +34,7 @@ def store_stats(store: Snapshot) -> Stats:
         used = META_PAGES + count_pages(txn)
         return {
             "store": str(environment.path),
+            "format": read_format(environment.path, txn.get(FORMAT_KEY)),
             "commit": last,
             "max_clock_skew_us": store.catalog.max_clock_skew_us,
             "file_bytes": (environment.path / "data.mdb").stat().st_size,

@@ -162,7 +162,7 @@ def make_layout(stored: Stored) -> Layout:
     keys = bytes(dtype.code for dtype in table.keys)
     columns = [(column.dtype.code, column.dtype.width) for column in table.columns]
     try:
-        return Layout(keys, columns, table.seed, table.page_bytes)
+        return Layout(keys, columns, table.seed, table.page_bytes, table.page_format)
     except ValueError as error:
         raise InvalidArgument(f"feature view '{stored.view.name}': {error}") from None
 
@@ -172,7 +172,7 @@ def row_dtype(layout: Layout) -> np.dtype[Any]:
 
     A string is (offset, length), uint32 each.
     """
-    scalar = {1: "u1", 2: "<i4", 3: "<i8", 4: "<f4", 5: "<f8", 6: ("<u4", (2,)), 7: "<i8"}
+    scalar = {1: "u1", 2: "<i4", 3: "<i8", 4: "<f4", 5: "<f8", 6: ("<u4", (2,)), 7: "<i8", 10: ("<u4", (2,))}
     fields: list[tuple[str, Any, int]] = [
         (f"k{k}", scalar[code], layout.key_offsets[k]) for k, code in enumerate(layout.key_codes)
     ]
