@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from shorttail.cli.bench import bench
+from shorttail.cli.caller import DefinitionsFile
 from shorttail.cli.history import history
 from shorttail.cli.init import init
 from shorttail.cli.models import models
@@ -30,7 +31,6 @@ from shorttail.cli.options import (
     opened,
     progress_bar,
     source_options,
-    store_option,
     vet_option,
 )
 from shorttail.cli.output import count_document, count_line, echo_line, print_json, print_table, status_notes
@@ -39,7 +39,9 @@ from shorttail.cli.serve_options import settings_options
 from shorttail.cli.store_settings import as_duration, settings, skew_change
 from shorttail.cli.tune import tune
 from shorttail.cli.views import search, views
+from shorttail.cli.where import store_or_server
 from shorttail.config import DEFAULT_HOST, DEFAULT_PORT, VERSION
+from shorttail.define.inputs import without_copies
 from shorttail.errors import InvalidArgument, NotFound, ShorttailError, printable
 from shorttail.server.signals import keep_running
 
@@ -86,7 +88,7 @@ def drop_output() -> None:
 
 
 def fail(message: str, code: int) -> None:
-    lines = (line.strip() for line in message.splitlines())
+    lines = (line.strip() for line in without_copies(message).splitlines())
     with contextlib.suppress(OSError):  # the disk of stderr may be full too
         click.echo(f"error: {printable(' '.join(line for line in lines if line))}", err=True)
     sys.exit(code)
@@ -106,8 +108,8 @@ def cli() -> None:
 
 
 @cli.command()
-@click.argument("definitions")
-@store_option
+@click.argument("definitions", type=DefinitionsFile())
+@store_or_server
 @click.option("--dry-run", is_flag=True, help="Show the changes and write nothing.")
 @click.option("--reset", is_flag=True, help="Drop the rows of views whose schema changes; without it, refuse.")
 @click.option(
@@ -121,7 +123,7 @@ def cli() -> None:
 @by_option
 @json_option
 def apply(
-    definitions: str,
+    definitions: Any,
     store: str,
     dry_run: bool,
     reset: bool,
@@ -168,7 +170,7 @@ def apply(
 
 @cli.command()
 @click.argument("views", nargs=-1, metavar="[VIEW]...")
-@store_option
+@store_or_server
 @load_options
 @by_option
 @json_option

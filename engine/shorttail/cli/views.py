@@ -6,8 +6,10 @@ from pathlib import Path
 
 import click
 
-from shorttail.cli.options import json_option, opened, required_store, store_option, subcommands_of
+from shorttail.cli.caller import OutputFile
+from shorttail.cli.options import json_option, opened
 from shorttail.cli.output import echo_line, print_json, print_table
+from shorttail.cli.where import store_or_server, subcommands_of, where_options
 
 TABLE_ROWS = 20  # of `views scan` without --limit, if a table is printed
 FORMATS = ("table", "csv", "json", "parquet")
@@ -15,10 +17,10 @@ SUFFIXES = {".csv": "csv", ".json": "json", ".parquet": "parquet"}
 
 
 @click.group(invoke_without_command=True)
-@click.option("--store", metavar="STORE", help="Folder of the online store.")
+@where_options
 @json_option
 @click.pass_context
-def views(context: click.Context, store: str | None, as_json: bool) -> None:
+def views(context: click.Context, store: str | None, server: str | None, as_json: bool) -> None:
     """List views, show what they hold, and read their rows.
 
     Without a subcommand: list the views.
@@ -32,14 +34,14 @@ def views(context: click.Context, store: str | None, as_json: bool) -> None:
       shorttail views scan user_stats --output rows.parquet --store store
     """
     if context.invoked_subcommand is None:
-        context.invoke(views_list, store=store, as_json=as_json)
+        context.invoke(views_list, store=store, server=server, as_json=as_json)
 
 
 views_command = subcommands_of(views)
 
 
 @views_command("list")
-def views_list(store: str | None, as_json: bool) -> None:
+def views_list(store: str, as_json: bool) -> None:
     """List the views.
 
     `last event` is the latest event time of the rows of a view.
@@ -50,7 +52,7 @@ def views_list(store: str | None, as_json: bool) -> None:
     """
     from shorttail.registry.inside import list_views
 
-    with opened(required_store(store)) as target:
+    with opened(store) as target:
         listed = list_views(target)
     if as_json:
         return print_json(listed)
@@ -63,7 +65,7 @@ def views_list(store: str | None, as_json: bool) -> None:
 
 @views_command("show")
 @click.argument("view")
-def views_show(store: str | None, as_json: bool, view: str) -> None:
+def views_show(store: str, as_json: bool, view: str) -> None:
     """Show what VIEW holds.
 
     Shows its features with their types, defaults and descriptions, its source, the number and the size of
@@ -75,7 +77,7 @@ def views_show(store: str | None, as_json: bool, view: str) -> None:
     """
     from shorttail.registry.inside import describe_view, feature_table, show_lines
 
-    with opened(required_store(store)) as target:
+    with opened(store) as target:
         shown = describe_view(target, view)
     if as_json:
         return print_json(shown)
@@ -91,7 +93,7 @@ def views_show(store: str | None, as_json: bool, view: str) -> None:
 @views_command("get")
 @click.argument("view")
 @click.argument("values", nargs=-1, required=True, metavar="KEY=VALUE...")
-def views_get(store: str | None, as_json: bool, view: str, values: tuple[str, ...]) -> None:
+def views_get(store: str, as_json: bool, view: str, values: tuple[str, ...]) -> None:
     """Show the stored rows of VIEW with these keys.
 
     KEY=a,b,c shows three rows. A row has its event time, and a status: PRESENT, STALE (older than the
@@ -106,7 +108,7 @@ def views_get(store: str | None, as_json: bool, view: str, values: tuple[str, ..
     from shorttail.sources.rows import key_arrays
     from shorttail.store.rows import get_rows, times_as_text
 
-    with opened(required_store(store)) as target:
+    with opened(store) as target:
         definition = target.catalog.view(view)
         types = {name: dtype.name for name, dtype in definition.keys.items()}
         columns = parse_columns(values, types, f"view '{view}'")
@@ -130,9 +132,9 @@ def views_get(store: str | None, as_json: bool, view: str, values: tuple[str, ..
 @click.option("--columns", metavar="A,B,...", help="Columns to write, in this order; without it, all.")
 @click.option("--limit", type=click.IntRange(0), metavar="N", help=f"Most rows; of a table, {TABLE_ROWS} without it.")
 @click.option("--format", "kind", type=click.Choice(FORMATS), help="Default: that of --output's suffix, else table.")
-@click.option("--output", metavar="FILE", help="Write to this file instead of stdout.")
+@click.option("--output", type=OutputFile(), metavar="FILE", help="Write to this file instead of stdout.")
 def views_scan(
-    store: str | None,
+    store: str,
     as_json: bool,
     view: str,
     where: tuple[str, ...],
@@ -163,7 +165,7 @@ def views_scan(
         kind = "json" if as_json else SUFFIXES.get(Path(output).suffix.lower(), "table") if output else "table"
     names = None if columns is None else [name or "" for name in csv_row("--columns", columns)]
     most = TABLE_ROWS if limit is None and kind == "table" and output is None else limit
-    with opened(required_store(store)) as target, ViewRows(target, view, names, where, most) as rows:
+    with opened(store) as target, ViewRows(target, view, names, where, most) as rows:
         count = write_rows(rows, kind, output)
     if most != limit and count == most:
         click.echo(f"at most {most} rows are shown; --limit N shows N")
@@ -173,7 +175,7 @@ def views_scan(
 
 @click.command()
 @click.argument("word")
-@store_option
+@store_or_server
 @json_option
 def search(word: str, store: str, as_json: bool) -> None:
     """Find entities, views, features and models by WORD.

@@ -5,12 +5,9 @@ Views and models that the file does not mention stay as they are.
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 from unicodedata import normalize
 
@@ -65,7 +62,6 @@ class Prepared:
     vetted: dict[str, VersionInfo] = field(default_factory=dict)  # versions that were loaded, run and examined
     warnings: list[Change] = field(default_factory=list)  # about these versions
     golden: dict[str, GoldenRows | None] = field(default_factory=dict)  # their examples
-    origin: dict[str, str] = field(default_factory=dict)  # the file of the definitions, and its sha256
 
 
 def prepare(definitions: Any, vet_timeout: str | timedelta | None = None) -> Prepared:
@@ -74,24 +70,10 @@ def prepare(definitions: Any, vet_timeout: str | timedelta | None = None) -> Pre
     This makes every check that needs no store. vet_timeout: as for `apply`. Raises NotFound, InvalidArgument.
     """
     vet_s = trial_limit_s(vet_timeout)
-    origin = origin_of(definitions)
     collected = collect(definitions)
     files = {name: ModelFile.read(model.path, name, vet_s) for name, model in collected.models.items()}
     compile_functions(collected)
-    return Prepared(collected, files, origin=origin)
-
-
-def origin_of(definitions: Any) -> dict[str, str]:
-    """Return {"file": path, "sha256": of it} for definitions that are a path; {} for objects."""
-    if not isinstance(definitions, str | os.PathLike):
-        return {}
-    path = Path(definitions).absolute()
-    if not path.is_file():
-        return {}  # what a command wrote into a pipe can be read once; of all else `collect` says what is wrong
-    try:
-        return {"file": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-    except OSError:
-        return {}
+    return Prepared(collected, files)
 
 
 def apply(
@@ -115,7 +97,7 @@ def apply(
     vet_new(plan, prepared)
     if dry_run or (plan.catalog == store.catalog and not prepared.vetted):
         return plan.changes + prepared.warnings
-    detail: dict[str, Any] = dict(prepared.origin)
+    detail: dict[str, Any] = dict(prepared.definitions.origin)
     with store.edit_catalog("applied", "", detail) as latest:
         # The changes are planned again, because another process may have committed meanwhile. The files are in memory
         # and checked, so this is quick.
