@@ -1,11 +1,12 @@
 """A project, and a server of a copy of its store, for tests of commands with --server."""
 
+import contextlib
 import os
-import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import commands
 import msgpack
@@ -78,8 +79,10 @@ def token_files(folder: Path) -> Path:
 class Remote:
     """A server of a copy of the project's store. The server runs in another folder than its clients.
 
-    options, env: of the server. Temporary folders of commands lie in `temporary`.
+    options, env: of the server. peers: connections that `steps` has made. temporary: the folders of commands lie there.
     """
+
+    peers: ClassVar = []
 
     def __init__(self, project: Path, home: Path, *options: str, env=None):
         self.project = project
@@ -116,14 +119,11 @@ class Remote:
         """The process ids of the commands that the server runs."""
         found = []
         for place in Path("/proc").glob("[0-9]*/cmdline"):
-            try:
+            with contextlib.suppress(OSError):
                 words = place.read_text().split("\0")
-                parent = int(re.search(r"PPid:\s+(\d+)", (place.parent / "status").read_text())[1])
-            except (OSError, TypeError):
-                continue
-            if "shorttail.cli.served" in words and str(self.temporary) in words[-2]:
-                found.append((int(place.parent.name), parent))
-        return [pid for pid, _ in found]
+                if "shorttail.cli.served" in words and words[-2].startswith(f"{self.temporary}/"):
+                    found.append(int(place.parent.name))
+        return found
 
     def is_clean(self):
         """Whether no command runs, and none has left a folder."""
@@ -135,6 +135,7 @@ class Remote:
     def steps(self, token="admin"):
         """Connect and authenticate, and return step(name, given), which answers the reply without its msgid."""
         peer = self.server.connect()
+        self.peers.append(peer)
         peer.ask(0, 0, "auth", [TOKENS[token]])
 
         def step(name, **given):

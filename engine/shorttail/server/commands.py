@@ -200,7 +200,7 @@ class ServedCommand:
                 return
             if name not in self._files and len(self._files) >= LIMITS.command_files:
                 raise ResourceExhausted(f"command: more than {LIMITS.command_files} files")
-            file = self._files.setdefault(name, ReceivedFile(self._folder / name))
+            file = self._files.get(name) or ReceivedFile(self._folder / name)
             if offset != file.size:
                 if offset + len(data) <= file.size:
                     return  # it came twice
@@ -214,6 +214,7 @@ class ServedCommand:
                 await self.loop.run_in_executor(None, file.append, data)
             except OSError as error:
                 raise ResourceExhausted(f"the server cannot keep the files of a command: {error.strerror}") from None
+            self._files[name] = file
 
     async def run(self, sums: Step) -> None:
         """Start the process. sums: file -> its SHA-256 in hexadecimal. Raises InvalidArgument, ResourceExhausted."""
