@@ -400,7 +400,16 @@ def test_a_writer_that_dies_ends_its_commands(own):
     assert own.run("history").code == 0
 
 
-def test_output_goes_on_when_a_worker_dies(own, tmp_path):
+def test_output_that_nobody_reads_waits_and_goes_on_when_a_worker_dies(project, tmp_path):
+    (tmp_path / "home").mkdir()
+    own = Remote(project, tmp_path / "home", env=environment_with(tmp_path, command_silence_s=8.0))
+    try:
+        check_slow_reader(own, tmp_path)
+    finally:
+        own.kill()
+
+
+def check_slow_reader(own, tmp_path):
     n = 60_000
     times = pa.array([1_700_000_000_000_000] * n, pa.timestamp("us"))
     rows = {"user_id": list(range(100, 100 + n)), "age": [1.0] * n, "visits": [7] * n, "tier": ["x" * 30] * n}
@@ -408,6 +417,8 @@ def test_output_goes_on_when_a_worker_dies(own, tmp_path):
     assert own.run("push", "stats", str(tmp_path / "many.parquet")).code == 0
     client = own.popen("views", "scan", "stats", "--format", "csv", "--where", "visits=7", "--columns", "user_id,tier")
     lines = [client.stdout.readline(), client.stdout.readline()]
+    time.sleep(10.0)  # as long as a client may not be silent, and more; the pipes are full
+    assert own.served()
     [worker] = own.server.workers()
     os.kill(worker, signal.SIGKILL)
     replaced(own.server, worker, 1)
