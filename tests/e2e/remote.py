@@ -50,6 +50,7 @@ def make_project(home: Path) -> Path:
     (home / "examples.csv").write_text("age,visits,amount,total\n1,2,4,5\n-1,0,8,3\n")
     (home / "unlike.csv").write_text("age,visits,amount,total\n1,2,4,6\n")
     (home / "twice.csv").write_text("age,visits,amount,total\n1,2,4,10\n")
+    (home / "thrice.csv").write_text("age,visits,amount,total\n1,2,4,15\n")
     (home / "no.csv").write_text('age,visits\n1,2\n3,4,5,6\n"')
     for name, factor in (("total", 1.0), ("other", 1.0), ("new", 2.0), ("newer", 3.0)):
         write_sum(home / f"{name}.onnx", factor)

@@ -56,7 +56,7 @@ SAME = {
     "models show total --version 1 --json": 0,
     "models show totl": 1,
     "models deploy total newer.onnx --by ci --tag quick --metric auc=0.5 --run mlflow:3f --examples examples.csv": 1,
-    "models deploy total newer.onnx --by ci --tag quick --metric auc=0.5 --run mlflow:3f": 0,
+    "models deploy total newer.onnx --by ci --tag quick --metric auc=0.5 --run mlflow:3f --examples thrice.csv": 0,
     "models deploy total newer.onnx --json --by ci": 0,
     "models deploy total lost.onnx": 1,
     "models deploy total text.onnx": 1,
@@ -174,6 +174,17 @@ def test_options_of_a_group_stand_before_its_subcommand(remote):
         "models", "list", "--store", "store", *words, code=2
     )
     assert "give either --store STORE or --server ADDR" in commands.error_of("history", code=2)
+
+
+def test_a_token_may_come_from_a_pipe(remote):
+    words = ["models", "--json", "--server", remote.address, "--token-file"]
+    ours, theirs = os.pipe()
+    os.write(theirs, (remote.tokens / "admin").read_bytes())
+    os.close(theirs)
+    try:
+        assert commands.run_well(*words, f"/dev/fd/{ours}").json[0]["name"] == "other"
+    finally:
+        os.close(ours)
 
 
 def test_a_file_of_output_is_written_here(remote, project, tmp_path):

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from remote import TOKENS, Remote, finished, make_project
-from serving import alive, environment_with, replaced, until
+from serving import alive, environment_with, hang_up, replaced, until
 
 from shorttail.config import COMMANDS_VERSION, LIMITS
 
@@ -419,6 +419,7 @@ def check_slow_reader(own, tmp_path):
     lines = [client.stdout.readline(), client.stdout.readline()]
     time.sleep(10.0)  # as long as a client may not be silent, and more; the pipes are full
     assert own.served()
+    hang_up(own.server)  # another worker answers, too
     [worker] = own.server.workers()
     os.kill(worker, signal.SIGKILL)
     replaced(own.server, worker, 1)

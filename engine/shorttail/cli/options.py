@@ -126,11 +126,15 @@ def _keep(ctx: click.Context, param: click.Parameter, value: str | None) -> None
 
 
 def given_token() -> str | None:
-    """Return the token in the file of --token-file."""
+    """Return the token in the file of --token-file, which is read once: it may be a pipe."""
     from shorttail.server.security import client_token
 
-    token_file = click.get_current_context().meta.get("shorttail.token_file")
-    return None if token_file is None else client_token(token_file)
+    given = click.get_current_context().meta
+    token_file = given.get("shorttail.token_file")
+    if token_file is not None and "shorttail.token" not in given:
+        given["shorttail.token"] = client_token(token_file)
+    token: str | None = given.get("shorttail.token")
+    return token
 
 
 def connect(server: str, timeout_s: float = 5.0) -> Client:

@@ -41,6 +41,7 @@ from shorttail.errors import (
     ShorttailError,
     printable,
 )
+from shorttail.protocol import UNPACK_ERRORS
 from shorttail.server.errorlog import ErrorLog, one_line
 from shorttail.server.security import ADMIN, Tokens
 from shorttail.server.settings import ServerSettings
@@ -148,8 +149,11 @@ class Commands:
 
     async def _end(self, number: str) -> None:
         command = self.commands.pop(number, None)
-        if command is not None:
+        if command is None:
+            return
+        try:
             await command.interrupt()
+        finally:  # also when the server stops meanwhile
             await self.loop.run_in_executor(None, command.close)
 
     def _start(self, work: Any) -> None:
@@ -261,6 +265,7 @@ class ServedCommand:
         return process
 
     async def _wait(self, process: subprocess.Popen[bytes]) -> None:
+        # There are fewer commands at a time than the executor has threads, so that files are still written.
         code = await self.loop.run_in_executor(None, process.wait)
         self._has_ended.set()
         self.output.end(code)
@@ -393,7 +398,7 @@ def read_step(params: bytes) -> tuple[str, Step]:
     """Return the step and what was given to it. The worker has checked that these are a string and a map."""
     try:
         step, given, *_ = msgpack.unpackb(params, strict_map_key=False)
-    except (ValueError, msgpack.UnpackException) as error:
+    except UNPACK_ERRORS as error:
         raise InvalidArgument(f"command: it cannot be read: {error}") from None
     return step, given
 
