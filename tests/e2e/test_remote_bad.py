@@ -365,7 +365,7 @@ def test_a_client_that_vanishes_ends_its_command(remote):
 def test_a_command_that_is_killed_is_told(remote):
     client, pid = started(remote, *LONG)
     os.kill(pid, signal.SIGKILL)
-    assert "the command was killed on the server (SIGKILL)" in error_of(client)
+    assert "the command was killed on the server, signal 9 (SIGKILL)" in error_of(client)
 
 
 def test_a_server_that_stops_ends_its_commands(own):

@@ -8,7 +8,6 @@ import hashlib
 import json
 import secrets
 import shutil
-import signal
 import sys
 import threading
 from collections.abc import Mapping
@@ -22,7 +21,7 @@ from shorttail.cli.caller import DefinitionsFile, InputFile, OutputFile
 from shorttail.cli.options import connect, given_token, progress_bar
 from shorttail.cli.output import terminal_columns
 from shorttail.config import COMMANDS_VERSION, LIMITS
-from shorttail.errors import NotFound, ResourceExhausted, ShorttailError, Unavailable
+from shorttail.errors import DeadlineExceeded, NotFound, ResourceExhausted, ShorttailError, Unavailable
 from shorttail.store.history import login
 
 if TYPE_CHECKING:
@@ -55,8 +54,8 @@ def run_on_server(server: str, context: click.Context) -> None:
         sent["definitions"] = files[""]
     outputs = [context.params.get(param.name or "") for param in typed(context, OutputFile)]
     with connect(server, TIMEOUT_S) as client, RemoteCommand(client) as command:
-        command.send(sent)
-        command.follow(next(filter(None, outputs), None))
+        sums = command.send(sent)
+        command.follow(sums, next(filter(None, outputs), None))
 
 
 def typed(context: click.Context, kind: type[click.types.StringParamType]) -> list[click.Parameter]:
@@ -127,8 +126,8 @@ class RemoteCommand:
         with contextlib.suppress(ShorttailError):
             self.step("end")
 
-    def send(self, files: Mapping[str, bytes]) -> None:
-        """Send the files and start the command."""
+    def send(self, files: Mapping[str, bytes]) -> dict[str, str]:
+        """Send the files, and return the SHA-256 of each."""
         total = sum(map(len, files.values()))
         with progress_bar("send", "B") as progress:
             done = 0
@@ -138,23 +137,22 @@ class RemoteCommand:
                     self.step("send", file=name, offset=offset, data=piece)
                     done += len(piece)
                     progress(done, total)
-        self.step("run", sums={name: hashlib.sha256(content).hexdigest() for name, content in files.items()})
+        return {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
 
-    def follow(self, output: str | None) -> None:
-        """Print what the command prints until it ends. output: the file that it writes.
+    def follow(self, sums: Mapping[str, str], output: str | None) -> None:
+        """Start the command with the files that were sent, and print what it prints. output: the file that it writes.
 
         Raises SystemExit with its exit code if that is not 0, and ResourceExhausted if its process was killed.
         """
         from shorttail.cli.row_output import output_file
+        from shorttail.server.children import how_it_ended
 
         seen, code = 0, None
         sinks: dict[int, Any] = {STDOUT: Printer(sys.stdout), STDERR: Printer(sys.stderr)}
         with contextlib.ExitStack() as stack:
+            self._running("run", sums=dict(sums))
             while code is None:
-                try:
-                    answer = self.step("output", seen=seen)
-                except (NotFound, Unavailable) as error:
-                    raise type(error)(f"{error.message} ({CUT})") from None
+                answer = self._running("output", seen=seen)
                 for stream, data in answer["pieces"]:
                     if stream == FILE and FILE not in sinks and output is not None:
                         sinks[FILE] = stack.enter_context(output_file(output))
@@ -163,13 +161,20 @@ class RemoteCommand:
                 code = answer["code"]
             if code < 0:
                 raise ResourceExhausted(
-                    f"the command was killed on the server ({signal.Signals(-code).name}); it may need more memory than"
-                    f" there is ({CUT})"
+                    f"the command was killed on the server, {how_it_ended(code)}; it may need more memory than there is"
+                    f" ({CUT})"
                 )
             if code:
                 sys.exit(code)
             if output is not None and FILE not in sinks:
                 stack.enter_context(output_file(output))
+
+    def _running(self, name: str, **given: Any) -> dict[str, Any]:
+        """Take a step of a command that may have been done already."""
+        try:
+            return self.step(name, **given)
+        except (DeadlineExceeded, NotFound, Unavailable) as error:
+            raise type(error)(f"{error.message} ({CUT})") from None
 
 
 class Printer:
