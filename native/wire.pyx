@@ -124,9 +124,9 @@ cdef class Router:
         """Set the functions that do the work. An argument that is None leaves the function that was set before.
 
         run: called once in each loop turn that has work. It takes the batches (`take`), answers them and calls `flush`.
-        fault: called with every exception that is not a ShorttailError. forward: forwards a push or delete, with its
-        columns not decoded, to the writer. It is called with connection (None for a notification, which has no reply),
-        msgid, method, params as bytes, deadline_ns and, if the request has one, traceparent as bytes. It raises a
+        fault: called with every exception that is not a ShorttailError. forward: forwards a push, delete or command,
+        not decoded, to the writer. It is called with connection (None for a notification, which has no reply), msgid,
+        method, params as bytes, deadline_ns and, if the request has one, traceparent as bytes. It raises a
         ShorttailError, or calls the connection's `relay` with the outcome later. bulk: forwards a request that is too
         large for the event loop. It is called with connection (None for a notification), msgid, the whole message as a
         bytes-like object, and deadline_ns. It raises a ShorttailError, or calls `relay_reply` or `relay` later.

@@ -1,5 +1,5 @@
-# The methods of MessagePack-RPC. predict and get_online_features are added to the open batch of their route, push and
-# delete are forwarded to the writer, and all other methods are answered at once by a Python function.
+# The methods of MessagePack-RPC. predict and get_online_features are added to the open batch of their route, push,
+# delete and command are forwarded to the writer, and all other methods are answered at once by a Python function.
 
 
 cdef int _dispatch(Connection connection, const mp_value *method, const uint8_t *params, uint32_t msgid,
@@ -19,7 +19,7 @@ cdef int _dispatch(Connection connection, const mp_value *method, const uint8_t 
         if not _is_large(connection) and _may_defer(connection):
             return _defer(connection)
         return _get_online_features(connection, p, v.size, msgid, flags)
-    if connection.router.forward is not None and (_is(method, b"push", 4) or _is(method, b"delete", 6)):
+    if connection.router.forward is not None and _needs_admin(method):
         return _forward(connection, _text(method), params, msgid, flags)
     if connection.scan_bytes > CALL_BYTES:
         raise InvalidArgument(f"a message of {connection.scan_bytes} bytes calls {_short_text(method)!r}; "
@@ -27,6 +27,11 @@ cdef int _dispatch(Connection connection, const mp_value *method, const uint8_t 
     if connection.router.auth is not None and _is(method, b"auth", 4):
         return _authenticate(connection, params, msgid, flags)
     return _run_handler(connection, _text(method), params, msgid, flags)
+
+
+cdef bint _needs_admin(const mp_value *method) noexcept:
+    """Whether a method needs the admin token: those that the writer answers."""
+    return _is(method, b"push", 4) or _is(method, b"delete", 6) or _is(method, b"command", 7)
 
 
 cdef int _check_access(Connection connection, const mp_value *method) except -1:
@@ -38,7 +43,7 @@ cdef int _check_access(Connection connection, const mp_value *method) except -1:
             raise Unauthenticated(f"{STRANGER_REQUESTS} requests without the right token; connect again")
         if not (_is(method, b"auth", 4) or _is(method, b"ping", 4)):
             raise Unauthenticated("this server requires a token: call `auth` with it first")
-    elif _is(method, b"push", 4) or _is(method, b"delete", 6):
+    elif _needs_admin(method):
         raise PermissionDenied(f"{_text(method)} needs the admin token; this connection has shown the serve token")
     return 0
 
@@ -193,7 +198,7 @@ cdef bint _is_suspect(Connection connection) except -1:
 
 
 cdef int _forward(Connection connection, str method, const uint8_t *params, uint32_t msgid, int flags) except -1:
-    """Forward a push or delete to the writer, with its columns not decoded. `Connection.relay` brings the reply."""
+    """Forward a push, delete or command to the writer, not decoded. `Connection.relay` brings the reply."""
     cdef mp_value v, view, columns
     cdef options_t options
     cdef const uint8_t *map_at
@@ -206,7 +211,8 @@ cdef int _forward(Connection connection, str method, const uint8_t *params, uint
         if view.kind == MP_STR:
             mp_read(map_at, &columns)
     if columns.kind != MP_MAP:
-        raise InvalidArgument(f"{method} takes [view, {{column: value or array}}, {{option: value}}?]")
+        raise InvalidArgument(f"{method} takes " + ("[step, {name: value}]" if method == "command" else
+                                                    "[view, {column: value or array}, {option: value}?]"))
     if n == 3:
         _options_of(connection, PUSH_OPTIONS if method == "push" else DELETE_OPTIONS, &options)
     if connection.forwarded >= PUSHES_PER_CONNECTION:
@@ -230,7 +236,7 @@ cdef int _run_handler(Connection connection, str method, const uint8_t *params, 
     """Answer a method that is not batched by its Python function, which takes and returns any MessagePack values."""
     handler = connection.router.handlers.get(method)
     if handler is None:
-        writes = ["push", "delete"] if connection.router.forward is not None else []
+        writes = ["push", "delete", "command"] if connection.router.forward is not None else []
         known = ", ".join(["predict", "get_online_features", *writes, *connection.router.handlers])
         raise NotFound(f"unknown method {method!r}; methods: {known}")
     result = msgpack.packb(handler(_as_python(params)))

@@ -12,6 +12,9 @@ except PackageNotFoundError:  # run from a source tree that was not installed
     VERSION: Final = "0"  # type: ignore[misc]
 
 
+COMMANDS_VERSION: Final = 1  # of the steps of the method `command`, and of what a client sends with one
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """Every limit, as its largest permitted value unless the comment says otherwise."""
@@ -114,6 +117,14 @@ class Limits:
     queued_bytes: int = 256 << 20  # bytes on the wire of these rows
     commit_rows: int = 65_536  # rows of one group commit; its dirty pages must fit LMDB's list
     commit_bytes: int = 32 << 20  # bytes on the wire of one group commit
+
+    # Commands that clients run on a server's store.
+    commands: int = 4  # at the same time
+    command_bytes: int = 1 << 30  # of the files that a client sends with one
+    command_files: int = 8192
+    command_piece_bytes: int = 256 << 10  # of a file, in one request
+    command_output_bytes: int = 1 << 20  # output that its client has not taken; then the command waits
+    command_silence_s: float = 15.0  # a command whose client was not heard for so long is ended
 
     # Registering models.
     vet_s: float = 120.0  # how long one look at a file may take, in a process that is killed then

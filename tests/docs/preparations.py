@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pyarrow as pa
+import pyarrow.parquet
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from story import ROOT, Story, blocks
@@ -245,6 +246,20 @@ def serve_recommendations(story: Story) -> int:
     return int(server.server_address[1])
 
 
+def remote(story: Story, shared: Shared) -> None:
+    """A store with a view that is not loaded, the view's definition, and its rows."""
+    Path("definitions.py").write_text(
+        "import shorttail as st\n\n"
+        'user = st.Entity("user", keys={"user_id": st.Int64})\n'
+        'stats = st.FeatureView("user_stats", entity=user, ttl="30d", source=st.ParquetSource("users.parquet"),\n'
+        '    features=[st.Feature("age", st.Int32), st.Feature("tier", st.String)])\n'
+    )
+    rows = {"user_id": [1, 2, 3], "age": pa.array([31, 45, 22], pa.int32()), "tier": ["gold", "tin", None]}
+    pa.parquet.write_table(pa.table(rows), "users.parquet")
+    with st.Engine.open("store", create=True) as engine:
+        engine.apply("definitions.py")
+
+
 PREPARATIONS: dict[str, Callable[[Story, Shared], None]] = {
     "README.md": demo,
     "clients.md": demo,
@@ -257,5 +272,6 @@ PREPARATIONS: dict[str, Callable[[Story, Shared], None]] = {
     "history.md": quick_start,
     "operations.md": operations,
     "protocol.md": demo,
+    "remote.md": remote,
     "security.md": quick_start,
 }

@@ -341,8 +341,9 @@ def test_mistakes_are_one_line(loaded: Project, arguments: list[str], message: s
             ["predict", "delay", "tailnum=N1"],
             "give either --store STORE or --server ADDR (see `shorttail predict --help`)",
         ),
-        (["stat"], "Missing option '--store'"),
-        (["models", "list"], "Missing option '--store'"),
+        (["backup", "copy"], "Missing option '--store'"),
+        (["stat"], "give either --store STORE or --server ADDR (see `shorttail stat --help`)"),
+        (["models", "list"], "give either --store STORE or --server ADDR (see `shorttail models list --help`)"),
         (["nonsense"], "No such command 'nonsense'"),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -11,9 +13,9 @@ import numpy as np
 import pytest
 
 from shorttail.define.catalog import Catalog, ModelEntry, TensorInfo, VersionInfo
-from shorttail.define.collect import collect
+from shorttail.define.collect import Definitions, collect
 from shorttail.define.dtypes import Bool, Float32, Float64, Int32, Int64, String, Timestamp, Vector
-from shorttail.define.entities import Entity
+from shorttail.define.entities import Alias, Entity
 from shorttail.define.models import Model
 from shorttail.define.ondemand import OnDemand, on_demand
 from shorttail.define.sources import ParquetSource
@@ -285,3 +287,71 @@ def test_unknown_names_get_a_suggestion() -> None:
         catalog.feature("stats:zzz")
     with pytest.raises(NotFound, match="no model 'm'; there are no models yet"):
         catalog.model("m")
+
+
+def test_definitions_are_the_same_in_another_process(tmp_path: Path) -> None:
+    """Every field of every definition survives `to_json`, also those that a catalog does not keep."""
+    (tmp_path / "definitions.py").write_text(EVERY_FIELD)
+    made = collect(tmp_path / "definitions.py")
+    content = (tmp_path / "definitions.py").read_bytes()
+    assert made.origin == {
+        "file": str(tmp_path / "definitions.py"),
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }
+    sent = Definitions.from_json(made.to_json())
+    assert sent == made
+    assert sent.origin == made.origin
+    kinds = ((made.entities, sent.entities), (made.aliases, sent.aliases), (made.views, sent.views))
+    seen: set[tuple[str, str]] = set()
+    for before, after in (*kinds, (made.models, sent.models)):
+        assert list(before) == list(after)
+        for one, other in zip(before.values(), after.values(), strict=True):
+            parts = [(one, other), *zip(getattr(one, "features", ()), getattr(other, "features", ()), strict=True)]
+            for old, new in parts:
+                for field in dataclasses.fields(old):
+                    if field.init and field.name != "ttl":  # ttl_us is the same in one unit
+                        assert getattr(old, field.name) == getattr(new, field.name), field.name
+                        if getattr(old, field.name) != field.default:
+                            seen.add((type(old).__name__, field.name))
+    unset = {
+        (kind.__name__, field.name)
+        for kind in (Entity, Alias, Feature, FeatureView, Model)
+        for field in dataclasses.fields(kind)
+        if field.init and field.name != "ttl"
+    } - seen
+    assert unset == set(), "set them in EVERY_FIELD, so that this test sees whether they are sent"
+
+
+EVERY_FIELD = """
+import shorttail as st
+
+@st.on_demand
+def half(amount: st.Float64) -> st.Float64:
+    return amount / 2
+
+user = st.Entity("user", keys={"user_id": st.Int64, "country": st.String}, description="a person", tags=["pii"])
+buyer = user.alias("buyer", user_id="buyer_id")
+one = st.Entity("one", keys={})
+stats = st.FeatureView(
+    "stats", entity=user, ttl="36h", owner="team", description="what", tags=["a", "b"],
+    source=st.ParquetSource("rows.parquet", timestamp="at"),
+    features=[
+        st.Feature("age", st.Float32, default=float("inf"), description="years", column="Age", tags=["x"]),
+        st.Feature("tastes", st.Vector(2, st.Float64), default=[0.5, -1.0]),
+        st.Feature("at", st.Timestamp),
+    ],
+)
+rates = st.FeatureView("rates", entity=one, features=[st.Feature("usd", st.Float64)])
+total = st.Model(
+    "total", path="total.onnx", inputs={"b": ["stats:age"], "a": [half("request:amount"), "buyer:stats:age"]},
+    outputs=["total"], description="sums", owner="team", run="mlflow:3f", metrics={"auc": 0.5},
+    missing={"amount": 1.0}, batching="request", run_timeout="200ms", examples="golden.csv", tags=["t"],
+)
+raw = st.Model("raw", path="raw.onnx")
+"""
+
+
+@pytest.mark.parametrize("data", [b"", b"[]", b"{}", b"\xff", b'{"entities": [{}]}', b'{"entities": 1}'])
+def test_documents_of_another_form_are_one_line(data: bytes) -> None:
+    with pytest.raises(InvalidArgument, match="definitions of another version of shorttail"):
+        Definitions.from_json(data)

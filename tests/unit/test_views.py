@@ -299,7 +299,7 @@ def test_wrong_uses_of_scan(folder: Path) -> None:
     assert "column 'age' takes Int32; got 'old'" in fails(folder, *scan, "--where", "age>old")
     assert "no feature view 'statz'" in fails(folder, "views", "scan", "statz")
     assert "contradict" in fails(folder, *scan, "--json", "--format", "csv", code=2)
-    assert "Missing option '--store'" in commands.error_of(*scan, code=2, folder=folder)
+    assert "give either --store STORE or --server ADDR" in commands.error_of(*scan, code=2, folder=folder)
     assert "no store at" in commands.error_of(*scan, "--store", "nowhere", folder=folder)
 
 

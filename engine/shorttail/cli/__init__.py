@@ -32,7 +32,6 @@ from shorttail.cli.options import (
     load_options,
     progress_bar,
     source_options,
-    store_option,
 )
 from shorttail.cli.output import count_document, count_line, print_json, print_table, status_notes
 from shorttail.cli.rows import delete, load, push
@@ -40,7 +39,9 @@ from shorttail.cli.serve_options import settings_options
 from shorttail.cli.store_settings import settings
 from shorttail.cli.tune import tune
 from shorttail.cli.views import search, views
+from shorttail.cli.where import store_or_server
 from shorttail.config import DEFAULT_HOST, DEFAULT_PORT, VERSION
+from shorttail.define.inputs import without_copies
 from shorttail.errors import InvalidArgument, NotFound, ShorttailError, printable
 from shorttail.server.signals import keep_running
 
@@ -87,7 +88,7 @@ def drop_output() -> None:
 
 
 def fail(message: str, code: int) -> None:
-    lines = (line.strip() for line in message.splitlines())
+    lines = (line.strip() for line in without_copies(message).splitlines())
     with contextlib.suppress(OSError):  # the disk of stderr may be full too
         click.echo(f"error: {printable(' '.join(line for line in lines if line))}", err=True)
     sys.exit(code)
@@ -108,7 +109,7 @@ def cli() -> None:
 
 @cli.command()
 @click.argument("views", nargs=-1, metavar="[VIEW]...")
-@store_option
+@store_or_server
 @load_options
 @by_option
 @json_option

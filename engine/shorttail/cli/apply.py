@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from shorttail.cli.options import by_option, json_option, opened, progress_bar, store_option, vet_option
+from shorttail.cli.caller import DefinitionsFile
+from shorttail.cli.options import by_option, json_option, opened, progress_bar, vet_option
 from shorttail.cli.output import echo_line, print_json
 from shorttail.cli.store_settings import as_duration, skew_change
+from shorttail.cli.where import store_or_server
 from shorttail.errors import InvalidArgument, NotFound
 
 if TYPE_CHECKING:
@@ -30,14 +32,14 @@ explain_option = click.option("--explain", is_flag=True, help="Say which id of a
 
 
 @click.command()
-@click.argument("definitions")
-@store_option
+@click.argument("definitions", type=DefinitionsFile())
+@store_or_server
 @prune_option
 @accept_option
 @explain_option
 @click.option("--check", is_flag=True, help=f"Exit with status {CHANGES_CODE} if there are changes.")
 @json_option
-def plan(definitions: str, store: str, prune: bool, accept: bool, explain: bool, check: bool, as_json: bool) -> int:
+def plan(definitions: Any, store: str, prune: bool, accept: bool, explain: bool, check: bool, as_json: bool) -> int:
     """Show what `apply` would change, and write nothing.
 
     DEFINITIONS is a Python file. A line begins with + for what is new, ~ for what changes, = for what stays,
@@ -101,8 +103,8 @@ def show(changes: list[Change]) -> None:
 
 
 @click.command()
-@click.argument("definitions")
-@store_option
+@click.argument("definitions", type=DefinitionsFile())
+@store_or_server
 @click.option("--create", is_flag=True, help="Make the store if there is none.")
 @click.option("--plan", "plan_id", metavar="ID", default="", help="Do what this plan says, or nothing.")
 @click.option("--dry-run", is_flag=True, help="Show the changes and write nothing.")
@@ -121,7 +123,7 @@ def show(changes: list[Change]) -> None:
 @by_option
 @json_option
 def apply(
-    definitions: str,
+    definitions: Any,
     store: str,
     create: bool,
     plan_id: str,

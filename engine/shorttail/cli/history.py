@@ -7,8 +7,9 @@ from typing import Any
 
 import click
 
-from shorttail.cli.options import json_option, opened, store_option
+from shorttail.cli.options import json_option, opened
 from shorttail.cli.output import echo_line, print_json, print_table
+from shorttail.cli.where import store_or_server
 
 
 def as_time(context: click.Context, parameter: click.Parameter, value: str | None) -> datetime | None:
@@ -21,7 +22,7 @@ def as_time(context: click.Context, parameter: click.Parameter, value: str | Non
 
 @click.command()
 @click.argument("name", required=False)
-@store_option
+@store_or_server
 @click.option("--at", metavar="TIME", callback=as_time, help="Show what answered at this time, in UTC.")
 @click.option("--limit", metavar="N", type=click.IntRange(1), default=50, show_default=True, help="Newest events.")
 @json_option

@@ -6,16 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from shorttail.cli.caller import InputFile
 from shorttail.cli.options import (
     by_option,
     code_option,
     json_option,
     opened,
-    required_store,
-    subcommands_of,
     vet_option,
 )
 from shorttail.cli.output import echo_line, print_json, print_table
+from shorttail.cli.where import subcommands_of, where_options
 from shorttail.errors import ShorttailError
 
 if TYPE_CHECKING:
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 
 @click.group(invoke_without_command=True)
-@click.option("--store", metavar="STORE", help="Folder of the online store.")
+@where_options
 @json_option
 @click.pass_context
-def models(context: click.Context, store: str | None, as_json: bool) -> None:
+def models(context: click.Context, store: str | None, server: str | None, as_json: bool) -> None:
     """List models, register new versions, and choose which version serves.
 
     Without a subcommand: list the models.
@@ -41,7 +41,7 @@ def models(context: click.Context, store: str | None, as_json: bool) -> None:
       shorttail models rollback fraud --store store
     """
     if context.invoked_subcommand is None:
-        context.invoke(models_list, store=store, as_json=as_json)
+        context.invoke(models_list, store=store, server=server, as_json=as_json)
 
 
 models_command = subcommands_of(models)
@@ -77,7 +77,7 @@ def parse_metrics(items: tuple[str, ...]) -> dict[str, float]:
 
 
 @models_command("list")
-def models_list(store: str | None, as_json: bool) -> None:
+def models_list(store: str, as_json: bool) -> None:
     """List every version of every model.
 
     `*` marks the version that serves. A canary is shown with its percentage of the requests, a shadow with
@@ -91,7 +91,7 @@ def models_list(store: str | None, as_json: bool) -> None:
     """
     from shorttail.registry import versions as registry
 
-    with opened(required_store(store)) as target:
+    with opened(store) as target:
         versions = registry.list_versions(target.catalog)
         for version in versions:
             version["runs"] = runs_as(target, version["name"], version["version"]) if version["serving"] else None
@@ -151,7 +151,7 @@ def runs_as(store: Store, name: str, version: int) -> str:
 @click.argument("name")
 @click.option("--version", type=int, help="Version of the model; without it, the version that serves.")
 @code_option
-def models_show(store: str | None, as_json: bool, name: str, version: int | None, no_code: bool) -> None:
+def models_show(store: str, as_json: bool, name: str, version: int | None, no_code: bool) -> None:
     """Show a version of the model NAME.
 
     Shows its inputs and outputs, the columns of a request, how it runs on this host and why, and how long
@@ -165,7 +165,7 @@ def models_show(store: str | None, as_json: bool, name: str, version: int | None
     from shorttail.models.settings import tuned
     from shorttail.registry.versions import describe
 
-    with Engine.open(required_store(store), code=not no_code) as engine:
+    with Engine.open(store, code=not no_code) as engine:
         engine.refresh()
         shown = describe(engine.store.catalog, name, version)
         info = engine.store.catalog.model(name).version(version)
@@ -217,7 +217,7 @@ def show_lines(shown: dict[str, Any]) -> list[tuple[str, str]]:
 
 @models_command("deploy")
 @click.argument("name")
-@click.argument("path")
+@click.argument("path", type=InputFile("model"))
 @click.option("--no-promote", is_flag=True, help="Register the version; the current version goes on serving.")
 @click.option(
     "--canary",
@@ -242,11 +242,16 @@ def show_lines(shown: dict[str, Any]) -> list[tuple[str, str]]:
     metavar="NAME=NUMBER",
     help="Measured figure of the version, such as auc=0.91; may be repeated.",
 )
-@click.option("--examples", metavar="FILE", help="Rows with the outputs expected of this version, to compare.")
+@click.option(
+    "--examples",
+    type=InputFile("examples"),
+    metavar="FILE",
+    help="Rows with the outputs expected of this version, to compare.",
+)
 @vet_option
 @by_option
 def models_deploy(
-    store: str | None,
+    store: str,
     as_json: bool,
     name: str,
     path: str,
@@ -281,7 +286,7 @@ def models_deploy(
     about: dict[str, Any] = {"owner": owner, "description": description, "run": run, "metrics": parse_metrics(metrics)}
     about |= {"tags": tags or None, "examples": examples, "vet_timeout": vet_timeout}
     # A server may run on this host, and trying a model keeps a CPU busy for a while.
-    with opened(required_store(store)) as target, low_priority():
+    with opened(store) as target, low_priority():
         before = target.catalog.model(name).current
         version = registry.deploy(target, name, path, not no_promote, canary_percent=canary, **about)
         serving = target.catalog.model(name).current
@@ -301,7 +306,7 @@ def models_deploy(
 @vet_option
 @by_option
 def models_promote(
-    store: str | None, as_json: bool, name: str, number: int | None, version: int | None, vet_timeout: str | None
+    store: str, as_json: bool, name: str, number: int | None, version: int | None, vet_timeout: str | None
 ) -> None:
     """Make VERSION of the model NAME the one that serves.
 
@@ -315,7 +320,7 @@ def models_promote(
 
     if number is not None and version is not None:
         raise click.UsageError("give the version once", click.get_current_context())
-    with opened(required_store(store)) as target:
+    with opened(store) as target:
         before = registry.promote(target, name, version if number is None else number, vet_timeout)
         serving = target.catalog.model(name).current
     show_serving(as_json, name, serving, serving, f"serves (before: version {before})")
@@ -325,7 +330,7 @@ def models_promote(
 @click.argument("name")
 @vet_option
 @by_option
-def models_rollback(store: str | None, as_json: bool, name: str, vet_timeout: str | None) -> None:
+def models_rollback(store: str, as_json: bool, name: str, vet_timeout: str | None) -> None:
     """Make the previous version of the model NAME serve again.
 
     A canary ends. To end only the canary: `shorttail models canary NAME=off`.
@@ -336,7 +341,7 @@ def models_rollback(store: str | None, as_json: bool, name: str, vet_timeout: st
     """
     from shorttail.registry import versions as registry
 
-    with opened(required_store(store)) as target:
+    with opened(store) as target:
         version = registry.rollback(target, name, vet_timeout)
     show_serving(as_json, name, version, version, "serves again")
 
@@ -346,7 +351,7 @@ def models_rollback(store: str | None, as_json: bool, name: str, vet_timeout: st
 @click.option("--version", type=int, help="Version to use; without it, the present canary, else the newest version.")
 @vet_option
 @by_option
-def models_canary(store: str | None, as_json: bool, share: str, version: int | None, vet_timeout: str | None) -> None:
+def models_canary(store: str, as_json: bool, share: str, version: int | None, vet_timeout: str | None) -> None:
     """Let a version answer a percentage of the requests.
 
     A hash of the entity keys chooses the requests, so an entity gets the same version every time. 0% or
@@ -362,7 +367,7 @@ def models_canary(store: str | None, as_json: bool, share: str, version: int | N
     name, equals, percent = share.partition("=")
     if not name or not equals:
         raise click.UsageError(f"{share!r}: write NAME=10% or NAME=off", click.get_current_context())
-    with opened(required_store(store)) as target:
+    with opened(store) as target:
         canary = registry.set_canary(target, name, parse_share(percent), version, vet_timeout)
         serving = target.catalog.model(name).current
     show_share(as_json, name, serving, "canary", canary, "answers {:g}% of the requests, version {} the rest")
@@ -382,7 +387,7 @@ def models_canary(store: str | None, as_json: bool, share: str, version: int | N
 @vet_option
 @by_option
 def models_shadow(
-    store: str | None,
+    store: str,
     as_json: bool,
     name: str,
     version: int | None,
@@ -404,7 +409,7 @@ def models_shadow(
 
     if off == (version is not None):
         raise click.UsageError("give either --version N or --off", click.get_current_context())
-    with opened(required_store(store)) as target:
+    with opened(store) as target:
         shadow = registry.set_shadow(target, name, version, 100.0 if percent is None else percent, vet_timeout)
         serving = target.catalog.model(name).current
     show_share(as_json, name, serving, "shadow", shadow, "runs on {:g}% of the requests that version {} answers")

@@ -7,12 +7,13 @@ from typing import Any
 
 import click
 
-from shorttail.cli.options import by_option, changed_by, json_option, opened, store_option
+from shorttail.cli.options import by_option, changed_by, json_option, opened, progress_bar, store_option
 from shorttail.cli.output import print_json, print_table
+from shorttail.cli.where import store_or_server
 
 
 @click.command()
-@store_option
+@store_or_server
 @json_option
 def stat(store: str, as_json: bool) -> None:
     """Show rows, sizes and readers of a store.
@@ -85,7 +86,7 @@ def counted(n: int, singular: str, plural: str | None = None) -> str:
 
 
 @click.command()
-@store_option
+@store_or_server
 @json_option
 def verify(store: str, as_json: bool) -> int:
     """Check a store completely.
@@ -97,17 +98,10 @@ def verify(store: str, as_json: bool) -> int:
     Example:
       shorttail verify --store store
     """
-    from tqdm import tqdm
-
     from shorttail.store import verify as verifying
 
     start_s = time.perf_counter()
-    with tqdm(desc="verify", unit=" pages", unit_scale=True, leave=False, disable=None) as bar:
-
-        def progress(done: int, total: int | None) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    with progress_bar("verify", " pages") as progress:
         report = verifying.verify(store, progress)
     if as_json:
         print_json(verifying.as_json(report))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
 
+from shorttail.cli.caller import caller
 from shorttail.config import LIMITS
 from shorttail.errors import InvalidArgument
 
@@ -33,38 +34,13 @@ class Seconds(click.types.StringParamType):
 
 
 F = TypeVar("F", bound=Callable[..., Any])
+STORE_HELP: Final = "Folder of the online store."
+ADDRESS_HELP: Final = "host:port or unix:/path.sock."
 
 
 def store_option(command: F) -> F:
     """Add the required option --store."""
-    return click.option("--store", required=True, metavar="STORE", help="Folder of the online store.")(command)
-
-
-def subcommands_of(group: click.Group) -> Callable[[str], Callable[[F], click.Command]]:
-    """Return a decorator that takes a name and makes a function the subcommand of that name, with --store and --json.
-
-    Users may write --store before or after the subcommand.
-    """
-
-    def command(name: str) -> Callable[[F], click.Command]:
-        def decorate(function: F) -> click.Command:
-            text = "Folder of the online store."
-            option = click.option("--store", callback=inherited_store, metavar="STORE", help=text)
-            return group.command(name)(option(json_option(function)))
-
-        return decorate
-
-    return command
-
-
-def inherited_store(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
-    return value or (context.parent.params.get("store") if context.parent else None)
-
-
-def required_store(store: str | None) -> str:
-    if store is None:
-        raise click.UsageError("Missing option '--store'.", click.get_current_context())
-    return store
+    return click.option("--store", required=True, metavar="STORE", help=STORE_HELP)(command)
 
 
 def json_option(command: F) -> F:
@@ -95,8 +71,9 @@ def by_option(command: F) -> F:
 
 
 def changed_by() -> str:
-    """Return what --by says, "" without it."""
-    return click.get_current_context().meta.get("shorttail.by") or ""
+    """Return what --by says; without it, the client of a server, and "" for a user of this machine."""
+    client = caller()
+    return click.get_current_context().meta.get("shorttail.by") or (client.who if client is not None else "")
 
 
 def code_option(command: F) -> F:
@@ -127,30 +104,45 @@ def load_options(command: F) -> F:
 
 def source_options(command: F) -> F:
     """Add --store and --server, of which a command takes exactly one, and the credentials that connect() uses."""
+    command = click.option("--server", metavar="ADDR", help="Use a running server: " + ADDRESS_HELP)(
+        credentials(command)
+    )
+    return click.option("--store", metavar="STORE", help="Use the store in this folder, without a server.")(command)
+
+
+def credentials(command: F) -> F:
+    """Add the options that connect() uses."""
     for name, metavar, text in (
         ("--tls-ca", "PEM", "Use TLS to the server, whose certificate the CA in this file has signed."),
         ("--token-file", "FILE", "Send the token in this file to the server."),
     ):
         command = click.option(name, metavar=metavar, help=text, expose_value=False, callback=_keep)(command)
-    command = click.option("--server", metavar="ADDR", help="Use a running server: host:port or unix:/path.sock.")(
-        command
-    )
-    return click.option("--store", metavar="STORE", help="Use the store in this folder, without a server.")(command)
+    return command
 
 
 def _keep(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
-    ctx.meta[f"shorttail.{param.name}"] = value
+    if value is not None:  # of a subcommand without the option, the option of its group holds
+        ctx.meta[f"shorttail.{param.name}"] = value
+
+
+def given_token() -> str | None:
+    """Return the token in the file of --token-file, which is read once: it may be a pipe."""
+    from shorttail.server.security import client_token
+
+    given = click.get_current_context().meta
+    token_file = given.get("shorttail.token_file")
+    if token_file is not None and "shorttail.token" not in given:
+        given["shorttail.token"] = client_token(token_file)
+    token: str | None = given.get("shorttail.token")
+    return token
 
 
 def connect(server: str, timeout_s: float = 5.0) -> Client:
     """Return a client of the server, with the credentials among the current command's options."""
     from shorttail.client import Client
-    from shorttail.server.security import client_token
 
-    given = click.get_current_context().meta
-    token_file = given.get("shorttail.token_file")
-    token = None if token_file is None else client_token(token_file)
-    return Client(server, timeout_s=timeout_s, token=token, tls=given.get("shorttail.tls_ca"))
+    tls = click.get_current_context().meta.get("shorttail.tls_ca")
+    return Client(server, timeout_s=timeout_s, token=given_token(), tls=tls)
 
 
 @contextlib.contextmanager
@@ -186,11 +178,15 @@ def answerer(store: str | None, server: str | None, code: bool = True) -> Iterat
 
 
 @contextlib.contextmanager
-def progress_bar(name: str) -> Iterator[Callable[[int, int | None], None]]:
-    """Show a progress bar if stderr is a terminal. Yields a function progress(rows done, all rows if known)."""
+def progress_bar(name: str, unit: str = " rows") -> Iterator[Callable[[int, int | None], None]]:
+    """Show a progress bar if stderr is a terminal. Yields a function progress(units done, all units if known)."""
     from tqdm import tqdm
 
-    with tqdm(desc=name, unit=" rows", unit_scale=True, leave=False, disable=None) as bar:
+    client = caller()
+    disable, columns = None, None  # as stderr is
+    if client is not None:
+        disable, columns = client.progress_columns is None, client.progress_columns
+    with tqdm(desc=name, unit=unit, unit_scale=True, leave=False, disable=disable, ncols=columns) as bar:
 
         def progress(done: int, total: int | None = None) -> None:
             bar.total = total

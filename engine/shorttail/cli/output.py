@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from shorttail.cli.caller import caller
 from shorttail.errors import printable
 
 if TYPE_CHECKING:
@@ -65,7 +66,10 @@ def print_records(header: Sequence[str], cells: Sequence[Sequence[str]]) -> None
 
 
 def terminal_columns() -> int | None:
-    """Return the width of the terminal that stdout is, None if stdout is a file or a pipe."""
+    """Return the width of the terminal that stdout is, or that of the client; None if it is a file or a pipe."""
+    client = caller()
+    if client is not None:
+        return client.columns
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from shorttail.cli.output import plain, print_table
+from shorttail.cli.caller import caller
+from shorttail.cli.output import plain, print_table, terminal_columns
 from shorttail.define.dtypes import DType, String, Timestamp
 from shorttail.define.times import time_text
 from shorttail.errors import InvalidArgument
@@ -32,17 +33,32 @@ def write_rows(rows: ViewRows, kind: str, output: str | None) -> int:
     The file appears under its name when it is whole. Raises InvalidArgument, OSError, and what iterating `rows` does.
     """
     if output is None:
-        if kind == "parquet" and sys.stdout.isatty():
+        if kind == "parquet" and terminal_columns() is not None:
             raise InvalidArgument("Parquet is binary and stdout is a terminal; give --output FILE")
         stream: Any = sys.stdout.buffer if kind == "parquet" else sys.stdout
         count = WRITERS[kind](rows, stream)
         stream.flush()
         return count
-    with replacement(Path(output)) as path, opened_for(output, path) as file:
+    with output_file(output) as file:
         if kind == "parquet":
             return WRITERS[kind](rows, file)
         with io.TextIOWrapper(file, "utf-8", newline="") as text:
             return WRITERS[kind](rows, text)
+
+
+@contextmanager
+def output_file(output: str) -> Iterator[Any]:
+    """Open the file of --output for writing. It appears when it is whole; that of a client is sent there.
+
+    Raises InvalidArgument.
+    """
+    client = caller()
+    if client is not None:
+        with os.fdopen(client.output_fd, "wb") as file:
+            yield file
+        return
+    with replacement(Path(output)) as path, opened_for(output, path) as file:
+        yield file
 
 
 def opened_for(output: str, path: Path) -> Any:

@@ -100,6 +100,12 @@ OPTIONS: Final = [
         help="P99 latency goal in ms for accepted requests under overload; the server refuses the others.",
     ),
     click.option(
+        "--commands/--no-commands",
+        default=True,
+        show_default=True,
+        help="Let clients with an admin token run commands on the store: apply, models, views and others (--server).",
+    ),
+    click.option(
         "--bulk/--no-bulk",
         default=True,
         show_default=True,
@@ -170,6 +176,7 @@ NAMES: Final = [
     "hang_deadline_s",
     "start_timeout_s",
     "p99_budget_ms",
+    "commands",
     "bulk",
     "pin_cpus",
     "busy_poll_us",

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
-from shorttail.cli.options import by_option, json_option, opened, store_option
+from shorttail.cli.options import by_option, json_option, opened
 from shorttail.cli.output import print_json, print_table
+from shorttail.cli.where import store_or_server
 from shorttail.config import LIMITS
 from shorttail.define.durations import duration_text, parse_duration
 
@@ -50,7 +51,7 @@ def settings() -> None:
 
 
 @settings.command("list")
-@store_option
+@store_or_server
 @json_option
 def settings_list(store: str, as_json: bool) -> None:
     """List the settings of a store.
@@ -69,7 +70,7 @@ def settings_list(store: str, as_json: bool) -> None:
 @settings.command("set")
 @click.argument("name", type=click.Choice(list(NAMES)), metavar="NAME")
 @click.argument("value")
-@store_option
+@store_or_server
 @by_option
 @json_option
 def settings_set(name: str, value: str, store: str, as_json: bool) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import click
 
-from shorttail.cli.options import by_option, json_option, opened, store_option
+from shorttail.cli.options import by_option, json_option, opened
 from shorttail.cli.output import print_json, print_table
+from shorttail.cli.where import store_or_server
 
 
 @click.command()
 @click.argument("model")
-@store_option
+@store_or_server
 @by_option
 @click.option("--version", type=int, help="Version of the model; without it, the current version.")
 @click.option("--device", default="cpu", show_default=True, help="Device to measure: cpu, cuda or cuda:N.")

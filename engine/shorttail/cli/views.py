@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from shorttail.cli.options import by_option, json_option, opened, required_store, store_option, subcommands_of
+from shorttail.cli.caller import OutputFile
+from shorttail.cli.options import by_option, json_option, opened
 from shorttail.cli.output import echo_line, print_json, print_table
+from shorttail.cli.where import store_or_server, subcommands_of, where_options
 
 if TYPE_CHECKING:
     from shorttail.store import Store
@@ -19,10 +21,10 @@ SUFFIXES = {".csv": "csv", ".json": "json", ".parquet": "parquet"}
 
 
 @click.group(invoke_without_command=True)
-@click.option("--store", metavar="STORE", help="Folder of the online store.")
+@where_options
 @json_option
 @click.pass_context
-def views(context: click.Context, store: str | None, as_json: bool) -> None:
+def views(context: click.Context, store: str | None, server: str | None, as_json: bool) -> None:
     """List views, show what they hold, and read their rows.
 
     Without a subcommand: list the views.
@@ -36,14 +38,14 @@ def views(context: click.Context, store: str | None, as_json: bool) -> None:
       shorttail views scan user_stats --output rows.parquet --store store
     """
     if context.invoked_subcommand is None:
-        context.invoke(views_list, store=store, as_json=as_json)
+        context.invoke(views_list, store=store, server=server, as_json=as_json)
 
 
 views_command = subcommands_of(views)
 
 
 @views_command("list")
-def views_list(store: str | None, as_json: bool) -> None:
+def views_list(store: str, as_json: bool) -> None:
     """List the views.
 
     `last event` is the latest event time of the rows of a view.
@@ -54,7 +56,7 @@ def views_list(store: str | None, as_json: bool) -> None:
     """
     from shorttail.registry.inside import list_views
 
-    with opened(required_store(store)) as target:
+    with opened(store) as target:
         listed = list_views(target)
     if as_json:
         return print_json(listed)
@@ -67,7 +69,7 @@ def views_list(store: str | None, as_json: bool) -> None:
 
 @views_command("show")
 @click.argument("view")
-def views_show(store: str | None, as_json: bool, view: str) -> None:
+def views_show(store: str, as_json: bool, view: str) -> None:
     """Show what VIEW holds.
 
     Shows its features with their types, defaults and descriptions, its source, the number and the size of
@@ -79,7 +81,7 @@ def views_show(store: str | None, as_json: bool, view: str) -> None:
     """
     from shorttail.registry.inside import describe_view, feature_table, show_lines
 
-    with opened(required_store(store)) as target:
+    with opened(store) as target:
         shown = describe_view(target, view)
     if as_json:
         return print_json(shown)
@@ -95,7 +97,7 @@ def views_show(store: str | None, as_json: bool, view: str) -> None:
 @views_command("get")
 @click.argument("view")
 @click.argument("values", nargs=-1, required=True, metavar="KEY=VALUE...")
-def views_get(store: str | None, as_json: bool, view: str, values: tuple[str, ...]) -> None:
+def views_get(store: str, as_json: bool, view: str, values: tuple[str, ...]) -> None:
     """Show the stored rows of VIEW with these keys.
 
     KEY=a,b,c shows three rows. A row has its event time, and a status: PRESENT, STALE (older than the
@@ -110,7 +112,7 @@ def views_get(store: str | None, as_json: bool, view: str, values: tuple[str, ..
     from shorttail.sources.rows import key_arrays
     from shorttail.store.rows import get_rows, times_as_text
 
-    with opened(required_store(store)) as target:
+    with opened(store) as target:
         definition = target.catalog.view(view)
         types = {name: dtype.name for name, dtype in definition.keys.items()}
         columns = parse_columns(values, types, f"view '{view}'")
@@ -134,9 +136,9 @@ def views_get(store: str | None, as_json: bool, view: str, values: tuple[str, ..
 @click.option("--columns", metavar="A,B,...", help="Columns to write, in this order; without it, all.")
 @click.option("--limit", type=click.IntRange(0), metavar="N", help=f"Most rows; of a table, {TABLE_ROWS} without it.")
 @click.option("--format", "kind", type=click.Choice(FORMATS), help="Default: that of --output's suffix, else table.")
-@click.option("--output", metavar="FILE", help="Write to this file instead of stdout.")
+@click.option("--output", type=OutputFile(), metavar="FILE", help="Write to this file instead of stdout.")
 def views_scan(
-    store: str | None,
+    store: str,
     as_json: bool,
     view: str,
     where: tuple[str, ...],
@@ -167,7 +169,7 @@ def views_scan(
         kind = "json" if as_json else SUFFIXES.get(Path(output).suffix.lower(), "table") if output else "table"
     names = None if columns is None else [name or "" for name in csv_row("--columns", columns)]
     most = TABLE_ROWS if limit is None and kind == "table" and output is None else limit
-    with opened(required_store(store)) as target, ViewRows(target, view, names, where, most) as rows:
+    with opened(store) as target, ViewRows(target, view, names, where, most) as rows:
         count = write_rows(rows, kind, output)
     if most != limit and count == most:
         click.echo(f"at most {most} rows are shown; --limit N shows N")
@@ -177,7 +179,7 @@ def views_scan(
 
 @click.command()
 @click.argument("word")
-@store_option
+@store_or_server
 @json_option
 def search(word: str, store: str, as_json: bool) -> None:
     """Find entities, views, features and models by WORD.
@@ -203,7 +205,7 @@ def search(word: str, store: str, as_json: bool) -> None:
 @views_command("rollback")
 @click.argument("view")
 @by_option
-def views_rollback(view: str, store: str | None, as_json: bool) -> None:
+def views_rollback(view: str, store: str, as_json: bool) -> None:
     """Go back to the table that a view had before its last load.
 
     That table was kept, with the deletes but without the pushes that came since. The table that serves now
@@ -213,7 +215,7 @@ def views_rollback(view: str, store: str | None, as_json: bool) -> None:
     Example:
       shorttail views rollback user_stats --store store
     """
-    with opened(required_store(store)) as target:
+    with opened(store) as target:
         since = [event for event in target.history() if (event.action, event.subject) == ("loaded", f"view {view}")]
         loaded_us = since[-1].time_us if since else 0
         target.catalog.view(view)

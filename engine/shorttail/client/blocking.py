@@ -16,7 +16,7 @@ from shorttail.client.parts import Steps, T
 from shorttail.client.pool import Connection, Pool
 from shorttail.client.retries import Retries
 from shorttail.config import LIMITS
-from shorttail.errors import InvalidArgument, ShorttailError, Unavailable
+from shorttail.errors import Internal, InvalidArgument, ShorttailError, Unavailable
 from shorttail.results import Features, Prediction, RowCount
 
 
@@ -153,6 +153,16 @@ class Client:
     def ping(self) -> None:
         """Return when the server has answered. Raises Unavailable or DeadlineExceeded if it does not answer."""
         self._call("ping", [])
+
+    def command(self, step: str, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Take a step of a command that the server runs, as docs/protocol.md describes. It may be sent again.
+
+        `shorttail` commands with --server use this. Raises PermissionDenied without an admin token.
+        """
+        result = self._call("command", [step, dict(given), {}])
+        if not isinstance(result, dict):
+            raise Internal("command: the server's result is not a map")
+        return result
 
     def close(self) -> None:
         """Close the connections; a connection in use is closed when its call ends. A later call connects again."""

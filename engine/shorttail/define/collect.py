@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import sys
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from shorttail.define.entities import Alias, Entity
 from shorttail.define.models import Model
-from shorttail.define.views import FeatureView
+from shorttail.define.views import Feature, FeatureView
 from shorttail.errors import InvalidArgument, NotFound, ShorttailError
 
 MODULE_NAME = "shorttail_definitions"  # __name__ in the executed file
@@ -21,12 +23,61 @@ MODULE_NAME = "shorttail_definitions"  # __name__ in the executed file
 
 @dataclass
 class Definitions:
-    """What a definitions file declares, by name. Paths of files are absolute."""
+    """What a definitions file declares, by name. Paths of files are absolute.
+
+    origin: {"file": path, "sha256": of it} of definitions that are a file.
+    """
 
     entities: dict[str, Entity] = field(default_factory=dict)
     aliases: dict[str, Alias] = field(default_factory=dict)
     views: dict[str, FeatureView] = field(default_factory=dict)
     models: dict[str, Model] = field(default_factory=dict)
+    origin: dict[str, str] = field(default_factory=dict, compare=False)
+
+    def to_json(self) -> bytes:
+        """Return a JSON document by which another process has the definitions, without running their file."""
+        document = {
+            "entities": [entity.to_json() for entity in self.entities.values()],
+            "aliases": [alias.to_json() for alias in self.aliases.values()],
+            "views": [
+                view.to_json() | {"features": list(map(whole_json, view.features))} for view in self.views.values()
+            ],
+            "models": [model.to_json() for model in self.models.values()],
+            "origin": self.origin,
+        }
+        return json.dumps(document).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Definitions:
+        """Return the definitions of a document. Raises InvalidArgument for that of another version."""
+        try:
+            document = json.loads(data)
+            entities = {item["name"]: Entity.from_json(item) for item in document["entities"]}
+            views = [FeatureView.from_json(item) for item in document["views"]]
+            return cls(
+                entities,
+                {item["name"]: Alias.from_json(item, entities) for item in document["aliases"]},
+                {
+                    view.name: replace(view, features=list(map(with_unstored, view.features, item["features"])))
+                    for view, item in zip(views, document["views"], strict=True)
+                },
+                {item["name"]: Model.from_json(item) for item in document["models"]},
+                document["origin"],
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InvalidArgument(f"definitions of another version of shorttail: {error!r}; use the same one") from None
+
+
+def whole_json(feature: Feature) -> dict[str, Any]:
+    """Return a feature's JSON document with the fields that the catalog does not keep."""
+    stored = feature.to_json()
+    return stored | {each.name: getattr(feature, each.name) for each in fields(feature) if each.name not in stored}
+
+
+def with_unstored(feature: Feature, document: dict[str, Any]) -> Feature:
+    """Return a feature with the fields of `whole_json` that the catalog does not keep."""
+    stored = feature.to_json()
+    return replace(feature, **{each.name: document[each.name] for each in fields(feature) if each.name not in stored})
 
 
 def collect(source: str | os.PathLike[str] | Definitions | Any) -> Definitions:
@@ -42,14 +93,18 @@ def collect(source: str | os.PathLike[str] | Definitions | Any) -> Definitions:
     path = Path(source)
     if not path.is_file():
         raise NotFound(f"{path}: there is no such definitions file")
-    definitions = collect_objects(run_file(path), path.absolute().parent)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InvalidArgument(f"{path}: the definitions file cannot be read: {error.strerror}") from None
+    definitions = collect_objects(run_file(path, content), path.absolute().parent)
     if definitions == Definitions():
         raise InvalidArgument(f"{path}: it defines no entity, feature view or model at its top level")
-    return definitions
+    return replace(definitions, origin={"file": str(path.absolute()), "sha256": hashlib.sha256(content).hexdigest()})
 
 
-def run_file(path: Path) -> dict[str, Any]:
-    """Execute the file with its folder first on the import path, and return its globals.
+def run_file(path: Path, content: bytes) -> dict[str, Any]:
+    """Execute the content of a file with its folder first on the import path, and return its globals.
 
     The import system is not used: its cached bytecode is stale if a file is edited twice within a second.
     """
@@ -59,7 +114,7 @@ def run_file(path: Path) -> dict[str, Any]:
     sys.path.insert(0, folder)
     sys.modules[MODULE_NAME] = module
     try:
-        exec(compile(path.read_bytes(), module.__file__, "exec"), module.__dict__)
+        exec(compile(content, module.__file__, "exec"), module.__dict__)
     except SyntaxError as error:
         raise InvalidArgument(f"{error.filename or path}:{error.lineno}: SyntaxError: {error.msg}") from error
     except (Exception, SystemExit) as error:

@@ -8,6 +8,7 @@ import stat
 from pathlib import Path
 
 PIPE_BYTES = 65_536
+_copies = ""
 
 _KINDS = {
     stat.S_IFREG: "a file",
@@ -23,6 +24,25 @@ _KINDS = {
 def kind_text(mode: int) -> str:
     """Return what a file of this mode (st_mode) is, such as "a FIFO"."""
     return _KINDS.get(stat.S_IFMT(mode), "of an unknown kind")
+
+
+def use_copies(folder: str | os.PathLike[str]) -> None:
+    """From now on read the files that definitions name from `folder`, in which each has its whole path.
+
+    For a process that works with the files of another machine.
+    """
+    global _copies
+    _copies = os.fspath(folder)
+
+
+def copy_of(path: str | os.PathLike[str]) -> Path:
+    """Return the path from which to read a file that a definition names. With copies, `path` is absolute."""
+    return Path(_copies + os.path.normpath(path)) if _copies else Path(path)
+
+
+def without_copies(text: str) -> str:
+    """Return a text in which the paths of copies are the paths that the definitions name."""
+    return text.replace(_copies, "") if _copies else text
 
 
 def check_regular(path: str | os.PathLike[str]) -> None:

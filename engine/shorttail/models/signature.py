@@ -29,6 +29,7 @@ from shorttail.define.dtypes import (
     Timestamp,
     Vector,
 )
+from shorttail.define.inputs import copy_of
 from shorttail.define.models import Column, Model, column_label, missing_reference
 from shorttail.define.names import REQUEST, lookup_of, quoted
 from shorttail.define.ondemand import OnDemandFeature
@@ -63,14 +64,14 @@ class ModelFile:
         Raises NotFound; InvalidArgument for a symbolic link, for a file that is no ONNX model, and for weights that are
         elsewhere or too large for one file.
         """
-        path = Path(path)
+        path, file = Path(path), copy_of(path)
         where = f"model '{model_name}'"
-        if path.is_symlink():
+        if file.is_symlink():
             raise InvalidArgument(f"{where}: {path} is a symbolic link; give the path of the file itself")
-        if not path.is_file():
+        if not file.is_file():
             raise NotFound(f"{where}: there is no file {path}")
         try:
-            data = path.read_bytes()
+            data = file.read_bytes()
         except OSError as error:
             raise InvalidArgument(f"{where}: cannot read {path}: {error.strerror}") from None
         label = f"{where}: {path.name}"

@@ -6,13 +6,10 @@ change are made first, beside those that serve (store/rebuild.py). Then one comm
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from shorttail.define import clock
@@ -48,24 +45,10 @@ def prepare(definitions: Any, vet_timeout: str | timedelta | None = None) -> Pre
     This makes every check that needs no store. vet_timeout: as for `apply`. Raises NotFound, InvalidArgument.
     """
     vet_s = trial_limit_s(vet_timeout)
-    origin = origin_of(definitions)
     collected = collect(definitions)
     files = {name: ModelFile.read(model.path, name, vet_s) for name, model in collected.models.items()}
     compile_functions(collected)
-    return Prepared(collected, files, origin=origin)
-
-
-def origin_of(definitions: Any) -> dict[str, str]:
-    """Return {"file": path, "sha256": of it} for definitions that are a path; {} for objects."""
-    if not isinstance(definitions, str | os.PathLike):
-        return {}
-    path = Path(definitions).absolute()
-    if not path.is_file():
-        return {}  # what a command wrote into a pipe can be read once; of all else `collect` says what is wrong
-    try:
-        return {"file": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-    except OSError:
-        return {}
+    return Prepared(collected, files)
 
 
 def plan(store: Store, definitions: Any, options: Options | None = None) -> ChangePlan:
@@ -154,7 +137,7 @@ def commit(
     The files are in memory and checked, and the tables are made, so this is quick. first: the plan that the tables were
     made for. Raises InvalidArgument if it does not hold any more.
     """
-    detail: dict[str, Any] = dict(prepared.origin)
+    detail: dict[str, Any] = dict(prepared.definitions.origin)
 
     def count(view: str) -> int:
         return first.tables[view].rows if view in first.tables else store.count(view)

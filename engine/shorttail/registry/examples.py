@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from shorttail.config import LIMITS
 from shorttail.define.catalog import TENSOR_TYPES, Catalog, TensorInfo, VersionInfo
 from shorttail.define.dtypes import DType, Float64, Vector
-from shorttail.define.inputs import read_input
+from shorttail.define.inputs import copy_of, read_input
 from shorttail.define.names import plain_name
 from shorttail.define.refusal import Refused
 from shorttail.errors import InvalidArgument
@@ -27,10 +27,13 @@ Array = NDArray[Any]
 
 def digest(path: str | None, model_name: str) -> str:
     """Return the SHA-256 of an examples file in hexadecimal, "" for None. Raises InvalidArgument."""
-    if path is None:
-        return ""
+    return "" if path is None else hashlib.sha256(content(path, model_name)).hexdigest()
+
+
+def content(path: str, model_name: str) -> bytes:
+    """Return the bytes of an examples file. Raises InvalidArgument."""
     try:
-        return hashlib.sha256(read_input(path)).hexdigest()
+        return read_input(copy_of(path))
     except OSError as error:
         raise InvalidArgument(f"model '{model_name}': examples: cannot read {path}: {error.strerror}") from None
 
@@ -79,7 +82,8 @@ class ExampleTable:
         except ImportError:
             raise InvalidArgument(f"{where}: reading files needs PyArrow: pip install 'shorttail[arrow]'") from None
         self.path, self.where = Path(path), where
-        parts = FileSource(path, header(path), where).parts
+        copy = copy_of(path)
+        parts = FileSource(copy, header(copy), where).parts
         if len(parts) != 1:
             raise InvalidArgument(f"{where}: {path} must be one file, not {len(parts)}")
         self.part = parts[0]
@@ -152,13 +156,13 @@ class ExampleTable:
         return values
 
 
-def header(path: str) -> list[str]:
+def header(path: Path) -> list[str]:
     """Return the names in the first line of a CSV file; nothing for another file, which has its names itself."""
-    if Path(path).suffix.lower() != ".csv" or not Path(path).is_file():
+    if path.suffix.lower() != ".csv" or not path.is_file():
         return []
     import csv
 
-    with Path(path).open(newline="", encoding="utf-8") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         return next(csv.reader(file), [])
 
 

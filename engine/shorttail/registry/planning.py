@@ -51,7 +51,6 @@ class Prepared:
     vetted: dict[str, VersionInfo] = field(default_factory=dict)  # versions that were loaded, run and examined
     warnings: list[Change] = field(default_factory=list)  # about these versions
     golden: dict[str, GoldenRows | None] = field(default_factory=dict)  # their examples
-    origin: dict[str, str] = field(default_factory=dict)  # the file of the definitions, and its sha256
 
     def to_json(self) -> dict[str, Any]:
         """Return what these definitions say, for the id of a plan."""

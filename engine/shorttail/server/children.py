@@ -146,7 +146,7 @@ class Launcher:
             options = ["--control-fd", str(control_end.fileno())]
             if number == WRITER:
                 listening = [self.private.writer.fileno()]
-                options += ["--log", self.settings.log, "--metrics-fd", str(self.inherited.memory.fd)]
+                options += ["--settings", self.settings.to_json(), "--metrics-fd", str(self.inherited.memory.fd)]
                 fds.append(self.inherited.memory.fd)
             else:
                 share = WorkerShare()

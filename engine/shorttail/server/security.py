@@ -6,8 +6,9 @@ import hashlib
 import hmac
 import os
 import ssl
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final, NamedTuple, Self
 
 from shorttail.define.inputs import check_regular, read_input
 from shorttail.errors import InvalidArgument, Unauthenticated
@@ -16,22 +17,30 @@ from shorttail.server.settings import ServerSettings
 # The access of a connection. native/wire_limits.pxi uses the same numbers.
 NONE: Final = 0
 SERVE: Final = 1  # all methods that read
-ADMIN: Final = 2  # push and delete as well
+ADMIN: Final = 2  # push, delete and commands as well
 
 LEVELS: Final = {"serve": SERVE, "admin": ADMIN}
 TOKEN_LENGTH_MIN: Final = 16
 FILE_BYTES: Final = 65_536
 
 
+class Token(NamedTuple):
+    """The access that a token gives, and its label, "" for none."""
+
+    level: int
+    label: str = ""
+
+
 class Tokens:
     """The tokens of a file, one per line: `serve TOKEN` or `admin TOKEN`. `#` begins a comment.
 
-    Several tokens of a kind are valid at the same time, so that a token can be replaced without a gap.
+    A third word is the label of the token, which the history of a store shows. Several tokens of a kind are valid at
+    the same time, so that a token can be replaced without a gap.
     """
 
-    def __init__(self, levels: dict[str, int]):
+    def __init__(self, tokens: Mapping[str, Token]):
         # Digests have one length, so that a comparison tells nothing about the length of a token.
-        self._levels = [(_digest(token), level) for token, level in levels.items()]
+        self._tokens = [(_digest(text), token) for text, token in tokens.items()]
 
     @classmethod
     def read(cls, path: str) -> Self:
@@ -40,10 +49,14 @@ class Tokens:
 
     def access(self, token: str) -> int:
         """The access that a token gives; NONE for an unknown token. Takes the same time whichever token matches."""
+        return self.find(token).level
+
+    def find(self, token: str) -> Token:
+        """The token of that text; an unknown one has the level NONE. Takes the same time whichever token matches."""
         given = _digest(token)
-        found = NONE
-        for digest, level in self._levels:
-            found = max(found, level * hmac.compare_digest(given, digest))
+        found = Token(NONE)
+        for digest, known in self._tokens:
+            found = max(found, Token(known.level * hmac.compare_digest(given, digest), known.label))
         return found
 
     def authenticate(self, params: list[Any]) -> int:
@@ -64,8 +77,8 @@ def _digest(token: str) -> bytes:
     return hashlib.sha256(token.encode("utf-8", "surrogatepass")).digest()
 
 
-def read_tokens(path: str) -> dict[str, int]:
-    """Read a token file: token -> access. Raises InvalidArgument."""
+def read_tokens(path: str) -> dict[str, Token]:
+    """Read a token file. Raises InvalidArgument."""
     try:
         check_regular(path)  # every worker reads it
         with Path(path).open(encoding="utf-8") as file:
@@ -77,22 +90,25 @@ def read_tokens(path: str) -> dict[str, int]:
     # The group may read, because secrets are mounted into containers that way.
     if mode & 0o027:
         raise InvalidArgument(f"token file {path} can be read by others or written by the group: chmod 600 {path}")
-    levels: dict[str, int] = {}
+    tokens: dict[str, Token] = {}
     for number, line in enumerate(text.splitlines(), 1):
         words = line.partition("#")[0].split()
         if not words:
             continue
-        if len(words) != 2 or words[0] not in LEVELS:
-            raise InvalidArgument(f"token file {path}, line {number}: write `serve TOKEN` or `admin TOKEN`")
+        if len(words) not in (2, 3) or words[0] not in LEVELS:
+            raise InvalidArgument(
+                f"token file {path}, line {number}: write `serve TOKEN` or `admin TOKEN`; a label may follow"
+            )
         if len(words[1]) < TOKEN_LENGTH_MIN:
             raise InvalidArgument(
                 f"token file {path}, line {number}: a token of fewer than {TOKEN_LENGTH_MIN} characters is guessed "
                 f"too easily; make one with `openssl rand -hex 32`"
             )
-        levels[words[1]] = max(LEVELS[words[0]], levels.get(words[1], NONE))
-    if not levels:
+        token = Token(LEVELS[words[0]], *words[2:])
+        tokens[words[1]] = max(token, tokens.get(words[1], token))
+    if not tokens:
         raise InvalidArgument(f"token file {path} has no token; write `serve TOKEN` or `admin TOKEN` in it")
-    return levels
+    return tokens
 
 
 def client_token(path: str) -> str:
@@ -104,7 +120,7 @@ def client_token(path: str) -> str:
     if len(words) == 1:
         return words[0]
     tokens = read_tokens(path)
-    return max(tokens, key=lambda token: tokens[token])
+    return max(tokens, key=lambda text: tokens[text].level)
 
 
 # -- TLS -------------------------------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ class ServerSettings:
     start_timeout_s: float = LIMITS.start_timeout_s
     p99_budget_ms: float = LIMITS.p99_budget_ms
     pin_cpus: bool = False
+    commands: bool = True  # clients with an admin token run commands on the store
     bulk: bool = True  # large requests are answered by a process of their own
     rpc_errors: str = "map"  # one of ERROR_FORMS
     busy_poll_us: int | None = None  # None: adaptive, see limits.BusyPoll

@@ -173,8 +173,9 @@ class Telemetry:
             self._traced("warning", "slow request", msgid, trace, of)
 
     def wrote(self, method: str, code: str, message: str, msgid: int, taken_ns: int, trace: bytes | None) -> None:
-        """Count, and perhaps log, the outcome of a push or delete. msgid: -1 for a notification."""
-        self.recorder.requests(self.recorder.slot(METHODS.index(method), ""), RPC, code, 1)
+        """Count, and perhaps log, the outcome of what the writer answers. msgid: -1 for a notification."""
+        counted = method if method in METHODS else "other"
+        self.recorder.requests(self.recorder.slot(METHODS.index(counted), ""), RPC, code, 1)
         slow = taken_ns > self.slow_ns
         if not (slow if code == "OK" else self.log.failed):
             return

@@ -4,6 +4,8 @@ It commits in groups: the requests that arrived while the last commit ran are th
 little more than one commit, however many pushes arrive, and is acknowledged when it is durable. Workers send
 `[0, id, method, params, deadline_ns]` (writer_link.py), and every request gets one answer.
 
+It also starts the commands that clients run on the store (commands.py), in processes of their own.
+
 The writer stops on SIGTERM, or when the control socket closes, after it has committed and answered every request.
 """
 
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import functools
 import gc
 import json
 import os
@@ -42,11 +45,12 @@ from shorttail.errors import (
     Unavailable,
 )
 from shorttail.observe import logs, stderr
-from shorttail.observe.logs import Format
 from shorttail.observe.memory import MetricsMemory
 from shorttail.results import RowCount
 from shorttail.server import spare_memory
+from shorttail.server.commands import Commands
 from shorttail.server.errorlog import ErrorLog, one_line
+from shorttail.server.settings import ServerSettings
 from shorttail.server.signals import only_sigterm
 from shorttail.server.spare_memory import SpareMemory
 from shorttail.server.writer_counts import Outcome, WriterCounts
@@ -83,15 +87,22 @@ class Writer:
     """The queue of requests, and their commits.
 
     fault: called with every exception that is not a ShorttailError. memory: where the writer counts, for /metrics.
+    commands: takes the requests of the method `command`.
     """
 
     def __init__(
-        self, store: Store, loop: asyncio.AbstractEventLoop, fault: ErrorLog, memory: MetricsMemory | None = None
+        self,
+        store: Store,
+        loop: asyncio.AbstractEventLoop,
+        fault: ErrorLog,
+        memory: MetricsMemory | None = None,
+        commands: Commands | None = None,
     ):
         self.store = store
         self.loop = loop
         self.fault = fault
         self.counts = WriterCounts(memory or MetricsMemory.create(1))
+        self.commands = commands
         self.queue: deque[Request] = deque()
         self.queued_rows = 0
         self.queued_bytes = self.taken_bytes = 0
@@ -110,6 +121,9 @@ class Writer:
         try:
             if self.stopping:
                 raise Unavailable("the writer is stopping; send it again")
+            if method == "command" and self.commands is not None:
+                self.commands.take(params, functools.partial(worker.answer, number))
+                return
             if self.queued_bytes + size > LIMITS.queued_bytes:
                 raise ResourceExhausted(f"{self.queued_bytes} bytes wait to be written; send it again later")
             edit = self._read(method, params)
@@ -275,20 +289,26 @@ class WorkerConnection(asyncio.Protocol):
         self.transport = None
         self.writer.workers.discard(self)
 
-    def answer(self, number: int, outcome: Outcome) -> None:
+    def answer(self, number: int, outcome: Outcome | dict[str, Any]) -> None:
+        """Answer a request: with the outcome of a push or delete, or with the result of a step of a command."""
         if self.transport is None:
             return  # the worker has died
-        result = failed(outcome) if isinstance(outcome, ShorttailError) else NIL + msgpack.packb(rows_answer(outcome))
+        if isinstance(outcome, ShorttailError):
+            result = failed(outcome)
+        else:
+            result = NIL + msgpack.packb(outcome if isinstance(outcome, dict) else rows_answer(outcome))
         self.transport.write(b"\x94\x01" + msgpack.packb(number) + result)
 
 
 async def serve(
-    store: Store, listener: socket.socket, control: socket.socket, memory: MetricsMemory, log: Format = "text"
+    store: Store, listener: socket.socket, control: socket.socket, memory: MetricsMemory, settings: ServerSettings
 ) -> None:
     """Commit requests until SIGTERM or the end of the supervisor, then those that are left."""
     loop = asyncio.get_running_loop()
+    log = settings.log
     faults = ErrorLog(log)
-    writer = Writer(store, loop, faults, memory)
+    commands = Commands(str(store.path), settings, loop, faults)
+    writer = Writer(store, loop, faults, memory, commands)
 
     def supervisor_gone() -> None:  # nothing is ever sent on this socket: readable means closed
         loop.remove_reader(control)
@@ -315,6 +335,7 @@ async def serve(
                 faults(error)
             writer.counts.tick(writer.queued_rows, writer.queued_bytes, faults.total)
             memory.look(writer.taken_bytes - writer.queued_bytes)
+            commands.look()
             faults.write(loop)
 
     chores = asyncio.create_task(housekeeping())
@@ -322,6 +343,7 @@ async def serve(
     gc.freeze()
     control.sendall(json.dumps({"ready": True}).encode() + b"\n")
     await writer.run()
+    commands.close()
     chores.cancel()
     writer.counts.tick(writer.queued_rows, writer.queued_bytes, faults.total)
     server.close()
@@ -346,13 +368,14 @@ def main() -> int:
     parser.add_argument("--control-fd", type=int, required=True)
     parser.add_argument("--listen-fd", type=int, required=True)
     parser.add_argument("--metrics-fd", type=int, required=True)
-    parser.add_argument("--log", choices=("text", "json"), default="text")
+    parser.add_argument("--settings", metavar="JSON", required=True)
     only_sigterm()
     args = parser.parse_args()
+    settings = ServerSettings.from_json(args.settings)
     spare_memory.return_memory()
     with contextlib.suppress(OSError):
         os.nice(NICE)
-    stderr.log_as_json(args.log)
+    stderr.log_as_json(settings.log)
     control = socket.socket(fileno=args.control_fd)
     try:
         store = Store.open(args.store)
@@ -362,7 +385,7 @@ def main() -> int:
         return 1
     with store, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         memory = MetricsMemory.attach(args.metrics_fd)
-        runner.run(serve(store, socket.socket(fileno=args.listen_fd), control, memory, args.log))
+        runner.run(serve(store, socket.socket(fileno=args.listen_fd), control, memory, settings))
     control.detach()  # the supervisor takes a closed control socket for the end of this process: the system closes it
     return 0
 

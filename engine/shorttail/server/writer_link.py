@@ -1,4 +1,4 @@
-"""A worker's connection to the writer: it forwards pushes and deletes, whose columns the worker does not read.
+"""A worker's connection to the writer: it forwards pushes, deletes and steps of commands, which it does not read.
 
 A request is `[0, id, method, params, deadline_ns]`. It is MessagePack-RPC, except that params travel as the client sent
 them, inside a bin, so that params that cannot be decoded harm no other request. deadline_ns is when the caller stops
@@ -28,6 +28,8 @@ NIL: Final = msgpack.packb(None)
 DIED: Final = Unavailable(
     "the writer died before it answered; the rows may or may not be stored: push again, which is safe"
 )
+
+COMMAND_DIED: Final = Unavailable("the writer died, and the command with it; `shorttail history` shows what was done")
 
 Told = Callable[[str, str, str, int, int, bytes | None], object]  # Telemetry.wrote
 
@@ -145,7 +147,8 @@ class WriterLink(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         self.ready.clear()
         self._transport = None
-        for number in list(self.outstanding):
-            self._answer(number, DIED.code, DIED.message)
+        for number, caller in list(self.outstanding.items()):
+            died = COMMAND_DIED if caller.method == "command" else DIED
+            self._answer(number, died.code, died.message)
         if self._lost is not None and not self._lost.done():
             self._lost.set_result(None)
