@@ -12,6 +12,9 @@ cdef enum:                  # types that are stored as KIND_I64; codes of shortt
     TYPE_TIME = 7
     TYPE_VECTOR = 8         # of floats; the vectors of doubles have another code
 
+cdef enum:
+    AT_LOOKUP = -1          # a row without a moment of its own
+
 cdef enum finish_t:
     FINISHED
     FINISH_NO_COLUMN        # a column is missing from the request
@@ -47,6 +50,10 @@ cdef class Columns:
     cdef readonly dict instead      # name -> the value that replaces a missing one
     cdef tuple _kept                # the bytes objects that column_t.instead points into
     cdef int at_fault               # the column of the last error of finish()
+    # The moments that requests gave (judge_at): for each of the first n_as_of rows in microseconds since 1970, or
+    # AT_LOOKUP. The rows after them have none. n_as_of is 0 until a request gives a moment.
+    cdef int64_t *as_of
+    cdef Py_ssize_t n_as_of, as_of_cap
 
     # Each returns 0, or -1 if there is no memory (or, for strings, if the arena would grow over 4 GiB).
     cdef int reserve(self, int c, Py_ssize_t rows) noexcept nogil
@@ -81,6 +88,10 @@ cdef class Columns:
     # so the same values must give the same hash in every process, at any time.
     cdef uint32_t hash_values(self, Py_ssize_t row, int n_columns, uint32_t salt) noexcept nogil
     cdef void drop_last(self, Py_ssize_t rows) noexcept nogil
+    cpdef int judge_at(self, int64_t as_of_us, Py_ssize_t rows) except -1
+    # Returns the moment of each row, or NULL if no row has one: all are judged at the time of the lookup.
+    cdef int moments(self, const int64_t **as_of) except -1
+    cdef int _fill_moments(self, int64_t as_of_us, Py_ssize_t n_rows) except -1
 
 
 cdef class CopyColumns:

@@ -106,6 +106,7 @@ cdef class Columns:
                 free(self.col[c].ends)
                 free(self.col[c].nulls)
             free(self.col)
+        free(self.as_of)
 
     def reset(self):
         """Remove all rows, and keep the memory for the next batch."""
@@ -115,6 +116,7 @@ cdef class Columns:
             self.col[c].data_bytes = 0
             self.col[c].has_nulls = 0
         self.n_rows = 0
+        self.n_as_of = 0
 
     # -- filling from C ------------------------------------------------------------------------------------
 
@@ -345,7 +347,49 @@ cdef class Columns:
     cdef void drop_last(self, Py_ssize_t rows) noexcept nogil:
         """Remove the rows of the last request, which is already finished."""
         self.n_rows -= rows
+        self.n_as_of = min(self.n_as_of, self.n_rows)
         self.rollback()
+
+    # -- the moments at which event times are judged --------------------------------------------------------
+
+    cpdef int judge_at(self, int64_t as_of_us, Py_ssize_t rows) except -1:
+        """Look the last `rows` rows up as of a moment, in microseconds since 1970 UTC, not as of the lookup.
+
+        Call it for the last request, after it was appended. Raises ValueError for a moment before 1970, and
+        ResourceExhausted if there is no memory; the rows are removed then.
+        """
+        if as_of_us < 0 or not 0 <= rows <= self.n_rows:
+            raise ValueError(f"moment {as_of_us} for {rows} of {self.n_rows} rows")
+        try:
+            self._fill_moments(AT_LOOKUP, self.n_rows - rows)
+            return self._fill_moments(as_of_us, self.n_rows)
+        except ResourceExhausted:
+            self.drop_last(rows)
+            raise
+
+    cdef int moments(self, const int64_t **as_of) except -1:
+        as_of[0] = NULL
+        if self.n_as_of:
+            self._fill_moments(AT_LOOKUP, self.n_rows)
+            as_of[0] = self.as_of
+        return 0
+
+    cdef int _fill_moments(self, int64_t as_of_us, Py_ssize_t n_rows) except -1:
+        """Give this moment to the rows up to n_rows that have none."""
+        cdef Py_ssize_t i, cap
+        cdef void *grown
+        if n_rows > self.as_of_cap:
+            cap = max(n_rows, 2 * self.as_of_cap)
+            grown = realloc(self.as_of, cap * sizeof(int64_t))
+            self._checked(grown is NULL)
+            self.as_of = <int64_t *>grown
+            self.as_of_cap = cap
+        for i in range(self.n_as_of, n_rows):
+            self.as_of[i] = as_of_us
+        self.n_as_of = max(self.n_as_of, n_rows)
+        return 0
+
+    # -- hashes ------------------------------------------------------------------------------------------------
 
     cdef uint32_t hash_values(self, Py_ssize_t row, int n_columns, uint32_t salt) noexcept nogil:
         cdef uint64_t hash = _mixed(salt)

@@ -318,6 +318,17 @@ static inline void copy_row(const st_view *v, size_t i, const uint8_t *row)
     }
 }
 
+/* The status of a row in a batch where requests give moments. At a moment, a row that is newer was not there yet. */
+static uint8_t status_at(const st_view *v, size_t i, int64_t time_us)
+{
+    int64_t as_of = v->as_of[i], oldest_us = v->oldest_us;
+    if (as_of >= 0) {
+        if (time_us > as_of) return ST_NOT_FOUND;
+        oldest_us = v->ttl_us ? as_of - v->ttl_us : INT64_MIN; /* no overflow: neither is negative */
+    }
+    return time_us < oldest_us ? ST_STALE : ST_PRESENT;
+}
+
 /* Loop 5: compare keys in full and copy rows. */
 static void copy_rows(const st_view *v, group g, size_t n, slots *s, size_t slot)
 {
@@ -337,7 +348,10 @@ static void copy_rows(const st_view *v, group g, size_t n, slots *s, size_t slot
                 candidate = next_tag(page + ST_HEADER_BYTES, candidate + 1, rows, st_tag(s->hash[slot]));
             }
         }
-        if (row) status = (int64_t)st_load64(row + l->time_offset) < v->oldest_us ? ST_STALE : ST_PRESENT;
+        if (row) {
+            int64_t time_us = (int64_t)st_load64(row + l->time_offset);
+            status = v->as_of ? status_at(v, i, time_us) : time_us < v->oldest_us ? ST_STALE : ST_PRESENT;
+        }
         v->status[i] = status;
         if (status != ST_PRESENT) {
             if (v->feature_status)

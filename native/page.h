@@ -139,6 +139,8 @@ typedef struct {
     const uint8_t *const *pages; /* the directory: addresses of 2^depth images; NULL if the table is empty */
     uint32_t depth;
     int64_t oldest_us; /* rows with an earlier event time are STALE */
+    int64_t ttl_us;    /* of the view; 0: none */
+    const int64_t *as_of; /* [n]: the moments at which rows of the batch are judged; negative: by oldest_us. Or NULL */
     st_key_column keys[ST_KEYS_MAX];
     const st_output *outputs;
     uint8_t *status;          /* [n] */

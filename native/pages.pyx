@@ -77,7 +77,8 @@ cdef extern from "page.h" nogil:
         const st_layout *layout
         const uint8_t *const *pages
         uint32_t depth
-        int64_t oldest_us
+        int64_t oldest_us, ttl_us
+        const int64_t *as_of
         st_key_column *keys
         const st_output *outputs
         uint8_t *status

@@ -273,7 +273,8 @@ def lookup(directories, lookups, Columns columns not None, outputs, cnp.ndarray 
     directories: per lookup a Directory, or None for an empty table, whose rows are all NOT_FOUND. lookups: a Lookup per
     view. outputs: C-contiguous arrays [n] or [n, width] of float32, float64, int64, int32, bool, or object (strings); a
     vector of width w fills w columns. view_statuses: uint8 [len(lookups), n], written. feature_statuses: uint8 [ops of
-    all lookups, n], written, or None. now_us: the present time in microseconds since 1970, for TTLs.
+    all lookups, n], written, or None. now_us: the present time in microseconds since 1970, for TTLs. A row of `columns`
+    that has a moment (Columns.judge_at) is judged at that moment, and a stored row that is newer is NOT_FOUND.
 
     Where the status is not PRESENT, the output gets the feature's default, or without a default NaN, 0, False or None.
     Numbers out of the range of an integer output saturate; NaN becomes 0. The read transaction of the directories must
@@ -291,6 +292,7 @@ def lookup(directories, lookups, Columns columns not None, outputs, cnp.ndarray 
     cdef Lookup look
     cdef Directory directory
     cdef cnp.ndarray array
+    cdef const int64_t *as_of = NULL
     cdef Py_ssize_t n_strings = 0
     if len(all_directories) != n_views:
         raise ValueError("there must be one directory for each lookup")
@@ -318,6 +320,7 @@ def lookup(directories, lookups, Columns columns not None, outputs, cnp.ndarray 
             _check_output(array, n)
             outs[k].data = <uint8_t *>cnp.PyArray_DATA(array)
             outs[k].stride = cnp.PyArray_ITEMSIZE(array) * (cnp.PyArray_DIM(array, 1) if array.ndim == 2 else 1)
+        columns.moments(&as_of)
         n_strings = 0
         n_ops = 0
         for v in range(n_views):
@@ -336,6 +339,8 @@ def lookup(directories, lookups, Columns columns not None, outputs, cnp.ndarray 
             views[v].oldest_us = INT64_MIN
             if look.ttl_us > 0 and now_us >= INT64_MIN + look.ttl_us:
                 views[v].oldest_us = now_us - look.ttl_us
+            views[v].ttl_us = max(look.ttl_us, 0)
+            views[v].as_of = as_of
             _set_keys(look, columns, &views[v])
             views[v].outputs = outs
             views[v].status = status + v * n

@@ -27,6 +27,7 @@ cdef struct options_t:
     int64_t arrived_ns      # deadlines count from here
     int64_t deadline_ns     # CLOCK_MONOTONIC; 0: no deadline
     int64_t version         # of the model; -1: the current version
+    int64_t as_of_us        # the moment at which event times are judged; -1: when the request runs
     const uint8_t *trace    # the traceparent, inside the message; NULL: none, or its length is not valid
     uint32_t trace_bytes
 

@@ -35,12 +35,13 @@ import numpy as np
 cimport numpy as cnp
 
 from shorttail._native.columns cimport (
-    KIND_F64, KIND_I64, KIND_STR, KIND_VEC, TYPE_BOOL, TYPE_INT32, TYPE_TIME, Columns, column_t,
+    AT_LOOKUP, KIND_F64, KIND_I64, KIND_STR, KIND_VEC, TYPE_BOOL, TYPE_INT32, TYPE_TIME, Columns, column_t,
 )
 from shorttail._native.route cimport Route
 from shorttail._native.wire_c cimport *
 from shorttail._native.columns import empty_column, too_many_rows, unknown_column
 from shorttail.config import LIMITS
+from shorttail.define.event_times import as_of_us
 from shorttail.errors import (
     DeadlineExceeded, Internal, InvalidArgument, NotFound, PermissionDenied, ResourceExhausted, ShorttailError,
     Unauthenticated,

@@ -180,6 +180,8 @@ cdef int _enqueue(Connection connection, WireRoute route, const uint8_t *columns
     if len(connection.router.suspects) and not route.features and not route.for_suspects and _is_suspect(connection):
         batch.columns.drop_last(rows)
         return _enqueue(connection, route.suspects_route(), columns, msgid, options)
+    if options.as_of_us >= 0:
+        batch.columns.judge_at(options.as_of_us, rows)
     batch.add(connection, msgid, options, rows)
     _count_in(connection.router, batch, rows, connection.scan_bytes)
     if batch.n_requests == 1:

@@ -2,9 +2,9 @@
 
 cdef enum:  # the options that a method takes besides deadline_ms and traceparent
     DELETE_OPTIONS = 0      # none
-    FEATURES_OPTIONS = 1    # encoding, priority
+    FEATURES_OPTIONS = 1    # as_of, encoding, priority
     PUSH_OPTIONS = 2        # partial
-    PREDICT_OPTIONS = 3     # encoding, statuses, version
+    PREDICT_OPTIONS = 3     # as_of, encoding, priority, statuses, version
 
 
 cdef uint32_t SHOWN_BYTES = 256     # of a value in an error message
@@ -37,6 +37,7 @@ cdef int _default_options(options_t *options, int flags, Router router) except -
     options.arrived_ns = router.arrived_ns
     options.deadline_ns = 0
     options.version = -1
+    options.as_of_us = AT_LOOKUP
     options.trace = NULL
     return 0
 
@@ -85,6 +86,8 @@ cdef const uint8_t *_read_option(const mp_value *name, const uint8_t *p, int tak
         if v.kind != MP_INT or v.number.i < 1:
             raise InvalidArgument(f"option 'version' must be a whole number from 1; got {_shown(p, end)}")
         options.version = v.number.i
+    elif _is(name, b"as_of", 5) and takes & FEATURES_OPTIONS:
+        options.as_of_us = as_of_us(_as_python(p), "option 'as_of'")
     elif _is(name, b"statuses", 8) and takes == PREDICT_OPTIONS:
         if v.kind != MP_BOOL:
             raise InvalidArgument(f"option 'statuses' must be true or false; got {_shown(p, end)}")
@@ -101,7 +104,7 @@ cdef const uint8_t *_read_option(const mp_value *name, const uint8_t *p, int tak
             raise InvalidArgument(f"option 'partial' must be true or false; got {_shown(p, end)}")
     else:
         known = ["", "encoding, priority, ", "partial, ", "encoding, priority, statuses, version, "][takes]
-        known = f"deadline_ms, {known}traceparent"
+        known = f"{'as_of, ' if takes & FEATURES_OPTIONS else ''}deadline_ms, {known}traceparent"
         raise InvalidArgument(f"unknown option {_short_text(name)!r}; options: {known}")
     return end
 

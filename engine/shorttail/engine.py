@@ -14,6 +14,7 @@ from shorttail import plan as planning
 from shorttail._native.route import Route
 from shorttail.config import LIMITS
 from shorttail.define.durations import parse_duration
+from shorttail.define.event_times import AsOf, as_of_us
 from shorttail.errors import InvalidArgument, NotFound, ShorttailError, Unavailable
 from shorttail.models.device import CPU, Device, check_cuda
 from shorttail.models.raw import take_tensors
@@ -112,20 +113,23 @@ class Engine(StoreContents):
 
     # -- predictions and lookups -----------------------------------------------------------------------------
 
-    def predict(self, model: str, columns: Mapping[str, Any], *, version: int | None = None) -> Prediction:
+    def predict(
+        self, model: str, columns: Mapping[str, Any], *, version: int | None = None, as_of: AsOf = None
+    ) -> Prediction:
         """Run `model` on {column: value or values}: the keys of its views, and its request columns.
 
         A scalar beside arrays is repeated. version: the version to ask; None is the current one. While the model has a
-        canary, the keys of the first row decide whether the canary answers. docs/types.md says what a column takes.
-        A model without `inputs` takes {input of its file: NumPy array}, and gives its outputs in their own shapes.
-        Raises NotFound, InvalidArgument, Internal; Unavailable if the version cannot be loaded.
+        canary, the keys of the first row decide whether the canary answers. as_of: as for `get_online_features`.
+        docs/types.md says what a column takes. A model without `inputs` takes {input of its file: NumPy array}, and
+        gives its outputs in their own shapes. Raises NotFound, InvalidArgument, Internal, Unavailable (not loaded).
         """
+        moment_us = None if as_of is None else as_of_us(as_of)
         route = self._route(("predict", model, version))
         if route.plan.tensors is not None:
             return self._predict_raw(route.plan, columns)
         if route.plan.split is not None:
             route = self._route(self.plan_for_request(route.plan, columns).key)
-        result, plan = self._ask(route, columns), route.plan
+        result, plan = self._ask(route, columns, moment_us), route.plan
         statuses = dict(zip(plan.lookup_names, result.view_statuses, strict=True))
         return Prediction(model, result.version, dict(zip(result.names, result.values, strict=True)), statuses)
 
@@ -139,11 +143,15 @@ class Engine(StoreContents):
             raise plan.runner.explain(error) from error
         return Prediction(plan.model, plan.version, dict(result.outputs), {})
 
-    def get_online_features(self, features: Sequence[str], columns: Mapping[str, Any]) -> Features:
+    def get_online_features(
+        self, features: Sequence[str], columns: Mapping[str, Any], *, as_of: AsOf = None
+    ) -> Features:
         """Look up "view:feature" and "alias:view:feature" references for {key column: value or values}.
 
-        Raises NotFound, InvalidArgument.
+        as_of: the moment at which TTLs are judged (a datetime, ISO 8601 text, or microseconds since 1970; UTC); a row
+        that is newer is NOT_FOUND, and the row that it replaced is gone. None: now. Raises NotFound, InvalidArgument.
         """
+        moment_us = None if as_of is None else as_of_us(as_of)
         if isinstance(features, str):
             raise InvalidArgument(f"features must be a list of references: [{features!r}]")
         # Callers mostly ask for the same list again. To compare it takes a fifth of the time to hash it, and to hash it
@@ -154,7 +162,7 @@ class Engine(StoreContents):
         else:
             route = self._route(("features", tuple(features)))
             self._last_features = list(features), route
-        result = self._ask(route, columns)
+        result = self._ask(route, columns, moment_us)
         plan, statuses = route.plan, result.feature_statuses
         assert statuses is not None
         return Features(plan.feature_names, result.values, statuses, plan.has_default, plan.feature_types)
@@ -170,10 +178,12 @@ class Engine(StoreContents):
             return self.plan_for_model(plan.model, split.version)
         return plan
 
-    def _ask(self, route: Route, values: Mapping[str, Any]) -> BatchResult:
+    def _ask(self, route: Route, values: Mapping[str, Any], moment_us: int | None) -> BatchResult:
         columns = route.take_columns()
         try:
-            columns.append(values)
+            rows = columns.append(values)
+            if moment_us is not None:
+                columns.judge_at(moment_us, rows)
             return self.run(route, columns)
         finally:
             route.give_back(columns)
@@ -239,16 +249,12 @@ class Engine(StoreContents):
                 self._routes_of = self._versions.changes
                 self._routes.clear()
             if len(self._routes) >= LIMITS.feature_plans_cached:
-                self._forget_features()
+                self._routes = {other: kept for other, kept in self._routes.items() if other[0] != "features"}
             self._routes[key] = route
             return route
 
     def _is_current(self, route: Route) -> bool:
         return route.plan.catalog_version == self._store.catalog_version
-
-    def _forget_features(self) -> None:
-        for key in [key for key in self._routes if key[0] == "features"]:
-            del self._routes[key]
 
     def unavailable(self) -> dict[str, str]:
         """The models that were asked for and cannot answer now, and why."""

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from bad_models import deadly_to_load, endless, plant, sound, store_of
@@ -136,10 +137,38 @@ def test_a_file_that_kills_the_worker_is_not_loaded_again(tmp_path, start):
     assert server.stop() == 0
 
 
-def test_a_file_that_never_loads_is_given_up(tmp_path, start):
-    store = store_of(tmp_path, "good", "bad")
-    plant(store, "bad", endless)
-    server = start("--http-port", "0", "--start-timeout", "20s", of=store)
+def test_files_that_never_load_are_given_up(tmp_path, start):
+    """When a server starts, and in a worker that serves. The test waits for both at the same time."""
+    starting, serving = (tmp_path / name for name in ("starting", "serving"))
+    for folder in (starting, serving):
+        folder.mkdir()
+        store_of(folder, "good", "bad")
+    plant(starting / "store", "bad", endless)
+    server = start("--http-port", "0", "--start-timeout", "20s", of=serving / "store")
+    plant_second_version(serving / "store", endless)
+    with ThreadPoolExecutor(1) as pool:
+        started = pool.submit(start, "--http-port", "0", "--start-timeout", "20s", of=starting / "store")
+        check_a_version_that_never_loads(server, serving)
+        check_a_start_with_a_file_that_never_loads(started.result())
+
+
+def check_a_version_that_never_loads(server, folder):
+    """The version before goes on, and later versions are loaded."""
+    [pid] = server.workers()
+    until(lambda: "gives it up" in server.log.read_text(), server)
+    with server.connect() as peer:
+        assert peer.ask(0, 1, "predict", ["bad", {"a": 0.0}]) == ANSWERED
+    with st.Engine.open(folder / "store") as engine:
+        assert engine.deploy("bad", other(folder)) == 3
+        assert engine.deploy("good", other(folder)) == 2
+    for path in ("/v2/models/bad/versions/3/ready", "/v2/models/good/versions/2/ready"):
+        until(lambda path=path: get(server, path)[0] == 200, server)
+    assert server.workers() == [pid]
+    assert server.log.read_text().startswith(f"worker 1 (pid {pid}) did not load a model in 20 s, and gives it up\n")
+    server.kill()  # its thread still loads the file
+
+
+def check_a_start_with_a_file_that_never_loads(server):
     check_that_bad_is_unavailable(server, "is not run any more: server processes died in it, or hung")
     assert re.match(
         r"worker 1 \(pid \d+\) died: it was not ready after 20 s, and was killed; starting it again in 0\.1 s\n",
@@ -210,24 +239,6 @@ def test_a_version_that_kills_the_worker_while_it_serves(tmp_path, start):
         assert peer.ask(*GOOD) == ANSWERED
     assert get(server, "/readyz") == (200, "ok\nnot loaded: bad\n")
     assert server.stop() == 0
-
-
-def test_a_version_that_never_loads_while_the_worker_serves(tmp_path, start):
-    """The version before goes on, and later versions are loaded."""
-    store = store_of(tmp_path, "good", "bad")
-    server = start("--http-port", "0", "--start-timeout", "15s", of=store)
-    [pid] = server.workers()
-    plant_second_version(store, endless)
-    until(lambda: "gives it up" in server.log.read_text(), server)
-    with server.connect() as peer:
-        assert peer.ask(0, 1, "predict", ["bad", {"a": 0.0}]) == ANSWERED
-    with st.Engine.open(store) as engine:
-        assert engine.deploy("bad", other(tmp_path)) == 3
-        assert engine.deploy("good", other(tmp_path)) == 2
-    for path in ("/v2/models/bad/versions/3/ready", "/v2/models/good/versions/2/ready"):
-        until(lambda path=path: get(server, path)[0] == 200, server)
-    assert server.workers() == [pid]
-    assert server.log.read_text().startswith(f"worker 1 (pid {pid}) did not load a model in 15 s, and gives it up\n")
 
 
 def test_the_previous_version_serves_where_the_new_one_does_not_load(tmp_path, start):

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import changing
+import commands
 import numpy as np
 from numpy.typing import NDArray
 from small_disk import ROOM, FullDisk, free, mount_of
@@ -469,6 +470,12 @@ def on_small_disk(report: Report, work: str, base: str | None, path: str, **argu
     JOBS[work](report, path=path, **arguments)
 
 
+def command(report: Report, arguments: list[str]) -> None:
+    """Run `shorttail ARGUMENTS` in this process, which has imported most of it."""
+    done = commands.run(*arguments)
+    report(code=done.code, err=done.err)
+
+
 def survive_in_threads(report: Report, path: str, seed: int, n_steps: int) -> None:
     """Threads look all rows up while another takes steps on a disk that is full now and then."""
     shim, rng, stop = Shim(), random.Random(seed), threading.Event()
@@ -558,6 +565,7 @@ JOBS: dict[str, Callable[..., None]] = {
         survive_opening,
         survive_backup,
         on_small_disk,
+        command,
         survive_in_threads,
         survive_while_scanned,
     )

@@ -167,7 +167,7 @@ class Zygote:
 
 
 def main() -> None:
-    sys.path.insert(0, str(HERE))
+    sys.path[:0] = [str(HERE), str(HERE.parent)]
     import workload
 
     workload.set_limits()

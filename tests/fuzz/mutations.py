@@ -14,7 +14,12 @@ FRAMES = [
         [0, 1, "ping", []],
         [0, 2, "predict", ["total", COLUMNS]],
         [0, 3, "predict", ["total", COLUMNS, {"deadline_ms": 100, "encoding": "tensor", "priority": 2}]],
-        [0, 4, "get_online_features", [["stats:age", "stats:tier", "stats:taste"], {"user_id": [3, 2]}]],
+        [
+            0,
+            4,
+            "get_online_features",
+            [["stats:age", "stats:tier", "stats:taste"], {"user_id": [3, 2]}, {"as_of": 10**15}],
+        ],
         [0, 5, "push", ["stats", {"user_id": [9], "age": [None], "visits": [1], "tier": ["x"], "taste": [[1, 2]]}]],
         [0, 6, "delete", ["stats", {"user_id": [9]}]],
         [

@@ -24,6 +24,7 @@ VALUES: dict[str, list[Any]] = {
 }
 TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 OPTIONS = {
+    "as_of": "2026-01-01",
     "deadline_ms": 1e9,
     "priority": 2,
     "encoding": "tensor",
@@ -50,7 +51,7 @@ def messages() -> Iterator[list[Any]]:
         yield [0, 3, "predict", ["key,taste", {"key": 1, "taste": tensor(code, [2, 2], bytes(4 * size))}]]
     yield [0, 4, "predict", ["key,new", {"key": tensor(3, [], bytes(8)), "new": tensor(1, [1], b"\1")}]]
     yield [0, 5, "get_online_features", [["view:a", "view:b"], {"key": [1, 2]}, {"encoding": "tensor"}]]
-    yield [0, 6, "get_online_features", [["view:a"], {"key": 1}]]
+    yield [0, 6, "get_online_features", [["view:a"], {"key": 1}, {"as_of": msgpack.Timestamp(1, 5)}]]
     yield [0, 7, "push", ["view", {"key": [1]}, {"traceparent": TRACE}]]
     yield [2, "delete", ["view", {"key": [1]}]]
     yield [2, "predict", ["key", {"key": 1}]]

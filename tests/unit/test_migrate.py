@@ -325,7 +325,7 @@ def project(tmp_path: Path) -> Project:
     """A project whose store has format 2."""
     project = write_project(tmp_path)
     with tables_of_format_2():
-        project.ok("apply", "definitions.py", "--store", "store")
+        project.ok("apply", "definitions.py", "--store", "store", "--create")
         project.ok("materialize", "--store", "store")
     make_format_2(tmp_path / "store")
     return project

@@ -116,6 +116,38 @@ def hold_the_gil() -> None:
 # -- results, errors and logs --------------------------------------------------------------------------------------
 
 
+def test_a_trial_takes_no_longer_in_a_store_of_many_views_and_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is sent to the process is of the model that is tried, and of what it reads."""
+    sent: list[int] = []
+    run_job = trial.TrialProcess.run
+
+    def counted(process: trial.TrialProcess, job: bytes, *args: Any) -> Any:
+        sent.append(len(job))
+        return run_job(process, job, *args)
+
+    monkeypatch.setattr(trial.TrialProcess, "run", counted)
+    user = st.Entity("user", keys={"user_id": st.Int64})
+
+    def views(first: int, stop: int) -> list[st.FeatureView]:
+        return [
+            st.FeatureView(f"v{n:02}", entity=user, features=[st.Feature("x", st.Float32)]) for n in range(first, stop)
+        ]
+
+    def models(first: int, stop: int) -> list[st.Model]:
+        path = sound(tmp_path / "m.onnx")
+        return [st.Model(f"m{n:02}", path, ["v00:x"]) for n in range(first, stop)]
+
+    with st.Engine.open(tmp_path / "store", create=True) as engine:
+        engine.apply([*views(0, 1), *models(0, 1)])
+        alone = max(sent)
+        engine.apply([*views(1, 40), *models(1, 39)])
+        sent.clear()
+        engine.apply(models(39, 40))
+    assert abs(max(sent) - alone) < 100
+
+
 def test_results_and_logs_come_back(caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]) -> None:
     assert run(say, "hello") == 5
     assert [(r.name, r.levelname, r.getMessage()) for r in caplog.records] == [

@@ -324,7 +324,12 @@ def test_options_of_requests_are_understood(served):
         ("predict", ["double", {"key": 1}], "INVALID_ARGUMENT", "missing column 'amount'"),
         ("predict", ["none", {"key": 1}], "NOT_FOUND", "unknown model 'none'"),
         ("predict", ["double", {}, 3], "INVALID_ARGUMENT", "options must be a map"),
-        ("predict", ["double", {}, {"speed": 1}], "INVALID_ARGUMENT", "unknown option 'speed'; options: deadline_ms"),
+        (
+            "predict",
+            ["double", {}, {"speed": 1}],
+            "INVALID_ARGUMENT",
+            "unknown option 'speed'; options: as_of, deadline_ms",
+        ),
         ("predict", ["double", {}, {3: 1}], "INVALID_ARGUMENT", "unknown option 3"),
         ("predict", ["double", {}, {"deadline_ms": "1"}], "INVALID_ARGUMENT", "option 'deadline_ms' must be a number"),
         ("predict", ["double", {}, {"deadline_ms": math.nan}], "INVALID_ARGUMENT", "option 'deadline_ms' must be"),

@@ -107,7 +107,8 @@ def test_only_a_push_may_be_partial(served, partial):
     for method, call in (("delete", params[:2]), ("get_online_features", [[], {}]), ("predict", ["total", {}])):
         [reply] = served.ask([0, 2, method, [*call, {"partial": partial}]])
         assert reply[2]["code"] == "INVALID_ARGUMENT"
-        assert reply[2]["message"].startswith("unknown option 'partial'; options: deadline_ms, ")
+        known = "deadline_ms, traceparent" if method == "delete" else "as_of, deadline_ms, encoding, "
+        assert reply[2]["message"].startswith(f"unknown option 'partial'; options: {known}")
     assert len(served.taken) == 1
 
 

@@ -25,6 +25,7 @@ from shorttail.cli.models import models
 from shorttail.cli.operate import backup, stat, verify
 from shorttail.cli.options import (
     answerer,
+    as_of_option,
     by_option,
     changed_by,
     code_option,
@@ -235,6 +236,7 @@ def serve(
 @click.argument("values", nargs=-1, metavar="COLUMN=VALUE...")
 @source_options
 @click.option("--version", type=int, help="Version of the model; without it, the current version.")
+@as_of_option
 @code_option
 @json_option
 def predict(
@@ -243,6 +245,7 @@ def predict(
     store: str | None,
     server: str | None,
     version: int | None,
+    as_of: str | int | None,
     no_code: bool,
     as_json: bool,
 ) -> None:
@@ -268,7 +271,7 @@ def predict(
             raise InvalidArgument(refusal(model))
         columns = parse_columns(values, by_name[model]["columns"], f"model '{model}'")
         options: dict[str, Any] = {"statuses": True} if store is None else {}
-        result = source.predict(model, columns, version=version, **options)
+        result = source.predict(model, columns, version=version, as_of=as_of, **options)
     if as_json:
         return print_json(result.to_dict())
     click.echo(f"{model} version {result.version}")
@@ -281,8 +284,11 @@ def predict(
 @cli.command()
 @click.argument("arguments", nargs=-1, required=True, metavar="VIEW:FEATURE... KEY=VALUE...")
 @source_options
+@as_of_option
 @json_option
-def features(arguments: tuple[str, ...], store: str | None, server: str | None, as_json: bool) -> None:
+def features(
+    arguments: tuple[str, ...], store: str | None, server: str | None, as_of: str | int | None, as_json: bool
+) -> None:
     """Look up features by key.
 
     KEY=a,b,c looks up three rows. A key with a single value has it in all rows. ALIAS:VIEW:FEATURE looks up
@@ -292,6 +298,7 @@ def features(arguments: tuple[str, ...], store: str | None, server: str | None, 
     Example:
       shorttail features user_stats:age user_stats:tier user_id=1,2,3 --store store
       shorttail features buyer:user_stats:age buyer_id=1 --store store
+      shorttail features user_stats:age user_id=1 --as-of 2026-11-20T10:00 --store store
     """
     from shorttail.define.names import listed_lookups, lookup_of
     from shorttail.define.text import parse_columns
@@ -305,7 +312,7 @@ def features(arguments: tuple[str, ...], store: str | None, server: str | None, 
         if lookups and lookups.keys() <= known.keys():  # else the error is about the references
             keys = {column: dtype for lookup in lookups for column, dtype in known[lookup].items()}
             columns = parse_columns(values, keys, ", ".join(sorted(lookups)))
-        result = source.get_online_features(references, columns)
+        result = source.get_online_features(references, columns, as_of=as_of)
     found = result.to_dict()
     if as_json:
         from shorttail.results import Status

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -32,6 +33,8 @@ class Seconds(click.types.StringParamType):
         except InvalidArgument:
             self.fail(f"{value!r} is not a time; write 90s or 10m", param, ctx)
 
+
+MICROSECONDS: Final = re.compile(r"-?[0-9]{1,30}")
 
 F = TypeVar("F", bound=Callable[..., Any])
 STORE_HELP: Final = "Folder of the online store."
@@ -82,6 +85,16 @@ def code_option(command: F) -> F:
         "--no-code",
         is_flag=True,
         help="Run no Python code that the store holds; models that need its on-demand functions are unavailable.",
+    )(command)
+
+
+def as_of_option(command: F) -> F:
+    """Add --as-of, of commands that look features up. Its value is what `as_of` of the engine and the clients takes."""
+    return click.option(
+        "--as-of",
+        metavar="TIME",
+        callback=lambda context, parameter, value: int(value) if value and MICROSECONDS.fullmatch(value) else value,
+        help="Judge TTLs at this time, in UTC, such as 2026-11-20T10:00; newer rows are not found.",
     )(command)
 
 

@@ -16,6 +16,7 @@ from shorttail.client.parts import Steps, T
 from shorttail.client.pool import Connection, Pool
 from shorttail.client.retries import Retries
 from shorttail.config import LIMITS
+from shorttail.define.event_times import AsOf
 from shorttail.errors import Internal, InvalidArgument, ShorttailError, Unavailable
 from shorttail.results import Features, Prediction, RowCount
 
@@ -66,6 +67,7 @@ class Client:
         columns: Mapping[str, Any],
         *,
         version: int | None = None,
+        as_of: AsOf = None,
         deadline_ms: float | None = None,
         statuses: bool = False,
         traceparent: str | None = None,
@@ -74,13 +76,14 @@ class Client:
 
         columns: the key columns of the views and the request columns, each a scalar or an array. All arrays have the
         same length, the number of rows; a scalar is the same for all rows. version: None runs the current version.
+        as_of: as for get_online_features.
         deadline_ms: the time limit of this call in milliseconds. statuses: also return a `Status` for each view and
         row. traceparent: W3C trace context, written to the server's log if the request fails or is slow.
 
         More than 16,384 rows are sent in parts, which one version answers. Raises InvalidArgument if the model takes
         the rows of a request together, because in parts they would have other answers.
         """
-        params = calls.predict_params(model, columns, version, statuses, traceparent)
+        params = calls.predict_params(model, columns, version, statuses, traceparent, as_of)
         if parts.is_long(params[1]):
             return self._in_parts(parts.predict(model, params), deadline_ms)
         return calls.read_prediction(model, self._call("predict", params, deadline_ms))
@@ -90,14 +93,18 @@ class Client:
         features: Sequence[str],
         columns: Mapping[str, Any],
         *,
+        as_of: AsOf = None,
         deadline_ms: float | None = None,
         traceparent: str | None = None,
     ) -> Features:
         """Look up features. features: "view:feature" references; columns: the keys of their views, as for predict.
 
-        More than 16,384 rows are looked up in parts, each as of the moment in which it is answered.
+        as_of: the moment at which TTLs are judged (a datetime, ISO 8601 text, or microseconds since 1970; UTC); a row
+        that is newer is NOT_FOUND, and the row that it replaced is gone. None: when the server looks up.
+
+        More than 16,384 rows are looked up in parts, each of which is answered from the rows that are stored then.
         """
-        params = calls.features_params(features, columns, traceparent)
+        params = calls.features_params(features, columns, traceparent, as_of)
         if parts.is_long(params[1]):
             return self._in_parts(parts.features(params), deadline_ms)
         return calls.read_features(self._call("get_online_features", params, deadline_ms))

@@ -15,6 +15,8 @@ import numpy as np
 from shorttail import protocol
 from shorttail._native.wire import scan
 from shorttail.client.columns import encode_columns, pack_request
+from shorttail.define.event_times import AsOf, as_of_us
+from shorttail.define.times import time_text
 from shorttail.errors import DeadlineExceeded, Internal, InvalidArgument, ResourceExhausted, Unavailable
 from shorttail.protocol import Address
 from shorttail.results import Features, Prediction, RowCount
@@ -26,9 +28,14 @@ _pack_float64 = struct.Struct(">d").pack
 
 
 def predict_params(
-    model: str, columns: Mapping[str, Any], version: int | None, statuses: bool, traceparent: str | None = None
+    model: str,
+    columns: Mapping[str, Any],
+    version: int | None,
+    statuses: bool,
+    traceparent: str | None = None,
+    as_of: AsOf = None,
 ) -> list[Any]:
-    options = traced({"encoding": "tensor"}, traceparent)
+    options = _lookup_options(as_of, traceparent)
     if version is not None:
         options["version"] = version
     if statuses:
@@ -36,10 +43,23 @@ def predict_params(
     return [model, encode_columns(columns), options]
 
 
-def features_params(features: Sequence[str], columns: Mapping[str, Any], traceparent: str | None = None) -> list[Any]:
+def features_params(
+    features: Sequence[str], columns: Mapping[str, Any], traceparent: str | None = None, as_of: AsOf = None
+) -> list[Any]:
     if isinstance(features, str):
         raise InvalidArgument(f"features: give a list of references, such as [{features!r}]")
-    return [list(features), encode_columns(columns), traced({"encoding": "tensor"}, traceparent)]
+    return [list(features), encode_columns(columns), _lookup_options(as_of, traceparent)]
+
+
+def _lookup_options(as_of: AsOf, traceparent: str | None) -> dict[str, Any]:
+    """Return the options of predict and get_online_features. Raises InvalidArgument for a moment that cannot be right.
+
+    A moment is sent as text: a number in January 1970 would look as if it had another unit.
+    """
+    options: dict[str, Any] = {"encoding": "tensor"}
+    if as_of is not None:
+        options["as_of"] = time_text(as_of_us(as_of))
+    return traced(options, traceparent)
 
 
 def write_params(view: str, columns: Any, traceparent: str | None = None, partial: bool = False) -> list[Any]:

@@ -16,6 +16,7 @@ from shorttail.client.parts import Steps, T
 from shorttail.client.retries import Retries
 from shorttail.client.stream import Dialer, Line, PipelinedConnection
 from shorttail.config import LIMITS
+from shorttail.define.event_times import AsOf
 from shorttail.errors import InvalidArgument, ShorttailError, Unavailable
 from shorttail.results import Features, Prediction, RowCount
 
@@ -82,12 +83,13 @@ class AsyncClient:
         columns: Mapping[str, Any],
         *,
         version: int | None = None,
+        as_of: AsOf = None,
         deadline_ms: float | None = None,
         statuses: bool = False,
         traceparent: str | None = None,
     ) -> Prediction:
         """As Client.predict."""
-        params = calls.predict_params(model, columns, version, statuses, traceparent)
+        params = calls.predict_params(model, columns, version, statuses, traceparent, as_of)
         if parts.is_long(params[1]):
             return await self._in_parts(parts.predict(model, params), deadline_ms)
         return calls.read_prediction(model, await self._call("predict", params, deadline_ms))
@@ -97,11 +99,12 @@ class AsyncClient:
         features: Sequence[str],
         columns: Mapping[str, Any],
         *,
+        as_of: AsOf = None,
         deadline_ms: float | None = None,
         traceparent: str | None = None,
     ) -> Features:
         """As Client.get_online_features."""
-        params = calls.features_params(features, columns, traceparent)
+        params = calls.features_params(features, columns, traceparent, as_of)
         if parts.is_long(params[1]):
             return await self._in_parts(parts.features(params), deadline_ms)
         return calls.read_features(await self._call("get_online_features", params, deadline_ms))

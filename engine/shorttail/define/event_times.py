@@ -1,5 +1,8 @@
 """Refuses event times that cannot be right: a wrong one would hide all later rows of its key, or be stale at once.
 
+The moment at which a request has event times judged (`as_of`) is under the same rules, except that it may be ahead of
+the clock.
+
 An event time lies from 1970 to 2200, and is at most `max_clock_skew` ahead of the clock. The usual mistake is another
 unit: seconds and milliseconds taken as microseconds lie in January 1970, and nanoseconds after the year 30,000. So a
 number in January 1970 is refused too if it is a time from 2000 to now in one of these units. docs/types.md describes
@@ -8,22 +11,29 @@ the rules.
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Iterable
 from numbers import Number
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shorttail.define import clock
+from shorttail.define.dtypes import Timestamp
 from shorttail.define.durations import UNIT_US, duration_text
-from shorttail.define.scalar import unwrapped
+from shorttail.define.refusal import Refused, described
+from shorttail.define.scalar import as_value, unwrapped
 from shorttail.define.times import TIME
+from shorttail.errors import InvalidArgument
 
 LATEST_US: Final = 7_258_118_400_000_000  # 2200-01-01
 LIKELY_US: Final = 946_684_800_000_000  # 2000-01-01: the earliest time that a number in another unit is taken for
 ZONES_US: Final = 14 * 3_600_000_000  # local times are up to 14 hours ahead of UTC
 SMALL_UNITS: Final = (("seconds", 1_000_000), ("milliseconds", 1_000))  # unit -> microseconds
+
+# A moment at which event times are judged: what a column of Timestamp takes. None: when the request runs.
+AsOf: TypeAlias = datetime.date | np.datetime64 | str | int | None  # a datetime is a date
 
 
 class ImpossibleTime(ValueError):
@@ -58,6 +68,25 @@ def check_event_times(times_us: NDArray[np.int64], given: Any, max_clock_skew_us
         row = number
     if row < len(times_us):
         raise ImpossibleTime(_reason(int(times_us[row]), now_us, max_clock_skew_us), row)
+
+
+def as_of_us(value: Any, what: str = "as_of") -> int:
+    """Return the moment at which event times are judged, in microseconds since 1970 UTC.
+
+    value: anything that a column of Timestamp takes. what: names it in errors. Raises InvalidArgument.
+    """
+    try:
+        time_us = as_value(Timestamp, value)
+        if time_us is None:
+            raise Refused(described(value))
+        check_event_times(np.array([time_us]), value, None)
+    except Refused as error:
+        raise InvalidArgument(
+            f"{what} takes a datetime, ISO 8601 text or microseconds since 1970; got {error.got}"
+        ) from None
+    except ImpossibleTime as error:
+        raise InvalidArgument(f"{what}: {error}") from None
+    return int(time_us)
 
 
 def _first_number(given: Any, rows: Iterable[int]) -> int | None:

@@ -165,12 +165,18 @@ class HttpBatches:
         self.in_flight = 0
 
     async def predict(
-        self, plan: Plan, values: Mapping[str, Any], deadline_ns: int = 0, sender: Hashable = None
+        self,
+        plan: Plan,
+        values: Mapping[str, Any],
+        moment_us: int | None = None,
+        deadline_ns: int = 0,
+        sender: Hashable = None,
     ) -> Answer:
         """Run a plan on {column: value or values}.
 
-        deadline_ns: of time.perf_counter_ns; 0: none. sender: as server/senders.py knows it. Raises the errors of
-        Engine.predict, DeadlineExceeded, and ResourceExhausted under overload.
+        moment_us: at which TTLs are judged, in microseconds since 1970; None: when the batch runs. deadline_ns: of
+        time.perf_counter_ns; 0: none. sender: as server/senders.py knows it. Raises the errors of Engine.predict,
+        DeadlineExceeded, and ResourceExhausted under overload.
         """
         if plan.tensors is not None:
             raise InvalidArgument(refusal(plan.model))
@@ -178,6 +184,8 @@ class HttpBatches:
         route = self._admitted(self.engine.plan_for_request(plan, values), deadline_ns, sender)
         batch = self.open.get(route) or HttpBatch(route)
         rows = batch.columns.append(values)
+        if moment_us is not None:
+            batch.columns.judge_at(moment_us, rows)
         if not batch.taken:
             self.pending.append(batch)
             self.open[route] = batch

@@ -23,7 +23,7 @@ from shorttail.define.dtypes import DType, Float64
 from shorttail.define.text import csv_rows, parse_field
 from shorttail.errors import InvalidArgument
 from shorttail.server.http.literals import parse_document, read_numbers
-from shorttail.server.http.parsed import FindModel, ModelColumns
+from shorttail.server.http.parsed import FindModel, ModelColumns, parse_moment
 
 FEATURES: Final = "features"  # SageMaker's own algorithms write an instance as {"features": [...]}
 
@@ -32,13 +32,14 @@ FEATURES: Final = "features"  # SageMaker's own algorithms write an instance as 
 class Invocation:
     """A request for predictions. model, version: as ModelColumns has them. columns: the request columns.
 
-    outputs: the names of the outputs that the answer must hold; None: all.
+    outputs: the names of the outputs that the answer must hold; None: all. moment_us: as parse_moment returns it.
     """
 
     model: str
     version: int | None
     columns: dict[str, Any]
     outputs: Any = None
+    moment_us: int | None = None
 
 
 # -- JSON --------------------------------------------------------------------------------------------------------------
@@ -57,7 +58,8 @@ def parse_json_body(body: bytes, find_model: FindModel) -> Invocation:
     parameters = _parameters(document)
     model = find_model(_option(parameters, "model", str) or None, _option(parameters, "version", int))
     columns = FORMS[forms[0]](document[forms[0]], model)
-    return Invocation(model.model, model.version, _with_numbers(columns, model), parameters.get("outputs"))
+    outputs, moment_us = parameters.get("outputs"), parse_moment(parameters)
+    return Invocation(model.model, model.version, _with_numbers(columns, model), outputs, moment_us)
 
 
 def _parameters(document: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from shorttail.define.dtypes import DType
+from shorttail.define.event_times import as_of_us
 
 
 class TooLarge(Exception):
@@ -37,6 +38,15 @@ class ModelColumns:
 # Finds a model by its name and version. A name of None is the model that the path or the server names. Raises NotFound,
 # and InvalidArgument if nothing names a model.
 FindModel = Callable[[str | None, int | None], ModelColumns]
+
+
+def parse_moment(parameters: Mapping[str, Any]) -> int | None:
+    """Return the parameter as_of of a request in microseconds since 1970, or None without it. Raises InvalidArgument.
+
+    It is the moment at which TTLs are judged; requests that bring tensors have no use for it.
+    """
+    value = parameters.get("as_of")
+    return None if value is None else as_of_us(value, "the parameter as_of")
 
 
 @dataclass(slots=True)

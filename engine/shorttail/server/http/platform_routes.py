@@ -74,7 +74,7 @@ async def _predict(
     asked = PARSERS[takes](body, find_model)
     plan = server.engine.plan_for_model(asked.model, asked.version)
     check_work(server, plan, asked.columns)
-    answer = await server.batches.predict(plan, asked.columns, call.deadline_ns, call.sender)
+    answer = await server.batches.predict(plan, asked.columns, asked.moment_us, call.deadline_ns, call.sender)
     response = written(server, call, answer, WRITERS[gives], asked.outputs)
     if gives in JSON_LINES:
         response.content_type = gives  # the name that the client uses

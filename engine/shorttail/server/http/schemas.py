@@ -28,6 +28,10 @@ TEXT: Final[Schema] = {"type": "string"}
 WHOLE: Final[Schema] = {"type": "integer"}
 COUNT: Final[Schema] = {"type": "integer", "minimum": 0}
 BOOL: Final[Schema] = {"type": "boolean"}
+MOMENT: Final[Schema] = {
+    "type": ["string", "integer", "null"],
+    "description": "ISO 8601, or microseconds since 1970; UTC.",
+}
 SCALAR: Final[Schema] = {
     "type": ["number", "string", "boolean", "null"],
     "description": 'null: missing. "Infinity", "-Infinity": the numbers that JSON does not have.',
@@ -63,8 +67,8 @@ INSTANCE: Final[Schema] = {
 OPTIONS: Final[Schema] = {
     "parameters": {
         "type": "object",
-        "description": "The model, its version, and the outputs that are wanted.",
-        "properties": {"model": TEXT, "version": WHOLE, "outputs": array_of(TEXT, minItems=1)},
+        "description": "The model, its version, the outputs that are wanted, and when TTLs are judged (docs/types.md).",
+        "properties": {"model": TEXT, "version": WHOLE, "outputs": array_of(TEXT, minItems=1), "as_of": MOMENT},
     }
 }
 OPTIONS["params"] = OPTIONS["parameters"]

@@ -20,7 +20,7 @@ from shorttail.errors import InvalidArgument
 from shorttail.server.http.json import write_json
 from shorttail.server.http.literals import parse_document
 from shorttail.server.http.media import JSON, OCTETS
-from shorttail.server.http.parsed import Answer, FindModel, ModelColumns, ResponseBody, TooLarge
+from shorttail.server.http.parsed import Answer, FindModel, ModelColumns, ResponseBody, TooLarge, parse_moment
 from shorttail.server.http.tensors import BYTES, binary_output, column_values, json_output, read_tensor
 
 Array = NDArray[Any]
@@ -57,12 +57,13 @@ class InferRequest:
     """An inference request.
 
     version: as ModelColumns has it. values: name -> array or list; the inputs of the model's file if are_tensors, else
-    request columns. timeout_us: 0 if the request has none.
+    request columns. moment_us: as parse_moment returns it. timeout_us: 0 if the request has none.
     """
 
     version: int | None
     values: dict[str, Any]
     are_tensors: bool
+    moment_us: int | None
     timeout_us: int
     wanted: WantedOutputs
 
@@ -100,7 +101,7 @@ def parse_infer(body: bytes, header_bytes: str | None, find_model: FindModel, on
     are_tensors = _are_tensors(model, inputs)
     values = inputs if are_tensors else _as_columns(model, inputs)
     wanted = WantedOutputs(model.model, identifier, outputs, all_binary, parameters.get(STATUSES) is True)
-    return InferRequest(model.version, values, are_tensors, _timeout_us(parameters), wanted)
+    return InferRequest(model.version, values, are_tensors, parse_moment(parameters), _timeout_us(parameters), wanted)
 
 
 def _timeout_us(parameters: dict[str, Any]) -> int:

@@ -93,11 +93,12 @@ async def infer(server: HttpServer, request: web.Request, call: HttpCall) -> web
     call.note_id(asked.wanted.id or "")
     call.within(asked.timeout_us)
     answer_type_for(request, [OCTETS if asked.wanted.has_bytes else JSON])
-    run = server.batches.infer if asked.are_tensors else server.batches.predict
     plan = server.engine.plan_for_model(name, asked.version)
-    if not asked.are_tensors:
+    if asked.are_tensors:
+        answer = await server.batches.infer(plan, asked.values, call.deadline_ns, call.sender)
+    else:
         check_work(server, plan, asked.values)
-    answer = await run(plan, asked.values, call.deadline_ns, call.sender)
+        answer = await server.batches.predict(plan, asked.values, asked.moment_us, call.deadline_ns, call.sender)
     return written(server, call, answer, v2.write_answer, asked.wanted)
 
 
