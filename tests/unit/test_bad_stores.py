@@ -17,6 +17,9 @@ from test_store import make_store, rows, scores
 from shorttail.config import LIMITS, Limits
 from shorttail.errors import InvalidArgument, NotFound, ResourceExhausted
 from shorttail.store import Store, leftovers, mapping
+from shorttail.store.verify import verify
+
+TXN_ID_AT = 144  # in a meta page of LMDB: the number of its commit
 
 
 @pytest.fixture
@@ -177,3 +180,19 @@ def test_closed_store_says_so(path: Path) -> None:
     store.close()
     with pytest.raises(InvalidArgument, match="is closed"):
         store.refresh(force=True)
+
+
+@pytest.mark.parametrize("page", [0, 1])
+def test_two_meta_pages_of_one_number_do_not_bring_an_older_commit_back(path: Path, page: int) -> None:
+    """LMDB would take the first one, silently."""
+    with make_store(path) as store:
+        store.load("stats", [rows(range(10))])
+    sound = (path / "data.mdb").read_bytes()
+    for bit in range(3):
+        data = bytearray(sound)
+        data[page * 4096 + TXN_ID_AT] ^= 1 << bit
+        (path / "data.mdb").write_bytes(data)
+        assert verify(path).problems
+        if bit == 0:
+            with pytest.raises(InvalidArgument, match="which are not consecutive"):
+                Store.open(path)

@@ -24,6 +24,8 @@ from shorttail.results import RowCount
 from shorttail.store import ColumnBatch, Delete, Store, Upsert, pending, rebuild
 from shorttail.store import load as load_module
 from shorttail.store.leftovers import load_lock
+from shorttail.store.preparing import wait_until_ready
+from shorttail.store.snapshot import Snapshot
 from shorttail.store.table import UNTIMED
 from shorttail.store.verify import verify
 
@@ -305,3 +307,48 @@ def test_a_damaged_list_of_edits_is_found(store: Store) -> None:
             writer.put_value(key, value[:-1] + bytes([value[-1] ^ 1]))
         found = verify(store.path)
         assert [problem for problem in found.problems if "an edit that waits for table" in problem]
+
+
+def test_a_reader_builds_the_new_directory_before_the_swap(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is pushed meanwhile is in it, and the first lookup after the swap builds nothing."""
+    first_rows(Editor(store, Oracle({}), 1))
+    with Store.open(store.path) as reader:
+        reader.directory("v")
+        built = []
+
+        def make_ready(work: rebuild.Rebuild) -> None:
+            reader.refresh()
+            table = work.tables["v"]
+            end_s = time.monotonic() + 60
+            while table.id not in reader.directories:
+                assert time.monotonic() < end_s
+                time.sleep(0.01)
+            built.append(reader.directories[table.id])
+            store.upsert("v", batch([KEYS + 1], [UNTIMED], {"a": [5], "s": ["late"]}))
+            reader.refresh()
+            assert wait_until_ready(store.environment, 60)
+
+        monkeypatch.setattr(rebuild.Rebuild, "make_ready", make_ready)
+        monkeypatch.setattr(Snapshot, "_build", None)  # nothing is built at a lookup
+        apply(store, [WIDER])
+        reader.refresh()
+        assert reader.directory("v") is built[0]
+        assert scanned(reader, ("s", "x", "a"))[KEYS + 1] == {"s": "late", "x": None, "a": 5}
+        assert reader.count("v") == len(scanned(reader, ("s", "x", "a")))
+
+
+def test_a_store_that_changes_while_a_table_is_filled_is_told(store: Store) -> None:
+    first_rows(Editor(store, Oracle({}), 1))
+
+    def progress(rows: int) -> None:
+        with Store.open(store.path, by="bob") as other:
+            apply(other, [replace(VIEW, features=[*VIEW.features[:1], replace(VIEW.features[1], name="t")])])
+
+    with pytest.raises(
+        InvalidArgument, match=r"while v was prepared \(bob applied: ~ view v\); look at `shorttail plan`"
+    ):
+        apply(store, [WIDER], progress=progress)
+    store.refresh()
+    assert [feature.name for feature in store.catalog.views["v"].features] == ["a", "t"]
+    assert (store.catalog.filling, store.catalog.coming) == ({}, {})
+    assert verify(store.path).ok

@@ -24,6 +24,7 @@ from shorttail.ondemand.trust import functions_of, note_known
 from shorttail.registry import versions as registry
 from shorttail.registry.changes import Change, plural
 from shorttail.registry.examples import read_examples
+from shorttail.registry.history import line
 from shorttail.registry.planning import ChangePlan, NewTable, Options, Prepared, plan_changes
 from shorttail.store.load import Budget
 from shorttail.store.preparing import wait_until_ready
@@ -148,8 +149,10 @@ def commit(
             (now.before, now.change.after, now.extra) != (then.before, then.change.after, then.extra)
             for now, then in zip(done.tables.values(), first.tables.values(), strict=True)
         ):
+            last = store.history()[-1]
             raise InvalidArgument(
-                f"the store was changed while {', '.join(first.tables) or 'the definitions'} was prepared; apply again"
+                f"the store was changed while {', '.join(first.tables) or 'the definitions'} was prepared"
+                f" ({last.who} {line(last)}); look at `shorttail plan`, and apply again"
             )
         for name in done.tables:
             assert work is not None

@@ -40,10 +40,17 @@ def describe_view(store: Store, name: str, sample: int = SAMPLE_ROWS) -> Json:
     Raises NotFound, and Internal for a damaged table.
     """
     view, found = measure(store, name)
+    loads = [event for event in store.history() if (event.action, event.subject) == ("loaded", f"view {name}")]
+    loaded = {"time": time_text(loads[-1].time_us), "who": loads[-1].who, **loads[-1].detail} if loads else None
     with ViewRows(store, name, limit=sample) as rows:
         columns = [batch.to_lists() for batch in rows]
     sampled = [dict(zip(part, row, strict=True)) for part in columns for row in zip(*part.values(), strict=True)]
-    return {**definition(view), **found, "sample": [times_as_text(rows.view, row) for row in sampled]}
+    return {
+        **definition(view),
+        **found,
+        "last_load": loaded,
+        "sample": [times_as_text(rows.view, row) for row in sampled],
+    }
 
 
 def definition(view: FeatureView) -> Json:
@@ -117,6 +124,8 @@ def show_lines(shown: dict[str, Any]) -> list[tuple[str, str]]:
         ("ttl", shown["ttl"] or "none"),
         ("rows", f"{shown['rows']:,}{per_row}"),
     ]
+    if (load := shown["last_load"]) is not None:
+        lines.append(("last load", f"{load['time']} by {load['who']}, {load['rows']:,} rows"))
     if shown["rows"]:
         stale = f", {shown['stale_share']:.1%} STALE" if shown["ttl"] else ""
         lines.append(("event times", f"{shown['oldest']} to {shown['newest']}{stale}"))

@@ -81,7 +81,8 @@ def read_metas(head: bytes) -> tuple[Meta, Meta]:
     """
     metas = [_parse_meta(head[number * PAGE_BYTES :], number) for number in (0, 1)]
     newer, older = sorted(metas, key=lambda meta: -meta.txn_id)
-    if newer.txn_id - older.txn_id > 1 or (newer.txn_id and newer.txn_id & 1 != newer.number):
+    # LMDB writes commit n into meta page n & 1. Two pages of one commit would be that of an older one, taken for newer.
+    if newer.txn_id and (newer.txn_id - older.txn_id != 1 or newer.txn_id & 1 != newer.number):
         raise Damaged(f"the meta pages belong to commits {older.txn_id} and {newer.txn_id}, which are not consecutive")
     return newer, older
 
