@@ -4,16 +4,19 @@
 
 Each measurement has a process of its own, pinned to one CPU: `views scan --output rows.parquet` does the same. The
 features are four Float32, two Int64, an Int32, a Bool, a Timestamp and a String of five values; a twentieth of the
-Float32 values are null. Anonymous memory is RssAnon at its highest, read every 5 ms, less that before the scan. --quick
-uses an eighth of the rows. --folder is the place of the store and of the file, on the disk to be measured (default: the
-current folder).
+Float32 values are null. Anonymous memory is RssAnon at its highest, read every 5 ms, less that before the scan. Then a
+server with one worker answers an open loop of one-row predicts, in turn alone and beside `views scan` to Parquet, which
+runs again and again in a process of its own on any CPU; the generator runs before all others. --quick uses an eighth of
+the rows. --folder is the place of the store and of the file, on the disk to be measured (default: the current folder).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -25,18 +28,28 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import installed
+import loadgen
 import numpy as np
+import onnx
 import pyarrow as pa
 import pyarrow.parquet  # imports are not measured
 import report
+from onnx import TensorProto, helper
+from serving import start_server
+from worst import ahead
 
 import shorttail as st
 import shorttail.engine
 from shorttail.cli.row_output import write_rows
+from shorttail.loadtest import target
+from shorttail.loadtest.rates import Rate
+from shorttail.loadtest.runner import Load, run_step
+from shorttail.loadtest.traffic import Workload, plan_rpc
 
 ROWS, QUICK_ROWS = 10_000_000, 1_250_000
 ROUNDS, QUICK_ROUNDS = 3, 2
 BATCH_ROWS = 65_536
+PROBES_PER_S, SECONDS, PAIRS = 2000.0, 4.0, 8
 TIERS = np.array(["basic", "silver", "gold", "platinum", "none"])
 FEATURES = [
     *(st.Feature(f"f{i}", st.Float32) for i in range(4)),
@@ -123,12 +136,65 @@ def in_child(folder: Path, what: str, rows: int) -> dict[str, float]:
     return measured
 
 
+# -- predicts meanwhile ------------------------------------------------------------------------------------------------
+
+
+def write_model(path: Path) -> str:
+    """Save a model that returns its two columns."""
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [None, 2]) for name in ("x", "y")]
+    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "same", ends[:1], ends[1:])
+    onnx.save_model(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
+    return str(path)
+
+
+@contextlib.contextmanager
+def scanning(folder: Path) -> Iterator[None]:
+    """Scan the view to Parquet again and again, in other processes, during the `with` block."""
+    scan = f"{sys.executable} -m shorttail views scan v --store {folder / 'store'} --output {folder / 'out.parquet'}"
+    command = ["sh", "-c", f"while true; do {scan} || exit 1; done"]
+    with subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL) as process:
+        try:
+            time.sleep(2.0)  # it has begun to read
+            yield
+            if process.poll() is not None:
+                raise SystemExit("the scan ended")
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def beside(folder: Path, rows: int, pairs: int) -> dict[str, Any]:
+    """Measure one-row predicts alone and beside scans, in turn."""
+    cpu = max(os.sched_getaffinity(0))
+    ratios, alone_us, beside_us = [], [], []
+    with start_server(folder / "store", folder / "log", "--pin-cpus") as (address, _):
+        with st.Client(address) as client:
+            asked = Workload(predict="m", keys=[f"id=uniform:0:{rows - 1}"])
+            probe = plan_rpc(asked, client.models(), client.views())
+        load = Load(connections=1, pipeline=256, duration_s=SECONDS, warmup_s=0.5, spin_us=0.0)
+
+        def p99_us() -> float:
+            with loadgen.pinned(cpu), ahead():
+                step = run_step(probe, target.find(address), load, Rate(PROBES_PER_S, PROBES_PER_S))
+            if step.fatal or step.errors:
+                raise SystemExit(step.fatal or f"requests failed: {step.errors}")
+            return step.latency.percentile(99) / 1e3
+
+        p99_us()  # the first answers pay for caches
+        for _ in range(pairs):
+            alone_us.append(p99_us())
+            with scanning(folder):
+                beside_us.append(p99_us())
+            ratios.append(beside_us[-1] / alone_us[-1])
+    spreads = {"p99_ratio": ratios, "alone_p99_us": alone_us, "beside_p99_us": beside_us}
+    return {name: report.spread(values) for name, values in spreads.items()}
+
+
 # -- figures and bars --------------------------------------------------------------------------------------------------
 
 
-def measure(folder: Path, rows: int, rounds: int) -> dict[str, Any]:
+def measure(folder: Path, rows: int, rounds: int, pairs: int) -> dict[str, Any]:
     with st.Engine.open(folder / "store", create=True) as engine:
-        engine.apply([VIEW])
+        engine.apply([VIEW, st.Model("m", write_model(folder / "m.onnx"), ["v:f0", "v:visits"])])
         engine.load("v", make_batches(rows))
         row_bytes = engine.views["v"].describe()["bytes_per_row"]
     figures: dict[str, Any] = {"rows": rows, "store_bytes_per_row": row_bytes}
@@ -136,6 +202,8 @@ def measure(folder: Path, rows: int, rounds: int) -> dict[str, Any]:
         print(f"{what} ...", file=sys.stderr, flush=True)
         results = [in_child(folder, what, rows) for _ in range(rounds)]
         figures[what] = {name: report.spread([result[name] for result in results]) for name in results[0]}
+    print("predicts meanwhile ...", file=sys.stderr, flush=True)
+    figures["beside"] = beside(folder, rows, pairs)
     figures["parquet_bytes_per_row"] = (folder / "rows.parquet").stat().st_size / rows
     return figures
 
@@ -145,6 +213,7 @@ def bars_of(figures: dict[str, Any]) -> list[dict[str, Any]]:
     return [
         report.at_least("to Parquet, on one CPU", parquet["rows_per_s"], 1e6, "rows/s"),
         report.at_most("anonymous memory of that", parquet["anonymous_mib"], 200, "MiB"),
+        report.at_most("P99 of predicts beside scans", figures["beside"]["p99_ratio"]["median"], 1.2, "x alone"),
     ]
 
 
@@ -153,6 +222,8 @@ def print_figures(figures: dict[str, Any]) -> None:
     for what in ("columns", "parquet"):
         median = {name: value["median"] for name, value in figures[what].items()}
         print(f"{what:<16}{median['rows_per_s']:>13,.0f}{median['anonymous_mib']:>16.0f}")
+    found = {name: value["median"] for name, value in figures["beside"].items()}
+    print(f"P99 of predicts: {found['alone_p99_us']:.0f} us alone, {found['beside_p99_us']:.0f} us beside scans")
 
 
 def main() -> int:
@@ -165,9 +236,9 @@ def main() -> int:
     if options.child:
         child(options.folder, *json.loads(options.child))
         return 0
-    rows, rounds = (QUICK_ROWS, QUICK_ROUNDS) if options.quick else (ROWS, ROUNDS)
+    rows, rounds, pairs = (QUICK_ROWS, QUICK_ROUNDS, 2) if options.quick else (ROWS, ROUNDS, PAIRS)
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="bench-scan-") as folder:
-        figures = measure(Path(folder), rows, rounds)
+        figures = measure(Path(folder), rows, rounds, pairs)
     bars = bars_of(figures)
     if options.json:
         report.print_json(figures, bars)

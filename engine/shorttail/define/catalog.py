@@ -9,6 +9,7 @@ import json
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any, Final
 
 from shorttail.config import LIMITS
@@ -16,7 +17,7 @@ from shorttail.define.dtypes import Bool, DType, Float32, Float64, Int32, Int64,
 from shorttail.define.entities import Alias, Entity
 from shorttail.define.identity import Definition, define
 from shorttail.define.models import Model
-from shorttail.define.names import REQUEST, quoted, split_reference, suggestion
+from shorttail.define.names import REQUEST, lookup_of, quoted, split_reference, suggestion
 from shorttail.define.tables import Column, Stored, TableInfo
 from shorttail.define.views import Feature, FeatureView
 from shorttail.errors import Internal, NotFound
@@ -88,6 +89,12 @@ class VersionInfo:
     forest_differs: str = ""
     examples_sha256: str = ""
     pins: dict[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def views(self) -> frozenset[str]:
+        """The names of the views whose features it takes."""
+        lookups = map(lookup_of, self.model.references)
+        return frozenset(lookup.rpartition(":")[2] for lookup in lookups if lookup != REQUEST)
 
     def to_json(self) -> Json:
         return {
@@ -266,9 +273,7 @@ class Catalog:
 
     def pin(self, info: VersionInfo) -> VersionInfo:
         """Return a version that takes its features of the newest definitions of its views."""
-        lookups = {split_reference(reference)[0] for reference in info.model.references}
-        names = {lookup.rpartition(":")[2] for lookup in lookups} - {REQUEST}
-        return replace(info, pins={name: self.definition(name).id for name in sorted(names)})
+        return replace(info, pins={name: self.definition(name).id for name in sorted(info.views)})
 
     def read_definition(self, name: str) -> Definition:
         """Return the definition by which a view's source is read: the newest, and the features that are only pinned.

@@ -27,6 +27,7 @@ from shorttail.registry.examples import read_examples
 from shorttail.registry.history import line
 from shorttail.registry.planning import ChangePlan, NewTable, Options, Prepared, plan_changes
 from shorttail.store.load import Budget
+from shorttail.store.mapping import size_text
 from shorttail.store.preparing import wait_until_ready
 from shorttail.store.rebuild import Filling, Rebuild, rebuilding
 
@@ -194,7 +195,7 @@ def estimate(store: Store, found: ChangePlan) -> None:
             rows += open_source(source.path, table.change.after.view).rows or 0
         size = stored_bytes * max(1, rows) / max(1, table.rows) / (1 + (table.carried and table.reads))
         seconds = max(1, round(rows / ROWS_PER_S))
-        lines[name] = [f"{plural(rows, 'row')} to write, about {seconds} s, {size / 1e6:,.1f} MB"]
+        lines[name] = [f"{plural(rows, 'row')} to write, about {seconds} s, {size_text(int(size))}"]
     for change in found.changes:
         kind, _, name = change.what.partition(" ")
         if kind == "view" and change.kind == "~" and name in store.catalog.views:

@@ -196,7 +196,7 @@ def users(catalog: Catalog, view: str) -> Iterator[tuple[str, int, VersionInfo]]
     """Yield the live versions of models that take features of a view, as (model, version, info)."""
     for name, entry in catalog.models.items():
         for number, info in sorted(entry.live.items()):
-            if any(split_reference(each)[0].rpartition(":")[2] == view for each in info.model.references):
+            if view in info.views:
                 yield name, number, info
 
 
