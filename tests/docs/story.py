@@ -64,6 +64,7 @@ WHOLE_NUMBER = r"(?<![\w.])[-+]?\d+(?:,\d{3}(?!\d))*"
 NUMBER = rf"{WHOLE_NUMBER}(?:\.\d*)?(?:e[-+]?\d+)?"
 MEASURED = re.compile(r" (?:ns|us|ms)\b")  # on a line of a table of latencies
 MASKS = [
+    (re.compile(r"(?<=\bplan )[0-9a-f]{8,}\b"), "HEX"),  # the id of a plan may look like a number
     (re.compile(r"\b\d{4}-\d\d-\d\dT[\d:.]+Z"), "DATE"),
     (re.compile(r"\b(?:avx512|avx2|scalar)\b"), "SIMD"),
     (re.compile(r" on [^:,]+, SIMD, \d+ CPUs?:"), " on MACHINE:"),
