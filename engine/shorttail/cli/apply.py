@@ -43,8 +43,8 @@ def plan(definitions: Any, store: str, prune: bool, accept: bool, explain: bool,
     """Show what `apply` would change, and write nothing.
 
     DEFINITIONS is a Python file. A line begins with + for what is new, ~ for what changes, = for what stays,
-    - for what the file does not mention, and ! for what is wrong. Two ids of a view, as in a41f -> 9c02, say
-    that its rows change: a new table is built beside the old one, which serves until it is replaced.
+    - for what the file does not mention, and ! for what is wrong. `9c02 is built beside a41f` says that the
+    rows of a view change: it gets a new table, and the old one serves until that is complete.
 
     \b
     Example:
