@@ -189,7 +189,7 @@ KINDS: dict[Callable[[Path], None], str] = {
 }
 
 
-@pytest.mark.parametrize("name", ["data.mdb", "lock.mdb", "generation", "load.lock", "models"])
+@pytest.mark.parametrize("name", ["data.mdb", "lock.mdb", "generation", "load.lock", "ready.lock", "models"])
 @pytest.mark.parametrize("be", KINDS)
 def test_a_store_holds_files_of_its_own(store: Path, name: str, be: Callable[[Path], None]) -> None:
     if (store / name).exists():

@@ -26,7 +26,7 @@ _LOCK_BYTES = 128 + 64 * LIMITS.readers  # of lock.mdb: LMDB's mutexes and count
 
 LOCK_MAGIC, LOCK_BYTES_PER_READER = 0xBEEFC0DE, 64  # of lock.mdb: struct MDB_txninfo, MDB_reader
 
-_OWN_FILES = {"data.mdb", "lock.mdb", "generation", "load.lock", "models"}
+_OWN_FILES = {"data.mdb", "lock.mdb", "generation", "load.lock", "ready.lock", "models"}
 _NETWORK_FILESYSTEMS = ("nfs", "cifs", "smb", "fuse.sshfs", "afs", "ceph")
 
 
