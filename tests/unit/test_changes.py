@@ -374,6 +374,33 @@ def test_views_and_models_are_removed_only_if_asked(engine: st.Engine, model: st
     assert engine.store.count("stats") == 0
 
 
+def test_a_model_that_comes_back_is_not_the_one_that_was_removed(engine: st.Engine, model: st.Model) -> None:
+    assert predicted(engine, "m", 2) == [20.0, 2.0]
+    engine.apply([view()], prune=True)
+    assert not (Path(engine.store.path) / "models" / "m").exists()
+    path = Path(model.path)
+    shape = [None, 2]
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in ("x", "y")]
+    graph = helper.make_graph([helper.make_node("Neg", ["x"], ["y"])], "negative", ends[:1], ends[1:])
+    onnx.save_model(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
+    with st.Engine.open(engine.store.path) as other:
+        other.apply([view(), model])
+    assert predicted(engine, "m", 2) == [-20.0, -2.0]
+    assert engine.predict("m", {"user_id": 2}).version == 1
+
+
+def test_a_rename_that_keeps_its_source_column_is_done_in_place(engine: st.Engine, tmp_path: Path) -> None:
+    pq.write_table(pa.table(ROWS), tmp_path / "stats.parquet")
+    source = st.ParquetSource(str(tmp_path / "stats.parquet"))
+    engine.apply([view(source=source)])
+    before = table(engine)
+    renamed = replace(AGE, name="years", renamed_from="age", column="age")
+    change(engine, view(renamed, VISITS, TIER, source=source))
+    assert table(engine) == before
+    engine.materialize("stats")
+    assert answers(engine, "years") == [ROWS["age"]]
+
+
 def test_explain_says_which_id_changes(engine: st.Engine) -> None:
     from shorttail.registry.apply import plan
 

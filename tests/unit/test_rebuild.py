@@ -25,7 +25,6 @@ from shorttail.store import ColumnBatch, Delete, Store, Upsert, pending, rebuild
 from shorttail.store import load as load_module
 from shorttail.store.leftovers import load_lock
 from shorttail.store.preparing import wait_until_ready
-from shorttail.store.snapshot import Snapshot
 from shorttail.store.table import UNTIMED
 from shorttail.store.verify import verify
 
@@ -329,7 +328,7 @@ def test_a_reader_builds_the_new_directory_before_the_swap(store: Store, monkeyp
             assert wait_until_ready(store.environment, 60)
 
         monkeypatch.setattr(rebuild.Rebuild, "make_ready", make_ready)
-        monkeypatch.setattr(Snapshot, "_build", None)  # nothing is built at a lookup
+        monkeypatch.setattr(reader, "_build", None)  # nothing is built at a lookup
         apply(store, [WIDER])
         reader.refresh()
         assert reader.directory("v") is built[0]
@@ -342,7 +341,10 @@ def test_a_store_that_changes_while_a_table_is_filled_is_told(store: Store) -> N
 
     def progress(rows: int) -> None:
         with Store.open(store.path, by="bob") as other:
-            apply(other, [replace(VIEW, features=[*VIEW.features[:1], replace(VIEW.features[1], name="t")])])
+            apply(
+                other,
+                [replace(VIEW, features=[*VIEW.features[:1], replace(VIEW.features[1], name="t", renamed_from="s")])],
+            )
 
     with pytest.raises(
         InvalidArgument, match=r"while v was prepared \(bob applied: ~ view v\); look at `shorttail plan`"

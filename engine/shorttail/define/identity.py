@@ -109,7 +109,8 @@ def predecessor(before: Definition, feature: Feature) -> Feature | None:
 
 def same_rows(old: Feature, new: Feature, is_loaded: bool) -> bool:
     """Whether two features can share a column of a table. is_loaded: the view has a source, which gives it values."""
-    return old.dtype == new.dtype and (old.column == new.column or not is_loaded)
+    same_source = old.column == new.column or old.source_column == new.source_column
+    return old.dtype == new.dtype and (same_source or not is_loaded)
 
 
 def widens(old: DType, new: DType) -> bool:

@@ -47,14 +47,15 @@ LOADING_NICE = 10  # the loading thread yields a CPU that an answering thread wa
 
 
 class Key(NamedTuple):
-    """Identifies a loaded model: its name, its version, the settings that it runs with on this host, and how requests
-    share its runs.
+    """Identifies a loaded model: its name, its version, the settings that it runs with on this host, how requests share
+    its runs, and the hash of its file: a model that was removed and comes back begins with version 1 again.
     """
 
     model: str
     version: int
     settings: RunSettings
     batching: str = "rows"
+    sha256: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -321,7 +322,7 @@ class Versions:
         settings = tuned(info.tuning, str(self._device))[0]
         if info.forest_differs:  # a key of its own, so that what was loaded before that was found is replaced
             settings = replace(settings, runner="onnxruntime")
-        return Key(name, version, settings, info.batching)
+        return Key(name, version, settings, info.batching, info.sha256)
 
     def _release_unused(self) -> None:
         """Release the versions that neither the catalog nor recent requests name. A running batch keeps its version.

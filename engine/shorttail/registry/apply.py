@@ -145,6 +145,7 @@ def commit(
         return first.tables[view].rows if view in first.tables else store.count(view)
 
     with edited(store, work, detail) as latest:
+        before = latest.copy()
         done = checked(plan_changes(latest, prepared, count, options), plan_id)
         if done.tables.keys() != first.tables.keys() or any(
             (now.before, now.change.after, now.extra) != (then.before, then.change.after, then.extra)
@@ -166,6 +167,9 @@ def commit(
         for name, number in done.new_versions.items():
             info = latest.models[name].version()
             registry.write_version(store.path, number, info, prepared.files[name], prepared.golden[name])
+        gone = before.models.keys() - latest.models.keys()
+    for name in gone:  # processes that serve them have them in memory
+        registry.remove_files(store.path, name)
     return done
 
 

@@ -106,6 +106,13 @@ def write_version(
         raise ResourceExhausted(f"model '{info.model.name}': cannot write {folder}: {error.strerror}") from error
 
 
+def remove_files(store_path: str | Path, name: str) -> None:
+    """Remove the folder of a model that the catalog names no more. What cannot be removed stays; it does no harm."""
+    folder = model_path(store_path, name, 1).parent.parent
+    if not folder.is_symlink():
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def manifest(number: int, info: VersionInfo, file: ModelFile) -> bytes:
     """Return the content of a version's manifest.json."""
     document = {
