@@ -19,6 +19,7 @@ import shorttail as st
 from shorttail.errors import InvalidArgument, NotFound
 from shorttail.registry.planning import Options
 from shorttail.results import Status
+from shorttail.server.writer import make_edit
 from shorttail.store.verify import verify
 
 USER = st.Entity("user", keys={"user_id": st.Int64})
@@ -126,6 +127,28 @@ def test_a_rename_is_done_once(engine: st.Engine) -> None:
     )
     with pytest.raises(InvalidArgument, match="feature 'x' is renamed from 'age', which is still there"):
         view(AGE, replace(AGE, name="x", renamed_from="age"))
+
+
+@pytest.mark.parametrize("partial", [False, True], ids=["whole", "partial"])
+@pytest.mark.parametrize(
+    "changed", [view(VISITS, AGE, TIER), view(st.Feature("score", st.Float32), AGE, TIER, VISITS)], ids=["order", "new"]
+)
+def test_a_push_that_was_read_before_a_change_gives_each_feature_its_value(
+    engine: st.Engine, changed: st.FeatureView, partial: bool
+) -> None:
+    """A server reads a push, lets it wait for a commit, and definitions may change in between."""
+    rows = {"user_id": [1, 4], "age": [11.0, 40.0], "visits": [12, 41], "tier": ["c", "d"]}
+    edit = make_edit(engine.store, "push", "stats", rows, {"partial": partial})
+    change(engine, changed)
+    assert engine.store.commit([edit]) == [2]
+    assert answers(engine, "age", "visits", "tier", ids=(1, 4)) == [rows["age"], rows["visits"], rows["tier"]]
+
+
+def test_a_push_that_gives_a_feature_that_is_gone_says_so(engine: st.Engine) -> None:
+    edit = make_edit(engine.store, "push", "stats", ROWS, {})
+    change(engine, view(AGE, TIER))
+    [error] = engine.store.commit([edit])
+    assert str(error) == "feature view 'stats' has no feature 'visits', which the rows give"
 
 
 # -- new tables ----------------------------------------------------------------------------------------------------

@@ -156,7 +156,7 @@ def test_two_features_of_one_column_and_all_features_are_given(engine: st.Engine
     assert engine.push("twice", {"user_id": [1], "n": [5]}, partial=True) == 1
     answer = engine.get_online_features(["twice:a", "twice:b", "twice:age"], {"user_id": [1]}).to_dict()
     assert answer == {"twice:a": [5], "twice:b": [5], "twice:age": [2.0]}
-    assert column_batch(twice, {"user_id": 1, "n": 5, "age": 1.0}, HOUR_US, partial=True).given is None
+    assert column_batch(twice, {"user_id": 1, "n": 5, "age": 1.0}, HOUR_US, partial=True).given == ("a", "b", "age")
 
 
 HINT = ", or push with partial=True (--partial), which keeps what is stored"

@@ -114,7 +114,7 @@ async def test_pushes_of_different_features_are_one_commit(served):
     served.send(5, columns=age)
     answers = await served.finish()
     [edits] = served.store.commits
-    assert [edit.batch.given for edit in edits] == [None, ("age",), ("height",), None]
+    assert [edit.batch.given for edit in edits] == [("age", "height"), ("age",), ("height",), ("age", "height")]
     for number in (4, 5):
         assert isinstance(answers.pop(number), InvalidArgument)
     assert answers == dict.fromkeys(range(4), 1)

@@ -95,7 +95,7 @@ def row_batches(
     check_columns(source, needed)
     columns = [column.name for column in needed]
     read = read_batches(source, columns, BATCH_ROWS)
-    return (column_batch(rows, view, timestamp, max_clock_skew_us, bool(partial)) for rows in read)
+    return (column_batch(rows, view, timestamp, max_clock_skew_us, partial) for rows in read)
 
 
 def key_batches(source: Source, view: FeatureView, batch_rows: int) -> Iterator[list[list[Any]]]:
@@ -187,7 +187,7 @@ def read_part(part: Part, columns: Sequence[str], batch_rows: int) -> Iterator[B
 
 
 def column_batch(
-    rows: BatchReader, view: FeatureView, timestamp: str | None, max_clock_skew_us: int | None, partial: bool
+    rows: BatchReader, view: FeatureView, timestamp: str | None, max_clock_skew_us: int | None, partial: bool | None
 ) -> ColumnBatch:
     keys = [rows.required(name, dtype, "key") for name, dtype in view.keys.items()]
     if timestamp is None:
@@ -196,7 +196,8 @@ def column_batch(
         times = rows.event_times(timestamp, max_clock_skew_us)
     given = [feature for feature in view.features if not partial or feature.source_column in rows.part.names]
     features = [rows.column(feature.source_column, feature.dtype) for feature in given]
-    return ColumnBatch(keys=keys, event_time_us=times, features=features, given=names_of(view, given))
+    names = None if partial is None else names_of(given)
+    return ColumnBatch(keys=keys, event_time_us=times, features=features, given=names)
 
 
 @dataclass(frozen=True, slots=True)

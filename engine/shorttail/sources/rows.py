@@ -90,13 +90,16 @@ def column_batch(
         keys=[column.values for column in columns[:n_keys]],
         event_time_us=columns[-1].values if timestamp in given else np.full(count, UNTIMED, np.int64),
         features=[(column.values, column.nulls) for column in columns[n_keys : n_keys + len(features)]],
-        given=names_of(view, features),
+        given=None if may_be_empty else names_of(features),
     )
 
 
-def names_of(view: FeatureView, features: Sequence[Feature]) -> tuple[str, ...] | None:
-    """Return the names of the features of a batch, as ColumnBatch.given; None if they are all of the view."""
-    return None if len(features) == len(view.features) else tuple(feature.name for feature in features)
+def names_of(features: Sequence[Feature]) -> tuple[str, ...]:
+    """Return the names of features, as ColumnBatch.given.
+
+    A push names them even if they are all of the view: another definition may be in force when it is committed.
+    """
+    return tuple(feature.name for feature in features)
 
 
 def check_partial(view: FeatureView, columns: Iterable[str], origin: str = "") -> None:
