@@ -2,6 +2,8 @@
 
 import datetime
 import math
+import subprocess
+import sys
 from decimal import Decimal
 
 import numpy as np
@@ -145,6 +147,24 @@ def test_masked_values_of_an_array_are_missing():
     )
     assert columns.column("key").tolist() == [0, 2]
     np.testing.assert_array_equal(columns.column("amount"), [1, math.nan])
+
+
+def test_values_that_are_not_masked_import_no_numpy_ma():
+    """A server would import it while requests wait, at the first default of a feature or the first odd value."""
+    script = """
+import sys
+import numpy as np
+import shorttail as st
+from shorttail.client.columns import encode_columns
+from shorttail.define.values import as_column
+st.Feature("f", st.Float32, default=0.5)
+for given in ([1, None, 2.5], np.arange(3), np.ones((2, 2), np.float32), "x"):
+    encode_columns({"a": given})
+    as_column(st.Vector(2) if np.ndim(given) == 2 else st.String if isinstance(given, str) else st.Float64, given)
+print("numpy.ma" in sys.modules)
+"""
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "False"
 
 
 def test_missing_values_are_replaced_by_the_values_of_instead():

@@ -17,7 +17,7 @@ import numpy as np
 
 from shorttail.define.dtypes import Bool, DType, Float64, Int64, Timestamp
 from shorttail.define.refusal import Refused, described
-from shorttail.define.scalar import can_be_vector, is_missing, unwrapped
+from shorttail.define.scalar import can_be_vector, is_masked, is_missing, unwrapped
 from shorttail.define.times import times_us
 from shorttail.define.values import as_column, as_value
 from shorttail.errors import InvalidArgument
@@ -202,7 +202,7 @@ def _encode_array(array: Array) -> Any:
         return array.tolist()  # tolist() makes None of masked elements
     if array.ndim > TENSOR_DIMS:
         raise Refused(f"an array of {array.ndim} dimensions, more than {TENSOR_DIMS}")
-    nulls = np.ma.getmaskarray(array) if isinstance(array, np.ma.MaskedArray) else None
+    nulls = np.ma.getmaskarray(array) if is_masked(array) else None
     values = np.asarray(array)
     if kind == "M":
         missing = np.isnat(values) if nulls is None else np.isnat(values) | nulls

@@ -88,7 +88,13 @@ def is_missing(value: Any) -> bool:
         return bool(np.isnat(value))
     if isinstance(value, Decimal):
         return value.is_nan()
-    return value is np.ma.masked or type(value).__name__ in ("NAType", "NaTType")
+    # By names: pandas may not be installed, and a server that imports numpy.ma at its first value makes others wait.
+    return type(value).__name__ in ("NAType", "NaTType", "MaskedConstant")
+
+
+def is_masked(array: Any) -> bool:
+    """Return whether an array is one of np.ma. For a plain array this does not import numpy.ma."""
+    return type(array) is not np.ndarray and isinstance(array, np.ma.MaskedArray)
 
 
 def _as_bool(dtype: DType, value: Any) -> bool:

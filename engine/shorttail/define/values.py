@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from shorttail.config import LIMITS
 from shorttail.define.dtypes import Bool, DType, Float32, Float64, Int32, Int64, String, Timestamp
 from shorttail.define.refusal import Refused, described, described_length
-from shorttail.define.scalar import EXACT, INT32, INT64, NAN, as_value, can_be_vector, is_missing, unwrapped
+from shorttail.define.scalar import EXACT, INT32, INT64, NAN, as_value, can_be_vector, is_masked, is_missing, unwrapped
 from shorttail.define.times import times_us
 
 Array = NDArray[Any]
@@ -196,7 +196,7 @@ def _from_array(dtype: DType, array: Array) -> tuple[Array, Nulls | None, bool]:
         raise Refused(f"an array of shape {array.shape}")
     if array.dtype.kind in "OUT":
         return *_from_list(dtype, array.tolist())[:2], False  # tolist() makes None of masked elements
-    nulls = np.ma.getmaskarray(array) if isinstance(array, np.ma.MaskedArray) else None
+    nulls = np.ma.getmaskarray(array) if is_masked(array) else None
     return *from_numbers(dtype, np.asarray(array), nulls), False
 
 
@@ -323,7 +323,7 @@ def from_matrix(dtype: DType, array: Array) -> tuple[Array, Nulls | None]:
     if values.dtype != np.float32:
         with np.errstate(invalid="ignore"):
             values = values.astype(np.float64)
-    if isinstance(array, np.ma.MaskedArray):
+    if is_masked(array):
         values = np.where(np.ma.getmaskarray(array), np.asarray(np.nan, values.dtype), values)
     return np.ascontiguousarray(_narrowed(values, dtype)), None
 
