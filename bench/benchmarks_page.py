@@ -38,6 +38,7 @@ OTHERS = (
     "ondemand",
     "predict",
     "swap",
+    "change",
     "loadtest",
 )
 
@@ -58,7 +59,7 @@ def main() -> None:
 
 def content(name: str) -> str:
     """Return the text of a block of a page. A name without a function of its own is a scenario."""
-    makers = {"floor": floor, "machine": machine, "bars": bars, "features": features, "mixed": mixed}
+    makers = {"floor": floor, "machine": machine, "bars": bars, "features": features, "mixed": mixed, "change": change}
     try:
         return "\n".join(makers[name]() if name in makers else scenario(name))
     except NotMeasured:
@@ -227,6 +228,22 @@ def mixed() -> Iterator[str]:
         names = [f"{kind}_{p}_us" for kind in ("predict", "push") for p in ("p50", "p99")]
         cells = [us(measured[name]["median"]) if name in measured else "" for name in names]
         yield f"| {pushes} | {' | '.join(cells)} |"
+
+
+def change() -> Iterator[str]:
+    found = result("change")
+    if found is None:
+        raise NotMeasured
+    figures = found["figures"]
+    load = f"{figures['rows']:,} rows, {figures['rate_per_s']:,.0f} predictions/s"
+    yield f"| {load} | a change takes | P50 | P99 | longest |"
+    yield "|---|---:|---:|---:|---:|"
+    for kind, row in [("quiet", figures["quiet"]), *figures["kinds"].items()]:
+        seconds = f"{row['seconds']['median']:,.2g} s" if "seconds" in row else ""
+        yield f"| {kind} | {seconds} | {' | '.join(us(row[name]) for name in ('p50_us', 'p99_us', 'max_us'))} |"
+    yield ""
+    yield f"{figures['checked']:,} answers were checked, and {figures['rows_pushed']:,} rows pushed. Requests failed:"
+    yield f"{figures['failed']:,}; answers wrong: {figures['wrong']:,}; rows lost: {figures['lost']:,}."
 
 
 def bars() -> Iterator[str]:
