@@ -3,7 +3,7 @@
 Nothing dies of it, hangs or raises an error that is not a ShorttailError: no opener, and no read, copy or write of a
 store whose damage `verify` finds, either. flips.py flips the bits. A short run tries bits at random, as many of each
 kind of page; SHORTTAIL_FAULT_SEED repeats the choice of a printed seed. `make soak` tries every bit of what LMDB or a
-store reads, and one bit of each byte of the pages' free space; SHORTTAIL_FAULT_PART=1/4 tries the first quarter of them.
+store reads, and one bit of each byte of the pages' free space; with SHORTTAIL_FAULT_PART=1/4 a quarter of them.
 """
 
 from __future__ import annotations
