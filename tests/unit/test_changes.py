@@ -489,3 +489,20 @@ def test_plans_that_a_change_does_not_concern_stay(engine: st.Engine, model: st.
     engine.apply([view(TIER, AGE, VISITS), model])
     assert engine.plan_for_model("m").lookups[0] is not plan.lookups[0]
     assert predicted(engine, "m", 2) == [20.0, 2.0]
+
+
+def test_a_plan_reads_the_inputs_of_models_as_often_for_many_views(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise a plan of 200 views and 100 models takes seconds."""
+    path, references = identity(tmp_path / "m.onnx", 2), st.Model.references
+    reads: dict[int, list[str]] = {2: [], 20: []}
+    for count, read in reads.items():
+        views = [st.FeatureView(f"v{i}", entity=USER, features=[AGE]) for i in range(count)]
+        models = [st.Model(f"m{i}", path, ["v0:age", "v1:age"]) for i in range(3)]
+        counted = property(lambda model, read=read: read.append(model.name) or references.__get__(model))
+        with st.Engine.open(tmp_path / str(count), create=True) as engine, monkeypatch.context() as patch:
+            engine.apply([*views, *models])
+            patch.setattr(st.Model, "references", counted)
+            engine.plan([replace(views[0], features=[AGE, VISITS]), *views[1:], *models])
+    assert len(reads[2]) == len(reads[20]) > 0
