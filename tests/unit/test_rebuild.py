@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import random
 import signal
 import subprocess
@@ -21,7 +22,7 @@ from shorttail.config import LIMITS
 from shorttail.errors import InvalidArgument
 from shorttail.registry.apply import apply
 from shorttail.results import RowCount
-from shorttail.store import ColumnBatch, Delete, Store, Upsert, pending, rebuild
+from shorttail.store import ColumnBatch, Delete, Store, Upsert, pending, preparing, rebuild
 from shorttail.store import load as load_module
 from shorttail.store.leftovers import load_lock
 from shorttail.store.preparing import wait_until_ready
@@ -334,6 +335,22 @@ def test_a_reader_builds_the_new_directory_before_the_swap(store: Store, monkeyp
         assert reader.directory("v") is built[0]
         assert scanned(reader, ("s", "x", "a"))[KEYS + 1] == {"s": "late", "x": None, "a": 5}
         assert reader.count("v") == len(scanned(reader, ("s", "x", "a")))
+
+
+def test_a_reader_can_say_at_any_time_that_it_is_not_ready(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also while another process goes on waiting, so that a second one that waits does not miss it."""
+    paused = []
+
+    def look(seconds: float) -> None:
+        with Path(store.path, preparing.READY_FILE).open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # raises BlockingIOError
+        paused.append(seconds)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store.environment.handle, "other_processes", lambda: {1})
+        patch.setattr(preparing.time, "sleep", look)
+        assert wait_until_ready(store.environment, 60)
+    assert paused
 
 
 def test_a_store_that_changes_while_a_table_is_filled_is_told(store: Store) -> None:

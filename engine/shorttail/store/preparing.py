@@ -69,6 +69,7 @@ def wait_until_ready(environment: Environment, wait_s: float) -> bool:
         while time.monotonic() < end_s:
             with suppress(BlockingIOError):
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(fd, fcntl.LOCK_UN)  # at once: who is not ready does not wait for the lock
                 time.sleep(idle_s)  # until what was prepared is in use
                 return True
             time.sleep(POLL_S)
