@@ -348,7 +348,7 @@ def survive(report: Report, path: str, step: int, fault: list[int]) -> None:
         store.refresh()
         check_structure(store)
         with store.environment.read() as txn:
-            assert set(table_ids(txn)) <= {table.id for table in store.catalog.tables.values()}, "tables were left over"
+            assert set(table_ids(txn)) <= {table.id for _, table in store.catalog.all_tables()}, "tables were left over"
         report(reached=reached, message=message)
 
 
@@ -392,7 +392,7 @@ def survive_migration(report: Report, path: str, step: int, fault: list[int]) ->
         store.refresh()
         check_structure(store)
         with store.environment.read() as txn:
-            assert set(table_ids(txn)) <= {table.id for table in store.catalog.tables.values()}, "tables were left over"
+            assert set(table_ids(txn)) <= {table.id for _, table in store.catalog.all_tables()}, "tables were left over"
             assert bytes(txn.get(b"format")) == b"3"
     report(reached=reached, message=message)
 
