@@ -11,19 +11,18 @@ from __future__ import annotations
 import os
 import threading
 import time
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any, Self
 
 from shorttail._native.pages import Directory, Gate, Layout
-from shorttail.config import LIMITS
 from shorttail.define.catalog import Catalog
 from shorttail.define.tables import Stored
 from shorttail.errors import InvalidArgument, ShorttailError, Unavailable
 from shorttail.store.edits import damaged_table
 from shorttail.store.environment import Environment, table_pages
+from shorttail.store.idle import IdleThread
 from shorttail.store.memory import PageLock
 from shorttail.store.open_files import Overwritten
 from shorttail.store.opening import translate_errors
@@ -33,6 +32,7 @@ from shorttail.store.table import ColumnBatch, make_layout
 
 _NOTHING_SEEN = -1  # special values of Gate.generation; real generations count up from 0
 _CLOSED = -2
+TRY_WAIT_S = 0.01
 
 
 class Snapshot:
@@ -326,16 +326,33 @@ class Snapshot:
 
         Raises ValueError for a damaged table, and what enter() raises.
         """
-        with self.exclusive():
-            self._advance()
-            changes = self.environment.changes_since(self._tree, sequence)
-            if changes is None:
-                return False
-            if table_id in self._tables:
-                directory.update(self._tree, changes)
-                self._layouts.setdefault(table_id, directory.layout)
-                self.directories[table_id] = directory
-            return True
+        while not self.environment.handle.is_broken:  # LMDB is reopened once the caller has ended its transaction
+            with self._exclusive_now() as alone:
+                if not alone:
+                    time.sleep(TRY_WAIT_S / 10)
+                    continue
+                self._advance()
+                changes = self.environment.changes_since(self._tree, sequence)
+                if changes is not None and table_id in self._tables:
+                    directory.update(self._tree, changes)
+                    self._layouts.setdefault(table_id, directory.layout)
+                    self.directories[table_id] = directory
+                return changes is not None
+        return False
+
+    @contextmanager
+    def _exclusive_now(self) -> Iterator[bool]:
+        """As exclusive(), but yield False soon if that would have to wait."""
+        if not self._lock.acquire(timeout=TRY_WAIT_S):
+            yield False
+            return
+        self.gate.waiting += 1
+        try:
+            yield not self.gate.inside
+        finally:
+            self.gate.waiting -= 1
+            self._empty.notify_all()
+            self._lock.release()
 
     def _patch(self, changes: bytes | None) -> None:
         """Move the directories to the present snapshot by the log entries in `changes`; None drops all directories."""
@@ -452,42 +469,7 @@ class Snapshot:
                 self._scans.discard(scan)
 
 
-class _IdleThread:
-    """Releases stale snapshots that are not in use, and idle scans. One thread serves all snapshots of a process."""
-
-    def __init__(self) -> None:
-        self._snapshots: weakref.WeakSet[Snapshot] = weakref.WeakSet()
-        self._lock = threading.Lock()
-        self._thread: threading.Thread | None = None
-
-    def watch(self, snapshot: Snapshot) -> None:
-        with self._lock:
-            self._snapshots.add(snapshot)
-            if self._thread is None or not self._thread.is_alive():
-                self._thread = threading.Thread(target=self._run, name="shorttail-idle", daemon=True)
-                self._thread.start()
-
-    def snapshots(self) -> list[Snapshot]:
-        """Return the open snapshots."""
-        return [snapshot for snapshot in self._snapshots if snapshot.is_open]
-
-    def _run(self) -> None:
-        while True:
-            time.sleep(LIMITS.idle_rest_ms / 1000)
-            with self._lock:
-                snapshots = self.snapshots()
-                if not snapshots:
-                    self._thread = None
-                    return
-            for snapshot in snapshots:
-                snapshot.release_if_stale()
-                snapshot.release_if_overwritten()
-                snapshot.lock_growth()
-                snapshot.end_idle_scans()
-            del snapshot, snapshots  # these references would keep closed snapshots alive during the sleep
-
-
-_idle = _IdleThread()
+_idle: IdleThread[Snapshot] = IdleThread()
 
 
 def _after_fork() -> None:
