@@ -59,7 +59,7 @@ def make_project(home: Path) -> Path:
     times = pa.array([1_700_000_000_000_000, 1_700_000_001_000_000, 1_700_000_002_000_000], pa.timestamp("us"))
     pq.write_table(pa.table(rows | {"at": times}), home / "rows.parquet")
     for words in (
-        ["apply", "definitions.py"],
+        ["apply", "definitions.py", "--create"],
         ["materialize"],
         ["models", "deploy", "total", "new.onnx", "--examples", "twice.csv"],
     ):

@@ -232,7 +232,7 @@ def ordered(value: Any) -> Any:
 
 def main() -> None:
     base, work = map(Path, sys.argv[1:3])
-    sys.path.insert(0, str(HERE))
+    sys.path[:0] = [str(HERE), str(HERE.parent)]
     import workload  # imports all that a child needs
 
     import shorttail as st

@@ -336,7 +336,8 @@ stats = st.FeatureView(
     "stats", entity=user, ttl="36h", owner="team", description="what", tags=["a", "b"],
     source=st.ParquetSource("rows.parquet", timestamp="at"),
     features=[
-        st.Feature("age", st.Float32, default=float("inf"), description="years", column="Age", tags=["x"]),
+        st.Feature("age", st.Float32, default=float("inf"), description="years", column="Age", tags=["x"],
+                   renamed_from="years"),
         st.Feature("tastes", st.Vector(2, st.Float64), default=[0.5, -1.0]),
         st.Feature("at", st.Timestamp),
     ],

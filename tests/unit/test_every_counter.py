@@ -63,6 +63,7 @@ NOT_SHOWN = {
     "Layout.null_bytes": FORM,
     "Layout.null_offset": FORM,
     "Layout.page_bytes": FORM,
+    "Layout.page_format": FORM,
     "Layout.row_bytes": FORM,
     "Layout.rows_per_page": FORM,
     "Layout.time_offset": FORM,

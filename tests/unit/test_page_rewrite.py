@@ -75,7 +75,7 @@ def test_buckets_stay_as_they_are_unless_they_are_full() -> None:
 @pytest.mark.parametrize("depth_grow", [0, DEPTH_GROW])
 def test_a_full_bucket_is_split_or_gets_a_longer_page(depth_grow: int) -> None:
     view = make_view([dtypes.Int64], [Feature("a", dtypes.Int64), Feature("b", dtypes.Int64)])
-    n = layout_of(view, 7).rows_per_page
+    n = layout_of(view, 7, page_format=2).rows_per_page
     table = Table(view, {(k,): (0, [k, k + 1]) for k in range(n)}, page_format=2)
     assert len(table.pages) == 1
     layout = in_format(table, 3)
