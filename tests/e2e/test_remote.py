@@ -136,6 +136,8 @@ def masked(text, words):
     if words[0] == "tune" or words[:2] == ["models", "show"]:
         text = re.sub(r"\b[\d.]+\b", "N", text)  # what was measured, and the digits of the host's name
         text = re.sub(r" +", " ", text)
+    if words[0] == "plan":  # its id depends on when each store was made
+        text = re.sub(r'(plan |"plan": ")[0-9a-f]{8,}', r"\1ID", text)
     if words == ["stat", "--json"]:
         text = re.sub(r'"readers": \[.*?\]', '"readers": []', text, flags=re.DOTALL)
     return text

@@ -25,6 +25,7 @@ from shorttail.models.golden import GoldenRows
 from shorttail.models.signature import ModelFile, check_inputs, column_width
 from shorttail.registry import versions as registry
 from shorttail.registry.changes import NO_KEYS, Change, ViewChange, plural, show_keys, users
+from shorttail.registry.examples import digest
 
 Count = Callable[[str], int]  # returns the number of rows of a view's table
 
@@ -53,7 +54,7 @@ class Prepared:
     golden: dict[str, GoldenRows | None] = field(default_factory=dict)  # their examples
 
     def to_json(self) -> dict[str, Any]:
-        """Return what these definitions say, for the id of a plan."""
+        """Return what these definitions say, for the id of a plan: not where the files of models are."""
         made = self.definitions
         features = [feature for view in made.views.values() for feature in view.features]
         return {
@@ -61,7 +62,8 @@ class Prepared:
             "aliases": [alias.to_json() for alias in made.aliases.values()],
             "views": [view.to_json() for view in made.views.values()],
             "renamed": [[feature.name, feature.renamed_from] for feature in features],
-            "models": [{**model.to_json(), "sha256": self.files[name].sha256} for name, model in made.models.items()],
+            "models": [replace(model, path="x", examples=None).to_json() for model in made.models.values()],
+            "files": [(self.files[name].sha256, digest(m.examples, name)) for name, m in made.models.items()],
         }
 
 

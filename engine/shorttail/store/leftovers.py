@@ -79,20 +79,21 @@ def drop_leftovers(environment: Environment) -> None:
         environment.handle.wait_for_readers(2 * LIMITS.idle_rest_ms / 1000)
 
 
-def drop_unused(environment: Environment, before: Catalog, after: Catalog) -> None:
-    """Delete the tables that only the catalog before a commit names. What the disk has no room for, the next load does.
+def drop_unused(environment: Environment, before: Catalog, after: Catalog) -> int:
+    """Delete the tables that only the catalog before a commit names. Return the number of their pages.
 
-    Call it after the commit.
+    Call it after the commit. What the disk has no room for, the next load does.
     """
-    kept = {table.id for _, table in after.all_tables()}
+    kept, pages = {table.id for _, table in after.all_tables()}, 0
     for _, table in before.all_tables():
         if table.id not in kept:
             with suppress(ResourceExhausted):
-                drop_table(environment, table.id)
+                pages += drop_table(environment, table.id)
+    return pages
 
 
-def drop_table(environment: Environment, table_id: int) -> None:
-    """Delete all pages of a table that the catalog no longer names.
+def drop_table(environment: Environment, table_id: int) -> int:
+    """Delete all pages of a table that the catalog no longer names. Return how many.
 
     With them go the edits that wait for it. Each commit deletes LIMITS.drop_commit_pages, so that other writers do not
     wait until a large table is deleted. The last commit deletes nothing and enters the change log. LMDB uses a page
@@ -119,3 +120,4 @@ def drop_table(environment: Environment, table_id: int) -> None:
                 dropped, left = dropped + edits, edits > 0
             if dropped and not left:
                 writer.changed(CATALOG_CHANGE)
+    return dropped

@@ -224,8 +224,8 @@ class Rebuild:
             catalog = before.copy()
             del catalog.previous[view_name]
             writer.put_catalog(catalog.to_json())
-        drop_unused(self.environment, before, catalog)
-        self.environment.handle.wait_for_readers(2 * LIMITS.idle_rest_ms / 1000)
+        if drop_unused(self.environment, before, catalog) >= READY_PAGES:
+            self.environment.handle.wait_for_readers(2 * LIMITS.idle_rest_ms / 1000)
 
     @contextmanager
     def swap(self, event: Event | None) -> Iterator[Catalog]:
