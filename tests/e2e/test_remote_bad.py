@@ -324,7 +324,7 @@ def test_definitions_run_where_the_client_is(remote, project):
     (project / "helper.py").write_text("HOURS = '48h'\n")
     text = "from helper import HOURS\n" + (project / "definitions.py").read_text().replace('"2d"', "HOURS")
     (project / "imports.py").write_text(text)
-    assert "= view stats\n" in remote.run("apply", "imports.py", "--dry-run").out
+    assert "\n= view stats " in remote.run("apply", "imports.py", "--dry-run").out
     assert remote.run("history").out == before
 
 
