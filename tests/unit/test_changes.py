@@ -20,6 +20,7 @@ from shorttail.errors import InvalidArgument, NotFound
 from shorttail.registry.planning import Options
 from shorttail.results import Status
 from shorttail.server.writer import make_edit
+from shorttail.store.environment import table_pages
 from shorttail.store.verify import verify
 
 USER = st.Entity("user", keys={"user_id": st.Int64})
@@ -461,6 +462,20 @@ def test_a_view_goes_back_to_the_table_before_its_last_load(engine: st.Engine) -
     change(engine, view(AGE, st.Feature("new", st.Bool)))
     with pytest.raises(InvalidArgument, match="has no earlier table"):
         engine.store.rollback("stats")
+
+
+def test_a_damaged_earlier_table_keeps_no_row_from_being_deleted(engine: st.Engine) -> None:
+    engine.load("stats", ROWS)
+    engine.refresh()
+    table_id = engine.store.catalog.previous["stats"].id
+    with engine.store.environment.write() as writer:
+        [(bucket, page)] = [(key, bytes(found)) for key, found in table_pages(writer.txn, table_id)]
+        writer.put_page(table_id, bucket, page[:9] + bytes([page[9] ^ 1]) + page[10:])
+    assert engine.delete("stats", {"user_id": [2]}) == 1
+    assert answers(engine, "age") == [[10.0, None, 30.0]]
+    with pytest.raises(InvalidArgument, match="has no earlier table"):
+        engine.store.rollback("stats")
+    assert is_sound(engine)
 
 
 def test_the_command_says_what_is_left_out(engine: st.Engine) -> None:

@@ -10,7 +10,7 @@ from typing import Generic, Protocol, TypeVar
 from shorttail.config import LIMITS
 
 
-class Idle(Protocol):
+class MaybeIdle(Protocol):
     """What may be idle: a snapshot."""
 
     @property
@@ -21,7 +21,7 @@ class Idle(Protocol):
     def end_idle_scans(self) -> None: ...
 
 
-S = TypeVar("S", bound=Idle)
+S = TypeVar("S", bound=MaybeIdle)
 
 
 class IdleThread(Generic[S]):

@@ -14,7 +14,7 @@ from shorttail.define.tables import Stored, TableInfo
 from shorttail.errors import ShorttailError
 from shorttail.store import pending
 from shorttail.store.commits import is_current
-from shorttail.store.edits import Delete, Edit, TableEdits
+from shorttail.store.edits import Delete, Edit, TableDamaged, TableEdits
 from shorttail.store.environment import WriteTransaction
 from shorttail.store.erased import Erased
 
@@ -66,6 +66,16 @@ class ViewEdits:
         for role, edits in self.tables.items():
             if role == "filling":
                 pending.append(writer, edits, now_us)
-            elif role != "tables":
+            elif role == "coming":
                 edits.apply(writer, now_us)
+            elif role == "previous":
+                try:
+                    edits.apply(writer, now_us)
+                except TableDamaged:  # no lookup reads it: there is nothing to go back to any more
+                    self._forget_previous(writer)
         return outcomes
+
+    def _forget_previous(self, writer: WriteTransaction) -> None:
+        catalog = Catalog.from_json(writer.get_catalog())
+        del catalog.previous[self.stored.view.name]
+        writer.put_catalog(catalog.to_json())
