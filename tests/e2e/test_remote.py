@@ -50,7 +50,7 @@ SAME = {
     "apply": 2,
     "plan definitions.py": 0,
     "plan changed.py --explain": 0,
-    "plan changed.py --check": 0,
+    "plan definitions.py --check": 3,
     "plan changed.py --json --prune --accept": 0,
     "plan lost.py": 1,
     "views rollback stats --by ci": 1,
