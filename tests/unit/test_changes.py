@@ -325,6 +325,23 @@ def test_a_load_fills_what_only_a_model_keeps(engine: st.Engine, model: st.Model
         engine.load("stats", pa.table({"user_id": [1], "age": [1.0]}))
 
 
+def test_a_feature_read_from_another_column_has_its_values_beside_those_that_a_model_keeps(
+    engine: st.Engine, model: st.Model, tmp_path: Path
+) -> None:
+    rows = {**ROWS, "older": [-1.0, -2.0, -3.0]}
+    pq.write_table(pa.table(rows), tmp_path / "rows.parquet")
+    source = st.ParquetSource(str(tmp_path / "rows.parquet"))
+    change(engine, view(source=source))
+    engine.delete("stats", {"user_id": [1, 2, 3]})
+    engine.materialize("stats")
+    other = view(replace(AGE, column="older"), VISITS, TIER, source=source)
+    assert change(engine, other)[-1].startswith("model m v1 keeps the values of 'age'")
+    assert answers(engine, "age") == [[-1.0, -2.0, -3.0]]
+    assert predicted(engine, "m", 2) == [20.0, 2.0]
+    engine.materialize("stats")
+    assert (answers(engine, "age"), predicted(engine, "m", 2)) == ([[-1.0, -2.0, -3.0]], [20.0, 2.0])
+
+
 def test_a_deployed_model_takes_the_newest(engine: st.Engine, model: st.Model, tmp_path: Path) -> None:
     change(engine, view(AGE, VISITS, ttl="1s"))
     old = {"user_id": [1], "age": [1.0], "visits": [1], "event_time": [1_000_000_000_000_000]}

@@ -225,7 +225,9 @@ def table_columns(stored: Stored, batch: ColumnBatch) -> list[Source]:
     columns: list[Source | None] = [None] * len(stored.table.columns)
     for f, column in zip(batch.numbers(stored.view), given[n_before:], strict=True):
         for place in stored.places[f]:
-            columns[place] = widened(column, stored.table.columns[place].dtype)
+            own = stored.table.columns[place]
+            if columns[place] is None or own.number == stored.definition.columns[f]:  # not that it is widened from
+                columns[place] = widened(column, own.dtype)
     return given[:n_before] + [
         null_column(column.dtype, len(batch)) if found is None else found
         for column, found in zip(stored.table.columns, columns, strict=True)
