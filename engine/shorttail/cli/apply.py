@@ -85,7 +85,7 @@ def is_removal(change: Change) -> bool:
 
 
 def is_changed(changes: list[Change]) -> bool:
-    """Whether there is more than what stays and what is kept."""
+    """Whether a change adds, changes or removes something; lines for what stays or is kept do not count."""
     return any(each.kind in "+~" or is_removal(each) for each in changes)
 
 

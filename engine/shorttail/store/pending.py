@@ -72,6 +72,11 @@ def count(txn: Transaction, table_id: int) -> int:
     return sum(1 for _ in _entries(txn, _KEY.pack(PREFIX, table_id, 0)[:5]))
 
 
+def is_empty(txn: Transaction, table_id: int) -> bool:
+    """Whether no entry waits for a table."""
+    return next(_entries(txn, _KEY.pack(PREFIX, table_id, 0)[:5]), None) is None
+
+
 def tables(txn: Transaction) -> list[int]:
     """Return the ids of the tables for which entries wait, in ascending order."""
     found: list[int] = []

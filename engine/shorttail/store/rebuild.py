@@ -198,7 +198,7 @@ class Rebuild:
         while True:
             with self.environment.write() as writer:
                 pending.take(writer, stored, layout, PENDING_COMMIT_ENTRIES, PENDING_COMMIT_BYTES)
-                if not pending.count(writer.txn, stored.table.id):
+                if pending.is_empty(writer.txn, stored.table.id):
                     catalog = Catalog.from_json(writer.get_catalog())
                     if catalog.filling.pop(name, None) is None:
                         raise InvalidArgument(f"feature view '{name}' was removed meanwhile")
