@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 from unicodedata import normalize
 
@@ -121,14 +122,14 @@ def plan_changes(catalog: Catalog, prepared: Prepared, count: Count, options: Op
     _try(plan, "aliases", lambda: plan_aliases(plan, definitions))
     changed: dict[str, ViewChange] = {}
     for view in definitions.views.values():
-        _try(plan, f"view {view.name}", lambda view=view: plan_view(plan, changed, view, count, options))  # type: ignore[misc]
+        _try(plan, f"view {view.name}", partial(plan_view, plan, changed, view, count, options))
     if len(plan.catalog.views) > LIMITS.views:
         n_views = len(plan.catalog.views)
         plan.fail("views", ResourceExhausted(f"a store holds at most {LIMITS.views} feature views, not {n_views}"))
     if options.prune:
         prune_models(plan, definitions)
     for model in definitions.models.values():
-        _try(plan, f"model {model.name}", lambda model=model: plan_model(plan, model, prepared.files[model.name]))  # type: ignore[misc]
+        _try(plan, f"model {model.name}", partial(plan_model, plan, model, prepared.files[model.name]))
     if options.prune and not plan.errors:
         prune_views(plan, definitions)
     _try(plan, "views", lambda: check_folders("feature view", plan.catalog.views, known[0]))
