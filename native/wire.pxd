@@ -81,20 +81,27 @@ cdef class WireRoute(Route):
     cdef bint full                  # a request exceeded the budget since its last batch ended
     cdef int64_t shed               # requests refused because of overload, not yet in Router.errors
     cdef bint measured              # a batch has run
-    # Replies: make_reply_template makes encoder and pieces at the first result.
     cdef ColumnNames names
+    cdef ReplyForm form
+    cdef WireRoute suspects_route(self)
+    cdef bint matches_request(self, bint features, const uint8_t *key, Py_ssize_t size, int64_t version) noexcept
+
+
+cdef class ReplyForm:
+    """ReplyForm(plan): what all replies by a plan have in common. make_template completes it at the first result."""
+    cdef bint features              # get_online_features, not predict
     cdef Encoder encoder
     cdef list pieces                # constant bytes: before each output array, and after the last
     cdef list view_pieces           # encoded names of the views
     cdef bytes defaults             # 1 where a feature has a default
-    cdef WireRoute suspects_route(self)
-    cdef bint matches_request(self, bint features, const uint8_t *key, Py_ssize_t size, int64_t version) noexcept
-    cdef int make_reply_template(self, list output_names) except -1
+    cdef tuple types                # names of the features' types
+    cdef int make_template(self, list output_names) except -1
 
 
 cdef class Batch:
     """Batch(route, columns): requests of one route that run together."""
     cdef readonly WireRoute route
+    cdef ReplyForm form             # that of the route, or of the plan that answers in place of the route's
     cdef readonly Columns columns
     cdef request_t *request
     cdef readonly Py_ssize_t n_requests
@@ -113,10 +120,10 @@ cdef class Batch:
     cdef int release(self, request_t *request) except -1
     cdef int recycle(self) except -1
     cdef cnp.ndarray check_result(self, result)
+    cdef int put_reply(self, mp_out *out, request_t *request, const uint8_t *statuses, Py_ssize_t n_statuses,
+                       int64_t version) except -1
     cdef int answer(self, Py_ssize_t number, const uint8_t *statuses, Py_ssize_t n_statuses,
                     int64_t version) except -1
-    cdef int put_reply(self, mp_out *out, request_t *request, Encoder encoder, const uint8_t *statuses,
-                       Py_ssize_t n_statuses, int64_t version) except -1
 
 
 cdef class Encoder:

@@ -10,8 +10,7 @@ cdef class WireRoute:
         self.version = plan.version
         self.row_values = plan.row_values
         self.row_work = plan.row_work
-        self.view_pieces = [msgpack.packb(name) for name in plan.lookup_names]
-        self.defaults = bytes(plan.has_default)
+        self.form = ReplyForm(plan)
         _init_cost(self)
         self.spare_batch = Batch(self, plan.new_columns())
         self.names = ColumnNames(self.spare_batch.columns)
@@ -47,10 +46,18 @@ cdef class WireRoute:
             return True
         return self.asked_version < 0 and version == self.version and self.canary is None
 
-    cdef int make_reply_template(self, list output_names) except -1:
-        """Encode the part of a reply that is the same for every request of the route: the reply's template.
 
-        All replies of a route are equal but for the arrays, the version and the row counts. The template is the list
+cdef class ReplyForm:
+    def __init__(self, plan):
+        self.features = plan.kind == "features"
+        self.view_pieces = [msgpack.packb(name) for name in plan.lookup_names]
+        self.types = plan.feature_types
+        self.defaults = bytes(plan.has_default)
+
+    cdef int make_template(self, list output_names) except -1:
+        """Encode the part of a reply that is the same for every request: the reply's template.
+
+        All replies by a plan are equal but for the arrays, the version and the row counts. The template is the list
         `pieces`, with one item more than there are output arrays. A reply is pieces[0], array 0, pieces[1], array 1 and
         so on, pieces[n], and then what put_reply adds: the version for a model, the statuses for features.
 
@@ -65,7 +72,7 @@ cdef class WireRoute:
         packer = msgpack.Packer()
         if self.features:
             opening = packer.pack("feature_names") + packer.pack(output_names)
-            opening += packer.pack("types") + packer.pack(list(self.plan.feature_types))
+            opening += packer.pack("types") + packer.pack(list(self.types))
             opening += packer.pack("values") + packer.pack_array_header(len(output_names))
             pieces = [b""] * len(output_names)
             closing = packer.pack("has_default") + packer.pack([bool(has) for has in self.defaults])
@@ -84,6 +91,7 @@ cdef class WireRoute:
 cdef class Batch:
     def __cinit__(self, WireRoute route, Columns columns):
         self.route = route
+        self.form = route.form
         self.columns = columns
 
     def __dealloc__(self):
@@ -140,6 +148,7 @@ cdef class Batch:
         _count_out(self)
         self.n_requests = 0
         self.traces = None
+        self.form = self.route.form
         if self.keep:
             return 0
         columns.reset()
@@ -231,6 +240,10 @@ cdef class Batch:
         """Run this batch in the event loop; the route's next requests count as work of the loop."""
         self.route.threaded = False
 
+    def answer_by(self, plan):
+        """The results come from another plan than the route's: the catalog changed after the requests were read."""
+        self.form = ReplyForm(plan)
+
     def keep_columns(self):
         """Do not reuse the columns after the reply: a shadow still reads them."""
         self.keep = True
@@ -291,18 +304,17 @@ cdef class Batch:
     cdef cnp.ndarray check_result(self, result):
         """Give the outputs of a result to the encoder, and return its statuses. Raises Internal for a wrong shape."""
         cdef Py_ssize_t n_statuses, n_rows = self.columns.n_rows
-        cdef Encoder encoder = self.route.encoder
+        cdef ReplyForm form = self.form
         cdef cnp.ndarray statuses
         cdef list outputs = result.outputs
-        if encoder is None or not encoder.set_arrays(outputs, n_rows):
-            self.route.make_reply_template([name for name, _ in outputs])
-            encoder = self.route.encoder
-            encoder.set_arrays(outputs, n_rows)
-        statuses = result.feature_statuses if self.route.features else result.view_statuses
-        n_statuses = encoder.n if self.route.features else len(self.route.view_pieces)
+        if form.encoder is None or not form.encoder.set_arrays(outputs, n_rows):
+            form.make_template([name for name, _ in outputs])
+            form.encoder.set_arrays(outputs, n_rows)
+        statuses = result.feature_statuses if form.features else result.view_statuses
+        n_statuses = form.encoder.n if form.features else len(form.view_pieces)
         if (cnp.PyArray_NDIM(statuses) != 2 or cnp.PyArray_DIM(statuses, 0) != n_statuses
                 or cnp.PyArray_DIM(statuses, 1) != n_rows or cnp.PyArray_TYPE(statuses) != cnp.NPY_UINT8
-                or self.route.features and PyBytes_GET_SIZE(self.route.defaults) != n_statuses):
+                or form.features and PyBytes_GET_SIZE(form.defaults) != n_statuses):
             raise Internal("the statuses of a result must be uint8 [views or features, rows of the batch]")
         return statuses if cnp.PyArray_IS_C_CONTIGUOUS(statuses) else np.ascontiguousarray(statuses)
 
@@ -322,7 +334,7 @@ cdef class Batch:
         if connection.state != GONE:
             mark = connection.out.size
             try:
-                self.put_reply(&connection.out, entry, self.route.encoder, statuses, n_statuses, version)
+                self.put_reply(&connection.out, entry, statuses, n_statuses, version)
                 connection.schedule_write()
             except ResourceExhausted as error:
                 connection.out.size = mark
@@ -337,12 +349,13 @@ cdef class Batch:
         self.release(entry)
         return 0
 
-    cdef int put_reply(self, mp_out *out, request_t *request, Encoder encoder, const uint8_t *statuses,
-                       Py_ssize_t n_statuses, int64_t version) except -1:
+    cdef int put_reply(self, mp_out *out, request_t *request, const uint8_t *statuses, Py_ssize_t n_statuses,
+                       int64_t version) except -1:
         """Write the reply [1, msgid, nil, result] to a request. statuses: uint8 [n_statuses, rows of the batch]."""
-        cdef WireRoute route = self.route
+        cdef ReplyForm form = self.form
+        cdef Encoder encoder = form.encoder
         cdef bint as_tensor = request.flags & AS_TENSORS
-        cdef bint with_views = not route.features and request.flags & WANTS_STATUSES
+        cdef bint with_views = not form.features and request.flags & WANTS_STATUSES
         cdef Py_ssize_t stride = self.columns.n_rows
         cdef const uint8_t *missing
         cdef int k
@@ -354,22 +367,22 @@ cdef class Batch:
         mp_put_byte(out, 1)
         mp_put_int(out, request.msgid)
         mp_put_byte(out, 0xC0)
-        mp_put_byte(out, 0x85 if route.features else 0x83 if with_views else 0x82)
+        mp_put_byte(out, 0x85 if form.features else 0x83 if with_views else 0x82)
         for k in range(encoder.n):
-            _put_bytes(out, <bytes>route.pieces[k])
+            _put_bytes(out, <bytes>form.pieces[k])
             missing = NULL
-            if route.features and not PyBytes_AS_STRING(route.defaults)[k]:
+            if form.features and not PyBytes_AS_STRING(form.defaults)[k]:
                 missing = statuses + k * stride
             encoder.put_rows(out, k, request.first, request.rows, as_tensor, missing)
-        _put_bytes(out, <bytes>route.pieces[encoder.n])
-        if not route.features:
+        _put_bytes(out, <bytes>form.pieces[encoder.n])
+        if not form.features:
             _reserve(out, 32)
             mp_put_int(out, version)
             if with_views:
                 _put_bytes(out, msgpack.packb("statuses") + msgpack.Packer().pack_map_header(n_statuses))
-        if route.features or with_views:
+        if form.features or with_views:
             for k in range(n_statuses):
                 if with_views:
-                    _put_bytes(out, <bytes>route.view_pieces[k])
+                    _put_bytes(out, <bytes>form.view_pieces[k])
                 _put_statuses(out, statuses + k * stride, request.rows, as_tensor)
         return 0

@@ -36,6 +36,10 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int | None], None]  # called with the rows done, and the number of rows if it is known
 
 
+class ColumnsChanged(Unavailable):
+    """The plan that a batch was read for has a successor that takes other columns. The batch must be read again."""
+
+
 class Engine(StoreContents):
     """A store that is open in this process: `Engine.open(path)`. A context manager. Threads may share an engine.
 
@@ -129,7 +133,7 @@ class Engine(StoreContents):
             return self._predict_raw(route.plan, columns)
         if route.plan.split is not None:
             route = self._route(self.plan_for_request(route.plan, columns).key)
-        result, plan = self._ask(route, columns, moment_us), route.plan
+        plan, result = self._ask(route, columns, moment_us)
         statuses = dict(zip(plan.lookup_names, result.view_statuses, strict=True))
         return Prediction(model, result.version, dict(zip(result.names, result.values, strict=True)), statuses)
 
@@ -162,8 +166,8 @@ class Engine(StoreContents):
         else:
             route = self._route(("features", tuple(features)))
             self._last_features = list(features), route
-        result = self._ask(route, columns, moment_us)
-        plan, statuses = route.plan, result.feature_statuses
+        plan, result = self._ask(route, columns, moment_us)
+        statuses = result.feature_statuses
         assert statuses is not None
         return Features(plan.feature_names, result.values, statuses, plan.has_default, plan.feature_types)
 
@@ -178,30 +182,35 @@ class Engine(StoreContents):
             return self.plan_for_model(plan.model, split.version)
         return plan
 
-    def _ask(self, route: Route, values: Mapping[str, Any], moment_us: int | None) -> BatchResult:
-        columns = route.take_columns()
-        try:
-            rows = columns.append(values)
-            if moment_us is not None:
-                columns.judge_at(moment_us, rows)
-            return self.run(route, columns)
-        finally:
-            route.give_back(columns)
+    def _ask(self, route: Route, values: Mapping[str, Any], moment_us: int | None) -> tuple[Plan, BatchResult]:
+        while True:
+            columns = route.take_columns()
+            try:
+                rows = columns.append(values)
+                if moment_us is not None:
+                    columns.judge_at(moment_us, rows)
+                return self.run(route, columns)
+            except ColumnsChanged:
+                pass
+            finally:
+                route.give_back(columns)
+            route = self._route(route.plan.key)
 
-    def run(self, route: Route, columns: Columns) -> BatchResult:
-        """Run a batch. If the catalog changed since the route's plan was compiled, the plan's successor runs instead.
+    def run(self, route: Route, columns: Columns) -> tuple[Plan, BatchResult]:
+        """Run a batch, and return the plan that was used with the result.
 
-        Raises Unavailable if the successor takes other columns, InvalidArgument if the model refuses these rows.
+        If the catalog changed since the route's plan was compiled, the plan's successor runs instead. Raises
+        ColumnsChanged if that takes other columns, InvalidArgument if the model refuses these rows.
         """
         plan = route.plan
         try:
             try:
-                return pipeline.run_batch(route, self._store, columns)
+                return plan, pipeline.run_batch(route, self._store, columns)
             except PlanOutdated:
                 plan, result = self.prepare(route, columns)
                 if plan.runner is not None:
                     pipeline.infer(plan.runner, result)
-                return result
+                return plan, result
         except ModelFailed as error:
             assert plan.runner is not None
             raise plan.runner.explain(error) from error
@@ -209,7 +218,7 @@ class Engine(StoreContents):
     def prepare(self, route: Route, columns: Columns) -> tuple[Plan, BatchResult]:
         """Do all of `run` except the model, and return the plan that was used with the result.
 
-        `pipeline.infer(plan.runner, result)` does the rest, in any thread. Raises Unavailable as `run` does.
+        `pipeline.infer(plan.runner, result)` does the rest, in any thread. Raises ColumnsChanged as `run` does.
         """
         asked = route.plan
         while True:
@@ -217,8 +226,8 @@ class Engine(StoreContents):
                 return route.plan, pipeline.prepare(route, self._store, columns)
             except PlanOutdated:
                 route = self._route(asked.key)
-                if not route.plan.answers_for(asked, columns):
-                    raise Unavailable("the definitions changed while this request waited; send it again") from None
+                if not route.plan.takes(columns):
+                    raise ColumnsChanged("the definitions changed while this request waited; send it again") from None
 
     # -- plans -----------------------------------------------------------------------------------------------
 

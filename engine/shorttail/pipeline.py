@@ -84,14 +84,9 @@ class Plan:
         """Make empty request columns for this plan."""
         return Columns(self.names, self.dtypes, self.required, self.instead)
 
-    def answers_for(self, asked: Plan, columns: Columns) -> bool:
-        """Return True if this plan can run a batch read for the plan `asked`, and its answer has the same form."""
-        return (
-            (self.names, self.dtypes) == (columns.names, columns.dtypes)
-            and self.lookup_names == asked.lookup_names
-            and self.feature_types == asked.feature_types
-            and self.has_default == asked.has_default
-        )
+    def takes(self, columns: Columns) -> bool:
+        """Return True if this plan can run a batch that was read for another one."""
+        return (self.names, self.dtypes) == (columns.names, columns.dtypes)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -10,7 +10,7 @@ from commands import run_well
 from serving import DEFINITIONS, PREDICT, PREDICTED, make_store, until, write_sum
 
 import shorttail as st
-from shorttail.errors import NotFound
+from shorttail.errors import NotFound, ShorttailError
 
 FEATURES = """    st.Feature("age", st.Float32, default=1.5),
     st.Feature("visits", st.Int64),
@@ -85,6 +85,47 @@ class Asker(threading.Thread):
             for name, values in zip(result["feature_names"], result["values"], strict=True):
                 if values[0] not in allowed[name]:
                     self.wrong.append((name, values, allowed[name]))
+
+
+def test_the_first_request_that_finds_a_new_type_is_answered(start, tmp_path):
+    """A batch that was read for the old plan is answered with the types of the new one."""
+    user = st.Entity("user", keys={"id": st.Int64})
+    names = [f"f{i}" for i in range(12)]
+
+    def view(widened):
+        types = [st.Int64 if i < widened else st.Int32 for i in range(len(names))]
+        return st.FeatureView("v", user, [st.Feature(n, t, default=0) for n, t in zip(names, types, strict=True)])
+
+    with st.Engine.open(tmp_path / "store", create=True) as engine:
+        engine.apply([view(0)])
+        engine.push("v", {"id": [1], **{name: [i] for i, name in enumerate(names)}})
+        server = start("--store", tmp_path / "store")
+        host, port = server.address
+        seen, failed, stop = set(), [], threading.Event()
+
+        def ask():
+            with st.Client(f"{host}:{port}", retries=0) as client:
+                while not stop.is_set():
+                    try:
+                        found = client.get_online_features([f"v:{name}" for name in names], {"id": [1]})
+                    except ShorttailError as error:
+                        failed.append(error)
+                        continue
+                    if [values[0] for values in found.to_dict().values()] != list(range(len(names))):
+                        failed.append(found.to_dict())
+                    seen.add(list(found.feature_types.values()).count("Int64"))
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        try:
+            for widened in range(1, len(names) + 1):
+                engine.apply([view(widened)])
+                until(lambda: widened in seen, server)  # noqa: B023
+        finally:
+            stop.set()
+            asking.join()
+        assert not failed
+        assert max(seen) == len(names)
 
 
 @pytest.mark.parametrize("workers", [1, 2])

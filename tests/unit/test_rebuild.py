@@ -337,6 +337,41 @@ def test_a_reader_builds_the_new_directory_before_the_swap(store: Store, monkeyp
         assert reader.count("v") == len(scanned(reader, ("s", "x", "a")))
 
 
+def test_a_directory_that_is_prepared_too_late_does_not_replace_the_one_in_use(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request that holds the one in use would look up old pages, which LMDB may have freed, from then on."""
+    keys = list(range(KEYS))
+    store.upsert("v", batch(keys, [1000] * KEYS, {"a": keys, "s": ["x"] * KEYS}))
+    swapped, builds, build = threading.Event(), [], preparing._build
+
+    def late(*arguments: Any) -> bool:
+        assert swapped.wait(60)
+        builds.append(build(*arguments))
+        return builds[-1]
+
+    monkeypatch.setattr(preparing, "_build", late)
+    with st.Engine.open(store.path) as reader:
+
+        def found() -> list[Any]:
+            return reader.get_online_features(["v:a"], {"id": keys}).to_dict()["v:a"]
+
+        assert found() == keys
+        monkeypatch.setattr(rebuild.Rebuild, "make_ready", lambda work: reader.refresh())
+        apply(store, [WIDER])
+        assert found() == keys
+        swapped.set()
+        end_s = time.monotonic() + 60
+        while not builds:
+            assert time.monotonic() < end_s
+            time.sleep(0.01)
+        for turn in range(1, 20):  # LMDB uses freed pages again
+            later = [key + turn for key in keys]
+            columns = [(np.array(later), None)]
+            store.upsert("v", ColumnBatch([np.array(keys)], np.full(KEYS, 1000 + turn), columns, ("a",)))
+            assert found() == later
+
+
 def test_a_reader_can_say_at_any_time_that_it_is_not_ready(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also while another process goes on waiting, so that a second one that waits does not miss it."""
     paused = []

@@ -238,7 +238,7 @@ def test_the_old_version_answers_until_the_new_one_is_loaded(
     assert version(engine) == 2
     columns = plan.new_columns()
     columns.append({"user_id": [1], "amount": [1.0]})
-    assert engine.run(Route(plan), columns).version == 1, "a batch parsed for version 1 runs with version 1"
+    assert engine.run(Route(plan), columns)[1].version == 1, "a batch parsed for version 1 runs with version 1"
     registry.rollback(engine.store, "m")
     assert version(engine) == 1, "the previous version stays loaded, so this loads nothing"
 
@@ -416,7 +416,7 @@ def test_a_shadow_with_other_features_looks_up_its_own(engine: st.Engine, tmp_pa
     assert (plan.shadow.same_inputs, plan.shadow.share) == (False, 0.5)
     columns = plan.new_columns()
     columns.append({"user_id": [1, 2], "amount": [10.0, 5.0]})
-    result = engine.run(Route(plan), columns)  # [[10, 10], [20, 5]]; the shadow gives [[1, 10], [2, 20]]
+    _, result = engine.run(Route(plan), columns)  # [[10, 10], [20, 5]]; the shadow gives [[1, 10], [2, 20]]
     shadows = ShadowThread(engine.store)
     state = shadows.state("m", 1, 2)
     ShadowBatch(plan.shadow, state, columns, [], result.names, 2, (), result.values).run(engine.store)

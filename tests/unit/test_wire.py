@@ -44,7 +44,7 @@ class FakeEngine:
         if name == "named":
             names, dtypes = ("key", "name"), (Int64, String)
         return FakePlan(kind="predict", model=name, version=version or 2, names=names, dtypes=dtypes,
-                        lookup_names=("stats",), feature_names=(), has_default=(),
+                        lookup_names=("stats",), feature_names=(), feature_types=(), has_default=(),
                         runner=None, split=None, shadow=None)  # fmt: skip
 
     def plan_for_features(self, references):

@@ -155,7 +155,10 @@ class Batcher:
     def prepare(self, batch: Runnable) -> tuple[Plan, BatchResult]:
         """Look up the features and transform them. A request that brings the model's input tensors needs neither."""
         if batch.inputs is None:
-            return self.engine.prepare(batch.route, batch.columns)
+            plan, result = self.engine.prepare(batch.route, batch.columns)
+            if plan is not batch.route.plan:
+                batch.answer_by(plan)
+            return plan, result
         plan = batch.route.plan
         return plan, BatchResult.of_inputs(plan, batch.inputs)
 

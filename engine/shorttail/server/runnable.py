@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from shorttail._native.columns import Columns
 from shorttail._native.wire import WireRoute
-from shorttail.pipeline import BatchResult
+from shorttail.pipeline import BatchResult, Plan
 
 
 class Runnable(Protocol):
@@ -59,6 +59,9 @@ class Runnable(Protocol):
 
     def stay_in_loop(self) -> None:
         """The batch runs in the event loop."""
+
+    def answer_by(self, plan: Plan) -> None:
+        """The results come from another plan than the route's: the catalog changed after the requests were read."""
 
     def keep_columns(self) -> None:
         """Do not reuse the columns after the reply: a shadow still reads them."""

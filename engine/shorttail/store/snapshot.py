@@ -42,8 +42,8 @@ class Snapshot:
         """Called by open() only."""
         self.environment = environment
         self.gate = Gate(environment.word, _NOTHING_SEEN)  # counts the threads between enter() and leave()
-        # By the table's id, None for an empty table. Entries are only added. Dropping one replaces the dict, so a
-        # holder of directories compares the dict's identity to know whether they are valid.
+        # By the table's id, None for an empty table. Entries are only added, never replaced. Dropping one replaces the
+        # dict, so a holder of directories compares the dict's identity to know whether they are valid.
         self.directories: dict[int, Directory | None] = {}
         self._make_locks()
         self.runs_code, self.by = True, ""
@@ -333,7 +333,8 @@ class Snapshot:
                     continue
                 self._advance()
                 changes = self.environment.changes_since(self._tree, sequence)
-                if changes is not None and table_id in self._tables:
+                # One that is in use already stays: its holders would not learn that another one took its place.
+                if changes is not None and table_id in self._tables and table_id not in self.directories:
                     directory.update(self._tree, changes)
                     self._layouts.setdefault(table_id, directory.layout)
                     self.directories[table_id] = directory

@@ -63,6 +63,7 @@ class HttpBatch:
         self.batch = Batch(route, route.plan.new_columns())
         self.route = route
         self.inputs = inputs
+        self._lookup_names = route.plan.lookup_names
         self._rows = rows
         self.opened_ns = time.perf_counter_ns()
         self.taken: list[Waiting] = []
@@ -110,6 +111,9 @@ class HttpBatch:
     def stay_in_loop(self) -> None:
         self.batch.stay_in_loop()
 
+    def answer_by(self, plan: Plan) -> None:
+        self._lookup_names = plan.lookup_names
+
     def keep_columns(self) -> None:
         """Do nothing: columns of an HttpBatch are never reused."""
 
@@ -138,7 +142,7 @@ class HttpBatch:
             parts = values
             if self.inputs is None:
                 part = slice(request.first, request.first + request.rows)
-                statuses = dict(zip(self.route.plan.lookup_names, result.view_statuses[:, part], strict=True))
+                statuses = dict(zip(self._lookup_names, result.view_statuses[:, part], strict=True))
                 parts = [array[part] for array in values]
             request.answer.set_result(Answer(result.names, parts, statuses, result.version, request.rows))
 
