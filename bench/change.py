@@ -77,7 +77,9 @@ P99_RATIO_MAX = 1.5
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--quick", action="store_true", help="200,000 rows, 5 changes of each kind; ends in three minutes")
+    parser.add_argument(
+        "--quick", action="store_true", help="200,000 rows, 5 changes of each kind; ends in three minutes"
+    )
     parser.add_argument("--changes", type=int, help="changes of each kind (50; 5 with --quick)")
     parser.add_argument("--folder", help="the place of the store")
     options = parser.parse_args()
