@@ -154,7 +154,7 @@ cdef extern from "tree.h" nogil:
     int st_tree_find(const st_tree *, const uint8_t *, uint32_t, const uint8_t **, uint64_t *)
     int st_tree_bucket(const st_tree *, uint32_t, uint64_t, uint64_t *, const uint8_t **, uint64_t *)
     int st_populate(const uint8_t *, size_t)
-    int64_t st_directory_build(const st_tree *, const st_layout *, uint32_t, st_directory *, st_fault *)
+    int64_t st_directory_build(const st_tree *, const st_layout *, uint32_t, int64_t, st_directory *, st_fault *)
     int64_t st_directory_update(const st_tree *, const st_layout *, uint32_t, const uint8_t *, size_t, st_directory *,
                                 st_fault *)
 

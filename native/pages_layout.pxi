@@ -159,16 +159,17 @@ cdef class Directory:
                 used_bytes += st_page_used_bytes(&self.layout.c, page)
         return buckets, rows, image_bytes, used_bytes
 
-    def build(self, Tree tree not None):
+    def build(self, Tree tree not None, int64_t rest_us=0):
         """Build the directory from the table's pages in a tree. Return the number of buckets. Releases the GIL.
 
-        Raises ValueError if a page or the tree is damaged.
+        rest_us: the thread rests so long after each 200 us of work, to leave the CPU to others. Raises ValueError if a
+        page or the tree is damaged.
         """
         cdef st_fault fault
         cdef int64_t n
         free(<void *>self.c.pages)
         with nogil:
-            n = st_directory_build(&tree.c, &self.layout.c, self.table_id, &self.c, &fault)
+            n = st_directory_build(&tree.c, &self.layout.c, self.table_id, 1000 * rest_us, &self.c, &fault)
         if n < 0:
             _raise_fault(&fault)
         return n

@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <time.h>
 
 #include "lmdb_page.h"
 
@@ -19,6 +20,8 @@ enum {
     LINE = 64,
     POPULATE_PAGES_MIN = 4096,
     READ_BYTES = 128 << 10,
+    WORK_NS = 200000,
+    LOOK_ENTRIES = 256, /* so often a loop looks whether it should rest */
 };
 static const uint32_t MAGIC = 0xBEEFC0DE, INTEGER_KEYS = 8;
 
@@ -160,11 +163,33 @@ static const char *add(const st_tree *t, const uint8_t *page, const node_t *node
 }
 
 /* Add all entries below a page whose keys begin with prefix to the list. Returns NULL or what is wrong. */
+/* The scheduler lets a thread run for some milliseconds before another that wakes up gets the CPU. So a thread that has
+ * time rests for rest_ns after every WORK_NS of its own CPU time. */
+typedef struct {
+    int64_t rest_ns, until_ns;
+} pace_t;
+
+static int64_t worked_ns(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
+    return now.tv_sec * 1000000000ll + now.tv_nsec;
+}
+
+static void rest(pace_t *pace)
+{
+    if (!pace->rest_ns || worked_ns() < pace->until_ns) return;
+    struct timespec pause = {.tv_sec = pace->rest_ns / 1000000000, .tv_nsec = pace->rest_ns % 1000000000};
+    nanosleep(&pause, NULL);
+    pace->until_ns = worked_ns() + WORK_NS;
+}
+
 static const char *collect(const st_tree *t, uint64_t number, uint32_t level, const uint8_t *prefix, uint32_t n_prefix,
-                           list_t *list)
+                           list_t *list, pace_t *pace)
 {
     const uint8_t *page = page_at(t, number, level);
     if (!page) return DAMAGED;
+    rest(pace);
     int leaf = level + 1 == t->depth;
     int64_t first = leaf ? lower_bound(page, 0, prefix, n_prefix) : child_index(page, prefix, n_prefix);
     if (first < 0) return DAMAGED;
@@ -175,7 +200,7 @@ static const char *collect(const st_tree *t, uint64_t number, uint32_t level, co
          * children must have the prefix. */
         if ((leaf || i > first) && (node.key_bytes < n_prefix || memcmp(node.key, prefix, n_prefix))) break;
         const char *wrong = leaf ? add(t, page, &node, list)
-                                 : collect(t, child_of(&node), level + 1, prefix, n_prefix, list);
+                                 : collect(t, child_of(&node), level + 1, prefix, n_prefix, list, pace);
         if (wrong) return wrong;
     }
     return NULL;
@@ -296,15 +321,26 @@ static int64_t fail(st_fault *fault, const char *what, uint64_t key)
 /* The kernel's read-ahead uses folios of up to several MiB. Whenever a 4 KiB block of a folio is written, and again at
  * write-back, ext4 walks all blocks of the folio: with folios of 2 MiB, a commit took three times as long. Memory that
  * is requested by MADV_WILLNEED in steps of at most the default read-ahead size comes as single pages. */
-int st_populate(const uint8_t *start, size_t bytes)
+static int populate(const uint8_t *start, size_t bytes, pace_t *pace)
 {
+    int failed = 0;
     for (size_t at = 0; at < bytes; at += READ_BYTES)
         madvise((void *)(start + at), bytes - at < READ_BYTES ? bytes - at : READ_BYTES, MADV_WILLNEED);
-    return madvise((void *)start, bytes, MADV_POPULATE_READ);
+    /* Not in one call: it would keep the lock of the address space, and a thread that maps memory would wait for it. */
+    for (size_t at = 0; at < bytes && !failed; at += READ_BYTES) {
+        failed = madvise((void *)(start + at), bytes - at < READ_BYTES ? bytes - at : READ_BYTES, MADV_POPULATE_READ);
+        rest(pace);
+    }
+    return failed;
+}
+
+int st_populate(const uint8_t *start, size_t bytes)
+{
+    return populate(start, bytes, &(pace_t){0});
 }
 
 /* Map the pages of a large table by one call if they are close together, as they are after a bulk load. */
-static void populate(const list_t *list)
+static void populate_all(const list_t *list, pace_t *pace)
 {
     uintptr_t first = UINTPTR_MAX, last = 0;
     if (list->n < POPULATE_PAGES_MIN) return;
@@ -314,16 +350,17 @@ static void populate(const list_t *list)
         if (start < first) first = start;
         if (end > last) last = end;
     }
-    if ((last - first) / ST_PAGE_BYTES <= 2 * list->n) st_populate((const uint8_t *)first, last - first);
+    if ((last - first) / ST_PAGE_BYTES <= 2 * list->n) populate((const uint8_t *)first, last - first, pace);
 }
 
 static int64_t fill(const st_tree *t, const st_layout *layout, uint32_t table_id, const list_t *list, st_directory *d,
-                    st_fault *fault)
+                    pace_t *pace, st_fault *fault)
 {
     uint64_t expected = 0;
     uint32_t deepest = 0;
     for (size_t i = 0; i < list->n; i++) {
         const bucket_t *item = &list->items[i];
+        if (i % LOOK_ENTRIES == 0) rest(pace);
         if (i + PREFETCH_PAGES < list->n) {
             const bucket_t *ahead = &list->items[i + PREFETCH_PAGES];
             __builtin_prefetch(ahead->image);
@@ -337,21 +374,25 @@ static int64_t fill(const st_tree *t, const st_layout *layout, uint32_t table_id
     }
     if (expected) return fail(fault, "it is missing", expected);
     if (grow(d, deepest)) return fail(fault, NO_MEMORY, 0); /* once: each growth copies all entries */
-    for (size_t i = 0; i < list->n; i++)
+    for (size_t i = 0; i < list->n; i++) {
+        if (i % LOOK_ENTRIES == 0) rest(pace);
         point(d, list->items[i].key, st_depth(list->items[i].image), list->items[i].image);
+    }
     return (int64_t)list->n;
 }
 
-int64_t st_directory_build(const st_tree *t, const st_layout *layout, uint32_t table_id, st_directory *d,
-                           st_fault *fault)
+int64_t st_directory_build(const st_tree *t, const st_layout *layout, uint32_t table_id, int64_t rest_ns,
+                           st_directory *d, st_fault *fault)
 {
     uint8_t prefix[ST_PAGE_KEY_BYTES];
     list_t list = {0};
+    pace_t pace = {.rest_ns = rest_ns};
+    const char *wrong = NULL;
     page_key(prefix, table_id);
     *d = (st_directory){0};
-    const char *wrong = t->depth ? collect(t, t->root, 0, prefix, ST_PAGE_KEY_BYTES - ST_BUCKET_KEY_BYTES, &list) : NULL;
-    if (!wrong) populate(&list);
-    int64_t n = wrong ? fail(fault, wrong, 0) : list.n ? fill(t, layout, table_id, &list, d, fault) : 0;
+    if (t->depth) wrong = collect(t, t->root, 0, prefix, ST_PAGE_KEY_BYTES - ST_BUCKET_KEY_BYTES, &list, &pace);
+    if (!wrong) populate_all(&list, &pace);
+    int64_t n = wrong ? fail(fault, wrong, 0) : list.n ? fill(t, layout, table_id, &list, d, &pace, fault) : 0;
     free(list.items);
     if (n < 0) {
         free((void *)d->pages);

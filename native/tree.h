@@ -76,10 +76,11 @@ int st_populate(const uint8_t *start, size_t bytes);
  * is prefetched, because a writer also copies it. */
 void st_tree_prefetch(const st_tree *tree, uint32_t table_id, uint64_t hash);
 
-/* Build the directory of all pages of a table and check their headers. d->pages is allocated by malloc. Returns the
- * number of buckets, or -1 with fault set (what NULL: no memory). */
-int64_t st_directory_build(const st_tree *tree, const st_layout *layout, uint32_t table_id, st_directory *d,
-                           st_fault *fault);
+/* Build the directory of all pages of a table and check their headers. rest_ns: the thread rests so long after each
+ * 200 us of work; 0: never. d->pages is allocated by malloc. Returns the number of buckets, or -1 with fault set (what
+ * NULL: no memory). */
+int64_t st_directory_build(const st_tree *tree, const st_layout *layout, uint32_t table_id, int64_t rest_ns,
+                           st_directory *d, st_fault *fault);
 
 /* Update d from n entries of the change log; entries of other tables are skipped. An entry whose page is gone belongs
  * to a bucket that was merged into another bucket, which has its own entry. Returns the number of pages found, or -1

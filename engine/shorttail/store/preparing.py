@@ -24,7 +24,8 @@ from shorttail.store.opening import translate_errors
 from shorttail.store.table import make_layout
 
 READY_FILE: Final = "ready.lock"
-NICE: Final = 10  # the thread yields a CPU that an answering thread wants
+NICE: Final = 10  # the thread yields a CPU that an answering thread wants,
+REST_US: Final = 800  # and rests, because it would yield it some milliseconds late
 TRIES: Final = 3
 POLL_S: Final = 0.01
 
@@ -103,6 +104,6 @@ def _build(environment: Environment, stored: Stored, take: Take) -> bool:
     txn, tree = environment.read_tree()
     try:
         directory = Directory(make_layout(stored), stored.table.id)
-        return not directory.build(tree) or take(stored.table.id, directory, environment.sequence(tree))
+        return not directory.build(tree, REST_US) or take(stored.table.id, directory, environment.sequence(tree))
     finally:
         environment.handle.end_read(txn)

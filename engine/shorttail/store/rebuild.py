@@ -48,7 +48,7 @@ PENDING_COMMIT_BYTES: Final = 1 << 20  # edits that one commit works off: other 
 PENDING_COMMIT_ENTRIES: Final = 256
 YIELD_S: Final = 0.001  # the write lock is not fair: without this pause, waiting writers may never get it
 READY_PAGES: Final = 4096  # the directory of a smaller table is built in less than a millisecond
-READY_WAIT_S: Final = 30.0
+READY_WAIT_S: Final = 120.0
 
 
 def load(
