@@ -6,6 +6,8 @@ One worker on one CPU answers predictions of 300 rows each in an open loop at ha
 generator alone would take all of the other CPU. It refuses none: a request that waits counts with its latency. The
 other CPU has the generator, a client that pushes rows, a client that compares answers with the states in which the
 store may be, and a process that applies one change after the other at a low priority, as `shorttail apply --wait` does.
+What they leave of it goes to a process that copies memory: the CPUs of a small machine often share a core, and without
+it the quiet seconds would be those of a core that has nothing else to do.
 Changes of nine kinds follow each other in a cycle; quiet seconds lie between them. After each change all answers must
 be those of the new state, and all rows that were pushed meanwhile must be there.
 
@@ -35,7 +37,7 @@ import loadgen
 import numpy as np
 import report
 import serving
-from change_clients import SEEN_S, Checker, Failures, Pusher, applier
+from change_clients import SEEN_S, Checker, Failures, Pusher, applier, busy_cpu
 from change_states import KINDS, OF_MODEL, PUSHED, Cycle, Layout, State, features_of, write_source
 from loadgen import BenchError
 from swap import unpack
@@ -127,6 +129,7 @@ def measure(folder: Path, changes: int, quick: bool) -> dict[str, Any]:
         engine.load("stats", str(cycle.source))
     with (
         loadgen.pinned(cpus[-1]),
+        busy_cpu(),
         serving.start_server(folder / "store", folder / "log", "--p99-budget-ms", "1e6", cpu=cpus[0]) as (address, _),
         applier(folder / "store") as apply,
     ):

@@ -33,6 +33,7 @@ ASKED_ROWS = 1000  # most rows of a request that checks what was pushed
 SEEN_S = 2 * LIMITS.idle_refresh_ms / 1000  # after it, each process answers from a commit
 SHOWN = 20  # failures that are kept
 TIMEOUT_S = 30.0
+COPIED_BYTES = 64 << 20  # more than a cache has
 
 
 class Failures:
@@ -104,6 +105,25 @@ def serve_changes(asked: Connection, store: str) -> None:
                 problem = "" if arrived else "a process still reads the store as it was before"
             except ShorttailError as error:
                 problem = error.message
+
+
+@contextlib.contextmanager
+def busy_cpu() -> Iterator[None]:
+    """Let a process copy memory for as long as the block runs, whenever nobody else wants its CPU."""
+    process = multiprocessing.get_context("spawn").Process(target=copy_memory, daemon=True)
+    process.start()
+    try:
+        yield
+    finally:
+        process.kill()
+        process.join()
+
+
+def copy_memory() -> None:
+    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    source, target = np.ones(COPIED_BYTES, np.uint8), np.empty(COPIED_BYTES, np.uint8)
+    while True:
+        np.copyto(target, source)
 
 
 # -- the clients -------------------------------------------------------------------------------------------------------
