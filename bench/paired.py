@@ -3,11 +3,11 @@
     python bench/paired.py OLD NEW [--rounds 10] [--only serve lookup ...] [--quick] [--json]
 
 OLD and NEW are folders of checkouts, each with shorttail installed in its own .venv (`make demo` does that). For
-`serve`, a server of each side serves the demo's store of OLD, and the same compiled client drives both in turn. For the
-scripts of bench/micro, each round runs `SCRIPT --quick --json` of both sides. The side that goes first changes in every
-round. The ratio is NEW / OLD for times and OLD / NEW for rates, so a ratio above 1 means slower. The output is the
-median and the quartiles of the ratios of all rounds. A ratio compares both sides in the same hour of the machine;
-single figures do not.
+`serve`, a server of each side serves the demo's store of OLD, and another one that OLD made, and the same compiled
+client drives both in turn. For the scripts of bench/micro, each round runs `SCRIPT --quick --json` of both sides. The
+side that goes first changes in every round. The ratio is NEW / OLD for times and OLD / NEW for rates, so a ratio above
+1 means slower. The output is the median and the quartiles of the ratios of all rounds. A ratio compares both sides in
+the same hour of the machine; single figures do not.
 """
 
 from __future__ import annotations
@@ -120,6 +120,15 @@ def server_of(side: Path, store: Path, log: Path, cpu: int | None) -> Iterator[s
         sys.executable = ours
 
 
+def make_candidates(side: Path, store: Path) -> None:
+    """Make the store of candidates with that checkout: the other one reads older formats, and not the reverse."""
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import candidates; from pathlib import Path; "
+    code += "candidates.make_store(Path(sys.argv[2]))"
+    done = subprocess.run([str(python(side)), "-c", code, str(side / "bench"), str(store)], stdout=subprocess.DEVNULL)
+    if done.returncode:
+        raise BenchError(f"{side} did not make the store of candidates")
+
+
 def served(sides: list[Path], folder: Path, rounds: int) -> dict[str, list[float]]:
     store = sides[0] / "demo" / "out" / "store"
     if not store.exists():
@@ -128,7 +137,7 @@ def served(sides: list[Path], folder: Path, rounds: int) -> dict[str, list[float
     server_cpu, client_cpu = (cpus[0], cpus[1]) if len(cpus) > 1 else (None, None)
     loadgen.write_payload(folder / "requests", serve.flight_requests())
     loadgen.write_payload(folder / "candidates", candidates.requests())
-    candidates.make_store(folder / "store")
+    make_candidates(sides[0], folder / "store")
     found: dict[str, list[float]] = {}
     with contextlib.ExitStack() as stack:
         address = {
