@@ -152,7 +152,8 @@ def scanning(folder: Path) -> Iterator[None]:
     """Scan the view to Parquet again and again, in other processes, during the `with` block."""
     scan = f"{sys.executable} -m shorttail views scan v --store {folder / 'store'} --output {folder / 'out.parquet'}"
     command = ["sh", "-c", f"while true; do {scan} || exit 1; done"]
-    with subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL) as process:
+    # Not a session of its own: Linux may share a CPU among sessions first, and by priorities only within each.
+    with subprocess.Popen(command, process_group=0, stdout=subprocess.DEVNULL) as process:
         try:
             time.sleep(2.0)  # it has begun to read
             yield
