@@ -386,7 +386,7 @@ int64_t st_directory_build(const st_tree *t, const st_layout *layout, uint32_t t
 {
     uint8_t prefix[ST_PAGE_KEY_BYTES];
     list_t list = {0};
-    pace_t pace = {.rest_ns = rest_ns};
+    pace_t pace = {.rest_ns = rest_ns, .until_ns = rest_ns ? worked_ns() + WORK_NS : 0};
     const char *wrong = NULL;
     page_key(prefix, table_id);
     *d = (st_directory){0};
