@@ -3,13 +3,14 @@
     python bench/change.py [--json] [--quick] [--changes N] [--folder DIR]
 
 One worker on one CPU answers predictions of 300 rows each in an open loop at half of its capacity; for single rows the
-generator alone would take all of the other CPU. It refuses none: a request that waits counts with its latency. The
-other CPU has the generator, a client that pushes rows, a client that compares answers with the states in which the
-store may be, and a process that applies one change after the other at a low priority, as `shorttail apply --wait` does.
-What they leave of it goes to a process that copies memory: the CPUs of a small machine often share a core, and without
-it the quiet seconds would be those of a core that has nothing else to do.
-Changes of nine kinds follow each other in a cycle; quiet seconds lie between them. After each change all answers must
-be those of the new state, and all rows that were pushed meanwhile must be there.
+generator alone would take all of the other CPU. Its budget of P99 refuses none, so a request that waits counts with its
+latency; beyond LIMITS.waiting_rows it refuses, and these requests count as failed. The other CPU has the generator, a
+client that pushes rows, a client that compares answers with the states in which the store may be, and a process that
+applies one change after the other at a low priority, as `shorttail apply --wait` does. What they leave of it goes to a
+process that copies memory: the CPUs of a small machine often share a core, and without it the quiet seconds would be
+those of a core that has nothing else to do. Changes of nine kinds follow each other in a cycle; quiet seconds lie
+between them. After each change all answers must be those of the new state, and all rows that were pushed meanwhile must
+be there.
 
 Then `plan` is timed for 200 views and 100 models of which one view has changed. --quick: 200,000 rows, 5 changes of
 each kind, a tenth of the views and models; ends within three minutes. --folder: the place of the store, which takes up

@@ -339,7 +339,7 @@ int st_populate(const uint8_t *start, size_t bytes)
     return populate(start, bytes, &(pace_t){0});
 }
 
-/* Map the pages of a large table by one call if they are close together, as they are after a bulk load. */
+/* Map the pages of a large table together if they are close to each other, as they are after a bulk load. */
 static void populate_all(const list_t *list, pace_t *pace)
 {
     uintptr_t first = UINTPTR_MAX, last = 0;

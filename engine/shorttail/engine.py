@@ -37,7 +37,7 @@ Progress = Callable[[int, int | None], None]  # called with the rows done, and t
 
 
 class ColumnsChanged(Unavailable):
-    """The plan that a batch was read for has a successor that takes other columns. The batch must be read again."""
+    """Raised for a batch whose columns the newest plan does not take. Its requests must be read again."""
 
 
 class Engine(StoreContents):

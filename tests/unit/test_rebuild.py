@@ -340,7 +340,7 @@ def test_a_reader_builds_the_new_directory_before_the_swap(store: Store, monkeyp
 def test_a_directory_that_is_prepared_too_late_does_not_replace_the_one_in_use(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A request that holds the one in use would look up old pages, which LMDB may have freed, from then on."""
+    """Requests hold the directory in use. If another one took its place, no commit would update theirs any more."""
     keys = list(range(KEYS))
     store.upsert("v", batch(keys, [1000] * KEYS, {"a": keys, "s": ["x"] * KEYS}))
     swapped, builds, build = threading.Event(), [], preparing._build
@@ -373,7 +373,7 @@ def test_a_directory_that_is_prepared_too_late_does_not_replace_the_one_in_use(
 
 
 def test_a_reader_can_say_at_any_time_that_it_is_not_ready(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also while another process goes on waiting, so that a second one that waits does not miss it."""
+    """A process that waits for readers holds the lock for a moment only, so a reader can lock the file at any time."""
     paused = []
 
     def look(seconds: float) -> None:

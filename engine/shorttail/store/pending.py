@@ -73,7 +73,7 @@ def count(txn: Transaction, table_id: int) -> int:
 
 
 def is_empty(txn: Transaction, table_id: int) -> bool:
-    """Whether no entry waits for a table."""
+    """Return whether no edits wait for a table."""
     return next(_entries(txn, _KEY.pack(PREFIX, table_id, 0)[:5]), None) is None
 
 

@@ -343,7 +343,7 @@ class Snapshot:
 
     @contextmanager
     def _exclusive_now(self) -> Iterator[bool]:
-        """As exclusive(), but yield False soon if that would have to wait."""
+        """As exclusive(), but do not wait for long: yield False if threads are still inside."""
         if not self._lock.acquire(timeout=TRY_WAIT_S):
             yield False
             return
