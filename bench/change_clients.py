@@ -26,7 +26,7 @@ from shorttail.registry.planning import Options
 from shorttail.store import Store
 
 NICE = 10
-CHECK_PAUSE_S = 0.002
+CHECK_PAUSE_S = 0.01
 PUSHES_PER_S = 50
 PUSHED_ROWS, NEW_ROWS = 6, 2  # of a push: rows that are there, and new ones
 ASKED_ROWS = 1000  # most rows of a request that checks what was pushed
