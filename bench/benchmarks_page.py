@@ -242,8 +242,9 @@ def change() -> Iterator[str]:
         seconds = f"{row['seconds']['median']:,.2g} s" if "seconds" in row else ""
         yield f"| {kind} | {seconds} | {' | '.join(us(row[name]) for name in ('p50_us', 'p99_us', 'max_us'))} |"
     yield ""
-    yield f"{figures['checked']:,} answers were checked, and {figures['rows_pushed']:,} rows pushed. Requests failed:"
-    yield f"{figures['failed']:,}; answers wrong: {figures['wrong']:,}; rows lost: {figures['lost']:,}."
+    yield f"Of {figures['requests']:,} predictions, {figures['pushes']:,} pushes and {figures['checked']:,} answers that"
+    yield f"were checked, failed: {figures['failed']:,}; wrong: {figures['wrong']:,}; rows lost: {figures['lost']:,}. The"
+    yield f"machine stood still in {figures['slices_left_out']:,} of {figures['slices']:,} seconds, which the latencies leave out."
 
 
 def bars() -> Iterator[str]:

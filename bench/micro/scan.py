@@ -5,9 +5,11 @@
 Each measurement has a process of its own, pinned to one CPU: `views scan --output rows.parquet` does the same. The
 features are four Float32, two Int64, an Int32, a Bool, a Timestamp and a String of five values; a twentieth of the
 Float32 values are null. Anonymous memory is RssAnon at its highest, read every 5 ms, less that before the scan. Then a
-server with one worker answers an open loop of one-row predicts, in turn alone and beside `views scan` to Parquet, which
-runs again and again in a process of its own on any CPU; the generator runs before all others. --quick uses an eighth of
-the rows. --folder is the place of the store and of the file, on the disk to be measured (default: the current folder).
+server with one worker answers an open loop of one-row predicts, in turn alone, beside a process that copies memory at
+the lowest priority, and beside `views scan` to Parquet, which runs again and again in a process of its own. Both may
+use any CPU, and the generator runs before all others. The copier shows what any other process costs on this machine:
+the CPUs of a small one share caches, and often a core. --quick uses an eighth of the rows. --folder is the place of the
+store and of the file, on the disk to be measured (default: the current folder).
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ import onnx
 import pyarrow as pa
 import pyarrow.parquet  # imports are not measured
 import report
+from change_clients import busy_cpu
 from onnx import TensorProto, helper
 from serving import start_server
 from worst import ahead
@@ -164,9 +167,9 @@ def scanning(folder: Path) -> Iterator[None]:
 
 
 def beside(folder: Path, rows: int, pairs: int) -> dict[str, Any]:
-    """Measure one-row predicts alone and beside scans, in turn."""
+    """Measure one-row predicts alone, beside a process that copies memory, and beside scans, in turn."""
     cpu = max(os.sched_getaffinity(0))
-    ratios, alone_us, beside_us = [], [], []
+    alone_us, copying_us, beside_us = [], [], []
     with start_server(folder / "store", folder / "log", "--pin-cpus") as (address, _):
         with st.Client(address) as client:
             asked = Workload(predict="m", keys=[f"id=uniform:0:{rows - 1}"])
@@ -183,10 +186,18 @@ def beside(folder: Path, rows: int, pairs: int) -> dict[str, Any]:
         p99_us()  # the first answers pay for caches
         for _ in range(pairs):
             alone_us.append(p99_us())
+            with busy_cpu():
+                time.sleep(1.0)  # it has begun to copy
+                copying_us.append(p99_us())
             with scanning(folder):
                 beside_us.append(p99_us())
-            ratios.append(beside_us[-1] / alone_us[-1])
-    spreads = {"p99_ratio": ratios, "alone_p99_us": alone_us, "beside_p99_us": beside_us}
+    spreads = {
+        "p99_ratio": [ours / alone for ours, alone in zip(beside_us, alone_us, strict=True)],
+        "p99_ratio_to_copying": [ours / other for ours, other in zip(beside_us, copying_us, strict=True)],
+        "alone_p99_us": alone_us,
+        "copying_p99_us": copying_us,
+        "beside_p99_us": beside_us,
+    }
     return {name: report.spread(values) for name, values in spreads.items()}
 
 
@@ -224,7 +235,10 @@ def print_figures(figures: dict[str, Any]) -> None:
         median = {name: value["median"] for name, value in figures[what].items()}
         print(f"{what:<16}{median['rows_per_s']:>13,.0f}{median['anonymous_mib']:>16.0f}")
     found = {name: value["median"] for name, value in figures["beside"].items()}
-    print(f"P99 of predicts: {found['alone_p99_us']:.0f} us alone, {found['beside_p99_us']:.0f} us beside scans")
+    print(
+        f"P99 of predicts: {found['alone_p99_us']:.0f} us alone, {found['copying_p99_us']:.0f} us beside a process that"
+        f" copies memory, {found['beside_p99_us']:.0f} us beside scans"
+    )
 
 
 def main() -> int:
