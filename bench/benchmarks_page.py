@@ -242,9 +242,10 @@ def change() -> Iterator[str]:
         seconds = f"{row['seconds']['median']:,.2g} s" if "seconds" in row else ""
         yield f"| {kind} | {seconds} | {' | '.join(us(row[name]) for name in ('p50_us', 'p99_us', 'max_us'))} |"
     yield ""
-    yield f"Of {figures['requests']:,} predictions, {figures['pushes']:,} pushes and {figures['checked']:,} answers that"
-    yield f"were checked, failed: {figures['failed']:,}; wrong: {figures['wrong']:,}; rows lost: {figures['lost']:,}. The"
-    yield f"machine stood still in {figures['slices_left_out']:,} of {figures['slices']:,} seconds, which the latencies leave out."
+    counts = {name: f"{figures[name]:,}" for name in ("requests", "pushes", "checked", "failed", "wrong", "lost")}
+    yield f"Of {counts['requests']} predictions, {counts['pushes']} pushes and {counts['checked']} checked answers, failed:"
+    yield f"{counts['failed']}; wrong: {counts['wrong']}; rows lost: {counts['lost']}. The machine stood still in"
+    yield f"{figures['slices_left_out']:,} of {figures['slices']:,} seconds, which the latencies leave out."
 
 
 def bars() -> Iterator[str]:
