@@ -88,6 +88,8 @@ def apply(
     or ResourceExhausted (too many views, too little memory) for the first error found; nothing is written then.
     """
     prepared = definitions if isinstance(definitions, Prepared) else prepare(definitions, vet_timeout)
+    if not dry_run:
+        see_last_commit(store)
     store.refresh()
     first = checked(plan_changes(store.catalog.copy(), prepared, store.count, options), plan_id)
     vet_new(first, prepared)
@@ -104,6 +106,16 @@ def apply(
         done = commit(store, prepared, options, plan_id, first, None)
     store.refresh()
     return done.changes + prepared.warnings
+
+
+def see_last_commit(store: Store) -> None:
+    """Let this process see a commit whose writer was killed right after it: readers miss it until a write begins.
+
+    The plan would be made without that commit, and then refused as one of a store that was changed meanwhile.
+    """
+    with store.environment.write():
+        pass
+    store.refresh(force=True)
 
 
 def checked(found: ChangePlan, plan_id: str) -> ChangePlan:
