@@ -243,9 +243,9 @@ def change() -> Iterator[str]:
         yield f"| {kind} | {seconds} | {' | '.join(us(row[name]) for name in ('p50_us', 'p99_us', 'max_us'))} |"
     yield ""
     counts = {name: f"{figures[name]:,}" for name in ("requests", "pushes", "checked", "failed", "wrong", "lost")}
-    yield f"Of {counts['requests']} predictions, {counts['pushes']} pushes and {counts['checked']} checked answers, failed:"
-    yield f"{counts['failed']}; wrong: {counts['wrong']}; rows lost: {counts['lost']}. The machine stood still in"
-    yield f"{figures['slices_left_out']:,} of {figures['slices']:,} seconds, which the latencies leave out."
+    yield f"Of {counts['requests']} predictions, {counts['pushes']} pushes and {counts['checked']} checked answers,"
+    yield f"{counts['failed']} failed and {counts['wrong']} were wrong; {counts['lost']} rows were lost. The machine stood"
+    yield f"still in {figures['slices_left_out']:,} of {figures['slices']:,} seconds, which the latencies leave out."
 
 
 def bars() -> Iterator[str]:
