@@ -245,7 +245,8 @@ def change() -> Iterator[str]:
     counts = {name: f"{figures[name]:,}" for name in ("requests", "pushes", "checked", "failed", "wrong", "lost")}
     yield f"Of {counts['requests']} predictions, {counts['pushes']} pushes and {counts['checked']} checked answers,"
     yield f"{counts['failed']} failed and {counts['wrong']} were wrong; {counts['lost']} rows were lost. The machine"
-    yield f"stood still in {figures['slices_left_out']:,} of {figures['slices']:,} seconds, which the latencies leave out."
+    still, seconds = figures["slices_left_out"], figures["slices"]
+    yield f"stood still in {still:,} of {seconds:,} seconds, which the latencies leave out."
 
 
 def bars() -> Iterator[str]:
