@@ -240,9 +240,10 @@ class Driver:
         self.running = Running(times)
 
     def run(self, plan: Traffic, where: target.Target) -> tuple[float, list[tuple[float, Step]]]:
-        """Return the capacity, and the steps of the load at half of it, each with the time its first slice began.
+        """Return the capacity, and the steps of the load. A step comes with the time at which its first slice began.
 
-        The capacity is what the server answers beside the pushes and the checks, which go on all the time.
+        The capacity is what the server answers beside the pushes and the checks, which go on all the time. The load is
+        half of it.
         """
         load = Load(
             connections=CONNECTIONS,
@@ -323,9 +324,9 @@ class Driver:
 
 
 def spells(steps: list[tuple[float, Step]], made: list[Change]) -> tuple[Histogram, dict[str, Histogram], int]:
-    """Return the latency in quiet slices, and in those with a change, by its kind. Other slices have checks alone.
+    """Return the latency in quiet slices, in slices with a change by its kind, and how many slices are left out.
 
-    The third value is the number of slices that are left out, because the machine itself stood still in them.
+    A slice is left out if the machine stood still in it. A slice in which answers were only checked is in neither.
     """
     quiet, by_kind = Histogram.empty(), {change.kind: Histogram.empty() for change in made}
     left_out = 0

@@ -143,7 +143,7 @@ def test_an_apply_killed_at_each_write(zygote: Zygote, tmp_path: Path) -> None:
 
 
 def test_an_apply_after_one_that_was_killed_right_after_its_commit(zygote: Zygote, tmp_path: Path) -> None:
-    """Readers miss such a commit, also those of another process, for as long as one has the store open."""
+    """While a process has the store open, readers miss a commit whose writer was killed right after it."""
     base = tmp_path / "base"
     make(base)
     shutil.copytree(base, tmp_path / "counted", ignore=shutil.ignore_patterns("lock.mdb"))

@@ -88,9 +88,10 @@ def apply(
     or ResourceExhausted (too many views, too little memory) for the first error found; nothing is written then.
     """
     prepared = definitions if isinstance(definitions, Prepared) else prepare(definitions, vet_timeout)
-    if not dry_run:
+    if dry_run:
+        store.refresh()
+    else:
         see_last_commit(store)
-    store.refresh()
     first = checked(plan_changes(store.catalog.copy(), prepared, store.count, options), plan_id)
     vet_new(first, prepared)
     if dry_run or (first.catalog == store.catalog and not prepared.vetted):
@@ -109,9 +110,10 @@ def apply(
 
 
 def see_last_commit(store: Store) -> None:
-    """Let this process see a commit whose writer was killed right after it: readers miss it until a write begins.
+    """Move to the newest snapshot, also if its writer was killed right after the commit.
 
-    The plan would be made without that commit, and then refused as one of a store that was changed meanwhile.
+    Readers miss such a commit until a write begins. Without this, the plan would be made without the commit, and then
+    be refused because the store was changed meanwhile.
     """
     with store.environment.write():
         pass
